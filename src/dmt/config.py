@@ -1,0 +1,167 @@
+"""Every setting, its default and its meaning. The text under a field is what `--help` prints.
+
+Nothing here imports torch or transformers: a misspelled setting is answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional  # Optional: OmegaConf reads the annotation at run time
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    kind: Literal["featural", "dense"] = "featural"
+    """`featural`: a learnt top-k memory in place of the feed-forward block; `dense`: leave the block as it is."""
+    init: Literal["ff", "random"] = "ff"
+    """`ff`: slots are the neurons of the block replaced, so k = slots equals the teacher; `random`: from scratch."""
+    weighting: Literal["activation", "relu", "softmax", "distance"] = "activation"
+    """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
+    ranking: Literal["score", "contribution", "centred"] = "centred"
+    """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
+    gradient: Literal["selected", "straight_through"] = "selected"
+    """Backward pass: through the k slots that were read, or as if all slots had been (straight-through)."""
+    slots: Optional[int] = None
+    """Rows of the memory; empty means as many as the block replaced has neurons."""
+    k: Optional[int] = None
+    """Slots read per token; empty means one sixteenth of the slots."""
+    heads: int = 1
+    """Groups that share out the slots; each has its own query projection and reads k / heads of its own slots."""
+    projections: bool = False
+    """Learn a query and an output projection (they start as the identity with `init: ff`)."""
+    search: Literal["exact"] = "exact"
+    """How the k slots are found: `exact` scores every slot."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    """Per-layer differences, later ones win: `[{layers: 0-1, memory: {k: 64}}, {layers: 3, memory: {kind: dense}}]`."""
+    trainable: Literal["all", "memory"] = "all"
+    """What the end-to-end stage may change: every weight of the student, or the memories alone."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
+    """Built-in `speeches`, `biographies`; a .txt or .jsonl file; a folder of them; `hub:<dataset>[:<config>]`."""
+    shares: list[float] = field(default_factory=list)
+    """What part of the training windows each corpus gives, `[3, 1]` say; empty means by size."""
+    block: int = 256
+    """Tokens in one training window; validation and test use the same window without overlap."""
+    batch: int = 8
+    """Windows in one optimiser step, all processes together."""
+    micro_batch: int = 8
+    """Windows computed at once; smaller needs less memory and gives the same gradient."""
+    validation_tokens: int = 16_384
+    """Tokens per corpus measured while training."""
+    test_tokens: int = 65_536
+    """Tokens per corpus measured at the end; fewer where the corpus has fewer."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kl: float = 1.0
+    """Weight of KL(teacher || student) in nats per token, with temperature squared."""
+    reverse_kl: float = 0.0
+    """Weight of KL(student || teacher) in nats per token, with temperature squared."""
+    ce: float = 0.0
+    """Weight of the cross-entropy of the next token of the text, in nats per token."""
+    hidden: float = 0.0
+    """Weight of the squared error of the last hidden state, as a fraction of its variance."""
+    block: float = 0.0
+    """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
+    cosine: float = 0.0
+    """Weight of one minus the cosine between the last hidden states."""
+    temperature: float = 1.0
+    """Divides the logits of both sides in `kl` and `reverse_kl`."""
+    chunk: int = 0
+    """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    calibrate_tokens: int = 8_192
+    """Tokens from which slot means and output biases are measured before any gradient step; 0 leaves it out."""
+    layerwise_steps: int = 100
+    """Steps in which each memory learns its own block's output from the teacher's inputs; 0 leaves it out."""
+    layerwise_lr: float = 2e-3
+    """Peak learning rate of the layer-wise stage."""
+    end_to_end_steps: int = 600
+    """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
+    end_to_end_lr: float = 2e-3
+    """Peak learning rate of the end-to-end stage."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    warmup: int = 20
+    """Steps of linear warm-up at the start of each stage; a cosine down to `final_lr` follows."""
+    final_lr: float = 0.01
+    """Learning rate at the end of a stage, as a share of its peak."""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+    beta2: float = 0.98
+    """AdamW's memory of the squared gradient."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on matrices; biases and norms have none."""
+    clip: float = 1.0
+    """Largest gradient norm of a step; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    width: int = 128
+    """Hidden size of the teacher to train (task: pretrain)."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    vocabulary: int = 2_048
+    """Tokens of the byte-level BPE vocabulary, trained on the training text."""
+    steps: int = 6_000
+    """Optimiser steps."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    output: str = "src/dmt/assets"
+    """Folder the finished teacher is written to."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    log_dir: str = "lightning_logs"
+    """Each run makes a new folder `version_N` in here."""
+    accelerator: str = "auto"
+    """Lightning's: `auto`, `cpu`, `gpu`, ..."""
+    devices: int = 1
+    """Processes or devices; more than one runs data-parallel."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """Lightning's precision."""
+    threads: int = 0
+    """Threads torch computes with; 0 measures one against all cores at the start and keeps the faster."""
+    log_every: int = 10
+    """Steps between two points of the loss curves."""
+    validate_every: int = 100
+    """Steps between two measurements on validation text; 0 leaves them out."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    progress: bool = True
+    """Show the progress bar."""
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Literal["distill", "pretrain"] = "distill"
+    """`distill` a student from a teacher, or `pretrain` a small GPT-2 from scratch to be a teacher."""
+    seed: int = 0
+    """Fixes initial weights, data order and sampled text."""
+    teacher: str = "embedded"
+    """`embedded` (ships with dmt), a hub name such as `gpt2`, or a local directory made by `save_pretrained`."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

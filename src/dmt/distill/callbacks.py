@@ -1,0 +1,126 @@
+"""What a person sees while a run goes on, and how it stops without losing anything."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from dmt.evaluate import continuations
+from dmt.models.surgery import memories_of
+
+PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 40
+SAMPLES_PER_CORPUS = 2
+
+
+def usage(reads: Tensor) -> dict[str, float]:
+    """From reads per slot `(slots,)`: share of slots read at all, dead slots, and entropy as a share of its maximum."""
+    share = reads.double() / reads.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-300).log()).sum() / torch.tensor(float(max(2, len(reads)))).log()
+    dead = int((reads == 0).sum())
+    return {"used": 1 - dead / len(reads), "dead": float(dead), "entropy": float(entropy)}
+
+
+class SlotUsage(Callback):
+    """Counts which slots validation text reads; logs dead slots, entropy and a histogram for every layer."""
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for memory in memories_of(module.student).values():  # type: ignore[arg-type]
+            memory.count_reads()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for layer, memory in memories_of(module.student).items():  # type: ignore[arg-type]
+            assert memory.reads is not None, "counting began with the validation"
+            for name, value in usage(memory.reads).items():
+                trainer.logger.log_metrics({f"slots_{name}/layer_{layer}": value}, step=trainer.global_step)  # type: ignore[union-attr]
+            if board := tensorboard(trainer):
+                # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
+                board.add_histogram(f"slot_reads_log10/layer_{layer}", (memory.reads + 1).float().log10(), trainer.global_step)
+            memory.reads = None
+
+
+class Samples(Callback):
+    """Writes how teacher and student go on from the same validation text, side by side."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not (board := tensorboard(trainer)):
+            return
+        for corpus in trainer.datamodule.corpora:  # type: ignore[attr-defined]
+            table = samples(module.student, module.teacher, self.tokenizer, corpus.validation)  # type: ignore[arg-type]
+            board.add_text(f"samples/{corpus.name}", table, trainer.global_step)
+
+
+def samples(student: nn.Module, teacher: nn.Module, tokenizer: Any, windows: Tensor) -> str:
+    """A Markdown table of prompts and both greedy continuations."""
+    length = min(PROMPT_TOKENS, windows.shape[1] // 2)
+    prompts = windows[:: max(1, len(windows) // SAMPLES_PER_CORPUS), :length][:SAMPLES_PER_CORPUS]
+    rows = ["| prompt | teacher | student |", "|---|---|---|"]
+    room = min(SAMPLE_TOKENS, student.config.max_position_embeddings - length)
+    said = [continuations(model, prompts, room) for model in (teacher, student)]
+    for row in range(len(prompts)):
+        texts = [tokenizer.decode(ids[row], skip_special_tokens=True) for ids in (prompts, *said)]
+        rows.append("| " + " | ".join(text.replace("|", "/").replace("\n", " ").strip() for text in texts) + " |")
+    return "\n".join(rows)
+
+
+class Charts(Callback):
+    """Groups curves that belong together: all layers of one measure on one chart, all terms of one stage on another."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not (board := tensorboard(trainer)) or trainer.global_step:
+            return
+        corpora = [corpus.name for corpus in trainer.datamodule.corpora]  # type: ignore[attr-defined]
+        fidelity = {measure: ["Multiline", [f"{corpus}/{measure}" for corpus in corpora]] for measure in ("kl", "ratio", "agreement")}
+        layers = list(memories_of(module.student))  # type: ignore[arg-type]
+        per_layer = {
+            title: ["Multiline", [f"{tag}/layer_{layer}" for layer in layers]]
+            for title, tag in (("block error", "block_error"), ("dead slots", "slots_dead"), ("usage entropy", "slots_entropy"))
+        }
+        board.add_custom_scalars({"student against teacher": fidelity, "layers": per_layer})
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        def note(number: int, _: FrameType | None) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            self.received = number
+            trainer.should_stop = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, note)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def tensorboard(trainer: pl.Trainer) -> Any:
+    """TensorBoard's writer on the process that logs, else None."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            return logger.experiment
+    return None

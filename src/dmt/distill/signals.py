@@ -1,0 +1,65 @@
+"""What a model says about a batch, in one typed object, so that losses know nothing of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dmt.models.architectures import architecture_of
+
+
+@dataclass(frozen=True)
+class Signals:
+    """One model's answer to one batch of windows.
+
+    Attributes:
+        hidden: last hidden states `(batch, time, width)`, after the final norm.
+        head: turns hidden states into logits `(..., vocabulary)`; kept apart so that logits can be made in chunks.
+        block_inputs: what each feed-forward block or memory was given, by layer; empty unless asked for.
+        block_outputs: what each answered.
+    """
+
+    hidden: Tensor
+    head: nn.Module
+    block_inputs: tuple[Tensor, ...] = ()
+    block_outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def logits(self) -> Tensor:
+        """`(batch, time, vocabulary)`, made anew at each call."""
+        return self.head(self.hidden)
+
+
+def observe(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
+    """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves each feed-forward block.
+
+    Gradients flow where the caller allows them; hooks are gone when it returns.
+    """
+    arch = architecture_of(model.config.model_type)
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    hooks = []
+    if blocks:
+        for layer, block in enumerate(arch.blocks(model)):
+
+            def record(_: nn.Module, given: tuple[Tensor, ...], answered: Tensor, layer: int = layer) -> None:
+                inputs[layer], outputs[layer] = given[0], answered
+
+            hooks.append(block.register_forward_hook(record))
+    try:
+        backbone = model.get_submodule(arch.backbone)
+        hidden = backbone(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    in_order = [tuple(found[layer] for layer in sorted(found)) for found in (inputs, outputs)]
+    return Signals(hidden, model.get_output_embeddings(), *in_order)
+
+
+@torch.no_grad()
+def observe_teacher(teacher: nn.Module, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
+    """`observe` in eval mode and without gradient."""
+    assert not teacher.training, "a teacher stays in eval mode"
+    return observe(teacher, tokens, mask, blocks)

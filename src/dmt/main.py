@@ -1,0 +1,63 @@
+"""The words of `distill.py` to a run, and every way a run can end to a line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from dmt import settings
+from dmt.errors import UserError
+
+USAGE = "python distill.py [CONFIG.yaml | --config CONFIG.yaml] [key=value ...]\n       python distill.py --resume RUN_FOLDER"
+ABOUT = """Clone a GPT-2, put memories in place of its feed-forward blocks, distil the clone from the original.
+
+Without arguments the embedded teacher is distilled with the defaults below. A config file holds differences from
+them, key=value words go last. configs/ has ready ones. Exit code 0: done, 2: a mistake that the last line names,
+130 or 143: stopped by a signal, saved."""
+
+
+def main(words: list[str]) -> int:
+    """Run what `words` ask for; the exit code."""
+    try:
+        return _main(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was being trained at that moment, so there is nothing more to save", file=sys.stderr)
+        return 130
+
+
+def _main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        usage=USAGE, description=ABOUT, epilog="settings, as key=default:\n\n" + settings.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml or key=value", help="a config file (at most one) and settings")
+    parser.add_argument("--config", metavar="FILE", help="the config file, if not given as a word")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own settings")
+    given = parser.parse_intermixed_args(words)
+    files = [word for word in given.words if "=" not in word] + ([given.config] if given.config else [])
+    changes = [word for word in given.words if "=" in word]
+    if len(files) > 1:
+        raise UserError(f"one config file at most, got {', '.join(files)}")
+    if given.resume and (files or changes):
+        raise UserError(f"--resume goes on with the run's own settings; leave out {' '.join(files + changes)}")
+    config = None if given.resume else settings.load(files[0] if files else None, changes)
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    print("loading torch and transformers ...", file=sys.stderr)
+    from dmt.distill.run import resume, start  # heavy: only once the words are known to be right
+
+    return resume(Path(given.resume)) if given.resume else start(config)  # type: ignore[arg-type]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message}; python distill.py --help lists what there is")

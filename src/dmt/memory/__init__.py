@@ -1,0 +1,5 @@
+"""Memories: layers that map hidden states `(batch, time, width)` to the same shape by reading rows."""
+
+from dmt.memory.featural import FeaturalMemory
+
+__all__ = ["FeaturalMemory"]

@@ -1,0 +1,178 @@
+"""Featural memory: a learnt table of slots, of which each token reads k.
+
+A feed-forward block is `sum_i act(x . key_i + bias_i) value_i + output_bias`, a sum over *all* its neurons. Keep the
+sum, read only the k slots that matter, and knowledge is in rows. With k = slots nothing has changed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmt.memory.search import as_mask, exact
+from dmt.memory.weighting import normalised, pointwise
+
+GATHER_TOKENS = 16
+"""Up to this many tokens the k values are gathered; above it a masked matrix product is faster (benchmarks/memory.py)."""
+
+
+class FeaturalMemory(nn.Module):
+    """Reads k of `slots` rows per token: query projection, top-k keys, weighted sum of values, output projection.
+
+    Causal by construction: a token's output depends on that token's hidden state alone.
+
+    Args:
+        width: size of a hidden state, of a key and of a value.
+        slots: rows of the table.
+        k: rows read per token, over all heads together.
+        heads: groups that share out the slots evenly. Each has its own query projection (with `projections`) and
+            reads its own best `k / heads`. Weights and output are joint, so k = slots is the same for any number.
+        weighting: `activation`, `relu` (a slot's weight is a function of its score), `softmax` (over the slots read,
+            scores divided by the root of the width) or `distance` (the same with minus the squared distance as score).
+        activation: the function of `weighting="activation"`, by its transformers name.
+        ranking: `score`, `contribution` (|weight| x |value|) or `centred` (|weight - mean| x |value|, where every slot
+            always contributes its mean and only deviations are read).
+        gradient: `selected` or `straight_through` (forward k slots, backward as if all had been read).
+        projections: learn a query projection per head and an output projection; identities until told otherwise.
+
+    Raises:
+        ValueError: k or slots out of range, not multiples of heads, or a ranking the weighting cannot serve.
+
+    Source: Geva et al. 2021, arXiv 2012.14913 (blocks as key-value memories); Sukhbaatar et al. 2019, arXiv 1907.01470.
+        We differ in ranking by centred contribution, measured in EXPERIMENTS.md.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        slots: int,
+        k: int,
+        heads: int = 1,
+        weighting: str = "activation",
+        activation: str = "gelu_pytorch_tanh",
+        ranking: str = "centred",
+        gradient: str = "selected",
+        projections: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= slots:
+            raise ValueError(f"k must be in [1, slots={slots}], got {k}")
+        if slots % heads or k % heads:
+            raise ValueError(f"slots={slots} and k={k} must be multiples of heads={heads}")
+        self.pointwise = pointwise(weighting, activation)
+        if self.pointwise is None and (ranking != "score" or gradient != "selected"):
+            raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
+        self.width, self.slots, self.k, self.heads = width, slots, k, heads
+        self.weighting, self.ranking, self.gradient = weighting, ranking, gradient
+        self.keys = nn.Parameter(torch.empty(slots, width))
+        self.key_bias = nn.Parameter(torch.empty(slots))
+        self.values = nn.Parameter(torch.empty(slots, width))
+        self.output_bias = nn.Parameter(torch.empty(width))
+        self.means = nn.Parameter(torch.empty(slots)) if ranking == "centred" else None
+        self.query = nn.Parameter(torch.empty(heads, width, width)) if projections else None
+        self.output = nn.Parameter(torch.empty(width, width)) if projections else None
+        self.reads: Tensor | None = None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Random slots: scores of unit variance for normalised hidden states, small values, projections of full rank."""
+        nn.init.normal_(self.keys, std=1 / math.sqrt(self.width))
+        nn.init.normal_(self.values, std=0.02)
+        for zero in (self.key_bias, self.output_bias, self.means):
+            if zero is not None:
+                nn.init.zeros_(zero)
+        for projection in (self.query, self.output):
+            if projection is not None:
+                nn.init.normal_(projection, std=1 / math.sqrt(self.width))
+
+    @torch.no_grad()
+    def load_feedforward(self, keys: Tensor, key_bias: Tensor, values: Tensor, output_bias: Tensor) -> None:
+        """Take over a block's neurons: keys and values `(slots, width)`; projections become identities, means zero."""
+        for mine, theirs in zip((self.keys, self.key_bias, self.values, self.output_bias), (keys, key_bias, values, output_bias), strict=True):  # fmt: skip
+            mine.copy_(theirs)
+        if self.means is not None:
+            self.means.zero_()
+        for projection in (self.query, self.output):
+            if projection is not None:
+                projection.copy_(torch.eye(self.width))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Score of every slot for every token: `(tokens, width)` to `(tokens, slots)`."""
+        if self.query is None:
+            products = hidden @ self.keys.t()
+            queries = hidden.unsqueeze(-2)  # (tokens, 1, width)
+        else:
+            queries = torch.einsum("nw,hvw->nhv", hidden, self.query)
+            products = torch.einsum("nhv,hsv->nhs", queries, self.keys.view(self.heads, -1, self.width)).flatten(-2)
+        if self.weighting != "distance":
+            scale = 1 if self.pointwise else 1 / math.sqrt(self.width)
+            return (products + self.key_bias) * scale
+        lengths = queries.square().sum(-1).repeat_interleave(self.slots // queries.shape[-2], dim=-1)
+        return (2 * products - lengths - self.keys.square().sum(-1)) / math.sqrt(self.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(..., width)` to the same shape."""
+        flat = hidden.reshape(-1, self.width)
+        scores = self.scores(flat)
+        if self.pointwise is None:
+            selected = self.select(scores)
+            read = normalised(scores, selected) @ self.values + self.output_bias
+        else:
+            read = self._read(self.pointwise(scores), scores)
+        if self.output is not None:
+            read = read @ self.output.t()
+        return read.view_as(hidden)
+
+    def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
+        """Weighted sum of the values of the selected slots, `(tokens, width)`; with means, of their deviations."""
+        deviations, bias = weights, self.output_bias
+        if self.means is not None:
+            deviations = weights - self.means
+            bias = bias + self.means @ self.values
+        ids = self._find(deviations, scores)
+        if self.gradient == "selected" and len(weights) <= GATHER_TOKENS:
+            return F.embedding_bag(ids, self.values, per_sample_weights=deviations.gather(-1, ids), mode="sum") + bias
+        kept = deviations * as_mask(ids, self.slots)
+        if self.gradient == "straight_through":
+            kept = deviations + (kept - deviations).detach()
+        return torch.addmm(bias, kept, self.values)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Which slots are read, as a mask `(tokens, slots)`, given the scores of all."""
+        deviations = scores if self.pointwise is None else self.pointwise(scores)
+        return as_mask(self._find(deviations if self.means is None else deviations - self.means, scores), self.slots)
+
+    @torch.no_grad()
+    def _find(self, deviations: Tensor, scores: Tensor) -> Tensor:
+        """Ids `(tokens, k)` of the slots to read."""
+        rank = scores if self.ranking == "score" else deviations.abs() * self.values.norm(dim=-1)
+        grouped = exact(rank.view(len(rank), self.heads, -1), self.k // self.heads)
+        offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
+        ids = (grouped + offsets).flatten(-2)
+        if self.reads is not None:
+            self.reads += torch.bincount(ids.flatten(), minlength=self.slots)
+        return ids
+
+    @torch.no_grad()
+    def calibrate_means(self, hidden: Tensor) -> None:
+        """Set each slot's mean to its average weight over `hidden` `(tokens, width)`; nothing without centred ranking."""
+        if self.means is not None and self.pointwise is not None:
+            self.means.copy_(self.pointwise(self.scores(hidden)).mean(0))
+
+    @torch.no_grad()
+    def shift_output(self, difference: Tensor) -> None:
+        """Add `difference` `(width,)` to what the memory says for every token, whatever it reads."""
+        if self.output is not None:
+            difference = torch.linalg.lstsq(self.output, difference.unsqueeze(-1)).solution.squeeze(-1)
+        self.output_bias += difference
+
+    def count_reads(self) -> None:
+        """Start counting how often each slot is read, in `reads` `(slots,)`, from zero."""
+        self.reads = torch.zeros(self.slots, dtype=torch.long, device=self.keys.device)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, slots={self.slots}, k={self.k}, heads={self.heads}, weighting={self.weighting}, ranking={self.ranking}"

@@ -1,0 +1,17 @@
+"""Search finds slot ids. Weights are computed from live keys afterwards, so a poor search costs recall, never truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def exact(rank: Tensor, k: int) -> Tensor:
+    """Ids `(..., k)` of the k largest entries of `rank` `(..., slots)`, in no order."""
+    return rank.topk(k, dim=-1, sorted=False).indices
+
+
+def as_mask(ids: Tensor, slots: int) -> Tensor:
+    """Boolean `(..., slots)`, true at `ids` `(..., k)`."""
+    mask = torch.zeros(*ids.shape[:-1], slots, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, ids, True)

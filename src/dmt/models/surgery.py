@@ -1,0 +1,132 @@
+"""Clone a teacher, put memories where its feed-forward blocks were, and account for every tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dmt.config import MemoryConfig
+from dmt.errors import UserError
+from dmt.memory import FeaturalMemory
+from dmt.models.architectures import Architecture, architecture_of
+from dmt.models.modeling import build_student
+
+DEFAULT_SHARE = 16
+"""k = slots / 16 where the config leaves k empty."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of one tensor: `copied`, `memory` (a slot's part), `dropped` (teacher only) or `new` (student only)."""
+
+    tensor: str
+    fate: str
+    into: str
+    elements: int
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """Every tensor of teacher and student, once."""
+
+    transfers: list[Transfer]
+
+    def summary(self) -> str:
+        """One line: tensors and weights by fate."""
+        tensors: Counter[str] = Counter()
+        weights: Counter[str] = Counter()
+        for transfer in self.transfers:
+            tensors[transfer.fate] += 1
+            weights[transfer.fate] += transfer.elements
+        return ", ".join(f"{tensors[fate]} {fate} ({weights[fate]:,} weights)" for fate in ("copied", "memory", "new", "dropped"))
+
+    def table(self) -> str:
+        """One line per tensor."""
+        return "\n".join(f"{t.fate:8} {t.tensor:40} {t.into:48} {t.elements:>12,}" for t in self.transfers)
+
+
+def transplant(teacher: nn.Module, memories: list[MemoryConfig]) -> tuple[nn.Module, TransferReport]:
+    """A student equal to `teacher` but for the blocks that `memories` (one entry per layer) turns into memories.
+
+    With `init: ff`, activation weighting and k = slots its logits are the teacher's up to rounding.
+
+    Raises:
+        UserError: a memory does not fit the block it replaces.
+        RuntimeError: a tensor of either model is not accounted for.
+    """
+    arch = architecture_of(teacher.config.model_type)
+    blocks = arch.blocks(teacher)
+    assert len(blocks) == len(memories), "one memory setting per layer"
+    plan = {
+        str(layer): _arguments(layer, memory, arch, teacher)
+        for layer, memory in enumerate(memories)
+        if memory.kind != "dense"
+    }
+    student = build_student(teacher.config, plan, arch.no_dropout)
+    report = _transfer(teacher, student, arch, {int(layer): memories[int(layer)] for layer in plan})
+    return student.eval(), report
+
+
+def memories_of(student: nn.Module) -> dict[int, FeaturalMemory]:
+    """The memories of a student by layer."""
+    blocks = architecture_of(student.config.model_type).blocks(student)
+    return {layer: block for layer, block in enumerate(blocks) if isinstance(block, FeaturalMemory)}
+
+
+def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: nn.Module) -> dict[str, object]:
+    block_slots = arch.read(arch.blocks(teacher)[layer]).keys.shape[0]
+    slots = memory.slots or block_slots
+    k = memory.k or max(memory.heads, slots // DEFAULT_SHARE // memory.heads * memory.heads)
+    if k > slots:
+        raise UserError(f"memory.k must be in [1, {slots}] for layer {layer} of this teacher, got {k}")
+    if slots % memory.heads:
+        raise UserError(f"memory.heads={memory.heads} must divide the {slots} slots of layer {layer}")
+    if memory.init == "ff" and slots != block_slots:
+        raise UserError(
+            f"memory.slots={slots} differs from the {block_slots} neurons of layer {layer}; leave it empty or set memory.init=random"
+        )
+    return {
+        "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
+        "activation": getattr(teacher.config, arch.activation), "ranking": memory.ranking, "gradient": memory.gradient,
+        "projections": memory.projections,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _transfer(teacher: nn.Module, student: nn.Module, arch: Architecture, memories: dict[int, MemoryConfig]) -> TransferReport:
+    given, wanted = teacher.state_dict(), student.state_dict()
+    transfers: list[Transfer] = []
+    filled: set[str] = set()
+    for layer, memory in memories.items():
+        name = arch.block_name(layer)
+        block, mine = arch.blocks(teacher)[layer], arch.blocks(student)[layer]
+        assert isinstance(mine, FeaturalMemory), "the plan put a memory here"
+        parts = arch.read(block)
+        if memory.init == "ff":
+            mine.load_feedforward(parts.keys, parts.key_bias, parts.values, parts.output_bias)
+        for tensor, slot_part in zip(arch.tensors, ("keys", "key_bias", "values", "output_bias"), strict=True):
+            size = given[f"{name}.{tensor}"].numel()
+            if memory.init == "ff":
+                transfers.append(Transfer(f"{name}.{tensor}", "memory", f"{name}.{slot_part}", size))
+                filled.add(f"{name}.{slot_part}")
+            else:
+                transfers.append(Transfer(f"{name}.{tensor}", "dropped", "-", size))
+        for part in mine.state_dict():
+            if f"{name}.{part}" not in filled:
+                transfers.append(Transfer("-", "new", f"{name}.{part}", wanted[f"{name}.{part}"].numel()))
+                filled.add(f"{name}.{part}")
+    accounted = {transfer.tensor for transfer in transfers}
+    for tensor, value in given.items():
+        if tensor in accounted:
+            continue
+        if tensor not in wanted or wanted[tensor].shape != value.shape:
+            raise RuntimeError(f"surgery: teacher tensor {tensor} {tuple(value.shape)} has no place in the student")
+        wanted[tensor].copy_(value)  # a view of the student's parameter
+        transfers.append(Transfer(tensor, "copied", tensor, value.numel()))
+        filled.add(tensor)
+    if missing := sorted(set(wanted) - filled):
+        raise RuntimeError(f"surgery: student tensors were given nothing: {', '.join(missing)}")
+    return TransferReport(transfers)
