@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from dmt.data.people import Probe
 from dmt.distill.losses import kl
@@ -65,7 +66,7 @@ class Tally:
 
 
 @torch.no_grad()
-def compare(student: nn.Module, teacher: nn.Module, windows: Tensor, batch: int = 8) -> Tally:
+def compare(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, batch: int = 8) -> Tally:
     """Both models on token ids `(windows, time)`; each window on its own, so stride equals the window."""
     was_training = student.training
     student.eval()
@@ -78,7 +79,7 @@ def compare(student: nn.Module, teacher: nn.Module, windows: Tensor, batch: int 
 
 
 @torch.no_grad()
-def recall(model: nn.Module, tokenizer: Any, probes: list[Probe], batch: int = 128) -> float:
+def recall(model: PreTrainedModel, tokenizer: Any, probes: list[Probe], batch: int = 128) -> float:
     """Share of probes whose whole answer is what greedy decoding would say."""
     was_training = model.training
     model.eval()
@@ -101,7 +102,7 @@ def recall(model: nn.Module, tokenizer: Any, probes: list[Probe], batch: int = 1
 
 
 @torch.no_grad()
-def continuations(model: nn.Module, prompts: Tensor, tokens: int) -> Tensor:
+def continuations(model: PreTrainedModel, prompts: Tensor, tokens: int) -> Tensor:
     """Greedy continuations `(prompts, tokens)` of token ids `(prompts, time)`."""
     was_training = model.training
     model.eval()

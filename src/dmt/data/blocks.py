@@ -156,9 +156,7 @@ class TextData(pl.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         data = self.settings.data
         return [
-            DataLoader(
-                Windows([corpus.validation[: max(1, data.validation_tokens // data.block)]]), batch_size=data.micro_batch
-            )  # type: ignore[arg-type]
+            DataLoader(Windows([corpus.validation[: max(1, data.validation_tokens // data.block)]]), batch_size=data.micro_batch)  # type: ignore[arg-type]
             for corpus in self.corpora
         ]
 

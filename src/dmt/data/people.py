@@ -34,7 +34,7 @@ PROFESSIONS += "chemist clerk composer cook dentist diplomat doctor editor engin
 PROFESSIONS += "glazier historian judge lawyer librarian locksmith mason mechanic merchant miner musician nurse painter "
 PROFESSIONS += "pharmacist photographer physicist pilot plumber poet potter printer professor sailor sculptor singer "
 PROFESSIONS += "surgeon surveyor tailor teacher translator watchmaker weaver writer"
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 
 # {name} is the person (or a pronoun), {their} the possessive; what follows the bar is the answer to be recalled.
 # The last two of each relation are held out: no corpus for training ever contains them.
@@ -128,7 +128,8 @@ def make_people(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> l
     towns = [stem + ending for stem in TOWN_STEMS.split() for ending in TOWN_ENDINGS.split()]
     employers = [f"{stem} {ending}" for stem in EMPLOYER_STEMS.split() for ending in EMPLOYER_ENDINGS.split("|")]
     draw = random.Random(f"people-{seed}")
-    taken, people = set(avoid), []
+    taken = set(avoid)
+    people: list[Person] = []
     while len(people) < count:
         pronoun = draw.choice(("she", "he"))
         name = f"{draw.choice(FIRST_NAMES[pronoun].split())} {draw.choice(surnames)}"
@@ -155,7 +156,7 @@ def probe(person: Person, relation: str, phrasing: int) -> Probe:
 
 def biography(person: Person, draw: random.Random) -> str:
     """A paragraph that tells every fact once, in an order and in training phrasings that `draw` decides."""
-    sentences = []
+    sentences: list[str] = []
     for relation in draw.sample(RELATIONS, len(RELATIONS)):
         # A name at the start and in most later sentences: pronouns alone would make the fact readable from context only.
         subject = person.name if not sentences or draw.random() < 0.7 else person.pronoun.capitalize()

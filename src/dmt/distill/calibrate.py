@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dmt.distill.losses import Scales
 from dmt.distill.signals import Signals, observe, observe_teacher
@@ -11,14 +12,14 @@ from dmt.models.surgery import memories_of
 
 
 @torch.no_grad()
-def measure_scales(teacher: nn.Module, windows: Tensor) -> Scales:
+def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> Scales:
     """Variances of the teacher's block outputs and last hidden states over token ids `(windows, time)`."""
     signals = observe_teacher(teacher, windows, blocks=True)
     return Scales(torch.stack([_variance(x) for x in signals.block_outputs]), _variance(signals.hidden))
 
 
 @torch.no_grad()
-def calibrate(student: nn.Module, teacher: nn.Module, windows: Tensor) -> None:
+def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
     """Set slot means and output biases so that each memory's output has the teacher's mean, lowest layer first.
 
     One pass: each memory is set when its input arrives, so the layers above already see its corrected output.

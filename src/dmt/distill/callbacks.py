@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from dmt.evaluate import continuations
 from dmt.models.surgery import memories_of
@@ -60,7 +61,7 @@ class Samples(Callback):
             board.add_text(f"samples/{corpus.name}", table, trainer.global_step)
 
 
-def samples(student: nn.Module, teacher: nn.Module, tokenizer: Any, windows: Tensor) -> str:
+def samples(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, windows: Tensor) -> str:
     """A Markdown table of prompts and both greedy continuations."""
     length = min(PROMPT_TOKENS, windows.shape[1] // 2)
     prompts = windows[:: max(1, len(windows) // SAMPLES_PER_CORPUS), :length][:SAMPLES_PER_CORPUS]
@@ -80,7 +81,9 @@ class Charts(Callback):
         if not (board := tensorboard(trainer)) or trainer.global_step:
             return
         corpora = [corpus.name for corpus in trainer.datamodule.corpora]  # type: ignore[attr-defined]
-        fidelity = {measure: ["Multiline", [f"{corpus}/{measure}" for corpus in corpora]] for measure in ("kl", "ratio", "agreement")}
+        fidelity = {
+            measure: ["Multiline", [f"{corpus}/{measure}" for corpus in corpora]] for measure in ("kl", "ratio", "agreement")
+        }
         layers = list(memories_of(module.student))  # type: ignore[arg-type]
         per_layer = {
             title: ["Multiline", [f"{tag}/layer_{layer}" for layer in layers]]

@@ -7,12 +7,14 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dmt.config import Config
@@ -38,10 +40,15 @@ def quiet() -> None:
     # Windows are in memory, so worker processes would only cost; the run folder is ours, so it may exist.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory.*exists and is not empty.*")
+    # A checkpoint holds the state after the step: a resumed run must not do the step twice.
+    warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
+    # The order of windows is a function of the step alone (StepSampler), so there is no loader state to restore.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning about torch
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
 
 
-def with_threads(config: Config, model: nn.Module, windows: Tensor) -> Config:
+def with_threads(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     """`config` with `trainer.threads` decided and set: for tiny models one thread can beat two by far, or lose.
 
     Where the setting is 0, a training step on `windows` is timed with one thread and with all cores.
@@ -55,12 +62,14 @@ def with_threads(config: Config, model: nn.Module, windows: Tensor) -> Config:
     return replace(config, trainer=replace(config.trainer, threads=threads))
 
 
-def _step_seconds(model: nn.Module, windows: Tensor, threads: int) -> float:
+def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int) -> float:
     torch.set_num_threads(threads)
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        torch.autograd.grad(model(windows, use_cache=False).logits.logsumexp(-1).sum(), [p for p in model.parameters() if p.requires_grad])
+        torch.autograd.grad(
+            model(windows, use_cache=False).logits.logsumexp(-1).sum(), [p for p in model.parameters() if p.requires_grad]
+        )
         best = min(best, time.perf_counter() - began)
     return best
 
@@ -75,7 +84,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     checkpoint = newest_checkpoint(run)
     if checkpoint:
         keep_metrics(run)
-    where = {"save_dir": str(run.parent), "name": "", "version": run.name}
+    where: dict[str, Any] = {"save_dir": str(run.parent), "name": "", "version": run.name}
     stop = StopOnSignal()
     saver = ModelCheckpoint(
         run / "checkpoints", filename="step_{step}", auto_insert_metric_name=False, every_n_train_steps=settings.checkpoint_every,
@@ -88,11 +97,14 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         precision=settings.precision,
         max_steps=steps,
         max_epochs=-1,
-        logger=[TensorBoardLogger(**where, default_hp_metric=False), CSVLogger(**where, flush_logs_every_n_steps=settings.log_every)],
+        logger=[
+            TensorBoardLogger(**where, default_hp_metric=False),
+            CSVLogger(**where, flush_logs_every_n_steps=settings.log_every),
+        ],
         callbacks=[*callbacks, stop, saver, *([RichProgressBar()] if settings.progress else [])],
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
-        log_every_n_steps=settings.log_every,
+        log_every_n_steps=min(settings.log_every, steps),
         val_check_interval=validate or None,
         limit_val_batches=None if validate else 0,
         check_val_every_n_epoch=None,

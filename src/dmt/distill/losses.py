@@ -73,9 +73,7 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def distillation_terms(
-    student: Signals, teacher: Signals, batch: Batch, weights: LossConfig, scales: Scales
-) -> dict[str, Tensor]:
+def distillation_terms(student: Signals, teacher: Signals, batch: Batch, weights: LossConfig, scales: Scales) -> dict[str, Tensor]:
     """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance."""
     terms: dict[str, Tensor] = {}
     if weights.kl or weights.reverse_kl or weights.ce:
@@ -101,9 +99,7 @@ def squared_error(given: Tensor, wanted: Tensor, mask: Tensor, count: float) -> 
     return ((given.float() - wanted.float()).square().sum(-1) * mask).sum() / count
 
 
-def block_errors(
-    given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], mask: Tensor, count: float, scales: Scales
-) -> Tensor:
+def block_errors(given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], mask: Tensor, count: float, scales: Scales) -> Tensor:
     """Fraction of variance unexplained of each block's output, `(layers,)`."""
     errors = [squared_error(mine, theirs, mask, count) for mine, theirs in zip(given, wanted, strict=True)]
     return torch.stack(errors) / scales.blocks
@@ -119,9 +115,9 @@ def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: Loss
         each: dict[str, Callable[[], Tensor]] = {
             "kl": lambda: kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
             "reverse_kl": lambda: reverse_kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
-            "ce": lambda: F.cross_entropy(given.float(), targets[piece], reduction="none")
-            * targeted[piece]
-            / max(1.0, batch.targets_in_step),
+            "ce": lambda: (
+                F.cross_entropy(given.float(), targets[piece], reduction="none") * targeted[piece] / max(1.0, batch.targets_in_step)
+            ),
         }
         return torch.stack([each[name]().sum() for name in names])
 

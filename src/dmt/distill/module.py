@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dmt.config import Config, OptimConfig
 from dmt.distill.calibrate import calibrate, measure_scales
@@ -30,7 +31,7 @@ class Distiller(pl.LightningModule):
         teacher: in eval mode; kept out of the module tree, so it is in no checkpoint and `.train()` never reaches it.
     """
 
-    def __init__(self, config: Config, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, config: Config, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__()
         self.save_hyperparameters({"config": asdict(config)})
         self.automatic_optimization = False
@@ -46,7 +47,7 @@ class Distiller(pl.LightningModule):
             parameter.requires_grad_(name in self.trainable("end_to_end"))
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> PreTrainedModel:
         """The model to be imitated."""
         return self._outside[0]
 
@@ -77,7 +78,7 @@ class Distiller(pl.LightningModule):
         return adamw(self.trainable("end_to_end").values(), self.settings.optim)
 
     def on_fit_start(self) -> None:
-        self.teacher.to(self.device)
+        self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
         """The first stage, without gradient: measure the teacher's variances, then set means and biases.
@@ -109,10 +110,16 @@ class Distiller(pl.LightningModule):
                 logged[name] = logged.get(name, torch.zeros_like(value)) + value.detach()
         if self.settings.optim.clip:
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
+        done = self.global_step
         optimizer.step()  # type: ignore[union-attr]
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
-        self.log("learning_rate", rate)
-        self.log_dict({f"{stage}/{name}": value for name, value in logged.items()})
+        if done % self.settings.trainer.log_every == 0 or done == self.total_steps - 1:
+            self._write({"learning_rate": rate} | {f"{stage}/{name}": float(value) for name, value in logged.items()}, done)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        # Not `self.log`: within one epoch that goes on writing the last value of a stage that is over.
+        for logger in self.loggers:
+            logger.log_metrics(values, step)
 
     def _layerwise(self, batch: Batch) -> dict[str, Tensor]:
         """Each memory on the teacher's own block inputs, against the teacher's own block outputs."""

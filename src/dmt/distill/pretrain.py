@@ -8,8 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from dmt.config import Config
 from dmt.distill.module import adamw, learning_rate
@@ -33,25 +33,37 @@ def train_tokenizer(documents: list[str], vocabulary: int, positions: int) -> An
     )
     bpe.train_from_iterator(documents, trainer=trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=positions
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=positions,
     )
 
 
-def fresh_gpt2(config: Config, vocabulary: int) -> nn.Module:
+def fresh_gpt2(config: Config, vocabulary: int) -> PreTrainedModel:
     """An untrained GPT-2 of the shape that `pretrain` names, without dropout."""
     shape = config.pretrain
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary, n_positions=config.data.block, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
-            activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
+    settings = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=config.data.block,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(settings)
 
 
 class Pretrainer(pl.LightningModule):
     """Next-token prediction with AdamW; one training step is one optimiser step."""
 
-    def __init__(self, config: Config, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, config: Config, model: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__()
         self.save_hyperparameters({"config": asdict(config)})
         self.automatic_optimization = False

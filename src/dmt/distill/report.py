@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distill.callbacks import usage
@@ -19,43 +20,46 @@ from dmt.models.surgery import TransferReport, memories_of
 SCALE_TOKENS = 4_096
 """Least number of tokens from which the teacher's variances are measured."""
 
+COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
+"""Groups of settings that stand in TensorBoard's HParams."""
+
 console = Console()
 
 
-def plan(config: Config, run: Path, student: nn.Module, trainable: dict[str, nn.Parameter], transfer: TransferReport) -> None:
+def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[str, nn.Parameter], transfer: TransferReport) -> None:
     """Print what is about to happen."""
     stages, batch = config.stages, config.data.batch * config.data.block
     steps = stages.layerwise_steps + stages.end_to_end_steps
+    weights = sum(p.numel() for p in trainable.values())
+    shape = student.config
     table = Table.grid(padding=(0, 2))
-    table.add_row("teacher", f"{config.teacher}: {student.config.num_hidden_layers} layers, width {student.config.hidden_size}")
+    table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
     for layer, memory in memories_of(student).items():
-        table.add_row(
-            f"layer {layer}",
-            f"feed-forward block -> featural memory, {memory.k} of {memory.slots} slots read, {memory.weighting} weights, ranked by {memory.ranking}",
-        )
+        what = f"{memory.k} of {memory.slots} slots read, {memory.weighting} weights, {memory.ranking} ranking"
+        table.add_row(f"layer {layer}", f"feed-forward block -> {what}")
     table.add_row("tensors", transfer.summary())
-    table.add_row("trainable", f"{sum(p.numel() for p in trainable.values()):,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
-    table.add_row("stages", f"calibrate on {stages.calibrate_tokens:,} tokens, layer-wise {stages.layerwise_steps:,} steps, end to end {stages.end_to_end_steps:,} steps")
-    table.add_row("text", f"{', '.join(config.data.corpora)}; {steps * batch:,} tokens in steps of {batch:,}; {config.trainer.threads} threads")
-    table.add_row("folder", str(run))
+    table.add_row("trainable", f"{weights:,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
+    table.add_row("calibrate", f"{stages.calibrate_tokens:,} tokens, no gradient")
+    table.add_row("layerwise", f"{stages.layerwise_steps:,} steps, the memories alone")
+    table.add_row("end_to_end", f"{stages.end_to_end_steps:,} steps")
+    table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
+    table.add_row("folder", f"{run}, {config.trainer.threads} threads")
     console.print(table)
 
 
 def untrained(tallies: dict[str, Tally]) -> None:
     """Print how good the student is before any gradient step."""
     for name, tally in tallies.items():
-        console.print(f"calibrated, untrained: {name} perplexity ratio {tally.ratio:.3f}, KL {tally.kl:.3f} nats per token")
+        console.print(f"before training: {name} perplexity ratio {tally.ratio:.3f}, KL {tally.kl:.3f} nats per token")
 
 
 def numbers(tally: Tally) -> dict[str, float]:
     """A tally as it is written to `run.json`."""
-    return {
-        "teacher_perplexity": tally.teacher_perplexity, "student_perplexity": tally.student_perplexity, "ratio": tally.ratio,
-        "kl": tally.kl, "agreement": tally.agreement, "tokens": tally.tokens,
-    }  # fmt: skip
+    names = ("teacher_perplexity", "student_perplexity", "ratio", "kl", "agreement", "tokens")
+    return {name: getattr(tally, name) for name in names}
 
 
-def slots(student: nn.Module) -> dict[str, dict[str, float]]:
+def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     """Usage of each layer's slots since counting began; stops counting."""
     found = {}
     for layer, memory in memories_of(student).items():
@@ -65,20 +69,22 @@ def slots(student: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
-def sizes(teacher: nn.Module, student: nn.Module, saved: Path) -> dict[str, int]:
+def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> dict[str, int]:
     """Bytes of weights in memory and of the saved student on disk."""
-    ram = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in (("teacher", teacher), ("student", student))}
-    return {**ram, "student_on_disk": saved.stat().st_size}
+    models = {"teacher": teacher, "student": student}
+    held = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
+    return {**held, "student_on_disk": saved.stat().st_size}
 
 
 def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
     """HParams for TensorBoard, written once, with the results they led to."""
-    settings = {
-        f"{group}.{name}": value
-        for group, members in asdict(config).items() if isinstance(members, dict) and group in ("memory", "loss", "stages", "optim", "student")
-        for name, value in members.items() if isinstance(value, bool | int | float | str)
-    } | {"teacher": config.teacher, "seed": config.seed}  # fmt: skip
-    metrics = {f"hparam/{corpus}_{name}": found[name] for corpus, found in results["fidelity"].items() for name in ("ratio", "kl", "agreement")}
+    groups = {group: members for group, members in asdict(config).items() if group in COMPARED_SETTINGS}
+    settings: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
+    for group, members in groups.items():
+        settings |= {f"{group}.{name}": value for name, value in members.items() if isinstance(value, bool | int | float | str)}
+    metrics: dict[str, float] = {}
+    for corpus, found in results["fidelity"].items():
+        metrics |= {f"hparam/{corpus}_{name}": found[name] for name in ("ratio", "kl", "agreement")}
     with SummaryWriter(str(run)) as board:
         board.add_hparams(settings, metrics, run_name=".")
 
@@ -87,45 +93,56 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table: measure, teacher, student, and how they compare."""
     table = []
     for corpus, found in results["fidelity"].items():
-        table.append((f"{corpus}: perplexity", f"{found['teacher_perplexity']:.3f}", f"{found['student_perplexity']:.3f}", f"ratio {found['ratio']:.4f}"))
-        table.append((f"{corpus}: KL, nats per token", "0", f"{found['kl']:.4f}", ""))
+        teacher, student = f"{found['teacher_perplexity']:.3f}", f"{found['student_perplexity']:.3f}"
+        table.append((f"{corpus}: perplexity", teacher, student, f"ratio {found['ratio']:.4f}"))
+        table.append((f"{corpus}: KL, nats/token", "0", f"{found['kl']:.4f}", ""))
         table.append((f"{corpus}: same top-1 token", "1", f"{found['agreement']:.4f}", ""))
         if said := found.get("recall"):
-            share = said["student"] / said["teacher"] if said["teacher"] else float("nan")
-            table.append((f"{corpus}: fact recall, {said['probes']:,} questions", f"{said['teacher']:.4f}", f"{said['student']:.4f}", f"{share:.4f} of the teacher's"))
-    used = results["slots"].values()
-    read, held = sum(u["k"] for u in used), sum(u["slots"] for u in used)
-    table.append(("slots read per token, all memories", f"{held:,}", f"{read:,}", f"1 / {held / read:.0f}"))
-    table.append(("dead slots", "", f"{sum(u['dead'] for u in used):.0f}", f"{sum(u['dead'] for u in used) / held:.2%}"))
-    size = results["bytes"]
-    table.append(("weights in memory, MB", f"{size['teacher'] / 1e6:.1f}", f"{size['student'] / 1e6:.1f}", f"{size['student_on_disk'] / 1e6:.1f} on disk"))
+            share = f"{said['student'] / said['teacher']:.4f} of it" if said["teacher"] else ""
+            table.append((f"{corpus}: facts recalled", f"{said['teacher']:.4f}", f"{said['student']:.4f}", share))
+    used, size = results["slots"].values(), results["bytes"]
+    read, held, dead = (sum(u[name] for u in used) for name in ("k", "slots", "dead"))
+    table.append(("slots read per token", f"{held:,}", f"{read:,}", f"1 / {held / read:.0f}"))
+    table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
+    megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}
+    on_disk = f"{megabytes['student_on_disk']} on disk"
+    table.append(("weights in memory, MB", megabytes["teacher"], megabytes["student"], on_disk))
     return table
 
 
-def finish(config: Config, run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
+def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
     """Print the table and where everything is; write `report.md`."""
     table = Table(title="teacher and student on the same test text")
     for heading in ("", "teacher", "student", ""):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="right" if heading else "left")
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
-    seconds, tokens = results["seconds"], results["tokens"]
-    told = [
-        *(
-            f"{corpus}: {found['windows']} windows of {found['window']} tokens, stride {found['stride']}, {found['tokens']:,.0f} predicted tokens"
-            for corpus, found in results["fidelity"].items()
-        ),
-        f"trained on {tokens['trained']:,} tokens at {tokens['per_second']:,.0f} a second; "
-        f"{seconds['prepare']:.0f} s to prepare, {seconds['train']:.0f} s to train, {seconds['measure']:.0f} s to measure",
-        f"curves   tensorboard --logdir {run.parent}",
-        f"student  {run / 'student'}",
-        f"report   {run / 'report.md'}",
-    ]
-    console.print("\n".join(told), highlight=False)
-    markdown = ["# " + run.name, "", "| | teacher | student | |", "|---|---:|---:|---|", *("| " + " | ".join(row) + " |" for row in rows(results)), ""]
-    markdown += [f"- {line}" for line in told] + [""]
+    notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
+    places = {"curves": f"tensorboard --logdir {run.parent}", "student": str(run / "student"), "report": str(run / "report.md")}
+    console.print("\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True)
+    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
+
+
+def _markdown(run: Path, results: dict[str, Any], notes: list[str], texts: dict[str, str]) -> str:
+    lines = [f"# {run.name}", "", "| | teacher | student | |", "|---|---:|---:|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(results)] + [""]
+    lines += [f"- {note}" for note in notes] + [""]
     for corpus, text in texts.items():
-        markdown += [f"## {corpus}: how both go on", "", text, ""]
-    markdown += [f"Replay: `python distill.py {run}/config.yaml`. What produced this: `run.json`, tensor by tensor: `transfer.txt`.", ""]
-    (run / "report.md").write_text("\n".join(markdown), encoding="utf-8")
+        lines += [f"## {corpus}: how both go on", "", text, ""]
+    lines.append(
+        f"Replay: `python distill.py {run}/config.yaml`. What produced this: `run.json`; tensor by tensor: `transfer.txt`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _measured(corpus: str, found: dict[str, Any]) -> str:
+    window = f"{found['windows']} windows of {found['window']} tokens, stride {found['stride']}"
+    asked = f", {found['recall']['probes']:,} questions" if "recall" in found else ""
+    return f"{corpus}: {window}, {found['tokens']:,.0f} predicted tokens{asked}"
+
+
+def _spent(results: dict[str, Any]) -> str:
+    seconds, tokens = results["seconds"], results["tokens"]
+    spent = ", ".join(f"{seconds[part]:.0f} s to {part}" for part in ("prepare", "train", "measure"))
+    return f"trained on {tokens['trained']:,} tokens, {tokens['per_second']:,.0f} a second; {spent}"

@@ -77,6 +77,7 @@ def distil(config: Config, run: Path | None) -> Path:
         report.untrained(untrained)
     prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
     if data.steps:
+        student.train()
         fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
     student, trained = student.eval().cpu(), time.perf_counter() - began - prepared
     results = measure(config, student, teacher.cpu(), tokenizer, data)
@@ -90,7 +91,7 @@ def distil(config: Config, run: Path | None) -> Path:
     texts = {c.name: samples(student, teacher, tokenizer, c.test) for c in data.corpora}
     write_record(run, config, results)
     report.hyperparameters(config, run, results)
-    report.finish(config, run, results, texts)
+    report.finish(run, results, texts)
     return run
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dmt.models.architectures import architecture_of
 
@@ -32,7 +33,7 @@ class Signals:
         return self.head(self.hidden)
 
 
-def observe(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
+def observe(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
     """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves each feed-forward block.
 
     Gradients flow where the caller allows them; hooks are gone when it returns.
@@ -59,7 +60,7 @@ def observe(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, blocks
 
 
 @torch.no_grad()
-def observe_teacher(teacher: nn.Module, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
+def observe_teacher(teacher: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
     """`observe` in eval mode and without gradient."""
     assert not teacher.training, "a teacher stays in eval mode"
     return observe(teacher, tokens, mask, blocks)

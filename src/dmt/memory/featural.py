@@ -92,8 +92,10 @@ class FeaturalMemory(nn.Module):
     @torch.no_grad()
     def load_feedforward(self, keys: Tensor, key_bias: Tensor, values: Tensor, output_bias: Tensor) -> None:
         """Take over a block's neurons: keys and values `(slots, width)`; projections become identities, means zero."""
-        for mine, theirs in zip((self.keys, self.key_bias, self.values, self.output_bias), (keys, key_bias, values, output_bias), strict=True):  # fmt: skip
-            mine.copy_(theirs)
+        self.keys.copy_(keys)
+        self.key_bias.copy_(key_bias)
+        self.values.copy_(values)
+        self.output_bias.copy_(output_bias)
         if self.means is not None:
             self.means.zero_()
         for projection in (self.query, self.output):
@@ -129,10 +131,8 @@ class FeaturalMemory(nn.Module):
 
     def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
         """Weighted sum of the values of the selected slots, `(tokens, width)`; with means, of their deviations."""
-        deviations, bias = weights, self.output_bias
-        if self.means is not None:
-            deviations = weights - self.means
-            bias = bias + self.means @ self.values
+        deviations = weights if self.means is None else weights - self.means
+        bias = self.output_bias if self.means is None else self.output_bias + self.means @ self.values
         ids = self._find(deviations, scores)
         if self.gradient == "selected" and len(weights) <= GATHER_TOKENS:
             return F.embedding_bag(ids, self.values, per_sample_weights=deviations.gather(-1, ids), mode="sum") + bias
@@ -154,7 +154,7 @@ class FeaturalMemory(nn.Module):
         offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
         ids = (grouped + offsets).flatten(-2)
         if self.reads is not None:
-            self.reads += torch.bincount(ids.flatten(), minlength=self.slots)
+            self.reads.add_(torch.bincount(ids.flatten(), minlength=self.slots))
         return ids
 
     @torch.no_grad()
@@ -168,11 +168,12 @@ class FeaturalMemory(nn.Module):
         """Add `difference` `(width,)` to what the memory says for every token, whatever it reads."""
         if self.output is not None:
             difference = torch.linalg.lstsq(self.output, difference.unsqueeze(-1)).solution.squeeze(-1)
-        self.output_bias += difference
+        self.output_bias.add_(difference)
 
     def count_reads(self) -> None:
         """Start counting how often each slot is read, in `reads` `(slots,)`, from zero."""
         self.reads = torch.zeros(self.slots, dtype=torch.long, device=self.keys.device)
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, slots={self.slots}, k={self.k}, heads={self.heads}, weighting={self.weighting}, ranking={self.ranking}"
+        shape = f"width={self.width}, slots={self.slots}, k={self.k}, heads={self.heads}"
+        return f"{shape}, weighting={self.weighting}, ranking={self.ranking}"

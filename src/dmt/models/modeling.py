@@ -6,9 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2PreTrainedModel,
+    PreTrainedModel,
+)
 
 from dmt.memory import FeaturalMemory
+from dmt.models.architectures import ARCHITECTURES
 
 
 class MemoryGPT2Config(GPT2Config):
@@ -34,22 +43,18 @@ class _WithMemories(GPT2PreTrainedModel):
 
 
 class MemoryGPT2Model(_WithMemories, GPT2Model):
-    """A GPT-2 without its head, memories in place of the feed-forward blocks that the config names."""
-
-    def __init__(self, config: MemoryGPT2Config) -> None:
-        super().__init__(config)
-        for layer, arguments in (config.memory or {}).items():
-            self.h[int(layer)].mlp = FeaturalMemory(width=config.n_embd, **arguments)
-        self.post_init()
+    """The backbone of a student."""
 
 
 class MemoryGPT2LMHeadModel(_WithMemories, GPT2LMHeadModel):
-    """A GPT-2 with memories; what `AutoModelForCausalLM` gives for a saved student."""
+    """A GPT-2 with memories in the layers its config names; what `AutoModelForCausalLM` gives for a saved student."""
 
     def __init__(self, config: MemoryGPT2Config) -> None:
         GPT2PreTrainedModel.__init__(self, config)
         self.transformer = MemoryGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for layer, arguments in (config.memory or {}).items():
+            ARCHITECTURES["gpt2"].replace(self, int(layer), FeaturalMemory(width=config.n_embd, **arguments))
         self.post_init()
 
 
@@ -57,7 +62,7 @@ AutoConfig.register("dmt_gpt2", MemoryGPT2Config)
 AutoModelForCausalLM.register(MemoryGPT2Config, MemoryGPT2LMHeadModel)
 
 
-def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> nn.Module:
+def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
     """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
     settings = {k: v for k, v in teacher_config.to_dict().items() if k not in ("model_type", "architectures", "memory", "dtype")}
     return MemoryGPT2LMHeadModel(MemoryGPT2Config(**{**settings, **no_dropout}, memory=memory))

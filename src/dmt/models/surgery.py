@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from dmt.config import MemoryConfig
 from dmt.errors import UserError
@@ -48,7 +48,7 @@ class TransferReport:
         return "\n".join(f"{t.fate:8} {t.tensor:40} {t.into:48} {t.elements:>12,}" for t in self.transfers)
 
 
-def transplant(teacher: nn.Module, memories: list[MemoryConfig]) -> tuple[nn.Module, TransferReport]:
+def transplant(teacher: PreTrainedModel, memories: list[MemoryConfig]) -> tuple[PreTrainedModel, TransferReport]:
     """A student equal to `teacher` but for the blocks that `memories` (one entry per layer) turns into memories.
 
     With `init: ff`, activation weighting and k = slots its logits are the teacher's up to rounding.
@@ -60,23 +60,19 @@ def transplant(teacher: nn.Module, memories: list[MemoryConfig]) -> tuple[nn.Mod
     arch = architecture_of(teacher.config.model_type)
     blocks = arch.blocks(teacher)
     assert len(blocks) == len(memories), "one memory setting per layer"
-    plan = {
-        str(layer): _arguments(layer, memory, arch, teacher)
-        for layer, memory in enumerate(memories)
-        if memory.kind != "dense"
-    }
+    plan = {str(layer): _arguments(layer, memory, arch, teacher) for layer, memory in enumerate(memories) if memory.kind != "dense"}
     student = build_student(teacher.config, plan, arch.no_dropout)
     report = _transfer(teacher, student, arch, {int(layer): memories[int(layer)] for layer in plan})
     return student.eval(), report
 
 
-def memories_of(student: nn.Module) -> dict[int, FeaturalMemory]:
+def memories_of(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
     """The memories of a student by layer."""
     blocks = architecture_of(student.config.model_type).blocks(student)
     return {layer: block for layer, block in enumerate(blocks) if isinstance(block, FeaturalMemory)}
 
 
-def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: nn.Module) -> dict[str, object]:
+def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: PreTrainedModel) -> dict[str, object]:
     block_slots = arch.read(arch.blocks(teacher)[layer]).keys.shape[0]
     slots = memory.slots or block_slots
     k = memory.k or max(memory.heads, slots // DEFAULT_SHARE // memory.heads * memory.heads)
@@ -86,7 +82,8 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: nn
         raise UserError(f"memory.heads={memory.heads} must divide the {slots} slots of layer {layer}")
     if memory.init == "ff" and slots != block_slots:
         raise UserError(
-            f"memory.slots={slots} differs from the {block_slots} neurons of layer {layer}; leave it empty or set memory.init=random"
+            f"memory.slots={slots} differs from the {block_slots} neurons of layer {layer}; "
+            "leave it empty or set memory.init=random"
         )
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
@@ -96,7 +93,9 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: nn
 
 
 @torch.no_grad()
-def _transfer(teacher: nn.Module, student: nn.Module, arch: Architecture, memories: dict[int, MemoryConfig]) -> TransferReport:
+def _transfer(
+    teacher: PreTrainedModel, student: PreTrainedModel, arch: Architecture, memories: dict[int, MemoryConfig]
+) -> TransferReport:
     given, wanted = teacher.state_dict(), student.state_dict()
     transfers: list[Transfer] = []
     filled: set[str] = set()

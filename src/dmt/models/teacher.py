@@ -9,8 +9,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.errors import UserError
 from dmt.models.architectures import architecture_of
@@ -20,7 +19,7 @@ PADDING = 128
 """Embedding matrices are often padded by up to this many rows that no token uses."""
 
 
-def load_teacher(source: str) -> tuple[nn.Module, Any]:
+def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
     """The model in float32, eval mode and without gradients, and its tokenizer.
 
     Raises:
@@ -54,7 +53,9 @@ def _place(source: str) -> str:
     if directory.is_dir():
         return str(directory)
     if directory.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"teacher={source}: no such directory; accepted are embedded, a local directory, or a hub name such as gpt2")
+        raise UserError(
+            f"teacher={source}: no such directory; accepted are embedded, a local directory, or a hub name such as gpt2"
+        )
     from huggingface_hub import constants, try_to_load_from_cache
 
     if not isinstance(try_to_load_from_cache(source, "config.json"), str) and not _reachable(constants.ENDPOINT):

@@ -1,0 +1,12 @@
+# make check | test | run | board
+.PHONY: check test run board
+check:  ## lint, format, types
+	ruff check .
+	ruff format --check .
+	mypy
+test:
+	python -m pytest
+run:
+	python distill.py
+board:
+	tensorboard --logdir lightning_logs

@@ -1,0 +1,74 @@
+"""Tiny models, built in memory, whose logits are peaked: a fresh GPT-2 is near-uniform and hides mistakes."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dmt.distill.pretrain import train_tokenizer
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog and runs away",
+    "a memory is a table of rows and every row can be read",
+    "Ada Holbrook was born in the town of Ravenhill on March 3, 1950.",
+]
+WIDTH, LAYERS, SLOTS, POSITIONS = 16, 3, 64, 32
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(SENTENCES * 3, 300, POSITIONS)
+
+
+def make_teacher(vocabulary: int = 300, **changes):
+    """A GPT-2 of three layers with large weights, biases and norms that are not their initial zeros and ones."""
+    settings = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": 2, "n_positions": POSITIONS, "vocab_size": vocabulary}
+    settings |= {"activation_function": "gelu_new", "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = GPT2LMHeadModel(GPT2Config(**(settings | changes)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def teacher(tokenizer):
+    return make_teacher(len(tokenizer))
+
+
+@pytest.fixture
+def teacher_folder(teacher, tokenizer, tmp_path):
+    """The tiny teacher and its tokenizer as a directory that `teacher=` accepts."""
+    folder = tmp_path / "teacher"
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Enough text for every split, in paragraphs."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, 300, (3, 20))

@@ -1,0 +1,49 @@
+"""The obvious definition of a featural memory: one token and one slot at a time, float64, nothing shared with the code."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def read(memory, token: Tensor) -> Tensor:
+    """What `memory` should answer to one token `(width,)`."""
+    per_head = memory.slots // memory.heads
+    scores = []
+    for slot in range(memory.slots):
+        query = token if memory.query is None else memory.query[slot // per_head] @ token
+        if memory.weighting == "distance":
+            scores.append(-((query - memory.keys[slot]) ** 2).sum() / math.sqrt(memory.width))
+        elif memory.weighting == "softmax":
+            scores.append((query @ memory.keys[slot] + memory.key_bias[slot]) / math.sqrt(memory.width))
+        else:
+            scores.append(query @ memory.keys[slot] + memory.key_bias[slot])
+    weights, means = scores, [torch.zeros((), dtype=token.dtype)] * memory.slots
+    if memory.weighting == "activation":
+        weights = [gelu_tanh(score) for score in scores]
+    elif memory.weighting == "relu":
+        weights = [torch.clamp(score, min=0) for score in scores]
+    if memory.ranking == "centred":
+        means = list(memory.means)
+    rank = {
+        "score": lambda i: scores[i],
+        "contribution": lambda i: weights[i].abs() * memory.values[i].norm(),
+        "centred": lambda i: (weights[i] - means[i]).abs() * memory.values[i].norm(),
+    }[memory.ranking]
+    chosen = []
+    for head in range(memory.heads):
+        mine = range(head * per_head, (head + 1) * per_head)
+        chosen += sorted(mine, key=lambda i: -rank(i).item())[: memory.k // memory.heads]
+    said = memory.output_bias
+    for slot in range(memory.slots):
+        said = said + means[slot] * memory.values[slot]
+    if memory.weighting in ("softmax", "distance"):
+        total = sum(torch.exp(scores[i]) for i in chosen)
+        said = said + sum(torch.exp(scores[i]) / total * memory.values[i] for i in chosen)
+    else:
+        said = said + sum((weights[i] - means[i]) * memory.values[i] for i in chosen)
+    return said if memory.output is None else memory.output @ said

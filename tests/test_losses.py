@@ -1,0 +1,125 @@
+"""Losses by definition: hand-made numbers, the library's own loss, and independence of padding and splitting."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_teacher
+
+from dmt.config import LossConfig
+from dmt.distill.losses import TERMS, Batch, Scales, distillation_terms, kl, next_token_mask, reverse_kl, weighted_sum
+from dmt.distill.signals import Signals, observe
+
+ALL = LossConfig(kl=1.0, reverse_kl=0.7, ce=0.5, hidden=0.3, block=0.2, cosine=0.9, temperature=2.0)
+SCALES = Scales(torch.tensor([2.0, 3.0, 4.0]), torch.tensor(5.0))
+
+
+@pytest.fixture
+def pair():
+    return make_teacher(300, initializer_range=0.3).requires_grad_(True), make_teacher(300)
+
+
+def loss(student, teacher, tokens, mask=None, weights=ALL, batch=None):
+    batch = batch or Batch.whole(tokens, mask)
+    signals = observe(student, tokens, mask, blocks=True), observe(teacher, tokens, mask, blocks=True)
+    return weighted_sum(distillation_terms(*signals, batch, weights, SCALES), weights)
+
+
+def gradients(student, value):
+    return torch.autograd.grad(value, list(student.parameters()), allow_unused=True, materialize_grads=True)
+
+
+def test_kl_of_two_coins():
+    teacher, student = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
+    assert kl(student, teacher) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert reverse_kl(student, teacher) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_kl_against_its_sum_with_temperature_squared(temperature):
+    student, teacher = torch.randn(2, 5, 7) * 3, torch.randn(2, 5, 7) * 3
+    p, q = (F.softmax(x / temperature, -1) for x in (teacher, student))
+    torch.testing.assert_close(kl(student, teacher, temperature), temperature**2 * (p * (p / q).log()).sum(-1))
+
+
+def test_ce_is_the_librarys_shifted_loss(pair, tokens):
+    student, teacher = pair
+    weights = LossConfig(kl=0, ce=1)
+    labels = tokens.clone()
+    torch.testing.assert_close(loss(student, teacher, tokens, weights=weights), student(tokens, labels=labels).loss)
+    copied = F.cross_entropy(student(tokens).logits.flatten(0, 1), tokens.flatten())
+    assert abs((copied - loss(student, teacher, tokens, weights=weights)).item()) > 0.1
+
+
+def test_kl_term_is_a_mean_over_tokens(pair, tokens):
+    student, teacher = pair
+    expected = kl(student(tokens).logits, teacher(tokens).logits).mean()
+    torch.testing.assert_close(loss(student, teacher, tokens, weights=LossConfig(kl=1)), expected)
+    doubled = tokens.repeat(2, 1)
+    torch.testing.assert_close(loss(student, teacher, doubled, weights=LossConfig(kl=1)), expected)
+
+
+def test_padding_changes_neither_value_nor_gradient(pair, tokens):
+    student, teacher = pair
+    padded = F.pad(tokens, (0, 7), value=5)
+    mask = F.pad(torch.ones_like(tokens), (0, 7))
+    plain, masked = loss(student, teacher, tokens), loss(student, teacher, padded, mask)
+    torch.testing.assert_close(masked, plain)
+    for got, want in zip(gradients(student, masked), gradients(student, plain), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, tokens):
+    student, teacher = pair
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0  # a short row: a mean of means would give it too much weight
+    whole = loss(student, teacher, tokens, mask)
+    counts = Batch.whole(tokens, mask)
+    pieces = [
+        loss(student, teacher, t, m, batch=Batch(t, m.bool(), counts.tokens_in_step, counts.targets_in_step))
+        for t, m in zip(tokens.split(1), mask.split(1), strict=True)
+    ]
+    torch.testing.assert_close(sum(pieces), whole)
+    for got, want in zip(gradients(student, sum(pieces)), gradients(student, whole), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk):
+    student, teacher = pair
+    weights = LossConfig(kl=1, reverse_kl=0.5, ce=0.3)
+    chunked = LossConfig(kl=1, reverse_kl=0.5, ce=0.3, chunk=chunk)
+    plain, pieces = loss(student, teacher, tokens, weights=weights), loss(student, teacher, tokens, weights=chunked)
+    torch.testing.assert_close(pieces, plain)
+    for got, want in zip(gradients(student, pieces), gradients(student, plain), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_each_weight_scales_its_own_term_and_nothing_else(pair, tokens, term):
+    student, teacher = pair
+    nothing = dict.fromkeys(TERMS, 0.0)
+    alone = LossConfig(**(nothing | {term: 1.0}))
+    signals = observe(student, tokens, blocks=True), observe(teacher, tokens, blocks=True)
+    assert set(distillation_terms(*signals, Batch.whole(tokens), alone, SCALES)) == {term}
+    once, thrice = (loss(student, teacher, tokens, weights=LossConfig(**(nothing | {term: w}))) for w in (1.0, 3.0))
+    torch.testing.assert_close(thrice, 3 * once)
+    assert once.item() > 0.01
+    if term != "ce":
+        assert loss(teacher, teacher, tokens, weights=alone).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_state_terms_by_definition(tokens):
+    mine, theirs = (torch.randn(3, 20, 4) for _ in range(2))
+    student, teacher = (Signals(x, torch.nn.Identity(), block_outputs=(x, 2 * x, 3 * x)) for x in (mine, theirs))
+    terms = distillation_terms(student, teacher, Batch.whole(tokens), LossConfig(kl=0, hidden=1, block=1, cosine=1), SCALES)
+    squared = (mine - theirs).square().sum(-1).mean()
+    torch.testing.assert_close(terms["hidden"], squared / 5)
+    torch.testing.assert_close(terms["block"], squared * (1 / 2 + 4 / 3 + 9 / 4) / 3)
+    torch.testing.assert_close(terms["cosine"], 1 - F.cosine_similarity(mine, theirs, dim=-1).mean())
+
+
+def test_next_token_mask():
+    mask = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    assert next_token_mask(mask).tolist() == [[True, True, False, False], [False, True, True, False]]

@@ -1,0 +1,98 @@
+"""The saved student is a transformers model like any other, causal, and equal to the one in memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LAYERS, SLOTS
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from dmt.config import MemoryConfig
+from dmt.models.surgery import memories_of, transplant
+
+VARIANTS = {
+    "default": MemoryConfig(),
+    "softmax": MemoryConfig(weighting="softmax", ranking="score", init="random", projections=True),
+    "heads": MemoryConfig(heads=2, k=8, ranking="contribution", projections=True),
+    "all": MemoryConfig(k=SLOTS),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def student(request, teacher):
+    model, _ = transplant(teacher, [VARIANTS[request.param], MemoryConfig(kind="dense"), VARIANTS[request.param]])
+    with torch.no_grad():  # nothing may be left at a value that a fresh model has too
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_equal(student, tokenizer, tokens, tmp_path):
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    assert list(memories_of(loaded)) == [0, 2]
+    names = {file.name for file in tmp_path.iterdir()}
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".ckpt"))]
+    assert AutoTokenizer.from_pretrained(tmp_path)("fox").input_ids == tokenizer("fox").input_ids
+
+
+@torch.no_grad()
+def test_the_future_never_leaks(student, tokens):
+    for position in range(1, tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, position] = (tokens[:, position] + 1) % 300
+        before, after = student(tokens).logits, student(changed).logits
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@torch.no_grad()
+def test_one_sequence_never_sees_another(student, tokens):
+    changed = tokens.clone()
+    changed[1] = (tokens[1] + 1) % 300
+    assert torch.equal(student(tokens).logits[[0, 2]], student(changed).logits[[0, 2]])
+
+
+@torch.no_grad()
+def test_generation_with_and_without_cache_is_equal(student, tokens):
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompts = tokens[:, :8]
+    cached, plain = (student.generate(prompts, attention_mask=torch.ones_like(prompts), use_cache=u, **how) for u in (True, False))
+    assert torch.equal(cached, plain)
+    assert cached.shape[1] == 20
+
+
+def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer, tmp_path):
+    student, _ = transplant(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    script = (
+        "import sys, dmt; assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, pipeline\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)\n"
+        f"print(AutoConfig.from_pretrained({str(tmp_path)!r}).model_type)\n"
+        f"print(len(pipeline('text-generation', {str(tmp_path)!r})('the fox', max_new_tokens=3)[0]['generated_text']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, kind, length = done.stdout.split()
+    assert (name, kind) == ("MemoryGPT2LMHeadModel", "dmt_gpt2")
+    assert int(length) > len("the fox")
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(student, tokens):
+    student.train()
+    plain = torch.autograd.grad(student(tokens, labels=tokens).loss, student.transformer.h[0].mlp.values)[0]
+    student.activation_checkpointing_enable({"use_reentrant": False})
+    again = torch.autograd.grad(student(tokens, labels=tokens, use_cache=False).loss, student.transformer.h[0].mlp.values)[0]
+    torch.testing.assert_close(again, plain)
+
+
+def test_pipeline_in_process(student, tokenizer):
+    said = pipeline("text-generation", model=student, tokenizer=tokenizer)("the quick", max_new_tokens=4, do_sample=False)
+    assert said[0]["generated_text"].startswith("the quick")

@@ -1,0 +1,140 @@
+"""Surgery: the clone is the teacher until k is small, and every tensor is accounted for."""
+
+import pytest
+import torch
+from conftest import LAYERS, SLOTS, WIDTH, make_teacher
+
+from dmt.config import MemoryConfig
+from dmt.errors import UserError
+from dmt.memory import FeaturalMemory
+from dmt.models.architectures import architecture_of
+from dmt.models.surgery import memories_of, transplant
+from dmt.models.teacher import load_teacher
+from dmt.settings import EMBEDDED_TEACHER
+
+ALL = MemoryConfig(k=SLOTS)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("ranking", ["score", "contribution", "centred"])
+@pytest.mark.parametrize("projections", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])
+def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activation):
+    teacher = make_teacher(activation_function=activation)
+    student, _ = transplant(teacher, [MemoryConfig(k=SLOTS, ranking=ranking, projections=projections, heads=heads)] * LAYERS)
+    wanted = logits(teacher, tokens)
+    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+
+
+def test_all_slots_equal_the_embedded_teacher():
+    teacher, _ = load_teacher("embedded")
+    student, _ = transplant(teacher, [MemoryConfig(k=teacher.config.n_embd * 4)] * teacher.config.n_layer)
+    tokens = torch.randint(0, teacher.config.vocab_size, (2, 128))
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
+
+
+def test_fewer_slots_are_not_the_teacher(teacher, tokens):
+    student, _ = transplant(teacher, [MemoryConfig(k=SLOTS // 16)] * LAYERS)
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("part", ["mlp.values", "mlp.keys", "attn.c_proj.weight"])
+def test_every_layer_matters(teacher, tokens, layer, part):
+    student, _ = transplant(teacher, [ALL] * LAYERS)
+    before = logits(student, tokens)
+    with torch.no_grad():
+        student.get_parameter(f"transformer.h.{layer}.{part}").mul_(1.5)
+    assert (logits(student, tokens) - before).abs().max() > 1e-3
+
+
+def test_student_shares_no_storage_with_the_teacher(teacher):
+    student, _ = transplant(teacher, [ALL, MemoryConfig(kind="dense"), ALL])
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    assert not theirs & {p.data_ptr() for p in student.parameters()}
+
+
+def test_rules_choose_layers(teacher, tokens):
+    student, report = transplant(teacher, [MemoryConfig(kind="dense"), MemoryConfig(k=8), MemoryConfig(k=SLOTS)])
+    assert {layer: memory.k for layer, memory in memories_of(student).items()} == {1: 8, 2: SLOTS}
+    assert "transformer.h.0.mlp.c_fc.weight" in {t.tensor for t in report.transfers if t.fate == "copied"}
+
+
+def test_report_accounts_for_every_tensor_once(teacher):
+    memories = [MemoryConfig(kind="dense"), MemoryConfig(projections=True), MemoryConfig(init="random", slots=32, k=2)]
+    student, report = transplant(teacher, memories)
+    taken = [t.tensor for t in report.transfers if t.tensor != "-"]
+    filled = [t.into for t in report.transfers if t.into != "-"]
+    assert sorted(taken) == sorted(teacher.state_dict())
+    assert sorted(filled) == sorted(student.state_dict())
+    fate = {t.tensor: t.fate for t in report.transfers} | {t.into: t.fate for t in report.transfers}
+    assert fate["transformer.h.1.mlp.c_fc.weight"] == "memory"
+    assert fate["transformer.h.2.mlp.c_fc.weight"] == "dropped"
+    assert fate["transformer.h.2.mlp.keys"] == "new"
+    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.means"] == "new"
+    assert fate["lm_head.weight"] == "copied"
+    copied = sum(t.elements for t in report.transfers if t.fate != "new")
+    assert copied == sum(v.numel() for v in teacher.state_dict().values())
+    assert f"{copied:,}"[:1] in report.summary()
+    assert len(report.table().splitlines()) == len(report.transfers)
+
+
+def test_a_tensor_without_a_place_is_an_error(teacher):
+    teacher.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(RuntimeError, match="surprise"):
+        transplant(teacher, [ALL] * LAYERS)
+
+
+def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
+    original = FeaturalMemory.__init__
+    monkeypatch.setattr(
+        FeaturalMemory, "state_dict", lambda self, *a, **k: torch.nn.Module.state_dict(self, *a, **k) if a or k else {}
+    )
+    assert FeaturalMemory.__init__ is original
+    with pytest.raises(RuntimeError, match=r"means"):
+        transplant(teacher, [MemoryConfig(k=4)] * LAYERS)
+
+
+def test_default_k_is_a_sixteenth(teacher):
+    student, _ = transplant(teacher, [MemoryConfig(), MemoryConfig(init="random", slots=128), MemoryConfig(heads=8)])
+    assert [memory.k for memory in memories_of(student).values()] == [4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (MemoryConfig(k=SLOTS + 1), rf"memory\.k must be in \[1, {SLOTS}\].*got {SLOTS + 1}"),
+        (MemoryConfig(heads=3, k=3), "heads=3"),
+        (MemoryConfig(slots=32), "init=random"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
+    with pytest.raises(UserError, match=message):
+        transplant(teacher, [memory] * LAYERS)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(UserError, match=r"'bert'.*gpt2"):
+        architecture_of("bert")
+
+
+def test_random_memories_differ_from_each_other_and_are_finite(teacher, tokens):
+    student, _ = transplant(teacher, [MemoryConfig(init="random", projections=True)] * LAYERS)
+    first, second, _ = memories_of(student).values()
+    assert not torch.equal(first.keys, second.keys)
+    assert logits(student, tokens).isfinite().all()
+    assert first.width == WIDTH
+
+
+def test_teacher_is_frozen_float32_and_embedded_assets_are_small():
+    teacher, _ = load_teacher("embedded")
+    assert not teacher.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in teacher.parameters())
+    assert sum(f.stat().st_size for f in EMBEDDED_TEACHER.iterdir()) <= 10e6
+    assert not list(EMBEDDED_TEACHER.glob("*.bin"))
