@@ -23,6 +23,8 @@ from dmt.wording import names
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "pytorch_lightning", "pandas", "faiss", "tokenizers", "tensorboard"}
 
+UNMENDED = pytest.mark.xfail(strict=True, reason="ends in a traceback, or runs with random weights; take the mark off once mended")
+
 
 @pytest.fixture(autouse=True)
 def _signals_put_back():
@@ -38,6 +40,13 @@ def place(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def unstarted(monkeypatch):
+    """No run may begin: a mistake that is no longer refused shall not cost minutes of training."""
+    for entry in ("start", "resume"):
+        monkeypatch.setattr(f"dmt.distill.run.{entry}", lambda *_: pytest.fail("a run began"))
 
 
 @pytest.fixture
@@ -58,6 +67,7 @@ def distill(*given: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def refusal(capsys, given: list[str]) -> str:
     """The line that `main` ends with, its prefix left out."""
+    capsys.readouterr()  # what the fixtures said
     assert main(given) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -88,9 +98,8 @@ def test_a_typo_is_one_line_and_leaves_nothing(place):
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("task", ["distill", "pretrain"])
-def test_a_missing_corpus_is_one_line_and_leaves_nothing(place, teacher_folder, task):
-    done = distill(f"teacher={teacher_folder}", f"task={task}", "data.block=16", "data.corpora=[nix.txt]", cwd=place)
+def test_a_missing_corpus_is_one_line_and_leaves_nothing(place, teacher_folder):
+    done = distill(f"teacher={teacher_folder}", "data.block=16", "data.corpora=[nix.txt]", cwd=place)
     assert done.returncode == 2
     assert done.stdout == ""
     started, error = done.stderr.splitlines()
@@ -104,6 +113,7 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(place)
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "src")!r})
+sys.modules["dmt.distill.run"] = None  # no run may begin
 from dmt.main import main
 try:
     main(["--help"])
@@ -141,16 +151,16 @@ for words in (["memory.kk=3"], ["memory.k=x"], ["memory.k=600", "memory.slots=51
         (["--resume", "nix", "a.yaml"], "--resume goes on with the run's own settings; leave out a.yaml"),
         (["--resume", "nix"], "--resume nix: no run is there (no config.yaml); there are: none beside it"),
         (["--resume="], "--resume .: no run is there (no config.yaml)"),
-        (["teacher=a\nb"], "teacher must be text"),
+        (["teacher='a\n\nb'"], "teacher must be text, got 'a\\nb'"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
-def test_wrong_options_and_files(place, capsys, given, message):
+def test_wrong_options_and_files(place, unstarted, capsys, given, message):
     assert message in refusal(capsys, given)
     assert list(place.iterdir()) == []
 
 
-def test_resume_names_the_runs_that_are_there_and_what_to_do_without_a_checkpoint(place, capsys):
+def test_resume_names_the_runs_that_are_there_and_what_to_do_without_a_checkpoint(place, unstarted, capsys):
     for number in (0, 1):
         (place / "logs" / f"version_{number}").mkdir(parents=True)
         save(Config(), place / "logs" / f"version_{number}" / "config.yaml")
@@ -199,7 +209,7 @@ def test_a_signal_outside_training_ends_in_its_exit_code(place, capsys, monkeypa
 
 @pytest.mark.parametrize("below", ["", "/deep/er"])
 @pytest.mark.parametrize("task", ["distill", "pretrain"])
-def test_a_log_folder_that_is_a_file(place, capsys, task, below):
+def test_a_log_folder_that_is_a_file(place, unstarted, capsys, task, below):
     (place / "taken").write_text("mine")
     setting = "pretrain.output" if task == "pretrain" else "trainer.log_dir"
     message = refusal(capsys, [f"task={task}", f"{setting}=taken{below}"])
@@ -246,10 +256,33 @@ def test_a_teacher_of_which_a_file_is_missing(place, capsys, words, teacher_fold
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("broken", ["config.json", pytest.param("model.safetensors", marks=UNMENDED), "tokenizer.json"])
 def test_a_teacher_of_which_a_file_is_broken(place, capsys, words, teacher_folder, broken):
     (teacher_folder / broken).write_text("{")
     assert refusal(capsys, words).startswith(f"teacher={teacher_folder} cannot be loaded (")
+    assert list(place.iterdir()) == []
+
+
+@UNMENDED
+@pytest.mark.parametrize("changes", [{"n_layer": 5}, {"n_layer": 2}, {"n_embd": 32}], ids=str)
+def test_a_teacher_whose_weights_are_not_those_of_its_config(place, capsys, words, teacher_folder, changes):
+    file = teacher_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert refusal(capsys, words).startswith(f"teacher={teacher_folder}")
+    assert list(place.iterdir()) == []
+
+
+@UNMENDED
+@pytest.mark.parametrize("source", ["a b", "nix/", "a--b"])
+def test_a_teacher_that_cannot_be_a_name_on_a_hub(place, capsys, words, source):
+    assert refusal(capsys, [*words, f"teacher={source}"]).startswith(f"teacher={source}")
+    assert list(place.iterdir()) == []
+
+
+@UNMENDED
+@pytest.mark.parametrize("name", ["gpuu", "tpu"])
+def test_an_accelerator_that_is_not_there(place, capsys, words, name):
+    assert "trainer.accelerator" in refusal(capsys, [*words, f"trainer.accelerator={name}"])
     assert list(place.iterdir()) == []
 
 
@@ -304,6 +337,12 @@ def test_text_that_cannot_be_used(place, tmp_path, capsys, words, name, content,
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused = refusal(capsys, [*words, f"data.corpora=[{file}]"])
     assert message.format(file=file) in refused
+    assert list(place.iterdir()) == []
+
+
+def test_missing_text_for_a_new_teacher(place, capsys, words):
+    message = refusal(capsys, [*words, "task=pretrain", "data.corpora=[nix.txt]", "pretrain.output=new"])
+    assert message.startswith("data.corpora: no file or folder nix.txt; accepted are speeches, biographies,")
     assert list(place.iterdir()) == []
 
 

@@ -121,6 +121,7 @@ WRONG = [
     ("teacher=!!python/name:os.system x", "cannot read teacher=!!python/name:os.system x: not valid YAML"),
     ("teacher=\0", "cannot read teacher='\\x00': not valid YAML"),
     ("data.corpora=" + "[" * 3000, "not valid YAML"),
+    ("data.corpora=" + "[" * 3000 + "]" * 3000, "not valid YAML"),
     ("seed=" + "9" * 5000, "cannot read seed=999"),
     # ranges
     ("memory.k=0", "memory.k must be at least 1, got 0"),
@@ -401,6 +402,7 @@ def test_nothing_heavy_is_imported_to_refuse_a_rule():
         (json.dumps(SHAPE | {"n_layer": "4"}), None),
         (json.dumps(SHAPE | {"n_layer": 0}), None),
         (json.dumps({"hidden_size": 128}), None),
+        (json.dumps(SHAPE | {"n_embd": None}), None),
         ("[1]", None),
         ("{", None),
         (None, None),
@@ -463,6 +465,7 @@ def test_help_prints_every_field_with_default_choices_and_docstring(cls, name, k
 def test_help_prints_nothing_twice():
     lines = [line for line in describe().splitlines() if not line.startswith(" ")]
     assert [line.partition("=")[0] for line in lines] == KEYS
+    assert {"data.corpora=[speeches, biographies]", "memory.k=", "memory.projections=false"} <= set(lines), "as they are typed"
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------

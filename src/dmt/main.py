@@ -7,8 +7,10 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from dmt import settings
+from dmt.distill.folder import check_writable, open_run
 from dmt.errors import UserError
 
 USAGE = "python distill.py [CONFIG.yaml | --config CONFIG.yaml] [key=value ...]\n       python distill.py --resume RUN_FOLDER"
@@ -24,11 +26,11 @@ def main(words: list[str]) -> int:
     try:
         return _main(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whoever worded it
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; nothing was being trained at that moment, so there is nothing more to save", file=sys.stderr)
-        return 130
+        return 128 + next(iter(stopped.args), signal.SIGINT)
 
 
 def _main(words: list[str]) -> int:
@@ -41,23 +43,29 @@ def _main(words: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="the config file, if not given as a word")
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own settings")
     given = parser.parse_intermixed_args(words)
-    files = [word for word in given.words if "=" not in word] + ([given.config] if given.config else [])
+    files = [word for word in given.words if "=" not in word] + ([] if given.config is None else [given.config])
     changes = [word for word in given.words if "=" in word]
     if len(files) > 1:
         raise UserError(f"one config file at most, got {', '.join(files)}")
-    if given.resume and (files or changes):
+    resumed = None if given.resume is None else Path(given.resume)
+    if resumed and (files or changes):
         raise UserError(f"--resume goes on with the run's own settings; leave out {' '.join(files + changes)}")
-    config = None if given.resume else settings.load(files[0] if files else None, changes)
+    config = open_run(resumed) if resumed else settings.load(files[0] if files else None, changes)
+    if not resumed:
+        check_writable(config.trainer.log_dir, "trainer.log_dir")
+    if config.task == "pretrain":
+        check_writable(config.pretrain.output, "pretrain.output")
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
     print("loading torch and transformers ...", file=sys.stderr)
     from dmt.distill.run import resume, start  # heavy: only once the words are known to be right
 
-    return resume(Path(given.resume)) if given.resume else start(config)  # type: ignore[arg-type]
+    return resume(resumed) if resumed else start(config)
 
 
-def _refuse(message: str) -> None:
-    raise UserError(f"{message}; python distill.py --help lists what there is")
+def _refuse(message: str) -> NoReturn:
+    advice = "a setting is written key=value, without dashes; " if message.startswith("unrecognized") else ""
+    raise UserError(f"{message}; {advice}python distill.py --help lists what there is")

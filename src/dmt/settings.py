@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
+import io
 import json
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
-import dmt.config as schema
 from dmt.config import Config, MemoryConfig
 from dmt.errors import UserError
+from dmt.wording import field_notes, fit, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
+UNKNOWN_LAYERS = 1_000
+"""Layers a teacher may have whose config.json is not here to be asked."""
 
 
 def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()) -> Config:
@@ -26,31 +28,37 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
     Raises:
         UserError: a missing or malformed file, an unknown key, a wrong type, a bad choice or a contradiction.
     """
-    merged = OmegaConf.structured(Config)
+    config = Config()
     if file is not None:
-        merged = _merge(merged, _read(Path(file)), str(file))
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"cannot read {word!r}: a setting is written key=value, as in memory.k=64; --help lists them")
+        found = _read(Path(file))
         try:
-            change = OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise UserError(f"cannot read {word!r}: {_first_line(error)}") from None
-        merged = _merge(merged, change, word)
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config), "the schema is Config"
+            config = _changed(config, found)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"cannot read {shown(word)}: a setting is written key=value, as in memory.k=64; --help lists them")
+        if key not in names():
+            raise unknown(key, [name for name in names() if name.rpartition(".")[0] == key.rpartition(".")[0]], names())
+        value = _parse(f"value={text}", f"{key}={shown(text)}")["value"]
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        config = _changed(config, value)
     check(config)
     return config
 
 
 def save(config: Config, path: Path) -> None:
     """Write every setting as YAML; `load(path)` gives an equal `Config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
 
 
-def layer_memories(config: Config, layers: int) -> list[MemoryConfig]:
+def layer_memories(config: Config, layers: int, block_slots: int | None = None) -> list[MemoryConfig]:
     """The memory settings of each of `layers` layers, rules applied in order.
+
+    Args:
+        block_slots: neurons in the teacher's blocks, where known: what empty `slots` stand for.
 
     Raises:
         UserError: a rule has an unknown key, names a layer that is not there, or contradicts itself.
@@ -58,17 +66,17 @@ def layer_memories(config: Config, layers: int) -> list[MemoryConfig]:
     memories = [config.memory] * layers
     for number, rule in enumerate(config.student.rules):
         name = f"student.rules[{number}]"
-        unknown = set(rule) - {"layers", "memory"}
-        if unknown or "layers" not in rule:
-            raise UserError(f"{name} needs exactly `layers` and `memory`, got {sorted(rule)}")
-        for layer in select_layers(str(rule["layers"]), layers, f"{name}.layers"):
-            base = OmegaConf.structured(memories[layer])
-            change = rule.get("memory") or {}
-            if not isinstance(change, dict):
-                raise UserError(f"{name}.memory must be settings such as {{k: 64}}, got {change!r}")
-            merged = _merge(base, OmegaConf.create(change), name, prefix=f"{name}.memory.")
-            memories[layer] = OmegaConf.to_object(merged)  # type: ignore[assignment]
-            _check_memory(memories[layer], f"{name}.memory", None)
+        if set(rule) != {"layers", "memory"} or not isinstance(rule["memory"], dict):
+            raise UserError(f"{name} must be a rule such as {{layers: 0-1, memory: {{k: 64}}}}, got {shown(rule)}")
+        given = rule["layers"]
+        chosen = ",".join(map(str, given)) if isinstance(given, list) else str(given)
+        changed: dict[MemoryConfig, MemoryConfig] = {}
+        for layer in select_layers(chosen, layers, f"{name}.layers"):
+            before = memories[layer]
+            if before not in changed:
+                changed[before] = _changed(before, rule["memory"], f"{name}.memory.")
+                _check_memory(changed[before], f"{name}.memory", block_slots)
+            memories[layer] = changed[before]
     return memories
 
 
@@ -80,9 +88,9 @@ def select_layers(text: str, layers: int, name: str) -> list[int]:
         try:
             low, high = (0, layers - 1) if part == "all" else (int(first), int(last or layers - 1) if dash else int(first))
         except ValueError:
-            raise UserError(f"{name} must be `all`, a layer, a range such as 0-2 or 2-, or a list; got {text!r}") from None
+            raise UserError(f"{name} must be `all`, a layer, a range such as 0-2 or 2-, or a list; got {shown(text)}") from None
         if not 0 <= low <= high < layers:
-            raise UserError(f"{name} must name layers in [0, {layers - 1}], got {text!r}")
+            raise UserError(f"{name} must name layers in [0, {layers - 1}], got {shown(text)}")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 
@@ -101,16 +109,26 @@ def check(config: Config) -> None:
         if not _value(config, name) >= least:
             raise UserError(f"{name} must be at least {least}, got {_value(config, name)}")
     for name in ("loss.temperature", "stages.layerwise_lr", "stages.end_to_end_lr", "pretrain.lr"):
-        if not 0 < _value(config, name) < float("inf"):
+        if not _value(config, name) > 0:
             raise UserError(f"{name} must be a positive number, got {_value(config, name)}")
+    if config.seed >= 2**32:
+        raise UserError(f"seed must be in [0, {2**32 - 1}], got {shown(config.seed)}")
+    if config.optim.final_lr > 1:
+        raise UserError(f"optim.final_lr must be in [0, 1], a share of the peak, got {config.optim.final_lr}")
     for name in ("optim.beta1", "optim.beta2"):
         if not 0 <= _value(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {_value(config, name)}")
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>")
+    for name in ("trainer.log_dir", "pretrain.output"):
+        _home(_value(config, name), name)
+    for corpus in config.data.corpora:
+        _home(corpus, "data.corpora")
     shares = config.data.shares
     if shares and (len(shares) != len(config.data.corpora) or min(shares) < 0 or not sum(shares) > 0):
-        raise UserError(f"data.shares must be one number >= 0 for each of the {len(config.data.corpora)} data.corpora, got {shares}")
+        raise UserError(
+            f"data.shares must be one number >= 0 for each of the {len(config.data.corpora)} data.corpora, got {shown(shares)}"
+        )
     if config.data.batch % (config.data.micro_batch * config.trainer.devices) and config.data.micro_batch < config.data.batch:
         raise UserError(
             f"data.batch={config.data.batch} must be a multiple of data.micro_batch={config.data.micro_batch} "
@@ -123,61 +141,47 @@ def check(config: Config) -> None:
             raise UserError(f"pretrain.width={config.pretrain.width} must be a multiple of pretrain.heads={config.pretrain.heads}")
         return
     weights = asdict(config.loss)
-    if config.stages.end_to_end_steps and not any(weights[f.name] for f in fields(config.loss) if f.name not in ("temperature", "chunk")):
+    if config.stages.end_to_end_steps and not any(
+        weights[f.name] for f in fields(config.loss) if f.name not in ("temperature", "chunk")
+    ):
         raise UserError("every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1")
     if not (config.stages.calibrate_tokens or config.stages.layerwise_steps or config.stages.end_to_end_steps):
         raise UserError("every stage is 0, nothing would happen; set stages.end_to_end_steps, say")
     shape = teacher_shape(config.teacher)
-    _check_memory(config.memory, "memory", shape and shape["slots"])
-    if shape:
-        for memory in layer_memories(config, shape["layers"]):
-            _check_memory(memory, "memory", shape["slots"])
-        if config.data.block > shape["positions"]:
-            raise UserError(
-                f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
-                f"teacher={config.teacher}; set data.block={shape['positions']} or less"
-            )
+    _check_memory(config.memory, "memory", shape["slots"] if shape else None)
+    layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
+    if shape and config.data.block > shape["positions"]:
+        raise UserError(
+            f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
+            f"teacher={config.teacher}; set data.block={shape['positions']} or less"
+        )
 
 
 def teacher_shape(source: str) -> dict[str, int] | None:
     """Layers, slots (feed-forward neurons) and positions from a teacher's config.json; None where it is on a hub."""
-    file = (EMBEDDED_TEACHER if source == "embedded" else Path(source).expanduser()) / "config.json"
+    file = (EMBEDDED_TEACHER if source == "embedded" else _home(source, "teacher")) / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         slots = found.get("n_inner") or 4 * found["n_embd"]
-        return {"layers": found["n_layer"], "slots": slots, "positions": found["n_positions"]}
-    except (OSError, ValueError, KeyError):
+        shape = {"layers": found["n_layer"], "slots": slots, "positions": found["n_positions"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # loading the teacher says what is wrong with it
+    return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
 
 
 def describe() -> str:
     """The list of settings for `--help`: name, default and meaning, made from the schema's own docstrings."""
-    notes = _field_notes()
+    notes = field_notes()
     lines = []
-    for group, value in ((f.name, getattr(Config(), f.name)) for f in fields(Config)):
-        members = fields(value) if is_dataclass(value) else ()
-        if not members:
-            lines.append(f"{group}={_show(value)}\n    {notes['Config', group]}")
-        for member in members:
-            shown = f"{group}.{member.name}={_show(getattr(value, member.name))}"
-            choices = notes.get((type(value).__name__, member.name, "choices"))
-            lines.append(f"{shown}{f'   [{choices}]' if choices else ''}\n    {notes[type(value).__name__, member.name]}")
-    return "\n".join(lines)
-
-
-def _field_notes() -> dict[tuple[str, ...], str]:
-    notes: dict[tuple[str, ...], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
+    for name in names():
+        group, _, field = name.rpartition(".")
+        owner, default = type(_value(Config(), group) if group else Config()).__name__, _value(Config(), name)
+        if is_dataclass(default):
             continue
-        for item, following in zip(node.body, node.body[1:], strict=False):
-            if isinstance(item, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                assert isinstance(item.target, ast.Name), "settings are plain names"
-                notes[node.name, item.target.id] = str(following.value.value)
-                kind = ast.unparse(item.annotation)
-                if kind.startswith("Literal["):
-                    notes[node.name, item.target.id, "choices"] = ", ".join(ast.literal_eval(f"({kind[8:-1]},)"))
-    return notes
+        choices = notes.get((owner, field, "choices"))
+        lines.append(f"{name}={'' if default is None else shown(default)}{f'   [{choices}]' if choices else ''}")
+        lines.append(f"    {notes[owner, field]}")
+    return "\n".join(lines)
 
 
 def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> None:
@@ -197,9 +201,7 @@ def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> N
             f"set {name}.ranking=score"
         )
     if memory.gradient == "straight_through" and memory.weighting in ("softmax", "distance"):
-        raise UserError(
-            f"{name}.gradient=straight_through needs {name}.weighting=activation or relu, got {memory.weighting}"
-        )
+        raise UserError(f"{name}.gradient=straight_through needs {name}.weighting=activation or relu, got {memory.weighting}")
     if memory.init == "ff" and None not in (memory.slots, block_slots) and memory.slots != block_slots:
         raise UserError(
             f"{name}.slots={memory.slots} differs from the {block_slots} neurons of the teacher's blocks; "
@@ -207,45 +209,67 @@ def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> N
         )
 
 
-def _read(path: Path) -> DictConfig:
+def _changed(base: Any, change: dict[Any, Any], prefix: str = "") -> Any:
+    """The dataclass `base` with the differences in `change`, each fitted to its field."""
+    kinds, fitted = get_type_hints(type(base)), {}
+    for key, value in change.items():
+        name = f"{prefix}{key}"
+        if key not in kinds:
+            if not prefix and key in names():
+                group, _, leaf = key.partition(".")
+                raise UserError(f"{name} with a dot is for the command line; in a file write {group}: {{{leaf}: {shown(value)}}}")
+            raise unknown(name, [prefix + sibling for sibling in kinds], names())
+        old = getattr(base, key)
+        if is_dataclass(old):
+            if not isinstance(value, dict):
+                first = f"{name}.{fields(old)[0].name}"
+                raise UserError(f"{name} is a group of settings such as {first}, got {shown(value)}; --help lists them")
+            fitted[key] = _changed(old, value, f"{name}.")
+        else:
+            fitted[key] = fit(kinds[key], value, name)
+    return replace(base, **fitted)
+
+
+def _read(path: Path) -> dict[Any, Any]:
     try:
-        found = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        shipped = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        raise UserError(f"cannot read config file {path} ({error.strerror}); there are: {', '.join(shipped) or 'none here'}") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
-    if not isinstance(found, DictConfig):
-        raise UserError(f"{path} must hold settings such as `memory: {{k: 64}}`, got a {type(found).__name__}")
+        shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
+        raise UserError(
+            f"cannot read config file {shown(str(path))} ({error.strerror}); there are: {shipped or 'none here'}; "
+            "a setting is written key=value"
+        ) from None
+    except ValueError:
+        raise UserError(f"{shown(str(path))} is not UTF-8 text; a config file is YAML such as `memory: {{k: 64}}`") from None
+    found = _parse(text, str(path), file=True)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold settings such as `memory: {{k: 64}}`, got {shown(found)}")
     return found
 
 
-def _merge(base: Any, change: Any, source: str, prefix: str = "") -> Any:
+def _parse(text: str, source: str, file: bool = False) -> Any:
+    """Plain values from a YAML file's text, or from one dotted word."""
     try:
-        return OmegaConf.merge(base, change)
-    except OmegaConfBaseException as error:
-        key = prefix + str(error.full_key or "")
-        reason = str(error).splitlines()[0]
-        if "not in '" in reason:
-            _, hint, close = reason.partition("Did you mean: ")
-            parent = key.rpartition(".")[0]
-            suggestion = ", ".join(f"{parent}.{c.strip(chr(39) + '?. ')}" if parent else c.strip("'?. ") for c in close.split(",")) if hint else ""
-            reason = f"is not a setting{f'; did you mean {suggestion}?' if suggestion else '; --help lists them'}"
-        else:
-            reason = f": {reason[0].lower()}{reason[1:]}"
-        raise UserError(f"{key or 'settings'}{'' if reason.startswith(':') else ' '}{reason} (in {source})") from None
+        found = OmegaConf.load(io.StringIO(text)) if file else OmegaConf.from_dotlist([text])
+        return OmegaConf.to_container(found, resolve=False)
+    except GrammarParseError:
+        raise UserError(f"cannot read {source}: ${{...}} is not filled in here, write the value itself") from None
+    except OSError:  # OmegaConf's word for a file that holds one number, say
+        return text.strip()
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if file and mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split()) or type(error).__name__
+        tab = "; indent with spaces, not tabs" if file and "\t" in text and "start any token" in reason else ""
+        raise UserError(f"cannot read {source}{line}: not valid YAML ({shown(reason)}){tab or '; mend or quote it'}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _home(path: str, name: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={path} begins with a home folder that is not there; write the path in full") from None
 
 
 def _value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _show(value: Any) -> str:
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else json.dumps(value) if isinstance(value, list) else str(value)
+    return reduce(getattr, name.split("."), config)

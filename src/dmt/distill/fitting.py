@@ -99,7 +99,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         max_epochs=-1,
         logger=[
             TensorBoardLogger(**where, default_hp_metric=False),
-            CSVLogger(**where, flush_logs_every_n_steps=settings.log_every),
+            CSVLogger(**where, flush_logs_every_n_steps=1),
         ],
         callbacks=[*callbacks, stop, saver, *([RichProgressBar()] if settings.progress else [])],
         enable_progress_bar=settings.progress,

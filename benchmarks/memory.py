@@ -1,0 +1,62 @@
+"""One memory against the dense block it replaces, by number of tokens: `python benchmarks/memory.py [--threads N]`.
+
+Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios. Where gathering stops being the
+faster path is where `GATHER_TOKENS` in dmt/memory/featural.py stands.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from dmt.memory import FeaturalMemory, featural
+
+SHAPES = ((128, 512, 32), (768, 3072, 32), (768, 3072, 192))
+TOKENS = (1, 4, 16, 64, 256, 2048)
+
+
+def median_ms(calls: dict, repeats: int = 15, warmups: int = 3) -> dict:
+    """Median time of each call in milliseconds, the calls taking turns so that noise hits all alike."""
+    seconds: dict = {name: [] for name in calls}
+    for repeat in range(warmups + repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if repeat >= warmups:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
+    """A call of `memory` that is made to take one path."""
+
+    def call() -> torch.Tensor:
+        featural.GATHER_TOKENS = len(hidden) if gather else 0
+        with torch.no_grad():
+            return memory(hidden)
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    stands = featural.GATHER_TOKENS
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only, GATHER_TOKENS={stands}")
+    print(f"{'width':>6} {'slots':>6} {'k':>4} {'tokens':>6} {'dense':>9} {'mask':>9} {'gather':>9} {'dense/mask':>11} {'dense/gather':>13}")
+    for width, slots, k in SHAPES:
+        dense = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
+        memory = FeaturalMemory(width, slots, k, ranking="score")
+        for tokens in TOKENS:
+            hidden = torch.randn(tokens, width)
+            with torch.no_grad():
+                ms = median_ms({"dense": lambda h=hidden: dense(h), "mask": path(memory, hidden, False), "gather": path(memory, hidden, True)})
+            ratios = f"{ms['dense'] / ms['mask']:>11.2f} {ms['dense'] / ms['gather']:>13.2f}"
+            print(f"{width:>6} {slots:>6} {k:>4} {tokens:>6} {ms['dense']:>9.3f} {ms['mask']:>9.3f} {ms['gather']:>9.3f} {ratios}")
+
+
+if __name__ == "__main__":
+    main()
