@@ -5,6 +5,7 @@ faster path is where `GATHER_TOKENS` in dmt/memory/featural.py stands.
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -46,16 +47,19 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     stands = featural.GATHER_TOKENS
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only, GATHER_TOKENS={stands}")
-    print(f"{'width':>6} {'slots':>6} {'k':>4} {'tokens':>6} {'dense':>9} {'mask':>9} {'gather':>9} {'dense/mask':>11} {'dense/gather':>13}")
+    row = "{:>6} {:>6} {:>4} {:>6} {:>9} {:>9} {:>9} {:>11} {:>13}"
+    print(row.format("width", "slots", "k", "tokens", "dense", "mask", "gather", "dense/mask", "dense/gather"))
     for width, slots, k in SHAPES:
         dense = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
         memory = FeaturalMemory(width, slots, k, ranking="score")
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
+            paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}
+            calls = {"dense": functools.partial(dense, hidden)} | paths
             with torch.no_grad():
-                ms = median_ms({"dense": lambda h=hidden: dense(h), "mask": path(memory, hidden, False), "gather": path(memory, hidden, True)})
-            ratios = f"{ms['dense'] / ms['mask']:>11.2f} {ms['dense'] / ms['gather']:>13.2f}"
-            print(f"{width:>6} {slots:>6} {k:>4} {tokens:>6} {ms['dense']:>9.3f} {ms['mask']:>9.3f} {ms['gather']:>9.3f} {ratios}")
+                ms = median_ms(calls)
+            figures = [f"{value:.3f}" for value in ms.values()] + [f"{ms['dense'] / ms[name]:.2f}" for name in paths]
+            print(row.format(width, slots, k, tokens, *figures))
 
 
 if __name__ == "__main__":

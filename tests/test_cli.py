@@ -23,8 +23,6 @@ from dmt.wording import names
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "pytorch_lightning", "pandas", "faiss", "tokenizers", "tensorboard"}
 
-UNMENDED = pytest.mark.xfail(strict=True, reason="ends in a traceback, or runs with random weights; take the mark off once mended")
-
 
 @pytest.fixture(autouse=True)
 def _signals_put_back():
@@ -256,14 +254,13 @@ def test_a_teacher_of_which_a_file_is_missing(place, capsys, words, teacher_fold
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["config.json", pytest.param("model.safetensors", marks=UNMENDED), "tokenizer.json"])
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_teacher_of_which_a_file_is_broken(place, capsys, words, teacher_folder, broken):
     (teacher_folder / broken).write_text("{")
     assert refusal(capsys, words).startswith(f"teacher={teacher_folder} cannot be loaded (")
     assert list(place.iterdir()) == []
 
 
-@UNMENDED
 @pytest.mark.parametrize("changes", [{"n_layer": 5}, {"n_layer": 2}, {"n_embd": 32}], ids=str)
 def test_a_teacher_whose_weights_are_not_those_of_its_config(place, capsys, words, teacher_folder, changes):
     file = teacher_folder / "config.json"
@@ -272,14 +269,12 @@ def test_a_teacher_whose_weights_are_not_those_of_its_config(place, capsys, word
     assert list(place.iterdir()) == []
 
 
-@UNMENDED
 @pytest.mark.parametrize("source", ["a b", "nix/", "a--b"])
 def test_a_teacher_that_cannot_be_a_name_on_a_hub(place, capsys, words, source):
     assert refusal(capsys, [*words, f"teacher={source}"]).startswith(f"teacher={source}")
     assert list(place.iterdir()) == []
 
 
-@UNMENDED
 @pytest.mark.parametrize("name", ["gpuu", "tpu"])
 def test_an_accelerator_that_is_not_there(place, capsys, words, name):
     assert "trainer.accelerator" in refusal(capsys, [*words, f"trainer.accelerator={name}"])

@@ -10,13 +10,12 @@ from dmt.main import main
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-ORDER = (
-    "errors config wording settings registration "
-    "data.people data.corpora data.blocks memory.weighting memory.search memory.featural memory "
-    "models.architectures models.modeling models.surgery models.teacher "
-    "distill.signals distill.losses evaluate distill.calibrate distill.module distill.callbacks distill.pretrain "
-    "distill.folder distill.fitting distill.report distill.run main"
-).split()  # fmt: skip
+ORDER = [
+    "errors", "config", "wording", "settings", "registration", "data.people", "data.corpora", "data.blocks", "memory.weighting",
+    "memory.search", "memory.featural", "memory", "models.architectures", "models.modeling", "models.surgery", "models.teacher",
+    "distill.signals", "distill.losses", "evaluate", "distill.calibrate", "distill.module", "distill.callbacks",
+    "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
+]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""
 SHORT = [
     "data.block=16", "data.batch=2", "data.micro_batch=2", "data.validation_tokens=32", "data.test_tokens=32", "data.shares=[]",

@@ -74,9 +74,7 @@ def test_straight_through_goes_forward_as_k_slots_and_backward_as_all():
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 3), st.integers(1, 5), st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.data()
-)
+@given(st.integers(1, 3), st.integers(1, 5), st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.data())
 def test_any_shape_equals_definition(batch, time, kind, heads, width, projections, data):
     per_head = data.draw(st.integers(1, 6))
     k = data.draw(st.integers(1, per_head))

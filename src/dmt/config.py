@@ -131,8 +131,8 @@ class PretrainConfig:
 class TrainerConfig:
     log_dir: str = "lightning_logs"
     """Each run makes a new folder `version_N` in here."""
-    accelerator: str = "auto"
-    """Lightning's: `auto`, `cpu`, `gpu`, ..."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """What to compute on; `auto` takes what is there."""
     devices: int = 1
     """Processes or devices; more than one runs data-parallel."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 import warnings
@@ -21,6 +22,9 @@ from dmt.config import Config
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
+from dmt.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Interrupted(Exception):
@@ -46,6 +50,29 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning about torch
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+
+
+def check_accelerator(config: Config) -> None:
+    """Raise `UserError` where `trainer.accelerator` is not on this machine, before a run folder is made."""
+    name = config.trainer.accelerator
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [*(each for each, available in has.items() if available), *(["gpu"] if any(has.values()) else [])]
+    if name not in ("auto", "cpu", *there):
+        raise UserError(f"trainer.accelerator={name} is not on this machine; there is {', '.join(['cpu', *there])}; use auto")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what the program frees instead of giving it back after every step.
+
+    A step frees and asks again for the same megabytes; handing them to the system and faulting them in again took up to
+    half of the time of a small model's step (EXPERIMENTS.md). Nothing happens where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it accepts
+    mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def with_threads(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:

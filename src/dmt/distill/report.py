@@ -120,7 +120,9 @@ def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
     console.print(table)
     notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
     places = {"curves": f"tensorboard --logdir {run.parent}", "student": str(run / "student"), "report": str(run / "report.md")}
-    console.print("\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True)
+    console.print(
+        "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
+    )
     (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from dmt.data.blocks import TextData
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
-from dmt.distill.fitting import Interrupted, fit, quiet, with_threads
+from dmt.distill.fitting import Interrupted, check_accelerator, fit, keep_freed_memory, quiet, with_threads
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, open_run, write_record
 from dmt.distill.module import Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
@@ -40,6 +40,8 @@ def resume(run: Path) -> int:
 
 def _run(config: Config, run: Path | None) -> int:
     quiet()
+    keep_freed_memory()
+    check_accelerator(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
         (distil if config.task == "distill" else pretrain)(config, run)
@@ -114,7 +116,7 @@ def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: Te
 
 def pretrain(config: Config, run: Path | None) -> Path:
     """Train a teacher from scratch and write it, in half precision, to `pretrain.output`; the run's folder."""
-    check_writable(config.pretrain.output)
+    check_writable(config.pretrain.output, "pretrain.output")
     began = time.perf_counter()
     documents = [text for source in config.data.corpora for text in load_corpus(source, config.seed).train]
     tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.block)

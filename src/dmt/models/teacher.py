@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.errors import UserError
@@ -26,15 +27,26 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
         UserError: nothing usable is at `source`, the family is not supported, or the tokenizer belongs to another model.
     """
     place = _place(source)
+    loaded: Any
     try:
         # Half-precision files load as half unless told; `use_safetensors` because a pickle from outside may run code.
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(
-            f"teacher={source} cannot be loaded ({str(error).splitlines()[0][:160]}); it needs config.json, "
-            "model.safetensors and tokenizer.json, as save_pretrained writes them"
+            f"teacher={source} cannot be loaded ({reason}); it needs config.json, model.safetensors and tokenizer.json "
+            "that belong together, as save_pretrained writes them"
         ) from None
+    model, loading = loaded
+    # What a file lacks is filled with random numbers, and the run would go on.
+    if odd := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
+        raise UserError(
+            f"teacher={source}: its weights are not those of its config.json ({odd[0]} and {len(odd) - 1} more are missing "
+            "or too many); save it anew with save_pretrained"
+        )
+    if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise UserError(f"teacher={source}: {broken[0]} holds values that are not finite; use another copy of the weights")
     architecture_of(model.config.model_type)
     vocabulary = model.config.vocab_size
     if not vocabulary - PADDING < len(tokenizer) <= vocabulary:
@@ -57,7 +69,15 @@ def _place(source: str) -> str:
             f"teacher={source}: no such directory; accepted are embedded, a local directory, or a hub name such as gpt2"
         )
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise UserError(
+            f"teacher={source}: no such directory, nor a name that a hub could know; accepted are embedded, a local directory, "
+            "or a hub name such as gpt2"
+        ) from None
     if not isinstance(try_to_load_from_cache(source, "config.json"), str) and not _reachable(constants.ENDPOINT):
         raise UserError(
             f"teacher={source} is neither a local directory nor in the cache, and the hub does not answer; save the model "
