@@ -46,4 +46,6 @@ def read(memory, token: Tensor) -> Tensor:
         said = said + sum(torch.exp(scores[i]) / total * memory.values[i] for i in chosen)
     else:
         said = said + sum((weights[i] - means[i]) * memory.values[i] for i in chosen)
-    return said if memory.output is None else memory.output @ said
+    if memory.output is not None:
+        said = memory.output @ said
+    return said if memory.linear is None else said + memory.linear @ token

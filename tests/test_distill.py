@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS
+from conftest import LAYERS, SLOTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, DataConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig
+from dmt.distill import fitting
 from dmt.distill.calibrate import measure_scales
 from dmt.distill.module import Distiller, learning_rate
 from dmt.distill.signals import observe
@@ -31,6 +32,7 @@ def words(teacher_folder, text_file, tmp_path):
         "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
         "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
         "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu", "memory.k=8",
+        "trainer.precision=32-true",
     ]  # fmt: skip
 
 
@@ -218,6 +220,13 @@ def test_calibration_gives_every_memory_the_teachers_mean(teacher):
 
 
 @torch.no_grad()
+def test_calibration_of_all_slots_changes_nothing(teacher, tokens):
+    student, _ = transplant(teacher, [MemoryConfig(k=SLOTS)] * LAYERS)
+    Distiller(replace(Config(), stages=stages(1, 1)), student, teacher).calibrate(torch.randint(1, 300, (6, 16)))
+    assert (student(tokens).logits - teacher(tokens).logits).abs().max() <= 1e-4
+
+
+@torch.no_grad()
 def test_scales_are_variances_of_the_teacher(teacher):
     windows = torch.randint(1, 300, (6, 16))
     scales = measure_scales(teacher, windows)
@@ -235,6 +244,29 @@ def test_block_signals_are_what_the_blocks_saw_and_said(teacher, tokens):
         torch.testing.assert_close(teacher.transformer.h[layer].mlp(given), said)
     torch.testing.assert_close(signals.logits, teacher(tokens).logits)
     assert not teacher.transformer.h[0].mlp._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("seconds", "threads", "precision"),
+    [
+        ({(1, False): 1.0, (4, False): 3.0, (1, True): 0.8}, 1, "bf16-mixed"),
+        ({(1, False): 2.0, (4, False): 1.0, (4, True): 0.9}, 4, "32-true"),
+    ],
+)
+def test_threads_and_precision_are_the_faster_ones(teacher, tokens, monkeypatch, seconds, threads, precision):
+    monkeypatch.setattr(fitting, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    decided = fitting.measured(Config(), teacher, tokens)
+    assert (decided.trainer.threads, decided.trainer.precision, chosen) == (threads, precision, [threads])
+    assert fitting.measured(decided, teacher, tokens) == decided
+
+
+def test_timing_a_step_leaves_no_gradient(teacher, tokens):
+    teacher.requires_grad_(True)
+    assert fitting._step_seconds(teacher, tokens, 1, half=True) > 0
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_learning_rate_warms_up_and_falls():

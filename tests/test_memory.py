@@ -18,8 +18,10 @@ KINDS = [
 ]
 
 
-def make(weighting="activation", ranking="score", heads=1, projections=False, k=K, gradient="selected", slots=SLOTS, width=WIDTH):
-    memory = FeaturalMemory(width, slots, k, heads, weighting, "gelu_new", ranking, gradient, projections).double()
+def make(weighting="activation", ranking="score", heads=1, projections=False, linear=False, **changes):
+    shape = {"width": WIDTH, "slots": SLOTS, "k": K} | changes
+    how = {"weighting": weighting, "activation": "gelu_new", "ranking": ranking, "projections": projections, "linear": linear}
+    memory = FeaturalMemory(**shape, heads=heads, **how).double()
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -28,10 +30,10 @@ def make(weighting="activation", ranking="score", heads=1, projections=False, k=
 
 @pytest.mark.parametrize("tokens", [GATHER_TOKENS - 1, GATHER_TOKENS + 1], ids=["gather", "mask"])
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("projections", [False, True])
+@pytest.mark.parametrize(("projections", "linear"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("weighting", "ranking"), KINDS)
-def test_equals_definition_in_value_and_gradient(weighting, ranking, projections, heads, tokens):
-    memory = make(weighting, ranking, heads, projections)
+def test_equals_definition_in_value_and_gradient(weighting, ranking, projections, linear, heads, tokens):
+    memory = make(weighting, ranking, heads, projections, linear)
     hidden = torch.randn(tokens, WIDTH, dtype=torch.double, requires_grad=True)
     wanted = torch.stack([read(memory, token) for token in hidden])
     said = memory(hidden)
@@ -46,7 +48,7 @@ def test_equals_definition_in_value_and_gradient(weighting, ranking, projections
 
 @pytest.mark.parametrize(("weighting", "ranking"), KINDS)
 def test_gradcheck(weighting, ranking):
-    memory = make(weighting, ranking, heads=2, projections=True)
+    memory = make(weighting, ranking, heads=2, projections=True, linear=True)
     hidden = torch.randn(2, WIDTH, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(memory, (hidden,))
 
@@ -78,7 +80,7 @@ def test_straight_through_goes_forward_as_k_slots_and_backward_as_all():
 def test_any_shape_equals_definition(batch, time, kind, heads, width, projections, data):
     per_head = data.draw(st.integers(1, 6))
     k = data.draw(st.integers(1, per_head))
-    memory = make(*kind, heads, projections, k * heads, slots=per_head * heads, width=width)
+    memory = make(*kind, heads, projections, k=k * heads, slots=per_head * heads, width=width)
     hidden = torch.randn(batch, time, width, dtype=torch.double)
     wanted = torch.stack([read(memory, token) for token in hidden.view(-1, width)]).view_as(hidden)
     torch.testing.assert_close(memory(hidden), wanted)
@@ -94,22 +96,35 @@ def test_reads_are_counted_once_per_token_and_slot():
     assert torch.equal(memory.reads, 2 * selected.sum(0))
 
 
-def test_calibration_keeps_the_mean_of_what_is_not_read():
+def test_means_are_average_weights():
     memory = make(ranking="centred", k=1)
     hidden = torch.randn(2000, WIDTH, dtype=torch.double)
     memory.calibrate_means(hidden)
     torch.testing.assert_close(memory.means.data, gelu_tanh(memory.scores(hidden)).mean(0).data)
-    wanted = torch.randn(WIDTH, dtype=torch.double)
-    memory.shift_output(wanted - memory(hidden).mean(0))
-    torch.testing.assert_close(memory(hidden).mean(0).data, wanted)
 
 
-def test_output_shift_goes_through_the_output_projection():
-    memory = make(projections=True)
+@pytest.mark.parametrize("projections", [False, True])
+def test_compensation_gives_the_answer_the_mean_it_lacks(projections):
+    memory = make(projections=projections)
     hidden = torch.randn(40, WIDTH, dtype=torch.double)
-    before, shift = memory(hidden).detach(), torch.randn(WIDTH, dtype=torch.double)
-    memory.shift_output(shift)
-    torch.testing.assert_close(memory(hidden).detach(), before + shift)
+    before, missing = memory(hidden).detach(), torch.randn(40, WIDTH, dtype=torch.double)
+    memory.compensate(hidden, missing)
+    torch.testing.assert_close(memory(hidden).detach(), before + missing.mean(0))
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_linear_compensation_is_the_least_squares_one(projections):
+    memory = make(projections=projections, linear=True)
+    hidden = torch.randn(500, WIDTH, dtype=torch.double) * 3 + 1
+    truth = torch.randn(WIDTH, WIDTH, dtype=torch.double)
+    missing = hidden @ truth + 0.1 * torch.randn(500, WIDTH, dtype=torch.double)
+    before = memory(hidden).detach()
+    memory.compensate(hidden, missing)
+    inputs = torch.cat([hidden, torch.ones(500, 1, dtype=torch.double)], dim=1)
+    foreseen = inputs @ torch.linalg.lstsq(inputs, missing).solution
+    torch.testing.assert_close(memory(hidden).detach(), before + foreseen, rtol=0.01, atol=0.05)
+    memory.compensate(hidden, torch.zeros_like(missing))
+    torch.testing.assert_close(memory(hidden).detach(), before + foreseen, rtol=0.01, atol=0.05)
 
 
 @pytest.mark.parametrize(

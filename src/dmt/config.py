@@ -29,6 +29,8 @@ class MemoryConfig:
     """Groups that share out the slots; each has its own query projection and reads k / heads of its own slots."""
     projections: bool = False
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
+    linear: bool = True
+    """Beside the slots, a linear map of the hidden state that takes over what unread slots say on average."""
     search: Literal["exact"] = "exact"
     """How the k slots are found: `exact` scores every slot."""
 
@@ -135,8 +137,8 @@ class TrainerConfig:
     """What to compute on; `auto` takes what is there."""
     devices: int = 1
     """Processes or devices; more than one runs data-parallel."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """Lightning's precision."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
     threads: int = 0
     """Threads torch computes with; 0 measures one against all cores at the start and keeps the faster."""
     log_every: int = 10

@@ -35,7 +35,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
             memory = memories_of(student)[layer]
             memory.calibrate_means(given[0].flatten(0, -2))
             said = memory.forward(given[0])
-            memory.shift_output((wanted.block_outputs[layer] - said).flatten(0, -2).mean(0))
+            memory.compensate(given[0].flatten(0, -2), (wanted.block_outputs[layer] - said).flatten(0, -2))
 
         hooks.append(memory.register_forward_pre_hook(settle))
     try:

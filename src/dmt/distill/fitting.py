@@ -75,28 +75,34 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
-def with_threads(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
-    """`config` with `trainer.threads` decided and set: for tiny models one thread can beat two by far, or lose.
+def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
+    """`config` with `trainer.threads` and `trainer.precision` decided by timing a training step, and threads set.
 
-    Where the setting is 0, a training step on `windows` is timed with one thread and with all cores.
+    For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
+    emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
     """
-    threads = config.trainer.threads
+    threads, precision = config.trainer.threads, config.trainer.precision
     if not threads:
-        everything = torch.get_num_threads()
-        seconds = {number: _step_seconds(model, windows, number) for number in {1, everything}}
+        seconds = {number: _step_seconds(model, windows, number, half=False) for number in {1, torch.get_num_threads()}}
         threads = min(seconds, key=seconds.__getitem__)
     torch.set_num_threads(threads)
-    return replace(config, trainer=replace(config.trainer, threads=threads))
+    if precision == "auto" and torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
+        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    elif precision == "auto":
+        full, half = (_step_seconds(model, windows, threads, half) for half in (False, True))
+        precision = "bf16-mixed" if half < 0.85 * full else "32-true"
+    return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision))
 
 
-def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int) -> float:
+def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int, half: bool) -> float:
     torch.set_num_threads(threads)
     best = float("inf")
-    for _ in range(3):
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(4):
         began = time.perf_counter()
-        torch.autograd.grad(
-            model(windows, use_cache=False).logits.logsumexp(-1).sum(), [p for p in model.parameters() if p.requires_grad]
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(windows, use_cache=False).logits.float().logsumexp(-1).sum()
+        torch.autograd.grad(loss, learnt, allow_unused=True)
         best = min(best, time.perf_counter() - began)
     return best
 

@@ -43,7 +43,7 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     table.add_row("layerwise", f"{stages.layerwise_steps:,} steps, the memories alone")
     table.add_row("end_to_end", f"{stages.end_to_end_steps:,} steps")
     table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
-    table.add_row("folder", f"{run}, {config.trainer.threads} threads")
+    table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
     console.print(table)
 
 

@@ -17,7 +17,7 @@ from dmt.data.blocks import TextData
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
-from dmt.distill.fitting import Interrupted, check_accelerator, fit, keep_freed_memory, quiet, with_threads
+from dmt.distill.fitting import Interrupted, check_accelerator, fit, keep_freed_memory, measured, quiet
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, open_run, write_record
 from dmt.distill.module import Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
@@ -64,7 +64,7 @@ def distil(config: Config, run: Path | None) -> Path:
     stages = config.stages
     data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     data.setup()
-    config = with_threads(config, student, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    config = measured(config, student, data.calibration_windows(config.data.block)[: config.data.micro_batch])
     fresh = run is None
     run = run or new_run(config)
     module = Distiller(config, student, teacher)
@@ -123,7 +123,7 @@ def pretrain(config: Config, run: Path | None) -> Path:
     model = fresh_gpt2(config, len(tokenizer))
     data = TextData(config, tokenizer, config.pretrain.steps)
     data.setup()
-    config = with_threads(config, model, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    config = measured(config, model, data.calibration_windows(config.data.block)[: config.data.micro_batch])
     run = run or new_run(config)
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
     fit(config, Pretrainer(config, model, tokenizer), data, run, [])

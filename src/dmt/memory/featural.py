@@ -19,6 +19,10 @@ GATHER_TOKENS = 16
 """Up to this many tokens the k values are gathered; above it a masked matrix product is faster (benchmarks/memory.py)."""
 
 
+RIDGE = 1e-3
+"""Ridge of the linear compensation, as a share of the mean variance of the hidden state."""
+
+
 class FeaturalMemory(nn.Module):
     """Reads k of `slots` rows per token: query projection, top-k keys, weighted sum of values, output projection.
 
@@ -37,12 +41,15 @@ class FeaturalMemory(nn.Module):
             always contributes its mean and only deviations are read).
         gradient: `selected` or `straight_through` (forward k slots, backward as if all had been read).
         projections: learn a query projection per head and an output projection; identities until told otherwise.
+        linear: beside the slots, a linear map of the hidden state that takes over what unread slots say on average;
+            zero until `compensate` or training fills it.
 
     Raises:
         ValueError: k or slots out of range, not multiples of heads, or a ranking the weighting cannot serve.
 
     Source: Geva et al. 2021, arXiv 2012.14913 (blocks as key-value memories); Sukhbaatar et al. 2019, arXiv 1907.01470.
-        We differ in ranking by centred contribution, measured in EXPERIMENTS.md.
+        The linear map is the skip connection of Paulo et al. 2025, arXiv 2501.18823, solved for instead of learnt.
+        Ranking by centred contribution is ours, measured in EXPERIMENTS.md.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class FeaturalMemory(nn.Module):
         ranking: str = "centred",
         gradient: str = "selected",
         projections: bool = False,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= k <= slots:
@@ -74,6 +82,7 @@ class FeaturalMemory(nn.Module):
         self.means = nn.Parameter(torch.empty(slots)) if ranking == "centred" else None
         self.query = nn.Parameter(torch.empty(heads, width, width)) if projections else None
         self.output = nn.Parameter(torch.empty(width, width)) if projections else None
+        self.linear = nn.Parameter(torch.empty(width, width)) if linear else None
         self.reads: Tensor | None = None
         self.reset()
 
@@ -82,7 +91,7 @@ class FeaturalMemory(nn.Module):
         """Random slots: scores of unit variance for normalised hidden states, small values, projections of full rank."""
         nn.init.normal_(self.keys, std=1 / math.sqrt(self.width))
         nn.init.normal_(self.values, std=0.02)
-        for zero in (self.key_bias, self.output_bias, self.means):
+        for zero in (self.key_bias, self.output_bias, self.means, self.linear):
             if zero is not None:
                 nn.init.zeros_(zero)
         for projection in (self.query, self.output):
@@ -96,8 +105,9 @@ class FeaturalMemory(nn.Module):
         self.key_bias.copy_(key_bias)
         self.values.copy_(values)
         self.output_bias.copy_(output_bias)
-        if self.means is not None:
-            self.means.zero_()
+        for zero in (self.means, self.linear):
+            if zero is not None:
+                zero.zero_()
         for projection in (self.query, self.output):
             if projection is not None:
                 projection.copy_(torch.eye(self.width))
@@ -127,6 +137,8 @@ class FeaturalMemory(nn.Module):
             read = self._read(self.pointwise(scores), scores)
         if self.output is not None:
             read = read @ self.output.t()
+        if self.linear is not None:
+            read = torch.addmm(read, flat, self.linear.t())
         return read.view_as(hidden)
 
     def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
@@ -164,11 +176,24 @@ class FeaturalMemory(nn.Module):
             self.means.copy_(self.pointwise(self.scores(hidden)).mean(0))
 
     @torch.no_grad()
-    def shift_output(self, difference: Tensor) -> None:
-        """Add `difference` `(width,)` to what the memory says for every token, whatever it reads."""
+    def compensate(self, hidden: Tensor, missing: Tensor) -> None:
+        """Add to the answer what it lacks on average: `missing` `(tokens, width)` given `hidden` of the same shape.
+
+        The mean goes into the output bias. With `linear`, what a linear map of the hidden state can foresee goes there,
+        by ridge regression. With k = slots nothing is missing and nothing changes.
+        """
+        mean = missing.mean(0)
+        if self.linear is not None:
+            centre = hidden.mean(0)
+            spread = (hidden - centre).double()
+            square = spread.t() @ spread
+            ridge = RIDGE * square.diagonal().mean() * torch.eye(self.width, dtype=torch.double, device=hidden.device)
+            found = torch.linalg.solve(square + ridge, spread.t() @ (missing - mean).double()).t().to(hidden.dtype)
+            self.linear.add_(found)
+            mean = mean - found @ centre
         if self.output is not None:
-            difference = torch.linalg.lstsq(self.output, difference.unsqueeze(-1)).solution.squeeze(-1)
-        self.output_bias.add_(difference)
+            mean = torch.linalg.lstsq(self.output, mean.unsqueeze(-1)).solution.squeeze(-1)
+        self.output_bias.add_(mean)
 
     def count_reads(self) -> None:
         """Start counting how often each slot is read, in `reads` `(slots,)`, from zero."""

@@ -88,7 +88,7 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
         "activation": getattr(teacher.config, arch.activation), "ranking": memory.ranking, "gradient": memory.gradient,
-        "projections": memory.projections,
+        "projections": memory.projections, "linear": memory.linear,
     }  # fmt: skip
 
 
