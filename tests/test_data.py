@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dmt.config import Config, DataConfig
 from dmt.data.blocks import StepSampler, TextData, encode
 from dmt.data.corpora import BUILT_IN, Corpus, known_people, load_corpus, new_people
-from dmt.data.people import HELD_OUT_PHRASINGS, PHRASINGS, RELATIONS, TRAINED_PHRASINGS, make_people, probe
+from dmt.data.people import HELD_OUT_PHRASINGS, PHRASINGS, RELATIONS, TRAINED_PHRASINGS, make_people
 from dmt.errors import UserError
 
 
@@ -55,13 +55,13 @@ def test_people_are_the_same_each_time_and_new_ones_are_new():
 
 
 def test_held_out_phrasings_are_in_no_training_text(built_in):
-    for name in ("biographies", "strangers"):
-        corpus = built_in[name]
-        for person in known_people()[:20]:
-            for relation in RELATIONS:
-                for phrasing in range(TRAINED_PHRASINGS, TRAINED_PHRASINGS + HELD_OUT_PHRASINGS):
-                    assert not any(probe(person, relation, phrasing).prompt in d for d in corpus.train[:1500])
-    assert all(len(ways) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS for ways in PHRASINGS.values())
+    for ways in PHRASINGS.values():
+        assert len(ways) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS
+        for number, way in enumerate(ways):
+            pieces = [piece for piece in way.split("|")[0].replace("{Their}", "{name}").split("{name}") if len(piece) > 5]
+            for name in ("biographies", "strangers"):
+                told = any(all(piece in document for piece in pieces) for document in built_in[name].train[:1500])
+                assert told == (number < TRAINED_PHRASINGS), (name, way)
 
 
 def test_every_probe_has_its_answer_in_the_training_text(built_in):
@@ -127,17 +127,27 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
         asked.append((name, *config))
         if name == "gone":
             raise ConnectionError("no route\nto host")
-        rows = [{"text": f"line {i} " * 50} for i in range(400)]
-        return {"train": rows} if name == "flat" else {"train": rows, "validation": rows[:90], "test": rows[:80]}
+        rows = [{"text": f"line {i} " * (50 if name == "flat" else 5)} for i in range(4000)]
+        splits = {"wiki": ("train", "validation", "test"), "two": ("test", "train"), "flat": ("train",), "odd": ("test",)}
+        starts = {"train": 0, "validation": 3000, "test": 3500}
+        wanted = {split: rows[starts[split] :][:500] for split in splits[name.partition("/")[0]]}
+        return {split: [{"content": ""}] if config == ("column",) else part for split, part in wanted.items()}
+
+    def lines(documents):
+        return [line for document in documents for line in document.split("line ")[1:]]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    wiki = load_corpus("hub:some/wiki:raw")
-    assert asked == [("some/wiki", "raw")]
-    assert "".join(wiki.test) == "".join(f"line {i} " * 50 for i in range(80))
+    wiki = load_corpus("hub:wiki/text:raw")
+    assert asked == [("wiki/text", "raw")]
+    assert "".join(wiki.test) == "".join(f"line {i} " * 5 for i in range(3500, 4000))
     assert all(len(d) >= 20_000 for d in wiki.train[:-1])
-    assert len(load_corpus("hub:flat").train) == 360
-    with pytest.raises(UserError, match="no route"):
-        load_corpus("hub:gone")
+    assert len(load_corpus("hub:flat").train) == 450
+    two = load_corpus("hub:two")
+    assert {int(line) for line in lines(two.test)} == set(range(3500, 4000)), "the dataset's own test stays the test"
+    assert not set(lines(two.train)) & set(lines(two.validation))
+    for source, message in (("gone", "no route"), ("wiki:column", "no column named text"), ("odd", "no split named train")):
+        with pytest.raises(UserError, match=message):
+            load_corpus(f"hub:{source}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         load_corpus("hub:some/wiki")

@@ -105,7 +105,7 @@ def test_the_resolved_config_replays_the_run(words, tmp_path):
     assert records[0]["fidelity"] == records[1]["fidelity"]
 
 
-@pytest.mark.parametrize("stop_at", [2, 6])
+@pytest.mark.parametrize("stop_at", [2, 3, 6])  # within a stage, at the last layer-wise step, after it
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, capsys, stop_at, number):
     assert main(words) == 0
@@ -145,6 +145,83 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(words, tmp_path):
     assert main(["--resume", str(run)]) == 0
     for name, value in whole.items():
         assert torch.equal(value, weights(run)[name]), name
+
+
+def test_a_signal_while_measuring_can_be_resumed_too(words, tmp_path, monkeypatch, capsys):
+    from dmt.distill import run as runs
+
+    original = runs.measure
+    monkeypatch.setattr(runs, "measure", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a))
+    assert main(words) == 128 + signal.SIGTERM
+    run = newest(tmp_path)
+    assert f"--resume {run}" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "measure", original)
+    metrics = (run / "metrics.csv").read_text()
+    assert main(["--resume", str(run)]) == 0
+    assert (run / "student" / "model.safetensors").exists()
+    assert (run / "metrics.csv").read_text() == metrics
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_second_signal_ends_a_run_that_can_still_be_resumed(words, tmp_path, monkeypatch, capsys):
+    original = Distiller.training_step
+
+    def interrupted(self, tokens, batch_idx):
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, tokens, batch_idx)
+
+    monkeypatch.setattr(Distiller, "training_step", interrupted)
+    assert main(words) == 128 + signal.SIGINT
+    assert "--resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(Distiller, "training_step", original)
+    assert main(["--resume", str(newest(tmp_path))]) == 0
+
+
+def test_resuming_a_finished_run_changes_nothing(words, tmp_path):
+    assert main([*words, "trainer.validate_every=0"]) == 0
+    run = newest(tmp_path)
+    before, record = weights(run), json.loads((run / "run.json").read_text())
+    metrics = (run / "metrics.csv").read_text()
+    assert main(["--resume", str(run)]) == 0
+    for name, value in before.items():
+        assert torch.equal(value, weights(run)[name]), name
+    after = json.loads((run / "run.json").read_text())
+    assert (after["fidelity"], after["calibrated"]) == (record["fidelity"], record["calibrated"])
+    assert len(after["commands"]) == 2
+    assert (run / "metrics.csv").read_text() == metrics
+
+
+def test_a_machine_without_git(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert main(words) == 0
+    assert json.loads((newest(tmp_path) / "run.json").read_text())["commit"] == "unknown"
+
+
+def test_corpora_of_one_name_are_refused(words, tmp_path, text_file, capsys):
+    other = tmp_path / "other" / text_file.name
+    other.parent.mkdir()
+    other.write_text(text_file.read_text())
+    assert main([*words, f"data.corpora=[{text_file}, {other}]"]) == 2
+    assert "two are called text" in capsys.readouterr().err
+
+
+def test_half_precision_steps_stay_near_full_ones(words, tmp_path):
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        assert main([*words, f"trainer.precision={precision}"]) == 0
+        found.append(json.loads((newest(tmp_path) / "run.json").read_text())["fidelity"]["text"]["kl"])
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.2)
+
+
+def test_calibration_reads_as_many_tokens_as_it_is_told(teacher, monkeypatch):
+    read = []
+    monkeypatch.setattr("dmt.distill.module.calibrate", lambda student, teacher, windows: read.append(windows.shape))
+    module(teacher, stages=stages(1, 1)).calibrate(torch.randint(1, 300, (9, 16)))
+    assert read == [(4, 16)]  # 64 tokens
 
 
 def steps_of(teacher, count, **changes):

@@ -20,7 +20,7 @@ class MemoryConfig:
     ranking: Literal["score", "contribution", "centred"] = "centred"
     """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
     gradient: Literal["selected", "straight_through"] = "selected"
-    """Backward pass: through the k slots that were read, or as if all slots had been (straight-through)."""
+    """Gradient of the scores: of the k slots that were read, or as if all slots had been (straight-through)."""
     slots: Optional[int] = None
     """Rows of the memory; empty means as many as the block replaced has neurons."""
     k: Optional[int] = None
@@ -89,9 +89,9 @@ class StagesConfig:
     """Steps in which each memory learns its own block's output from the teacher's inputs; 0 leaves it out."""
     layerwise_lr: float = 2e-3
     """Peak learning rate of the layer-wise stage."""
-    end_to_end_steps: int = 600
+    end_to_end_steps: int = 1_100
     """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
-    end_to_end_lr: float = 2e-3
+    end_to_end_lr: float = 1e-3
     """Peak learning rate of the end-to-end stage."""
 
 
@@ -125,8 +125,8 @@ class PretrainConfig:
     """Optimiser steps."""
     lr: float = 3e-3
     """Peak learning rate."""
-    output: str = "src/dmt/assets"
-    """Folder the finished teacher is written to."""
+    output: str = "teacher"
+    """Folder the finished teacher is written to; the embedded one lies in `src/dmt/assets`."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,16 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """What to compute on; `auto` takes what is there."""
     devices: int = 1
-    """Processes or devices; more than one runs data-parallel."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    """Processes or devices; only 1 so far: several are refused rather than done wrongly."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
     threads: int = 0
     """Threads torch computes with; 0 measures one against all cores at the start and keeps the faster."""
     log_every: int = 10
     """Steps between two points of the loss curves."""
-    validate_every: int = 100
+    validate_every: int = 200
     """Steps between two measurements on validation text; 0 leaves them out."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between two checkpoints."""
     progress: bool = True
     """Show the progress bar."""

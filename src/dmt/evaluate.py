@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,14 @@ from dmt.distill.losses import kl
 from dmt.distill.signals import observe
 
 
+def _exp(nats: float) -> float:
+    """`math.exp`, infinite where the number would be too large."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 @dataclass
 class Tally:
-    """Sums over tokens, to be added up over batches and processes and read as means."""
+    """Sums over tokens, to be added up over batches and read as means."""
 
     tokens: float = 0  # that have a next token
     teacher_nats: float = 0
@@ -35,24 +40,20 @@ class Tally:
         self.kl_nats += float(kl(mine, theirs).sum())
         self.agreements += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
 
-    def sums(self) -> list[float]:
-        """The sums in a fixed order, for adding across processes."""
-        return [getattr(self, f.name) for f in fields(self)]
-
     @property
     def teacher_perplexity(self) -> float:
         """Perplexity of the text for the teacher."""
-        return math.exp(self.teacher_nats / self.tokens)
+        return _exp(self.teacher_nats / self.tokens)
 
     @property
     def student_perplexity(self) -> float:
         """Perplexity of the text for the student."""
-        return math.exp(self.student_nats / self.tokens)
+        return _exp(self.student_nats / self.tokens)
 
     @property
     def ratio(self) -> float:
         """Student's perplexity over the teacher's."""
-        return math.exp((self.student_nats - self.teacher_nats) / self.tokens)
+        return _exp((self.student_nats - self.teacher_nats) / self.tokens)
 
     @property
     def kl(self) -> float:

@@ -129,13 +129,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.shares must be one number >= 0 for each of the {len(config.data.corpora)} data.corpora, got {shown(shares)}"
         )
-    if config.data.batch % (config.data.micro_batch * config.trainer.devices) and config.data.micro_batch < config.data.batch:
+    if config.trainer.devices > 1:
+        raise UserError(f"trainer.devices must be 1, several processes are not supported yet, got {config.trainer.devices}")
+    if config.data.batch % config.data.micro_batch and config.data.micro_batch < config.data.batch:
         raise UserError(
-            f"data.batch={config.data.batch} must be a multiple of data.micro_batch={config.data.micro_batch} "
-            f"times trainer.devices={config.trainer.devices}"
+            f"data.batch={config.data.batch} must be a multiple of data.micro_batch={config.data.micro_batch}; set "
+            f"data.micro_batch={config.data.batch}"
         )
-    if config.data.batch % config.trainer.devices:
-        raise UserError(f"data.batch={config.data.batch} must be a multiple of trainer.devices={config.trainer.devices}")
     if config.task == "pretrain":
         if config.pretrain.width % config.pretrain.heads:
             raise UserError(f"pretrain.width={config.pretrain.width} must be a multiple of pretrain.heads={config.pretrain.heads}")

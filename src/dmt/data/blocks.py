@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,9 @@ class TextData(pl.LightningDataModule):
         if not self.corpora:
             data = self.settings.data
             self.corpora = [encode(load_corpus(c, self.settings.seed), self.tokenizer, data.block) for c in data.corpora]
+            named = Counter(corpus.name for corpus in self.corpora)
+            if twice := [name for name, times in named.items() if times > 1]:
+                raise UserError(f"data.corpora: two are called {twice[0]}, and results are told by name; rename a file or folder")
 
     @property
     def shares(self) -> list[float]:

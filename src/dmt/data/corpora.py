@@ -171,17 +171,24 @@ def _hub(source: str, seed: int) -> Corpus:
         raise UserError(
             f"data.corpora: cannot load {source} ({reason}); without network, name a local .txt or .jsonl file"
         ) from None
-    texts = {split: [row["text"] for row in parts[split]] for split in parts}
-    if {"train", "validation", "test"} <= set(texts):
-        train, validation, test = (_paragraphs_joined(texts[split]) for split in ("train", "validation", "test"))
-        return Corpus(name, train, validation, test)
-    return _split(name, next(iter(texts.values())), seed)
+    try:
+        rows = {split: [row["text"] for row in parts[split]] for split in parts}
+    except KeyError:
+        raise UserError(f"data.corpora: {source} has no column named text; export the right one to a .jsonl file") from None
+    if "train" not in rows:
+        raise UserError(f"data.corpora: {source} has no split named train, only {', '.join(rows)}; export it to a .jsonl file")
+    if not {"validation", "test"} <= rows.keys():  # cut from the training rows what the dataset does not bring itself
+        cut = _split(name, rows["train"], seed)
+        rows = {"train": cut.train, "validation": cut.validation, "test": cut.test} | {s: rows[s] for s in rows if s != "train"}
+    return Corpus(name, _joined(rows["train"]), _joined(rows["validation"]), _joined(rows["test"]))
 
 
-def _paragraphs_joined(lines: list[str], characters: int = 20_000) -> list[str]:
-    """Line-by-line datasets (WikiText) as documents of a useful length, in order."""
+def _joined(rows: list[str], characters: int = 20_000, short: int = 300) -> list[str]:
+    """Rows as they are; line-by-line datasets (WikiText: rows of under `short` characters) as longer documents, in order."""
+    if sum(map(len, rows)) >= short * len(rows):
+        return rows
     documents, current, size = [], [], 0
-    for line in lines:
+    for line in rows:
         current.append(line)
         size += len(line)
         if size >= characters:

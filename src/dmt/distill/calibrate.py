@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dmt.distill.losses import Scales
 from dmt.distill.signals import Signals, observe, observe_teacher
+from dmt.memory import FeaturalMemory
 from dmt.models.surgery import memories_of
 
 
@@ -31,8 +32,8 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
     hooks = []
     for layer, memory in memories_of(student).items():
 
-        def settle(_: nn.Module, given: tuple[Tensor, ...], layer: int = layer) -> None:
-            memory = memories_of(student)[layer]
+        def settle(memory: nn.Module, given: tuple[Tensor, ...], layer: int = layer) -> None:
+            assert isinstance(memory, FeaturalMemory), "hooked below"
             memory.calibrate_means(given[0].flatten(0, -2))
             said = memory.forward(given[0])
             memory.compensate(given[0].flatten(0, -2), (wanted.block_outputs[layer] - said).flatten(0, -2))

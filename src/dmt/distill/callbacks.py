@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ SAMPLES_PER_CORPUS = 2
 
 def usage(reads: Tensor) -> dict[str, float]:
     """From reads per slot `(slots,)`: share of slots read at all, dead slots, and entropy as a share of its maximum."""
+    reads = reads.cpu()
     share = reads.double() / reads.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-300).log()).sum() / torch.tensor(float(max(2, len(reads)))).log()
     dead = int((reads == 0).sum())
@@ -95,7 +97,8 @@ class Charts(Callback):
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -108,6 +111,11 @@ class StopOnSignal(Callback):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, note)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any) -> None:
+        if self.received is not None:
+            # At once: a validation may follow before training ends, and whoever sent the signal may not wait for it.
+            trainer.save_checkpoint(self.folder / f"step_{trainer.global_step}.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._restore()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,30 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Interrupted(Exception):
-    """A signal ended training; everything up to `step` is in a checkpoint."""
+    """A signal ended the run; everything up to `step` is in a checkpoint."""
 
     def __init__(self, number: int, step: int, run: Path) -> None:
         super().__init__(f"stopped after step {step}; go on with: python distill.py --resume {run}")
         self.number = number
+
+
+@contextmanager
+def resumable(run: Path, step: int) -> Iterator[None]:
+    """Turn a signal that comes after training into `Interrupted`: the last checkpoint is there to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(next(iter(stopped.args), signal.SIGINT), step, run) from None
+
+
+def compute_device(config: Config) -> torch.device:
+    """Where `trainer.accelerator` computes."""
+    name = config.trainer.accelerator
+    if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if name in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def quiet() -> None:
@@ -82,13 +104,15 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
     """
     threads, precision = config.trainer.threads, config.trainer.precision
+    if compute_device(config).type != "cpu":
+        threads = threads or torch.get_num_threads()
+        if precision == "auto":
+            precision = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
     if not threads:
         seconds = {number: _step_seconds(model, windows, number, half=False) for number in {1, torch.get_num_threads()}}
         threads = min(seconds, key=seconds.__getitem__)
     torch.set_num_threads(threads)
-    if precision == "auto" and torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda"):
-        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    elif precision == "auto":
+    if precision == "auto":
         full, half = (_step_seconds(model, windows, threads, half) for half in (False, True))
         precision = "bf16-mixed" if half < 0.85 * full else "32-true"
     return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision))
@@ -115,10 +139,13 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     """
     settings, steps = config.trainer, data.steps
     checkpoint = newest_checkpoint(run)
+    if checkpoint and int(checkpoint.stem[5:]) >= steps:  # nothing is left to train, and loggers would begin files anew
+        module.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"])
+        return
     if checkpoint:
         keep_metrics(run)
     where: dict[str, Any] = {"save_dir": str(run.parent), "name": "", "version": run.name}
-    stop = StopOnSignal()
+    stop = StopOnSignal(run / "checkpoints")
     saver = ModelCheckpoint(
         run / "checkpoints", filename="step_{step}", auto_insert_metric_name=False, every_n_train_steps=settings.checkpoint_every,
         monitor="step", mode="max", save_top_k=2, save_on_exception=True,
@@ -127,7 +154,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
-        precision=settings.precision,
+        precision=settings.precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
         logger=[
@@ -145,7 +172,14 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         use_distributed_sampler=False,
         deterministic="warn",
     )
-    trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+    except SystemExit:  # Lightning's answer to a KeyboardInterrupt, here to a second signal or one before the first step
+        number = stop.received or signal.SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which it leaves ignored
+        if newest_checkpoint(run) is None:
+            raise KeyboardInterrupt(number) from None
+        raise Interrupted(number, trainer.global_step, run) from None
     last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last)

@@ -77,25 +77,43 @@ def keep_metrics(run: Path) -> None:
 
 
 def write_record(run: Path, config: Config, results: dict[str, Any]) -> None:
-    """`run.json`: what produced the results, and the results."""
-    root = Path(__file__).parents[3]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    """`run.json`: what produced the results, and the results. What a resumed run measured before it stopped is kept."""
+    before = read_record(run)
     record = {
         "format": 1,
         "replay": f"python distill.py {run}/config.yaml",
-        "commit": (commit or "unknown") + ("+changes" if changed.strip() else ""),
+        "commit": _commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "command": sys.argv,
+        "commands": [*before.get("commands", []), sys.argv],
         "seed": config.seed,
         "threads": config.trainer.threads,
+        "precision": config.trainer.precision,
+        **{name: before[name] for name in ("calibrated",) if name in before},
         **results,
     }
     partial = run / "run.json.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What `write_record` wrote last, or nothing."""
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _commit() -> str:
+    """The commit of this checkout, `+changes` where files differ from it; `unknown` without git."""
+    root = str(Path(__file__).parents[3])
+    said = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        try:
+            said.append(subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=False).stdout.strip())
+        except OSError:
+            return "unknown"
+    return (said[0] or "unknown") + ("+changes" if said[1] else "")

@@ -6,7 +6,7 @@ batch. So the gradient is the same however many pieces the batch is computed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -73,8 +73,19 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def distillation_terms(student: Signals, teacher: Signals, batch: Batch, weights: LossConfig, scales: Scales) -> dict[str, Tensor]:
-    """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance."""
+def distillation_terms(
+    student: Signals,
+    teacher: Signals,
+    batch: Batch,
+    weights: LossConfig,
+    scales: Scales,
+    layers: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance.
+
+    Args:
+        layers: whose blocks `block` is about; all where it is left out.
+    """
     terms: dict[str, Tensor] = {}
     if weights.kl or weights.reverse_kl or weights.ce:
         terms.update(_token_terms(student, teacher, batch, weights))
@@ -85,7 +96,8 @@ def distillation_terms(student: Signals, teacher: Signals, batch: Batch, weights
         closeness = F.cosine_similarity(student.hidden.float(), teacher.hidden.float(), dim=-1)
         terms["cosine"] = ((1 - closeness) * mask).sum() / count
     if weights.block:
-        terms["block"] = block_errors(student.block_outputs, teacher.block_outputs, mask, count, scales).mean()
+        errors = block_errors(student.block_outputs, teacher.block_outputs, mask, count, scales)
+        terms["block"] = errors.mean() if layers is None else errors[list(layers)].mean()
     return terms
 
 

@@ -18,6 +18,9 @@ from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.evaluate import Tally
 from dmt.models.surgery import memories_of
 
+SCALE_TOKENS = 4_096
+"""Least number of tokens from which the teacher's variances are measured."""
+
 
 class Distiller(pl.LightningModule):
     """Trains a student to say what its teacher says: `calibrate`, then `layerwise`, then `end_to_end`.
@@ -43,6 +46,7 @@ class Distiller(pl.LightningModule):
         self.register_buffer("hidden_scale", torch.ones(()))
         self.tallies: list[Tally] = []
         self.errors: list[Tensor] = []
+        self.validated = 0
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in self.trainable("end_to_end"))
 
@@ -81,15 +85,16 @@ class Distiller(pl.LightningModule):
         self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
-        """The first stage, without gradient: measure the teacher's variances, then set means and biases.
+        """The first stage, without gradient: measure the teacher's variances, then set means, biases and linear maps.
 
+        All of `windows` are for the variances, the first `stages.calibrate_tokens` tokens of them for the rest.
         Called once before the first step of a new run; a resumed run finds the results in its checkpoint.
         """
         scales = measure_scales(self.teacher, windows)
         self.block_scales.copy_(scales.blocks)  # type: ignore[operator]
         self.hidden_scale.copy_(scales.hidden)  # type: ignore[operator]
-        if self.settings.stages.calibrate_tokens:
-            calibrate(self.student, self.teacher, windows)
+        if tokens := self.settings.stages.calibrate_tokens:
+            calibrate(self.student, self.teacher, windows[: -(-tokens // windows.shape[1])])
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> None:
         stage, step, length, peak = self.stage_at(self.global_step)
@@ -130,17 +135,18 @@ class Distiller(pl.LightningModule):
         weights = self.settings.loss
         teacher = observe_teacher(self.teacher, batch.tokens, blocks=bool(weights.block))
         student = observe(self.student, batch.tokens, blocks=bool(weights.block))
-        terms = distillation_terms(student, teacher, batch, weights, self.scales)
+        terms = distillation_terms(student, teacher, batch, weights, self.scales, list(memories_of(self.student)))
         return {"loss": weighted_sum(terms, weights), **terms}
 
     def on_validation_start(self) -> None:
         self.tallies = [Tally() for _ in self.trainer.datamodule.corpora]  # type: ignore[attr-defined]
-        self.errors = []
+        self.errors, self.validated = [], 0
 
     def validation_step(self, tokens: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         teacher = observe_teacher(self.teacher, tokens, blocks=True)
         self.tallies[dataloader_idx].add(observe(self.student, tokens).logits, teacher.logits, tokens)
-        self.errors.append(self._memory_errors(teacher, Batch.whole(tokens)))
+        self.errors.append(self._memory_errors(teacher, Batch.whole(tokens)) * len(tokens))
+        self.validated += len(tokens)
 
     def _memory_errors(self, teacher: Signals, batch: Batch) -> Tensor:
         """Error of each memory on the teacher's own block inputs, a fraction of variance, `(memories,)`."""
@@ -157,12 +163,10 @@ class Distiller(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for corpus, tally in zip(self.trainer.datamodule.corpora, self.tallies, strict=True):  # type: ignore[attr-defined]
-            shared = self.all_gather(torch.tensor(tally.sums(), dtype=torch.float64, device=self.device))
-            total = Tally(*shared.reshape(-1, len(tally.sums())).sum(0).tolist())
             for name in ("kl", "ratio", "agreement", "student_perplexity", "teacher_perplexity"):
-                self.log(f"{corpus.name}/{name}", getattr(total, name), rank_zero_only=True)
-        for layer, error in zip(memories_of(self.student), torch.stack(self.errors).mean(0), strict=True):
-            self.log(f"block_error/layer_{layer}", error, sync_dist=True)
+                self.log(f"{corpus.name}/{name}", getattr(tally, name))
+        for layer, error in zip(memories_of(self.student), torch.stack(self.errors).sum(0) / self.validated, strict=True):
+            self.log(f"block_error/layer_{layer}", error)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stray = [name for name in checkpoint["state_dict"] if "teacher" in name]

@@ -17,9 +17,6 @@ from dmt.distill.callbacks import usage
 from dmt.evaluate import Tally
 from dmt.models.surgery import TransferReport, memories_of
 
-SCALE_TOKENS = 4_096
-"""Least number of tokens from which the teacher's variances are measured."""
-
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
 
@@ -82,6 +79,8 @@ def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
     for group, members in groups.items():
         settings |= {f"{group}.{name}": value for name, value in members.items() if isinstance(value, bool | int | float | str)}
+    used = results["slots"].values()
+    settings |= {f"memory.{name}": max(u[name] for u in used) for name in ("k", "slots")}  # as resolved, not as left empty
     metrics: dict[str, float] = {}
     for corpus, found in results["fidelity"].items():
         metrics |= {f"hparam/{corpus}_{name}": found[name] for name in ("ratio", "kl", "agreement")}

@@ -17,9 +17,9 @@ from dmt.data.blocks import TextData
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
-from dmt.distill.fitting import Interrupted, check_accelerator, fit, keep_freed_memory, measured, quiet
+from dmt.distill.fitting import Interrupted, check_accelerator, compute_device, fit, keep_freed_memory, measured, quiet, resumable
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, open_run, write_record
-from dmt.distill.module import Distiller
+from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
@@ -73,7 +73,10 @@ def distil(config: Config, run: Path | None) -> Path:
     untrained: dict[str, Tally] = {}
     if fresh:
         pl.seed_everything(config.seed, workers=True, verbose=False)
-        module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, report.SCALE_TOKENS)))
+        place = compute_device(config)
+        module.to(place)
+        teacher.to(place)  # type: ignore[arg-type]
+        module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
         held = config.data.validation_tokens // config.data.block
         untrained = {c.name: compare(student, teacher, c.validation[: max(1, held)], config.data.micro_batch) for c in data.corpora}
         report.untrained(untrained)
@@ -81,12 +84,31 @@ def distil(config: Config, run: Path | None) -> Path:
     if data.steps:
         student.train()
         fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
-    student, trained = student.eval().cpu(), time.perf_counter() - began - prepared
-    results = measure(config, student, teacher.cpu(), tokenizer, data)
-    results["seconds"] = {"prepare": prepared, "train": trained, "measure": time.perf_counter() - began - prepared - trained}
-    trained_tokens = (data.steps - steps_before) * config.data.batch * config.data.block
-    results["tokens"] = {"trained": data.steps * config.data.batch * config.data.block, "per_second": trained_tokens / trained}
-    results["calibrated"] = {name: report.numbers(tally) for name, tally in untrained.items()}
+    trained = time.perf_counter() - began - prepared
+    with resumable(run, data.steps):
+        place = compute_device(config)
+        results = measure(config, student.eval().to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
+        results |= _costs(config, data, began, prepared, trained, steps_before)
+        if fresh:
+            results["calibrated"] = {name: report.numbers(tally) for name, tally in untrained.items()}
+        _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
+    return run
+
+
+def _costs(config: Config, data: TextData, began: float, prepared: float, trained: float, steps_before: int) -> dict[str, Any]:
+    """Seconds and tokens; of a resumed run the seconds and the speed are those since it was resumed."""
+    step = config.data.batch * config.data.block
+    measured_for = time.perf_counter() - began - prepared - trained
+    return {
+        "seconds": {"prepare": prepared, "train": trained, "measure": measured_for},
+        "tokens": {"trained": data.steps * step, "per_second": (data.steps - steps_before) * step / max(trained, 1e-9)},
+    }
+
+
+def _conclude(
+    config: Config, run: Path, student: Any, teacher: Any, tokenizer: Any, data: TextData, results: dict[str, Any]
+) -> None:
+    """Save the student, write `run.json`, HParams and `report.md`, print the table."""
     student.save_pretrained(run / "student")
     tokenizer.save_pretrained(run / "student")
     results["bytes"] = report.sizes(teacher, student, run / "student" / "model.safetensors")
@@ -94,7 +116,6 @@ def distil(config: Config, run: Path | None) -> Path:
     write_record(run, config, results)
     report.hyperparameters(config, run, results)
     report.finish(run, results, texts)
-    return run
 
 
 def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextData) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dmt.config import MemoryConfig
 from dmt.errors import UserError
 from dmt.memory import FeaturalMemory
+from dmt.memory.weighting import ACTIVATIONS
 from dmt.models.architectures import Architecture, architecture_of
 from dmt.models.modeling import build_student
 
@@ -35,7 +36,7 @@ class TransferReport:
     transfers: list[Transfer]
 
     def summary(self) -> str:
-        """One line: tensors and weights by fate."""
+        """One line: tensors and their elements by fate; a tied matrix counts under each of its names."""
         tensors: Counter[str] = Counter()
         weights: Counter[str] = Counter()
         for transfer in self.transfers:
@@ -73,6 +74,11 @@ def memories_of(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
 
 
 def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: PreTrainedModel) -> dict[str, object]:
+    activation = getattr(teacher.config, arch.activation)
+    if memory.weighting == "activation" and activation not in ACTIVATIONS:
+        raise UserError(
+            f"teacher: its blocks use {activation!r}; memories know {', '.join(ACTIVATIONS)}; set memory.weighting=relu"
+        )
     block_slots = arch.read(arch.blocks(teacher)[layer]).keys.shape[0]
     slots = memory.slots or block_slots
     k = memory.k or max(memory.heads, slots // DEFAULT_SHARE // memory.heads * memory.heads)
@@ -87,7 +93,7 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         )
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
-        "activation": getattr(teacher.config, arch.activation), "ranking": memory.ranking, "gradient": memory.gradient,
+        "activation": activation, "ranking": memory.ranking, "gradient": memory.gradient,
         "projections": memory.projections, "linear": memory.linear,
     }  # fmt: skip
 

@@ -16,6 +16,8 @@ from dmt.errors import UserError
 from dmt.models.architectures import architecture_of
 from dmt.settings import EMBEDDED_TEACHER
 
+OLD_BUFFERS = ("attn.bias", "attn.masked_bias")
+"""Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights."""
 PADDING = 128
 """Embedding matrices are often padded by up to this many rows that no token uses."""
 
@@ -40,7 +42,8 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
         ) from None
     model, loading = loaded
     # What a file lacks is filled with random numbers, and the run would go on.
-    if odd := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
+    unexpected = [name for name in loading["unexpected_keys"] if not name.endswith(OLD_BUFFERS)]
+    if odd := sorted(loading["missing_keys"]) + sorted(unexpected):
         raise UserError(
             f"teacher={source}: its weights are not those of its config.json ({odd[0]} and {len(odd) - 1} more are missing "
             "or too many); save it anew with save_pretrained"
@@ -48,6 +51,8 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise UserError(f"teacher={source}: {broken[0]} holds values that are not finite; use another copy of the weights")
     architecture_of(model.config.model_type)
+    if getattr(model.config, "memory", None):
+        raise UserError(f"teacher={source} is a student of dmt already: it has no feed-forward blocks left; name its teacher")
     vocabulary = model.config.vocab_size
     if not vocabulary - PADDING < len(tokenizer) <= vocabulary:
         raise UserError(
