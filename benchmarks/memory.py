@@ -1,7 +1,7 @@
 """One memory against the dense block it replaces, by number of tokens: `python benchmarks/memory.py [--threads N]`.
 
-Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios. Where gathering stops being the
-faster path is where `GATHER_TOKENS` in dmt/memory/featural.py stands.
+Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios, forward only. `gather` is the path a
+memory takes without gradients, `mask` the one it takes with them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 import torch
 from torch import nn
 
-from dmt.memory import FeaturalMemory, featural
+from dmt.memory import FeaturalMemory
 
 SHAPES = ((128, 512, 32), (768, 3072, 32), (768, 3072, 192))
 TOKENS = (1, 4, 16, 64, 256, 2048)
@@ -31,11 +31,10 @@ def median_ms(calls: dict, repeats: int = 15, warmups: int = 3) -> dict:
 
 
 def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
-    """A call of `memory` that is made to take one path."""
+    """A call of `memory` that is made to take one path; no graph is built in either."""
 
     def call() -> torch.Tensor:
-        featural.GATHER_TOKENS = len(hidden) if gather else 0
-        with torch.no_grad():
+        with torch.set_grad_enabled(not gather):
             return memory(hidden)
 
     return call
@@ -45,19 +44,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
-    stands = featural.GATHER_TOKENS
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only, GATHER_TOKENS={stands}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only")
     row = "{:>6} {:>6} {:>4} {:>6} {:>9} {:>9} {:>9} {:>11} {:>13}"
     print(row.format("width", "slots", "k", "tokens", "dense", "mask", "gather", "dense/mask", "dense/gather"))
     for width, slots, k in SHAPES:
-        dense = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
-        memory = FeaturalMemory(width, slots, k, ranking="score")
+        dense = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width)).requires_grad_(False)
+        memory = FeaturalMemory(width, slots, k, ranking="score").requires_grad_(False)
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
             paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}
             calls = {"dense": functools.partial(dense, hidden)} | paths
-            with torch.no_grad():
-                ms = median_ms(calls)
+            ms = median_ms(calls)
             figures = [f"{value:.3f}" for value in ms.values()] + [f"{ms['dense'] / ms[name]:.2f}" for name in paths]
             print(row.format(width, slots, k, tokens, *figures))
 

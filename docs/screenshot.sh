@@ -10,4 +10,4 @@ trap 'kill $server; rm -rf "$profile"' EXIT
 for _ in $(seq 60); do curl -sf http://127.0.0.1:6123/ >/dev/null && break; sleep 1; done
 chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
   --disable-component-update --disable-sync --user-data-dir="$profile/chromium" --hide-scrollbars \
-  --window-size=1500,1250 --virtual-time-budget=20000 --screenshot="$out" "http://127.0.0.1:6123/#$tab" 2>/dev/null
+  --window-size=1500,860 --virtual-time-budget=20000 --screenshot="$out" "http://127.0.0.1:6123/#$tab" 2>/dev/null

@@ -93,6 +93,15 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     assert all(name.startswith(("student.", "block_scales", "hidden_scale")) for name in checkpoint["state_dict"])
 
 
+def test_the_progress_bar_shows_steps_time_left_and_loss(words, capsys):
+    assert main([*words, "trainer.progress=true"]) == 0
+    bar = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
+    assert "9/9" in bar
+    assert bar.count(":") >= 4, "time gone and time left"
+    assert "loss:" in bar
+    assert "v_num" not in bar
+
+
 def test_the_resolved_config_replays_the_run(words, tmp_path):
     assert main(words) == 0
     first = newest(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -77,7 +77,7 @@ def samples(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, 
 
 
 class Charts(Callback):
-    """Groups curves that belong together: all layers of one measure on one chart, all terms of one stage on another."""
+    """Groups curves that belong together: one measure of all corpora, or of all layers, on one chart."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not (board := tensorboard(trainer)) or trainer.global_step:
@@ -92,6 +92,16 @@ class Charts(Callback):
             for title, tag in (("block error", "block_error"), ("dead slots", "slots_dead"), ("usage entropy", "slots_entropy"))
         }
         board.add_custom_scalars({"student against teacher": fidelity, "layers": per_layer})
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar: steps, time gone and left, loss. A run is one pass of steps, so epochs are not spoken of."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training".ljust(len(self.validation_description))
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class StopOnSignal(Callback):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from dmt.config import Config
 from dmt.data.blocks import TextData
-from dmt.distill.callbacks import StopOnSignal
+from dmt.distill.callbacks import Progress, StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
 from dmt.errors import UserError
 
@@ -161,7 +161,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
             TensorBoardLogger(**where, default_hp_metric=False),
             CSVLogger(**where, flush_logs_every_n_steps=1),
         ],
-        callbacks=[*callbacks, stop, saver, *([RichProgressBar()] if settings.progress else [])],
+        callbacks=[*callbacks, stop, saver, *([Progress()] if settings.progress else [])],
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
         log_every_n_steps=min(settings.log_every, steps),

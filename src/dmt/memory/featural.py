@@ -15,10 +15,6 @@ from torch import Tensor, nn
 from dmt.memory.search import as_mask, exact
 from dmt.memory.weighting import normalised, pointwise
 
-GATHER_TOKENS = 16
-"""Up to this many tokens the k values are gathered; above it a masked matrix product is faster (benchmarks/memory.py)."""
-
-
 RIDGE = 1e-3
 """Ridge of the linear compensation, as a share of the mean variance of the hidden state."""
 
@@ -146,8 +142,11 @@ class FeaturalMemory(nn.Module):
         deviations = weights if self.means is None else weights - self.means
         bias = self.output_bias if self.means is None else self.output_bias + self.means @ self.values
         ids = self._find(deviations, scores)
-        if self.gradient == "selected" and len(weights) <= GATHER_TOKENS:
-            return F.embedding_bag(ids, self.values, per_sample_weights=deviations.gather(-1, ids), mode="sum") + bias
+        if not torch.is_grad_enabled():
+            # Only k values are touched: faster at every size tried (benchmarks/memory.py). With gradients the masked
+            # product is level with it in float32 and ahead in half precision.
+            chosen = deviations.gather(-1, ids).to(self.values.dtype)
+            return F.embedding_bag(ids, self.values, per_sample_weights=chosen, mode="sum") + bias
         kept = deviations * as_mask(ids, self.slots)
         if self.gradient == "straight_through":
             kept = deviations + (kept - deviations).detach()
