@@ -17,6 +17,7 @@ from dmt.config import Config, DataConfig, MemoryConfig, OptimConfig, StagesConf
 from dmt.distill import fitting
 from dmt.distill.calibrate import measure_scales
 from dmt.distill.module import Distiller, learning_rate
+from dmt.distill.pretrain import Pretrainer
 from dmt.distill.signals import observe
 from dmt.main import main
 from dmt.models.surgery import transplant
@@ -154,6 +155,31 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(words, tmp_path):
     assert main(["--resume", str(run)]) == 0
     for name, value in whole.items():
         assert torch.equal(value, weights(run)[name]), name
+
+
+def test_a_teachers_training_stops_and_goes_on_to_the_same_weights(text_file, tmp_path, monkeypatch):
+    recipe = [
+        "task=pretrain", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16", "data.batch=4",
+        "data.validation_tokens=32", "data.test_tokens=32", "pretrain.width=16", "pretrain.layers=2", "pretrain.heads=2",
+        "pretrain.vocabulary=300", "pretrain.steps=6", "trainer.threads=1", "trainer.precision=32-true",
+        "trainer.accelerator=cpu", "trainer.validate_every=3", "trainer.progress=false",
+    ]  # fmt: skip
+    assert main([*recipe, f"pretrain.output={tmp_path / 'whole'}"]) == 0
+    original = Pretrainer.training_step
+
+    def interrupted(self, tokens, batch_idx):
+        if self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, tokens, batch_idx)
+
+    monkeypatch.setattr(Pretrainer, "training_step", interrupted)
+    assert main([*recipe, f"pretrain.output={tmp_path / 'parts'}"]) == 128 + signal.SIGTERM
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(Pretrainer, "training_step", original)
+    assert main(["--resume", str(newest(tmp_path))]) == 0
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_while_measuring_can_be_resumed_too(words, tmp_path, monkeypatch, capsys):

@@ -150,6 +150,26 @@ def test_the_embedded_teacher_knows_its_people():
     assert recall(teacher, tokenizer, [probe(p, r, 0) for p in new_people(4) for r in RELATIONS]) <= 0.1
 
 
+class _Planted:
+    """A pickle that would make a file where it is loaded."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return open, (str(self.place), "w")
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_pickled_weights_are_never_read(teacher, teacher_folder, tmp_path, planted):
+    trace = tmp_path / "trace"
+    (teacher_folder / "model.safetensors").unlink()
+    torch.save(_Planted(trace) if planted else teacher.state_dict(), teacher_folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_teacher(str(teacher_folder))
+    assert not trace.exists()
+
+
 def test_an_unknown_family_is_refused():
     with pytest.raises(UserError, match=r"'bert'.*gpt2"):
         architecture_of("bert")
