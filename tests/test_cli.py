@@ -43,8 +43,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def unstarted(monkeypatch):
     """No run may begin: a mistake that is no longer refused shall not cost minutes of training."""
-    for entry in ("start", "resume"):
-        monkeypatch.setattr(f"dmt.distill.run.{entry}", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr("dmt.distill.run.run", lambda *_: pytest.fail("a run began"))
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_resume_names_the_runs_that_are_there_and_what_to_do_without_a_checkpoin
 def test_both_ways_to_name_a_config_and_any_order_of_words(place, monkeypatch, given):
     (place / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
     started = []
-    monkeypatch.setattr("dmt.distill.run.start", lambda config: started.append(config) or 0)
+    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: started.append(config) or 0)
     assert main([word.format(file="some.yaml") for word in given]) == 0
     assert started[0].seed == 5
     assert started[0].memory.k == (32 if "memory.k=32" in given else 64), "words change what the file says"
@@ -182,7 +181,7 @@ def test_both_ways_to_name_a_config_and_any_order_of_words(place, monkeypatch, g
 
 def test_no_words_start_a_run_with_the_defaults(place, monkeypatch):
     started = []
-    monkeypatch.setattr("dmt.distill.run.start", lambda config: started.append(config) or 0)
+    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: started.append(config) or 0)
     assert main([]) == 0
     assert started == [Config()]
 
@@ -197,7 +196,7 @@ def test_an_error_of_several_lines_is_shown_on_one(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_training_ends_in_its_exit_code(place, capsys, monkeypatch, number, code):
-    monkeypatch.setattr("dmt.distill.run.start", lambda config: os.kill(os.getpid(), number))
+    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: os.kill(os.getpid(), number))
     assert main([]) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; ")
 

@@ -70,6 +70,11 @@ def test_every_probe_has_its_answer_in_the_training_text(built_in):
         assert told
         assert all(question.answer in document for document in told)
     assert len(built_in["biographies"].probes) == len(known_people()) * len(RELATIONS)
+    asked = [(p.person, p.relation, p.answer) for p in built_in["biographies"].probes]
+    unseen = built_in["biographies"].unseen_probes
+    assert [(p.person, p.relation, p.answer) for p in unseen] == asked
+    assert {p.phrasing for p in unseen} == {TRAINED_PHRASINGS, TRAINED_PHRASINGS + 1}
+    assert {p.phrasing for p in built_in["biographies"].probes} == set(range(TRAINED_PHRASINGS))
 
 
 def test_probes_about_strangers_can_be_answered_from_the_prompt(built_in):

@@ -134,12 +134,18 @@ def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Distiller, "training_step", original)
     run = newest(tmp_path)
     assert f"python distill.py --resume {run}" in capsys.readouterr().err
+    stopped = json.loads((run / "run.json").read_text())
+    assert "fidelity" not in stopped
+    assert stopped["calibrated"]["text"]["ratio"] > 0
     assert f"step_{stop_at + 1}.ckpt" in {p.name for p in (run / "checkpoints").iterdir()}
     assert not (run / "student").exists()
     assert main(["--resume", str(run)]) == 0
     resumed = weights(run)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+    record = json.loads((run / "run.json").read_text())
+    assert record["calibrated"] == stopped["calibrated"]
+    assert len(record["commands"]) == 2
     assert list(run.glob("metrics.before-*.csv"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

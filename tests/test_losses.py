@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_teacher
 
-from dmt.config import LossConfig
-from dmt.distill.losses import TERMS, Batch, Scales, distillation_terms, kl, next_token_mask, reverse_kl, weighted_sum
+from dmt.config import LOSS_TERMS, LossConfig
+from dmt.distill.losses import Batch, Scales, distillation_terms, kl, next_token_mask, reverse_kl, weighted_sum
 from dmt.distill.signals import Signals, observe
 
 ALL = LossConfig(kl=1.0, reverse_kl=0.7, ce=0.5, hidden=0.3, block=0.2, cosine=0.9, temperature=2.0)
@@ -96,10 +96,10 @@ def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", LOSS_TERMS)
 def test_each_weight_scales_its_own_term_and_nothing_else(pair, tokens, term):
     student, teacher = pair
-    nothing = dict.fromkeys(TERMS, 0.0)
+    nothing = dict.fromkeys(LOSS_TERMS, 0.0)
     alone = LossConfig(**(nothing | {term: 1.0}))
     signals = observe(student, tokens, blocks=True), observe(teacher, tokens, blocks=True)
     assert set(distillation_terms(*signals, Batch.whole(tokens), alone, SCALES)) == {term}

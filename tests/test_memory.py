@@ -136,6 +136,7 @@ def test_linear_compensation_is_the_least_squares_one(projections):
         ({"heads": 5}, "multiples of heads"),
         ({"weighting": "softmax", "ranking": "centred"}, "ranking=score"),
         ({"activation": "mish"}, "not supported"),
+        ({"search": "guess"}, "search must be one of exact"),
     ],
 )
 def test_impossible_memories_are_refused(arguments, message):

@@ -5,7 +5,7 @@ Nothing here imports torch or transformers: a misspelled setting is answered at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional  # Optional: OmegaConf reads the annotation at run time
 
 
@@ -79,6 +79,10 @@ class LossConfig:
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
     chunk: int = 0
     """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
+
+
+LOSS_TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk"))
+"""The settings in `loss` that are weights; each is the name of its term."""
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ def _main(words: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     print("loading torch and transformers ...", file=sys.stderr)
-    from dmt.distill.run import resume, start  # heavy: only once the words are known to be right
+    from dmt.distill.run import run  # heavy: only once the words are known to be right
 
-    return resume(resumed) if resumed else start(config)
+    return run(config, resumed)
 
 
 def _refuse(message: str) -> NoReturn:

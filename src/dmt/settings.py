@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
-from dmt.config import Config, MemoryConfig
+from dmt.config import LOSS_TERMS, Config, MemoryConfig
 from dmt.errors import UserError
 from dmt.wording import field_notes, fit, names, shown, unknown
 
@@ -140,10 +140,7 @@ def check(config: Config) -> None:
         if config.pretrain.width % config.pretrain.heads:
             raise UserError(f"pretrain.width={config.pretrain.width} must be a multiple of pretrain.heads={config.pretrain.heads}")
         return
-    weights = asdict(config.loss)
-    if config.stages.end_to_end_steps and not any(
-        weights[f.name] for f in fields(config.loss) if f.name not in ("temperature", "chunk")
-    ):
+    if config.stages.end_to_end_steps and not any(getattr(config.loss, term) for term in LOSS_TERMS):
         raise UserError("every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1")
     if not (config.stages.calibrate_tokens or config.stages.layerwise_steps or config.stages.end_to_end_steps):
         raise UserError("every stage is 0, nothing would happen; set stages.end_to_end_steps, say")

@@ -27,6 +27,7 @@ class Blocks:
     validation: Tensor
     test: Tensor
     probes: list[Probe]
+    unseen_probes: list[Probe]
 
 
 def encode(corpus: Corpus, tokenizer: Any, block: int) -> Blocks:
@@ -44,7 +45,7 @@ def encode(corpus: Corpus, tokenizer: Any, block: int) -> Blocks:
                 "give it more text or set a smaller data.block"
             )
         splits[split] = stream[: len(stream) // block * block].view(-1, block)
-    return Blocks(corpus.name, probes=corpus.probes, **splits)
+    return Blocks(corpus.name, probes=corpus.probes, unseen_probes=corpus.unseen_probes, **splits)
 
 
 def _stream(documents: list[str], tokenizer: Any) -> Tensor:
@@ -53,6 +54,11 @@ def _stream(documents: list[str], tokenizer: Any) -> Tensor:
     for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += start + document
     return torch.tensor(ids, dtype=torch.long)
+
+
+def first_windows(windows: Tensor, tokens: int) -> Tensor:
+    """As many of `windows` `(windows, block)` as `tokens` fill, at least one."""
+    return windows[: max(1, tokens // windows.shape[1])]
 
 
 class Windows(Dataset):
@@ -160,7 +166,7 @@ class TextData(pl.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         data = self.settings.data
         return [
-            DataLoader(Windows([corpus.validation[: max(1, data.validation_tokens // data.block)]]), batch_size=data.micro_batch)  # type: ignore[arg-type]
+            DataLoader(Windows([first_windows(corpus.validation, data.validation_tokens)]), batch_size=data.micro_batch)  # type: ignore[arg-type]
             for corpus in self.corpora
         ]
 

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
+from dmt.data.people import HELD_OUT_PHRASINGS, RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
 from dmt.errors import UserError
 
 BUILT_IN = ("speeches", "biographies", "strangers")
@@ -30,6 +30,7 @@ class Corpus:
     validation: list[str]
     test: list[str]
     probes: list[Probe] = field(default_factory=list)
+    unseen_probes: list[Probe] = field(default_factory=list)  # the same facts, in phrasings no training text has
 
 
 def load_corpus(source: str, seed: int = 0) -> Corpus:
@@ -95,7 +96,9 @@ def _biographies() -> Corpus:
     validation, test = ([document for document in told(2, split) if document not in seen] for split in ("validation", "test"))
     draw = random.Random("probes")
     probes = [probe(person, r, draw.randrange(TRAINED_PHRASINGS)) for person in people for r in RELATIONS]
-    return Corpus("biographies", train, validation, test, probes)
+    held_out = range(TRAINED_PHRASINGS, TRAINED_PHRASINGS + HELD_OUT_PHRASINGS)
+    unseen = [probe(person, r, draw.choice(held_out)) for person in people for r in RELATIONS]
+    return Corpus("biographies", train, validation, test, probes, unseen)
 
 
 def _strangers() -> Corpus:

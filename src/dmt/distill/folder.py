@@ -76,10 +76,14 @@ def keep_metrics(run: Path) -> None:
         (run / "metrics.csv").rename(run / f"metrics.before-{time.strftime('%Y%m%d-%H%M%S')}.csv")
 
 
-def write_record(run: Path, config: Config, results: dict[str, Any]) -> None:
-    """`run.json`: what produced the results, and the results. What a resumed run measured before it stopped is kept."""
+def write_record(run: Path, config: Config, results: dict[str, Any], begins: bool = False) -> None:
+    """`run.json`: what produces the results, from the start, and the results once there are any.
+
+    What was written before is kept where nothing newer is known. With `begins`, this process's command is added.
+    """
     before = read_record(run)
     record = {
+        **before,
         "format": 1,
         "replay": f"python distill.py {run}/config.yaml",
         "commit": _commit(),
@@ -87,11 +91,10 @@ def write_record(run: Path, config: Config, results: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "commands": [*before.get("commands", []), sys.argv],
+        "commands": [*before.get("commands", []), *([sys.argv] if begins else [])],
         "seed": config.seed,
         "threads": config.trainer.threads,
         "precision": config.trainer.precision,
-        **{name: before[name] for name in ("calibrated",) if name in before},
         **results,
     }
     partial = run / "run.json.partial"

@@ -7,7 +7,7 @@ batch. So the gradient is the same however many pieces the batch is computed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,3 @@ def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: Loss
         once = (lambda a, b, p: checkpoint(sums, a, b, p, use_reentrant=False)) if weights.chunk else sums
         total = total + once(mine[piece], theirs[piece], piece)
     return dict(zip(names, total.unbind(), strict=True))
-
-
-TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk"))

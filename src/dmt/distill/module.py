@@ -47,8 +47,9 @@ class Distiller(pl.LightningModule):
         self.tallies: list[Tally] = []
         self.errors: list[Tensor] = []
         self.validated = 0
+        trainable = self.trainable()
         for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(name in self.trainable("end_to_end"))
+            parameter.requires_grad_(name in trainable)
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -72,14 +73,14 @@ class Distiller(pl.LightningModule):
             return "layerwise", step, stages.layerwise_steps, stages.layerwise_lr
         return "end_to_end", step - stages.layerwise_steps, stages.end_to_end_steps, stages.end_to_end_lr
 
-    def trainable(self, stage: str) -> dict[str, nn.Parameter]:
-        """The parameters that a stage may change, by name."""
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that the end-to-end stage may change, by name; the layer-wise stage only ever reaches memories."""
         memory = {id(p) for m in memories_of(self.student).values() for p in m.parameters()}
-        only_memory = stage == "layerwise" or self.settings.student.trainable == "memory"
-        return {n: p for n, p in self.student.named_parameters() if not only_memory or id(p) in memory}
+        everything = self.settings.student.trainable == "all"
+        return {n: p for n, p in self.student.named_parameters() if everything or id(p) in memory}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self.trainable("end_to_end").values(), self.settings.optim)
+        return adamw(self.trainable().values(), self.settings.optim)
 
     def on_fit_start(self) -> None:
         self.teacher.to(self.device)  # type: ignore[arg-type]

@@ -96,9 +96,10 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append((f"{corpus}: perplexity", teacher, student, f"ratio {found['ratio']:.4f}"))
         table.append((f"{corpus}: KL, nats/token", "0", f"{found['kl']:.4f}", ""))
         table.append((f"{corpus}: same top-1 token", "1", f"{found['agreement']:.4f}", ""))
-        if said := found.get("recall"):
-            share = f"{said['student'] / said['teacher']:.4f} of it" if said["teacher"] else ""
-            table.append((f"{corpus}: facts recalled", f"{said['teacher']:.4f}", f"{said['student']:.4f}", share))
+        for name, title in (("recall", "facts recalled"), ("recall_unseen", "in unseen phrasings")):
+            if said := found.get(name):
+                share = f"{said['student'] / said['teacher']:.4f} of it" if said["teacher"] else ""
+                table.append((f"{corpus}: {title}", f"{said['teacher']:.4f}", f"{said['student']:.4f}", share))
     used, size = results["slots"].values(), results["bytes"]
     read, held, dead = (sum(u[name] for u in used) for name in ("k", "slots", "dead"))
     table.append(("slots read per token", f"{held:,}", f"{read:,}", f"1 / {held / read:.0f}"))

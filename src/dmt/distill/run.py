@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 
 from dmt import settings
 from dmt.config import Config
-from dmt.data.blocks import TextData
+from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
 from dmt.distill.fitting import Interrupted, check_accelerator, compute_device, fit, keep_freed_memory, measured, quiet, resumable
-from dmt.distill.folder import check_writable, new_run, newest_checkpoint, open_run, write_record
+from dmt.distill.folder import new_run, newest_checkpoint, write_record
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.errors import UserError
@@ -27,24 +26,14 @@ from dmt.models.surgery import memories_of, transplant
 from dmt.models.teacher import load_teacher
 
 
-def start(config: Config) -> int:
-    """A new run; the exit code."""
-    check_writable(config.trainer.log_dir)
-    return _run(config, None)
-
-
-def resume(run: Path) -> int:
-    """Go on with the run in folder `run`; the exit code."""
-    return _run(open_run(run), run)
-
-
-def _run(config: Config, run: Path | None) -> int:
+def run(config: Config, folder: Path | None = None) -> int:
+    """Do what `config.task` says, going on in `folder` where one is given; the exit code."""
     quiet()
     keep_freed_memory()
     check_accelerator(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
-        (distil if config.task == "distill" else pretrain)(config, run)
+        (distil if config.task == "distill" else pretrain)(config, folder)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.number
@@ -64,11 +53,11 @@ def distil(config: Config, run: Path | None) -> Path:
     stages = config.stages
     data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     data.setup()
-    config = measured(config, student, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    config = measured(config, student, data.calibration_windows(config.data.block * config.data.micro_batch))
     fresh = run is None
     run = run or new_run(config)
     module = Distiller(config, student, teacher)
-    report.plan(config, run, student, module.trainable("end_to_end"), transfer)
+    report.plan(config, run, student, module.trainable(), transfer)
     (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
     untrained: dict[str, Tally] = {}
     if fresh:
@@ -77,9 +66,10 @@ def distil(config: Config, run: Path | None) -> Path:
         module.to(place)
         teacher.to(place)  # type: ignore[arg-type]
         module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
-        held = config.data.validation_tokens // config.data.block
-        untrained = {c.name: compare(student, teacher, c.validation[: max(1, held)], config.data.micro_batch) for c in data.corpora}
+        held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora}
+        untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
+    write_record(run, config, {"calibrated": {n: report.numbers(t) for n, t in untrained.items()}} if fresh else {}, begins=True)
     prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
     if data.steps:
         student.train()
@@ -89,8 +79,6 @@ def distil(config: Config, run: Path | None) -> Path:
         place = compute_device(config)
         results = measure(config, student.eval().to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
         results |= _costs(config, data, began, prepared, trained, steps_before)
-        if fresh:
-            results["calibrated"] = {name: report.numbers(tally) for name, tally in untrained.items()}
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
     return run
 
@@ -124,43 +112,45 @@ def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: Te
         memory.count_reads()
     fidelity: dict[str, Any] = {}
     for corpus in data.corpora:
-        windows = corpus.test[: max(1, config.data.test_tokens // config.data.block)]
+        windows = first_windows(corpus.test, config.data.test_tokens)
         fidelity[corpus.name] = report.numbers(compare(student, teacher, windows, config.data.micro_batch))
         fidelity[corpus.name] |= {"window": config.data.block, "stride": config.data.block, "windows": len(windows)}
     slots = report.slots(student)
     for corpus in data.corpora:
-        if corpus.probes:
-            said = {"teacher": recall(teacher, tokenizer, corpus.probes), "student": recall(student, tokenizer, corpus.probes)}
-            fidelity[corpus.name]["recall"] = said | {"probes": len(corpus.probes)}
+        for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
+            if probes:
+                said = {"teacher": recall(teacher, tokenizer, probes), "student": recall(student, tokenizer, probes)}
+                fidelity[corpus.name][name] = said | {"probes": len(probes)}
     return {"fidelity": fidelity, "slots": slots}
 
 
 def pretrain(config: Config, run: Path | None) -> Path:
     """Train a teacher from scratch and write it, in half precision, to `pretrain.output`; the run's folder."""
-    check_writable(config.pretrain.output, "pretrain.output")
     began = time.perf_counter()
     documents = [text for source in config.data.corpora for text in load_corpus(source, config.seed).train]
     tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.block)
     model = fresh_gpt2(config, len(tokenizer))
     data = TextData(config, tokenizer, config.pretrain.steps)
     data.setup()
-    config = measured(config, model, data.calibration_windows(config.data.block)[: config.data.micro_batch])
+    config = measured(config, model, data.calibration_windows(config.data.block * config.data.micro_batch))
     run = run or new_run(config)
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
+    write_record(run, config, {}, begins=True)
     fit(config, Pretrainer(config, model, tokenizer), data, run, [])
     model = model.cpu().half().float().eval()  # measured as it is saved
     results: dict[str, Any] = {"fidelity": {}, "seconds": {"total": time.perf_counter() - began}}
     for corpus in data.corpora:
-        windows = corpus.test[: max(1, config.data.test_tokens // config.data.block)]
+        windows = first_windows(corpus.test, config.data.test_tokens)
         tally = compare(model, model, windows, config.data.micro_batch)
         found: dict[str, Any] = {"perplexity": tally.teacher_perplexity, "tokens": tally.tokens, "window": config.data.block}
-        if corpus.probes:
-            found["recall"] = {"teacher": recall(model, tokenizer, corpus.probes), "probes": len(corpus.probes)}
+        for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
+            if probes:
+                found[name] = {"teacher": recall(model, tokenizer, probes), "probes": len(probes)}
         results["fidelity"][corpus.name] = found
         print(f"{corpus.name}: {found}")
     output = Path(config.pretrain.output).expanduser()
     model.to(torch.float16).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    write_record(run, config, results | {"settings": asdict(config)})
+    write_record(run, config, results)
     print(f"the teacher is in {output}: teacher={output}")
     return run

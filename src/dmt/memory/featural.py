@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmt.memory.search import as_mask, exact
+from dmt.memory.search import SEARCHES, as_mask
 from dmt.memory.weighting import normalised, pointwise
 
 RIDGE = 1e-3
@@ -39,6 +39,7 @@ class FeaturalMemory(nn.Module):
         projections: learn a query projection per head and an output projection; identities until told otherwise.
         linear: beside the slots, a linear map of the hidden state that takes over what unread slots say on average;
             zero until `compensate` or training fills it.
+        search: how the slots to read are found, one of `SEARCHES`.
 
     Raises:
         ValueError: k or slots out of range, not multiples of heads, or a ranking the weighting cannot serve.
@@ -60,12 +61,16 @@ class FeaturalMemory(nn.Module):
         gradient: str = "selected",
         projections: bool = False,
         linear: bool = False,
+        search: str = "exact",
     ) -> None:
         super().__init__()
         if not 1 <= k <= slots:
             raise ValueError(f"k must be in [1, slots={slots}], got {k}")
         if slots % heads or k % heads:
             raise ValueError(f"slots={slots} and k={k} must be multiples of heads={heads}")
+        if search not in SEARCHES:
+            raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search}")
+        self.search = SEARCHES[search]
         self.pointwise = pointwise(weighting, activation)
         if self.pointwise is None and (ranking != "score" or gradient != "selected"):
             raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
@@ -139,7 +144,7 @@ class FeaturalMemory(nn.Module):
 
     def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
         """Weighted sum of the values of the selected slots, `(tokens, width)`; with means, of their deviations."""
-        deviations = weights if self.means is None else weights - self.means
+        deviations = self._deviations(weights)
         bias = self.output_bias if self.means is None else self.output_bias + self.means @ self.values
         ids = self._find(deviations, scores)
         if not torch.is_grad_enabled():
@@ -154,14 +159,17 @@ class FeaturalMemory(nn.Module):
 
     def select(self, scores: Tensor) -> Tensor:
         """Which slots are read, as a mask `(tokens, slots)`, given the scores of all."""
-        deviations = scores if self.pointwise is None else self.pointwise(scores)
-        return as_mask(self._find(deviations if self.means is None else deviations - self.means, scores), self.slots)
+        deviations = scores if self.pointwise is None else self._deviations(self.pointwise(scores))
+        return as_mask(self._find(deviations, scores), self.slots)
+
+    def _deviations(self, weights: Tensor) -> Tensor:
+        return weights if self.means is None else weights - self.means
 
     @torch.no_grad()
     def _find(self, deviations: Tensor, scores: Tensor) -> Tensor:
         """Ids `(tokens, k)` of the slots to read."""
         rank = scores if self.ranking == "score" else deviations.abs() * self.values.norm(dim=-1)
-        grouped = exact(rank.view(len(rank), self.heads, -1), self.k // self.heads)
+        grouped = self.search(rank.view(len(rank), self.heads, -1), self.k // self.heads)
         offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
         ids = (grouped + offsets).flatten(-2)
         if self.reads is not None:
@@ -184,10 +192,11 @@ class FeaturalMemory(nn.Module):
         mean = missing.mean(0)
         if self.linear is not None:
             centre = hidden.mean(0)
-            spread = (hidden - centre).double()
+            # On the CPU, for not every device has doubles.
+            spread, wanted = (states.cpu().double() for states in (hidden - centre, missing - mean))
             square = spread.t() @ spread
-            ridge = RIDGE * square.diagonal().mean() * torch.eye(self.width, dtype=torch.double, device=hidden.device)
-            found = torch.linalg.solve(square + ridge, spread.t() @ (missing - mean).double()).t().to(hidden.dtype)
+            ridge = RIDGE * square.diagonal().mean() * torch.eye(self.width, dtype=torch.double)
+            found = torch.linalg.solve(square + ridge, spread.t() @ wanted).t().to(hidden)
             self.linear.add_(found)
             mean = mean - found @ centre
         if self.output is not None:

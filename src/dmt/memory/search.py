@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from torch import Tensor
 def exact(rank: Tensor, k: int) -> Tensor:
     """Ids `(..., k)` of the k largest entries of `rank` `(..., slots)`, in no order."""
     return rank.topk(k, dim=-1, sorted=False).indices
+
+
+SEARCHES: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": exact}
+"""How slots are found, by the name that `memory.search` takes."""
 
 
 def as_mask(ids: Tensor, slots: int) -> Tensor:

@@ -94,7 +94,7 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
         "activation": activation, "ranking": memory.ranking, "gradient": memory.gradient,
-        "projections": memory.projections, "linear": memory.linear,
+        "projections": memory.projections, "linear": memory.linear, "search": memory.search,
     }  # fmt: skip
 
 
