@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dmt.distill.pretrain import train_tokenizer
 
@@ -37,9 +37,21 @@ def make_teacher(vocabulary: int = 300, **changes):
     """A GPT-2 of three layers with large weights, biases and norms that are not their initial zeros and ones."""
     settings = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": 2, "n_positions": POSITIONS, "vocab_size": vocabulary}
     settings |= {"activation_function": "gelu_new", "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4}
+    return _peaked(GPT2LMHeadModel, GPT2Config(**(settings | changes)))
+
+
+def make_llama(vocabulary: int = 300, **changes):
+    """The same for a Llama: gated blocks, rotary positions, grouped keys and values, norms without means."""
+    settings = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "intermediate_size": SLOTS, "vocab_size": vocabulary}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": True}
+    return _peaked(LlamaForCausalLM, LlamaConfig(**(settings | changes)))
+
+
+def _peaked(kind, config):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = GPT2LMHeadModel(GPT2Config(**(settings | changes)))
+        model = kind(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -50,6 +62,12 @@ def make_teacher(vocabulary: int = 300, **changes):
 @pytest.fixture
 def teacher(tokenizer):
     return make_teacher(len(tokenizer))
+
+
+@pytest.fixture(params=[make_teacher, make_llama])
+def any_teacher(request, tokenizer):
+    """One of each family in the table."""
+    return request.param(len(tokenizer))
 
 
 @pytest.fixture

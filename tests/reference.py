@@ -27,15 +27,26 @@ def read(memory, token: Tensor) -> Tensor:
         weights = [gelu_tanh(score) for score in scores]
     elif memory.weighting == "relu":
         weights = [torch.clamp(score, min=0) for score in scores]
+    if memory.gains is not None:
+        weights = [weight * (token @ memory.gains[i] + memory.gain_bias[i]) for i, weight in enumerate(weights)]
     if memory.ranking == "centred":
         means = list(memory.means)
+
+    def length(slot):
+        value = memory.values[slot]
+        if memory.metric is None:
+            return value.norm()
+        if memory.output is not None:
+            value = memory.output @ value
+        return (value @ memory.metric @ memory.metric.T @ value).sqrt()
+
     rank = {
         "score": lambda i: scores[i],
-        "contribution": lambda i: weights[i].abs() * memory.values[i].norm(),
-        "centred": lambda i: (weights[i] - means[i]).abs() * memory.values[i].norm(),
+        "contribution": lambda i: weights[i].abs() * length(i),
+        "centred": lambda i: (weights[i] - means[i]).abs() * length(i),
     }[memory.ranking]
-    chosen = []
-    for head in range(memory.heads):
+    chosen = [slot for slot in range(memory.slots) if rank(slot) >= memory.threshold] if memory.selection == "threshold" else []
+    for head in range(memory.heads if memory.selection == "top" else 0):
         mine = range(head * per_head, (head + 1) * per_head)
         chosen += sorted(mine, key=lambda i: -rank(i).item())[: memory.k // memory.heads]
     said = memory.output_bias

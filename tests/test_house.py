@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "settings", "registration", "data.people", "data.corpora", "data.blocks", "memory.weighting",
-    "memory.search", "memory.featural", "memory", "models.architectures", "models.modeling", "models.surgery", "models.teacher",
-    "distill.signals", "distill.losses", "evaluate", "distill.calibrate", "distill.module", "distill.callbacks",
+    "memory.search", "memory.compensation", "memory.featural", "memory", "memory.budget",
+    "models.architectures", "models.modeling", "models.surgery", "models.teacher",
+    "distill.signals", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
+    "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
 ]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""

@@ -45,7 +45,7 @@ def test_kl_against_its_sum_with_temperature_squared(temperature):
 
 def test_ce_is_the_librarys_shifted_loss(pair, tokens):
     student, teacher = pair
-    weights = LossConfig(kl=0, ce=1)
+    weights = LossConfig(hidden=0, block=0, kl=0, ce=1)
     labels = tokens.clone()
     torch.testing.assert_close(loss(student, teacher, tokens, weights=weights), student(tokens, labels=labels).loss)
     copied = F.cross_entropy(student(tokens).logits.flatten(0, 1), tokens.flatten())
@@ -55,9 +55,9 @@ def test_ce_is_the_librarys_shifted_loss(pair, tokens):
 def test_kl_term_is_a_mean_over_tokens(pair, tokens):
     student, teacher = pair
     expected = kl(student(tokens).logits, teacher(tokens).logits).mean()
-    torch.testing.assert_close(loss(student, teacher, tokens, weights=LossConfig(kl=1)), expected)
+    torch.testing.assert_close(loss(student, teacher, tokens, weights=LossConfig(hidden=0, block=0, kl=1)), expected)
     doubled = tokens.repeat(2, 1)
-    torch.testing.assert_close(loss(student, teacher, doubled, weights=LossConfig(kl=1)), expected)
+    torch.testing.assert_close(loss(student, teacher, doubled, weights=LossConfig(hidden=0, block=0, kl=1)), expected)
 
 
 def test_padding_changes_neither_value_nor_gradient(pair, tokens):
@@ -88,8 +88,8 @@ def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, token
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk):
     student, teacher = pair
-    weights = LossConfig(kl=1, reverse_kl=0.5, ce=0.3)
-    chunked = LossConfig(kl=1, reverse_kl=0.5, ce=0.3, chunk=chunk)
+    weights = LossConfig(hidden=0, block=0, kl=1, reverse_kl=0.5, ce=0.3)
+    chunked = LossConfig(hidden=0, block=0, kl=1, reverse_kl=0.5, ce=0.3, chunk=chunk)
     plain, pieces = loss(student, teacher, tokens, weights=weights), loss(student, teacher, tokens, weights=chunked)
     torch.testing.assert_close(pieces, plain)
     for got, want in zip(gradients(student, pieces), gradients(student, plain), strict=True):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from reference import gelu_tanh, read
 
 from dmt.memory import FeaturalMemory
+from dmt.memory.budget import first_threshold, hold
 
 WIDTH, SLOTS, K = 6, 12, 4
 KINDS = [
@@ -17,6 +18,9 @@ KINDS = [
 ]
 
 
+BUDGETED = {"selection": "threshold", "metric": "sensitivity"}
+
+
 def make(weighting="activation", ranking="score", heads=1, projections=False, linear=False, **changes):
     shape = {"width": WIDTH, "slots": SLOTS, "k": K} | changes
     how = {"weighting": weighting, "activation": "gelu_new", "ranking": ranking, "projections": projections, "linear": linear}
@@ -24,6 +28,10 @@ def make(weighting="activation", ranking="score", heads=1, projections=False, li
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.copy_(torch.randn_like(parameter))
+        if memory.metric is not None:
+            memory.metric.copy_(torch.randn_like(memory.metric))
+        if memory.threshold is not None:
+            memory.threshold.fill_(8.0)
     return memory
 
 
@@ -31,8 +39,11 @@ def make(weighting="activation", ranking="score", heads=1, projections=False, li
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(("projections", "linear"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("weighting", "ranking"), KINDS)
-def test_equals_definition_in_value_and_gradient(weighting, ranking, projections, linear, heads, tokens):
-    memory = make(weighting, ranking, heads, projections, linear)
+@pytest.mark.parametrize("changes", [{}, {"gated": True}, {"metric": "sensitivity"}, {"gated": True, **BUDGETED}], ids=str)
+def test_equals_definition_in_value_and_gradient(weighting, ranking, projections, linear, heads, tokens, changes):
+    if changes and (ranking == "score" or weighting in ("softmax", "distance")):
+        pytest.skip("these rank by score alone and weigh by score alone")
+    memory = make(weighting, ranking, heads, projections, linear, **changes)
     hidden = torch.randn(tokens, WIDTH, dtype=torch.double, requires_grad=True)
     wanted = torch.stack([read(memory, token) for token in hidden])
     said = memory(hidden)
@@ -92,9 +103,9 @@ def test_reads_are_counted_once_per_token_and_slot():
     memory.count_reads()
     hidden = torch.randn(30, WIDTH, dtype=torch.double)
     memory(hidden)
-    selected = memory.select(memory.scores(hidden))
-    assert memory.reads.sum() == 2 * 30 * K  # once by the call, once by `select`
-    assert torch.equal(memory.reads, 2 * selected.sum(0))
+    assert memory.reads.sum() == 30 * K
+    assert memory.reads_tokens == 30
+    assert torch.equal(memory.reads, memory.select(hidden).sum(0))
 
 
 def test_means_are_average_weights():
@@ -137,8 +148,76 @@ def test_linear_compensation_is_the_least_squares_one(projections):
         ({"weighting": "softmax", "ranking": "centred"}, "ranking=score"),
         ({"activation": "mish"}, "not supported"),
         ({"search": "guess"}, "search must be one of exact"),
+        ({"selection": "threshold", "ranking": "score"}, "ranks that compare"),
     ],
 )
 def test_impossible_memories_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         FeaturalMemory(**({"width": WIDTH, "slots": SLOTS, "k": K} | arguments))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_threshold_of_zero_reads_every_slot(gated):
+    memory = make(ranking="centred", gated=gated, **BUDGETED)
+    memory.threshold.zero_()
+    hidden = torch.randn(20, WIDTH, dtype=torch.double)
+    gains = hidden @ memory.gains.T + memory.gain_bias if gated else 1
+    block = (gelu_tanh(hidden @ memory.keys.T + memory.key_bias) * gains) @ memory.values + memory.output_bias
+    for grad in (torch.no_grad, torch.enable_grad):
+        with grad():
+            torch.testing.assert_close(memory(hidden), block)
+
+
+def test_a_threshold_nothing_reaches_reads_nothing():
+    memory = make(ranking="centred", **BUDGETED)
+    memory.threshold.fill_(float("inf"))
+    hidden = torch.randn(20, WIDTH, dtype=torch.double)
+    with torch.no_grad():
+        torch.testing.assert_close(memory(hidden), (memory.output_bias + memory.means @ memory.values).expand(20, -1))
+
+
+def test_lengths_follow_the_values():
+    memory = make(ranking="centred").eval()
+    assert torch.equal(memory.lengths(), memory.values.norm(dim=-1))
+    kept = memory.lengths()
+    assert memory.lengths() is kept, "computed once while nothing changes"
+    with torch.no_grad():
+        memory.values.mul_(2)
+    assert torch.equal(memory.lengths(), 2 * kept)
+    memory.load_state_dict(make(ranking="centred").state_dict())
+    assert torch.equal(memory.lengths(), memory.values.norm(dim=-1))
+    memory.values.data = torch.randn_like(memory.values)
+    assert torch.equal(memory.lengths(), memory.values.norm(dim=-1))
+
+
+def test_the_first_threshold_spends_the_budget_over_all_memories():
+    memories = [make(ranking="centred", **BUDGETED) for _ in range(3)]
+    with torch.no_grad():
+        memories[0].values.mul_(5)  # what it says weighs more, so it is given more
+    hidden = [torch.randn(200, WIDTH, dtype=torch.double) for _ in memories]
+    first_threshold(memories, hidden)
+    reads = [float(memory.select(states).sum()) / 200 for memory, states in zip(memories, hidden, strict=True)]
+    assert sum(reads) == pytest.approx(3 * K, abs=0.01)
+    assert reads[0] > reads[1] + 2
+
+
+def test_holding_moves_the_shared_threshold_to_the_budget():
+    memories = [make(ranking="centred", **BUDGETED).train() for _ in range(3)]
+    for memory in memories:
+        memory.threshold.fill_(1e-3)
+    hidden = torch.randn(400, WIDTH, dtype=torch.double)
+    for _ in range(60):
+        for memory in memories:
+            memory(hidden[:100]), memory(hidden[100:])
+        hold(memories, rate=0.5)
+    assert len({float(memory.threshold) for memory in memories}) == 1
+    assert sum(float(memory.select(hidden).sum()) for memory in memories) / 400 == pytest.approx(3 * K, rel=0.02)
+
+
+def test_nothing_is_held_where_nothing_is_shared_or_nothing_was_read():
+    top, idle = make(ranking="centred").train(), make(ranking="centred", **BUDGETED).train()
+    top(torch.randn(5, WIDTH, dtype=torch.double))
+    hold([top, idle], rate=0.5)
+    idle.eval()(torch.randn(5, WIDTH, dtype=torch.double))
+    hold([top, idle], rate=0.5)
+    assert float(idle.threshold) == 8.0

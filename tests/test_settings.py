@@ -52,12 +52,12 @@ def written(folder: Path, content: str | bytes) -> Path:
 
 WRONG = [
     # types
-    ("memory.k=three", "memory.k must be a whole number or empty, got three"),
-    ("memory.k=3.5", "memory.k must be a whole number or empty, got 3.5"),
-    ("memory.k=nan", "memory.k must be a whole number or empty, got nan"),
-    ("memory.k=true", "memory.k must be a whole number or empty, got true"),
-    ("memory.k=[3]", "memory.k must be a whole number or empty, got [3]"),
-    ("memory.k=???", "memory.k must be a whole number or empty, got ???"),
+    ("memory.k=three", "memory.k must be a whole number, auto or empty, got three"),
+    ("memory.k=3.5", "memory.k must be a whole number, auto or empty, got 3.5"),
+    ("memory.k=nan", "memory.k must be a whole number, auto or empty, got nan"),
+    ("memory.k=true", "memory.k must be a whole number, auto or empty, got true"),
+    ("memory.k=[3]", "memory.k must be a whole number, auto or empty, got [3]"),
+    ("memory.k=???", "memory.k must be a whole number, auto or empty, got ???"),
     ("seed=", "seed must be a whole number, got nothing"),
     ("seed=null", "seed must be a whole number, got nothing"),
     ("seed=1e3", "seed must be a whole number, got 1000.0; write 1000"),
@@ -125,6 +125,7 @@ WRONG = [
     ("seed=" + "9" * 5000, "cannot read seed=999"),
     # ranges
     ("memory.k=0", "memory.k must be at least 1, got 0"),
+    ("memory.budget=0", "memory.budget must be at least 1, got 0"),
     ("memory.k=-3", "memory.k must be at least 1, got -3"),
     ("memory.heads=0", "memory.heads must be at least 1, got 0"),
     ("seed=-1", "seed must be at least 0, got -1"),
@@ -156,6 +157,10 @@ CONTRADICTIONS = [
     (["memory.heads=3"], "memory.slots=512 must be a multiple of memory.heads=3"),
     (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
     (["memory.slots=256"], "memory.slots=256 differs from the 512 neurons of the teacher's blocks"),
+    (["memory.budget=600"], "memory.budget must be in [1, memory.slots=512], got 600"),
+    (["memory.k=8", "memory.budget=8"], "memory.budget is spent by memory.k=auto alone, got memory.k=8"),
+    (["memory.ranking=score"], "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k to a number"),
+    (["stages.calibrate_tokens=0"], "memory.k=auto is settled by calibration, got stages.calibrate_tokens=0"),
     (["memory.weighting=softmax"], "memory.ranking=centred needs a weight per slot, which memory.weighting=softmax has not"),
     (
         ["memory.weighting=distance", "memory.ranking=score", "memory.gradient=straight_through"],
@@ -164,7 +169,10 @@ CONTRADICTIONS = [
     (["data.block=257"], "data.block=257 is longer than the 256 positions of teacher="),
     (["data.batch=8", "data.micro_batch=3"], "data.batch=8 must be a multiple of data.micro_batch=3"),
     (["data.batch=7", "trainer.devices=2"], "trainer.devices must be 1, several processes are not supported yet, got 2"),
-    (["loss.kl=0"], "every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1"),
+    (
+        ["loss.kl=0", "loss.hidden=0", "loss.block=0"],
+        "every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1",
+    ),
     (
         ["stages.calibrate_tokens=0", "stages.layerwise_steps=0", "stages.end_to_end_steps=0"],
         "every stage is 0, nothing would happen; set stages.end_to_end_steps, say",
@@ -184,7 +192,7 @@ def test_settings_that_contradict_each_other_are_refused(shaped, words, message)
         ["memory.k=512"],
         ["memory.slots=32", "memory.k=32", "memory.init=random"],
         ["memory.heads=4", "memory.k=8"],
-        ["memory.weighting=softmax", "memory.ranking=score"],
+        ["memory.weighting=softmax", "memory.ranking=score", "memory.k="],
         ["data.block=256"],
         ["data.batch=8", "data.micro_batch=4"],
         ["data.batch=2", "data.micro_batch=8"],
@@ -275,7 +283,7 @@ WRONG_FILES = [
     ("k: 3\n", "k is not a setting; did you mean memory.k?"),
     ("3: 4\n", "3 is not a setting; --help lists them"),
     ("memory: 3\n", "memory is a group of settings such as memory.kind, got 3; --help lists them"),
-    ("memory: {k: three}\n", "memory.k must be a whole number or empty, got three"),
+    ("memory: {k: three}\n", "memory.k must be a whole number, auto or empty, got three"),
     ("data: {corpora: speeches}\n", "got speeches; write data.corpora=[speeches]"),
     ("data: {corpora: !!binary aGk=}\n", "data.corpora must be a list such as [speeches, biographies], got b'hi'"),
     ("teacher: ${oc.env:HOME}\n", "${...} is not filled in here, write the value itself"),
@@ -348,7 +356,7 @@ def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
 
 WRONG_RULES = [
     ("[{layers: 0, memory: {kk: 3}}]", "student.rules[0].memory.kk is not a setting; did you mean student.rules[0].memory.k?"),
-    ("[{layers: 0, memory: {k: three}}]", "student.rules[0].memory.k must be a whole number or empty, got three"),
+    ("[{layers: 0, memory: {k: three}}]", "student.rules[0].memory.k must be a whole number, auto or empty, got three"),
     ("[{layers: 0, memory: {kind: sparse}}]", "student.rules[0].memory.kind must be one of featural, dense, got sparse"),
     ("[{layers: 0, memory: {k: 0}}]", "student.rules[0].memory.k must be at least 1, got 0"),
     (
@@ -465,7 +473,7 @@ def test_help_prints_every_field_with_default_choices_and_docstring(cls, name, k
 def test_help_prints_nothing_twice():
     lines = [line for line in describe().splitlines() if not line.startswith(" ")]
     assert [line.partition("=")[0] for line in lines] == KEYS
-    assert {"data.corpora=[speeches, biographies]", "memory.k=", "memory.projections=false"} <= set(lines), "as they are typed"
+    assert {"data.corpora=[speeches, biographies]", "memory.k=auto", "memory.projections=false"} <= set(lines), "as they are typed"
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------

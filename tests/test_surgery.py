@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYERS, SLOTS, WIDTH, make_teacher
+from conftest import LAYERS, SLOTS, WIDTH, make_llama, make_teacher
 from transformers import AutoModelForCausalLM
 
 from dmt.config import MemoryConfig
@@ -34,6 +34,25 @@ def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activa
     wanted = logits(teacher, tokens)
     assert wanted.std() > 1, "near-uniform logits would hide mistakes"
     assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(k=SLOTS), MemoryConfig(ranking="score", k=SLOTS), MemoryConfig()], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True, "tie_word_embeddings": False}, {"hidden_act": "gelu"}], ids=str)
+def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
+    teacher = make_llama(**changes)  # with the default, k=auto, no slot is left unread before calibration
+    student, report = transplant(teacher, [memory] * LAYERS)
+    wanted = logits(teacher, tokens)
+    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+    parts = 6 if "mlp_bias" in changes else 3
+    assert sum(t.fate == "memory" for t in report.transfers) == LAYERS * parts
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+def test_any_family_with_random_slots_and_fewer(tokens, family):
+    student, report = transplant(family(), [MemoryConfig(init="random", slots=32), MemoryConfig(k=4), MemoryConfig(kind="dense")])
+    assert logits(student, tokens).isfinite().all()
+    assert {t.fate for t in report.transfers} == {"copied", "memory", "new", "dropped"}
 
 
 def test_all_slots_equal_the_embedded_teacher():

@@ -6,7 +6,7 @@ Nothing here imports torch or transformers: a misspelled setting is answered at 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Optional  # Optional: OmegaConf reads the annotation at run time
+from typing import Any, Literal, Optional
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,16 @@ class MemoryConfig:
     """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
     ranking: Literal["score", "contribution", "centred"] = "centred"
     """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
+    metric: Literal["plain", "sensitivity"] = "sensitivity"
+    """Length of a value in the ranking: Euclidean, or how far it moves the model's answer, measured by calibration."""
     gradient: Literal["selected", "straight_through"] = "selected"
     """Gradient of the scores: of the k slots that were read, or as if all slots had been (straight-through)."""
     slots: Optional[int] = None
     """Rows of the memory; empty means as many as the block replaced has neurons."""
-    k: Optional[int] = None
-    """Slots read per token; empty means one sixteenth of the slots."""
+    k: int | Literal["auto"] | None = "auto"
+    """Slots read per token; empty means one sixteenth of the slots; `auto`: their mean is `budget`, spent where it pays."""
+    budget: Optional[int] = None
+    """Of `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
     heads: int = 1
     """Groups that share out the slots; each has its own query projection and reads k / heads of its own slots."""
     projections: bool = False
@@ -69,9 +73,9 @@ class LossConfig:
     """Weight of KL(student || teacher) in nats per token, with temperature squared."""
     ce: float = 0.0
     """Weight of the cross-entropy of the next token of the text, in nats per token."""
-    hidden: float = 0.0
+    hidden: float = 1.0
     """Weight of the squared error of the last hidden state, as a fraction of its variance."""
-    block: float = 0.0
+    block: float = 1.0
     """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
     cosine: float = 0.0
     """Weight of one minus the cosine between the last hidden states."""

@@ -146,7 +146,9 @@ def check(config: Config) -> None:
         raise UserError("every stage is 0, nothing would happen; set stages.end_to_end_steps, say")
     shape = teacher_shape(config.teacher)
     _check_memory(config.memory, "memory", shape["slots"] if shape else None)
-    layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
+    memories = layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
+    if not config.stages.calibrate_tokens and any(memory.kind != "dense" and memory.k == "auto" for memory in memories):
+        raise UserError("memory.k=auto is settled by calibration, got stages.calibrate_tokens=0; set memory.k to a number")
     if shape and config.data.block > shape["positions"]:
         raise UserError(
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
@@ -159,8 +161,12 @@ def teacher_shape(source: str) -> dict[str, int] | None:
     file = (EMBEDDED_TEACHER if source == "embedded" else _home(source, "teacher")) / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        slots = found.get("n_inner") or 4 * found["n_embd"]
-        shape = {"layers": found["n_layer"], "slots": slots, "positions": found["n_positions"]}
+        if "n_layer" in found:
+            slots = found.get("n_inner") or 4 * found["n_embd"]
+            shape = {"layers": found["n_layer"], "slots": slots, "positions": found["n_positions"]}
+        else:
+            names = {"layers": "num_hidden_layers", "slots": "intermediate_size", "positions": "max_position_embeddings"}
+            shape = {name: found[key] for name, key in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # loading the teacher says what is wrong with it
     return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
@@ -183,13 +189,15 @@ def describe() -> str:
 
 def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> None:
     slots = memory.slots if memory.slots is not None else block_slots
-    for setting in ("slots", "k", "heads"):
+    for setting in ("slots", "k", "budget", "heads"):
         given = getattr(memory, setting)
-        if given is not None and given < 1:
+        if isinstance(given, int) and given < 1:
             raise UserError(f"{name}.{setting} must be at least 1, got {given}")
-    if slots is not None and memory.k is not None and memory.k > slots:
-        raise UserError(f"{name}.k must be in [1, {name}.slots={slots}], got {memory.k}")
-    for setting, number in (("slots", slots), ("k", memory.k)):
+        if slots is not None and setting in ("k", "budget") and isinstance(given, int) and given > slots:
+            raise UserError(f"{name}.{setting} must be in [1, {name}.slots={slots}], got {given}")
+    if memory.budget is not None and memory.k != "auto":
+        raise UserError(f"{name}.budget is spent by {name}.k=auto alone, got {name}.k={shown(memory.k)}; leave one of them out")
+    for setting, number in (("slots", slots), ("k", memory.k if isinstance(memory.k, int) else None)):
         if number is not None and number % memory.heads:
             raise UserError(f"{name}.{setting}={number} must be a multiple of {name}.heads={memory.heads}")
     if memory.ranking != "score" and memory.weighting in ("softmax", "distance"):
@@ -199,6 +207,11 @@ def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> N
         )
     if memory.gradient == "straight_through" and memory.weighting in ("softmax", "distance"):
         raise UserError(f"{name}.gradient=straight_through needs {name}.weighting=activation or relu, got {memory.weighting}")
+    if memory.k == "auto" and memory.ranking == "score":
+        raise UserError(
+            f"{name}.k=auto compares slots of all layers, which scores do not allow; set {name}.k to a number or "
+            f"{name}.ranking=centred, got {name}.ranking=score"
+        )
     if memory.init == "ff" and None not in (memory.slots, block_slots) and memory.slots != block_slots:
         raise UserError(
             f"{name}.slots={memory.slots} differs from the {block_slots} neurons of the teacher's blocks; "

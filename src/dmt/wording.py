@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dmt.config as schema
 from dmt.config import Config
 from dmt.errors import UserError
 
+UNIONS = (Union, UnionType)
 LONGEST = 100
 """Characters of a given value that are shown."""
 _KINDS: dict[Any, str] = {
@@ -36,9 +38,16 @@ def fit(kind: Any, value: Any, name: str) -> Any:
     """
     if get_origin(kind) is list and isinstance(value, list):
         return [fit(get_args(kind)[0], item, f"{name}[{number}]") for number, item in enumerate(value)]
-    plain = get_args(kind)[0] if get_origin(kind) is Union else kind  # the schema's only union is Optional
-    if value is None and plain is not kind:
-        return None
+    if get_origin(kind) in UNIONS:  # a number, a word or nothing: the first that is not nothing names the mistake
+        choices = [choice for choice in get_args(kind) if choice is not type(None)]
+        if value is None and len(choices) < len(get_args(kind)):
+            return None
+        for choice in choices[1:]:
+            if isinstance(value, str) and value in get_args(choice):
+                return value
+        plain = choices[0]
+    else:
+        plain = kind
     if get_origin(plain) is Literal and isinstance(value, str) and value in get_args(plain):
         return value
     if plain is bool and isinstance(value, bool):
@@ -56,8 +65,9 @@ def fit(kind: Any, value: Any, name: str) -> Any:
 
 def accepted(kind: Any) -> str:
     """What a setting of this annotation may be, as words that follow `must be`."""
-    if get_origin(kind) is Union:
-        return f"{accepted(get_args(kind)[0])} or empty"
+    if get_origin(kind) in UNIONS:
+        choices = [accepted(choice).removeprefix("one of ") for choice in get_args(kind) if choice is not type(None)]
+        return ", ".join([*choices[:-1], f"{choices[-1]} or empty"] if len(choices) > 1 else [f"{choices[0]} or empty"])
     if get_origin(kind) is Literal:
         return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(get_args(kind))
     return _KINDS[kind]

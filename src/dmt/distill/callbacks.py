@@ -41,7 +41,8 @@ class SlotUsage(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in memories_of(module.student).items():  # type: ignore[arg-type]
             assert memory.reads is not None, "counting began with the validation"
-            for name, value in usage(memory.reads).items():
+            read = float(memory.reads.sum()) / max(1, memory.reads_tokens)
+            for name, value in (usage(memory.reads) | {"read": read}).items():
                 trainer.logger.log_metrics({f"slots_{name}/layer_{layer}": value}, step=trainer.global_step)  # type: ignore[union-attr]
             if board := tensorboard(trainer):
                 # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
@@ -89,7 +90,12 @@ class Charts(Callback):
         layers = list(memories_of(module.student))  # type: ignore[arg-type]
         per_layer = {
             title: ["Multiline", [f"{tag}/layer_{layer}" for layer in layers]]
-            for title, tag in (("block error", "block_error"), ("dead slots", "slots_dead"), ("usage entropy", "slots_entropy"))
+            for title, tag in (
+                ("block error", "block_error"),
+                ("dead slots", "slots_dead"),
+                ("usage entropy", "slots_entropy"),
+                ("slots read per token", "slots_read"),
+            )
         }
         board.add_custom_scalars({"student against teacher": fidelity, "layers": per_layer})
 

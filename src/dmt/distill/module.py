@@ -16,10 +16,13 @@ from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.evaluate import Tally
+from dmt.memory.budget import hold
 from dmt.models.surgery import memories_of
 
 SCALE_TOKENS = 4_096
 """Least number of tokens from which the teacher's variances are measured."""
+HOLD_RATE = 0.1
+"""How fast a shared threshold follows the slots read: too many by a factor f raise it by f to this power a step."""
 
 
 class Distiller(pl.LightningModule):
@@ -118,6 +121,7 @@ class Distiller(pl.LightningModule):
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
         done = self.global_step
         optimizer.step()  # type: ignore[union-attr]
+        hold(memories_of(self.student).values(), rate=HOLD_RATE)
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
         if done % self.settings.trainer.log_every == 0 or done == self.total_steps - 1:
             self._write({"learning_rate": rate} | {f"{stage}/{name}": float(value) for name, value in logged.items()}, done)

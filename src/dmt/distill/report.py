@@ -32,7 +32,8 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     table = Table.grid(padding=(0, 2))
     table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
     for layer, memory in memories_of(student).items():
-        what = f"{memory.k} of {memory.slots} slots read, {memory.weighting} weights, {memory.ranking} ranking"
+        often = "on average over layers" if memory.selection == "threshold" else "for each token"
+        what = f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
         table.add_row(f"layer {layer}", f"feed-forward block -> {what}")
     table.add_row("tensors", transfer.summary())
     table.add_row("trainable", f"{weights:,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
@@ -62,6 +63,7 @@ def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     for layer, memory in memories_of(student).items():
         assert memory.reads is not None, "count_reads was called before the text was read"
         found[str(layer)] = usage(memory.reads) | {"slots": memory.slots, "k": memory.k}
+        found[str(layer)]["read"] = float(memory.reads.sum()) / memory.reads_tokens
         memory.reads = None
     return found
 
@@ -101,8 +103,10 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 share = f"{said['student'] / said['teacher']:.4f} of it" if said["teacher"] else ""
                 table.append((f"{corpus}: {title}", f"{said['teacher']:.4f}", f"{said['student']:.4f}", share))
     used, size = results["slots"].values(), results["bytes"]
-    read, held, dead = (sum(u[name] for u in used) for name in ("k", "slots", "dead"))
-    table.append(("slots read per token", f"{held:,}", f"{read:,}", f"1 / {held / read:.0f}"))
+    read, held, dead = (sum(u[name] for u in used) for name in ("read", "slots", "dead"))
+    by_layer = ", ".join(f"{u['read']:.0f}" for u in used)
+    table.append(("slots read per token", f"{held:,}", f"{read:,.1f}", f"1 / {held / read:.1f}"))
+    table.append(("layer by layer", "", by_layer if len(used) <= 12 else "", by_layer if len(used) > 12 else ""))
     table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
     megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}
     on_disk = f"{megabytes['student_on_disk']} on disk"

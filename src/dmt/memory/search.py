@@ -21,3 +21,8 @@ def as_mask(ids: Tensor, slots: int) -> Tensor:
     """Boolean `(..., slots)`, true at `ids` `(..., k)`."""
     mask = torch.zeros(*ids.shape[:-1], slots, dtype=torch.bool, device=ids.device)
     return mask.scatter_(-1, ids, True)
+
+
+def reaching(rank: Tensor, threshold: Tensor) -> Tensor:
+    """Boolean mask, true where `rank` is at least `threshold` `()`."""
+    return rank >= threshold

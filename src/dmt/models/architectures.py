@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from dmt.errors import UserError
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """A block as a memory sees it: `sum_i act(x . keys[i] + key_bias[i]) values[i] + output_bias`."""
-
-    keys: Tensor  # (slots, width)
-    key_bias: Tensor  # (slots,)
-    values: Tensor  # (slots, width)
-    output_bias: Tensor  # (width,)
 
 
 @dataclass(frozen=True)
@@ -27,20 +16,33 @@ class Architecture:
     Args:
         layers: path of the list of transformer blocks from the language model.
         block: attribute of a transformer block that holds its feed-forward block.
-        read: a feed-forward block as a `FeedForward`, sharing its tensors.
+        tensors: where a memory's `keys`, `values` `(slots, width)` and, where the block has them, `gains`, `key_bias`,
+            `gain_bias`, `output_bias` are found: names within the block. A block is then
+            `sum_i act(x . keys[i] + key_bias[i]) (x . gains[i] + gain_bias[i]) values[i] + output_bias`.
+        transposed: those of them that are stored as `(width, slots)`.
         activation: config attribute that names the block's function.
-        tensors: what `read` used, names relative to the feed-forward block, so that a report can account for each.
         backbone: attribute of the language model that gives hidden states, the head left out.
         no_dropout: config values that switch every dropout off.
     """
 
     layers: str
     block: str
-    read: Callable[[nn.Module], FeedForward]
+    tensors: dict[str, str]
+    transposed: tuple[str, ...]
     activation: str
-    tensors: tuple[str, ...]
     backbone: str
     no_dropout: dict[str, float]
+
+    @property
+    def gated(self) -> bool:
+        """Whether a neuron is the product of an activation and a second, linear score."""
+        return "gains" in self.tensors
+
+    def read(self, block: nn.Module) -> dict[str, Tensor]:
+        """A feed-forward block's tensors under the names of a memory's parameters, sharing storage."""
+        there = block.state_dict(keep_vars=True)
+        found = {part: there[name] for part, name in self.tensors.items() if name in there}
+        return {part: tensor.t() if part in self.transposed else tensor for part, tensor in found.items()}
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Feed-forward blocks of `model` in order, or the memories that stand in their places."""
@@ -57,21 +59,32 @@ class Architecture:
         return f"{self.layers}.{layer}.{self.block}"
 
 
-def _read_gpt2(block: nn.Module) -> FeedForward:
-    # Conv1D holds its weight as (in, out): neuron i is column i of the first and row i of the second.
-    first, second = block.get_submodule("c_fc"), block.get_submodule("c_proj")
-    return FeedForward(first.weight.t(), first.bias, second.weight, second.bias)  # type: ignore[arg-type,operator]
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         layers="transformer.h",
         block="mlp",
-        read=_read_gpt2,
+        # Conv1D holds its weight as (in, out): neuron i is column i of the first and row i of the second.
+        tensors={"keys": "c_fc.weight", "key_bias": "c_fc.bias", "values": "c_proj.weight", "output_bias": "c_proj.bias"},
+        transposed=("keys",),
         activation="activation_function",
-        tensors=("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"),
         backbone="transformer",
         no_dropout={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "llama": Architecture(
+        layers="model.layers",
+        block="mlp",
+        tensors={
+            "keys": "gate_proj.weight",
+            "gains": "up_proj.weight",
+            "values": "down_proj.weight",
+            "key_bias": "gate_proj.bias",
+            "gain_bias": "up_proj.bias",
+            "output_bias": "down_proj.bias",
+        },
+        transposed=("values",),
+        activation="hidden_act",
+        backbone="model",
+        no_dropout={"attention_dropout": 0.0},
     ),
 }
 

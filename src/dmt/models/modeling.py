@@ -1,4 +1,4 @@
-"""The student as a transformers model: `import dmt`, then the Auto classes save, load and generate it as any other."""
+"""Students as transformers models: `import dmt`, then the Auto classes save, load and generate them as any other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
     PreTrainedModel,
 )
 
 from dmt.memory import FeaturalMemory
-from dmt.models.architectures import ARCHITECTURES
+from dmt.models.architectures import architecture_of
 
 
 class MemoryGPT2Config(GPT2Config):
@@ -30,9 +34,15 @@ class MemoryGPT2Config(GPT2Config):
     memory: dict | None = None
 
 
-class _WithMemories(GPT2PreTrainedModel):
+class MemoryLlamaConfig(LlamaConfig):
+    """A Llama's config and its memories, as in `MemoryGPT2Config`."""
+
+    model_type = "dmt_llama"
+    memory: dict | None = None
+
+
+class _WithMemories(PreTrainedModel):
     # On the inner and the outer model alike: loading asks the one that holds a module how to initialise it.
-    config_class = MemoryGPT2Config
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -41,28 +51,66 @@ class _WithMemories(GPT2PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def plant(self) -> None:
+        """Put the memories that the config names where the feed-forward blocks are."""
+        config: Any = self.config
+        arch = architecture_of(config.model_type)
+        for layer, arguments in (config.memory or {}).items():
+            arch.replace(self, int(layer), FeaturalMemory(width=config.hidden_size, gated=arch.gated, **arguments))
+
 
 class MemoryGPT2Model(_WithMemories, GPT2Model):
-    """The backbone of a student."""
+    """The backbone of a student made from a GPT-2."""
+
+    config_class = MemoryGPT2Config
 
 
 class MemoryGPT2LMHeadModel(_WithMemories, GPT2LMHeadModel):
     """A GPT-2 with memories in the layers its config names; what `AutoModelForCausalLM` gives for a saved student."""
 
+    config_class = MemoryGPT2Config
+
     def __init__(self, config: MemoryGPT2Config) -> None:
         GPT2PreTrainedModel.__init__(self, config)
         self.transformer = MemoryGPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for layer, arguments in (config.memory or {}).items():
-            ARCHITECTURES["gpt2"].replace(self, int(layer), FeaturalMemory(width=config.n_embd, **arguments))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.plant()
         self.post_init()
 
 
-AutoConfig.register("dmt_gpt2", MemoryGPT2Config)
-AutoModelForCausalLM.register(MemoryGPT2Config, MemoryGPT2LMHeadModel)
+class MemoryLlamaModel(_WithMemories, LlamaModel):
+    """The backbone of a student made from a Llama."""
+
+    config_class = MemoryLlamaConfig
+
+
+class MemoryLlamaForCausalLM(_WithMemories, LlamaForCausalLM):
+    """A Llama with memories in the layers its config names."""
+
+    config_class = MemoryLlamaConfig
+
+    def __init__(self, config: MemoryLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = MemoryLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.plant()
+        self.post_init()
+
+
+STUDENTS: dict[str, tuple[Any, Any]] = {
+    "gpt2": (MemoryGPT2Config, MemoryGPT2LMHeadModel),
+    "llama": (MemoryLlamaConfig, MemoryLlamaForCausalLM),
+}
+"""Config and model of a student by the teacher's `model_type`."""
+
+for _config, _model in STUDENTS.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _model)
 
 
 def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
     """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
+    config, model = STUDENTS[teacher_config.model_type]
     settings = {k: v for k, v in teacher_config.to_dict().items() if k not in ("model_type", "architectures", "memory", "dtype")}
-    return MemoryGPT2LMHeadModel(MemoryGPT2Config(**{**settings, **no_dropout}, memory=memory))
+    return model(config(**{**settings, **no_dropout}, memory=memory))

@@ -79,11 +79,13 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         raise UserError(
             f"teacher: its blocks use {activation!r}; memories know {', '.join(ACTIVATIONS)}; set memory.weighting=relu"
         )
-    block_slots = arch.read(arch.blocks(teacher)[layer]).keys.shape[0]
+    block_slots = len(arch.read(arch.blocks(teacher)[layer])["keys"])
     slots = memory.slots or block_slots
-    k = memory.k or max(memory.heads, slots // DEFAULT_SHARE // memory.heads * memory.heads)
+    auto = memory.k == "auto"
+    asked = memory.budget if memory.k == "auto" else memory.k
+    k = asked or max(memory.heads, slots // DEFAULT_SHARE // memory.heads * memory.heads)
     if k > slots:
-        raise UserError(f"memory.k must be in [1, {slots}] for layer {layer} of this teacher, got {k}")
+        raise UserError(f"memory.{'budget' if auto else 'k'} must be in [1, {slots}] for layer {layer} of this teacher, got {k}")
     if slots % memory.heads:
         raise UserError(f"memory.heads={memory.heads} must divide the {slots} slots of layer {layer}")
     if memory.init == "ff" and slots != block_slots:
@@ -93,7 +95,9 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         )
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
-        "activation": activation, "ranking": memory.ranking, "gradient": memory.gradient,
+        "activation": activation, "ranking": memory.ranking,
+        "metric": "plain" if memory.ranking == "score" else memory.metric,
+        "selection": "threshold" if auto else "top", "gradient": memory.gradient,
         "projections": memory.projections, "linear": memory.linear, "search": memory.search,
     }  # fmt: skip
 
@@ -111,14 +115,14 @@ def _transfer(
         assert isinstance(mine, FeaturalMemory), "the plan put a memory here"
         parts = arch.read(block)
         if memory.init == "ff":
-            mine.load_feedforward(parts.keys, parts.key_bias, parts.values, parts.output_bias)
-        for tensor, slot_part in zip(arch.tensors, ("keys", "key_bias", "values", "output_bias"), strict=True):
-            size = given[f"{name}.{tensor}"].numel()
+            mine.load_feedforward(parts)
+        for part, taken in parts.items():
+            source = f"{name}.{arch.tensors[part]}"
             if memory.init == "ff":
-                transfers.append(Transfer(f"{name}.{tensor}", "memory", f"{name}.{slot_part}", size))
-                filled.add(f"{name}.{slot_part}")
+                transfers.append(Transfer(source, "memory", f"{name}.{part}", taken.numel()))
+                filled.add(f"{name}.{part}")
             else:
-                transfers.append(Transfer(f"{name}.{tensor}", "dropped", "-", size))
+                transfers.append(Transfer(source, "dropped", "-", taken.numel()))
         for part in mine.state_dict():
             if f"{name}.{part}" not in filled:
                 transfers.append(Transfer("-", "new", f"{name}.{part}", wanted[f"{name}.{part}"].numel()))

@@ -1,0 +1,52 @@
+"""One budget for all memories of a model: slots are read where they are worth most, in whatever layer, for whatever token.
+
+Memories with `selection="threshold"` read every slot whose rank reaches a threshold that they share. Their ranks
+compare over layers where the metric is `sensitivity`, so one number spends the budget: mean slots read per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dmt.memory.featural import FeaturalMemory
+
+RANKED_TOKENS = 2_048
+"""Tokens whose ranks are held at once to find the first threshold."""
+
+
+def sharing(memories: Iterable[FeaturalMemory]) -> list[FeaturalMemory]:
+    """Those that share the budget."""
+    return [memory for memory in memories if memory.threshold is not None]
+
+
+@torch.no_grad()
+def first_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Tensor]) -> None:
+    """Set the shared threshold so that these hidden states `(tokens, width)`, one per memory, are given the budget."""
+    pairs = [(memory, states) for memory, states in zip(memories, hidden, strict=True) if memory.threshold is not None]
+    if not pairs:
+        return
+    ranks = [memory.rank(states[:RANKED_TOKENS]) for memory, states in pairs]
+    budget = sum(memory.k * len(rank) for (memory, _), rank in zip(pairs, ranks, strict=True))
+    everything = torch.cat([rank.flatten().float() for rank in ranks])
+    lowest = everything.topk(budget).values[-1] if budget < len(everything) else torch.zeros(())
+    for memory, _ in pairs:
+        memory.threshold.copy_(lowest)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def hold(memories: Iterable[FeaturalMemory], rate: float) -> None:
+    """Move the shared threshold towards the budget, by what was read since the last call; forgets what was read.
+
+    Too many reads by a factor f raise it by f to the power of `rate`.
+    """
+    held = [memory for memory in sharing(memories) if memory.spent]
+    if not held:
+        return
+    reads = torch.stack([torch.stack(memory.spent).sum(0).double() for memory in held])  # (memories, 2): reads, tokens
+    factor = ((reads[:, 0] / reads[:, 1]).sum() / sum(memory.k for memory in held)).clamp(0.1, 10) ** rate
+    for memory in held:
+        memory.threshold.mul_(factor)  # type: ignore[union-attr]
+        memory.spent = []
