@@ -190,6 +190,15 @@ def test_lengths_follow_the_values():
     assert torch.equal(memory.lengths(), memory.values.norm(dim=-1))
 
 
+@pytest.mark.parametrize("changed", ["values", "metric", "output"])
+def test_lengths_follow_all_they_depend_on(changed):
+    memory = make(ranking="centred", projections=True, metric="sensitivity").eval()
+    memory.lengths()
+    with torch.no_grad():
+        getattr(memory, changed).mul_(2)
+    torch.testing.assert_close(memory.lengths(), (memory.values @ memory.output.t() @ memory.metric).norm(dim=-1))
+
+
 def test_the_first_threshold_spends_the_budget_over_all_memories():
     memories = [make(ranking="centred", **BUDGETED) for _ in range(3)]
     with torch.no_grad():

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, SLOTS
+from conftest import LAYERS, SLOTS, make_llama, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dmt.config import MemoryConfig
+from dmt.models.attention import use_attention
 from dmt.models.surgery import memories_of, transplant
 
 VARIANTS = {
@@ -100,3 +101,36 @@ def test_gradient_checkpointing_gives_the_same_gradient(student, tokens):
 def test_pipeline_in_process(student, tokenizer):
     said = pipeline("text-generation", model=student, tokenizer=tokenizer)("the quick", max_new_tokens=4, do_sample=False)
     assert said[0]["generated_text"].startswith("the quick")
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+def test_batched_attention_is_the_librarys_in_value_and_gradient(family, tokens):
+    model = family().to(torch.bfloat16).requires_grad_(True)
+    found = {}
+    for name in ("sdpa", "batched"):
+        use_attention(model, name)
+        output = model(tokens, output_hidden_states=True, use_cache=False)
+        gradient = torch.autograd.grad(output.logits.float().square().mean(), model.get_input_embeddings().weight)[0]
+        found[name] = (output.hidden_states[1].float(), gradient.float())
+    exact = family().requires_grad_(True)
+    wanted = exact(tokens, output_hidden_states=True, use_cache=False)
+    gradient = torch.autograd.grad(wanted.logits.square().mean(), exact.get_input_embeddings().weight)[0]
+    for mine, theirs, truth in zip(found["batched"], found["sdpa"], (wanted.hidden_states[1], gradient), strict=True):
+        assert not torch.equal(mine, theirs), "the other path was taken"
+        assert (mine - truth).norm() <= 1.5 * (theirs - truth).norm()
+
+
+def test_batched_attention_leaves_what_it_is_not_for_to_the_library(teacher, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    for changes in ({}, {"attention_mask": mask}):
+        plain = teacher(tokens, **changes).logits
+        use_attention(teacher, "batched")
+        assert torch.equal(teacher(tokens, **changes).logits, plain)
+        half = teacher.to(torch.bfloat16)
+        if changes:
+            batched = half(tokens, **changes).logits
+            use_attention(teacher, "sdpa")
+            assert torch.equal(half(tokens, **changes).logits, batched)
+        teacher.float()
+        use_attention(teacher, "sdpa")

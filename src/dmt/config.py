@@ -79,13 +79,17 @@ class LossConfig:
     """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
     cosine: float = 0.0
     """Weight of one minus the cosine between the last hidden states."""
+    revive: float = 0.0
+    """Weight of the error with which slots long unread forecast what their memory lacks, as a fraction of variance."""
+    revive_after: int = 65_536
+    """Tokens without a read after which `revive` takes a slot for dead."""
     temperature: float = 1.0
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
     chunk: int = 0
     """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
 
 
-LOSS_TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk"))
+LOSS_TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk", "revive_after"))
 """The settings in `loss` that are weights; each is the name of its term."""
 
 
@@ -97,10 +101,14 @@ class StagesConfig:
     """Steps in which each memory learns its own block's output from the teacher's inputs; 0 leaves it out."""
     layerwise_lr: float = 2e-3
     """Peak learning rate of the layer-wise stage."""
+    layerwise_loss: Literal["fvu", "mse"] = "fvu"
+    """Squared error of each memory as a fraction of its block's variance, or as it is (later layers then count for more)."""
     end_to_end_steps: int = 1_100
     """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
     end_to_end_lr: float = 1e-3
     """Peak learning rate of the end-to-end stage."""
+    k_start: float = 1.0
+    """Slots read when the end-to-end stage begins, as a multiple of k; falls to 1 by the middle of the stage."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class OptimConfig:
     """AdamW's memory of the squared gradient."""
     weight_decay: float = 0.0
     """AdamW's weight decay on matrices; biases and norms have none."""
+    values_lr: float = 1.0
+    """Learning rate of slot values, as a multiple of everybody's."""
     clip: float = 1.0
     """Largest gradient norm of a step; 0 leaves it out."""
 
@@ -149,6 +159,8 @@ class TrainerConfig:
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
     threads: int = 0
     """Threads torch computes with; 0 measures one against all cores at the start and keeps the faster."""
+    attention: Literal["auto", "sdpa", "batched"] = "auto"
+    """While training: torch's fused kernel, or two batched products where it is slow (bfloat16 on a CPU); `auto` times them."""
     log_every: int = 10
     """Steps between two points of the loss curves."""
     validate_every: int = 200
@@ -166,7 +178,7 @@ class Config:
     seed: int = 0
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
-    """`embedded` (ships with dmt), a hub name such as `gpt2`, or a local directory made by `save_pretrained`."""
+    """`embedded` (ships with dmt), `smollm2`, a hub name such as `gpt2`, or a local directory made by `save_pretrained`."""
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -18,6 +19,8 @@ from dmt.errors import UserError
 from dmt.wording import field_notes, fit, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
+SMOLLM2 = "smollm2"
+"""Name of the teacher that `python -m dmt.models.smollm2` fetches."""
 UNKNOWN_LAYERS = 1_000
 """Layers a teacher may have whose config.json is not here to be asked."""
 
@@ -100,7 +103,8 @@ def check(config: Config) -> None:
     at_least = {
         "data.block": 2, "data.batch": 1, "data.micro_batch": 1, "data.validation_tokens": 1, "data.test_tokens": 1,
         "loss.kl": 0, "loss.reverse_kl": 0, "loss.ce": 0, "loss.hidden": 0, "loss.block": 0, "loss.cosine": 0,
-        "loss.chunk": 0, "stages.calibrate_tokens": 0, "stages.layerwise_steps": 0, "stages.end_to_end_steps": 0,
+        "loss.revive": 0, "loss.revive_after": 1, "loss.chunk": 0, "stages.calibrate_tokens": 0, "stages.layerwise_steps": 0,
+        "stages.end_to_end_steps": 0, "stages.k_start": 1, "optim.values_lr": 0,
         "optim.warmup": 0, "optim.final_lr": 0, "optim.weight_decay": 0, "optim.clip": 0, "pretrain.width": 1,
         "pretrain.layers": 1, "pretrain.heads": 1, "pretrain.vocabulary": 257, "pretrain.steps": 1, "trainer.devices": 1,
         "trainer.threads": 0, "trainer.log_every": 1, "trainer.validate_every": 0, "trainer.checkpoint_every": 1, "seed": 0,
@@ -149,6 +153,8 @@ def check(config: Config) -> None:
     memories = layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
     if not config.stages.calibrate_tokens and any(memory.kind != "dense" and memory.k == "auto" for memory in memories):
         raise UserError("memory.k=auto is settled by calibration, got stages.calibrate_tokens=0; set memory.k to a number")
+    if config.loss.revive and any(memory.weighting in ("softmax", "distance") for memory in memories if memory.kind != "dense"):
+        raise UserError("loss.revive needs a weight per slot; set memory.weighting=activation or relu, or loss.revive=0")
     if shape and config.data.block > shape["positions"]:
         raise UserError(
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
@@ -158,7 +164,8 @@ def check(config: Config) -> None:
 
 def teacher_shape(source: str) -> dict[str, int] | None:
     """Layers, slots (feed-forward neurons) and positions from a teacher's config.json; None where it is on a hub."""
-    file = (EMBEDDED_TEACHER if source == "embedded" else _home(source, "teacher")) / "config.json"
+    known = {"embedded": EMBEDDED_TEACHER, SMOLLM2: cached_smollm2()}
+    file = (known[source] if source in known else _home(source, "teacher")) / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if "n_layer" in found:
@@ -170,6 +177,11 @@ def teacher_shape(source: str) -> dict[str, int] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # loading the teacher says what is wrong with it
     return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
+
+
+def cached_smollm2() -> Path:
+    """Where SmolLM2 is kept once it is fetched: under `DMT_CACHE`, or `~/.cache/dmt`; outside the repository."""
+    return Path(os.environ.get("DMT_CACHE") or Path.home() / ".cache" / "dmt") / SMOLLM2
 
 
 def describe() -> str:

@@ -26,6 +26,7 @@ from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Progress, StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
 from dmt.errors import UserError
+from dmt.models.attention import use_attention
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -98,7 +99,7 @@ def keep_freed_memory() -> None:
 
 
 def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
-    """`config` with `trainer.threads` and `trainer.precision` decided by timing a training step, and threads set.
+    """`config` with `trainer.threads`, `.precision` and `.attention` decided by timing a training step, and threads set.
 
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
@@ -115,7 +116,26 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     if precision == "auto":
         full, half = (_step_seconds(model, windows, threads, half) for half in (False, True))
         precision = "bf16-mixed" if half < 0.85 * full else "32-true"
-    return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision))
+    attention = config.trainer.attention
+    if attention == "auto":
+        attention = "sdpa"
+        if precision == "bf16-mixed" and compute_device(config).type == "cpu":
+            library = _step_seconds(model, windows, threads, half=True)
+            with attending(replace(config, trainer=replace(config.trainer, attention="batched")), model):
+                attention = "batched" if _step_seconds(model, windows, threads, half=True) < library else "sdpa"
+    return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision, attention=attention))
+
+
+@contextmanager
+def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
+    """Let `models` attend by `trainer.attention`, and by torch's kernel again afterwards."""
+    for model in models:
+        use_attention(model, config.trainer.attention)
+    try:
+        yield
+    finally:
+        for model in models:
+            use_attention(model, "sdpa")
 
 
 def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int, half: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config, OptimConfig
 from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
+from dmt.distill.revive import count_idle, revival_error
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.evaluate import Tally
 from dmt.memory.budget import hold
@@ -47,6 +49,9 @@ class Distiller(pl.LightningModule):
         layers = student.config.num_hidden_layers
         self.register_buffer("block_scales", torch.ones(layers))
         self.register_buffer("hidden_scale", torch.ones(()))
+        if config.loss.revive:
+            for layer, memory in memories_of(student).items():
+                self.register_buffer(f"idle_{layer}", torch.zeros(memory.slots, dtype=torch.long))
         self.tallies: list[Tally] = []
         self.errors: list[Tensor] = []
         self.validated = 0
@@ -83,7 +88,8 @@ class Distiller(pl.LightningModule):
         return {n: p for n, p in self.student.named_parameters() if everything or id(p) in memory}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self.trainable().values(), self.settings.optim)
+        values = {id(memory.values) for memory in memories_of(self.student).values()}
+        return adamw(self.trainable().values(), self.settings.optim, values)
 
     def on_fit_start(self) -> None:
         self.teacher.to(self.device)  # type: ignore[arg-type]
@@ -105,8 +111,10 @@ class Distiller(pl.LightningModule):
         optimizer = self.optimizers()
         rate = learning_rate(step, length, peak, self.settings.optim)
         for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         optimizer.zero_grad()  # type: ignore[union-attr]
+        for memory in memories_of(self.student).values():
+            memory.widened = widening(step, length, self.settings.stages.k_start) if stage == "end_to_end" else 1.0
         logged: dict[str, Tensor] = {}
         mask = torch.ones_like(tokens, dtype=torch.bool)
         # Processes average their gradients, so each divides by its own share of the step's tokens.
@@ -134,14 +142,36 @@ class Distiller(pl.LightningModule):
     def _layerwise(self, batch: Batch) -> dict[str, Tensor]:
         """Each memory on the teacher's own block inputs, against the teacher's own block outputs."""
         teacher = observe_teacher(self.teacher, batch.tokens, blocks=True)
-        return {"loss": self._memory_errors(teacher, batch).sum()}
+        errors = self._memory_errors(teacher, batch)
+        if self.settings.stages.layerwise_loss == "mse":
+            errors = errors * self.scales.blocks[list(memories_of(self.student))]
+        return {"loss": errors.sum()}
 
     def _end_to_end(self, batch: Batch) -> dict[str, Tensor]:
         weights = self.settings.loss
-        teacher = observe_teacher(self.teacher, batch.tokens, blocks=bool(weights.block))
-        student = observe(self.student, batch.tokens, blocks=bool(weights.block))
+        blocks = bool(weights.block or weights.revive)
+        teacher = observe_teacher(self.teacher, batch.tokens, blocks=blocks)
+        if weights.revive:
+            for memory in memories_of(self.student).values():
+                memory.count_reads()
+        student = observe(self.student, batch.tokens, blocks=blocks)
         terms = distillation_terms(student, teacher, batch, weights, self.scales, list(memories_of(self.student)))
+        if weights.revive:
+            terms["revive"] = self._revival(student, teacher, batch)
         return {"loss": weighted_sum(terms, weights), **terms}
+
+    def _revival(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
+        """Mean over memories of how badly their dead slots forecast what they lack, a fraction of variance."""
+        errors = []
+        for layer, memory in memories_of(self.student).items():
+            idle = self.get_buffer(f"idle_{layer}")
+            count_idle(memory, idle)
+            hidden, said = student.block_inputs[layer][batch.mask], student.block_outputs[layer][batch.mask]
+            missing = (teacher.block_outputs[layer][batch.mask] - said).detach()
+            error = revival_error(memory, idle >= self.settings.loss.revive_after, hidden, missing)
+            errors.append(error / batch.tokens_in_step / self.scales.blocks[layer])
+            memory.reads = None
+        return torch.stack(errors).mean()
 
     def on_validation_start(self) -> None:
         self.tallies = [Tally() for _ in self.trainer.datamodule.corpora]  # type: ignore[attr-defined]
@@ -187,11 +217,16 @@ def learning_rate(step: int, length: int, peak: float, optim: OptimConfig) -> fl
     return peak * (optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def adamw(parameters: Any, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    chosen = list(parameters)
-    groups = [
-        {"params": [p for p in chosen if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in chosen if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2))
+def widening(step: int, length: int, start: float) -> float:
+    """Slots read as a multiple of k: from `start` down to 1 at the middle of the stage, by equal factors a step."""
+    return start ** max(0.0, 1 - 2 * step / max(1, length))
+
+
+def adamw(parameters: Any, optim: OptimConfig, values: Container[int] = ()) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; tensors whose `id` is in `values` have `values_lr` times the rate."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for parameter in parameters:
+        share = optim.values_lr if id(parameter) in values else 1.0
+        groups.setdefault((optim.weight_decay if parameter.dim() > 1 else 0.0, share), []).append(parameter)
+    described = [{"params": members, "weight_decay": decay, "share": share} for (decay, share), members in groups.items()]
+    return torch.optim.AdamW(described, lr=0.0, betas=(optim.beta1, optim.beta2))

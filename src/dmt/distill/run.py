@@ -16,7 +16,17 @@ from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
-from dmt.distill.fitting import Interrupted, check_accelerator, compute_device, fit, keep_freed_memory, measured, quiet, resumable
+from dmt.distill.fitting import (
+    Interrupted,
+    attending,
+    check_accelerator,
+    compute_device,
+    fit,
+    keep_freed_memory,
+    measured,
+    quiet,
+    resumable,
+)
 from dmt.distill.folder import new_run, newest_checkpoint, write_record
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
@@ -73,7 +83,8 @@ def distil(config: Config, run: Path | None) -> Path:
     prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
     if data.steps:
         student.train()
-        fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
+        with attending(config, student, teacher):
+            fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
     trained = time.perf_counter() - began - prepared
     with resumable(run, data.steps):
         place = compute_device(config)
@@ -136,7 +147,8 @@ def pretrain(config: Config, run: Path | None) -> Path:
     run = run or new_run(config)
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
     write_record(run, config, {}, begins=True)
-    fit(config, Pretrainer(config, model, tokenizer), data, run, [])
+    with attending(config, model):
+        fit(config, Pretrainer(config, model, tokenizer), data, run, [])
     model = model.cpu().half().float().eval()  # measured as it is saved
     results: dict[str, Any] = {"fidelity": {}, "seconds": {"total": time.perf_counter() - began}}
     for corpus in data.corpora:

@@ -46,7 +46,8 @@ def hold(memories: Iterable[FeaturalMemory], rate: float) -> None:
     if not held:
         return
     reads = torch.stack([torch.stack(memory.spent).sum(0).double() for memory in held])  # (memories, 2): reads, tokens
-    factor = ((reads[:, 0] / reads[:, 1]).sum() / sum(memory.k for memory in held)).clamp(0.1, 10) ** rate
+    budget = sum(min(memory.slots, memory.k * memory.widened) for memory in held)
+    factor = ((reads[:, 0] / reads[:, 1]).sum() / budget).clamp(0.1, 10) ** rate
     for memory in held:
         memory.threshold.mul_(factor)  # type: ignore[union-attr]
         memory.spent = []

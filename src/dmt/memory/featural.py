@@ -103,6 +103,7 @@ class FeaturalMemory(nn.Module):
         self.reads: Tensor | None = None
         self.reads_tokens = 0
         self.spent: list[Tensor] = []
+        self.widened = 1.0  # slots read, as a multiple of k; training may begin with more
         self._lengths: tuple[Any, Tensor] | None = None
         self.reset()
 
@@ -217,20 +218,22 @@ class FeaturalMemory(nn.Module):
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """How long each value is in the metric, `(slots,)`; kept until the values change."""
-        state = (self.values.data_ptr(), None if self.values.is_inference() else self.values._version, self.values.dtype)
-        if self._lengths is not None and self._lengths[0] == state and not self.training:
-            return self._lengths[1]
-        values: Tensor = self.values
-        if self.metric is not None:
-            values = (values if self.output is None else values @ self.output.t()) @ self.metric
-        self._lengths = state, values.norm(dim=-1)
+        """How long each value is in the metric, `(slots,)`; kept outside training until something they depend on changes."""
+        sources: list[Tensor] = [tensor for tensor in (self.values, self.metric, self.output) if tensor is not None]
+        fixed = not self.training and not any(tensor.is_inference() for tensor in sources)
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in sources] if fixed else None
+        if state is None or self._lengths is None or self._lengths[0] != state:
+            values: Tensor = self.values
+            if self.metric is not None:
+                values = (values if self.output is None else values @ self.output.t()) @ self.metric
+            self._lengths = state, values.norm(dim=-1)
         return self._lengths[1]
 
     @torch.no_grad()
     def _top(self, rank: Tensor) -> Tensor:
         """Ids `(tokens, k)` of the slots ranked highest, head by head."""
-        grouped = self.search(rank.view(len(rank), self.heads, -1), self.k // self.heads)
+        k = min(self.slots, round(self.k * self.widened)) // self.heads
+        grouped = self.search(rank.view(len(rank), self.heads, -1), k)
         offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
         return (grouped + offsets).flatten(-2)
 

