@@ -13,7 +13,8 @@ SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "settings", "registration", "data.people", "data.corpora", "data.blocks", "memory.weighting",
     "memory.search", "memory.compensation", "memory.featural", "memory", "memory.budget",
-    "models.architectures", "models.attention", "models.modeling", "models.surgery", "models.teacher", "models.smollm2",
+    "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
+    "models.smollm2",
     "distill.signals", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate", "distill.revive",
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",

@@ -125,6 +125,8 @@ WRONG = [
     ("seed=" + "9" * 5000, "cannot read seed=999"),
     # ranges
     ("memory.k=0", "memory.k must be at least 1, got 0"),
+    ("stages.k_start=0.5", "stages.k_start must be at least 1, got 0.5"),
+    ("optim.values_lr=-1", "optim.values_lr must be at least 0, got -1.0"),
     ("memory.budget=0", "memory.budget must be at least 1, got 0"),
     ("memory.k=-3", "memory.k must be at least 1, got -3"),
     ("memory.heads=0", "memory.heads must be at least 1, got 0"),
@@ -156,7 +158,8 @@ CONTRADICTIONS = [
     (["memory.slots=32", "memory.k=33", "memory.init=random"], "memory.k must be in [1, memory.slots=32], got 33"),
     (["memory.heads=3"], "memory.slots=512 must be a multiple of memory.heads=3"),
     (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
-    (["memory.slots=256"], "memory.slots=256 differs from the 512 neurons of the teacher's blocks"),
+    (["memory.slots=256", "memory.k=300"], "memory.k must be in [1, memory.slots=256], got 300"),
+    (["loss.revive=1", "memory.weighting=softmax", "memory.ranking=score", "memory.k="], "loss.revive needs a weight per slot"),
     (["memory.budget=600"], "memory.budget must be in [1, memory.slots=512], got 600"),
     (["memory.k=8", "memory.budget=8"], "memory.budget is spent by memory.k=auto alone, got memory.k=8"),
     (["memory.ranking=score"], "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k to a number"),

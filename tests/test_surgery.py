@@ -142,7 +142,6 @@ def test_default_k_is_a_sixteenth(teacher):
     [
         (MemoryConfig(k=SLOTS + 1), rf"memory\.k must be in \[1, {SLOTS}\].*got {SLOTS + 1}"),
         (MemoryConfig(heads=3, k=3), "heads=3"),
-        (MemoryConfig(slots=32), "init=random"),
     ],
 )
 def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):

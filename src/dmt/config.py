@@ -25,6 +25,10 @@ class MemoryConfig:
     """Gradient of the scores: of the k slots that were read, or as if all slots had been (straight-through)."""
     slots: Optional[int] = None
     """Rows of the memory; empty means as many as the block replaced has neurons."""
+    fewer: Literal["merge", "drop"] = "merge"
+    """With fewer slots than neurons, the least used are folded into the values of the others, or left out."""
+    more: Literal["split", "new"] = "split"
+    """With more, the most used neurons are split, or pairs of random slots that cancel out are added."""
     k: int | Literal["auto"] | None = "auto"
     """Slots read per token; empty means one sixteenth of the slots; `auto`: their mean is `budget`, spent where it pays."""
     budget: Optional[int] = None

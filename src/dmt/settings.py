@@ -224,11 +224,6 @@ def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> N
             f"{name}.k=auto compares slots of all layers, which scores do not allow; set {name}.k to a number or "
             f"{name}.ranking=centred, got {name}.ranking=score"
         )
-    if memory.init == "ff" and None not in (memory.slots, block_slots) and memory.slots != block_slots:
-        raise UserError(
-            f"{name}.slots={memory.slots} differs from the {block_slots} neurons of the teacher's blocks; "
-            f"leave {name}.slots empty or set {name}.init=random"
-        )
 
 
 def _changed(base: Any, change: dict[Any, Any], prefix: str = "") -> Any:

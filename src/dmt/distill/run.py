@@ -9,9 +9,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from dmt import settings
-from dmt.config import Config
+from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
@@ -30,6 +31,7 @@ from dmt.distill.fitting import (
 from dmt.distill.folder import new_run, newest_checkpoint, write_record
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
+from dmt.distill.signals import observe_teacher
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.models.surgery import memories_of, transplant
@@ -57,12 +59,12 @@ def distil(config: Config, run: Path | None) -> Path:
     layers, positions = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
     if config.data.block > positions:
         raise UserError(f"data.block={config.data.block} is longer than the {positions} positions of teacher={config.teacher}")
-    student, transfer = transplant(teacher, settings.layer_memories(config, layers))
-    if not memories_of(student):
+    memories, stages = settings.layer_memories(config, layers), config.stages
+    if all(memory.kind == "dense" for memory in memories):
         raise UserError("every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural")
-    stages = config.stages
     data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     data.setup()
+    student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * config.data.micro_batch))
     fresh = run is None
     run = run or new_run(config)
@@ -92,6 +94,15 @@ def distil(config: Config, run: Path | None) -> Path:
         results |= _costs(config, data, began, prepared, trained, steps_before)
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
     return run
+
+
+def _given_to_blocks(config: Config, teacher: Any, memories: list[MemoryConfig], data: TextData) -> tuple[Tensor, ...] | None:
+    """The teacher's block inputs on calibration text, where a memory with other slots than its block is to be made."""
+    if all(memory.slots is None or memory.init == "random" for memory in memories):
+        return None
+    return observe_teacher(
+        teacher, data.calibration_windows(max(config.stages.calibrate_tokens, SCALE_TOKENS)), blocks=True
+    ).block_inputs
 
 
 def _costs(config: Config, data: TextData, began: float, prepared: float, trained: float, steps_before: int) -> dict[str, Any]:

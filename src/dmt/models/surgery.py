@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.config import MemoryConfig
@@ -14,6 +17,7 @@ from dmt.memory import FeaturalMemory
 from dmt.memory.weighting import ACTIVATIONS
 from dmt.models.architectures import Architecture, architecture_of
 from dmt.models.modeling import build_student
+from dmt.models.resize import resized
 
 DEFAULT_SHARE = 16
 """k = slots / 16 where the config leaves k empty."""
@@ -49,10 +53,17 @@ class TransferReport:
         return "\n".join(f"{t.fate:8} {t.tensor:40} {t.into:48} {t.elements:>12,}" for t in self.transfers)
 
 
-def transplant(teacher: PreTrainedModel, memories: list[MemoryConfig]) -> tuple[PreTrainedModel, TransferReport]:
+def transplant(
+    teacher: PreTrainedModel, memories: list[MemoryConfig], block_inputs: Sequence[Tensor] | None = None
+) -> tuple[PreTrainedModel, TransferReport]:
     """A student equal to `teacher` but for the blocks that `memories` (one entry per layer) turns into memories.
 
-    With `init: ff`, activation weighting and k = slots its logits are the teacher's up to rounding.
+    With `init: ff`, activation weighting and k = slots its logits are the teacher's up to rounding, unless there are
+    fewer slots than neurons.
+
+    Args:
+        block_inputs: what the teacher's blocks are given on calibration text, `(..., width)` a layer; needed where
+            `slots` is not the block's number of neurons.
 
     Raises:
         UserError: a memory does not fit the block it replaces.
@@ -63,7 +74,9 @@ def transplant(teacher: PreTrainedModel, memories: list[MemoryConfig]) -> tuple[
     assert len(blocks) == len(memories), "one memory setting per layer"
     plan = {str(layer): _arguments(layer, memory, arch, teacher) for layer, memory in enumerate(memories) if memory.kind != "dense"}
     student = build_student(teacher.config, plan, arch.no_dropout)
-    report = _transfer(teacher, student, arch, {int(layer): memories[int(layer)] for layer in plan})
+    chosen = {int(layer): memories[int(layer)] for layer in plan}
+    parts = {layer: _parts(layer, memory, arch, teacher, plan[str(layer)], block_inputs) for layer, memory in chosen.items()}
+    report = _transfer(teacher, student, arch, chosen, parts)
     return student.eval(), report
 
 
@@ -73,7 +86,7 @@ def memories_of(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
     return {layer: block for layer, block in enumerate(blocks) if isinstance(block, FeaturalMemory)}
 
 
-def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: PreTrainedModel) -> dict[str, object]:
+def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: PreTrainedModel) -> dict[str, Any]:
     activation = getattr(teacher.config, arch.activation)
     if memory.weighting == "activation" and activation not in ACTIVATIONS:
         raise UserError(
@@ -88,11 +101,6 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         raise UserError(f"memory.{'budget' if auto else 'k'} must be in [1, {slots}] for layer {layer} of this teacher, got {k}")
     if slots % memory.heads:
         raise UserError(f"memory.heads={memory.heads} must divide the {slots} slots of layer {layer}")
-    if memory.init == "ff" and slots != block_slots:
-        raise UserError(
-            f"memory.slots={slots} differs from the {block_slots} neurons of layer {layer}; "
-            "leave it empty or set memory.init=random"
-        )
     return {
         "slots": slots, "k": k, "heads": memory.heads, "weighting": memory.weighting,
         "activation": activation, "ranking": memory.ranking,
@@ -103,8 +111,36 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
 
 
 @torch.no_grad()
+def _parts(
+    layer: int,
+    memory: MemoryConfig,
+    arch: Architecture,
+    teacher: PreTrainedModel,
+    arguments: dict[str, Any],
+    block_inputs: Sequence[Tensor] | None,
+) -> dict[str, Tensor]:
+    """What the block of `layer` gives to its memory, resized where the memory has fewer or more slots."""
+    parts = arch.read(arch.blocks(teacher)[layer])
+    neurons, width = parts["keys"].shape
+    if memory.init != "ff" or arguments["slots"] == neurons:
+        return parts
+    if block_inputs is None:
+        raise ValueError(f"{arguments['slots']} slots for {neurons} neurons need block_inputs: what the blocks are given")
+    whole = FeaturalMemory(width, neurons, neurons, activation=arguments["activation"], gated=arch.gated, ranking="score")
+    whole.load_feedforward(parts)
+    hidden = block_inputs[layer].reshape(-1, width).to(parts["keys"].device)
+    whole.to(hidden)
+    weights = whole.weights(hidden, whole.scores(hidden))
+    return resized(parts, weights, arguments["slots"], memory.fewer, memory.more, seed=layer)
+
+
+@torch.no_grad()
 def _transfer(
-    teacher: PreTrainedModel, student: PreTrainedModel, arch: Architecture, memories: dict[int, MemoryConfig]
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    arch: Architecture,
+    memories: dict[int, MemoryConfig],
+    parts: dict[int, dict[str, Tensor]],
 ) -> TransferReport:
     given, wanted = teacher.state_dict(), student.state_dict()
     transfers: list[Transfer] = []
@@ -113,10 +149,9 @@ def _transfer(
         name = arch.block_name(layer)
         block, mine = arch.blocks(teacher)[layer], arch.blocks(student)[layer]
         assert isinstance(mine, FeaturalMemory), "the plan put a memory here"
-        parts = arch.read(block)
         if memory.init == "ff":
-            mine.load_feedforward(parts)
-        for part, taken in parts.items():
+            mine.load_feedforward(parts[layer])
+        for part, taken in arch.read(block).items():
             source = f"{name}.{arch.tensors[part]}"
             if memory.init == "ff":
                 transfers.append(Transfer(source, "memory", f"{name}.{part}", taken.numel()))

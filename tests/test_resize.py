@@ -1,0 +1,104 @@
+"""Fewer and more slots than neurons: nothing changes where nothing must, and folding loses less than leaving out."""
+
+import pytest
+import torch
+from conftest import LAYERS, SLOTS, make_llama, make_teacher
+from reference import gelu_tanh
+
+from dmt.config import MemoryConfig
+from dmt.distill.signals import observe_teacher
+from dmt.models.resize import importance, resized
+from dmt.models.surgery import memories_of, transplant
+
+WIDTH, NEURONS = 6, 20
+
+
+def block(gated=False):
+    parts = {"keys": torch.randn(NEURONS, WIDTH), "key_bias": torch.randn(NEURONS), "values": torch.randn(NEURONS, WIDTH)}
+    parts |= {"gains": torch.randn(NEURONS, WIDTH)} if gated else {"output_bias": torch.randn(WIDTH)}
+    return {name: tensor.double() for name, tensor in parts.items()}
+
+
+def weights_of(parts, hidden):
+    weights = gelu_tanh(hidden @ parts["keys"].T + parts["key_bias"])
+    return weights * (hidden @ parts["gains"].T) if "gains" in parts else weights
+
+
+def answer(parts, hidden):
+    return weights_of(parts, hidden) @ parts["values"] + parts.get("output_bias", 0)
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(400, WIDTH, dtype=torch.double)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("slots", [NEURONS, NEURONS + 1, NEURONS + 7, 3 * NEURONS + 2])
+@pytest.mark.parametrize("more", ["split", "new"])
+def test_more_slots_say_the_same(hidden, more, slots, gated):
+    parts = block(gated)
+    grown = resized(parts, weights_of(parts, hidden), slots, "merge", more)
+    assert len(grown["keys"]) == len(grown["values"]) == slots
+    torch.testing.assert_close(answer(grown, hidden), answer(parts, hidden))
+
+
+def test_copies_of_a_split_slot_can_be_told_apart_and_the_most_used_are_split(hidden):
+    parts = block()
+    weights = weights_of(parts, hidden)
+    grown = resized(parts, weights, NEURONS + 1, "merge", "split")
+    best = int(importance(parts, weights).argmax())
+    assert torch.equal(grown["keys"][best], grown["keys"][best + 1])
+    assert torch.equal(grown["keys"][best], parts["keys"][best])
+    assert not torch.allclose(grown["values"][best], grown["values"][best + 1])
+    torch.testing.assert_close(grown["values"][best] + grown["values"][best + 1], parts["values"][best])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_can_be_foretold_is_folded_without_loss(hidden, gated):
+    parts = block(gated)
+    twice = {name: torch.cat([tensor, tensor]) if name != "output_bias" else tensor for name, tensor in parts.items()}
+    twice["values"] = twice["values"] / 2
+    less = resized(twice, weights_of(twice, hidden), 2 * NEURONS - 1, "merge", "split")  # the twin of what is gone is there
+    torch.testing.assert_close(answer(less, hidden), answer(parts, hidden), rtol=0.01, atol=0.01)
+    less = resized(twice, weights_of(twice, hidden), 2 * NEURONS - 1, "drop", "split")
+    assert not torch.allclose(answer(less, hidden), answer(parts, hidden), rtol=0.01, atol=0.01)
+
+
+def test_folding_loses_less_than_leaving_out_and_both_keep_the_mean(hidden):
+    parts = block()
+    weights, wanted = weights_of(parts, hidden), answer(parts, hidden)
+    errors = {}
+    for fewer in ("merge", "drop"):
+        shrunk = resized(parts, weights, 12, fewer, "split")
+        assert len(shrunk["keys"]) == 12
+        missing = wanted - answer(shrunk, hidden)
+        torch.testing.assert_close(missing.mean(0), torch.zeros(WIDTH, dtype=torch.double), atol=1e-9, rtol=0)
+        errors[fewer] = float(missing.square().sum())
+    kept = set(importance(parts, weights).topk(12).indices.tolist())
+    assert {int((parts["keys"] == key).all(-1).nonzero()) for key in shrunk["keys"]} == kept
+    assert errors["merge"] < 0.8 * errors["drop"]
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+@pytest.mark.parametrize(
+    "memory", [MemoryConfig(slots=96, k=96), MemoryConfig(slots=96, k=96, more="new"), MemoryConfig(slots=160)], ids=str
+)
+def test_a_student_with_more_slots_equals_its_teacher(tokens, family, memory):
+    teacher = family()
+    inputs = observe_teacher(teacher, tokens, blocks=True).block_inputs
+    student, _ = transplant(teacher, [memory] * LAYERS, inputs)
+    assert memories_of(student)[0].slots == memory.slots
+    with torch.no_grad():
+        assert (student(tokens).logits - teacher(tokens).logits).abs().max() <= 2e-4
+
+
+def test_a_student_with_fewer_slots_is_made_from_the_best(tokens):
+    teacher = make_teacher()
+    inputs = observe_teacher(teacher, tokens, blocks=True).block_inputs
+    students = [transplant(teacher, [MemoryConfig(slots=s, k=s)] * LAYERS, inputs)[0] for s in (SLOTS // 4, SLOTS * 7 // 8)]
+    with torch.no_grad():
+        errors = [float((s(tokens).logits - teacher(tokens).logits).square().mean()) for s in students]
+    assert errors[1] < errors[0]
+    with pytest.raises(ValueError, match="need block_inputs"):
+        transplant(teacher, [MemoryConfig(slots=32)] * LAYERS)
