@@ -59,10 +59,11 @@ def test_what_can_be_foretold_is_folded_without_loss(hidden, gated):
     parts = block(gated)
     twice = {name: torch.cat([tensor, tensor]) if name != "output_bias" else tensor for name, tensor in parts.items()}
     twice["values"] = twice["values"] / 2
-    less = resized(twice, weights_of(twice, hidden), 2 * NEURONS - 1, "merge", "split")  # the twin of what is gone is there
-    torch.testing.assert_close(answer(less, hidden), answer(parts, hidden), rtol=0.01, atol=0.01)
-    less = resized(twice, weights_of(twice, hidden), 2 * NEURONS - 1, "drop", "split")
-    assert not torch.allclose(answer(less, hidden), answer(parts, hidden), rtol=0.01, atol=0.01)
+    wanted, errors = answer(parts, hidden), {}
+    for fewer in ("merge", "drop"):
+        less = resized(twice, weights_of(twice, hidden), 2 * NEURONS - 1, fewer, "split")  # the twin of what is gone is there
+        errors[fewer] = float((answer(less, hidden) - wanted).norm())
+    assert errors["merge"] < 0.02 * errors["drop"]
 
 
 def test_folding_loses_less_than_leaving_out_and_both_keep_the_mean(hidden):
