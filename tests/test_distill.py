@@ -81,7 +81,7 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     for tag in ("layerwise/loss", "end_to_end/kl", "learning_rate", "text/ratio", "text/agreement"):
         assert tag in tags["scalars"]
     for layer in range(LAYERS):
-        for tag in ("block_error", "slots_dead", "slots_entropy", "slots_used"):
+        for tag in ("block_error", "slots_dead", "slots_entropy", "slots_used", "slots_read"):
             assert f"{tag}/layer_{layer}" in tags["scalars"]
         assert f"slot_reads_log10/layer_{layer}" in tags["histograms"]
     assert "samples/text/text_summary" in tags["tensors"]
@@ -91,7 +91,7 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     checkpoint = torch.load(next((run / "checkpoints").glob("step_9.ckpt")), weights_only=True)
     theirs = {tuple(t.flatten()[:5].tolist()) for n, t in teacher.named_parameters() if "mlp.c_" in n}
     assert not theirs & {tuple(t.flatten()[:5].tolist()) for t in checkpoint["state_dict"].values()}
-    assert all(name.startswith(("student.", "block_scales", "hidden_scale")) for name in checkpoint["state_dict"])
+    assert all(name.startswith(("student.", "block_scales", "block_limits", "hidden_scale")) for name in checkpoint["state_dict"])
 
 
 def test_the_progress_bar_shows_steps_time_left_and_loss(words, capsys):

@@ -15,7 +15,8 @@ ORDER = [
     "memory.search", "memory.compensation", "memory.featural", "memory", "memory.budget",
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
     "models.smollm2",
-    "distill.signals", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate", "distill.revive",
+    "distill.signals",
+    "distill.outliers", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate", "distill.revive",
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
 ]  # fmt: skip

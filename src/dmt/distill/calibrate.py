@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.distill.losses import Scales
+from dmt.distill.outliers import longest, ordinary
 from dmt.distill.sensitivity import measure_sensitivity, root
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.memory import FeaturalMemory
@@ -19,9 +20,12 @@ BUDGET_PASSES = 3
 
 @torch.no_grad()
 def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> Scales:
-    """Variances of the teacher's block outputs and last hidden states over token ids `(windows, time)`."""
+    """Variances of the teacher's block outputs and last hidden states over token ids `(windows, time)`, outliers left out."""
     signals = observe_teacher(teacher, windows, blocks=True)
-    return Scales(torch.stack([_variance(x) for x in signals.block_outputs]), _variance(signals.hidden))
+    outputs = signals.block_outputs
+    return Scales(
+        torch.stack([_variance(x) for x in outputs]), _variance(signals.hidden), torch.stack([longest(x) for x in outputs])
+    )
 
 
 @torch.no_grad()
@@ -40,7 +44,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
         for layer, metric in enumerate(measure_sensitivity(teacher, windows)):
             if layer in memories and memories[layer].metric is not None:
                 memories[layer].metric.copy_(root(metric))
-    given = [wanted.block_inputs[layer].flatten(0, -2) for layer in memories]
+    given = [wanted.block_inputs[layer][ordinary(wanted.block_outputs[layer])] for layer in memories]
     for memory, hidden in zip(memories.values(), given, strict=True):
         memory.calibrate_means(hidden)
     first_threshold(memories.values(), given)
@@ -60,9 +64,10 @@ def _settle(student: PreTrainedModel, wanted: Signals, windows: Tensor) -> None:
 
         def settle(memory: nn.Module, given: tuple[Tensor, ...], layer: int = layer) -> None:
             assert isinstance(memory, FeaturalMemory), "hooked below"
-            hidden = given[0].flatten(0, -2)
+            kept = ordinary(wanted.block_outputs[layer])
+            hidden, answer = given[0][kept], wanted.block_outputs[layer][kept]
             memory.calibrate_means(hidden)
-            memory.compensate(hidden, wanted.block_outputs[layer].flatten(0, -2) - memory.forward(hidden))
+            memory.compensate(hidden, answer - memory.forward(hidden))
 
         hooks.append(memory.register_forward_pre_hook(settle))
     try:
@@ -73,4 +78,4 @@ def _settle(student: PreTrainedModel, wanted: Signals, windows: Tensor) -> None:
 
 
 def _variance(states: Tensor) -> Tensor:
-    return states.float().flatten(0, -2).var(0, correction=0).sum()
+    return states[ordinary(states)].float().var(0, correction=0).sum()

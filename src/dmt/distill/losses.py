@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dmt.config import LossConfig
+from dmt.distill.outliers import share
 from dmt.distill.signals import Signals
 
 
@@ -27,6 +28,7 @@ class Scales:
 
     blocks: Tensor  # (layers,)
     hidden: Tensor  # ()
+    limits: Tensor | None = None  # (layers,): length beyond which a block's output counts less, see `outliers`
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,16 @@ def weighted_sum(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
     return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
 
 
-def squared_error(given: Tensor, wanted: Tensor, mask: Tensor, count: float) -> Tensor:
+def squared_error(given: Tensor, wanted: Tensor, mask: Tensor, count: float, limit: Tensor | None = None) -> Tensor:
     """Squared distance of states `(batch, time, width)`, summed over the width, mean over `count` tokens."""
-    return ((given.float() - wanted.float()).square().sum(-1) * mask).sum() / count
+    error = (given.float() - wanted.float()).square().sum(-1) * mask
+    return (error if limit is None else error * share(wanted, limit)).sum() / count
 
 
 def block_errors(given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], mask: Tensor, count: float, scales: Scales) -> Tensor:
     """Fraction of variance unexplained of each block's output, `(layers,)`."""
-    errors = [squared_error(mine, theirs, mask, count) for mine, theirs in zip(given, wanted, strict=True)]
+    limits: list[Tensor | None] = [None] * len(wanted) if scales.limits is None else list(scales.limits)
+    errors = [squared_error(a, b, mask, count, limit) for a, b, limit in zip(given, wanted, limits, strict=True)]
     return torch.stack(errors) / scales.blocks
 
 

@@ -48,6 +48,7 @@ class Distiller(pl.LightningModule):
         self._outside = (teacher,)  # a tuple hides it from the module tree
         layers = student.config.num_hidden_layers
         self.register_buffer("block_scales", torch.ones(layers))
+        self.register_buffer("block_limits", torch.full((layers,), torch.inf))
         self.register_buffer("hidden_scale", torch.ones(()))
         if config.loss.revive:
             for layer, memory in memories_of(student).items():
@@ -67,7 +68,7 @@ class Distiller(pl.LightningModule):
     @property
     def scales(self) -> Scales:
         """Variances of the teacher, measured once before the first step."""
-        return Scales(self.block_scales, self.hidden_scale)  # type: ignore[arg-type]
+        return Scales(self.block_scales, self.hidden_scale, self.block_limits)  # type: ignore[arg-type]
 
     @property
     def total_steps(self) -> int:
@@ -102,6 +103,7 @@ class Distiller(pl.LightningModule):
         """
         scales = measure_scales(self.teacher, windows)
         self.block_scales.copy_(scales.blocks)  # type: ignore[operator]
+        self.block_limits.copy_(scales.limits)  # type: ignore[operator,arg-type]
         self.hidden_scale.copy_(scales.hidden)  # type: ignore[operator]
         if tokens := self.settings.stages.calibrate_tokens:
             calibrate(self.student, self.teacher, windows[: -(-tokens // windows.shape[1])])
@@ -193,7 +195,7 @@ class Distiller(pl.LightningModule):
             said.append(memory(teacher.block_inputs[layer]))
             memory.reads = counted
         wanted = tuple(teacher.block_outputs[layer] for layer in layers)
-        scales = Scales(self.scales.blocks[layers], self.scales.hidden)
+        scales = Scales(self.scales.blocks[layers], self.scales.hidden, self.scales.limits[layers])  # type: ignore[index]
         return block_errors(tuple(said), wanted, batch.mask, batch.tokens_in_step, scales)
 
     def on_validation_epoch_end(self) -> None:

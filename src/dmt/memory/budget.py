@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dmt.memory.featural import FeaturalMemory
 
-RANKED_TOKENS = 2_048
-"""Tokens whose ranks are held at once to find the first threshold."""
+RANKS = 8_000_000
+"""Ranks, over tokens, slots and memories, that are held at once to find the first threshold."""
 
 
 def sharing(memories: Iterable[FeaturalMemory]) -> list[FeaturalMemory]:
@@ -28,7 +28,8 @@ def first_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Tensor]
     pairs = [(memory, states) for memory, states in zip(memories, hidden, strict=True) if memory.threshold is not None]
     if not pairs:
         return
-    ranks = [memory.rank(states[:RANKED_TOKENS]) for memory, states in pairs]
+    tokens = max(1, RANKS // sum(memory.slots for memory, _ in pairs))
+    ranks = [memory.rank(states[:: -(-len(states) // tokens)]) for memory, states in pairs]
     budget = sum(memory.k * len(rank) for (memory, _), rank in zip(pairs, ranks, strict=True))
     everything = torch.cat([rank.flatten().float() for rank in ranks])
     lowest = everything.topk(budget).values[-1] if budget < len(everything) else torch.zeros(())

@@ -1,0 +1,55 @@
+"""What pays: the default recipe with one thing changed at a time, at equal tokens.
+
+    python benchmarks/ablation.py [--steps 700] [--seeds 0] [--only word] [--side-by-side 2]
+
+Each row is a run of `distill.py` of `steps` x 2,048 tokens on one thread, measured on the default's test text. All of it
+takes about an hour on two cores.
+"""
+
+import argparse
+
+from runs import table
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "budget: the same k for all": ("memory.k=32",),
+    "budget: k for all, plain metric": ("memory.k=32", "memory.metric=plain"),
+    "metric: plain": ("memory.metric=plain",),
+    "init: random": ("memory.init=random",),
+    "init: random, revival": ("memory.init=random", "loss.revive=0.1"),
+    "weighting: relu": ("memory.weighting=relu",),
+    "weighting: softmax": ("memory.k=32", "memory.weighting=softmax", "memory.ranking=score"),
+    "weighting: distance": ("memory.k=32", "memory.weighting=distance", "memory.ranking=score"),
+    "ranking: contribution": ("memory.ranking=contribution",),
+    "ranking: score": ("memory.k=32", "memory.ranking=score"),
+    "gradient: straight-through": ("memory.gradient=straight_through",),
+    "compensation: means only": ("memory.linear=false",),
+    "compensation: none": ("memory.k=32", "stages.calibrate_tokens=0", "memory.linear=false"),
+    "layer-wise: none": ("stages.layerwise_steps=0",),
+    "layer-wise: 300 steps": ("stages.layerwise_steps=300",),
+    "layer-wise: raw MSE": ("stages.layerwise_loss=mse",),
+    "k schedule: from 4 k": ("stages.k_start=4",),
+    "values: a third of the rate": ("optim.values_lr=0.33",),
+    "values: three times the rate": ("optim.values_lr=3",),
+    "loss: KL alone": ("loss.hidden=0", "loss.block=0"),
+    "loss: KL and hidden": ("loss.block=0",),
+    "loss: KL and block": ("loss.hidden=0",),
+    "loss: and CE 0.3": ("loss.ce=0.3",),
+    "loss: CE for KL": ("loss.kl=0", "loss.ce=1"),
+    "loss: reverse KL": ("loss.kl=0", "loss.reverse_kl=1"),
+    "loss: temperature 2": ("loss.temperature=2",),
+    "revival of dead slots": ("loss.revive=0.1",),
+    "trainable: memory": ("student.trainable=memory",),
+    "rate: 2e-3": ("stages.end_to_end_lr=2e-3",),
+    "rate: 5e-4": ("stages.end_to_end_lr=5e-4",),
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", default="", help="variants whose name begins with this")
+    parser.add_argument("--side-by-side", type=int, default=2, help="runs at a time, each on one thread")
+    options = parser.parse_args()
+    chosen = {name: words for name, words in VARIANTS.items() if name.startswith(options.only)}
+    table(chosen, options.steps, [int(seed) for seed in options.seeds.split(",")], 1, options.side_by_side)

@@ -1,0 +1,175 @@
+"""Ways to make a student of the embedded teacher, side by side: same teacher, tokens, windows, slots, k, machine.
+
+    python benchmarks/fidelity.py [--steps 1200] [--seeds 0] [--only name,name] [--threads 2]
+
+Every student is trained on `steps` x 2,048 tokens drawn in the same order and measured on the same test text. Takes
+about half an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
+environment of its own under the temporary folder, beside what this environment has.
+
+The dense student has as many weights at work per token as ours: k slots (a key and a value each) and the linear map make
+up `k + width / 2` neurons; they are the teacher's most important, the others folded into them. The one with fewer layers
+is DistilGPT2's way: every other layer of the teacher, KL at temperature 2, cross-entropy and cosine in its proportions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import HEAD, ROOT, cells, distil
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dmt.config import Config
+from dmt.data.blocks import TextData
+from dmt.distill.fitting import keep_freed_memory, quiet
+from dmt.distill.losses import Batch, LossConfig, Scales, distillation_terms, weighted_sum
+from dmt.distill.module import adamw, learning_rate
+from dmt.distill.run import measure
+from dmt.distill.signals import observe, observe_teacher
+from dmt.models.teacher import load_teacher
+from dmt.settings import load
+
+SPARSIFY = ["eai-sparsify==1.3.3", "schedulefree", "simple-parsing", "natsort", "einops", "datasets", "accelerate"]
+
+
+def ours(*words: str, config: str = "configs/default.yaml") -> Callable[..., dict[str, Any]]:
+    """A run of `distill.py` with settings."""
+
+    def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
+        return distil(words, steps, seed, threads, config)
+
+    return train
+
+
+def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
+    """DistilGPT2's way: every other layer, the rest copied, all of it trained."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    config, teacher, tokenizer, data = _materials(steps, seed)
+    kept = list(range(0, teacher.config.n_layer, 2))
+    student = GPT2LMHeadModel(GPT2Config(**{**teacher.config.to_dict(), "n_layer": len(kept)}))
+    weights = teacher.state_dict()
+    for name in student.state_dict():
+        source = name
+        if name.startswith("transformer.h."):
+            _, _, layer, rest = name.split(".", 3)
+            source = f"transformer.h.{kept[int(layer)]}.{rest}"
+        student.state_dict()[name].copy_(weights[source])
+    loss = LossConfig(kl=5 / 8, ce=2 / 8, cosine=1 / 8, temperature=2.0, hidden=0, block=0)
+    optimizer = adamw(student.parameters(), config.optim)
+    for step, tokens in enumerate(data.train_dataloader()):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config.stages.end_to_end_lr, config.optim)
+        with torch.autocast("cpu", torch.bfloat16):
+            batch = Batch.whole(tokens)
+            terms = distillation_terms(
+                observe(student, tokens), observe_teacher(teacher, tokens), batch, loss, Scales(torch.ones(1), torch.ones(()))
+            )
+        weighted_sum(terms, loss).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return measure(config, student.eval(), teacher, tokenizer, data)
+
+
+def sparsify(*stages: str, lr: float | None = None) -> Callable[..., dict[str, Any]]:
+    """EleutherAI's transcoders, with skip connection, trained for one or several losses, an equal part of the steps each."""
+
+    def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
+        home = Path(tempfile.gettempdir()) / "dmt-sparsify"
+        python = home / "bin" / "python"
+        if not (home / "ready").exists():
+            venv.create(home, with_pip=True, clear=True)
+            inside = next((home / "lib").glob("python*/site-packages"))
+            (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n")
+            subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", SPARSIFY[0]], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", *SPARSIFY[1:]], check=True)
+            (home / "ready").touch()
+        config, teacher, tokenizer, data = _materials(steps, seed)
+        torch.save(torch.cat(list(data.train_dataloader())), scratch / "windows.pt")
+        for number, loss in enumerate(stages):
+            task = {
+                "windows": str(scratch / "windows.pt"), "loss": loss, "part": [number, len(stages)], "k": 32, "slots": 512,
+                "seed": seed, "threads": threads, "lr": lr, "batch": config.data.batch, "out": str(scratch / str(number)),
+                "start": str(scratch / str(number - 1) / "coders") if number else None,
+            }  # fmt: skip
+            command = [python, str(ROOT / "benchmarks" / "peer_sparsify.py"), json.dumps(task)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        coders = torch.load(scratch / str(len(stages) - 1) / "outputs.pt", weights_only=True)
+        student = GPT2LMHeadModel(teacher.config).eval()
+        student.load_state_dict(teacher.state_dict())
+        for layer, coder in coders.items():
+            student.transformer.h[layer].mlp = _Transcoder(**coder)
+        return measure(config, student, teacher, tokenizer, data)
+
+    return train
+
+
+class _Transcoder(torch.nn.Module):
+    """A trained transcoder of sparsify by its definition: k largest of relu(xE + b), times its decoder, plus skip and bias."""
+
+    def __init__(self, encoder: Any, bias: Any, decoder: Any, output_bias: Any, skip: Any, k: int) -> None:
+        super().__init__()
+        self.parts, self.k = (encoder, bias, decoder, output_bias, skip), k
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        encoder, bias, decoder, output_bias, skip = self.parts
+        scores = torch.relu(hidden @ encoder.t() + bias)
+        best = scores.topk(self.k, dim=-1)
+        kept = torch.zeros_like(scores).scatter(-1, best.indices, best.values)
+        return kept @ decoder + output_bias + hidden @ skip.t()
+
+
+def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextData]:
+    quiet()
+    keep_freed_memory()
+    config = load(None, [f"seed={seed}"])
+    teacher, tokenizer = load_teacher(config.teacher)
+    data = TextData(config, tokenizer, steps)
+    data.setup()
+    return config, teacher, tokenizer, data
+
+
+WAYS: dict[str, Callable[..., dict[str, Any]]] = {
+    "ours, k: auto, mean 32": ours(),
+    "ours, k = 32 for each token": ours("memory.k=32"),
+    "ours, k: auto, no linear map": ours("memory.linear=false"),
+    "seed.yaml": ours(config="configs/seed.yaml"),
+    "dense, 96 neurons": ours(
+        "memory.slots=96", "memory.k=96", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
+    ),
+    "every other layer": fewer_layers,
+    "sparsify, fvu": sparsify("fvu"),
+    "sparsify, fvu then kl": sparsify("fvu", "kl"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}")
+    options = parser.parse_args()
+    chosen = options.only.split(";") if options.only else list(WAYS)
+    print(f"{options.steps:,} steps of 2,048 tokens; KL in nats per token")
+    print(f"| way | seed | {HEAD} |\n|{'---|' * (HEAD.count('|') + 3)}")
+    for name in chosen:
+        for seed in map(int, options.seeds.split(",")):
+            began = time.perf_counter()
+            with tempfile.TemporaryDirectory() as scratch:
+                found = WAYS[name](options.steps, seed, options.threads, Path(scratch))
+            print(f"| {name} | {seed} | {cells({'wall': time.perf_counter() - began, **found})} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
