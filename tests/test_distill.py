@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, SLOTS
+from conftest import LAYERS, SLOTS, WIDTH, make_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from dmt.config import Config, DataConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig
+from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig
 from dmt.distill import fitting
 from dmt.distill.calibrate import measure_scales
-from dmt.distill.module import Distiller, learning_rate
+from dmt.distill.losses import Batch
+from dmt.distill.module import Distiller, learning_rate, widening
 from dmt.distill.pretrain import Pretrainer
-from dmt.distill.signals import observe
+from dmt.distill.signals import observe, observe_teacher
 from dmt.main import main
-from dmt.models.surgery import transplant
+from dmt.models.surgery import memories_of, transplant
 
 TOGETHER = 9
 """Steps of the small run: four layer-wise, five end to end."""
@@ -32,7 +33,8 @@ def words(teacher_folder, text_file, tmp_path):
         f"teacher={teacher_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16",
         "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
         "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
-        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu", "memory.k=8",
+        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu",
+        "memory.budget=8",
         "trainer.precision=32-true",
     ]  # fmt: skip
 
@@ -103,6 +105,28 @@ def test_the_progress_bar_shows_steps_time_left_and_loss(words, capsys):
     assert "v_num" not in bar
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["memory.k=8", "memory.budget="],
+        ["memory.slots=48", "memory.budget=6"],
+        ["memory.slots=80"],
+        ["student.rules=[{layers: 1, memory: {k: 4}}]"],
+    ],
+    ids=str,
+)
+def test_a_llama_goes_the_same_way(words, tokenizer, tmp_path, changes, capsys):
+    make_llama(len(tokenizer)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert main([*words, f"teacher={tmp_path / 'llama'}", *changes]) == 0
+    run = newest(tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert type(student).__name__ == "MemoryLlamaForCausalLM"
+    record = json.loads((run / "run.json").read_text())
+    assert record["fidelity"]["text"]["kl"] > 0
+    assert all(0 < used["read"] <= used["slots"] for used in record["slots"].values())
+
+
 def test_the_resolved_config_replays_the_run(words, tmp_path):
     assert main(words) == 0
     first = newest(tmp_path)
@@ -118,6 +142,7 @@ def test_the_resolved_config_replays_the_run(words, tmp_path):
 @pytest.mark.parametrize("stop_at", [2, 3, 6])  # within a stage, at the last layer-wise step, after it
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, capsys, stop_at, number):
+    words += ["loss.revive=0.1", "loss.revive_after=100", "stages.k_start=2", "optim.values_lr=2"]  # all that has a state
     assert main(words) == 0
     whole = weights(newest(tmp_path))
     original = Distiller.training_step
@@ -385,6 +410,63 @@ def test_timing_a_step_leaves_no_gradient(teacher, tokens):
     teacher.requires_grad_(True)
     assert fitting._step_seconds(teacher, tokens, 1, half=True) > 0
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_dead_slots_learn_what_is_missing_and_living_ones_nothing(teacher):
+    made = module(teacher, loss=LossConfig(kl=0, hidden=0, block=0, revive=1.0, revive_after=1), stages=stages(0, 4))
+    memory = memories_of(made.student)[1]
+    with torch.no_grad():
+        memory.values[:5] *= 1e-6  # ranked so low that nothing reads them
+    batch = Batch.whole(torch.randint(1, 300, (4, 16)))
+    terms = made._end_to_end(batch)  # counts who is idle
+    assert int((made.get_buffer("idle_1") == 64).sum()) >= 5
+    terms["loss"].backward()
+    assert (memory.values.grad[:5].norm(dim=-1) > 0).all()
+    alive = made.get_buffer("idle_1") == 0
+    assert alive.any()
+    assert not memory.values.grad[alive].any()
+    optimizer = torch.optim.Adam([memory.values], lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        last = made._end_to_end(batch)["revive"]
+        last.backward()
+        optimizer.step()
+    assert float(last) < 0.9 * float(terms["revive"])
+    assert memory.reads is None
+
+
+def test_slots_read_fall_to_k_by_the_middle_and_the_step_is_the_same_afterwards(teacher):
+    assert [widening(step, 8, 4.0) for step in (0, 2, 4, 7)] == [4.0, 2.0, 1.0, 1.0]
+    assert widening(0, 8, 1.0) == 1.0
+    made = steps_of(teacher, 1, stages=replace(stages(0, 4), k_start=2.0))
+    assert {memory.widened for memory in memories_of(made.student).values()} == {2.0}
+    memory = memories_of(made.student)[0].eval()
+    memory.count_reads()
+    memory(torch.randn(10, WIDTH))
+    assert memory.reads.sum() == 10 * 16
+    assert {m.widened for m in memories_of(steps_of(teacher, 3, stages=replace(stages(0, 4), k_start=2.0)).student).values()} == {
+        1.0
+    }
+
+
+def test_values_have_a_rate_of_their_own(teacher):
+    made = module(teacher, optim=OptimConfig(values_lr=3.0, weight_decay=0.1))
+    groups = made.configure_optimizers().param_groups
+    values = {id(memory.values) for memory in memories_of(made.student).values()}
+    for group in groups:
+        assert group["share"] == (3.0 if {id(p) for p in group["params"]} <= values else 1.0)
+        assert all((p.dim() > 1) == bool(group["weight_decay"]) for p in group["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(made.student.parameters()))
+
+
+def test_raw_errors_weigh_layers_by_their_variance(teacher):
+    tokens = Batch.whole(torch.randint(1, 300, (4, 16)))
+    shares, raw = (module(teacher, stages=replace(stages(2, 0), layerwise_loss=kind)) for kind in ("fvu", "mse"))
+    for made in (shares, raw):
+        made.calibrate(torch.randint(1, 300, (6, 16), generator=torch.Generator().manual_seed(0)))
+    errors = shares._memory_errors(observe_teacher(teacher, tokens.tokens, blocks=True), tokens)
+    torch.testing.assert_close(raw._layerwise(tokens)["loss"], (errors * raw.block_scales).sum())
+    torch.testing.assert_close(shares._layerwise(tokens)["loss"], errors.sum())
 
 
 def test_learning_rate_warms_up_and_falls():

@@ -107,7 +107,7 @@ class StagesConfig:
     """Peak learning rate of the layer-wise stage."""
     layerwise_loss: Literal["fvu", "mse"] = "fvu"
     """Squared error of each memory as a fraction of its block's variance, or as it is (later layers then count for more)."""
-    end_to_end_steps: int = 1_100
+    end_to_end_steps: int = 1_300
     """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
     end_to_end_lr: float = 1e-3
     """Peak learning rate of the end-to-end stage."""

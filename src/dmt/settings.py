@@ -207,7 +207,7 @@ def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> N
             raise UserError(f"{name}.{setting} must be at least 1, got {given}")
         if slots is not None and setting in ("k", "budget") and isinstance(given, int) and given > slots:
             raise UserError(f"{name}.{setting} must be in [1, {name}.slots={slots}], got {given}")
-    if memory.budget is not None and memory.k != "auto":
+    if name == "memory" and memory.budget is not None and memory.k != "auto":  # a rule may set its layers apart
         raise UserError(f"{name}.budget is spent by {name}.k=auto alone, got {name}.k={shown(memory.k)}; leave one of them out")
     for setting, number in (("slots", slots), ("k", memory.k if isinstance(memory.k, int) else None)):
         if number is not None and number % memory.heads:

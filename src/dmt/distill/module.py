@@ -168,8 +168,9 @@ class Distiller(pl.LightningModule):
         for layer, memory in memories_of(self.student).items():
             idle = self.get_buffer(f"idle_{layer}")
             count_idle(memory, idle)
-            hidden, said = student.block_inputs[layer][batch.mask], student.block_outputs[layer][batch.mask]
-            missing = (teacher.block_outputs[layer][batch.mask] - said).detach()
+            # Without gradient, so that nobody but the dead is moved by it.
+            hidden, said = (states[layer][batch.mask].detach() for states in (student.block_inputs, student.block_outputs))
+            missing = teacher.block_outputs[layer][batch.mask] - said
             error = revival_error(memory, idle >= self.settings.loss.revive_after, hidden, missing)
             errors.append(error / batch.tokens_in_step / self.scales.blocks[layer])
             memory.reads = None
