@@ -431,7 +431,7 @@ def test_dead_slots_learn_what_is_missing_and_living_ones_nothing(teacher):
         last = made._end_to_end(batch)["revive"]
         last.backward()
         optimizer.step()
-    assert float(last) < 0.9 * float(terms["revive"])
+    assert last.item() < 0.9 * terms["revive"].item()
     assert memory.reads is None
 
 
