@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dmt.config import LossConfig
 from dmt.distill.outliers import share
@@ -138,11 +138,43 @@ def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: Loss
         return torch.stack([each[name]().sum() for name in names])
 
     mine, theirs = student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1)
-    size = weights.chunk or len(mine)
-    total = mine.new_zeros(len(names), dtype=torch.float32)
-    for start in range(0, len(mine), size):
-        piece = slice(start, start + size)
-        # Logits of a chunk are dropped after use and made again in the backward pass: memory for one chunk only.
-        once = (lambda a, b, p: checkpoint(sums, a, b, p, use_reentrant=False)) if weights.chunk else sums
-        total = total + once(mine[piece], theirs[piece], piece)
+    if not weights.chunk:
+        return dict(zip(names, sums(mine, theirs, slice(None)).unbind(), strict=True))
+    pieces = [slice(start, start + weights.chunk) for start in range(0, len(mine), weights.chunk)]
+    if not torch.is_grad_enabled():
+        total = torch.stack([sums(mine[piece], theirs[piece], piece) for piece in pieces]).sum(0)
+    else:
+        learnt = [parameter for parameter in student.head.parameters() if parameter.requires_grad]
+        total = _InPieces.apply(lambda part, piece: sums(part, theirs[piece], piece), pieces, len(names), mine, *learnt)
     return dict(zip(names, total.unbind(), strict=True))
+
+
+class _InPieces(torch.autograd.Function):
+    """Terms that are sums over tokens, piece by piece: each piece's gradient is taken at once, so its logits live once.
+
+    Source: the idea of Liger Kernel's fused linear losses (Hsu et al. 2024, arXiv 2410.10989), for any terms.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[Tensor, slice], Tensor], pieces: list[slice], terms: int, hidden: Tensor, *learnt: Tensor
+    ) -> Tensor:
+        slopes = [hidden.new_zeros(terms, *hidden.shape), *(weight.new_zeros(terms, *weight.shape) for weight in learnt)]
+        total = torch.zeros(terms, device=hidden.device)
+        for piece in pieces:
+            with torch.enable_grad():
+                part = hidden[piece].detach().requires_grad_()
+                found = run(part, piece).unbind()
+            total += torch.stack(found).detach()
+            for term in range(terms):
+                slope = torch.autograd.grad(found[term], [part, *learnt], retain_graph=term < terms - 1)
+                slopes[0][term, piece] = slope[0]
+                for mine, more in zip(slopes[1:], slope[1:], strict=True):
+                    mine[term] += more
+        ctx.save_for_backward(*slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = [torch.tensordot(weights[0].to(slope.dtype), slope, dims=1) for slope in ctx.saved_tensors]
+        return None, None, None, *slopes
