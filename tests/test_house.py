@@ -16,7 +16,8 @@ ORDER = [
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
     "models.smollm2",
     "distill.signals",
-    "distill.outliers", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate", "distill.revive",
+    "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
+    "distill.revive",
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
 ]  # fmt: skip

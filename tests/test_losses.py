@@ -96,15 +96,29 @@ def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, token
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("terms", [{"kl": 1}, {"reverse_kl": 1}, {"ce": 1}, {"kl": 1, "reverse_kl": 0.5, "ce": 0.3}])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk):
+def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk, temperature, terms):
     student, teacher = pair
-    weights = LossConfig(hidden=0, block=0, kl=1, reverse_kl=0.5, ce=0.3)
-    chunked = LossConfig(hidden=0, block=0, kl=1, reverse_kl=0.5, ce=0.3, chunk=chunk)
-    plain, pieces = loss(student, teacher, tokens, weights=weights), loss(student, teacher, tokens, weights=chunked)
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0
+    nothing = {"hidden": 0, "block": 0, "kl": 0, "temperature": temperature}
+    plain, pieces = (
+        loss(student, teacher, tokens, mask, weights=LossConfig(**(nothing | terms), chunk=each)) for each in (0, chunk)
+    )
     torch.testing.assert_close(pieces, plain)
-    for got, want in zip(gradients(student, pieces), gradients(student, plain), strict=True):
+    for got, want in zip(gradients(student, 3 * pieces), gradients(student, 3 * plain), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_leave_a_frozen_head_alone(pair, tokens):
+    student, teacher = pair
+    student.get_output_embeddings().weight.requires_grad_(False)
+    found = loss(student, teacher, tokens, weights=LossConfig(hidden=0, block=0, chunk=5))
+    found.backward()
+    assert student.get_output_embeddings().weight.grad is None
+    assert all(p.grad is not None for p in student.parameters() if p.requires_grad and p.dim() > 1)
 
 
 @pytest.mark.parametrize("term", [term for term in LOSS_TERMS if term != "revive"])  # which needs to know who is dead

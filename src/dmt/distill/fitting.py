@@ -28,7 +28,7 @@ from dmt.distill.folder import keep_metrics, newest_checkpoint
 from dmt.errors import UserError
 from dmt.models.attention import use_attention
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 class Interrupted(Exception):
@@ -87,15 +87,16 @@ def check_accelerator(config: Config) -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep what the program frees instead of giving it back after every step.
 
-    A step frees and asks again for the same megabytes; handing them to the system and faulting them in again took up to
-    half of the time of a small model's step (EXPERIMENTS.md). Nothing happens where the C library is another.
+    A step frees and asks again for the same memory; handing it to the system and faulting it in again took up to half
+    of a step's time, of small models and large (EXPERIMENTS.md). Nothing happens where the C library is another.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it accepts
-    mallopt(M_TRIM_THRESHOLD, 512 << 20)
+    mallopt(M_MMAP_MAX, 0)  # large blocks too come from the heap, not from mappings of their own
+    mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
+    mallopt(M_ARENA_MAX, 1)  # and which is one for all threads: what the backward pass frees, the next forward uses
 
 
 def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:

@@ -6,9 +6,8 @@ batch. So the gradient is the same however many pieces the batch is computed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dmt.config import LossConfig
 from dmt.distill.outliers import share
+from dmt.distill.pieces import SLOPES, in_pieces
 from dmt.distill.signals import Signals
 
 
@@ -125,56 +125,33 @@ def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: Loss
     names = [name for name in ("kl", "reverse_kl", "ce") if getattr(weights, name)]
     targets = torch.roll(batch.tokens, -1, dims=1).flatten()
     mask, targeted = batch.mask.flatten(), next_token_mask(batch.mask).flatten()
-
-    def sums(mine: Tensor, theirs: Tensor, piece: slice) -> Tensor:
-        given, wanted = student.head(mine), teacher.head(theirs)
-        each: dict[str, Callable[[], Tensor]] = {
-            "kl": lambda: kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
-            "reverse_kl": lambda: reverse_kl(given, wanted, weights.temperature) * mask[piece] / batch.tokens_in_step,
-            "ce": lambda: (
-                F.cross_entropy(given.float(), targets[piece], reduction="none") * targeted[piece] / max(1.0, batch.targets_in_step)
-            ),
-        }
-        return torch.stack([each[name]().sum() for name in names])
-
+    shares = {
+        "kl": mask / batch.tokens_in_step,
+        "reverse_kl": mask / batch.tokens_in_step,
+        "ce": targeted / max(1.0, batch.targets_in_step),
+    }
     mine, theirs = student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1)
-    if not weights.chunk:
-        return dict(zip(names, sums(mine, theirs, slice(None)).unbind(), strict=True))
-    pieces = [slice(start, start + weights.chunk) for start in range(0, len(mine), weights.chunk)]
-    if not torch.is_grad_enabled():
-        total = torch.stack([sums(mine[piece], theirs[piece], piece) for piece in pieces]).sum(0)
+
+    def sums(piece: slice) -> Tensor:
+        given, wanted = student.head(mine[piece]), teacher.head(theirs[piece])
+        each: dict[str, Callable[[], Tensor]] = {
+            "kl": lambda: kl(given, wanted, weights.temperature),
+            "reverse_kl": lambda: reverse_kl(given, wanted, weights.temperature),
+            "ce": lambda: F.cross_entropy(given.float(), targets[piece], reduction="none"),
+        }
+        return torch.stack([(each[name]() * shares[name][piece]).sum() for name in names])
+
+    def slopes(given: Tensor, piece: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        wanted = teacher.head(theirs[piece])
+        for name in names:
+            value, slope = SLOPES[name](given, wanted, targets[piece], weights.temperature)
+            yield (value * shares[name][piece]).sum(), slope.mul_(shares[name][piece].unsqueeze(-1))
+
+    pieces = (
+        [slice(start, start + weights.chunk) for start in range(0, len(mine), weights.chunk)] if weights.chunk else [slice(None)]
+    )
+    if weights.chunk and torch.is_grad_enabled():
+        total = in_pieces(student.head, slopes, pieces, len(names), mine)
     else:
-        learnt = [parameter for parameter in student.head.parameters() if parameter.requires_grad]
-        total = _InPieces.apply(lambda part, piece: sums(part, theirs[piece], piece), pieces, len(names), mine, *learnt)
+        total = torch.stack([sums(piece) for piece in pieces]).sum(0)
     return dict(zip(names, total.unbind(), strict=True))
-
-
-class _InPieces(torch.autograd.Function):
-    """Terms that are sums over tokens, piece by piece: each piece's gradient is taken at once, so its logits live once.
-
-    Source: the idea of Liger Kernel's fused linear losses (Hsu et al. 2024, arXiv 2410.10989), for any terms.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, run: Callable[[Tensor, slice], Tensor], pieces: list[slice], terms: int, hidden: Tensor, *learnt: Tensor
-    ) -> Tensor:
-        slopes = [hidden.new_zeros(terms, *hidden.shape), *(weight.new_zeros(terms, *weight.shape) for weight in learnt)]
-        total = torch.zeros(terms, device=hidden.device)
-        for piece in pieces:
-            with torch.enable_grad():
-                part = hidden[piece].detach().requires_grad_()
-                found = run(part, piece).unbind()
-            total += torch.stack(found).detach()
-            for term in range(terms):
-                slope = torch.autograd.grad(found[term], [part, *learnt], retain_graph=term < terms - 1)
-                slopes[0][term, piece] = slope[0]
-                for mine, more in zip(slopes[1:], slope[1:], strict=True):
-                    mine[term] += more
-        ctx.save_for_backward(*slopes)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = [torch.tensordot(weights[0].to(slope.dtype), slope, dims=1) for slope in ctx.saved_tensors]
-        return None, None, None, *slopes

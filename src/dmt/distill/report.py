@@ -31,10 +31,13 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     shape = student.config
     table = Table.grid(padding=(0, 2))
     table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
+    alike: dict[str, list[int]] = {}
     for layer, memory in memories_of(student).items():
         often = "on average over layers" if memory.selection == "threshold" else "for each token"
         what = f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
-        table.add_row(f"layer {layer}", f"feed-forward block -> {what}")
+        alike.setdefault(what, []).append(layer)
+    for what, layers in alike.items():
+        table.add_row(f"layer {ranges(layers)}", f"feed-forward block -> {what}")
     table.add_row("tensors", transfer.summary())
     table.add_row("trainable", f"{weights:,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
     table.add_row("calibrate", f"{stages.calibrate_tokens:,} tokens, no gradient")
@@ -43,6 +46,17 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
     table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
     console.print(table)
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending whole numbers as people write them: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def untrained(tallies: dict[str, Tally]) -> None:
