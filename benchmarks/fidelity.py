@@ -1,6 +1,6 @@
 """Ways to make a student of the embedded teacher, side by side: same teacher, tokens, windows, slots, k, machine.
 
-    python benchmarks/fidelity.py [--steps 1200] [--seeds 0] [--only name,name] [--threads 2]
+    python benchmarks/fidelity.py [--steps 1400] [--seeds 0] [--only name,name] [--threads 2]
 
 Every student is trained on `steps` x 2,048 tokens drawn in the same order and measured on the same test text. Takes
 about half an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
@@ -81,8 +81,11 @@ def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str
     return measure(config, student.eval(), teacher, tokenizer, data)
 
 
-def sparsify(*stages: str, lr: float | None = None) -> Callable[..., dict[str, Any]]:
-    """EleutherAI's transcoders, with skip connection, trained for one or several losses, an equal part of the steps each."""
+def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str, Any]]:
+    """EleutherAI's transcoders, with skip connection, trained for one or several losses, an equal part of the steps each.
+
+    Each optimiser has the learning rate that the package gives it.
+    """
 
     def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
         home = Path(tempfile.gettempdir()) / "dmt-sparsify"
@@ -99,8 +102,8 @@ def sparsify(*stages: str, lr: float | None = None) -> Callable[..., dict[str, A
         for number, loss in enumerate(stages):
             task = {
                 "windows": str(scratch / "windows.pt"), "loss": loss, "part": [number, len(stages)], "k": 32, "slots": 512,
-                "seed": seed, "threads": threads, "lr": lr, "batch": config.data.batch, "out": str(scratch / str(number)),
-                "start": str(scratch / str(number - 1) / "coders") if number else None,
+                "seed": seed, "threads": threads, "optimizer": optimizer, "batch": config.data.batch,
+                "out": str(scratch / str(number)), "start": str(scratch / str(number - 1) / "coders") if number else None,
             }  # fmt: skip
             command = [python, str(ROOT / "benchmarks" / "peer_sparsify.py"), json.dumps(task)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -143,19 +146,22 @@ WAYS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours, k: auto, mean 32": ours(),
     "ours, k = 32 for each token": ours("memory.k=32"),
     "ours, k: auto, no linear map": ours("memory.linear=false"),
+    "ours, memories alone trained": ours("student.trainable=memory"),
     "seed.yaml": ours(config="configs/seed.yaml"),
     "dense, 96 neurons": ours(
         "memory.slots=96", "memory.k=96", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
     ),
     "every other layer": fewer_layers,
     "sparsify, fvu": sparsify("fvu"),
+    "sparsify, fvu, Adam": sparsify("fvu", optimizer="adam"),
     "sparsify, fvu then kl": sparsify("fvu", "kl"),
+    "sparsify, fvu then kl, Adam": sparsify("fvu", "kl", optimizer="adam"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}")
