@@ -19,6 +19,12 @@ KINDS = [
 
 
 BUDGETED = {"selection": "threshold", "metric": "sensitivity"}
+WAYS = [(*kind, {}) for kind in KINDS] + [
+    (weighting, ranking, changes)
+    for weighting, ranking in KINDS
+    if ranking != "score"  # the others rank by score alone and weigh by score alone
+    for changes in ({"gated": True}, {"metric": "sensitivity"}, {"gated": True, **BUDGETED})
+]
 
 
 def make(weighting="activation", ranking="score", heads=1, projections=False, linear=False, **changes):
@@ -38,11 +44,8 @@ def make(weighting="activation", ranking="score", heads=1, projections=False, li
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(("projections", "linear"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("weighting", "ranking"), KINDS)
-@pytest.mark.parametrize("changes", [{}, {"gated": True}, {"metric": "sensitivity"}, {"gated": True, **BUDGETED}], ids=str)
+@pytest.mark.parametrize(("weighting", "ranking", "changes"), WAYS)
 def test_equals_definition_in_value_and_gradient(weighting, ranking, projections, linear, heads, tokens, changes):
-    if changes and (ranking == "score" or weighting in ("softmax", "distance")):
-        pytest.skip("these rank by score alone and weigh by score alone")
     memory = make(weighting, ranking, heads, projections, linear, **changes)
     hidden = torch.randn(tokens, WIDTH, dtype=torch.double, requires_grad=True)
     wanted = torch.stack([read(memory, token) for token in hidden])
