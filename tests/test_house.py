@@ -13,6 +13,7 @@ SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "settings", "registration", "data.people", "data.corpora", "data.blocks", "memory.weighting",
     "memory.search", "memory.compensation", "memory.featural", "memory", "memory.budget",
+    "store.schema", "store.records", "store.connect", "store.store", "store",
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
     "models.smollm2",
     "distill.signals",

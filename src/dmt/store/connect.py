@@ -1,0 +1,131 @@
+"""From a place a person names to a database that is ours: opened, checked, or refused in one line."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, inspect, make_url, select
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from dmt.errors import UserError
+from dmt.store.schema import SCHEMA_VERSION, about
+
+BUSY_SECONDS = 30
+"""How long a reader or writer waits for another one's transaction."""
+
+
+def engine_of(place: str, read_only: bool = False) -> tuple[Engine, Path | None]:
+    """An engine for a file or a database URL, and the file where it is one; nothing is opened yet.
+
+    Connections are made for each transaction and closed after it, so that none is ever shared with a forked process.
+
+    Raises:
+        UserError: not a place that a store can be in.
+    """
+    try:
+        url = make_url(place if "://" in place else f"sqlite:///{Path(place).expanduser()}")
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise UserError(f"store {place}: {url.get_backend_name()} is not supported; give a file, sqlite:/// or postgresql://")
+        if url.get_backend_name() == "postgresql":
+            return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10}), None
+    except (ArgumentError, NoSuchModuleError):
+        raise UserError(f"store {place}: not a file or a database URL; give a file, sqlite:/// or postgresql://") from None
+    except ModuleNotFoundError:
+        raise UserError(f"store {place}: PostgreSQL needs a driver: pip install 'dmt[postgresql]'") from None
+    if not url.database or url.database == ":memory:":
+        raise UserError(f"store {place}: a store outlives the program; give a file or postgresql://")
+    path = Path(url.database)
+    mode = "ro" if read_only else "rwc"
+    engine = create_engine(
+        "sqlite+pysqlite://",
+        creator=lambda: sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECONDS),
+        poolclass=NullPool,
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _: Any) -> None:
+        connection.execute("PRAGMA synchronous=NORMAL")  # in WAL mode a killed program loses nothing that was committed
+        connection.execute("PRAGMA trusted_schema=OFF")
+
+    return engine, path
+
+
+@contextmanager
+def told(place: str) -> Iterator[None]:
+    """Turn what a database complains about into one line about `place`."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise UserError(f"store {place}: {_plainly(error)}") from None
+    except SQLAlchemyError as error:
+        raise UserError(f"store {place}: {str(error).splitlines()[0]}") from None
+
+
+def _plainly(error: DBAPIError) -> str:
+    said = " ".join(str(error.orig).split())
+    advice = {
+        "not a database": "this file is not a store; give another, or a new file to make one",
+        "readonly": "it cannot be written to; make it writable or give another",
+        "full": "the disk is full; nothing of this step was written; make room and resume",
+        "unable to open": "it cannot be opened; its folder must exist and be writable",
+        "locked": "another program is writing to it; wait for that or give another file",
+        "connection": "the server does not answer; is it running, and the URL right?",
+        "malformed": "the file is damaged; restore a copy, or give a new file",
+    }
+    return next((f"{meaning} ({said})" for word, meaning in advice.items() if word in said), said)
+
+
+def check(engine: Engine, place: str, model: str | None) -> bool:
+    """Whether there is a store already; `model` is the fingerprint of the model that wants to use it.
+
+    Raises:
+        UserError: something else is there, or a store of another version, or another model's.
+    """
+    there = set(inspect(engine).get_table_names())
+    if about.name not in there:
+        if others := sorted(there):
+            raise UserError(f"store {place}: a database of something else (tables {', '.join(others[:3])}); give a new file")
+        return False
+    with engine.connect() as connection:
+        known = {row.name: row.value for row in connection.execute(select(about))}
+    if known.get("schema") != str(SCHEMA_VERSION):
+        raise UserError(
+            f"store {place}: schema version {known.get('schema')}, this dmt knows {SCHEMA_VERSION}; use the dmt that made it"
+        )
+    if model is not None and known["model"] != model:
+        raise UserError(
+            f"store {place}: its rows belong to another model ({known['model'][:12]}, this one is {model[:12]}); give a new file"
+        )
+    return True
+
+
+def only_writer(place: str, path: Path | None, engine: Engine) -> Any:
+    """Hold this until the program ends: the proof that nobody else writes. A killed program lets go of it.
+
+    Raises:
+        UserError: somebody else holds it.
+    """
+    if path is not None:
+        import fcntl  # not on Windows, and then only there a clear failure
+
+        held = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)
+            raise UserError(f"store {place}: another program is writing to it; wait for that, or give another file") from None
+        return held
+    connection = engine.connect()
+    if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(7104133)").scalar():
+        connection.close()
+        raise UserError(f"store {place}: another program is writing to it; wait for that, or give another database")
+    connection.commit()
+    return connection

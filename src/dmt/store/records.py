@@ -1,0 +1,70 @@
+"""What goes into a store and comes out of it, many rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+VALUE_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One layer's part of a store."""
+
+    number: int
+    name: str
+    key_width: int
+    value_width: int
+    value_type: str
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Rows to be written: numbers `(n,)`, keys `(n, key width)`, values `(n, value width)`, entries each stands for."""
+
+    ids: Numbers
+    keys: Floats
+    values: Floats
+    heat: Floats
+    tag: str | Sequence[str] = ""
+    entries: Numbers | None = None
+    created: float | Sequence[float] | None = None
+    pinned: bool | Sequence[bool] = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How rows have been used since this was last written: all `(n,)`; reads are to be added, heat replaces."""
+
+    ids: Numbers
+    reads: Numbers
+    last_read: NDArray[np.float64]
+    heat: Floats
+    heat_step: Numbers
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one step does to one namespace; removals are numbers and why they leave."""
+
+    inserts: list[Insert] = field(default_factory=list)
+    removals: list[tuple[Numbers, str]] = field(default_factory=list)
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows as read: arrays over the same `n` rows, `about` the other columns by name."""
+
+    ids: Numbers
+    keys: Floats
+    values: Floats
+    about: dict[str, list[Any]]

@@ -1,0 +1,238 @@
+"""The system of record of associative memories: rows in SQL, written in whole steps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy import and_, bindparam, delete, func, insert, or_, select, update
+
+from dmt.errors import UserError
+from dmt.store.connect import check, engine_of, only_writer, told
+from dmt.store.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
+from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, tables
+
+SCAN_ROWS = 10_000
+"""Rows that a scan takes from the database at once."""
+
+
+class Store:
+    """Rows of all associative memories of one model, in an SQLite file or a PostgreSQL database.
+
+    One program writes, any number read; readers see whole steps only. Numbers of rows are given out by `take_ids`.
+
+    Args:
+        place: a file, or a database URL (`sqlite:///file`, `postgresql://user@host/name`).
+        model: fingerprint of the model whose rows these are; None opens any model's, to look at it.
+        read_only: nothing is written and nobody is kept from writing.
+
+    Raises:
+        UserError: the place cannot be used, and why.
+    """
+
+    def __init__(self, place: str, model: str | None = None, read_only: bool = False) -> None:
+        self.place, self.read_only = place, read_only
+        self.engine, self.path = engine_of(place, read_only)
+        self._writer: Any = None
+        self._writer_process = os.getpid()
+        with told(place):
+            there = check(self.engine, place, model)
+            if not there and (read_only or model is None):
+                raise UserError(f"store {place}: no store is there")
+            if not read_only:
+                self._writer = only_writer(place, self.path, self.engine)
+            if not there:
+                self._create(str(model))
+            with self.engine.connect() as connection:
+                self._next_id = (connection.execute(select(func.max(rows.c.id))).scalar() or 0) + 1
+
+    def _create(self, model: str) -> None:
+        with self.engine.begin() as connection:
+            tables.create_all(connection)
+            known = {"schema": str(SCHEMA_VERSION), "model": model, "created": str(time.time())}
+            connection.execute(insert(about), [{"name": name, "value": value} for name, value in known.items()])
+        if self.path is not None:
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+    def close(self) -> None:
+        """Let others write. Nothing is lost without it."""
+        if self._writer is None or self._writer_process != os.getpid():
+            return
+        if isinstance(self._writer, int):
+            os.close(self._writer)
+        else:
+            self._writer.close()
+        self._writer = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def namespace(self, name: str, key_width: int, value_width: int, value_type: str = "float32") -> Namespace:
+        """The namespace of this name, made where it is not there yet.
+
+        Raises:
+            UserError: it is there with other widths.
+        """
+        for known in self.namespaces():
+            if known.name != name:
+                continue
+            if (known.key_width, known.value_width) != (key_width, value_width):
+                raise UserError(
+                    f"store {self.place}: {name} has keys of {known.key_width} and values of {known.value_width} numbers, "
+                    f"the memory {key_width} and {value_width}; give a new file"
+                )
+            return known
+        self._writes()
+        made = Namespace(len(self.namespaces()) + 1, name, key_width, value_width, value_type)
+        with told(self.place), self.engine.begin() as connection:
+            shape = {"key_width": key_width, "value_width": value_width, "value_type": value_type}
+            connection.execute(insert(namespaces), {"id": made.number, "name": name, **shape})
+        return made
+
+    def namespaces(self) -> list[Namespace]:
+        """All of them, in the order in which they were made."""
+        with told(self.place), self.engine.connect() as connection:
+            return [Namespace(*found) for found in connection.execute(select(namespaces).order_by(namespaces.c.id))]
+
+    def take_ids(self, count: int) -> Numbers:
+        """Numbers that no row has or had, `(count,)`."""
+        first, self._next_id = self._next_id, self._next_id + count
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def commit(self, run: str, step: int, changes: dict[Namespace, Changes]) -> None:
+        """Write all that a step did, to all namespaces, or nothing.
+
+        Raises:
+            UserError: a number that is not finite, or the database refuses; then nothing is written.
+        """
+        self._writes()
+        inserts = [
+            row for space, each in changes.items() for part in each.inserts for row in self._described(space, part, run, step)
+        ]
+        removed = [
+            {"row": int(number), "why": why, "by": run, "at": step}
+            for each in changes.values()
+            for numbers, why in each.removals
+            for number in numbers
+        ]
+        used = [row for each in changes.values() if each.usage is not None for row in _used(each.usage)]
+        if not inserts and not removed and not used:
+            return
+        with told(self.place), self.engine.begin() as connection:
+            if inserts:
+                connection.execute(insert(rows), inserts)
+            if removed:
+                leave = update(rows).where(rows.c.id == bindparam("row"))
+                connection.execute(
+                    leave.values(deleted=bindparam("why"), deleted_run=bindparam("by"), deleted_step=bindparam("at")), removed
+                )
+            if used:
+                use = update(rows).where(rows.c.id == bindparam("row"))
+                connection.execute(
+                    use.values(
+                        reads=rows.c.reads + bindparam("more"),
+                        last_read=bindparam("when"),
+                        heat=bindparam("warmth"),
+                        heat_step=bindparam("as_of"),
+                    ),
+                    used,
+                )
+
+    def _described(self, space: Namespace, part: Insert, run: str, step: int) -> Iterator[dict[str, Any]]:
+        count = len(part.ids)
+        for name, given, width in (("keys", part.keys, space.key_width), ("values", part.values, space.value_width)):
+            if given.shape != (count, width):
+                raise UserError(f"store {self.place}: {name} of {space.name} must be {(count, width)}, got {given.shape}")
+            if not np.isfinite(given).all():
+                raise UserError(f"store {self.place}: {name} of {space.name} are not finite at step {step}; nothing was written")
+        now = time.time()
+        tags = [part.tag] * count if isinstance(part.tag, str) else part.tag
+        created = part.created if isinstance(part.created, Sequence) else [now if part.created is None else part.created] * count
+        pinned = part.pinned if isinstance(part.pinned, Sequence) else [part.pinned] * count
+        entries = np.ones(count, np.int64) if part.entries is None else part.entries
+        keys, values = part.keys.astype("<f4"), part.values.astype(VALUE_TYPES[space.value_type])
+        for i in range(count):
+            yield {
+                "id": int(part.ids[i]), "namespace": space.number, "key": keys[i].tobytes(), "value": values[i].tobytes(),
+                "created": float(created[i]), "run": run, "step": step, "tag": tags[i], "pinned": bool(pinned[i]),
+                "entries": int(entries[i]), "reads": 0, "heat": float(part.heat[i]), "heat_step": step,
+            }  # fmt: skip
+
+    def scan(self, space: Namespace, gone: bool = False) -> Iterator[Page]:
+        """All rows of a namespace in the order of their numbers, some thousands at a time; with `gone`, those that left too."""
+        last = 0
+        while True:
+            there = select(rows).where(rows.c.namespace == space.number, rows.c.id > last)
+            if not gone:
+                there = there.where(rows.c.deleted.is_(None))
+            with told(self.place), self.engine.connect() as connection:
+                found = connection.execute(there.order_by(rows.c.id).limit(SCAN_ROWS)).all()
+            if found:
+                yield self._page(space, found)
+            if len(found) < SCAN_ROWS:
+                return
+            last = found[-1].id
+
+    def get(self, space: Namespace, ids: Sequence[int] | Numbers) -> Page:
+        """The rows of these numbers that are there, in the order of their numbers."""
+        found: list[Any] = []
+        wanted = [int(number) for number in ids]
+        with told(self.place), self.engine.connect() as connection:
+            for start in range(0, len(wanted), SCAN_ROWS):
+                part = rows.c.id.in_(wanted[start : start + SCAN_ROWS])
+                found += connection.execute(
+                    select(rows).where(rows.c.namespace == space.number, rows.c.deleted.is_(None), part)
+                ).all()
+        return self._page(space, sorted(found, key=lambda row: row.id))
+
+    def _page(self, space: Namespace, found: Sequence[Any]) -> Page:
+        count = len(found)
+        keys = np.frombuffer(b"".join(row.key for row in found), np.dtype("<f4")).reshape(count, space.key_width)
+        kind = VALUE_TYPES[space.value_type]
+        values = np.frombuffer(b"".join(row.value for row in found), kind).reshape(count, space.value_width)
+        others = [column.name for column in rows.columns if column.name not in ("id", "namespace", "key", "value")]
+        described = {name: [getattr(row, name) for row in found] for name in others}
+        return Page(np.array([row.id for row in found], np.int64), keys.astype(np.float32), values.astype(np.float32), described)
+
+    def count(self, space: Namespace) -> int:
+        """Rows that are there."""
+        there = select(func.count()).where(rows.c.namespace == space.number, rows.c.deleted.is_(None))
+        with told(self.place), self.engine.connect() as connection:
+            return int(connection.execute(there).scalar_one())
+
+    def rewind(self, run: str, step: int) -> tuple[int, int]:
+        """Undo what `run` did after `step`: rows it wrote are gone, rows it took away are back; how many of each."""
+        self._writes()
+        with told(self.place), self.engine.begin() as connection:
+            written = connection.execute(delete(rows).where(rows.c.run == run, rows.c.step > step)).rowcount
+            back = {"deleted": None, "deleted_run": None, "deleted_step": None}
+            restored = connection.execute(update(rows).where(rows.c.deleted_run == run, rows.c.deleted_step > step).values(back))
+        return written, restored.rowcount
+
+    def purge(self, run: str, step: int) -> int:
+        """Take rows off the disk that left in another run or up to `step` of this one; how many. They cannot come back."""
+        self._writes()
+        before = or_(rows.c.deleted_run != run, and_(rows.c.deleted_run == run, rows.c.deleted_step <= step))
+        with told(self.place), self.engine.begin() as connection:
+            return int(connection.execute(delete(rows).where(rows.c.deleted.is_not(None), before)).rowcount)
+
+    def _writes(self) -> None:
+        if self.read_only:
+            raise UserError(f"store {self.place}: opened for reading only")
+        if self._writer_process != os.getpid():
+            raise UserError(f"store {self.place}: opened by process {self._writer_process}; a forked process reads only")
+
+
+def _used(usage: Usage) -> Iterator[dict[str, Any]]:
+    for i in range(len(usage.ids)):
+        yield {
+            "row": int(usage.ids[i]), "more": int(usage.reads[i]), "when": float(usage.last_read[i]),
+            "warmth": float(usage.heat[i]), "as_of": int(usage.heat_step[i]),
+        }  # fmt: skip

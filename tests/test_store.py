@@ -1,0 +1,294 @@
+"""The store: rows survive, steps are whole, and what cannot be used is refused in one line. SQLite and a real PostgreSQL."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dmt.errors import UserError
+from dmt.store import Changes, Insert, Store, Usage
+
+MODEL = "f" * 64
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    """URL of a server of its own, on loopback, gone afterwards."""
+    if shutil.which("pg_virtualenv") is None:
+        pytest.skip("PostgreSQL is tested where Debian's postgresql-common is installed (apt-get install postgresql)")
+    told = "echo $PGUSER:$PGPASSWORD@$PGHOST:$PGPORT; read line"
+    server = subprocess.Popen(["pg_virtualenv", "sh", "-c", told], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lines = iter(server.stdout.readline, "")
+    address = next((line.strip() for line in lines if "@" in line), None)
+    if address is None:
+        pytest.skip("pg_virtualenv is there and makes no server; its Debian package postgresql may be missing")
+    yield f"postgresql://{address}/postgres"
+    server.communicate("\n", timeout=60)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request, tmp_path):
+    if request.param == "sqlite":
+        yield str(tmp_path / "rows.db")
+        return
+    url = request.getfixturevalue("postgresql")
+    yield url
+    from sqlalchemy import create_engine
+
+    from dmt.store.schema import tables
+
+    engine = create_engine(url.replace("postgresql", "postgresql+psycopg"))
+    tables.drop_all(engine)
+    engine.dispose()
+
+
+def some(store, count, seed=0, key_width=4, value_width=6, **more):
+    drawn = np.random.default_rng(seed)
+    keys, values = (drawn.normal(size=(count, width)).astype(np.float32) for width in (key_width, value_width))
+    return Insert(store.take_ids(count), keys, values, np.ones(count, np.float32), **more)
+
+
+def everything(store, space, gone=False):
+    pages = list(store.scan(space, gone))
+    return {int(n): (k, v) for page in pages for n, k, v in zip(page.ids, page.keys, page.values, strict=True)}
+
+
+def test_what_is_written_comes_back(place):
+    with Store(place, MODEL) as store:
+        first, second = store.namespace("layer_0", 4, 6), store.namespace("layer_1", 4, 6, "float16")
+        rows = {space: some(store, 7, seed, tag="told", pinned=True) for seed, space in enumerate((first, second))}
+        store.commit("run", 3, {space: Changes([part]) for space, part in rows.items()})
+    with Store(place, MODEL) as store:
+        assert [space.name for space in store.namespaces()] == ["layer_0", "layer_1"]
+        for space, part in rows.items():
+            page = next(store.scan(space))
+            assert page.ids.tolist() == part.ids.tolist()
+            np.testing.assert_array_equal(page.keys, part.keys)
+            kind = np.float16 if space.value_type == "float16" else np.float32
+            np.testing.assert_array_equal(page.values, part.values.astype(kind).astype(np.float32))
+            assert page.about["tag"] == ["told"] * 7
+            assert page.about["pinned"] == [True] * 7
+            assert page.about["step"] == [3] * 7
+            assert store.count(space) == 7
+        assert store.get(first, [3, 1, 99]).ids.tolist() == [1, 3]
+        assert store.take_ids(2).tolist() == [15, 16]
+
+
+def test_scan_goes_through_pages(place, monkeypatch):
+    monkeypatch.setattr("dmt.store.store.SCAN_ROWS", 3)
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 9)
+        store.commit("run", 1, {space: Changes([part])})
+        assert [len(page.ids) for page in store.scan(space)] == [3, 3, 3]
+        assert store.get(space, part.ids).ids.tolist() == part.ids.tolist()
+
+
+def test_usage_adds_up(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 3)
+        store.commit("run", 1, {space: Changes([part])})
+        for step in (2, 3):
+            heat, at = np.float32([0.5, 2]), np.array([step, step])
+            used = Usage(part.ids[:2], np.array([5, 1]), np.array([10.0, 20.0]) * step, heat, at)
+            store.commit("run", step, {space: Changes(usage=used)})
+        about = next(store.scan(space)).about
+        assert about["reads"] == [10, 2, 0]
+        assert about["last_read"] == [30.0, 60.0, None]
+        assert about["heat"] == [0.5, 2.0, 1.0]
+        assert about["heat_step"] == [3, 3, 1]
+
+
+def test_a_run_is_taken_back_to_a_step(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        old, early, late = (some(store, 2, seed) for seed in range(3))
+        store.commit("other", 100, {space: Changes([old])})
+        store.commit("run", 1, {space: Changes([early])})
+        before = everything(store, space)
+        store.commit("run", 2, {space: Changes([late], [(old.ids[:1], "evicted"), (early.ids, "merged")])})
+        store.commit("run", 3, {space: Changes(removals=[(late.ids, "evicted")])})
+        assert set(everything(store, space)) == {int(old.ids[1])}
+        assert store.rewind("run", 1) == (2, 3)
+        after = everything(store, space)
+        assert after.keys() == before.keys()
+        for number, (key, value) in before.items():
+            np.testing.assert_array_equal(after[number][0], key)
+            np.testing.assert_array_equal(after[number][1], value)
+        assert store.rewind("run", 1) == (0, 0)
+
+
+def test_purged_rows_leave_the_disk_and_no_others(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 4)
+        store.commit("run", 1, {space: Changes([part])})
+        store.commit("run", 2, {space: Changes(removals=[(part.ids[:1], "evicted")])})
+        store.commit("run", 5, {space: Changes(removals=[(part.ids[1:2], "evicted")])})
+        assert store.purge("run", 2) == 1
+        assert sorted(everything(store, space, gone=True)) == part.ids[1:].tolist()
+        store.rewind("run", 2)
+        assert sorted(everything(store, space)) == part.ids[1:].tolist()
+
+
+@pytest.mark.parametrize("spoilt", ["keys", "values"])
+def test_a_step_is_written_whole_or_not_at_all(place, spoilt):
+    with Store(place, MODEL) as store:
+        spaces = [store.namespace(f"layer_{i}", 4, 6) for i in range(2)]
+        good, bad = some(store, 3), some(store, 3)
+        getattr(bad, spoilt)[1, 2] = np.nan
+        with pytest.raises(UserError, match=f"{spoilt} of layer_1 are not finite at step 4"):
+            store.commit("run", 4, {spaces[0]: Changes([good]), spaces[1]: Changes([bad])})
+        twice = Insert(good.ids, good.keys, good.values, good.heat)
+        store.commit("run", 5, {spaces[0]: Changes([good])})
+        with pytest.raises(UserError):
+            store.commit("run", 6, {spaces[1]: Changes([some(store, 2)]), spaces[0]: Changes([twice])})
+        assert store.count(spaces[0]) == 3
+        assert store.count(spaces[1]) == 0
+
+
+def test_text_is_text(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer'; DROP TABLE dmt_rows; --", 4, 6)
+        tag = "Robert'); DELETE FROM dmt_rows; -- \N{SNOWMAN} %s :row"
+        store.commit("run' OR 1=1", 1, {space: Changes([some(store, 2, tag=tag)])})
+        assert next(store.scan(space)).about["tag"] == [tag, tag]
+        assert store.rewind("x' OR '1'='1", 0) == (0, 0)
+
+
+def test_readers_see_whole_steps_while_one_writes(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        reader = Store(place, read_only=True)
+        store.commit("run", 1, {space: Changes([some(store, 5)])})
+        assert reader.count(space) == 5
+        with pytest.raises(UserError, match="for reading only"):
+            reader.commit("run", 2, {})
+        with pytest.raises(UserError, match="another program is writing"):
+            Store(place, MODEL)
+    Store(place, MODEL).close()
+
+
+def test_refuses_what_is_not_its_own(place):
+    with pytest.raises(UserError, match="no store is there"):
+        Store(place, read_only=False)
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 8 and 6"):
+            store.namespace("layer_0", 8, 6)
+        with pytest.raises(UserError, match=r"keys of layer_0 must be \(3, 4\), got \(3, 5\)"):
+            store.commit("run", 1, {space: Changes([some(store, 3, key_width=5)])})
+    with pytest.raises(UserError, match="belong to another model"):
+        Store(place, "a" * 64)
+    with Store(place, MODEL) as store, store.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE dmt_about SET value = '99' WHERE name = 'schema'")
+    with pytest.raises(UserError, match="schema version 99, this dmt knows 1"):
+        Store(place, MODEL)
+
+
+def test_refuses_files_that_are_no_store(tmp_path):
+    (tmp_path / "text.db").write_text("no database at all, and long enough to be read as one" * 40)
+    with pytest.raises(UserError, match="not a store"):
+        Store(str(tmp_path / "text.db"), MODEL)
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE recipes (id)")
+    other.close()
+    with pytest.raises(UserError, match=r"something else \(tables recipes\)"):
+        Store(str(tmp_path / "other.db"), MODEL)
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(str(tmp_path / "nowhere" / "rows.db"), MODEL)
+    with pytest.raises(UserError, match="outlives the program"):
+        Store("sqlite://", MODEL)
+    with pytest.raises(UserError, match="mysql"):
+        Store("mysql://somebody@localhost/rows", MODEL)
+    with pytest.raises(UserError, match="does not answer"):
+        Store("postgresql://nobody@127.0.0.1:9/rows", MODEL)
+
+
+def test_a_full_disk_loses_no_step(tmp_path):
+    with Store(str(tmp_path / "rows.db"), MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        store.commit("run", 1, {space: Changes([some(store, 5)])})
+        kept = everything(store, space)
+        from sqlalchemy import event
+
+        @event.listens_for(store.engine, "connect")
+        def small(connection, _):
+            connection.execute("PRAGMA max_page_count=20")  # SQLite's own answer to a full disk, at 80 kB
+
+        with pytest.raises(UserError, match="the disk is full; nothing of this step was written"):
+            store.commit("run", 2, {space: Changes([some(store, 5000)])})
+        event.remove(store.engine, "connect", small)
+        assert everything(store, space).keys() == kept.keys()
+        store.commit("run", 2, {space: Changes([some(store, 5)])})
+        assert store.count(space) == 10
+
+
+def test_a_forked_process_reads_and_does_not_write(tmp_path):
+    store = Store(str(tmp_path / "rows.db"), MODEL)
+    space = store.namespace("layer_0", 4, 6)
+    store.commit("run", 1, {space: Changes([some(store, 5)])})
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            store.commit("run", 2, {space: Changes([some(store, 5)])})
+            answer = "wrote"
+        except UserError:
+            answer = f"refused, sees {store.count(space)}"
+        store.close()
+        os.write(into, answer.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(out, 100).decode() == "refused, sees 5"
+    with pytest.raises(UserError, match="another program is writing"):  # the child closed its own copy only
+        Store(str(tmp_path / "rows.db"), MODEL)
+    store.close()
+
+
+WRITER = """
+import sys
+import numpy as np
+from dmt.store import Changes, Insert, Store
+store = Store(sys.argv[1], "f" * 64)
+space = store.namespace("layer_0", 4, 6)
+step = int(sys.argv[2])
+while True:
+    step += 1
+    ids = store.take_ids(50)
+    keys, values = np.full((50, 4), step, np.float32), np.full((50, 6), step, np.float32)
+    store.commit("run", step, {space: Changes([Insert(ids, keys, values, np.ones(50, np.float32))])})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_killed_at_any_moment_it_holds_whole_steps(tmp_path, round_):
+    place = str(tmp_path / "rows.db")
+    done = 0
+    for again in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, place, str(done)], stdout=subprocess.PIPE, text=True)
+        told = writer.stdout.readline()
+        time.sleep(0.003 * (again + 5 * round_))
+        writer.send_signal(signal.SIGKILL)
+        told += writer.communicate()[0]
+        committed = max([done, *(int(line) for line in told.split("\n")[:-1])])
+        with Store(place, MODEL) as store:
+            (space,) = store.namespaces()
+            found: dict[int, int] = {}
+            for page in store.scan(space):
+                for step, key, value in zip(page.about["step"], page.keys, page.values, strict=True):
+                    assert (key == step).all()
+                    assert (value == step).all()
+                    found[step] = found.get(step, 0) + 1
+        assert set(found.values()) == {50}
+        assert max(found) in (committed, committed + 1)  # killed between its commit and saying so
+        assert sorted(found) == list(range(1, max(found) + 1))
+        done = max(found)
