@@ -6,8 +6,9 @@ Every student is trained on `steps` x 2,048 tokens drawn in the same order and m
 about half an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
 environment of its own under the temporary folder, beside what this environment has.
 
-The dense student has as many weights at work per token as ours: k slots (a key and a value each) and the linear map make
-up `k + width / 2` neurons; they are the teacher's most important, the others folded into them. The one with fewer layers
+The dense students have as many weights at work per token as ours: k slots (a key and a value each) and the linear map make
+up `k + width / 2` neurons; and counting all the keys that exact search scores, `(slots + k + width) / 2`. They are the
+teacher's most important neurons, the others folded into them. The one with fewer layers
 is DistilGPT2's way: every other layer of the teacher, KL at temperature 2, cross-entropy and cosine in its proportions.
 """
 
@@ -84,19 +85,12 @@ def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str
 def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str, Any]]:
     """EleutherAI's transcoders, with skip connection, trained for one or several losses, an equal part of the steps each.
 
-    Each optimiser has the learning rate that the package gives it.
+    Each optimiser has the learning rate that the package gives it; Adam warms up in 20 steps, as ours does, and not in the
+    package's 1,000, of which there are not enough here.
     """
 
     def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
-        home = Path(tempfile.gettempdir()) / "dmt-sparsify"
-        python = home / "bin" / "python"
-        if not (home / "ready").exists():
-            venv.create(home, with_pip=True, clear=True)
-            inside = next((home / "lib").glob("python*/site-packages"))
-            (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n")
-            subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", SPARSIFY[0]], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", *SPARSIFY[1:]], check=True)
-            (home / "ready").touch()
+        python = sparsify_python()
         config, teacher, tokenizer, data = _materials(steps, seed)
         torch.save(torch.cat(list(data.train_dataloader())), scratch / "windows.pt")
         for number, loss in enumerate(stages):
@@ -106,7 +100,9 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
                 "out": str(scratch / str(number)), "start": str(scratch / str(number - 1) / "coders") if number else None,
             }  # fmt: skip
             command = [python, str(ROOT / "benchmarks" / "peer_sparsify.py"), json.dumps(task)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"sparsify, {loss}: {done.stderr.strip().splitlines()[-1]}")
         coders = torch.load(scratch / str(len(stages) - 1) / "outputs.pt", weights_only=True)
         student = GPT2LMHeadModel(teacher.config).eval()
         student.load_state_dict(teacher.state_dict())
@@ -115,6 +111,20 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
         return measure(config, student, teacher, tokenizer, data)
 
     return train
+
+
+def sparsify_python() -> Path:
+    """The interpreter of an environment with sparsify, made where it is not there yet; it sees this one's packages too."""
+    home = Path(tempfile.gettempdir()) / "dmt-sparsify"
+    python = home / "bin" / "python"
+    if not (home / "ready").exists():
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", SPARSIFY[0]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *SPARSIFY[1:]], check=True)
+        (home / "ready").touch()
+    inside = next((home / "lib").glob("python*/site-packages"))
+    (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n")
+    return python
 
 
 class _Transcoder(torch.nn.Module):
@@ -151,6 +161,9 @@ WAYS: dict[str, Callable[..., dict[str, Any]]] = {
     "dense, 96 neurons": ours(
         "memory.slots=96", "memory.k=96", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
     ),
+    "dense, 336 neurons (search counted)": ours(
+        "memory.slots=336", "memory.k=336", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
+    ),
     "every other layer": fewer_layers,
     "sparsify, fvu": sparsify("fvu"),
     "sparsify, fvu, Adam": sparsify("fvu", optimizer="adam"),
@@ -167,6 +180,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}")
     options = parser.parse_args()
     chosen = options.only.split(";") if options.only else list(WAYS)
+    if any(name.startswith("sparsify") for name in chosen):
+        sparsify_python()  # before any clock runs
     print(f"{options.steps:,} steps of 2,048 tokens; KL in nats per token")
     print(f"| way | seed | {HEAD} |\n|{'---|' * (HEAD.count('|') + 3)}")
     for name in chosen:

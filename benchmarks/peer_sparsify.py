@@ -25,7 +25,8 @@ def main(task: dict[str, Any]) -> None:
     coder = SparseCoderConfig(num_latents=task["slots"], k=task["k"], transcode=True, skip_connection=True)
     config = TrainConfig(
         coder, batch_size=task["batch"], loss_fn=task["loss"], hookpoints=["h.*.mlp"], optimizer=task["optimizer"],
-        init_seeds=[task["seed"]], finetune=task["start"], log_to_wandb=False, save_dir=task["out"], run_name="coders",
+        lr_warmup_steps=20, init_seeds=[task["seed"]], finetune=task["start"], log_to_wandb=False,
+        save_dir=task["out"], run_name="coders",
     )  # fmt: skip
     trainer = Trainer(config, dataset, teacher)
     for name, sae in trainer.saes.items():

@@ -440,10 +440,11 @@ def test_slots_read_fall_to_k_by_the_middle_and_the_step_is_the_same_afterwards(
     assert widening(0, 8, 1.0) == 1.0
     made = steps_of(teacher, 1, stages=replace(stages(0, 4), k_start=2.0))
     assert {memory.widened for memory in memories_of(made.student).values()} == {2.0}
-    memory = memories_of(made.student)[0].eval()
-    memory.count_reads()
-    memory(torch.randn(10, WIDTH))
-    assert memory.reads.sum() == 10 * 16
+    memory = memories_of(made.student)[0]
+    for training, read in ((True, 16), (False, 8)):  # what is measured reads k
+        memory.train(training).count_reads()
+        memory(torch.randn(10, WIDTH))
+        assert memory.reads.sum() == 10 * read
     assert {m.widened for m in memories_of(steps_of(teacher, 3, stages=replace(stages(0, 4), k_start=2.0)).student).values()} == {
         1.0
     }

@@ -11,8 +11,9 @@ from dmt.main import main
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
-    "errors", "config", "wording", "settings", "registration", "data.people", "data.corpora", "data.blocks", "memory.weighting",
-    "memory.search", "memory.compensation", "memory.featural", "memory", "memory.budget",
+    "errors", "config", "wording", "layers", "settings", "registration", "data.people", "data.corpora", "data.blocks",
+    "memory.weighting",
+    "memory.search", "memory.derived", "memory.compensation", "memory.featural", "memory", "memory.budget",
     "store.schema", "store.records", "store.connect", "store.store", "store",
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
     "models.smollm2",

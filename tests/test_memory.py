@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import gelu_tanh, read
 
 from dmt.memory import FeaturalMemory
-from dmt.memory.budget import first_threshold, hold
+from dmt.memory.budget import first_threshold, hold, watch
 
 WIDTH, SLOTS, K = 6, 12, 4
 KINDS = [
@@ -193,6 +193,31 @@ def test_lengths_follow_the_values():
     assert torch.equal(memory.lengths(), memory.values.norm(dim=-1))
 
 
+def test_what_is_kept_is_the_same_whoever_asked_first():
+    memory = make(ranking="centred", metric="sensitivity").float().eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        memory(torch.randn(3, WIDTH))
+        lengths, always = memory.lengths(), memory.always()
+    torch.testing.assert_close(lengths, (memory.values @ memory.metric).norm(dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(always, memory.output_bias + memory.means @ memory.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changed", ["output_bias", "means", "values"])
+def test_what_is_always_said_follows_all_it_depends_on(changed):
+    memory = make(ranking="centred").eval()
+    with torch.no_grad():
+        kept = memory.always()
+        assert memory.always() is kept
+        getattr(memory, changed).mul_(2)
+        torch.testing.assert_close(memory.always(), memory.output_bias + memory.means @ memory.values)
+    assert memory.always().requires_grad
+
+
+def test_gains_need_a_weight_per_slot():
+    with pytest.raises(ValueError, match="softmax knows no gains"):
+        make("softmax", gated=True)
+
+
 @pytest.mark.parametrize("changed", ["values", "metric", "output"])
 def test_lengths_follow_all_they_depend_on(changed):
     memory = make(ranking="centred", projections=True, metric="sensitivity").eval()
@@ -213,10 +238,25 @@ def test_the_first_threshold_spends_the_budget_over_all_memories():
     assert reads[0] > reads[1] + 2
 
 
+def test_a_threshold_of_zero_never_comes_to_be():
+    # Half of the slots say nothing to this token: a threshold of zero would read them all for ever.
+    memory = make(weighting="relu", ranking="contribution", k=SLOTS - 2, **BUDGETED).float()
+    hidden = torch.randn(200, WIDTH)
+    first_threshold([memory], [hidden])
+    assert memory.threshold > 0
+    assert memory.select(hidden).sum() == (memory.rank(hidden) > 0).sum()
+    everything = make(ranking="centred", k=SLOTS, **BUDGETED).float()
+    first_threshold([everything], [hidden])
+    assert everything.select(hidden).all()
+
+
 def test_holding_moves_the_shared_threshold_to_the_budget():
     memories = [make(ranking="centred", **BUDGETED).train() for _ in range(3)]
     for memory in memories:
         memory.threshold.fill_(1e-3)
+        memory(torch.randn(9, WIDTH, dtype=torch.double))
+    assert not any(memory.spent for memory in memories), "nobody asked for it"
+    watch(memories)
     hidden = torch.randn(400, WIDTH, dtype=torch.double)
     for _ in range(60):
         for memory in memories:

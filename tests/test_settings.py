@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 import dmt
 from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, StudentConfig
 from dmt.errors import UserError
-from dmt.settings import EMBEDDED_TEACHER, check, describe, layer_memories, load, save, select_layers, teacher_shape
+from dmt.layers import layer_memories, select_layers
+from dmt.settings import EMBEDDED_TEACHER, check, describe, load, save, teacher_shape
 
 SHAPE = {"n_layer": 4, "n_embd": 128, "n_positions": 256}  # so 512 neurons in a block
 KEYS = [
@@ -157,6 +158,8 @@ CONTRADICTIONS = [
     (["memory.k=600"], "memory.k must be in [1, memory.slots=512], got 600"),
     (["memory.slots=32", "memory.k=33", "memory.init=random"], "memory.k must be in [1, memory.slots=32], got 33"),
     (["memory.heads=3"], "memory.slots=512 must be a multiple of memory.heads=3"),
+    (["memory.heads=2"], "memory.heads=2 share out k, which memory.k=auto does not"),
+    (["loss.revive=1", "memory.projections=true"], "loss.revive would move projections"),
     (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
     (["memory.slots=256", "memory.k=300"], "memory.k must be in [1, memory.slots=256], got 300"),
     (["loss.revive=1", "memory.weighting=softmax", "memory.ranking=score", "memory.k="], "loss.revive needs a weight per slot"),
@@ -366,6 +369,11 @@ WRONG_RULES = [
         "[{layers: 0, memory: {}}, {layers: 1, memory: {slots: 32, k: 64, init: random}}]",
         "student.rules[1].memory.k must be in [1, student.rules[1].memory.slots=32], got 64",
     ),
+    (
+        "[{layers: 0, memory: {budget: 8}}]",
+        "memory.budget must be the same in all layers with memory.k=auto, which share one budget, got 8 and nothing",
+    ),
+    ("[{layers: 1, memory: {metric: plain}}]", "memory.metric must be the same in all layers with memory.k=auto"),
     ("[{memory: {k: 3}}]", "student.rules[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {memory: {k: 3}}"),
     ("[{layers: 0}]", "student.rules[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0}"),
     ("[{layers: 0, memory: }]", "must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0, memory: nothing}"),

@@ -34,7 +34,7 @@ class MemoryConfig:
     budget: Optional[int] = None
     """Of `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
     heads: int = 1
-    """Groups that share out the slots; each has its own query projection and reads k / heads of its own slots."""
+    """Groups that share out the slots; each reads k / heads of its own, and has its own query with `projections`."""
     projections: bool = False
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
     linear: bool = True
@@ -112,7 +112,7 @@ class StagesConfig:
     end_to_end_lr: float = 1e-3
     """Peak learning rate of the end-to-end stage."""
     k_start: float = 1.0
-    """Slots read when the end-to-end stage begins, as a multiple of k; falls to 1 by the middle of the stage."""
+    """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A shared budget follows slowly."""
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
-from dmt.config import LOSS_TERMS, Config, MemoryConfig
+from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
-from dmt.wording import field_notes, fit, names, shown, unknown
+from dmt.layers import check_memory, layer_memories
+from dmt.wording import changed, field_notes, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
 SMOLLM2 = "smollm2"
@@ -35,7 +36,7 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
     if file is not None:
         found = _read(Path(file))
         try:
-            config = _changed(config, found)
+            config = changed(config, found)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     for word in words:
@@ -47,7 +48,7 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
         value = _parse(f"value={text}", f"{key}={shown(text)}")["value"]
         for part in reversed(key.split(".")):
             value = {part: value}
-        config = _changed(config, value)
+        config = changed(config, value)
     check(config)
     return config
 
@@ -55,47 +56,6 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
 def save(config: Config, path: Path) -> None:
     """Write every setting as YAML; `load(path)` gives an equal `Config`."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
-
-
-def layer_memories(config: Config, layers: int, block_slots: int | None = None) -> list[MemoryConfig]:
-    """The memory settings of each of `layers` layers, rules applied in order.
-
-    Args:
-        block_slots: neurons in the teacher's blocks, where known: what empty `slots` stand for.
-
-    Raises:
-        UserError: a rule has an unknown key, names a layer that is not there, or contradicts itself.
-    """
-    memories = [config.memory] * layers
-    for number, rule in enumerate(config.student.rules):
-        name = f"student.rules[{number}]"
-        if set(rule) != {"layers", "memory"} or not isinstance(rule["memory"], dict):
-            raise UserError(f"{name} must be a rule such as {{layers: 0-1, memory: {{k: 64}}}}, got {shown(rule)}")
-        given = rule["layers"]
-        chosen = ",".join(map(str, given)) if isinstance(given, list) else str(given)
-        changed: dict[MemoryConfig, MemoryConfig] = {}
-        for layer in select_layers(chosen, layers, f"{name}.layers"):
-            before = memories[layer]
-            if before not in changed:
-                changed[before] = _changed(before, rule["memory"], f"{name}.memory.")
-                _check_memory(changed[before], f"{name}.memory", block_slots)
-            memories[layer] = changed[before]
-    return memories
-
-
-def select_layers(text: str, layers: int, name: str) -> list[int]:
-    """Layer numbers from `all`, `3`, `0-2`, `2-` or a comma-separated list of these; 0 is the lowest."""
-    chosen: set[int] = set()
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.partition("-")
-        try:
-            low, high = (0, layers - 1) if part == "all" else (int(first), int(last or layers - 1) if dash else int(first))
-        except ValueError:
-            raise UserError(f"{name} must be `all`, a layer, a range such as 0-2 or 2-, or a list; got {shown(text)}") from None
-        if not 0 <= low <= high < layers:
-            raise UserError(f"{name} must name layers in [0, {layers - 1}], got {shown(text)}")
-        chosen.update(range(low, high + 1))
-    return sorted(chosen)
 
 
 def check(config: Config) -> None:
@@ -149,12 +109,16 @@ def check(config: Config) -> None:
     if not (config.stages.calibrate_tokens or config.stages.layerwise_steps or config.stages.end_to_end_steps):
         raise UserError("every stage is 0, nothing would happen; set stages.end_to_end_steps, say")
     shape = teacher_shape(config.teacher)
-    _check_memory(config.memory, "memory", shape["slots"] if shape else None)
+    check_memory(config.memory, "memory", shape["slots"] if shape else None)
     memories = layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
     if not config.stages.calibrate_tokens and any(memory.kind != "dense" and memory.k == "auto" for memory in memories):
         raise UserError("memory.k=auto is settled by calibration, got stages.calibrate_tokens=0; set memory.k to a number")
     if config.loss.revive and any(memory.weighting in ("softmax", "distance") for memory in memories if memory.kind != "dense"):
         raise UserError("loss.revive needs a weight per slot; set memory.weighting=activation or relu, or loss.revive=0")
+    if config.loss.revive and any(memory.projections for memory in memories if memory.kind != "dense"):
+        raise UserError(
+            "loss.revive would move projections, which living slots share; set memory.projections=false or loss.revive=0"
+        )
     if shape and config.data.block > shape["positions"]:
         raise UserError(
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
@@ -197,54 +161,6 @@ def describe() -> str:
         lines.append(f"{name}={'' if default is None else shown(default)}{f'   [{choices}]' if choices else ''}")
         lines.append(f"    {notes[owner, field]}")
     return "\n".join(lines)
-
-
-def _check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> None:
-    slots = memory.slots if memory.slots is not None else block_slots
-    for setting in ("slots", "k", "budget", "heads"):
-        given = getattr(memory, setting)
-        if isinstance(given, int) and given < 1:
-            raise UserError(f"{name}.{setting} must be at least 1, got {given}")
-        if slots is not None and setting in ("k", "budget") and isinstance(given, int) and given > slots:
-            raise UserError(f"{name}.{setting} must be in [1, {name}.slots={slots}], got {given}")
-    if name == "memory" and memory.budget is not None and memory.k != "auto":  # a rule may set its layers apart
-        raise UserError(f"{name}.budget is spent by {name}.k=auto alone, got {name}.k={shown(memory.k)}; leave one of them out")
-    for setting, number in (("slots", slots), ("k", memory.k if isinstance(memory.k, int) else None)):
-        if number is not None and number % memory.heads:
-            raise UserError(f"{name}.{setting}={number} must be a multiple of {name}.heads={memory.heads}")
-    if memory.ranking != "score" and memory.weighting in ("softmax", "distance"):
-        raise UserError(
-            f"{name}.ranking={memory.ranking} needs a weight per slot, which {name}.weighting={memory.weighting} has not; "
-            f"set {name}.ranking=score"
-        )
-    if memory.gradient == "straight_through" and memory.weighting in ("softmax", "distance"):
-        raise UserError(f"{name}.gradient=straight_through needs {name}.weighting=activation or relu, got {memory.weighting}")
-    if memory.k == "auto" and memory.ranking == "score":
-        raise UserError(
-            f"{name}.k=auto compares slots of all layers, which scores do not allow; set {name}.k to a number or "
-            f"{name}.ranking=centred, got {name}.ranking=score"
-        )
-
-
-def _changed(base: Any, change: dict[Any, Any], prefix: str = "") -> Any:
-    """The dataclass `base` with the differences in `change`, each fitted to its field."""
-    kinds, fitted = get_type_hints(type(base)), {}
-    for key, value in change.items():
-        name = f"{prefix}{key}"
-        if key not in kinds:
-            if not prefix and key in names():
-                group, _, leaf = key.partition(".")
-                raise UserError(f"{name} with a dot is for the command line; in a file write {group}: {{{leaf}: {shown(value)}}}")
-            raise unknown(name, [prefix + sibling for sibling in kinds], names())
-        old = getattr(base, key)
-        if is_dataclass(old):
-            if not isinstance(value, dict):
-                first = f"{name}.{fields(old)[0].name}"
-                raise UserError(f"{name} is a group of settings such as {first}, got {shown(value)}; --help lists them")
-            fitted[key] = _changed(old, value, f"{name}.")
-        else:
-            fitted[key] = fit(kinds[key], value, name)
-    return replace(base, **fitted)
 
 
 def _read(path: Path) -> dict[Any, Any]:

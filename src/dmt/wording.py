@@ -6,10 +6,10 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import dmt.config as schema
 from dmt.config import Config
@@ -139,3 +139,24 @@ def _advice(kind: Any, value: Any, name: str) -> str:
     if kind in (int, float) and isinstance(value, int) and not isinstance(value, bool):
         return "; it is too large"
     return ""
+
+
+def changed(base: Any, change: dict[Any, Any], prefix: str = "") -> Any:
+    """The dataclass `base` with the differences in `change`, each fitted to its field."""
+    kinds, fitted = get_type_hints(type(base)), {}
+    for key, value in change.items():
+        name = f"{prefix}{key}"
+        if key not in kinds:
+            if not prefix and key in names():
+                group, _, leaf = key.partition(".")
+                raise UserError(f"{name} with a dot is for the command line; in a file write {group}: {{{leaf}: {shown(value)}}}")
+            raise unknown(name, [prefix + sibling for sibling in kinds], names())
+        old = getattr(base, key)
+        if is_dataclass(old):
+            if not isinstance(value, dict):
+                first = f"{name}.{fields(old)[0].name}"
+                raise UserError(f"{name} is a group of settings such as {first}, got {shown(value)}; --help lists them")
+            fitted[key] = changed(old, value, f"{name}.")
+        else:
+            fitted[key] = fit(kinds[key], value, name)
+    return replace(base, **fitted)

@@ -11,7 +11,7 @@ from dmt.distill.outliers import longest, ordinary
 from dmt.distill.sensitivity import measure_sensitivity, root
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.memory import FeaturalMemory
-from dmt.memory.budget import first_threshold, hold, sharing
+from dmt.memory.budget import first_threshold, hold, sharing, watch
 from dmt.models.surgery import memories_of
 
 BUDGET_PASSES = 3
@@ -50,6 +50,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
     first_threshold(memories.values(), given)
     _settle(student, wanted, windows)
     if sharing(memories.values()):
+        watch(memories.values())
         for _ in range(BUDGET_PASSES):
             student.train()
             observe(student, windows)

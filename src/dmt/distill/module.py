@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from dmt.config import Config, OptimConfig
 from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
+from dmt.distill.outliers import share
 from dmt.distill.revive import count_idle, revival_error
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.evaluate import Tally
-from dmt.memory.budget import hold
+from dmt.memory.budget import hold, watch
 from dmt.models.surgery import memories_of
 
 SCALE_TOKENS = 4_096
@@ -93,6 +94,7 @@ class Distiller(pl.LightningModule):
         return adamw(self.trainable().values(), self.settings.optim, values)
 
     def on_fit_start(self) -> None:
+        watch(memories_of(self.student).values())
         self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
@@ -171,7 +173,8 @@ class Distiller(pl.LightningModule):
             # Without gradient, so that nobody but the dead is moved by it.
             hidden, said = (states[layer][batch.mask].detach() for states in (student.block_inputs, student.block_outputs))
             missing = teacher.block_outputs[layer][batch.mask] - said
-            error = revival_error(memory, idle >= self.settings.loss.revive_after, hidden, missing)
+            counts = share(teacher.block_outputs[layer][batch.mask], self.scales.limits[layer])  # type: ignore[index]
+            error = revival_error(memory, idle >= self.settings.loss.revive_after, hidden, missing, counts)
             errors.append(error / batch.tokens_in_step / self.scales.blocks[layer])
             memory.reads = None
         return torch.stack(errors).mean()

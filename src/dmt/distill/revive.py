@@ -9,13 +9,14 @@ from dmt.memory import FeaturalMemory
 from dmt.memory.search import as_mask
 
 
-def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing: Tensor) -> Tensor:
+def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing: Tensor, counts: Tensor) -> Tensor:
     """Squared error, summed over width and tokens, of the dead slots' own forecast of what the memory lacks.
 
     Args:
         dead: which slots have not been read for long, `(slots,)`.
         hidden: what the memory was given, `(tokens, width)`.
         missing: what its answer lacked, same shape, without gradient. Of the dead slots the k ranked highest are asked.
+        counts: what each token counts, `(tokens,)`, see `outliers.share`.
 
     Source: the auxiliary loss of Gao et al. 2024, arXiv 2406.04093, section 2.4.
     """
@@ -26,9 +27,7 @@ def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing:
     rank = weights.detach().abs() * memory.lengths()[ids]
     chosen = as_mask(rank.topk(min(memory.k, len(ids)), dim=-1, sorted=False).indices, len(ids))
     said = (weights * chosen) @ memory.values[ids]
-    if memory.output is not None:
-        said = said @ memory.output.t()
-    return (missing - said).float().square().sum()
+    return ((missing - said).float().square().sum(-1) * counts).sum()
 
 
 @torch.no_grad()

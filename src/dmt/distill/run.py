@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from dmt import settings
 from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
@@ -34,6 +33,7 @@ from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.signals import observe_teacher
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
+from dmt.layers import layer_memories
 from dmt.models.surgery import memories_of, transplant
 from dmt.models.teacher import load_teacher
 
@@ -59,7 +59,7 @@ def distil(config: Config, run: Path | None) -> Path:
     layers, positions = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
     if config.data.block > positions:
         raise UserError(f"data.block={config.data.block} is longer than the {positions} positions of teacher={config.teacher}")
-    memories, stages = settings.layer_memories(config, layers), config.stages
+    memories, stages = layer_memories(config, layers), config.stages
     if all(memory.kind == "dense" for memory in memories):
         raise UserError("every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural")
     data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)

@@ -47,5 +47,5 @@ def measure_sensitivity(model: PreTrainedModel, windows: Tensor, batch: int = 4)
 
 def root(metric: Tensor) -> Tensor:
     """R with R Rᵀ = `metric`, a symmetric matrix without negative eigenvalues but for rounding: |xR|² is x metric x."""
-    eigenvalues, vectors = torch.linalg.eigh(metric.double())
-    return (vectors * eigenvalues.clamp(min=0).sqrt()).to(metric.dtype)
+    eigenvalues, vectors = torch.linalg.eigh(metric.cpu().double())  # not every device has doubles
+    return (vectors * eigenvalues.clamp(min=0).sqrt()).to(metric)

@@ -32,9 +32,20 @@ def first_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Tensor]
     ranks = [memory.rank(states[:: -(-len(states) // tokens)]) for memory, states in pairs]
     budget = sum(memory.k * len(rank) for (memory, _), rank in zip(pairs, ranks, strict=True))
     everything = torch.cat([rank.flatten().float() for rank in ranks])
+    # A rank of zero is a slot with nothing to say. A threshold of zero would read them all, and never move.
     lowest = everything.topk(budget).values[-1] if budget < len(everything) else torch.zeros(())
+    if budget < len(everything) and lowest == 0:
+        lowest = (
+            everything[everything > 0].min() if (everything > 0).any() else everything.new_tensor(torch.finfo(torch.float32).tiny)
+        )
     for memory, _ in pairs:
         memory.threshold.copy_(lowest)  # type: ignore[union-attr]
+
+
+def watch(memories: Iterable[FeaturalMemory]) -> None:
+    """Begin to count, while training, what those that share the budget read, for `hold`."""
+    for memory in sharing(memories):
+        memory.spent = torch.zeros(2, dtype=torch.long, device=memory.keys.device)
 
 
 @torch.no_grad()
@@ -43,12 +54,12 @@ def hold(memories: Iterable[FeaturalMemory], rate: float) -> None:
 
     Too many reads by a factor f raise it by f to the power of `rate`.
     """
-    held = [memory for memory in sharing(memories) if memory.spent]
+    held = [memory for memory in sharing(memories) if memory.spent is not None and memory.spent[1]]
     if not held:
         return
-    reads = torch.stack([torch.stack(memory.spent).sum(0).double() for memory in held])  # (memories, 2): reads, tokens
+    reads = torch.stack([memory.spent for memory in held]).float()  # type: ignore[misc]  # (memories, 2): reads, tokens
     budget = sum(min(memory.slots, memory.k * memory.widened) for memory in held)
     factor = ((reads[:, 0] / reads[:, 1]).sum() / budget).clamp(0.1, 10) ** rate
     for memory in held:
         memory.threshold.mul_(factor)  # type: ignore[union-attr]
-        memory.spent = []
+        memory.spent.zero_()  # type: ignore[union-attr]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.memory.compensation import linear_forecast
+from dmt.memory.derived import Derived
 from dmt.memory.search import SEARCHES, as_mask, reaching
 from dmt.memory.weighting import normalised, pointwise
 
@@ -28,8 +28,8 @@ class FeaturalMemory(nn.Module):
         width: size of a hidden state, of a key and of a value.
         slots: rows of the table.
         k: rows read per token, over all heads together; with `selection="threshold"` their mean over tokens and layers.
-        heads: groups that share out the slots evenly. Each has its own query projection (with `projections`) and
-            reads its own best `k / heads`. Weights and output are joint, so k = slots is the same for any number.
+        heads: groups that share out the slots evenly. Each has its own query projection (with `projections`) and, with
+            `selection="top"`, reads its own best `k / heads`. Weights and output are joint: k = slots is the same for all.
         weighting: `activation`, `relu` (a slot's weight is a function of its score), `softmax` (over the slots read,
             scores divided by the root of the width) or `distance` (the same with minus the squared distance as score).
         activation: the function of `weighting="activation"`, by its transformers name.
@@ -82,6 +82,8 @@ class FeaturalMemory(nn.Module):
         self.pointwise = pointwise(weighting, activation)
         if self.pointwise is None and (ranking != "score" or gradient != "selected"):
             raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
+        if self.pointwise is None and gated:
+            raise ValueError(f"weighting={weighting} knows no gains; a gated block needs weighting=activation or relu")
         if selection == "threshold" and ranking == "score":
             raise ValueError("selection=threshold needs ranks that compare over layers: ranking=contribution or centred")
         self.width, self.slots, self.k, self.heads = width, slots, k, heads
@@ -102,9 +104,9 @@ class FeaturalMemory(nn.Module):
         self.register_buffer("threshold", torch.empty(()) if selection == "threshold" else None)
         self.reads: Tensor | None = None
         self.reads_tokens = 0
-        self.spent: list[Tensor] = []
-        self.widened = 1.0  # slots read, as a multiple of k; training may begin with more
-        self._lengths: tuple[Any, Tensor] | None = None
+        self.spent: Tensor | None = None
+        self.widened = 1.0  # slots read while training, as a multiple of k; it may begin with more
+        self._derived = Derived()
         self.reset()
 
     @torch.no_grad()
@@ -178,7 +180,7 @@ class FeaturalMemory(nn.Module):
 
     def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
         """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`."""
-        bias = self.output_bias if self.means is None else self.output_bias + self.means @ self.values
+        bias = self.always()
         rank = self._rank(weights, scores)
         # Without gradients only the values read are touched: faster at every size tried (benchmarks/memory.py). With
         # them the masked product is level in float32 and ahead in half precision.
@@ -216,23 +218,30 @@ class FeaturalMemory(nn.Module):
     def _rank(self, weights: Tensor, scores: Tensor) -> Tensor:
         return scores if self.ranking == "score" else weights.abs() * self.lengths()
 
+    def always(self) -> Tensor:
+        """What is said whatever is read, `(width,)`: the output bias and every slot's mean."""
+        if self.means is None:
+            return self.output_bias
+        if torch.is_grad_enabled():  # then it belongs to the graph of one step
+            return self.output_bias + self.means @ self.values
+        sources = self.output_bias, self.means, self.values
+        return self._derived("always", lambda bias, means, values: bias + means @ values, sources, again=self.training)
+
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """How long each value is in the metric, `(slots,)`; kept outside training until something they depend on changes."""
-        sources: list[Tensor] = [tensor for tensor in (self.values, self.metric, self.output) if tensor is not None]
-        fixed = not self.training and not any(tensor.is_inference() for tensor in sources)
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in sources] if fixed else None
-        if state is None or self._lengths is None or self._lengths[0] != state:
-            values: Tensor = self.values
-            if self.metric is not None:
-                values = (values if self.output is None else values @ self.output.t()) @ self.metric
-            self._lengths = state, values.norm(dim=-1)
-        return self._lengths[1]
+        """How long each value is in the metric, `(slots,)`."""
+
+        def measure(values: Tensor, metric: Tensor | None, output: Tensor | None) -> Tensor:
+            if metric is not None:
+                values = (values if output is None else values @ output.t()) @ metric
+            return values.norm(dim=-1)
+
+        return self._derived("lengths", measure, (self.values, self.metric, self.output), again=self.training)
 
     @torch.no_grad()
     def _top(self, rank: Tensor) -> Tensor:
         """Ids `(tokens, k)` of the slots ranked highest, head by head."""
-        k = min(self.slots, round(self.k * self.widened)) // self.heads
+        k = min(self.slots, round(self.k * (self.widened if self.training else 1))) // self.heads
         grouped = self.search(rank.view(len(rank), self.heads, -1), k)
         offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
         return (grouped + offsets).flatten(-2)
@@ -248,8 +257,8 @@ class FeaturalMemory(nn.Module):
             mask = chosen.dtype == torch.bool
             self.reads.add_(chosen.sum(0) if mask else torch.bincount(chosen.flatten(), minlength=self.slots))
             self.reads_tokens += len(chosen)
-        if self.selection == "threshold" and self.training:
-            self.spent.append(torch.stack([chosen.sum(), torch.tensor(len(chosen), device=chosen.device)]))
+        if self.spent is not None and self.training:
+            self.spent += torch.stack([chosen.sum(), chosen.sum().new_tensor(len(chosen))])
 
     @torch.no_grad()
     def calibrate_means(self, hidden: Tensor) -> None:

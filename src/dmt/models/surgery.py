@@ -92,6 +92,10 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         raise UserError(
             f"teacher: its blocks use {activation!r}; memories know {', '.join(ACTIVATIONS)}; set memory.weighting=relu"
         )
+    if arch.gated and memory.weighting in ("softmax", "distance"):
+        raise UserError(
+            f"memory.weighting={memory.weighting} knows no gains, and the blocks of this teacher are gated; use activation or relu"
+        )
     block_slots = len(arch.read(arch.blocks(teacher)[layer])["keys"])
     slots = memory.slots or block_slots
     auto = memory.k == "auto"
