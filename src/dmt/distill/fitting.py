@@ -114,16 +114,21 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
         seconds = {number: _step_seconds(model, windows, number, half=False) for number in {1, torch.get_num_threads()}}
         threads = min(seconds, key=seconds.__getitem__)
     torch.set_num_threads(threads)
-    if precision == "auto":
-        full, half = (_step_seconds(model, windows, threads, half) for half in (False, True))
-        precision = "bf16-mixed" if half < 0.85 * full else "32-true"
     attention = config.trainer.attention
-    if attention == "auto":
-        attention = "sdpa"
-        if precision == "bf16-mixed" and compute_device(config).type == "cpu":
-            library = _step_seconds(model, windows, threads, half=True)
-            with attending(replace(config, trainer=replace(config.trainer, attention="batched")), model):
-                attention = "batched" if _step_seconds(model, windows, threads, half=True) < library else "sdpa"
+    on_cpu = compute_device(config).type == "cpu"
+    precisions = ["32-true", "bf16-mixed"] if precision == "auto" else [precision]
+    kinds = (["sdpa", "batched"] if on_cpu else ["sdpa"]) if attention == "auto" else [attention]
+    # Half precision is judged with the attention it would be trained with: torch's own is slow there on a CPU.
+    ways = [(p, kind) for p in precisions for kind in kinds if attention != "auto" or kind == "sdpa" or p == "bf16-mixed"]
+    if len(ways) > 1:
+        best = dict.fromkeys(ways, float("inf"))
+        for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
+            for p, kind in ways:
+                with attending(replace(config, trainer=replace(config.trainer, attention=kind)), model):  # type: ignore[arg-type]
+                    best[p, kind] = min(best[p, kind], _step_seconds(model, windows, threads, half=p == "bf16-mixed"))
+        precision, attention = min(ways, key=lambda way: best[way] * (1 if way[0] == "32-true" else 1 / 0.85))  # type: ignore[assignment]
+    else:
+        precision, attention = ways[0]  # type: ignore[assignment]
     return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision, attention=attention))
 
 
