@@ -59,4 +59,6 @@ if __name__ == "__main__":
     parser.add_argument("--side-by-side", type=int, default=2, help="runs at a time, each on one thread")
     options = parser.parse_args()
     chosen = {name: words for name, words in VARIANTS.items() if name.startswith(options.only)}
+    if not chosen:
+        parser.error(f"--only: no variant begins with {options.only}; there are {'; '.join(VARIANTS)}")
     table(chosen, options.steps, [int(seed) for seed in options.seeds.split(",")], 1, options.side_by_side)

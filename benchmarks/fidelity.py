@@ -1,9 +1,9 @@
 """Ways to make a student of the embedded teacher, side by side: same teacher, tokens, windows, slots, k, machine.
 
-    python benchmarks/fidelity.py [--steps 1400] [--seeds 0] [--only name,name] [--threads 2]
+    python benchmarks/fidelity.py [--steps 1400] [--seeds 0] [--only "name;name"] [--threads 2]
 
 Every student is trained on `steps` x 2,048 tokens drawn in the same order and measured on the same test text. Takes
-about half an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
+about an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
 environment of its own under the temporary folder, beside what this environment has.
 
 The dense students have as many weights at work per token as ours: k slots (a key and a value each) and the linear map make
@@ -179,7 +179,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}")
     options = parser.parse_args()
-    chosen = options.only.split(";") if options.only else list(WAYS)
+    chosen = [name.strip() for name in options.only.split(";")] if options.only else list(WAYS)
+    if unknown := sorted(set(chosen) - set(WAYS)):
+        parser.error(f"--only: no way is called {'; '.join(unknown)}; there are {'; '.join(WAYS)}")
     if any(name.startswith("sparsify") for name in chosen):
         sparsify_python()  # before any clock runs
     print(f"{options.steps:,} steps of 2,048 tokens; KL in nats per token")

@@ -1,7 +1,9 @@
 """One memory against the dense block it replaces, by number of tokens: `python benchmarks/memory.py [--threads N]`.
 
-Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios, forward only. `gather` is the path a
-memory takes without gradients, `mask` the one it takes with them.
+The layer is that of the default config: centred ranks in the metric of sensitivity, a shared threshold set so that k slots
+are read on average, a linear map. Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios,
+forward only. `gather` is the path a memory takes without gradients, `mask` the one it takes with them; `dense, gated` and
+SmolLM2's shape go together.
 """
 
 import argparse
@@ -13,8 +15,9 @@ import torch
 from torch import nn
 
 from dmt.memory import FeaturalMemory
+from dmt.memory.budget import first_threshold
 
-SHAPES = ((128, 512, 32), (768, 3072, 32), (768, 3072, 192))
+SHAPES = ((128, 512, 32, False), (768, 3072, 32, False), (768, 3072, 192, False), (576, 1536, 384, True))
 TOKENS = (1, 4, 16, 64, 256, 2048)
 
 
@@ -40,6 +43,19 @@ def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
     return call
 
 
+class Gated(nn.Module):
+    """A Llama's feed-forward block."""
+
+    def __init__(self, width: int, slots: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            nn.Linear(*shape, bias=False) for shape in ((width, slots), (width, slots), (slots, width))
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -47,9 +63,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only")
     row = "{:>6} {:>6} {:>4} {:>6} {:>9} {:>9} {:>9} {:>11} {:>13}"
     print(row.format("width", "slots", "k", "tokens", "dense", "mask", "gather", "dense/mask", "dense/gather"))
-    for width, slots, k in SHAPES:
-        dense = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width)).requires_grad_(False)
-        memory = FeaturalMemory(width, slots, k, ranking="score").requires_grad_(False)
+    for width, slots, k, gated in SHAPES:
+        plain = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
+        dense = (Gated(width, slots) if gated else plain).requires_grad_(False)
+        how = {"metric": "sensitivity", "selection": "threshold", "linear": True, "gated": gated}
+        memory = FeaturalMemory(width, slots, k, activation="silu" if gated else "gelu_pytorch_tanh", **how)
+        memory.requires_grad_(False).eval()
+        text = torch.randn(2048, width)
+        memory.calibrate_means(text)
+        first_threshold([memory], [text])
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
             paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}

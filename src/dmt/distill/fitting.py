@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dmt.config import Config
+from dmt.config import Config, TrainerConfig
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Progress, StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
@@ -105,31 +105,37 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
     """
-    threads, precision = config.trainer.threads, config.trainer.precision
-    if compute_device(config).type != "cpu":
-        threads = threads or torch.get_num_threads()
-        if precision == "auto":
-            precision = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
-    if not threads:
-        seconds = {number: _step_seconds(model, windows, number, half=False) for number in {1, torch.get_num_threads()}}
-        threads = min(seconds, key=seconds.__getitem__)
-    torch.set_num_threads(threads)
-    attention = config.trainer.attention
-    on_cpu = compute_device(config).type == "cpu"
-    precisions = ["32-true", "bf16-mixed"] if precision == "auto" else [precision]
-    kinds = (["sdpa", "batched"] if on_cpu else ["sdpa"]) if attention == "auto" else [attention]
+    trainer, on_cpu = config.trainer, compute_device(config).type == "cpu"
+    cores = torch.get_num_threads()
+    if not trainer.threads:
+        timed = {count: _step_seconds(model, windows, count, half=False) for count in ({1, cores} if on_cpu else ())}
+        trainer = replace(trainer, threads=min(timed, key=timed.__getitem__, default=cores))
+    torch.set_num_threads(trainer.threads)
+    ways = _ways(trainer, on_cpu)
+    if len(ways) == 1 or not on_cpu:
+        return replace(config, trainer=ways[-1])
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
+        for way in ways:
+            with attending(replace(config, trainer=way), model):
+                taken = _step_seconds(model, windows, way.threads, half=way.precision == "bf16-mixed")
+            best[way] = min(best[way], taken)
+    # Half precision has to be clearly faster to be taken.
+    return replace(config, trainer=min(ways, key=lambda way: best[way] / (1 if way.precision == "32-true" else 0.85)))
+
+
+def _ways(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig]:
+    """What `auto` may stand for, the best last where it is not timed."""
+    half = on_cpu or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    ways = [replace(trainer, precision="32-true")] if trainer.precision == "auto" else [trainer]
+    if trainer.precision == "auto" and half:
+        ways.append(replace(trainer, precision="bf16-mixed"))
+    if trainer.attention != "auto":
+        return ways
+    plain = [replace(way, attention="sdpa") for way in ways]
     # Half precision is judged with the attention it would be trained with: torch's own is slow there on a CPU.
-    ways = [(p, kind) for p in precisions for kind in kinds if attention != "auto" or kind == "sdpa" or p == "bf16-mixed"]
-    if len(ways) > 1:
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
-            for p, kind in ways:
-                with attending(replace(config, trainer=replace(config.trainer, attention=kind)), model):  # type: ignore[arg-type]
-                    best[p, kind] = min(best[p, kind], _step_seconds(model, windows, threads, half=p == "bf16-mixed"))
-        precision, attention = min(ways, key=lambda way: best[way] * (1 if way[0] == "32-true" else 1 / 0.85))  # type: ignore[assignment]
-    else:
-        precision, attention = ways[0]  # type: ignore[assignment]
-    return replace(config, trainer=replace(config.trainer, threads=threads, precision=precision, attention=attention))
+    batched = [replace(way, attention="batched") for way in ways if on_cpu and way.precision == "bf16-mixed"]
+    return [*plain, *batched]
 
 
 @contextmanager
