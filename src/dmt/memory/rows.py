@@ -1,0 +1,202 @@
+"""The rows of an associative memory as search sees them: a working set, derived from a store and kept in step with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dmt.memory.nearest import nearest
+from dmt.records import Insert, Numbers, Page, Usage
+
+GROWTH = 1_024
+"""Places that are made at once, at least."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives, nearest first, all `(n, k)`.
+
+    Attributes:
+        distances: squared Euclidean distances; infinite where there was no further row.
+        places: where the rows lie; meaningless where the distance is infinite.
+    """
+
+    distances: Tensor
+    places: Tensor
+
+
+@dataclass
+class Histories:
+    """What is known of each place's row beside key and value: arrays over all places."""
+
+    heat: NDArray[np.float64]
+    heat_step: Numbers
+    reads: Numbers  # since they were last taken
+    last_read: NDArray[np.float64]
+    entries: Numbers
+    created: NDArray[np.float64]
+    pinned: NDArray[np.bool_]
+    tags: list[str]
+
+    @classmethod
+    def empty(cls, places: int) -> Histories:
+        """Of places that hold no rows."""
+        floats, numbers = (lambda: np.zeros(places)), (lambda: np.zeros(places, np.int64))
+        return cls(floats(), numbers(), numbers(), floats(), numbers(), floats(), np.zeros(places, bool), [""] * places)
+
+    def grown(self, places: int) -> Histories:
+        """The same, with room for more."""
+        more = Histories.empty(places - len(self.tags))
+        arrays = {
+            name: np.concatenate([mine, getattr(more, name)]) for name, mine in vars(self).items() if isinstance(mine, np.ndarray)
+        }
+        return Histories(**arrays, tags=self.tags + more.tags)
+
+
+class Rows(nn.Module):
+    """Keys, values and numbers of rows at places that do not move; a place without a row has the number -1.
+
+    Args:
+        key_width: numbers in a key.
+        value_width: numbers in a value.
+        places: room at the start; more is made when it is needed.
+    """
+
+    def __init__(self, key_width: int, value_width: int, places: int = 0) -> None:
+        super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
+        self.ids: Tensor
+        self.register_buffer("keys", torch.zeros(places, key_width))
+        self.register_buffer("values", torch.zeros(places, value_width))
+        self.register_buffer("ids", torch.full((places,), -1))
+        self._handicap: Tensor | None = None
+        self._places: dict[int, int] | None = None
+        self._histories: Histories | None = None
+
+    def reset(self) -> None:
+        """No rows."""
+        self.ids.fill_(-1)
+        self._handicap = self._places = self._histories = None
+
+    @property
+    def places(self) -> int:
+        """Rows there is room for now."""
+        return len(self.ids)
+
+    @property
+    def place_of(self) -> dict[int, int]:
+        """Where the row of each number lies."""
+        if self._places is None:
+            there = (self.ids >= 0).nonzero().flatten()
+            self._places = dict(zip(self.ids[there].tolist(), there.tolist(), strict=True))
+        return self._places
+
+    def __len__(self) -> int:
+        return len(self.place_of)
+
+    @property
+    def histories(self) -> Histories:
+        """What is known of the rows beside keys and values."""
+        if self._histories is None:
+            self._histories = Histories.empty(self.places)
+            self._histories.entries[(self.ids >= 0).cpu().numpy()] = 1
+        return self._histories
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        """The k rows whose keys are nearest to each of `queries` `(n, key width)`."""
+        if self._handicap is None or self._handicap.device != self.keys.device:
+            self._handicap = (-self.keys.square().sum(-1) / 2).masked_fill(self.ids < 0, -torch.inf)
+        with torch.autocast(self.keys.device.type, enabled=False):
+            there = min(k, self.places)
+            distances, places = nearest(queries.detach().to(self.keys.dtype), self.keys, self._handicap, there)
+        if there == k:
+            return Found(distances, places)
+        more = (len(queries), k - there)
+        return Found(torch.cat([distances, distances.new_full(more, torch.inf)], 1), torch.cat([places, places.new_zeros(more)], 1))
+
+    @torch.no_grad()
+    def put(self, part: Insert, step: int) -> Numbers:
+        """Add rows and make room where there is none; their places `(n,)`."""
+        count = len(part.ids)
+        free = (self.ids < 0).nonzero().flatten()[:count]
+        if len(free) < count:
+            self._grow(count - len(free))
+            free = (self.ids < 0).nonzero().flatten()[:count]
+        self.keys[free] = torch.as_tensor(part.keys).to(self.keys)
+        self.values[free] = torch.as_tensor(part.values).to(self.values)
+        self.ids[free] = torch.as_tensor(part.ids).to(self.ids)
+        if self._handicap is not None:
+            self._handicap[free] = -self.keys[free].square().sum(-1) / 2
+        at = free.cpu().numpy()
+        known = self.histories
+        known.heat[at], known.heat_step[at], known.reads[at], known.last_read[at] = part.heat, step, 0, 0.0
+        known.entries[at] = 1 if part.entries is None else part.entries
+        known.created[at] = 0.0 if part.created is None else part.created
+        known.pinned[at] = part.pinned
+        for place, tag in zip(at, [part.tag] * count if isinstance(part.tag, str) else part.tag, strict=True):
+            known.tags[place] = tag
+        self.place_of.update(zip(part.ids.tolist(), at.tolist(), strict=True))
+        return at
+
+    def _grow(self, by: int) -> None:
+        places = -(-(self.places + max(by, GROWTH, self.places // 2)) // GROWTH) * GROWTH
+        histories, more = self.histories.grown(places), places - self.places
+        self.keys = torch.cat([self.keys, self.keys.new_zeros(more, self.keys.shape[1])])
+        self.values = torch.cat([self.values, self.values.new_zeros(more, self.values.shape[1])])
+        self.ids = torch.cat([self.ids, self.ids.new_full((more,), -1)])
+        self._histories, self._handicap = histories, None
+
+    @torch.no_grad()
+    def drop(self, ids: Iterable[int]) -> None:
+        """Take rows out; numbers that are not there are an error.
+
+        Raises:
+            KeyError: no row has one of these numbers.
+        """
+        at = [self.place_of.pop(int(number)) for number in ids]
+        self.ids[at] = -1
+        if self._handicap is not None:
+            self._handicap[at] = -torch.inf
+
+    def use(self, places: Numbers, weights: NDArray[np.float64], step: int, now: float, decay: float) -> None:
+        """Note that rows were read: `places` and how much each counted, both `(n,)`, a place once for each read."""
+        known = self.histories
+        read, first = np.unique(places, return_inverse=True)
+        more = np.bincount(first, weights, len(read))
+        known.heat[read] = known.heat[read] * np.exp2(-decay * (step - known.heat_step[read])) + more
+        known.heat_step[read], known.last_read[read] = step, now
+        known.reads[read] += np.bincount(first, minlength=len(read))
+
+    def take_usage(self) -> Usage | None:
+        """How rows have been used since this was last asked; None where none has."""
+        known = self.histories
+        used = ((self.ids >= 0).cpu().numpy() & (known.reads > 0)).nonzero()[0]
+        if not len(used):
+            return None
+        ids = self.ids[torch.as_tensor(used, device=self.ids.device)].cpu().numpy()
+        usage = Usage(ids, known.reads[used], known.last_read[used], known.heat[used].astype(np.float32), known.heat_step[used])
+        known.reads[used] = 0
+        return usage
+
+    def rebuild(self, pages: Iterable[Page]) -> None:
+        """Hold these rows and no others, with what the store knows of them."""
+        self.reset()
+        for page in pages:
+            about = page.about
+            at = self.put(
+                Insert(page.ids, page.keys, page.values, np.asarray(about["heat"], np.float32), about["tag"],
+                       np.asarray(about["entries"], np.int64), about["created"], about["pinned"]),
+                step=0,
+            )  # fmt: skip
+            self.histories.heat_step[at] = about["heat_step"]
+            self.histories.last_read[at] = [0.0 if when is None else when for when in about["last_read"]]
+
+    def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:
+        """Numbers of the rows at `places`."""
+        return self.ids[torch.as_tensor(places, device=self.ids.device)].cpu().numpy()

@@ -1,0 +1,284 @@
+"""Rows in memory: found exactly, bounded, each number its own key and value whatever happened; gradients straight through."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from dmt.memory.admission import Policy, admit, join_tags
+from dmt.memory.heat import coldest, cooled
+from dmt.memory.nearest import BLOCK, PLAIN, largest, nearest
+from dmt.memory.rows import GROWTH, Rows
+from dmt.memory.straight_through import returned
+from dmt.records import Insert, Page
+
+WIDE = Policy(novelty=0.0, recombine=0.0, capacity=100, decay=0.1)
+
+
+def numbers():
+    given = iter(range(1, 10_000))
+    return lambda count: np.array([next(given) for _ in range(count)], np.int64)
+
+
+def line(*positions):
+    """Keys on a line, so that distances are differences."""
+    return torch.tensor(positions, dtype=torch.float32).unsqueeze(-1).repeat(1, 2) / 2**0.5
+
+
+def offered(rows, positions, policy=WIDE, step=1, take=None, tags=None):
+    values = torch.tensor(positions, dtype=torch.float32).unsqueeze(-1) * 10
+    return admit(rows, line(*positions), values, tags or [""] * len(positions), policy, step, 5.0, take)
+
+
+def held(rows):
+    return sorted(round(float(rows.keys[place, 0]) * 2**0.5, 3) for place in rows.place_of.values())
+
+
+@pytest.mark.parametrize("columns", [7, PLAIN, PLAIN + BLOCK, PLAIN + BLOCK + 5])
+def test_the_largest_are_those_of_a_plain_choice(columns):
+    scores = torch.randn(6, columns)
+    scores[0, -1] = 9.0  # in the piece that no block covers
+    values, at = largest(scores, 5)
+    wanted = scores.topk(5)
+    assert torch.equal(values, wanted.values)
+    assert torch.equal(at, wanted.indices)
+
+
+def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(monkeypatch):
+    monkeypatch.setattr("dmt.memory.nearest.SCORES", 100)  # several pieces
+    queries, keys = torch.randn(30, 4), torch.randn(20, 4)
+    handicap = -keys.square().sum(-1) / 2
+    handicap[3] = -torch.inf
+    distances, rows = nearest(queries, keys, handicap, 20)
+    wanted = torch.cdist(queries, keys).square()
+    wanted[:, 3] = torch.inf
+    assert (rows[:, -1] == 3).all()
+    assert distances[:, -1].isinf().all()
+    torch.testing.assert_close(distances, wanted.sort(-1).values)
+    torch.testing.assert_close(wanted.gather(1, rows), distances)
+
+
+def test_gradients_go_straight_through_to_the_query_and_to_what_was_inserted():
+    queries, kept_keys, kept_values = (torch.zeros(*shape, requires_grad=True) for shape in ((2, 3), (4, 3), (4, 5)))
+    keys, values = torch.randn(2, 3, 3), torch.randn(2, 3, 5)
+    origin = torch.tensor([[2, -1, 0], [-1, 2, -1]])
+    back_keys, back_values = returned(queries, kept_keys, kept_values, keys, values, origin)
+    assert torch.equal(back_keys, keys)
+    assert torch.equal(back_values, values)
+    of_keys, of_values = torch.randn_like(keys), torch.randn_like(values)
+    ((back_keys * of_keys).sum() + (back_values * of_values).sum()).backward()
+    torch.testing.assert_close(queries.grad, of_keys.sum(1))
+    nobody = torch.zeros(3)
+    torch.testing.assert_close(kept_keys.grad, torch.stack([of_keys[0, 2], nobody, of_keys[0, 0] + of_keys[1, 1], nobody]))
+    torch.testing.assert_close(kept_values.grad[2], of_values[0, 0] + of_values[1, 1])
+    assert not kept_values.grad[[1, 3]].any()
+
+
+@pytest.mark.parametrize(("decay", "out"), [(0.0, 1), (1.0, 0)])
+def test_lrfu_lies_between_frequency_and_recency(decay, out):
+    """Row 0 was used three times long ago, row 1 once just now."""
+    heat, since = np.array([3.0, 1.0]), np.array([1, 50])
+    assert coldest(heat, since, 60, decay, 1).tolist() == [out]
+
+
+def test_heat_is_the_sum_of_cooled_uses_and_survives_the_smallest_numbers():
+    heat = cooled(cooled(np.ones(1), np.array([3]), 7, 0.5) + 1, np.array([7]), 9, 0.5)
+    np.testing.assert_allclose(heat, 2 ** (-0.5 * 6) + 2 ** (-0.5 * 2))
+    assert coldest(np.array([1.0, 1.0]), np.array([1_000, 0]), 100_000, 1.0, 1).tolist() == [1]
+
+
+def test_use_warms_a_row_once_for_each_read():
+    rows, take = Rows(2, 1), numbers()
+    offered(rows, [1, 2], take=take)
+    rows.use(np.array([0, 0, 1]), np.array([0.5, 0.25, 1.0]), step=3, now=8.0, decay=1.0)
+    usage = rows.take_usage()
+    assert usage.ids.tolist() == [1, 2]
+    assert usage.reads.tolist() == [2, 1]
+    assert usage.last_read.tolist() == [8.0, 8.0]
+    np.testing.assert_allclose(usage.heat, [0.25 + 0.75, 0.25 + 1.0])
+    assert rows.take_usage() is None
+
+
+def test_what_is_near_is_known_what_is_less_near_is_merged_what_is_far_is_new():
+    rows, take = Rows(2, 1), numbers()
+    policy = Policy(novelty=0.1, recombine=0.5, capacity=10, decay=0.1)
+    offered(rows, [0.0, 4.0], policy, take=take, tags=["a", "b"])
+    changes = offered(rows, [0.05, 0.4, 9.0], policy, step=2, take=take, tags=["x", "c", "d"])
+    assert held(rows) == [0.2, 4.0, 9.0]  # the mean of 0 and 0.4, one entry each
+    assert [(ids.tolist(), why) for ids, why in changes.removals] == [([1], "merged")]
+    merged, new = changes.inserts
+    assert merged.entries.tolist() == [2]
+    assert list(merged.tag) == ["a\nc"]
+    assert merged.values.tolist() == [[2.0]]
+    assert list(new.tag) == ["d"]
+    offered(rows, [0.5], policy, step=3, take=take)
+    np.testing.assert_allclose(held(rows)[0], (2 * 0.2 + 0.5) / 3, atol=1e-3)  # weighted by entries
+
+
+def test_a_merged_row_keeps_the_oldest_creation_and_both_heats():
+    rows, take = Rows(2, 1), numbers()
+    policy = Policy(novelty=0.0, recombine=0.5, capacity=10, decay=0.5)
+    admit(rows, line(0.0), torch.zeros(1, 1), [""], policy, 1, 100.0, take)
+    changes = admit(rows, line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, take)
+    assert list(changes.inserts[0].created) == [100.0]
+    np.testing.assert_allclose(changes.inserts[0].heat, [2 ** (-0.5 * 2) + 1])
+
+
+def test_of_rows_offered_together_the_first_stands_for_the_others():
+    rows, take = Rows(2, 1), numbers()
+    changes = offered(rows, [1.0, 1.05, 1.3, 7.0], Policy(0.1, 0.4, 10, 0.1), take=take, tags=["a", "b", "c", "d"])
+    assert held(rows) == [1.15, 7.0]  # 1.05 is known once 1.0 is there, 1.3 joins it
+    assert changes.inserts[0].entries.tolist() == [2, 1]
+    assert list(changes.inserts[0].tag) == ["a\nc", "d"]
+
+
+def test_over_capacity_the_coldest_leave_and_pinned_rows_never():
+    rows, take = Rows(2, 1), numbers()
+    small = Policy(0.0, 0.0, 3, 0.0)
+    offered(rows, [1, 2, 3], small, take=take)
+    rows.histories.pinned[rows.place_of[1]] = True
+    rows.use(np.array([rows.place_of[2]]), np.array([5.0]), 2, 0.0, 0.0)
+    changes = offered(rows, [4], small, step=3, take=take)
+    assert held(rows) == [1, 2, 4]
+    assert [(ids.tolist(), why) for ids, why in changes.removals] == [([3], "evicted")]
+    offered(rows, [5, 6, 7, 8], small, step=4, take=take)
+    assert held(rows) == [1, 7, 8]  # more than there is room for: the latest
+    rows.histories.pinned[:] = True
+    assert not offered(rows, [9], small, step=5, take=take).inserts
+    assert held(rows) == [1, 7, 8]
+
+
+def test_a_pinned_row_is_not_merged_into():
+    rows, take = Rows(2, 1), numbers()
+    policy = Policy(0.0, 0.5, 10, 0.1)
+    offered(rows, [1.0], policy, take=take)
+    rows.histories.pinned[0] = True
+    assert not offered(rows, [1.2], policy, step=2, take=take).inserts
+    assert held(rows) == [1.0]
+
+
+def test_numbers_that_are_not_finite_change_nothing():
+    rows = Rows(2, 1)
+    with pytest.raises(ValueError, match="finite"):
+        admit(rows, torch.tensor([[float("nan"), 0.0]]), torch.zeros(1, 1), [""], WIDE, 1, 0.0, numbers())
+    assert not len(rows)
+
+
+def test_fewer_rows_than_asked_for_are_infinitely_far():
+    rows = Rows(2, 1)
+    assert rows.search(line(1.0), 3).distances.isinf().all()
+    offered(rows, [1.0, 2.0], take=numbers())
+    found = rows.search(line(1.1), 5)
+    assert found.distances.isinf().tolist() == [[False, False, True, True, True]]
+
+
+def test_tags_are_joined_once_each_in_their_order():
+    assert join_tags(["b", "a\nb", "", "c"]) == "b\na\nc"
+
+
+class AgainstADictionary(RuleBasedStateMachine):
+    """Any sequence of offers, reads, removals, pins and rebuilds: each number has its own key and value, bounds hold."""
+
+    written = Bundle("written")
+
+    @initialize(
+        capacity=st.integers(1, 23),
+        recombine=st.sampled_from([0.0, 0.3]),
+        novelty=st.sampled_from([0.0, 0.1]),
+        decay=st.floats(0, 1),
+    )
+    def begin(self, capacity, recombine, novelty, decay):
+        self.rows, self.take, self.step = Rows(3, 2), numbers(), 0
+        self.policy = Policy(novelty, recombine, capacity, decay)
+        self.known, self.pinned, self.left = {}, set(), set()
+
+    @rule(seed=st.integers(0, 10_000), count=st.integers(0, 9), spread=st.sampled_from([0.1, 1.0]))
+    def offer(self, seed, count, spread):
+        self.step += 1
+        generator = torch.Generator().manual_seed(seed)
+        keys, values = (torch.randn(count, width, generator=generator) * spread for width in (3, 2))
+        changes = admit(self.rows, keys, values, ["t"] * count, self.policy, self.step, float(self.step), self.take)
+        for ids, _ in changes.removals:
+            for number in ids.tolist():
+                del self.known[number]
+                self.left.add(number)
+        for part in changes.inserts:
+            for number, key, value in zip(part.ids.tolist(), part.keys, part.values, strict=True):
+                assert number not in self.known
+                assert number not in self.left
+                self.known[number] = key, value
+
+    @rule(seed=st.integers(0, 10_000))
+    def read(self, seed):
+        self.step += 1
+        queries = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        found = self.rows.search(queries, 4)
+        there = found.distances.isfinite()
+        assert int(there.sum(1).min()) == min(4, len(self.known))
+        for query, ids, distances, real in zip(queries, found.places, found.distances, there, strict=True):
+            for number, distance in zip(self.rows.numbers(ids[real]).tolist(), distances[real].tolist(), strict=True):
+                np.testing.assert_allclose(((query.numpy() - self.known[number][0]) ** 2).sum(), distance, atol=1e-4)
+        places = found.places[there].numpy()
+        self.rows.use(places, np.ones(len(places)), self.step, float(self.step), self.policy.decay)
+
+    @rule(which=st.integers(0, 100))
+    def forget(self, which):
+        loose = sorted(set(self.known) - self.pinned)
+        if loose:
+            number = loose[which % len(loose)]
+            self.rows.drop([number])
+            del self.known[number]
+            self.left.add(number)
+
+    @rule(which=st.integers(0, 100))
+    def pin(self, which):
+        if self.known:
+            number = sorted(self.known)[which % len(self.known)]
+            self.rows.histories.pinned[self.rows.place_of[number]] = True
+            self.pinned.add(number)
+
+    @rule()
+    def rebuild(self):
+        known, at = self.rows.histories, [self.rows.place_of[number] for number in sorted(self.known)]
+        about = {
+            "heat": [float(known.heat[i]) for i in at], "heat_step": [int(known.heat_step[i]) for i in at],
+            "tag": [known.tags[i] for i in at], "entries": [int(known.entries[i]) for i in at],
+            "created": [float(known.created[i]) for i in at], "pinned": [bool(known.pinned[i]) for i in at],
+            "last_read": [None] * len(at),
+        }  # fmt: skip
+        self.rows = Rows(3, 2)
+        rows = [self.known[number] for number in sorted(self.known)]
+        keys, values = (np.array([row[part] for row in rows], np.float32).reshape(len(at), (3, 2)[part]) for part in (0, 1))
+        if at:
+            self.rows.rebuild([Page(np.array(sorted(self.known), np.int64), keys, values, about)])
+
+    @invariant()
+    def every_number_has_its_own_key_and_value(self):
+        if not hasattr(self, "rows"):
+            return
+        assert set(self.rows.place_of) == set(self.known)
+        assert len(self.known) <= self.policy.capacity
+        assert self.pinned <= set(self.known)
+        for number, place in self.rows.place_of.items():
+            assert int(self.rows.ids[place]) == number
+            np.testing.assert_array_equal(self.rows.keys[place].numpy(), self.known[number][0])
+            np.testing.assert_array_equal(self.rows.values[place].numpy(), self.known[number][1])
+
+
+TestAgainstADictionary = AgainstADictionary.TestCase
+TestAgainstADictionary.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_room_is_made_when_it_is_needed_and_places_do_not_move():
+    rows, take = Rows(2, 1), numbers()
+    offered(rows, range(10), Policy(0, 0, 10**6, 0), take=take)
+    before = dict(rows.place_of)
+    many = Insert(take(GROWTH * 2), np.ones((GROWTH * 2, 2)), np.zeros((GROWTH * 2, 1)), np.ones(GROWTH * 2, np.float32))
+    rows.put(many, step=2)
+    assert {number: rows.place_of[number] for number in before} == before
+    assert len(rows) == 10 + GROWTH * 2
+    assert rows.histories.tags == [""] * rows.places
