@@ -29,7 +29,7 @@ def line(*positions):
 
 def offered(rows, positions, policy=WIDE, step=1, take=None, tags=None):
     values = torch.tensor(positions, dtype=torch.float32).unsqueeze(-1) * 10
-    return admit(rows, line(*positions), values, tags or [""] * len(positions), policy, step, 5.0, take)
+    return admit(rows, line(*positions), values, tags or [""] * len(positions), policy, step, 5.0, take).changes
 
 
 def held(rows):
@@ -121,7 +121,7 @@ def test_a_merged_row_keeps_the_oldest_creation_and_both_heats():
     rows, take = Rows(2, 1), numbers()
     policy = Policy(novelty=0.0, recombine=0.5, capacity=10, decay=0.5)
     admit(rows, line(0.0), torch.zeros(1, 1), [""], policy, 1, 100.0, take)
-    changes = admit(rows, line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, take)
+    changes = admit(rows, line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, take).changes
     assert list(changes.inserts[0].created) == [100.0]
     np.testing.assert_allclose(changes.inserts[0].heat, [2 ** (-0.5 * 2) + 1])
 
@@ -199,7 +199,7 @@ class AgainstADictionary(RuleBasedStateMachine):
         self.step += 1
         generator = torch.Generator().manual_seed(seed)
         keys, values = (torch.randn(count, width, generator=generator) * spread for width in (3, 2))
-        changes = admit(self.rows, keys, values, ["t"] * count, self.policy, self.step, float(self.step), self.take)
+        changes = admit(self.rows, keys, values, ["t"] * count, self.policy, self.step, float(self.step), self.take).changes
         for ids, _ in changes.removals:
             for number in ids.tolist():
                 del self.known[number]

@@ -32,6 +32,21 @@ class Policy:
     decay: float
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """What came of a step's offers.
+
+    Attributes:
+        changes: what is to be written down.
+        alone: numbers of the rows that are one offer as it was made, `(n,)`.
+        offers: which offer each of those was, `(n,)`.
+    """
+
+    changes: Changes
+    alone: Numbers
+    offers: Numbers
+
+
 @torch.no_grad()
 def admit(
     rows: Rows,
@@ -42,8 +57,8 @@ def admit(
     step: int,
     now: float,
     take_ids: Callable[[int], Numbers],
-) -> Changes:
-    """Let in what is new among `keys` `(n, key width)` and `values` `(n, value width)`; what changed, `rows` changed too.
+) -> Admitted:
+    """Let in what is new among `keys` `(n, key width)` and `values` `(n, value width)`; `rows` are changed.
 
     In the order offered: what is within `novelty` of a row is left out, what is within `recombine` merged into it (the
     mean weighted by entries, tags joined, the oldest creation kept, under a new number; a pinned row stays as it is), the
@@ -56,7 +71,7 @@ def admit(
     if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
         raise ValueError("keys and values of a memory must be finite")
     if not len(keys):
-        return Changes()
+        return Admitted(Changes(), np.empty(0, np.int64), np.empty(0, np.int64))
     found = rows.search(keys, 1)
     far, near = found.distances[:, 0].double().sqrt(), rows.numbers(found.places[:, 0]) if rows.places else None
     leaders, apart = _leaders(keys, far, policy)
@@ -89,7 +104,10 @@ def admit(
     if fresh:
         inserts.append(_new(fresh, keys, values, tags, now, take_ids))
         rows.put(inserts[-1], step)
-    return Changes(inserts, [each for each in removals if len(each[0])])
+    single = [place for place, members in enumerate(fresh.values()) if len(members) == 1]
+    alone = inserts[-1].ids[single] if fresh else np.empty(0, np.int64)
+    offers = np.array(list(fresh), np.int64)[single] if fresh else np.empty(0, np.int64)
+    return Admitted(Changes(inserts, [each for each in removals if len(each[0])]), alone, offers)
 
 
 def _leaders(keys: Tensor, far: Tensor, policy: Policy) -> tuple[list[int], list[float]]:

@@ -1,0 +1,181 @@
+"""Associative memory: a layer that remembers. What a token finds among stored rows is added to what a base says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmt.memory.admission import Policy, admit
+from dmt.memory.rows import Rows
+from dmt.memory.straight_through import returned
+from dmt.records import Changes, Numbers
+
+WRITES = ("projection", "teacher", "residual")
+"""What an inserted value is: learnt from the hidden state, the teacher's answer, or what the base lacks of that."""
+TAPE = 4_096
+"""Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
+
+
+@dataclass
+class _Offer:
+    """What one forward pass would like to write."""
+
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor
+    tag: str
+
+
+class AssociativeMemory(nn.Module):
+    """Reads the stored rows nearest to a token's query, and, while it writes, offers a row of its own for each token.
+
+    Rows offered in a step are in the memory when `settle` has ended the step, never before: no token sees what another
+    of the same step wrote, be it later in the text, in another layer's pass or in another sequence. A token's output
+    therefore depends on that token's hidden state and on rows of steps past alone.
+
+    Keys and queries have unit length. The weights of the k rows read are a softmax over `sharpness` x cosine, in which
+    the base has a part too, as a row would of cosine `doubt`: where nothing near is stored, the base alone is heard.
+
+    Args:
+        width: size of a hidden state, of a key and of a value.
+        k: rows read per token.
+        base: what is said beside the rows: a memory of its own, or None. With no rows the answer is the base's.
+        writes: one of `WRITES`; the latter two need `lesson` to be set before a pass that writes.
+        policy: which offers come in and how many rows are kept.
+        places: rows there is room for at the start, as many as a saved memory had.
+
+    Source: the layer of query, key and value projections over a store that is written to as it is read; its gradients are
+        straight-through (`straight_through.py`). Weighing nothing beside the rows is ours.
+    """
+
+    def __init__(
+        self, width: int, k: int, base: nn.Module | None, writes: str, policy: Policy, places: int = 0, sharpness: float = 12.0
+    ) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if writes not in WRITES:
+            raise ValueError(f"writes must be one of {', '.join(WRITES)}, got {writes}")
+        if writes == "residual" and base is None:
+            raise ValueError("writes=residual is what a base lacks; without a base use writes=teacher or projection")
+        self.width, self.k, self.writes, self.policy = width, k, writes, policy
+        self.base = base
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value = nn.Linear(width, width) if writes == "projection" else None
+        self.output = nn.Linear(width, width, bias=False)
+        self.log_sharpness = nn.Parameter(torch.empty(()))
+        self.doubt = nn.Parameter(torch.empty(()))
+        self.rows = Rows(width, width, places)
+        self.sharpness = sharpness
+        self.writing = False
+        self.tag = ""
+        self.lesson: Tensor | None = None
+        self._offers: list[_Offer] = []
+        self._reads: list[tuple[Tensor, Tensor]] = []
+        self._tape: Tensor | None = None  # hidden states (m, width) of rows that were written last
+        self._tape_ids: Tensor | None = None  # and their numbers
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Projections that change nothing, no rows."""
+        for projection in (self.query, self.key, self.value, self.output):
+            if projection is not None:
+                nn.init.eye_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+        self.log_sharpness.fill_(math.log(self.sharpness))
+        self.doubt.fill_(0.5)
+        self.rows.reset()
+
+    @torch.no_grad()
+    def centre(self, hidden: Tensor) -> None:
+        """Let queries and keys be about the mean of `hidden` `(tokens, width)`: what all have in common tells nobody apart."""
+        for projection in (self.query, self.key):
+            projection.bias.copy_(-projection.weight @ hidden.mean(0))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(..., width)` to the same shape."""
+        flat = hidden.reshape(-1, self.width)
+        base = None if self.base is None else self.base(hidden).reshape(-1, self.width)
+        if self.writing:
+            self._offer(flat, base)
+        said = self._read(flat) if len(self.rows) else None
+        parts = [part for part in (base, said) if part is not None]
+        return (sum(parts[1:], parts[0]) if parts else torch.zeros_like(flat)).view_as(hidden)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        queries = F.normalize(self.query(hidden), dim=-1)
+        found = self.rows.search(queries, self.k)
+        there = found.distances.isfinite()
+        kept_keys, kept_values, origin = self._kept(found.places, there)
+        keys, values = returned(
+            queries, kept_keys, kept_values, self.rows.keys[found.places], self.rows.values[found.places], origin
+        )
+        scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype)).masked_fill(~there, -torch.inf)
+        scores = torch.cat([scores, self.doubt.to(scores.dtype).expand(len(scores), 1)], dim=1)
+        weights = (scores * self.log_sharpness.exp()).softmax(-1)[:, :-1]
+        if self.writing:
+            self._reads.append((found.places[there], weights.detach()[there]))
+        return self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+
+    def _kept(self, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values last written, made anew by the projections of now, and which of them each place holds."""
+        nobody = torch.full_like(places, -1)
+        if self._tape is None or self._tape_ids is None or not len(self._tape) or not torch.is_grad_enabled():
+            nothing = self.rows.keys.new_zeros(0, self.width)
+            return nothing, nothing, nobody
+        ids = self.rows.ids[places]
+        order = self._tape_ids.argsort()
+        at = torch.searchsorted(self._tape_ids[order], ids).clamp_max(len(order) - 1)
+        origin = torch.where((self._tape_ids[order][at] == ids) & there, order[at], nobody)
+        keys = F.normalize(self.key(self._tape), dim=-1)
+        values = torch.zeros_like(keys).detach() if self.value is None else self.value(self._tape)
+        return keys, values, origin
+
+    @torch.no_grad()
+    def _offer(self, hidden: Tensor, base: Tensor | None) -> None:
+        keys = F.normalize(self.key(hidden), dim=-1)
+        if self.value is not None:
+            values = self.value(hidden)
+        elif self.lesson is None:
+            raise ValueError(f"writes={self.writes} needs the teacher's answer: set `lesson` before a pass that writes")
+        else:
+            values = self.lesson.reshape(-1, self.width)
+            values = values if self.writes == "teacher" or base is None else values - base
+        self._offers.append(_Offer(hidden.detach(), keys.float(), values.float(), self.tag))
+
+    @torch.no_grad()
+    def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
+        """End a step: reads are noted, offers come in by the policy; what is to be written down, usage aside.
+
+        Args:
+            step: number of the step that ends.
+            now: seconds since 1970.
+            take_ids: gives out numbers that no row has or had.
+        """
+        for places, weights in self._reads:
+            self.rows.use(places.cpu().numpy(), weights.double().cpu().numpy(), step, now, self.policy.decay)
+        offers, self._offers, self._reads = self._offers, [], []
+        if not offers:
+            return Changes()
+        keys, values, hidden = (torch.cat([getattr(each, name) for each in offers]) for name in ("keys", "values", "hidden"))
+        tags = [each.tag for each in offers for _ in range(len(each.keys))]
+        admitted = admit(self.rows, keys, values, tags, self.policy, step, now, take_ids)
+        self._remember(hidden[torch.as_tensor(admitted.offers, device=hidden.device)], admitted.alone)
+        return admitted.changes
+
+    def _remember(self, hidden: Tensor, ids: Numbers) -> None:
+        """Keep the hidden states `(n, width)` that the rows numbered `ids` `(n,)` were made from, the last `TAPE` of all."""
+        numbers = torch.as_tensor(ids, device=hidden.device)
+        if self._tape is not None and self._tape_ids is not None:
+            hidden, numbers = torch.cat([self._tape.to(hidden), hidden]), torch.cat([self._tape_ids, numbers])
+        self._tape, self._tape_ids = hidden[-TAPE:], numbers[-TAPE:]
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, k={self.k}, writes={self.writes}, rows={len(self.rows)} of {self.policy.capacity}"

@@ -1,0 +1,207 @@
+"""The associative memory: begins as its base, reads what steps before wrote and nothing later, learns straight through."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.admission import Policy
+
+WIDTH = 8
+EVERYTHING = Policy(novelty=0.0, recombine=0.0, capacity=1_000, decay=0.1)
+
+
+def base():
+    return FeaturalMemory(WIDTH, 16, 4)
+
+
+def memory(writes="residual", on=None, k=3, policy=EVERYTHING, **more):
+    torch.manual_seed(0)
+    made = AssociativeMemory(WIDTH, k, (base() if writes == "residual" else None) if on is None else on, writes, policy, **more)
+    given = itertools.count(1)
+    made.take = lambda count: np.array([next(given) for _ in range(count)], np.int64)
+    return made
+
+
+def step(layer, hidden, lesson=None, number=1):
+    layer.writing, layer.lesson = True, lesson
+    said = layer(hidden)
+    changes = layer.settle(number, 7.0, layer.take)
+    layer.writing = False
+    return said, changes
+
+
+def by_definition(layer, hidden):
+    """Dense, slow, obvious: every row, then all but the k nearest crossed out."""
+    queries = F.normalize(layer.query(hidden), dim=-1)
+    there = layer.rows.ids >= 0
+    keys, values = layer.rows.keys[there], layer.rows.values[there]
+    cosines = queries @ keys.t()
+    furthest_read = torch.cdist(queries, keys).sort(-1).values[:, min(layer.k, len(keys)) - 1 : min(layer.k, len(keys))]
+    cosines = cosines.masked_fill(torch.cdist(queries, keys) > furthest_read + 1e-6, -torch.inf)
+    weights = (torch.cat([cosines, layer.doubt.expand(len(hidden), 1)], 1) * layer.log_sharpness.exp()).softmax(-1)
+    said = weights[:, :-1] @ values @ layer.output.weight.t()
+    return said if layer.base is None else said + layer.base(hidden)
+
+
+@pytest.mark.parametrize("writes", ["projection", "teacher", "residual"])
+def test_it_says_what_the_definition_says(writes):
+    layer = memory(writes)
+    step(layer, torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH))
+    hidden = torch.randn(5, WIDTH)
+    torch.testing.assert_close(layer(hidden), by_definition(layer, hidden))
+
+
+def test_fewer_rows_than_k_are_read_as_they_are():
+    layer = memory(k=6)
+    step(layer, torch.randn(2, WIDTH), torch.randn(2, WIDTH))
+    hidden = torch.randn(5, WIDTH)
+    torch.testing.assert_close(layer(hidden), by_definition(layer, hidden))
+
+
+def test_without_rows_it_is_its_base_exactly():
+    layer = memory()
+    hidden = torch.randn(2, 5, WIDTH)
+    assert torch.equal(layer(hidden), layer.base(hidden))
+    assert not memory("teacher")(hidden).any()
+
+
+def test_a_residual_is_what_the_base_lacks():
+    layer = memory()
+    hidden, lesson = torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    _, changes = step(layer, hidden, lesson)
+    torch.testing.assert_close(torch.as_tensor(changes.inserts[0].values), lesson - layer.base(hidden))
+    with torch.no_grad():
+        layer.log_sharpness.fill_(8.0)
+    torch.testing.assert_close(layer(hidden), lesson, atol=1e-4, rtol=1e-4)  # at a stored key it says what was taught
+
+
+def test_nothing_written_in_a_step_is_seen_in_it():
+    """Token t + 1, and the other sequence, may be anything: what was said up to t is the same to the last bit."""
+    layer = memory()
+    step(layer, torch.randn(2, 6, WIDTH), torch.randn(2, 6, WIDTH))
+    hidden, lesson = torch.randn(2, 6, WIDTH), torch.randn(2, 6, WIDTH)
+    other, taught = hidden.clone(), lesson.clone()
+    other[0, 4:], taught[0, 4:] = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    layer.writing = True
+    said = []
+    for states, answer in ((hidden, lesson), (other, taught)):
+        layer.lesson = answer
+        said.append(layer(states))
+        layer._offers, layer._reads = [], []
+    assert torch.equal(said[0][0, :4], said[1][0, :4])
+    assert torch.equal(said[0][1], said[1][1])
+    assert not torch.equal(said[0][0, 4:], said[1][0, 4:])
+
+
+def test_rows_of_a_step_are_seen_in_the_next():
+    layer = memory("teacher")
+    hidden, lesson = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+    said, _ = step(layer, hidden, lesson)
+    assert not said.any()
+    assert layer(hidden).norm() > 0
+
+
+def test_the_query_receives_the_gradient_of_the_returned_keys():
+    layer = memory()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    layer._tape = None
+    hidden = torch.randn(1, WIDTH)
+    queries = F.normalize(layer.query(hidden), dim=-1).detach().requires_grad_()
+    found = layer.rows.search(queries, layer.k)
+    keys = layer.rows.keys[found.places].clone().requires_grad_()
+    values = layer.rows.values[found.places]
+    scores = torch.cat([torch.einsum("nd,nkd->nk", queries, keys), layer.doubt.expand(1, 1)], 1)
+    wanted = torch.einsum("nk,nkw->nw", (scores * layer.log_sharpness.exp()).softmax(-1)[:, :-1], values).sum()
+    of_query, of_keys = torch.autograd.grad(wanted, (queries, keys))
+    expected = torch.autograd.grad(F.normalize(layer.query(hidden), dim=-1), layer.query.weight, of_query + of_keys.sum(1))[0]
+    (layer(hidden) - layer.base(hidden)).sum().backward()
+    torch.testing.assert_close(layer.query.weight.grad, expected)
+
+
+@pytest.mark.parametrize("writes", ["projection", "teacher"])
+def test_an_inserted_key_and_value_learn_from_what_they_came_back_as(writes):
+    layer = memory(writes)
+    layer(torch.randn(3, WIDTH)).sum()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    layer(torch.randn(4, WIDTH)).square().sum().backward()
+    assert layer.key.weight.grad.abs().sum() > 0
+    if writes == "projection":
+        assert layer.value.weight.grad.abs().sum() > 0
+    else:
+        assert layer.value is None
+    layer.zero_grad()
+    layer._tape_ids += 1_000  # rows that are not on the tape
+    layer(torch.randn(4, WIDTH)).square().sum().backward()
+    assert not layer.key.weight.grad.any()
+
+
+def test_where_nothing_near_is_stored_the_base_is_heard():
+    layer = memory()
+    near = torch.randn(1, WIDTH)
+    step(layer, near, torch.full((1, WIDTH), 9.0))
+    with torch.no_grad():
+        layer.log_sharpness.fill_(5.0)
+    torch.testing.assert_close(layer(-near), layer.base(-near), atol=1e-5, rtol=1e-5)
+
+
+def test_reading_alone_changes_nothing_and_counts_nothing():
+    layer = memory()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer(torch.randn(4, WIDTH))
+    assert not layer.settle(2, 8.0, layer.take).inserts
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+    assert layer.rows.take_usage() is None
+
+
+def test_reads_while_writing_are_counted():
+    layer = memory()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    step(layer, torch.randn(5, WIDTH), torch.randn(5, WIDTH), number=2)
+    assert layer.rows.take_usage().reads.sum() == 5 * 3
+
+
+def test_novelty_keeps_out_what_is_known():
+    layer = memory(policy=Policy(0.05, 0.0, 1_000, 0.1))
+    hidden = torch.randn(5, WIDTH)
+    step(layer, hidden, hidden)
+    step(layer, hidden * 3, hidden, number=2)  # the same direction
+    assert len(layer.rows) == 5
+
+
+def test_a_saved_memory_with_as_many_places_is_the_same():
+    layer = memory()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    again = memory(places=layer.rows.places)
+    again.load_state_dict(layer.state_dict())
+    hidden = torch.randn(4, WIDTH)
+    assert torch.equal(layer(hidden), again(hidden))
+    assert len(again.rows) == 9
+
+
+def test_centring_takes_out_what_all_have_in_common():
+    layer = memory()
+    hidden = torch.randn(50, WIDTH) + 10
+    layer.centre(hidden)
+    torch.testing.assert_close(layer.query(hidden).mean(0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"k": 0}, "at least 1"), ({"writes": "dreams"}, "one of"), ({"writes": "residual", "on": False}, "base")],
+)
+def test_it_refuses_what_makes_no_sense(arguments, word):
+    arguments = {"k": 1, "writes": "teacher", **arguments}
+    with pytest.raises(ValueError, match=word):
+        AssociativeMemory(WIDTH, arguments["k"], None, arguments["writes"], EVERYTHING)
+
+
+def test_a_lesson_is_asked_for():
+    layer = memory()
+    layer.writing = True
+    with pytest.raises(ValueError, match="lesson"):
+        layer(torch.randn(2, WIDTH))
