@@ -6,8 +6,11 @@ from conftest import LAYERS, SLOTS, WIDTH, make_llama, make_teacher
 
 from dmt.config import MemoryConfig
 from dmt.distill.calibrate import calibrate, measure_scales
+from dmt.distill.outliers import longest, ordinary
 from dmt.distill.sensitivity import measure_sensitivity, root
+from dmt.distill.signals import observe
 from dmt.evaluate import compare
+from dmt.memory.budget import first_threshold
 from dmt.models.architectures import architecture_of
 from dmt.models.surgery import memories_of, transplant
 
@@ -82,3 +85,62 @@ def test_one_absurd_token_moves_no_statistic():
     hook.remove()
     assert memories_of(student)[1].output_bias.abs().max() < 50
     assert all(parameter.isfinite().all() for parameter in student.parameters())
+
+
+@torch.no_grad()
+def test_limits_are_those_of_each_layers_own_outputs():
+    teacher, windows = make_teacher(), torch.randint(1, 300, (8, 20))
+    outputs = observe(teacher, windows, blocks=True).block_outputs
+    torch.testing.assert_close(measure_scales(teacher, windows).limits, torch.stack([longest(each) for each in outputs]))
+
+
+def test_a_budget_is_met_although_the_first_threshold_misses_it(monkeypatch):
+    def too_high(memories, hidden):
+        first_threshold(memories, hidden)
+        for memory in memories:
+            memory.threshold.mul_(1.3)
+
+    monkeypatch.setattr("dmt.distill.calibrate.first_threshold", too_high)
+    teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
+    student, _ = transplant(teacher, [MemoryConfig(budget=8)] * LAYERS)
+    calibrate(student, teacher, windows)
+    memories = memories_of(student).values()
+    for memory in memories:
+        memory.count_reads()
+    observe(student, windows)
+    assert sum(float(m.reads.sum()) / m.reads_tokens for m in memories) == pytest.approx(8 * LAYERS, rel=0.05)
+
+
+def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memories_own_layers(monkeypatch):
+    teacher, windows, found = make_teacher(), torch.randint(1, 300, (8, 20)), []
+
+    def look(memories, hidden):
+        for memory, states in zip(memories, hidden, strict=True):
+            found.append(states)
+            torch.testing.assert_close(memory.weights(states, memory.scores(states)).mean(0), torch.zeros(SLOTS), atol=1e-5, rtol=0)
+
+    def explode(_, given, answered):
+        return answered.index_put((torch.tensor(0), torch.tensor(0)), answered[0, 0] * 1e5)
+
+    monkeypatch.setattr("dmt.distill.calibrate.first_threshold", look)
+    hook = architecture_of("gpt2").blocks(teacher)[2].register_forward_hook(explode)
+    student, _ = transplant(teacher, [MemoryConfig(kind="dense"), MemoryConfig(), MemoryConfig()])
+    calibrate(student, teacher, windows)
+    signals = observe(teacher, windows, blocks=True)
+    hook.remove()
+    for states, layer in zip(found, (1, 2), strict=True):
+        assert torch.equal(states, signals.block_inputs[layer][ordinary(signals.block_outputs[layer])])
+    assert [len(states) for states in found] == [160, 159]
+
+
+@torch.no_grad()
+def test_means_and_biases_are_settled_for_what_is_read_in_the_end():
+    teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
+    student, _ = transplant(teacher, [MemoryConfig(budget=8)] * LAYERS)
+    calibrate(student, teacher, windows)
+    said, wanted = (observe(model, windows, blocks=True) for model in (student, teacher))
+    for layer, memory in memories_of(student).items():
+        hidden = said.block_inputs[layer].flatten(0, 1)
+        torch.testing.assert_close(memory.weights(hidden, memory.scores(hidden)).mean(0), torch.zeros(SLOTS), atol=1e-4, rtol=0)
+        means = [signals.block_outputs[layer].mean((0, 1)) for signals in (said, wanted)]
+        torch.testing.assert_close(*means, atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from conftest import make_teacher
 
 from dmt.data.people import Probe
 from dmt.distill.callbacks import samples, usage
-from dmt.evaluate import compare, continuations, recall
+from dmt.evaluate import Tally, compare, continuations, recall
 
 
 @pytest.fixture
@@ -45,8 +45,11 @@ def test_recall_counts_answers_that_greedy_decoding_gives(teacher, tokenizer):
         said = continuations(teacher, ids, 3)[0]
         if number == 2:
             said[-1] = (said[-1] + 1) % 300  # right but for the last token, which is wrong
+        if number == 1:
+            wrong = (said[:1] + 1) % 300  # and then as the model would go on from there
+            said = torch.cat([wrong, continuations(teacher, torch.cat([ids[0], wrong])[None], 2)[0]])
         probes.append(Probe(prompt, _Exact(said.tolist()), "", "", 0))
-    assert recall(teacher, _Reads(tokenizer), probes, batch=3) == pytest.approx(3 / 4)
+    assert recall(teacher, _Reads(tokenizer), probes, batch=3) == pytest.approx(2 / 4)
 
 
 class _Exact(str):
@@ -87,3 +90,21 @@ def test_measuring_leaves_the_mode_alone(student, teacher, tokens, tokenizer):
     recall(student, tokenizer, [Probe("a", " b", "", "", 0)])
     continuations(student, tokens[:, :4], 2)
     assert student.training
+
+
+def test_what_is_measured_is_the_model_without_dropout(teacher, tokens, tokenizer):
+    student = make_teacher(resid_pdrop=0.5, embd_pdrop=0.5)
+    prompts = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids] for text in ("the quick", "a memory")])
+    said = continuations(student, prompts, 3)
+    probes = [Probe(text, _Exact(ids.tolist()), "", "", 0) for text, ids in zip(("the quick", "a memory"), said, strict=True)]
+    before = compare(student, teacher, tokens)
+    student.train()
+    assert compare(student, teacher, tokens) == before
+    assert recall(student, _Reads(tokenizer), probes) == 1
+    assert torch.equal(continuations(student, prompts, 3), said)
+
+
+def test_a_hopeless_student_has_an_infinite_perplexity():
+    tally = Tally(tokens=2, teacher_nats=4, student_nats=2000)
+    assert (tally.student_perplexity, tally.ratio) == (math.inf, math.inf)
+    assert tally.teacher_perplexity == pytest.approx(math.e**2)

@@ -19,8 +19,11 @@ from dmt.distill.losses import (
     squared_error,
     weighted_sum,
 )
-from dmt.distill.outliers import longest, ordinary
+from dmt.distill.outliers import longest, ordinary, share
+from dmt.distill.pieces import SLOPES
+from dmt.distill.revive import count_idle, revival_error
 from dmt.distill.signals import Signals, observe
+from dmt.memory import FeaturalMemory
 
 ALL = LossConfig(kl=1.0, reverse_kl=0.7, ce=0.5, hidden=0.3, block=0.2, cosine=0.9, temperature=2.0)
 SCALES = Scales(torch.tensor([2.0, 3.0, 4.0]), torch.tensor(5.0))
@@ -162,3 +165,73 @@ def test_outliers_count_less_and_only_they(tokens):
 def test_next_token_mask():
     mask = torch.tensor([[True, True, True, False], [False, True, True, True]])
     assert next_token_mask(mask).tolist() == [[True, True, False, False], [False, True, True, False]]
+
+
+def test_the_block_term_is_about_the_layers_it_is_given(tokens):
+    mine, theirs = (torch.randn(3, 20, 4) for _ in range(2))
+    student, teacher = (Signals(x, torch.nn.Identity(), block_outputs=(x, 2 * x, 3 * x)) for x in (mine, theirs))
+    terms = distillation_terms(student, teacher, Batch.whole(tokens), LossConfig(kl=0, hidden=0, block=1), SCALES, [0, 2])
+    torch.testing.assert_close(terms["block"], (mine - theirs).square().sum(-1).mean() * (1 / 2 + 9 / 4) / 2)
+
+
+def test_text_without_a_next_token_costs_nothing(pair):
+    weights = LossConfig(hidden=0, block=0, kl=0, ce=1)
+    assert loss(*pair, torch.randint(1, 300, (2, 1)), weights=weights).item() == 0
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_half_precision_logits_are_judged_in_full_precision(name):
+    given, wanted, targets = torch.randn(5, 50).bfloat16(), torch.randn(5, 50).bfloat16(), torch.randint(50, (5,))
+    found, full = (SLOPES[name](a, b, targets, 2.0) for a, b in ((given, wanted), (given.float(), wanted.float())))
+    for mine, wants in zip(found, full, strict=True):
+        assert torch.equal(mine, wants)
+
+
+def test_an_outlier_is_longer_than_ten_medians_whatever_the_longest_are():
+    states = torch.ones(9, 4)
+    states[0] *= 1e6
+    assert longest(states) == 20
+    assert ordinary(states).tolist() == [False] + [True] * 8
+    assert ordinary(torch.zeros(5, 4)).all(), "silence is no outlier"
+
+
+def test_an_outlier_counts_less_by_the_square_of_how_much_too_long_it_is():
+    states = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]])
+    torch.testing.assert_close(share(states, torch.tensor(10.0)), torch.tensor([1.0, 0.04, 1.0]))
+
+
+def test_what_a_student_makes_too_long_counts_in_full():
+    wanted, given, mask = torch.ones(1, 4, 2), torch.ones(1, 4, 2), torch.ones(1, 4)
+    given[0, 0] *= 1e3
+    torch.testing.assert_close(squared_error(given, wanted, mask, 4, longest(wanted)), squared_error(given, wanted, mask, 4))
+
+
+@pytest.mark.parametrize("dead", [[1, 4, 6, 7], [5], []])
+def test_the_dead_answer_as_a_memory_of_their_own(dead):
+    memory = FeaturalMemory(4, 8, 2)
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        memory.values *= torch.logspace(-1, 1, 8).unsqueeze(-1)
+    hidden, missing, counts, mask = torch.randn(30, 4), torch.randn(30, 4), torch.rand(30), torch.zeros(8, dtype=torch.bool)
+    mask[dead] = True
+    said = torch.zeros(30, 4)
+    if dead:
+        alone = FeaturalMemory(4, len(dead), min(2, len(dead)))
+        alone.load_state_dict({name: each[dead] if len(each) == 8 else each for name, each in memory.state_dict().items()})
+        said = alone(hidden) - alone.always()
+    found = revival_error(memory, mask, hidden, missing, counts)
+    torch.testing.assert_close(found, ((missing - said).square().sum(-1) * counts).sum() if dead else torch.tensor(0.0))
+
+
+def test_idle_tokens_are_counted_since_each_slot_was_read():
+    memory, idle, wanted = FeaturalMemory(4, 12, 2), torch.zeros(12, dtype=torch.long), torch.zeros(12, dtype=torch.long)
+    count_idle(memory, idle)
+    assert not idle.any(), "nobody has counted yet"
+    for tokens in (3, 5, 1):
+        hidden = torch.randn(tokens, 4)
+        memory(hidden)
+        count_idle(memory, idle)
+        wanted = torch.where(memory.select(hidden).any(0), 0, wanted + tokens)
+        assert torch.equal(idle, wanted)
+    assert idle.unique().numel() > 2

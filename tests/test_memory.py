@@ -8,6 +8,7 @@ from reference import gelu_tanh, read
 
 from dmt.memory import FeaturalMemory
 from dmt.memory.budget import first_threshold, hold, watch
+from dmt.memory.compensation import linear_forecast
 
 WIDTH, SLOTS, K = 6, 12, 4
 KINDS = [
@@ -270,6 +271,103 @@ def test_nothing_is_held_where_nothing_is_shared_or_nothing_was_read():
     top, idle = make(ranking="centred").train(), make(ranking="centred", **BUDGETED).train()
     top(torch.randn(5, WIDTH, dtype=torch.double))
     hold([top, idle], rate=0.5)
+    watch([idle])
     idle.eval()(torch.randn(5, WIDTH, dtype=torch.double))
     hold([top, idle], rate=0.5)
     assert float(idle.threshold) == 8.0
+
+
+def test_the_first_threshold_of_many_tokens_is_found_on_some_from_all_over(monkeypatch):
+    monkeypatch.setattr("dmt.memory.budget.RANKS", 100 * 2 * SLOTS)
+    memories = [make(ranking="centred", **BUDGETED) for _ in range(2)]
+    later_says_more = torch.linspace(0.1, 3, 1000, dtype=torch.double).unsqueeze(-1)
+    hidden = [torch.randn(1000, WIDTH, dtype=torch.double) * later_says_more for _ in memories]
+    first_threshold(memories, hidden)
+    reads = [float(memory.select(states).sum()) / 1000 for memory, states in zip(memories, hidden, strict=True)]
+    assert sum(reads) == pytest.approx(2 * K, rel=0.1)
+
+
+def test_where_no_slot_says_anything_none_is_read():
+    memory, hidden = make("relu", "contribution", **BUDGETED).float(), torch.randn(20, WIDTH)
+    with torch.no_grad():
+        memory.key_bias.fill_(-1e3)
+    first_threshold([memory], [hidden])
+    assert memory.threshold > 0
+    assert not memory.select(hidden).any()
+
+
+@pytest.mark.parametrize(
+    ("k", "widened", "read", "factor"),
+    [(K, 1, K, 1), (K, 1, 2 * K, 2), (K, 1, K / 4, 1 / 4), (K, 2, 2 * K, 1), (K, 9, SLOTS, 1), (1, 1, SLOTS, 10), (K, 1, 0, 0.1)],
+)
+def test_a_threshold_is_moved_by_a_root_of_what_was_read_too_much_but_never_far(k, widened, read, factor):
+    memories = [make(ranking="centred", k=k, **BUDGETED) for _ in range(2)]
+    watch(memories)
+    for memory in memories:
+        memory.widened = widened
+        memory.spent.copy_(torch.tensor([read * 100, 100]))
+    hold(memories, rate=0.5)
+    assert [float(memory.threshold) for memory in memories] == [pytest.approx(8 * factor**0.5)] * 2
+    hold(memories, rate=0.5)
+    assert float(memories[0].threshold) == pytest.approx(8 * factor**0.5), "what was read is forgotten"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("weighting", "ranking", "changes"), WAYS)
+def test_reads_are_counted_on_every_path_and_anew_when_asked(weighting, ranking, changes, grad):
+    memory, hidden = make(weighting, ranking, **changes), torch.randn(30, WIDTH, dtype=torch.double)
+    with torch.no_grad():
+        memory.values[-1].zero_()  # where values are ranked the last slot is never read
+    for _ in range(2):
+        memory.count_reads()
+        with torch.set_grad_enabled(grad):
+            memory(hidden)
+        assert torch.equal(memory.reads, memory.select(hidden).sum(0))
+        assert memory.reads_tokens == 30
+
+
+@torch.no_grad()
+def test_what_is_kept_is_made_anew_while_training():
+    memory = make(ranking="centred").train()
+    memory.always(), memory.lengths()
+    memory.values.data.mul_(2)  # which no version counter notices
+    torch.testing.assert_close(memory.lengths(), memory.values.norm(dim=-1))
+    torch.testing.assert_close(memory.always(), memory.output_bias + memory.means @ memory.values)
+
+
+def test_inference_mode_reads_what_is_there_now():
+    with torch.inference_mode():
+        memory, hidden = make(ranking="centred").eval(), torch.randn(9, WIDTH, dtype=torch.double)
+        for _ in range(2):
+            torch.testing.assert_close(memory(hidden), torch.stack([read(memory, token) for token in hidden]))
+            memory.values.mul_(2)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_no_more_than_all_slots_are_read_however_wide(heads):
+    memory, dense = make(ranking="centred", heads=heads).train(), make(ranking="centred", heads=heads, k=SLOTS)
+    dense.load_state_dict(memory.state_dict())
+    memory.widened = 10.0
+    hidden = torch.randn(9, WIDTH, dtype=torch.double)
+    torch.testing.assert_close(memory(hidden), dense(hidden))
+
+
+def test_heads_need_not_divide_a_budget():
+    memory, hidden = make(ranking="centred", heads=2, projections=True, k=5, **BUDGETED), torch.randn(9, WIDTH, dtype=torch.double)
+    torch.testing.assert_close(memory(hidden), torch.stack([read(memory, token) for token in hidden]))
+
+
+def test_a_block_taken_over_leaves_nothing_of_what_was_there():
+    memory = make(ranking="centred", linear=True, projections=True, k=SLOTS, gated=True)
+    parts = {name: torch.randn(SLOTS, WIDTH, dtype=torch.double) for name in ("keys", "gains", "values")}
+    memory.load_feedforward(parts)
+    hidden = torch.randn(9, WIDTH, dtype=torch.double)
+    weights = gelu_tanh(hidden @ parts["keys"].T) * (hidden @ parts["gains"].T)
+    torch.testing.assert_close(memory(hidden), weights @ parts["values"])
+
+
+def test_a_forecast_is_about_the_means_and_knows_no_units():
+    hidden, truth = torch.randn(400, WIDTH, dtype=torch.double) + 3, torch.randn(WIDTH, WIDTH, dtype=torch.double)
+    found = linear_forecast(hidden, hidden @ truth.T + 7)
+    torch.testing.assert_close(found, truth, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(linear_forecast(hidden / 1e3, hidden @ truth.T + 7), 1e3 * found)

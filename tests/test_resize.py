@@ -103,3 +103,58 @@ def test_a_student_with_fewer_slots_is_made_from_the_best(tokens):
     assert errors[1] < errors[0]
     with pytest.raises(ValueError, match="need block_inputs"):
         transplant(teacher, [MemoryConfig(slots=32)] * LAYERS)
+
+
+def test_importance_is_how_much_a_neuron_moves_the_answer_from_its_mean(hidden):
+    parts = block()
+    weights = weights_of(parts, hidden) + 5
+    moves = (weights - weights.mean(0)).unsqueeze(-1) * parts["values"]
+    torch.testing.assert_close(importance(parts, weights), moves.square().sum(-1).mean(0))
+
+
+def test_a_copy_is_worth_less_the_more_of_them_there_are():
+    parts = {"keys": torch.eye(2), "values": torch.diag(torch.tensor([5.0**0.5, 1.0]))}
+    grown = resized(parts, torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), 5, "merge", "split")
+    assert grown["keys"].sum(0).tolist() == [3, 2]  # worth 5, 5/4, 1, 5/9
+
+
+def test_neurons_that_never_fire_can_be_merged(hidden):
+    parts = block()
+    weights = weights_of(parts, hidden)
+    weights[:, :15] = 0
+    shrunk = resized(parts, weights, 12, "merge", "split")
+    assert all(tensor.isfinite().all() for tensor in shrunk.values())
+    torch.testing.assert_close(shrunk["output_bias"], parts["output_bias"])
+
+
+@pytest.mark.parametrize("more", ["split", "new"])
+def test_new_slots_are_the_seeds_and_leave_other_randomness_alone(hidden, more):
+    parts = block()
+    before = torch.get_rng_state()
+    grown, again, other = (resized(parts, weights_of(parts, hidden), 30, "merge", more, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(grown["values"], again["values"])
+    assert not torch.equal(grown["values"], other["values"])
+
+
+def test_new_slots_look_like_the_old_ones_and_say_little(hidden):
+    parts = block()
+    grown = resized(parts, weights_of(parts, hidden), 9 * NEURONS, "merge", "new")
+    spreads = [float(grown[name][NEURONS:].std() / parts[name].std()) for name in ("keys", "key_bias", "values")]
+    assert spreads == [pytest.approx(1, rel=0.3), pytest.approx(1, rel=0.3), pytest.approx(0.1, rel=0.3)]
+
+
+def test_copies_differ_by_a_tenth_of_their_value(hidden):
+    parts = block()
+    grown = resized(parts, weights_of(parts, hidden), 3 * NEURONS, "merge", "split")
+    for key, value in zip(parts["keys"], parts["values"], strict=True):
+        copies = grown["values"][(grown["keys"] == key).all(-1)]
+        assert ((copies - value / len(copies)).norm(dim=-1) < 0.3 * value.norm() / len(copies)).all()
+
+
+def test_layers_are_given_different_new_slots(tokens):
+    teacher = make_teacher()
+    inputs = observe_teacher(teacher, tokens, blocks=True).block_inputs
+    student, _ = transplant(teacher, [MemoryConfig(slots=96, k=96, more="new")] * LAYERS, inputs)
+    first, second = (memory.keys[SLOTS:] / memory.keys[SLOTS:].norm() for memory in list(memories_of(student).values())[:2])
+    assert (first * second).sum() < 0.9

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,6 +184,8 @@ def test_refuses_what_is_not_its_own(place):
         space = store.namespace("layer_0", 4, 6)
         with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 8 and 6"):
             store.namespace("layer_0", 8, 6)
+        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 4 and 8"):
+            store.namespace("layer_0", 4, 8)
         with pytest.raises(UserError, match=r"keys of layer_0 must be \(3, 4\), got \(3, 5\)"):
             store.commit("run", 1, {space: Changes([some(store, 3, key_width=5)])})
     with pytest.raises(UserError, match="belong to another model"):
@@ -231,8 +234,8 @@ def test_a_full_disk_loses_no_step(tmp_path):
         assert store.count(space) == 10
 
 
-def test_a_forked_process_reads_and_does_not_write(tmp_path):
-    store = Store(str(tmp_path / "rows.db"), MODEL)
+def test_a_forked_process_reads_and_does_not_write(place):
+    store = Store(place, MODEL)
     space = store.namespace("layer_0", 4, 6)
     store.commit("run", 1, {space: Changes([some(store, 5)])})
     out, into = os.pipe()
@@ -249,8 +252,67 @@ def test_a_forked_process_reads_and_does_not_write(tmp_path):
     os.waitpid(child, 0)
     assert os.read(out, 100).decode() == "refused, sees 5"
     with pytest.raises(UserError, match="another program is writing"):  # the child closed its own copy only
-        Store(str(tmp_path / "rows.db"), MODEL)
+        Store(place, MODEL)
     store.close()
+
+
+def test_every_column_comes_back(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        how = {"tag": ["a", "b", "c"], "created": [1.0, 2.0, 3.0], "pinned": [True, False, True], "entries": np.array([1, 5, 2])}
+        part = replace(some(store, 3, **how), heat=np.float32([0.5, 1, 2]))
+        store.commit("run", 4, {space: Changes([part])})
+        store.commit("other", 6, {space: Changes([some(store, 1, created=9.0)], [(part.ids[1:2], "merged")])})
+        assert next(store.scan(space, gone=True)).about == {
+            "created": [1.0, 2.0, 3.0, 9.0], "run": ["run"] * 3 + ["other"], "step": [4, 4, 4, 6], "tag": ["a", "b", "c", ""],
+            "pinned": [True, False, True, False], "entries": [1, 5, 2, 1], "last_read": [None] * 4, "reads": [0] * 4,
+            "heat": [0.5, 1.0, 2.0, 1.0], "heat_step": [4, 4, 4, 6], "deleted": [None, "merged", None, None],
+            "deleted_run": [None, "other", None, None], "deleted_step": [None, 6, None, None],
+        }  # fmt: skip
+        store.rewind("other", 5)
+        about = next(store.scan(space, gone=True)).about
+        assert [about[name] for name in ("deleted", "deleted_run", "deleted_step")] == [[None] * 3] * 3
+
+
+def test_what_left_is_neither_counted_nor_got_and_namespaces_are_apart(place):
+    with Store(place, MODEL) as store:
+        spaces = [store.namespace(f"layer_{i}", 4, 6) for i in range(2)]
+        parts = [some(store, 4), some(store, 3)]
+        store.commit("run", 1, {space: Changes([part]) for space, part in zip(spaces, parts, strict=True)})
+        store.commit("run", 2, {spaces[0]: Changes(removals=[(parts[0].ids[:1], "evicted")])})
+        for space, left in zip(spaces, (parts[0].ids[1:], parts[1].ids), strict=True):
+            assert store.count(space) == len(left) == len(everything(store, space))
+            assert store.get(space, range(1, 8)).ids.tolist() == left.tolist()
+
+
+def test_what_another_run_took_away_stays_away_and_is_purged(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 3)
+        store.commit("other", 1, {space: Changes([part])})
+        store.commit("other", 9, {space: Changes(removals=[(part.ids[:1], "evicted")])})
+        store.commit("run", 9, {space: Changes(removals=[(part.ids[1:2], "evicted")])})
+        assert store.rewind("run", 1) == (0, 1)
+        assert sorted(everything(store, space)) == part.ids[1:].tolist()
+        assert store.purge("run", 1) == 1
+        assert sorted(everything(store, space, gone=True)) == part.ids[1:].tolist()
+
+
+def test_looking_makes_no_file_and_a_new_one_writes_ahead(tmp_path):
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(str(tmp_path / "rows.db"), read_only=True)
+    assert not list(tmp_path.iterdir())
+    Store(str(tmp_path / "rows.db"), MODEL).close()
+    with sqlite3.connect(tmp_path / "rows.db") as found:
+        assert found.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    found.close()
+
+
+@pytest.mark.parametrize("place", ["postgresql"], indirect=True)
+def test_holding_the_right_to_write_holds_no_transaction(place):
+    with Store(place, MODEL) as store, store.engine.connect() as connection:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%%'"
+        assert connection.exec_driver_sql(asked).scalar() == 0
 
 
 WRITER = """

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import LAYERS, SLOTS, make_llama, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dmt.config import MemoryConfig
-from dmt.models.attention import use_attention
+from dmt.models.attention import batched_attention, use_attention
 from dmt.models.surgery import memories_of, transplant
 
 VARIANTS = {
@@ -138,3 +139,25 @@ def test_batched_attention_leaves_what_it_is_not_for_to_the_library(teacher, tok
             assert torch.equal(half(tokens, **changes).logits, batched)
         teacher.float()
         use_attention(teacher, "sdpa")
+
+
+@pytest.mark.parametrize("changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=str)
+def test_batched_attention_scales_as_the_model_says(changes, tokens):
+    found, wanted = make_teacher(**changes).to(torch.bfloat16), make_teacher(**changes)
+    use_attention(found, "batched")
+    given, exact = (model(tokens, output_hidden_states=True).hidden_states[-2].float() for model in (found, wanted))
+    assert (given - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("longest", "past", "how", "same"), [(6, 0, {}, False), (5, 0, {}, True), (6, 4, {}, True), (6, 0, {"dropout": 0.5}, True)]
+)
+def test_batched_attention_is_for_whole_short_windows_without_dropout(longest, past, how, same, monkeypatch):
+    monkeypatch.setattr("dmt.models.attention.LONGEST", longest)
+    query, key, value = (torch.randn(2, 4, 6 + more, 8, dtype=torch.bfloat16) for more in (0, past, past))
+    answers = []
+    for attend in (batched_attention, sdpa_attention_forward):
+        torch.manual_seed(0)
+        answers.append(attend(torch.nn.Module(), query, key, value, None, is_causal=True, **how)[0])
+    assert torch.equal(*answers) == same
+    torch.testing.assert_close(*answers, rtol=0.05, atol=0.05)
