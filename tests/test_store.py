@@ -182,7 +182,7 @@ def test_refuses_what_is_not_its_own(place):
         Store(place, read_only=False)
     with Store(place, MODEL) as store:
         space = store.namespace("layer_0", 4, 6)
-        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 8 and 6"):
+        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers in float32, the memory 8 and 6"):
             store.namespace("layer_0", 8, 6)
         with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 4 and 8"):
             store.namespace("layer_0", 4, 8)
@@ -299,7 +299,7 @@ def test_what_another_run_took_away_stays_away_and_is_purged(place):
 
 
 def test_looking_makes_no_file_and_a_new_one_writes_ahead(tmp_path):
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="no store is there"):
         Store(str(tmp_path / "rows.db"), read_only=True)
     assert not list(tmp_path.iterdir())
     Store(str(tmp_path / "rows.db"), MODEL).close()
@@ -354,3 +354,75 @@ def test_killed_at_any_moment_it_holds_whole_steps(tmp_path, round_):
         assert max(found) in (committed, committed + 1)  # killed between its commit and saying so
         assert sorted(found) == list(range(1, max(found) + 1))
         done = max(found)
+
+
+def test_values_too_large_for_half_precision_are_refused(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6, "float16")
+        large = Insert(store.take_ids(1), np.ones((1, 4), np.float32), np.full((1, 6), 1e6, np.float32), np.ones(1, np.float32))
+        with pytest.raises(UserError, match="float16"):
+            store.commit("run", 1, {space: Changes([large])})
+        assert store.count(space) == 0
+        with pytest.raises(UserError, match="heat"):
+            store.commit("run", 1, {space: Changes([replace(some(store, 2), heat=np.float32([1, np.nan]))])})
+        with pytest.raises(UserError, match="float32"):
+            store.namespace("layer_0", 4, 6, "float32")
+
+
+@pytest.mark.parametrize("gone", ["purge", "rewind"])
+def test_a_number_is_never_given_out_twice(place, gone):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 4)
+        store.commit("run", 1, {space: Changes([part])})
+        store.commit("run", 2, {space: Changes(removals=[(part.ids, "evicted")])})
+        store.purge("run", 2) if gone == "purge" else store.rewind("run", 0)
+        assert not everything(store, space, gone=True)
+    with Store(place, MODEL) as store:
+        assert store.take_ids(1).tolist() == [5]
+
+
+def test_who_took_a_row_away_stays_so(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        part = some(store, 1)
+        for run, changes in (("a", Changes([part])), ("a", Changes(removals=[(part.ids, "evicted")]))):
+            store.commit(run, 1, {space: changes})
+        store.commit("b", 1, {space: Changes(removals=[(part.ids, "merged")])})
+        store.rewind("b", 0)
+        assert store.count(space) == 0
+
+
+def test_creation_and_pins_may_be_arrays(place):
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        store.commit("run", 1, {space: Changes([some(store, 2, created=np.array([1.0, 2.0]), pinned=np.array([True, False]))])})
+        about = next(store.scan(space)).about
+        assert (about["created"], about["pinned"]) == ([1.0, 2.0], [True, False])
+
+
+@pytest.mark.parametrize("name", ["what?x.db", "a b#c.db", "100%.db"])
+def test_a_store_is_the_file_it_was_given_wherever_the_program_goes(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with Store(name, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.commit("run", 1, {space: Changes([some(store, 2)])})
+        assert store.count(space) == 2
+    assert (tmp_path / name).is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_asking_for_a_store_that_is_not_there_makes_none(tmp_path):
+    for given in ({}, {"read_only": True}):
+        with pytest.raises(UserError, match="no store is there"):
+            Store(str(tmp_path / "none.db"), **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_is_not_told():
+    with pytest.raises(UserError) as told:
+        Store("postgresql://somebody:secret@127.0.0.1:9/rows", MODEL)
+    assert "secret" not in str(told.value)
+    assert "somebody" in str(told.value)

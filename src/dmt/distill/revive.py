@@ -32,7 +32,6 @@ def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing:
 
 @torch.no_grad()
 def count_idle(memory: FeaturalMemory, idle: Tensor) -> None:
-    """Bring `idle` `(slots,)`, tokens since each slot was read, up to date with `memory.reads`; counting begins anew."""
+    """Bring `idle` `(slots,)`, tokens since each slot was read, up to date with `memory.reads`."""
     if memory.reads is not None:
         idle.add_(memory.reads_tokens).masked_fill_(memory.reads > 0, 0)
-    memory.count_reads()

@@ -20,16 +20,21 @@ BUSY_SECONDS = 30
 """How long a reader or writer waits for another one's transaction."""
 
 
-def engine_of(place: str, read_only: bool = False) -> tuple[Engine, Path | None]:
+def engine_of(place: str, mode: str = "rwc") -> tuple[Engine, Path | None]:
     """An engine for a file or a database URL, and the file where it is one; nothing is opened yet.
+
+    `mode` is SQLite's: `ro` to read only, `rw` for a file that is there, `rwc` to make one too.
 
     Connections are made for each transaction and closed after it, so that none is ever shared with a forked process.
 
     Raises:
         UserError: not a place that a store can be in.
     """
+    if "://" not in place:
+        return _sqlite(Path(place), mode)
+    address, place = place, shown_place(place)
     try:
-        url = make_url(place if "://" in place else f"sqlite:///{Path(place).expanduser()}")
+        url = make_url(address)
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() not in ("sqlite", "postgresql"):
@@ -42,11 +47,15 @@ def engine_of(place: str, read_only: bool = False) -> tuple[Engine, Path | None]
         raise UserError(f"store {place}: PostgreSQL needs a driver: pip install 'dmt[postgresql]'") from None
     if not url.database or url.database == ":memory:":
         raise UserError(f"store {place}: a store outlives the program; give a file or postgresql://")
-    path = Path(url.database)
-    mode = "ro" if read_only else "rwc"
+    return _sqlite(Path(url.database), mode)
+
+
+def _sqlite(path: Path, mode: str) -> tuple[Engine, Path]:
+    path = path.expanduser().absolute()  # once: the program may go to another folder later
+    address = f"{path.as_uri()}?mode={mode}"
     engine = create_engine(
         "sqlite+pysqlite://",
-        creator=lambda: sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECONDS),
+        creator=lambda: sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS),
         poolclass=NullPool,
     )
 
@@ -56,6 +65,14 @@ def engine_of(place: str, read_only: bool = False) -> tuple[Engine, Path | None]
         connection.execute("PRAGMA trusted_schema=OFF")
 
     return engine, path
+
+
+def shown_place(place: str) -> str:
+    """`place` as it may be shown to people: a URL without its password."""
+    try:
+        return make_url(place).render_as_string(hide_password=True) if "://" in place else place
+    except ArgumentError:
+        return place
 
 
 @contextmanager

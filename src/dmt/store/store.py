@@ -12,7 +12,7 @@ from sqlalchemy import and_, bindparam, delete, func, insert, or_, select, updat
 
 from dmt.errors import UserError
 from dmt.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
-from dmt.store.connect import check, engine_of, only_writer, told
+from dmt.store.connect import check, engine_of, only_writer, shown_place, told
 from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, tables
 
 SCAN_ROWS = 10_000
@@ -34,29 +34,32 @@ class Store:
     """
 
     def __init__(self, place: str, model: str | None = None, read_only: bool = False) -> None:
-        self.place, self.read_only = place, read_only
-        self.engine, self.path = engine_of(place, read_only)
+        self.engine, self.path = engine_of(place, "ro" if read_only else "rw" if model is None else "rwc")
+        self.place, self.read_only = shown_place(place), read_only
         self._writer: Any = None
         self._writer_process = os.getpid()
-        with told(place):
-            there = check(self.engine, place, model)
+        if (read_only or model is None) and self.path is not None and not self.path.exists():
+            raise UserError(f"store {self.place}: no store is there")
+        with told(self.place):
+            there = check(self.engine, self.place, model)
             if not there and (read_only or model is None):
-                raise UserError(f"store {place}: no store is there")
+                raise UserError(f"store {self.place}: no store is there")
             if not read_only:
-                self._writer = only_writer(place, self.path, self.engine)
+                self._writer = only_writer(self.place, self.path, self.engine)
+                if self.path is not None:  # readers and the writer do not wait for each other; stays with the file
+                    with self.engine.connect() as connection:
+                        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             if not there:
                 self._create(str(model))
             with self.engine.connect() as connection:
-                self._next_id = (connection.execute(select(func.max(rows.c.id))).scalar() or 0) + 1
+                given = connection.execute(select(about.c.value).where(about.c.name == "next_id")).scalar_one()
+                self._next_id = int(given)
 
     def _create(self, model: str) -> None:
+        known = {"schema": str(SCHEMA_VERSION), "model": model, "created": str(time.time()), "next_id": "1"}
         with self.engine.begin() as connection:
             tables.create_all(connection)
-            known = {"schema": str(SCHEMA_VERSION), "model": model, "created": str(time.time())}
             connection.execute(insert(about), [{"name": name, "value": value} for name, value in known.items()])
-        if self.path is not None:
-            with self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
     def close(self) -> None:
         """Let others write. Nothing is lost without it."""
@@ -78,15 +81,15 @@ class Store:
         """The namespace of this name, made where it is not there yet.
 
         Raises:
-            UserError: it is there with other widths.
+            UserError: it is there with other widths or another type.
         """
         for known in self.namespaces():
             if known.name != name:
                 continue
-            if (known.key_width, known.value_width) != (key_width, value_width):
+            if (known.key_width, known.value_width, known.value_type) != (key_width, value_width, value_type):
                 raise UserError(
-                    f"store {self.place}: {name} has keys of {known.key_width} and values of {known.value_width} numbers, "
-                    f"the memory {key_width} and {value_width}; give a new file"
+                    f"store {self.place}: {name} has keys of {known.key_width} and values of {known.value_width} numbers in "
+                    f"{known.value_type}, the memory {key_width} and {value_width} in {value_type}; give a new file"
                 )
             return known
         self._writes()
@@ -128,8 +131,11 @@ class Store:
         with told(self.place), self.engine.begin() as connection:
             if inserts:
                 connection.execute(insert(rows), inserts)
+                # Kept apart from the rows: a row that is purged or taken back leaves no number to be given out again.
+                given = update(about).where(about.c.name == "next_id").values(value=str(self._next_id))
+                connection.execute(given)
             if removed:
-                leave = update(rows).where(rows.c.id == bindparam("row"))
+                leave = update(rows).where(rows.c.id == bindparam("row"), rows.c.deleted.is_(None))
                 connection.execute(
                     leave.values(deleted=bindparam("why"), deleted_run=bindparam("by"), deleted_step=bindparam("at")), removed
                 )
@@ -150,14 +156,19 @@ class Store:
         for name, given, width in (("keys", part.keys, space.key_width), ("values", part.values, space.value_width)):
             if given.shape != (count, width):
                 raise UserError(f"store {self.place}: {name} of {space.name} must be {(count, width)}, got {given.shape}")
-            if not np.isfinite(given).all():
-                raise UserError(f"store {self.place}: {name} of {space.name} are not finite at step {step}; nothing was written")
+        with np.errstate(over="ignore"):  # told below, in one line
+            keys, values = part.keys.astype("<f4"), part.values.astype(VALUE_TYPES[space.value_type])
+        for name, kept in (("keys", keys), ("values", values), ("heat", part.heat)):
+            if not np.isfinite(kept).all():
+                why = " in float16" if name == "values" and np.isfinite(part.values).all() else ""
+                raise UserError(
+                    f"store {self.place}: {name} of {space.name} are not finite{why} at step {step}; nothing was written"
+                )
         now = time.time()
         tags = [part.tag] * count if isinstance(part.tag, str) else part.tag
-        created = part.created if isinstance(part.created, Sequence) else [now if part.created is None else part.created] * count
-        pinned = part.pinned if isinstance(part.pinned, Sequence) else [part.pinned] * count
+        created = np.broadcast_to(np.asarray(now if part.created is None else part.created, np.float64), count)
+        pinned = np.broadcast_to(np.asarray(part.pinned, bool), count)
         entries = np.ones(count, np.int64) if part.entries is None else part.entries
-        keys, values = part.keys.astype("<f4"), part.values.astype(VALUE_TYPES[space.value_type])
         for i in range(count):
             yield {
                 "id": int(part.ids[i]), "namespace": space.number, "key": keys[i].tobytes(), "value": values[i].tobytes(),
