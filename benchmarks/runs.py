@@ -14,6 +14,8 @@ from typing import Any
 from dmt.settings import load
 
 ROOT = Path(__file__).parents[1]
+TEST_TOKENS = 16_384
+"""Tokens of each corpus on which the variants of a table are compared, the first of its test text."""
 HEAD = "prose ratio | prose KL | prose top-1 | facts ratio | facts KL | recall | slots read | dead | seconds"
 
 
@@ -56,7 +58,7 @@ def table(variants: dict[str, tuple[str, ...]], steps: int, seeds: list[int], th
 
     def one(job: tuple[str, tuple[str, ...], int]) -> None:
         name, words, seed = job
-        found = distil(words, steps, seed, threads)
+        found = distil((f"data.test_tokens={TEST_TOKENS}", *words), steps, seed, threads)
         print(f"| {name} | `{' '.join(words) or '-'}` | {seed} | {cells(found)} |", flush=True)
 
     jobs = [(name, words, seed) for name, words in variants.items() for seed in seeds]

@@ -184,7 +184,7 @@ def test_refuses_what_is_not_its_own(place):
         space = store.namespace("layer_0", 4, 6)
         with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers in float32, the memory 8 and 6"):
             store.namespace("layer_0", 8, 6)
-        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers, the memory 4 and 8"):
+        with pytest.raises(UserError, match=r"keys of 4 and values of 6 numbers in float32, the memory 4 and 8"):
             store.namespace("layer_0", 4, 8)
         with pytest.raises(UserError, match=r"keys of layer_0 must be \(3, 4\), got \(3, 5\)"):
             store.commit("run", 1, {space: Changes([some(store, 3, key_width=5)])})
