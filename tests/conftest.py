@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dmt.distill.pretrain import train_tokenizer
 
@@ -90,3 +90,26 @@ def text_file(tmp_path):
 @pytest.fixture
 def tokens():
     return torch.randint(1, 300, (3, 20))
+
+
+@pytest.fixture
+def words(teacher_folder, text_file, tmp_path):
+    """A small run: four layer-wise steps, five end to end."""
+    return [
+        f"teacher={teacher_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16",
+        "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
+        "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
+        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu",
+        "memory.budget=8",
+        "trainer.precision=32-true",
+    ]  # fmt: skip
+
+
+def newest(tmp_path):
+    """The folder of the latest run."""
+    return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))
+
+
+def weights(run):
+    """Tensors of the student that a run saved."""
+    return AutoModelForCausalLM.from_pretrained(run / "student").state_dict()

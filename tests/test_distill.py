@@ -5,11 +5,10 @@ import json
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, SLOTS, WIDTH, make_llama
+from conftest import LAYERS, SLOTS, WIDTH, make_llama, newest, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -25,26 +24,6 @@ from dmt.models.surgery import memories_of, transplant
 
 TOGETHER = 9
 """Steps of the small run: four layer-wise, five end to end."""
-
-
-@pytest.fixture
-def words(teacher_folder, text_file, tmp_path):
-    return [
-        f"teacher={teacher_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16",
-        "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
-        "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
-        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu",
-        "memory.budget=8",
-        "trainer.precision=32-true",
-    ]  # fmt: skip
-
-
-def newest(tmp_path: Path) -> Path:
-    return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
 
 
 def module(teacher, **changes):

@@ -200,15 +200,15 @@ class AgainstADictionary(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(seed)
         keys, values = (torch.randn(count, width, generator=generator) * spread for width in (3, 2))
         changes = admit(self.rows, keys, values, ["t"] * count, self.policy, self.step, float(self.step), self.take).changes
-        for ids, _ in changes.removals:
-            for number in ids.tolist():
-                del self.known[number]
-                self.left.add(number)
         for part in changes.inserts:
             for number, key, value in zip(part.ids.tolist(), part.keys, part.values, strict=True):
                 assert number not in self.known
                 assert number not in self.left
                 self.known[number] = key, value
+        for ids, _ in changes.removals:
+            for number in ids.tolist():
+                del self.known[number]
+                self.left.add(number)
 
     @rule(seed=st.integers(0, 10_000))
     def read(self, seed):
@@ -246,7 +246,7 @@ class AgainstADictionary(RuleBasedStateMachine):
             "heat": [float(known.heat[i]) for i in at], "heat_step": [int(known.heat_step[i]) for i in at],
             "tag": [known.tags[i] for i in at], "entries": [int(known.entries[i]) for i in at],
             "created": [float(known.created[i]) for i in at], "pinned": [bool(known.pinned[i]) for i in at],
-            "last_read": [None] * len(at),
+            "last_read": [None] * len(at), "reads": [int(known.reads[i]) for i in at],
         }  # fmt: skip
         self.rows = Rows(3, 2)
         rows = [self.known[number] for number in sorted(self.known)]

@@ -11,8 +11,9 @@ from typing import Any, Literal, Optional
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    kind: Literal["featural", "dense"] = "featural"
-    """`featural`: a learnt top-k memory in place of the feed-forward block; `dense`: leave the block as it is."""
+    kind: Literal["featural", "associative", "dense"] = "featural"
+    """`featural`: a learnt top-k memory in place of the feed-forward block; `associative`: stored rows, written while
+    training, beside a `base`; `dense`: leave the block as it is."""
     init: Literal["ff", "random"] = "ff"
     """`ff`: slots are the neurons of the block replaced, so k = slots equals the teacher; `random`: from scratch."""
     weighting: Literal["activation", "relu", "softmax", "distance"] = "activation"
@@ -41,6 +42,22 @@ class MemoryConfig:
     """Beside the slots, a linear map of the hidden state that takes over what unread slots say on average."""
     search: Literal["exact"] = "exact"
     """How the k slots are found: `exact` scores every slot."""
+    base: Literal["featural", "none"] = "featural"
+    """Of `kind: associative`, what speaks beside the rows: a featural memory made by the settings above, or nothing."""
+    writes: Literal["residual", "teacher", "projection"] = "residual"
+    """Value of a row: what the base lacks of the teacher's answer, that answer, or a learnt projection (without a teacher)."""
+    neighbours: int = 8
+    """Stored rows read per token."""
+    novelty: float = 0.2
+    """Distance (keys have length 1) up to which something nearest is known already, so that nothing is written."""
+    recombine: float = 0.0
+    """Distance up to which, beyond `novelty`, a row is merged into the nearest one instead of being added."""
+    capacity: int = 16_384
+    """Most rows a layer keeps; the coldest that are not pinned leave."""
+    forgetting: float = 0.01
+    """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
+    write_from: float = 0.8
+    """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class StoreConfig:
+    place: Optional[str] = None
+    """Where rows are kept: a file or postgresql://; empty means `memory.db` in the run's folder."""
+    value_type: Literal["float32", "float16"] = "float32"
+    """Type of stored values; float16 takes half the room, and a resumed run then differs in the last digits."""
+    flush_every: int = 20
+    """Steps between two times that usage of rows is written down; rows themselves are written at every step."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     width: int = 128
     """Hidden size of the teacher to train (task: pretrain)."""
@@ -189,5 +216,6 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -60,6 +60,16 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
             raise UserError(f"{name}.{setting} must be in [1, {name}.slots={slots}], got {given}")
     if name == "memory" and memory.budget is not None and memory.k != "auto":  # a rule may set its layers apart
         raise UserError(f"{name}.budget is spent by {name}.k=auto alone, got {name}.k={shown(memory.k)}; leave one of them out")
+    for setting in ("neighbours", "capacity"):
+        if getattr(memory, setting) < 1:
+            raise UserError(f"{name}.{setting} must be at least 1, got {getattr(memory, setting)}")
+    for setting, most in (("novelty", 2), ("recombine", 2), ("forgetting", 1), ("write_from", 1)):
+        if not 0 <= getattr(memory, setting) <= most:
+            raise UserError(f"{name}.{setting} must be in [0, {most}], got {getattr(memory, setting)}")
+    if memory.kind == "associative" and memory.base == "none" and memory.writes == "residual":
+        raise UserError(
+            f"{name}.writes=residual is what a base lacks, and {name}.base=none; set {name}.writes=teacher or projection"
+        )
     for setting, number in (("slots", slots), ("k", memory.k if isinstance(memory.k, int) else None)):
         if number is not None and number % memory.heads:
             raise UserError(f"{name}.{setting}={number} must be a multiple of {name}.heads={memory.heads}")
@@ -82,10 +92,15 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
         )
 
 
+def has_slots(memory: MemoryConfig) -> bool:
+    """Whether a layer gets slots: a featural memory, or an associative one with such a base."""
+    return memory.kind == "featural" or (memory.kind == "associative" and memory.base == "featural")
+
+
 def _check_shared(memories: list[MemoryConfig]) -> None:
     """Raise `UserError` where memories that share a budget would not speak of the same thing."""
     for setting in ("budget", "metric", "ranking"):
-        given = {getattr(memory, setting): None for memory in memories if memory.kind != "dense" and memory.k == "auto"}
+        given = {getattr(memory, setting): None for memory in memories if has_slots(memory) and memory.k == "auto"}
         if len(given) > 1:
             raise UserError(
                 f"memory.{setting} must be the same in all layers with memory.k=auto, which share one budget, got "

@@ -42,7 +42,7 @@ class Insert:
 
 @dataclass(frozen=True)
 class Usage:
-    """How rows have been used since this was last written: all `(n,)`; reads are to be added, heat replaces."""
+    """How rows have been used, of those read since this was last written: all `(n,)`, and all as of now."""
 
     ids: Numbers
     reads: Numbers

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
-from dmt.layers import check_memory, layer_memories
+from dmt.layers import check_memory, has_slots, layer_memories
 from dmt.wording import changed, field_notes, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
@@ -64,7 +64,7 @@ def check(config: Config) -> None:
         "data.block": 2, "data.batch": 1, "data.micro_batch": 1, "data.validation_tokens": 1, "data.test_tokens": 1,
         "loss.kl": 0, "loss.reverse_kl": 0, "loss.ce": 0, "loss.hidden": 0, "loss.block": 0, "loss.cosine": 0,
         "loss.revive": 0, "loss.revive_after": 1, "loss.chunk": 0, "stages.calibrate_tokens": 0, "stages.layerwise_steps": 0,
-        "stages.end_to_end_steps": 0, "stages.k_start": 1, "optim.values_lr": 0,
+        "stages.end_to_end_steps": 0, "stages.k_start": 1, "optim.values_lr": 0, "store.flush_every": 1,
         "optim.warmup": 0, "optim.final_lr": 0, "optim.weight_decay": 0, "optim.clip": 0, "pretrain.width": 1,
         "pretrain.layers": 1, "pretrain.heads": 1, "pretrain.vocabulary": 257, "pretrain.steps": 1, "trainer.devices": 1,
         "trainer.threads": 0, "trainer.log_every": 1, "trainer.validate_every": 0, "trainer.checkpoint_every": 1, "seed": 0,
@@ -111,11 +111,16 @@ def check(config: Config) -> None:
     shape = teacher_shape(config.teacher)
     check_memory(config.memory, "memory", shape["slots"] if shape else None)
     memories = layer_memories(config, *((shape["layers"], shape["slots"]) if shape else (UNKNOWN_LAYERS,)))
-    if not config.stages.calibrate_tokens and any(memory.kind != "dense" and memory.k == "auto" for memory in memories):
+    if not config.stages.calibrate_tokens and any(has_slots(memory) and memory.k == "auto" for memory in memories):
         raise UserError("memory.k=auto is settled by calibration, got stages.calibrate_tokens=0; set memory.k to a number")
-    if config.loss.revive and any(memory.weighting in ("softmax", "distance") for memory in memories if memory.kind != "dense"):
+    rows = [memory for memory in memories if memory.kind == "associative"]
+    if rows and not config.stages.end_to_end_steps:
+        raise UserError("memory.kind=associative is written to in the end-to-end stage; set stages.end_to_end_steps")
+    if config.stages.layerwise_steps and not any(map(has_slots, memories)) and rows:
+        raise UserError("memory.base=none in every layer has nothing to learn layer by layer; set stages.layerwise_steps=0")
+    if config.loss.revive and any(memory.weighting in ("softmax", "distance") for memory in memories if has_slots(memory)):
         raise UserError("loss.revive needs a weight per slot; set memory.weighting=activation or relu, or loss.revive=0")
-    if config.loss.revive and any(memory.projections for memory in memories if memory.kind != "dense"):
+    if config.loss.revive and any(memory.projections for memory in memories if has_slots(memory)):
         raise UserError(
             "loss.revive would move projections, which living slots share; set memory.projections=false or loss.revive=0"
         )

@@ -12,7 +12,7 @@ from dmt.distill.sensitivity import measure_sensitivity, root
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.memory import FeaturalMemory
 from dmt.memory.budget import first_threshold, hold, sharing, watch
-from dmt.models.surgery import memories_of
+from dmt.models.surgery import associative_of, featural_of
 
 BUDGET_PASSES = 3
 """Passes through the calibration text in which the shared threshold is moved to where the budget is met."""
@@ -39,7 +39,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
         slots that are not read; ranking by deviation from the mean is ours (EXPERIMENTS.md).
     """
     wanted: Signals = observe_teacher(teacher, windows, blocks=True)
-    memories = memories_of(student)
+    memories = featural_of(student)
     if any(memory.metric is not None for memory in memories.values()):
         for layer, metric in enumerate(measure_sensitivity(teacher, windows)):
             if layer in memories and memories[layer].metric is not None:
@@ -47,6 +47,8 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
     given = [wanted.block_inputs[layer][ordinary(wanted.block_outputs[layer])] for layer in memories]
     for memory, hidden in zip(memories.values(), given, strict=True):
         memory.calibrate_means(hidden)
+    for layer, associative in associative_of(student).items():
+        associative.centre(wanted.block_inputs[layer][ordinary(wanted.block_outputs[layer])])
     first_threshold(memories.values(), given)
     _settle(student, wanted, windows)
     if sharing(memories.values()):
@@ -61,7 +63,7 @@ def calibrate(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tenso
 
 def _settle(student: PreTrainedModel, wanted: Signals, windows: Tensor) -> None:
     hooks = []
-    for layer, memory in memories_of(student).items():
+    for layer, memory in featural_of(student).items():
 
         def settle(memory: nn.Module, given: tuple[Tensor, ...], layer: int = layer) -> None:
             assert isinstance(memory, FeaturalMemory), "hooked below"

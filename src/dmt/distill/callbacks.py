@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.evaluate import continuations
-from dmt.models.surgery import memories_of
+from dmt.models.surgery import featural_of, memories_of
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
@@ -35,11 +35,11 @@ class SlotUsage(Callback):
     """Counts which slots validation text reads; logs dead slots, entropy and a histogram for every layer."""
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for memory in memories_of(module.student).values():  # type: ignore[arg-type]
+        for memory in featural_of(module.student).values():  # type: ignore[arg-type]
             memory.count_reads()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for layer, memory in memories_of(module.student).items():  # type: ignore[arg-type]
+        for layer, memory in featural_of(module.student).items():  # type: ignore[arg-type]
             assert memory.reads is not None, "counting began with the validation"
             read = float(memory.reads.sum()) / max(1, memory.reads_tokens)
             for name, value in (usage(memory.reads) | {"read": read}).items():

@@ -172,7 +172,9 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     settings, steps = config.trainer, data.steps
     checkpoint = newest_checkpoint(run)
     if checkpoint and int(checkpoint.stem[5:]) >= steps:  # nothing is left to train, and loggers would begin files anew
-        module.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"])
+        found = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        module.on_load_checkpoint(found)
+        module.load_state_dict(found["state_dict"])
         return
     if checkpoint:
         keep_metrics(run)

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config, OptimConfig
 from dmt.distill.calibrate import calibrate, measure_scales
+from dmt.distill.keeper import Keeper
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
 from dmt.distill.outliers import share
 from dmt.distill.revive import count_idle, revival_error
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.evaluate import Tally
 from dmt.memory.budget import hold, watch
-from dmt.models.surgery import memories_of
+from dmt.models.surgery import associative_of, featural_of, memories_of
 
 SCALE_TOKENS = 4_096
 """Least number of tokens from which the teacher's variances are measured."""
@@ -52,8 +53,9 @@ class Distiller(pl.LightningModule):
         self.register_buffer("block_limits", torch.full((layers,), torch.inf))
         self.register_buffer("hidden_scale", torch.ones(()))
         if config.loss.revive:
-            for layer, memory in memories_of(student).items():
+            for layer, memory in featural_of(student).items():
                 self.register_buffer(f"idle_{layer}", torch.zeros(memory.slots, dtype=torch.long))
+        self.keeper: Keeper | None = None
         self.tallies: list[Tally] = []
         self.errors: list[Tensor] = []
         self.validated = 0
@@ -90,11 +92,11 @@ class Distiller(pl.LightningModule):
         return {n: p for n, p in self.student.named_parameters() if everything or id(p) in memory}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        values = {id(memory.values) for memory in memories_of(self.student).values()}
+        values = {id(memory.values) for memory in featural_of(self.student).values()}
         return adamw(self.trainable().values(), self.settings.optim, values)
 
     def on_fit_start(self) -> None:
-        watch(memories_of(self.student).values())
+        watch(featural_of(self.student).values())
         self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
@@ -117,7 +119,10 @@ class Distiller(pl.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = rate * group["share"]
         optimizer.zero_grad()  # type: ignore[union-attr]
-        for memory in memories_of(self.student).values():
+        writing = self.keeper is not None and stage == "end_to_end" and step >= self.settings.memory.write_from * length
+        if self.keeper is not None:
+            self.keeper.write(writing)
+        for memory in featural_of(self.student).values():
             memory.widened = widening(step, length, self.settings.stages.k_start) if stage == "end_to_end" else 1.0
         logged: dict[str, Tensor] = {}
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -133,10 +138,16 @@ class Distiller(pl.LightningModule):
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
         done = self.global_step
         optimizer.step()  # type: ignore[union-attr]
-        hold(memories_of(self.student).values(), rate=HOLD_RATE)
+        hold(featural_of(self.student).values(), rate=HOLD_RATE)
+        if self.keeper is not None and writing:
+            self.keeper.write(False)  # what measures the student between steps leaves nothing behind
+            self.keeper.settle(done + 1)
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
         if done % self.settings.trainer.log_every == 0 or done == self.total_steps - 1:
-            self._write({"learning_rate": rate} | {f"{stage}/{name}": float(value) for name, value in logged.items()}, done)
+            stored = self.keeper.written if writing and self.keeper is not None else {}
+            self._write(
+                {"learning_rate": rate} | {f"{stage}/{name}": float(value) for name, value in logged.items()} | stored, done
+            )
 
     def _write(self, values: dict[str, float], step: int) -> None:
         # Not `self.log`: within one epoch that goes on writing the last value of a stage that is over.
@@ -153,11 +164,13 @@ class Distiller(pl.LightningModule):
 
     def _end_to_end(self, batch: Batch) -> dict[str, Tensor]:
         weights = self.settings.loss
-        blocks = bool(weights.block or weights.revive)
+        blocks = bool(weights.block or weights.revive or self.keeper)
         teacher = observe_teacher(self.teacher, batch.tokens, blocks=blocks)
         if weights.revive:
-            for memory in memories_of(self.student).values():
+            for memory in featural_of(self.student).values():
                 memory.count_reads()
+        for layer, associative in associative_of(self.student).items():
+            associative.lesson = teacher.block_outputs[layer]
         student = observe(self.student, batch.tokens, blocks=blocks)
         terms = distillation_terms(student, teacher, batch, weights, self.scales, list(memories_of(self.student)))
         if weights.revive:
@@ -167,7 +180,7 @@ class Distiller(pl.LightningModule):
     def _revival(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         """Mean over memories of how badly their dead slots forecast what they lack, a fraction of variance."""
         errors = []
-        for layer, memory in memories_of(self.student).items():
+        for layer, memory in featural_of(self.student).items():
             idle = self.get_buffer(f"idle_{layer}")
             count_idle(memory, idle)
             # Without gradient, so that nobody but the dead is moved by it.
@@ -195,9 +208,13 @@ class Distiller(pl.LightningModule):
         layers = list(memories)
         said = []
         for layer, memory in memories.items():
-            counted, memory.reads = memory.reads, None  # usage is counted in the student's own pass, not in this one
+            slots = featural_of(self.student).get(layer)
+            counted = None if slots is None else slots.reads
+            if slots is not None:
+                slots.reads = None  # usage is counted in the student's own pass, not in this one
             said.append(memory(teacher.block_inputs[layer]))
-            memory.reads = counted
+            if slots is not None:
+                slots.reads = counted
         wanted = tuple(teacher.block_outputs[layer] for layer in layers)
         scales = Scales(self.scales.blocks[layers], self.scales.hidden, self.scales.limits[layers])  # type: ignore[index]
         return block_errors(tuple(said), wanted, batch.mask, batch.tokens_in_step, scales)
@@ -209,9 +226,29 @@ class Distiller(pl.LightningModule):
         for layer, error in zip(memories_of(self.student), torch.stack(self.errors).sum(0) / self.validated, strict=True):
             self.log(f"block_error/layer_{layer}", error)
 
+    def close(self) -> None:
+        """Let go of the store, where there is one."""
+        if self.keeper is not None:
+            self.keeper.close()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stray = [name for name in checkpoint["state_dict"] if "teacher" in name]
         assert not stray, f"the teacher must be in no checkpoint, found {stray[:3]}"
+        if self.keeper is not None:  # rows are in the store; the checkpoint says which of them, and where they lie
+            for name in self._row_names():
+                del checkpoint["state_dict"][name]
+            checkpoint["rows"] = self.keeper.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.keeper is not None:
+            self.keeper.restore(checkpoint["global_step"], checkpoint["rows"])
+            mine = self.state_dict()
+            checkpoint["state_dict"] |= {name: mine[name] for name in self._row_names()}
+
+    def _row_names(self) -> list[str]:
+        """Names, in the state, of the tensors that hold stored rows."""
+        tensors = [tensor for memory in associative_of(self.student).values() for tensor in memory.rows.buffers()]
+        return [name for name, tensor in self.state_dict(keep_vars=True).items() if any(tensor is mine for mine in tensors)]
 
 
 def learning_rate(step: int, length: int, peak: float, optim: OptimConfig) -> float:

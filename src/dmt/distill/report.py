@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from dmt.config import Config
 from dmt.distill.callbacks import usage
 from dmt.evaluate import Tally
-from dmt.models.surgery import TransferReport, memories_of
+from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.models.surgery import TransferReport, featural_of, memories_of
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
@@ -33,9 +34,7 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
     alike: dict[str, list[int]] = {}
     for layer, memory in memories_of(student).items():
-        often = "on average over layers" if memory.selection == "threshold" else "for each token"
-        what = f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
-        alike.setdefault(what, []).append(layer)
+        alike.setdefault(_what(memory), []).append(layer)
     for what, layers in alike.items():
         table.add_row(f"layer {ranges(layers)}", f"feed-forward block -> {what}")
     table.add_row("tensors", transfer.summary())
@@ -46,6 +45,15 @@ def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[st
     table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
     table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
     console.print(table)
+
+
+def _what(memory: nn.Module | None) -> str:
+    if isinstance(memory, AssociativeMemory):
+        beside = "" if memory.base is None else f", beside {_what(memory.base)}"
+        return f"{memory.k} of at most {memory.policy.capacity:,} rows read for each token ({memory.writes}){beside}"
+    assert isinstance(memory, FeaturalMemory), "there are two kinds"
+    often = "on average over layers" if memory.selection == "threshold" else "for each token"
+    return f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
 
 
 def ranges(numbers: list[int]) -> str:
@@ -74,7 +82,7 @@ def numbers(tally: Tally) -> dict[str, float]:
 def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     """Usage of each layer's slots since counting began; stops counting."""
     found = {}
-    for layer, memory in memories_of(student).items():
+    for layer, memory in featural_of(student).items():
         assert memory.reads is not None, "count_reads was called before the text was read"
         found[str(layer)] = usage(memory.reads) | {"slots": memory.slots, "k": memory.k}
         found[str(layer)]["read"] = float(memory.reads.sum()) / memory.reads_tokens
@@ -96,7 +104,7 @@ def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
     for group, members in groups.items():
         settings |= {f"{group}.{name}": value for name, value in members.items() if isinstance(value, bool | int | float | str)}
     used = results["slots"].values()
-    settings |= {f"memory.{name}": max(u[name] for u in used) for name in ("k", "slots")}  # as resolved, not as left empty
+    settings |= {f"memory.{name}": max((u[name] for u in used), default=0) for name in ("k", "slots")}
     metrics: dict[str, float] = {}
     for corpus, found in results["fidelity"].items():
         metrics |= {f"hparam/{corpus}_{name}": found[name] for name in ("ratio", "kl", "agreement")}
@@ -117,11 +125,14 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 share = f"{said['student'] / said['teacher']:.4f} of it" if said["teacher"] else ""
                 table.append((f"{corpus}: {title}", f"{said['teacher']:.4f}", f"{said['student']:.4f}", share))
     used, size = results["slots"].values(), results["bytes"]
-    read, held, dead = (sum(u[name] for u in used) for name in ("read", "slots", "dead"))
-    by_layer = ", ".join(f"{u['read']:.0f}" for u in used)
-    table.append(("slots read per token", f"{held:,}", f"{read:,.1f}", f"1 / {held / read:.1f}"))
-    table.append(("layer by layer", "", by_layer if len(used) <= 12 else "", by_layer if len(used) > 12 else ""))
-    table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
+    if used:
+        read, held, dead = (sum(u[name] for u in used) for name in ("read", "slots", "dead"))
+        by_layer = ", ".join(f"{u['read']:.0f}" for u in used)
+        table.append(("slots read per token", f"{held:,}", f"{read:,.1f}", f"1 / {held / read:.1f}"))
+        table.append(("layer by layer", "", by_layer if len(used) <= 12 else "", by_layer if len(used) > 12 else ""))
+        table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
+    for layer, stored in results.get("rows", {}).items():
+        table.append((f"rows of layer {layer}", "", f"{stored['rows']:,}", f"base heard {stored['base']:.0%}"))
     megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}
     on_disk = f"{megabytes['student_on_disk']} on disk"
     table.append(("weights in memory, MB", megabytes["teacher"], megabytes["student"], on_disk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from dmt.distill.fitting import (
     resumable,
 )
 from dmt.distill.folder import new_run, newest_checkpoint, write_record
+from dmt.distill.keeper import Keeper, fingerprint
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.signals import observe_teacher
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
-from dmt.models.surgery import memories_of, transplant
+from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
+from dmt.store import Store
 
 
 def run(config: Config, folder: Path | None = None) -> int:
@@ -67,13 +70,36 @@ def distil(config: Config, run: Path | None) -> Path:
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * config.data.micro_batch))
     fresh = run is None
+    keeps, model = bool(associative_of(student)), fingerprint(teacher)
+    shared = Store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
     run = run or new_run(config)
     module = Distiller(config, student, teacher)
+    if keeps:
+        module.keeper = Keeper(config.store, shared or Store(str(run / "memory.db"), model), student, run)
+    with closing(module):
+        _train(config, run, fresh, module, tokenizer, data, transfer, began)
+    return run
+
+
+def _train(
+    config: Config,
+    run: Path,
+    fresh: bool,
+    module: Distiller,
+    tokenizer: Any,
+    data: TextData,
+    transfer: TransferReport,
+    began: float,
+) -> None:
+    """From a student in place to results in the folder."""
+    student, teacher, stages = module.student, module.teacher, config.stages
     report.plan(config, run, student, module.trainable(), transfer)
     (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
     untrained: dict[str, Tally] = {}
     if fresh:
         pl.seed_everything(config.seed, workers=True, verbose=False)
+        if module.keeper is not None:
+            module.keeper.begin()
         place = compute_device(config)
         module.to(place)
         teacher.to(place)  # type: ignore[arg-type]
@@ -93,7 +119,6 @@ def distil(config: Config, run: Path | None) -> Path:
         results = measure(config, student.eval().to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
         results |= _costs(config, data, began, prepared, trained, steps_before)
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
-    return run
 
 
 def _given_to_blocks(config: Config, teacher: Any, memories: list[MemoryConfig], data: TextData) -> tuple[Tensor, ...] | None:
@@ -130,7 +155,7 @@ def _conclude(
 
 def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextData) -> dict[str, Any]:
     """Everything that is reported, on test text: fidelity and recall by corpus, slot usage by layer."""
-    for memory in memories_of(student).values():
+    for memory in featural_of(student).values():
         memory.count_reads()
     fidelity: dict[str, Any] = {}
     for corpus in data.corpora:

@@ -106,8 +106,10 @@ class AssociativeMemory(nn.Module):
         if self.writing:
             self._offer(flat, base)
         said = self._read(flat) if len(self.rows) else None
-        parts = [part for part in (base, said) if part is not None]
-        return (sum(parts[1:], parts[0]) if parts else torch.zeros_like(flat)).view_as(hidden)
+        if base is None:
+            said = self.output(torch.zeros_like(flat)) if said is None else said  # nothing, in the graph like an answer
+            return said.view_as(hidden)
+        return (base if said is None else base + said).view_as(hidden)
 
     def _read(self, hidden: Tensor) -> Tensor:
         queries = F.normalize(self.query(hidden), dim=-1)
@@ -176,6 +178,16 @@ class AssociativeMemory(nn.Module):
         if self._tape is not None and self._tape_ids is not None:
             hidden, numbers = torch.cat([self._tape.to(hidden), hidden]), torch.cat([self._tape_ids, numbers])
         self._tape, self._tape_ids = hidden[-TAPE:], numbers[-TAPE:]
+
+    def tape(self) -> tuple[Tensor, Tensor]:
+        """Hidden states `(m, width)` that the rows written last were made from, and the rows' numbers `(m,)`."""
+        if self._tape is None or self._tape_ids is None:
+            return torch.zeros(0, self.width), torch.zeros(0, dtype=torch.long)
+        return self._tape.cpu().clone(), self._tape_ids.cpu().clone()
+
+    def set_tape(self, hidden: Tensor, ids: Tensor) -> None:
+        """Go on with what `tape` gave."""
+        self._tape, self._tape_ids = hidden.to(self.rows.keys.device), ids.to(self.rows.keys.device)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, k={self.k}, writes={self.writes}, rows={len(self.rows)} of {self.policy.capacity}"

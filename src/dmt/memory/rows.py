@@ -36,18 +36,27 @@ class Histories:
 
     heat: NDArray[np.float64]
     heat_step: Numbers
-    reads: Numbers  # since they were last taken
+    reads: Numbers
     last_read: NDArray[np.float64]
     entries: Numbers
     created: NDArray[np.float64]
     pinned: NDArray[np.bool_]
+    used: NDArray[np.bool_]  # since usage was last taken
     tags: list[str]
 
     @classmethod
     def empty(cls, places: int) -> Histories:
         """Of places that hold no rows."""
-        floats, numbers = (lambda: np.zeros(places)), (lambda: np.zeros(places, np.int64))
-        return cls(floats(), numbers(), numbers(), floats(), numbers(), floats(), np.zeros(places, bool), [""] * places)
+        return cls(
+            heat=np.zeros(places), heat_step=np.zeros(places, np.int64), reads=np.zeros(places, np.int64),
+            last_read=np.zeros(places), entries=np.zeros(places, np.int64), created=np.zeros(places),
+            pinned=np.zeros(places, bool), used=np.zeros(places, bool), tags=[""] * places,
+        )  # fmt: skip
+
+    def taken(self, at: Numbers) -> Histories:
+        """Those at the places `at`, in this order."""
+        arrays = {name: mine[at].copy() for name, mine in vars(self).items() if isinstance(mine, np.ndarray)}
+        return Histories(**arrays, tags=[self.tags[place] for place in at])
 
     def grown(self, places: int) -> Histories:
         """The same, with room for more."""
@@ -136,6 +145,7 @@ class Rows(nn.Module):
         at = free.cpu().numpy()
         known = self.histories
         known.heat[at], known.heat_step[at], known.reads[at], known.last_read[at] = part.heat, step, 0, 0.0
+        known.used[at] = False
         known.entries[at] = 1 if part.entries is None else part.entries
         known.created[at] = 0.0 if part.created is None else part.created
         known.pinned[at] = part.pinned
@@ -172,20 +182,26 @@ class Rows(nn.Module):
         known.heat[read] = known.heat[read] * np.exp2(-decay * (step - known.heat_step[read])) + more
         known.heat_step[read], known.last_read[read] = step, now
         known.reads[read] += np.bincount(first, minlength=len(read))
+        known.used[read] = True
 
     def take_usage(self) -> Usage | None:
         """How rows have been used since this was last asked; None where none has."""
         known = self.histories
-        used = ((self.ids >= 0).cpu().numpy() & (known.reads > 0)).nonzero()[0]
+        used = ((self.ids >= 0).cpu().numpy() & known.used).nonzero()[0]
         if not len(used):
             return None
         ids = self.ids[torch.as_tensor(used, device=self.ids.device)].cpu().numpy()
         usage = Usage(ids, known.reads[used], known.last_read[used], known.heat[used].astype(np.float32), known.heat_step[used])
-        known.reads[used] = 0
+        known.used[used] = False
         return usage
 
-    def rebuild(self, pages: Iterable[Page]) -> None:
-        """Hold these rows and no others, with what the store knows of them."""
+    @torch.no_grad()
+    def rebuild(self, pages: Iterable[Page], places: Numbers | None = None) -> None:
+        """Hold these rows and no others, with what the store knows of them.
+
+        With `places`, the number of the row at each place (-1 for none), they lie where they lay: sums over them are then
+        the same to the last bit. A row that `places` does not name is added behind them.
+        """
         self.reset()
         for page in pages:
             about = page.about
@@ -194,8 +210,29 @@ class Rows(nn.Module):
                        np.asarray(about["entries"], np.int64), about["created"], about["pinned"]),
                 step=0,
             )  # fmt: skip
-            self.histories.heat_step[at] = about["heat_step"]
+            self.histories.heat_step[at], self.histories.reads[at] = about["heat_step"], about["reads"]
             self.histories.last_read[at] = [0.0 if when is None else when for when in about["last_read"]]
+        if places is not None:
+            self._lay_out(places)
+
+    def _lay_out(self, places: Numbers) -> None:
+        known = self.place_of
+        wanted = [int(number) for number in places]
+        named = set(wanted)
+        late = [number for number in known if number not in named]
+        wanted += late
+        at = np.array([known.get(number, -1) for number in wanted], np.int64)
+        there = torch.as_tensor(at >= 0, device=self.ids.device)
+        source = torch.as_tensor(at, device=self.ids.device).clamp_min(0)
+        before = self.histories
+        if not self.places:  # nothing to take from
+            self._grow(max(1, len(wanted)))
+            before, source = self.histories, source.clamp_max(0)
+        self.keys = torch.where(there.unsqueeze(-1), self.keys[source], 0)
+        self.values = torch.where(there.unsqueeze(-1), self.values[source], 0)
+        self.ids = torch.where(there, self.ids[source], -1)
+        self._histories = before.taken(np.where(at >= 0, at, 0))
+        self._places = self._handicap = None
 
     def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:
         """Numbers of the rows at `places`."""

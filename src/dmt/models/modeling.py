@@ -20,14 +20,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dmt.memory import FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.admission import Policy
 from dmt.models.architectures import architecture_of
 
 
 class MemoryGPT2Config(GPT2Config):
     """A GPT-2's config and, for each layer that has a memory, the arguments that build it.
 
-    `memory` maps a layer number (as a string, JSON has no other keys) to `FeaturalMemory` arguments.
+    `memory` maps a layer number (as a string, JSON has no other keys) to arguments of its `FeaturalMemory`; or to `rows`,
+    arguments of an `AssociativeMemory`, and `base`, those of its base or None.
     """
 
     model_type = "dmt_gpt2"
@@ -46,7 +48,7 @@ class _WithMemories(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FeaturalMemory):
+        if isinstance(module, FeaturalMemory | AssociativeMemory):
             module.reset()
         else:
             super()._init_weights(module)
@@ -56,7 +58,23 @@ class _WithMemories(PreTrainedModel):
         config: Any = self.config
         arch = architecture_of(config.model_type)
         for layer, arguments in (config.memory or {}).items():
-            arch.replace(self, int(layer), FeaturalMemory(width=config.hidden_size, gated=arch.gated, **arguments))
+            arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
+
+    def save_pretrained(self, *given: Any, **named: Any) -> None:
+        """As ever; stored rows go along, and the config says how much room they need."""
+        for layer, block in enumerate(architecture_of(self.config.model_type).blocks(self)):
+            if isinstance(block, AssociativeMemory):
+                self.config.memory[str(layer)]["rows"]["places"] = block.rows.places
+        super().save_pretrained(*given, **named)
+
+
+def _memory(width: int, gated: bool, arguments: dict[str, Any]) -> nn.Module:
+    """The memory that these arguments of a config describe."""
+    if "rows" not in arguments:
+        return FeaturalMemory(width=width, gated=gated, **arguments)
+    rows = dict(arguments["rows"])
+    base = None if arguments["base"] is None else FeaturalMemory(width=width, gated=gated, **arguments["base"])
+    return AssociativeMemory(width, base=base, policy=Policy(**rows.pop("policy")), **rows)
 
 
 class MemoryGPT2Model(_WithMemories, GPT2Model):

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from dmt.config import MemoryConfig
 from dmt.errors import UserError
-from dmt.memory import FeaturalMemory
+from dmt.layers import has_slots
+from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.weighting import ACTIVATIONS
 from dmt.models.architectures import Architecture, architecture_of
 from dmt.models.modeling import build_student
@@ -72,18 +73,35 @@ def transplant(
     arch = architecture_of(teacher.config.model_type)
     blocks = arch.blocks(teacher)
     assert len(blocks) == len(memories), "one memory setting per layer"
-    plan = {str(layer): _arguments(layer, memory, arch, teacher) for layer, memory in enumerate(memories) if memory.kind != "dense"}
+    chosen = {layer: memory for layer, memory in enumerate(memories) if memory.kind != "dense"}
+    slots = {layer: _arguments(layer, memory, arch, teacher) for layer, memory in chosen.items() if has_slots(memory)}
+    plan = {
+        str(layer): {"rows": _rows(memory), "base": slots.get(layer)} if memory.kind == "associative" else slots[layer]
+        for layer, memory in chosen.items()
+    }
     student = build_student(teacher.config, plan, arch.no_dropout)
-    chosen = {int(layer): memories[int(layer)] for layer in plan}
-    parts = {layer: _parts(layer, memory, arch, teacher, plan[str(layer)], block_inputs) for layer, memory in chosen.items()}
+    parts = {layer: _parts(layer, chosen[layer], arch, teacher, slots[layer], block_inputs) for layer in slots}
     report = _transfer(teacher, student, arch, chosen, parts)
     return student.eval(), report
 
 
-def memories_of(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
-    """The memories of a student by layer."""
+def memories_of(student: PreTrainedModel) -> dict[int, FeaturalMemory | AssociativeMemory]:
+    """The memories of a student, of either kind, by layer."""
     blocks = architecture_of(student.config.model_type).blocks(student)
-    return {layer: block for layer, block in enumerate(blocks) if isinstance(block, FeaturalMemory)}
+    return {layer: block for layer, block in enumerate(blocks) if isinstance(block, FeaturalMemory | AssociativeMemory)}
+
+
+def featural_of(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
+    """The featural memories of a student by layer, those that are the base of an associative one included."""
+    found = {
+        layer: memory.base if isinstance(memory, AssociativeMemory) else memory for layer, memory in memories_of(student).items()
+    }
+    return {layer: memory for layer, memory in found.items() if isinstance(memory, FeaturalMemory)}
+
+
+def associative_of(student: PreTrainedModel) -> dict[int, AssociativeMemory]:
+    """The associative memories of a student by layer."""
+    return {layer: memory for layer, memory in memories_of(student).items() if isinstance(memory, AssociativeMemory)}
 
 
 def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: PreTrainedModel) -> dict[str, Any]:
@@ -112,6 +130,12 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         "selection": "threshold" if auto else "top", "gradient": memory.gradient,
         "projections": memory.projections, "linear": memory.linear, "search": memory.search,
     }  # fmt: skip
+
+
+def _rows(memory: MemoryConfig) -> dict[str, Any]:
+    """Arguments of an `AssociativeMemory` but for its width and base, as they stand in a student's config."""
+    policy = {"novelty": memory.novelty, "recombine": memory.recombine, "capacity": memory.capacity, "decay": memory.forgetting}
+    return {"k": memory.neighbours, "writes": memory.writes, "policy": policy, "places": 0}
 
 
 @torch.no_grad()
@@ -152,14 +176,16 @@ def _transfer(
     for layer, memory in memories.items():
         name = arch.block_name(layer)
         block, mine = arch.blocks(teacher)[layer], arch.blocks(student)[layer]
-        assert isinstance(mine, FeaturalMemory), "the plan put a memory here"
-        if memory.init == "ff":
-            mine.load_feedforward(parts[layer])
+        slots = mine.base if isinstance(mine, AssociativeMemory) else mine
+        taken_over = isinstance(slots, FeaturalMemory) and memory.init == "ff"
+        inside = f"{name}.base" if isinstance(mine, AssociativeMemory) else name
+        if taken_over:
+            slots.load_feedforward(parts[layer])  # type: ignore[union-attr,operator]
         for part, taken in arch.read(block).items():
             source = f"{name}.{arch.tensors[part]}"
-            if memory.init == "ff":
-                transfers.append(Transfer(source, "memory", f"{name}.{part}", taken.numel()))
-                filled.add(f"{name}.{part}")
+            if taken_over:
+                transfers.append(Transfer(source, "memory", f"{inside}.{part}", taken.numel()))
+                filled.add(f"{inside}.{part}")
             else:
                 transfers.append(Transfer(source, "dropped", "-", taken.numel()))
         for part in mine.state_dict():

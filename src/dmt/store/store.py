@@ -143,7 +143,7 @@ class Store:
                 use = update(rows).where(rows.c.id == bindparam("row"))
                 connection.execute(
                     use.values(
-                        reads=rows.c.reads + bindparam("more"),
+                        reads=bindparam("times"),
                         last_read=bindparam("when"),
                         heat=bindparam("warmth"),
                         heat_step=bindparam("as_of"),
@@ -244,6 +244,6 @@ class Store:
 def _used(usage: Usage) -> Iterator[dict[str, Any]]:
     for i in range(len(usage.ids)):
         yield {
-            "row": int(usage.ids[i]), "more": int(usage.reads[i]), "when": float(usage.last_read[i]),
+            "row": int(usage.ids[i]), "times": int(usage.reads[i]), "when": float(usage.last_read[i]),
             "warmth": float(usage.heat[i]), "as_of": int(usage.heat_step[i]),
         }  # fmt: skip

@@ -1,0 +1,119 @@
+"""Keeps stored rows and the model that reads them in step: what a step wrote is on disk when the step ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dmt.config import StoreConfig
+from dmt.errors import UserError
+from dmt.memory import AssociativeMemory
+from dmt.models.surgery import associative_of
+from dmt.records import Changes, Namespace
+from dmt.store import Store
+
+HISTORIES = ("heat", "heat_step", "last_read", "reads", "used")
+"""What changes with every read, so that a checkpoint has it as of its step and the store only as of the last flush."""
+
+
+class Keeper:
+    """The rows of all associative memories of a student in a store, one namespace a layer.
+
+    Args:
+        config: where and how.
+        store: an open store; closed with this.
+        student: its associative memories are watched over.
+        run: the folder of the run; its path marks the rows that the run writes.
+
+    Raises:
+        UserError: the store has other memories than the student.
+    """
+
+    def __init__(self, config: StoreConfig, store: Store, student: PreTrainedModel, run: Path) -> None:
+        self.memories = associative_of(student)
+        self.run = str(run.absolute())[-80:]
+        self.flush_every = config.flush_every
+        self.store = store
+        self.spaces: dict[int, Namespace] = {
+            layer: self.store.namespace(f"layer_{layer}", memory.width, memory.width, config.value_type)
+            for layer, memory in self.memories.items()
+        }
+        self.written: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
+        for layer, memory in self.memories.items():
+            memory.rows.rebuild(self.store.scan(self.spaces[layer]))
+
+    def write(self, on: bool) -> None:
+        """Let memories write from now on, or not."""
+        for memory in self.memories.values():
+            memory.writing = on
+
+    def settle(self, step: int) -> None:
+        """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction."""
+        changes: dict[Namespace, Changes] = {}
+        now = time.time()
+        self.written = {}
+        for layer, memory in self.memories.items():
+            made = memory.settle(step, now, self.store.take_ids)
+            usage = memory.rows.take_usage() if step % self.flush_every == 0 else None
+            changes[self.spaces[layer]] = Changes(made.inserts, made.removals, usage)
+            gone = {why: sum(len(ids) for ids, reason in made.removals if reason == why) for why in ("evicted", "merged")}
+            self.written |= {f"rows/layer_{layer}": len(memory.rows)}
+            self.written |= {f"rows_inserted/layer_{layer}": sum(len(part.ids) for part in made.inserts)}
+            self.written |= {f"rows_{why}/layer_{layer}": number for why, number in gone.items()}
+        self.store.commit(self.run, step, changes)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the store to go on as if nothing had happened: small, without keys and values."""
+        return {str(layer): _state(memory) for layer, memory in self.memories.items()}
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Be as at the end of step `step`, when `state` was taken: rows written later are dropped, those that left come back.
+
+        Raises:
+            UserError: the store does not hold the rows that the checkpoint speaks of.
+        """
+        self.store.rewind(self.run, step)
+        for layer, memory in self.memories.items():
+            known = state[str(layer)]
+            rows = memory.rows
+            rows.rebuild(self.store.scan(self.spaces[layer]), known["ids"].numpy())
+            if not torch.equal(rows.ids.cpu(), known["ids"]):
+                raise UserError(
+                    f"store {self.store.place}: layer {layer} has {len(rows):,} rows, the checkpoint of step {step} "
+                    f"{int((known['ids'] >= 0).sum()):,} that are not the same; give the store that this run wrote"
+                )
+            for name in HISTORIES:
+                getattr(rows.histories, name)[:] = known[name].numpy()
+            memory.set_tape(known["tape"], known["tape_ids"])
+
+    def close(self) -> None:
+        """Write down usage that was not yet, and let others write."""
+        try:
+            usage = {self.spaces[layer]: Changes(usage=memory.rows.take_usage()) for layer, memory in self.memories.items()}
+            self.store.commit(self.run, 0, usage)
+        finally:
+            self.store.close()
+
+
+def _state(memory: AssociativeMemory) -> dict[str, torch.Tensor]:
+    histories = {name: torch.as_tensor(np.array(getattr(memory.rows.histories, name))) for name in HISTORIES}
+    hidden, ids = memory.tape()
+    return {"ids": memory.rows.ids.cpu().clone(), **histories, "tape": hidden, "tape_ids": ids}
+
+
+def fingerprint(teacher: PreTrainedModel) -> str:
+    """What tells one teacher from another: a digest of its shape and of its input embeddings."""
+    shape = {name: value for name, value in teacher.config.to_dict().items() if isinstance(value, int | float | str)}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    digest.update(teacher.get_input_embeddings().weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,265 @@
+"""Associative memories in a whole run: rows and checkpoints are one, the saved student is the student, nothing leaks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import LAYERS, make_llama, newest, weights
+from transformers import AutoModelForCausalLM
+
+from dmt.config import Config, DataConfig, MemoryConfig, StagesConfig, StoreConfig
+from dmt.distill.keeper import Keeper, fingerprint
+from dmt.distill.losses import Batch
+from dmt.distill.module import Distiller
+from dmt.distill.signals import observe
+from dmt.main import main
+from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
+from dmt.store import Store
+
+ROWS = ["memory.kind=associative", "memory.write_from=0.2", "memory.novelty=0.05", "store.flush_every=2"]
+ALONE = ["memory.base=none", "memory.k=8", "memory.budget=", "memory.write_from=0", "stages.layerwise_steps=0"]
+
+
+def rows_in(run):
+    """Rows of each layer by number: step, key, value."""
+    with Store(str(run / "memory.db"), read_only=True) as store:
+        return {
+            space.name: {
+                int(n): (s, k.tobytes(), v.tobytes())
+                for page in store.scan(space)
+                for n, s, k, v in zip(page.ids, page.about["step"], page.keys, page.values, strict=True)
+            }
+            for space in store.namespaces()
+        }
+
+
+def small(teacher, tmp_path, **changes):
+    memory = MemoryConfig(**{"kind": "associative", "k": 8, "write_from": 0.0, "novelty": 0.01} | changes)
+    config = replace(
+        Config(), memory=memory, data=DataConfig(block=16, batch=4, micro_batch=2), stages=StagesConfig(end_to_end_steps=4)
+    )
+    student, _ = transplant(teacher, [memory] * LAYERS)
+    made = Distiller(config, student, teacher)
+    made.keeper = Keeper(StoreConfig(), Store(str(tmp_path / "rows.db"), fingerprint(teacher)), student, tmp_path)
+    return made
+
+
+def taught(made, tokens, step=1):
+    """One step's passes, without an optimiser: writes are offered and settled."""
+    made.keeper.write(True)
+    for rows in tokens.split(2):
+        made._end_to_end(Batch.whole(rows))
+    made.keeper.write(False)
+    made.keeper.settle(step)
+
+
+def test_a_student_with_empty_memories_is_its_base(teacher, tmp_path, tokens):
+    made = small(teacher, tmp_path)
+    plain, _ = transplant(teacher, [MemoryConfig(k=8)] * LAYERS)
+    assert torch.equal(made.student(tokens).logits, plain(tokens).logits)
+    taught(made, tokens)
+    assert not torch.equal(made.student(tokens).logits, plain(tokens).logits)
+
+
+def test_every_tensor_is_accounted_for(teacher):
+    student, report = transplant(teacher, [MemoryConfig(kind="associative", k=8), MemoryConfig(k=8), MemoryConfig(kind="dense")])
+    assert list(associative_of(student)) == [0]
+    assert list(featural_of(student)) == list(memories_of(student)) == [0, 1]
+    fates = {transfer.into: transfer.fate for transfer in report.transfers}
+    assert fates["transformer.h.0.mlp.base.keys"] == "memory"
+    assert fates["transformer.h.0.mlp.rows.keys"] == "new"
+
+
+def test_what_comes_later_moves_nothing_before_it_while_writing(teacher, tmp_path, tokens):
+    """In training, with rows of earlier steps: token t + 1 and the other sequence change, logits up to t do not, exactly."""
+    made = small(teacher, tmp_path)
+    taught(made, tokens)
+    made.student.train()
+    other = tokens.clone()
+    other[0, 12:] = torch.randint(1, 300, (8,))
+    said = []
+    for given in (tokens, other):
+        made.keeper.write(True)
+        made._end_to_end(Batch.whole(given))
+        said.append(observe(made.student, given).logits)
+        made.keeper.write(False)
+        for memory in associative_of(made.student).values():
+            memory._offers, memory._reads = [], []
+    assert torch.equal(said[0][0, :12], said[1][0, :12])
+    assert torch.equal(said[0][1:], said[1][1:])
+    assert not torch.equal(said[0][0, 12:], said[1][0, 12:])
+
+
+def test_generating_reads_and_does_not_write(teacher, tmp_path, tokens):
+    made = small(teacher, tmp_path)
+    taught(made, tokens)
+    before = [len(memory.rows) for memory in associative_of(made.student).values()]
+    student = made.student.eval()
+    cached, whole = (
+        student.generate(tokens[:, :5], max_new_tokens=8, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
+    )
+    assert torch.equal(cached, whole)
+    other = tokens[:, :9].clone()
+    other[:, 6:] = 7
+    assert torch.equal(student(tokens[:, :9]).logits[:, :6], student(other).logits[:, :6])
+    made.keeper.settle(2)
+    assert [len(memory.rows) for memory in associative_of(made.student).values()] == before
+
+
+def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, tokens):
+    written = []
+    for parts in (1, 3):
+        (tmp_path / str(parts)).mkdir()
+        made = small(teacher, tmp_path / str(parts))
+        made.keeper.write(True)
+        for rows in tokens.split(parts):
+            made._end_to_end(Batch.whole(rows))
+        made.keeper.settle(1)
+        written.append([memory.rows.keys[: len(memory.rows)] for memory in associative_of(made.student).values()])
+    for one, three in zip(*written, strict=True):
+        torch.testing.assert_close(one, three)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], ["memory.writes=teacher"], [*ALONE, "memory.writes=projection"], [*ALONE, "memory.writes=teacher"]], ids=str
+)
+def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys):
+    assert main([*words, *ROWS, *changes]) == 0
+    run = newest(tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    stored = rows_in(run)
+    for layer, memory in associative_of(student).items():
+        there = stored[f"layer_{layer}"]
+        assert there
+        assert set(memory.rows.place_of) == set(there)
+        for number, place in memory.rows.place_of.items():
+            assert memory.rows.keys[place].numpy().tobytes() == there[number][1]
+    checkpoint = torch.load(run / "checkpoints" / max(p.name for p in (run / "checkpoints").iterdir()), weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if ".rows." in name]
+    head = (run / "metrics.csv").read_text().splitlines()[0]
+    assert "rows_inserted/layer_0" in head
+    assert "rows of at most 16,384" not in (run / "report.md").read_text()
+    assert "rows read for each token" in capsys.readouterr().out
+
+
+def test_a_saved_student_reads_the_same_rows(teacher, tmp_path, tokens):
+    made = small(teacher, tmp_path)
+    taught(made, tokens)
+    made.student.eval().save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    assert torch.equal(again(tokens).logits, made.student(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], [*ALONE, "memory.writes=projection"], ["memory.capacity=20", "memory.recombine=0.2"]], ids=str
+)
+def test_a_run_that_died_goes_on_to_the_same_rows_and_weights(words, tmp_path, changes):
+    assert main([*words, *ROWS, *changes]) == 0
+    run = newest(tmp_path)
+    whole, stored = weights(run), rows_in(run)
+    last = max(int(p.stem[5:]) for p in (run / "checkpoints").iterdir())
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.stem == f"step_{last}":
+            checkpoint.unlink()
+    assert main(["--resume", str(run)]) == 0
+    again = rows_in(run)
+    for layer, rows in stored.items():
+        assert sorted(row for row in rows.values()) == sorted(row for row in again[layer].values())
+    for name, value in whole.items():
+        if not name.endswith(".ids"):  # numbers are never given out twice
+            assert torch.equal(value, weights(run)[name]), name
+
+
+def test_resuming_a_finished_run_finds_its_rows(words, tmp_path):
+    assert main([*words, *ROWS, "trainer.validate_every=0"]) == 0
+    run = newest(tmp_path)
+    before = weights(run)
+    assert main(["--resume", str(run)]) == 0
+    assert all(torch.equal(value, weights(run)[name]) for name, value in before.items())
+
+
+def test_a_store_that_is_not_the_runs_is_refused(words, tmp_path, capsys):
+    assert main([*words, *ROWS]) == 0
+    run = newest(tmp_path)
+    for file in run.glob("memory.db*"):
+        file.unlink()
+    assert main(["--resume", str(run)]) == 2
+    assert "give the store that this run wrote" in capsys.readouterr().err
+
+
+def test_another_teachers_store_is_refused_before_a_folder_is_made(words, tmp_path, tokenizer, capsys):
+    place = f"store.place={tmp_path / 'shared.db'}"
+    assert main([*words, *ROWS, place]) == 0
+    make_llama(len(tokenizer)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    before = newest(tmp_path)
+    assert main([*words, *ROWS, place, f"teacher={tmp_path / 'llama'}"]) == 2
+    assert "belong to another model" in capsys.readouterr().err
+    assert newest(tmp_path) == before
+
+
+def test_a_shared_store_is_read_by_the_next_run(words, tmp_path):
+    place = f"store.place={tmp_path / 'shared.db'}"
+    for _ in range(2):
+        assert main([*words, *ROWS, place]) == 0
+    with Store(str(tmp_path / "shared.db"), read_only=True) as store:
+        runs = {run for space in store.namespaces() for page in store.scan(space) for run in page.about["run"]}
+    assert {run[-9:] for run in runs} == {"version_0", "version_1"}
+
+
+def test_usage_is_written_down(words, tmp_path):
+    assert main([*words, *ROWS]) == 0
+    with Store(str(newest(tmp_path) / "memory.db"), read_only=True) as store:
+        pages = [page for space in store.namespaces() for page in store.scan(space)]
+    assert sum(sum(page.about["reads"]) for page in pages) > 0
+    assert all(when is None or when > 1e9 for page in pages for when in page.about["last_read"])
+
+
+@pytest.mark.parametrize(
+    ("words_given", "said"),
+    [
+        (["memory.kind=associative", "memory.base=none"], "memory.writes=residual is what a base lacks"),
+        (["memory.kind=associative", "memory.capacity=0"], "memory.capacity must be at least 1, got 0"),
+        (["memory.kind=associative", "memory.novelty=-1"], "memory.novelty must be in [0, 2], got -1"),
+        (["memory.kind=associative", "memory.forgetting=2"], "memory.forgetting must be in [0, 1], got 2"),
+        (["memory.kind=associative", "stages.end_to_end_steps=0"], "set stages.end_to_end_steps"),
+        (["memory.kind=associative", *ALONE[:-1], "memory.writes=teacher"], "set stages.layerwise_steps=0"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_what_makes_no_sense_is_refused(words_given, said, capsys):
+    assert main(words_given) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("round_", range(4))
+def test_killed_while_training_the_store_holds_whole_steps_and_training_goes_on(words, tmp_path, round_):
+    """kill -9 at a moment that differs each time: no half step, and a resumed run ends."""
+    given = [
+        *words,
+        *ROWS,
+        "stages.layerwise_steps=0",
+        "stages.end_to_end_steps=40",
+        "memory.write_from=0",
+        "trainer.checkpoint_every=3",
+    ]
+    place = tmp_path / "logs" / "version_0"
+    process = subprocess.Popen([sys.executable, "distill.py", *given], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(place.glob("checkpoints/step_*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.05 * round_)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Store(str(place / "memory.db"), read_only=True) as store:
+        steps = [{step for page in store.scan(space, gone=True) for step in page.about["step"]} for space in store.namespaces()]
+    assert steps[0] == steps[1] == steps[2] == set(range(1, max(steps[0]) + 1))
+    assert main(["--resume", str(place)]) == 0
+    assert json.loads((place / "run.json").read_text())["fidelity"]
+    assert os.path.exists(place / "student" / "model.safetensors")
