@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from dmt.memory import AssociativeMemory, FeaturalMemory
@@ -205,3 +206,28 @@ def test_a_lesson_is_asked_for():
     layer.writing = True
     with pytest.raises(ValueError, match="lesson"):
         layer(torch.randn(2, WIDTH))
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    layer = memory("projection", policy=Policy(0.05, 0.2, 25, 0.1))
+    for number in range(1, 4):
+        torch.manual_seed(10 * number + rank)
+        layer.tag = f"rank {rank}"
+        step(layer, torch.randn(3 + 8 * rank, WIDTH), number=number)  # as many as the other has not
+    known = layer.rows.histories
+    found = {"ids": layer.rows.ids, "keys": layer.rows.keys, "values": layer.rows.values, "tape": layer.tape()[0]}
+    torch.save(found | {"heat": torch.tensor(known.heat), "tags": known.tags}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_end_with_the_same_rows(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["tags"] == second["tags"]
+    assert {tag for tags in first["tags"] for tag in tags.split("\n")} == {"", "rank 0", "rank 1"}
+    for name in ("ids", "keys", "values", "tape", "heat"):
+        assert torch.equal(first[name], second[name]), name
+    assert int((first["ids"] >= 0).sum()) == 25

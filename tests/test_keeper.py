@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LAYERS, make_llama, newest, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, DataConfig, MemoryConfig, StagesConfig, StoreConfig
@@ -144,7 +145,19 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
     assert not [name for name in checkpoint["state_dict"] if ".rows." in name]
     head = (run / "metrics.csv").read_text().splitlines()[0]
     assert "rows_inserted/layer_0" in head
-    assert "rows of at most 16,384" not in (run / "report.md").read_text()
+    assert "rows of layer 0" in (run / "report.md").read_text()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    for layer in range(LAYERS):
+        for tag in ("rows", "rows_inserted", "rows_evicted", "rows_merged", "rows_base"):
+            assert f"{tag}/layer_{layer}" in events.Tags()["scalars"]
+        for tag in ("rows_distance", "rows_age_seconds", "rows_reads_log10"):
+            assert f"{tag}/layer_{layer}" in events.Tags()["histograms"]
+    found = json.loads((run / "run.json").read_text())["rows"]
+    assert {layer: kept["rows"] for layer, kept in found.items()} == {
+        str(layer): len(stored[f"layer_{layer}"]) for layer in associative_of(student)
+    }
+    assert all(0 < kept["base"] < 1 for kept in found.values())
     assert "rows read for each token" in capsys.readouterr().out
 
 

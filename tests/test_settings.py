@@ -367,7 +367,10 @@ def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
 WRONG_RULES = [
     ("[{layers: 0, memory: {kk: 3}}]", "student.rules[0].memory.kk is not a setting; did you mean student.rules[0].memory.k?"),
     ("[{layers: 0, memory: {k: three}}]", "student.rules[0].memory.k must be a whole number, auto or empty, got three"),
-    ("[{layers: 0, memory: {kind: sparse}}]", "student.rules[0].memory.kind must be one of featural, dense, got sparse"),
+    (
+        "[{layers: 0, memory: {kind: sparse}}]",
+        "student.rules[0].memory.kind must be one of featural, associative, dense, got sparse",
+    ),
     ("[{layers: 0, memory: {k: 0}}]", "student.rules[0].memory.k must be at least 1, got 0"),
     (
         "[{layers: 0, memory: {}}, {layers: 1, memory: {slots: 32, k: 64, init: random}}]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.evaluate import continuations
-from dmt.models.surgery import featural_of, memories_of
+from dmt.memory.associative import Heard
+from dmt.models.surgery import associative_of, featural_of, memories_of
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
@@ -48,6 +50,30 @@ class SlotUsage(Callback):
                 # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
                 board.add_histogram(f"slot_reads_log10/layer_{layer}", (memory.reads + 1).float().log10(), trainer.global_step)
             memory.reads = None
+
+
+class StoredRows(Callback):
+    """What validation text finds among stored rows: how near, how much is left to the base; how old and used rows are."""
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for memory in associative_of(module.student).values():  # type: ignore[arg-type]
+            memory.heard = Heard()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for layer, memory in associative_of(module.student).items():  # type: ignore[arg-type]
+            assert memory.heard is not None, "listening began with the validation"
+            trainer.logger.log_metrics({f"rows_base/layer_{layer}": memory.heard.share}, step=trainer.global_step)  # type: ignore[union-attr]
+            if (board := tensorboard(trainer)) and memory.heard.nearest:
+                there = sorted(memory.rows.place_of.values())
+                known = memory.rows.histories
+                seen = {
+                    "rows_distance": torch.cat(memory.heard.nearest),
+                    "rows_age_seconds": torch.as_tensor(time.time() - known.created[there]),
+                    "rows_reads_log10": torch.as_tensor(known.reads[there] + 1).log10(),
+                }
+                for name, values in seen.items():
+                    board.add_histogram(f"{name}/layer_{layer}", values, trainer.global_step)
+            memory.heard = None
 
 
 class Samples(Callback):
@@ -97,7 +123,19 @@ class Charts(Callback):
                 ("slots read per token", "slots_read"),
             )
         }
-        board.add_custom_scalars({"student against teacher": fidelity, "layers": per_layer})
+        charts = {"student against teacher": fidelity, "layers": per_layer}
+        if stored := list(associative_of(module.student)):  # type: ignore[arg-type]
+            charts["rows"] = {
+                title: ["Multiline", [f"{tag}/layer_{layer}" for layer in stored]]
+                for title, tag in (
+                    ("rows", "rows"),
+                    ("inserted in a step", "rows_inserted"),
+                    ("evicted in a step", "rows_evicted"),
+                    ("merged in a step", "rows_merged"),
+                    ("share of the base", "rows_base"),
+                )
+            }
+        board.add_custom_scalars(charts)
 
 
 class Progress(RichProgressBar):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dmt.config import StoreConfig
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
+from dmt.memory.together import agreed
 from dmt.models.surgery import associative_of
 from dmt.records import Changes, Namespace
 from dmt.store import Store
@@ -60,7 +61,7 @@ class Keeper:
     def settle(self, step: int) -> None:
         """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction."""
         changes: dict[Namespace, Changes] = {}
-        now = time.time()
+        now = agreed(time.time())
         self.written = {}
         for layer, memory in self.memories.items():
             made = memory.settle(step, now, self.store.take_ids)

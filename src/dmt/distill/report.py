@@ -16,7 +16,7 @@ from dmt.config import Config
 from dmt.distill.callbacks import usage
 from dmt.evaluate import Tally
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.models.surgery import TransferReport, featural_of, memories_of
+from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
@@ -90,6 +90,17 @@ def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     return found
 
 
+def stored(student: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """Rows of each associative memory and the base's share in what it said since listening began; stops listening."""
+    found = {}
+    for layer, memory in associative_of(student).items():
+        assert memory.heard is not None, "listening began before the text was read"
+        width = memory.rows.keys.shape[1] + memory.rows.values.shape[1]
+        found[str(layer)] = {"rows": len(memory.rows), "base": memory.heard.share, "bytes": 4 * width * len(memory.rows)}
+        memory.heard = None
+    return found
+
+
 def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> dict[str, int]:
     """Bytes of weights in memory and of the saved student on disk."""
     models = {"teacher": teacher, "student": student}
@@ -131,8 +142,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("slots read per token", f"{held:,}", f"{read:,.1f}", f"1 / {held / read:.1f}"))
         table.append(("layer by layer", "", by_layer if len(used) <= 12 else "", by_layer if len(used) > 12 else ""))
         table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
-    for layer, stored in results.get("rows", {}).items():
-        table.append((f"rows of layer {layer}", "", f"{stored['rows']:,}", f"base heard {stored['base']:.0%}"))
+    for layer, kept in results.get("rows", {}).items():
+        table.append((f"rows of layer {layer}", "", f"{kept['rows']:,}", f"{kept['base']:.0%} is the base's"))
     megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}
     on_disk = f"{megabytes['student_on_disk']} on disk"
     table.append(("weights in memory, MB", megabytes["teacher"], megabytes["student"], on_disk))

@@ -16,7 +16,7 @@ from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
-from dmt.distill.callbacks import Charts, Samples, SlotUsage, samples
+from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows, samples
 from dmt.distill.fitting import (
     Interrupted,
     attending,
@@ -36,6 +36,7 @@ from dmt.distill.signals import observe_teacher
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
+from dmt.memory.associative import Heard
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
 from dmt.store import Store
@@ -112,7 +113,7 @@ def _train(
     if data.steps:
         student.train()
         with attending(config, student, teacher):
-            fit(config, module, data, run, [Charts(), SlotUsage(), Samples(tokenizer)])
+            fit(config, module, data, run, [Charts(), SlotUsage(), StoredRows(), Samples(tokenizer)])
     trained = time.perf_counter() - began - prepared
     with resumable(run, data.steps):
         place = compute_device(config)
@@ -157,18 +158,20 @@ def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: Te
     """Everything that is reported, on test text: fidelity and recall by corpus, slot usage by layer."""
     for memory in featural_of(student).values():
         memory.count_reads()
+    for associative in associative_of(student).values():
+        associative.heard = Heard()
     fidelity: dict[str, Any] = {}
     for corpus in data.corpora:
         windows = first_windows(corpus.test, config.data.test_tokens)
         fidelity[corpus.name] = report.numbers(compare(student, teacher, windows, config.data.micro_batch))
         fidelity[corpus.name] |= {"window": config.data.block, "stride": config.data.block, "windows": len(windows)}
-    slots = report.slots(student)
+    slots, rows = report.slots(student), report.stored(student)
     for corpus in data.corpora:
         for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
             if probes:
                 said = {"teacher": recall(teacher, tokenizer, probes), "student": recall(student, tokenizer, probes)}
                 fidelity[corpus.name][name] = said | {"probes": len(probes)}
-    return {"fidelity": fidelity, "slots": slots}
+    return {"fidelity": fidelity, "slots": slots} | ({"rows": rows} if rows else {})
 
 
 def pretrain(config: Config, run: Path | None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmt.memory.admission import Policy, admit
 from dmt.memory.rows import Rows
 from dmt.memory.straight_through import returned
+from dmt.memory.together import gathered, gathered_words
 from dmt.records import Changes, Numbers
 
 WRITES = ("projection", "teacher", "residual")
@@ -29,6 +30,20 @@ class _Offer:
     keys: Tensor
     values: Tensor
     tag: str
+
+
+@dataclass
+class Heard:
+    """What reads came to, of all tokens since it was asked for."""
+
+    tokens: int = 0
+    of_base: float = 0.0  # weight that was the base's, summed over tokens
+    nearest: list[Tensor] = field(default_factory=list)  # distance of each token's nearest row
+
+    @property
+    def share(self) -> float:
+        """Of the base in what was said, from 0 to 1."""
+        return self.of_base / self.tokens if self.tokens else 1.0
 
 
 class AssociativeMemory(nn.Module):
@@ -75,6 +90,7 @@ class AssociativeMemory(nn.Module):
         self.writing = False
         self.tag = ""
         self.lesson: Tensor | None = None
+        self.heard: Heard | None = None
         self._offers: list[_Offer] = []
         self._reads: list[tuple[Tensor, Tensor]] = []
         self._tape: Tensor | None = None  # hidden states (m, width) of rows that were written last
@@ -105,6 +121,9 @@ class AssociativeMemory(nn.Module):
         base = None if self.base is None else self.base(hidden).reshape(-1, self.width)
         if self.writing:
             self._offer(flat, base)
+        if self.heard is not None:
+            self.heard.tokens += len(flat)
+            self.heard.of_base += 0 if len(self.rows) else len(flat)
         said = self._read(flat) if len(self.rows) else None
         if base is None:
             said = self.output(torch.zeros_like(flat)) if said is None else said  # nothing, in the graph like an answer
@@ -122,6 +141,9 @@ class AssociativeMemory(nn.Module):
         scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype)).masked_fill(~there, -torch.inf)
         scores = torch.cat([scores, self.doubt.to(scores.dtype).expand(len(scores), 1)], dim=1)
         weights = (scores * self.log_sharpness.exp()).softmax(-1)[:, :-1]
+        if self.heard is not None:
+            self.heard.of_base += len(weights) - float(weights.detach().sum())
+            self.heard.nearest.append(found.distances[:, 0].sqrt())
         if self.writing:
             self._reads.append((found.places[there], weights.detach()[there]))
         return self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
@@ -156,18 +178,24 @@ class AssociativeMemory(nn.Module):
     def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
         """End a step: reads are noted, offers come in by the policy; what is to be written down, usage aside.
 
+        Of several processes that train together each sees what all read and offer, so all end with the same rows; `now`
+        and `take_ids` have to give the same to each.
+
         Args:
             step: number of the step that ends.
             now: seconds since 1970.
             take_ids: gives out numbers that no row has or had.
         """
-        for places, weights in self._reads:
-            self.rows.use(places.cpu().numpy(), weights.double().cpu().numpy(), step, now, self.policy.decay)
-        offers, self._offers, self._reads = self._offers, [], []
-        if not offers:
-            return Changes()
-        keys, values, hidden = (torch.cat([getattr(each, name) for each in offers]) for name in ("keys", "values", "hidden"))
-        tags = [each.tag for each in offers for _ in range(len(each.keys))]
+        nothing, nowhere = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
+        offers, reads, self._offers, self._reads = self._offers, self._reads, [], []
+        places = gathered(torch.cat([nowhere, *(place for place, _ in reads)]))
+        weights = gathered(torch.cat([nothing.new_zeros(0), *(weight.float() for _, weight in reads)]))
+        self.rows.use(places.cpu().numpy(), weights.double().cpu().numpy(), step, now, self.policy.decay)
+        keys, values, hidden = (
+            gathered(torch.cat([nothing, *(getattr(each, name).float() for each in offers)]))
+            for name in ("keys", "values", "hidden")
+        )
+        tags = gathered_words([each.tag for each in offers for _ in range(len(each.keys))])
         admitted = admit(self.rows, keys, values, tags, self.policy, step, now, take_ids)
         self._remember(hidden[torch.as_tensor(admitted.offers, device=hidden.device)], admitted.alone)
         return admitted.changes
