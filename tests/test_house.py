@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "layers", "settings", "registration", "data.people", "data.corpora", "data.blocks",
-    "records", "memory.weighting", "memory.nearest", "memory.straight_through", "memory.heat",
+    "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
     "memory.together", "memory.rows", "memory.admission",
     "memory.search", "memory.derived", "memory.compensation", "memory.featural", "memory.associative", "memory", "memory.budget",
     "store.schema", "store.connect", "store.store", "store",

@@ -9,6 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from dmt.memory.admission import Policy, admit, join_tags
 from dmt.memory.heat import coldest, cooled
+from dmt.memory.indexes import KINDS
 from dmt.memory.nearest import BLOCK, PLAIN, largest, nearest
 from dmt.memory.rows import GROWTH, Rows
 from dmt.memory.straight_through import returned
@@ -178,19 +179,45 @@ def test_tags_are_joined_once_each_in_their_order():
     assert join_tags(["b", "a\nb", "", "c"]) == "b\na\nc"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_finds_what_is_there_and_never_what_left(kind, monkeypatch):
+    monkeypatch.setattr("dmt.memory.indexes.TRAINED_FROM", 400)
+    rows, take = Rows(4, 1, index=kind), numbers()
+    generator = torch.Generator().manual_seed(0)
+    policy, queries = Policy(0, 0, 900, 1.0), torch.randn(50, 4, generator=generator)
+    hits = []
+    for step in range(1, 9):  # fills up, trains, outgrows itself, evicts, takes places again
+        keys = torch.randn(200, 4, generator=generator)
+        admit(rows, keys, keys[:, :1], [""] * 200, policy, step, 0.0, take)
+        found, exact = rows.search(queries, 5), rows.exactly(queries, 5)
+        assert (rows.ids[found.places[found.distances.isfinite()]] >= 0).all()
+        wanted = (queries.unsqueeze(1) - rows.keys[found.places]).square().sum(-1)
+        torch.testing.assert_close(found.distances, wanted.masked_fill(found.distances.isinf(), torch.inf))
+        assert (found.distances.diff(dim=1) >= 0).all()
+        hits += [len(set(a) & set(b)) / 5 for a, b in zip(found.places.tolist(), exact.places.tolist(), strict=True)]
+    assert len(rows) == 900
+    assert np.mean(hits) == 1 if kind == "flat" else np.mean(hits) > 0.9
+
+
+def test_an_index_of_no_known_kind_is_refused():
+    with pytest.raises(ValueError, match="flat, ivf, hnsw"):
+        Rows(2, 1, index="tree")
+
+
 class AgainstADictionary(RuleBasedStateMachine):
     """Any sequence of offers, reads, removals, pins and rebuilds: each number has its own key and value, bounds hold."""
 
     written = Bundle("written")
 
     @initialize(
+        index=st.sampled_from(["exact", *KINDS]),
         capacity=st.integers(1, 23),
         recombine=st.sampled_from([0.0, 0.3]),
         novelty=st.sampled_from([0.0, 0.1]),
         decay=st.floats(0, 1),
     )
-    def begin(self, capacity, recombine, novelty, decay):
-        self.rows, self.take, self.step = Rows(3, 2), numbers(), 0
+    def begin(self, index, capacity, recombine, novelty, decay):
+        self.rows, self.take, self.step, self.index = Rows(3, 2, index=index), numbers(), 0, index
         self.policy = Policy(novelty, recombine, capacity, decay)
         self.known, self.pinned, self.left = {}, set(), set()
 
@@ -248,7 +275,7 @@ class AgainstADictionary(RuleBasedStateMachine):
             "created": [float(known.created[i]) for i in at], "pinned": [bool(known.pinned[i]) for i in at],
             "last_read": [None] * len(at), "reads": [int(known.reads[i]) for i in at],
         }  # fmt: skip
-        self.rows = Rows(3, 2)
+        self.rows = Rows(3, 2, index=self.index)
         rows = [self.known[number] for number in sorted(self.known)]
         keys, values = (np.array([row[part] for row in rows], np.float32).reshape(len(at), (3, 2)[part]) for part in (0, 1))
         if at:

@@ -56,6 +56,8 @@ class MemoryConfig:
     """Most rows a layer keeps; the coldest that are not pinned leave."""
     forgetting: float = 0.01
     """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
+    index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
+    """How stored rows are found: all compared, exactly; or by faiss, `ivf` from 10,000 rows on, which may miss some."""
     write_from: float = 0.8
     """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 

@@ -63,13 +63,22 @@ class AssociativeMemory(nn.Module):
         writes: one of `WRITES`; the latter two need `lesson` to be set before a pass that writes.
         policy: which offers come in and how many rows are kept.
         places: rows there is room for at the start, as many as a saved memory had.
+        index: how rows are found: `exact`, or a kind of faiss index (`indexes.py`).
 
     Source: the layer of query, key and value projections over a store that is written to as it is read; its gradients are
         straight-through (`straight_through.py`). Weighing nothing beside the rows is ours.
     """
 
     def __init__(
-        self, width: int, k: int, base: nn.Module | None, writes: str, policy: Policy, places: int = 0, sharpness: float = 12.0
+        self,
+        width: int,
+        k: int,
+        base: nn.Module | None,
+        writes: str,
+        policy: Policy,
+        places: int = 0,
+        index: str = "exact",
+        sharpness: float = 12.0,
     ) -> None:
         super().__init__()
         if k < 1:
@@ -85,7 +94,7 @@ class AssociativeMemory(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
         self.log_sharpness = nn.Parameter(torch.empty(()))
         self.doubt = nn.Parameter(torch.empty(()))
-        self.rows = Rows(width, width, places)
+        self.rows = Rows(width, width, places, index)
         self.sharpness = sharpness
         self.writing = False
         self.tag = ""

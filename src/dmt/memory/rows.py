@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dmt.memory.indexes import FaissIndex
 from dmt.memory.nearest import nearest
 from dmt.records import Insert, Numbers, Page, Usage
 
@@ -74,9 +75,10 @@ class Rows(nn.Module):
         key_width: numbers in a key.
         value_width: numbers in a value.
         places: room at the start; more is made when it is needed.
+        index: `exact`, or the kind of faiss index that searches.
     """
 
-    def __init__(self, key_width: int, value_width: int, places: int = 0) -> None:
+    def __init__(self, key_width: int, value_width: int, places: int = 0, index: str = "exact") -> None:
         super().__init__()
         self.keys: Tensor
         self.values: Tensor
@@ -84,6 +86,8 @@ class Rows(nn.Module):
         self.register_buffer("keys", torch.zeros(places, key_width))
         self.register_buffer("values", torch.zeros(places, value_width))
         self.register_buffer("ids", torch.full((places,), -1))
+        self._index = None if index == "exact" else FaissIndex(index, key_width)
+        self._indexed = False
         self._handicap: Tensor | None = None
         self._places: dict[int, int] | None = None
         self._histories: Histories | None = None
@@ -91,6 +95,7 @@ class Rows(nn.Module):
     def reset(self) -> None:
         """No rows."""
         self.ids.fill_(-1)
+        self._indexed = False
         self._handicap = self._places = self._histories = None
 
     @property
@@ -118,7 +123,9 @@ class Rows(nn.Module):
         return self._histories
 
     def search(self, queries: Tensor, k: int) -> Found:
-        """The k rows whose keys are nearest to each of `queries` `(n, key width)`."""
+        """The k rows whose keys are nearest to each of `queries` `(n, key width)`; by an index, rows near to it."""
+        if self._index is not None and len(self) > k:
+            return self._by_index(queries.detach().to(self.keys.dtype), k)
         if self._handicap is None or self._handicap.device != self.keys.device:
             self._handicap = (-self.keys.square().sum(-1) / 2).masked_fill(self.ids < 0, -torch.inf)
         with torch.autocast(self.keys.device.type, enabled=False):
@@ -128,6 +135,27 @@ class Rows(nn.Module):
             return Found(distances, places)
         more = (len(queries), k - there)
         return Found(torch.cat([distances, distances.new_full(more, torch.inf)], 1), torch.cat([places, places.new_zeros(more)], 1))
+
+    def _by_index(self, queries: Tensor, k: int) -> Found:
+        assert self._index is not None, "asked for where there is one"
+        if not self._indexed:
+            there = (self.ids >= 0).nonzero().flatten()
+            self._index.build(self.keys[there], there)
+            self._indexed = True
+        found = self._index.search(queries, k)
+        places = found.clamp_min(0)
+        with torch.autocast(self.keys.device.type, enabled=False):
+            distances = (queries.unsqueeze(1) - self.keys[places]).square().sum(-1)
+        distances, order = distances.masked_fill((found < 0) | (self.ids[places] < 0), torch.inf).sort(-1)
+        return Found(distances, places.gather(1, order))
+
+    def exactly(self, queries: Tensor, k: int) -> Found:
+        """`search` without an index, to tell an index's recall."""
+        index, self._index = self._index, None
+        try:
+            return self.search(queries, k)
+        finally:
+            self._index = index
 
     @torch.no_grad()
     def put(self, part: Insert, step: int) -> Numbers:
@@ -142,6 +170,8 @@ class Rows(nn.Module):
         self.ids[free] = torch.as_tensor(part.ids).to(self.ids)
         if self._handicap is not None:
             self._handicap[free] = -self.keys[free].square().sum(-1) / 2
+        if self._indexed and self._index is not None:
+            self._indexed = self._index.add(self.keys[free], free)
         at = free.cpu().numpy()
         known = self.histories
         known.heat[at], known.heat_step[at], known.reads[at], known.last_read[at] = part.heat, step, 0, 0.0
@@ -171,6 +201,8 @@ class Rows(nn.Module):
         """
         at = [self.place_of.pop(int(number)) for number in ids]
         self.ids[at] = -1
+        if self._indexed and self._index is not None:
+            self._indexed = self._index.remove(torch.as_tensor(at))
         if self._handicap is not None:
             self._handicap[at] = -torch.inf
 
@@ -233,6 +265,7 @@ class Rows(nn.Module):
         self.ids = torch.where(there, self.ids[source], -1)
         self._histories = before.taken(np.where(at >= 0, at, 0))
         self._places = self._handicap = None
+        self._indexed = False
 
     def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:
         """Numbers of the rows at `places`."""
