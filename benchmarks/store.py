@@ -33,6 +33,7 @@ from dmt.store import Store
 
 LAYER, QUERIES, K = 1, 256, 32
 WIDE = 768
+NEEDED = ["einops", "einops-exts", "filelock", "joblib"]
 PEERS = ["usearch", "hnswlib", "memorizing-transformers-pytorch"]
 
 
@@ -135,7 +136,7 @@ def peers_python() -> Path:
         venv.create(home, with_pip=True, clear=True)
         inside = next((home / "lib").glob("python*/site-packages"))
         (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", "einops", "einops-exts", "filelock", "joblib", *PEERS[:2]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *NEEDED, *PEERS[:2]], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", PEERS[2]], check=True)
         (home / "ready").touch()
     return python

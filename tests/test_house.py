@@ -13,7 +13,7 @@ SOURCE = ROOT / "src"
 ORDER = [
     "errors", "config", "wording", "layers", "settings", "registration", "data.people", "data.corpora", "data.blocks",
     "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
-    "memory.together", "memory.rows", "memory.admission",
+    "memory.together", "memory.histories", "memory.rows", "memory.admission",
     "memory.search", "memory.derived", "memory.compensation", "memory.featural", "memory.associative", "memory", "memory.budget",
     "store.schema", "store.connect", "store.store", "store",
     "models.architectures", "models.attention", "models.modeling", "models.resize", "models.surgery", "models.teacher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dmt.memory.histories import Histories
 from dmt.memory.indexes import FaissIndex
 from dmt.memory.nearest import nearest
 from dmt.records import Insert, Numbers, Page, Usage
 
+KNOWN = ("heat", "heat_step", "entries", "created", "pinned", "reads")
+"""What a store knows of a row that is kept here as it stands there."""
 GROWTH = 1_024
 """Places that are made at once, at least."""
 
@@ -29,43 +33,6 @@ class Found:
 
     distances: Tensor
     places: Tensor
-
-
-@dataclass
-class Histories:
-    """What is known of each place's row beside key and value: arrays over all places."""
-
-    heat: NDArray[np.float64]
-    heat_step: Numbers
-    reads: Numbers
-    last_read: NDArray[np.float64]
-    entries: Numbers
-    created: NDArray[np.float64]
-    pinned: NDArray[np.bool_]
-    used: NDArray[np.bool_]  # since usage was last taken
-    tags: list[str]
-
-    @classmethod
-    def empty(cls, places: int) -> Histories:
-        """Of places that hold no rows."""
-        return cls(
-            heat=np.zeros(places), heat_step=np.zeros(places, np.int64), reads=np.zeros(places, np.int64),
-            last_read=np.zeros(places), entries=np.zeros(places, np.int64), created=np.zeros(places),
-            pinned=np.zeros(places, bool), used=np.zeros(places, bool), tags=[""] * places,
-        )  # fmt: skip
-
-    def taken(self, at: Numbers) -> Histories:
-        """Those at the places `at`, in this order."""
-        arrays = {name: mine[at].copy() for name, mine in vars(self).items() if isinstance(mine, np.ndarray)}
-        return Histories(**arrays, tags=[self.tags[place] for place in at])
-
-    def grown(self, places: int) -> Histories:
-        """The same, with room for more."""
-        more = Histories.empty(places - len(self.tags))
-        arrays = {
-            name: np.concatenate([mine, getattr(more, name)]) for name, mine in vars(self).items() if isinstance(mine, np.ndarray)
-        }
-        return Histories(**arrays, tags=self.tags + more.tags)
 
 
 class Rows(nn.Module):
@@ -187,8 +154,10 @@ class Rows(nn.Module):
     def _grow(self, by: int) -> None:
         places = -(-(self.places + max(by, GROWTH, self.places // 2)) // GROWTH) * GROWTH
         histories, more = self.histories.grown(places), places - self.places
-        self.keys = torch.cat([self.keys, self.keys.new_zeros(more, self.keys.shape[1])])
-        self.values = torch.cat([self.values, self.values.new_zeros(more, self.values.shape[1])])
+        self.keys, self.values = (  # new pages are costly, so nothing is made twice
+            torch.cat([old, old.new_zeros(more, old.shape[1])]) if self.places else old.new_zeros(more, old.shape[1])
+            for old in (self.keys, self.values)
+        )
         self.ids = torch.cat([self.ids, self.ids.new_full((more,), -1)])
         self._histories, self._handicap = histories, None
 
@@ -235,15 +204,20 @@ class Rows(nn.Module):
         the same to the last bit. A row that `places` does not name is added behind them.
         """
         self.reset()
-        for page in pages:
-            about = page.about
-            at = self.put(
-                Insert(page.ids, page.keys, page.values, np.asarray(about["heat"], np.float32), about["tag"],
-                       np.asarray(about["entries"], np.int64), about["created"], about["pinned"]),
-                step=0,
-            )  # fmt: skip
-            self.histories.heat_step[at], self.histories.reads[at] = about["heat_step"], about["reads"]
-            self.histories.last_read[at] = [0.0 if when is None else when for when in about["last_read"]]
+        parts = list(pages)  # as bytes; each is copied once, to where it stays
+        total = sum(len(page.ids) for page in parts)
+        if total > self.places:
+            self._grow(total - self.places)
+        known, start = self.histories, 0
+        for page in parts:
+            here = slice(start, start + len(page.ids))
+            for stored, read in ((self.keys, page.keys), (self.values, page.values), (self.ids, page.ids)):
+                stored[here] = torch.tensor(read).to(stored) if stored.is_cuda else _as_tensor(read)
+            for name in KNOWN:
+                getattr(known, name)[here] = page.about[name]
+            known.last_read[here] = [0.0 if when is None else when for when in page.about["last_read"]]
+            known.tags[here] = page.about["tag"]
+            start += len(page.ids)
         if places is not None:
             self._lay_out(places)
 
@@ -270,3 +244,10 @@ class Rows(nn.Module):
     def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:
         """Numbers of the rows at `places`."""
         return self.ids[torch.as_tensor(places, device=self.ids.device)].cpu().numpy()
+
+
+def _as_tensor(read: NDArray[np.generic]) -> Tensor:
+    """An array that may be bytes of a database, as a tensor that is only read from."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(read)

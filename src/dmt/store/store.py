@@ -210,7 +210,12 @@ class Store:
         values = np.frombuffer(b"".join(row.value for row in found), kind).reshape(count, space.value_width)
         others = [column.name for column in rows.columns if column.name not in ("id", "namespace", "key", "value")]
         described = {name: [getattr(row, name) for row in found] for name in others}
-        return Page(np.array([row.id for row in found], np.int64), keys.astype(np.float32), values.astype(np.float32), described)
+        return Page(
+            np.array([row.id for row in found], np.int64),
+            keys.astype(np.float32, copy=False),
+            values.astype(np.float32, copy=False),
+            described,
+        )
 
     def count(self, space: Namespace) -> int:
         """Rows that are there."""
