@@ -189,6 +189,21 @@ def test_a_run_that_died_goes_on_to_the_same_rows_and_weights(words, tmp_path, c
             assert torch.equal(value, weights(run)[name]), name
 
 
+def test_what_left_before_the_last_checkpoint_but_one_leaves_the_disk(words, tmp_path):
+    assert main([*words, *ROWS, "memory.capacity=10", "memory.novelty=0", "trainer.checkpoint_every=1"]) == 0
+    with Store(str(newest(tmp_path) / "memory.db"), read_only=True) as store:
+        gone = [
+            step
+            for space in store.namespaces()
+            for page in store.scan(space, gone=True)
+            for step in page.about["deleted_step"]
+            if step
+        ]
+    kept = sorted(int(p.stem[5:]) for p in (newest(tmp_path) / "checkpoints").iterdir())
+    assert gone
+    assert min(gone) > kept[0]
+
+
 def test_resuming_a_finished_run_finds_its_rows(words, tmp_path):
     assert main([*words, *ROWS, "trainer.validate_every=0"]) == 0
     run = newest(tmp_path)

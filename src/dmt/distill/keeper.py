@@ -47,6 +47,7 @@ class Keeper:
             for layer, memory in self.memories.items()
         }
         self.written: dict[str, float] = {}
+        self._checkpoint = 0
 
     def begin(self) -> None:
         """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
@@ -73,8 +74,14 @@ class Keeper:
             self.written |= {f"rows_{why}/layer_{layer}": number for why, number in gone.items()}
         self.store.commit(self.run, step, changes)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the store to go on as if nothing had happened: small, without keys and values."""
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
+
+        Two checkpoints are kept, so what left the memories before the last one can leave the disk now.
+        """
+        if step > self._checkpoint:
+            self.store.purge(self.run, self._checkpoint, others=False)
+            self._checkpoint = step
         return {str(layer): _state(memory) for layer, memory in self.memories.items()}
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
@@ -84,6 +91,7 @@ class Keeper:
             UserError: the store does not hold the rows that the checkpoint speaks of.
         """
         self.store.rewind(self.run, step)
+        self._checkpoint = 0  # the one before this may be there still
         for layer, memory in self.memories.items():
             known = state[str(layer)]
             rows = memory.rows

@@ -237,7 +237,7 @@ class Distiller(pl.LightningModule):
         if self.keeper is not None:  # rows are in the store; the checkpoint says which of them, and where they lie
             for name in self._row_names():
                 del checkpoint["state_dict"][name]
-            checkpoint["rows"] = self.keeper.state()
+            checkpoint["rows"] = self.keeper.state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.keeper is not None:

@@ -232,10 +232,15 @@ class Store:
             restored = connection.execute(update(rows).where(rows.c.deleted_run == run, rows.c.deleted_step > step).values(back))
         return written, restored.rowcount
 
-    def purge(self, run: str, step: int) -> int:
-        """Take rows off the disk that left in another run or up to `step` of this one; how many. They cannot come back."""
+    def purge(self, run: str, step: int, others: bool = True) -> int:
+        """Take rows off the disk that left up to `step` of this run or, with `others`, in another; how many.
+
+        They cannot come back, so no checkpoint before that can be gone on from.
+        """
         self._writes()
-        before = or_(rows.c.deleted_run != run, and_(rows.c.deleted_run == run, rows.c.deleted_step <= step))
+        before = and_(rows.c.deleted_run == run, rows.c.deleted_step <= step)
+        if others:
+            before = or_(before, rows.c.deleted_run != run)
         with told(self.place), self.engine.begin() as connection:
             return int(connection.execute(delete(rows).where(rows.c.deleted.is_not(None), before)).rowcount)
 
