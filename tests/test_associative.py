@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, associative
 from dmt.memory.admission import Policy
+from dmt.memory.straight_through import returned
 
 WIDTH = 8
 EVERYTHING = Policy(novelty=0.0, recombine=0.0, capacity=1_000, decay=0.1)
@@ -138,6 +139,20 @@ def test_an_inserted_key_and_value_learn_from_what_they_came_back_as(writes):
     layer._tape_ids += 1_000  # rows that are not on the tape
     layer(torch.randn(4, WIDTH)).square().sum().backward()
     assert not layer.key.weight.grad.any()
+
+
+def test_what_comes_back_is_credited_to_what_it_was_made_from(monkeypatch):
+    """As long as no weight has moved, what is made anew from the tape is what is stored, row by row."""
+    layer = memory("projection", k=4)
+    for number in (1, 2):
+        step(layer, torch.randn(9, WIDTH), number=number)
+    seen = []
+    monkeypatch.setattr(associative, "returned", lambda *given: seen.append(given) or returned(*given))
+    layer(torch.randn(6, WIDTH))
+    _, kept_keys, kept_values, keys, values, origin = seen[0]
+    assert (origin >= 0).all()
+    torch.testing.assert_close(kept_keys[origin], keys)
+    torch.testing.assert_close(kept_values[origin], values)
 
 
 def test_where_nothing_near_is_stored_the_base_is_heard():
