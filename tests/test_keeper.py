@@ -53,10 +53,10 @@ def small(teacher, tmp_path, **changes):
 
 def taught(made, tokens, step=1):
     """One step's passes, without an optimiser: writes are offered and settled."""
-    made.keeper.write(True)
+    made.keeper.write(1.0)
     for rows in tokens.split(2):
         made._end_to_end(Batch.whole(rows))
-    made.keeper.write(False)
+    made.keeper.write(None)
     made.keeper.settle(step)
 
 
@@ -86,10 +86,10 @@ def test_what_comes_later_moves_nothing_before_it_while_writing(teacher, tmp_pat
     other[0, 12:] = torch.randint(1, 300, (8,))
     said = []
     for given in (tokens, other):
-        made.keeper.write(True)
+        made.keeper.write(1.0)
         made._end_to_end(Batch.whole(given))
         said.append(observe(made.student, given).logits)
-        made.keeper.write(False)
+        made.keeper.write(None)
         for memory in associative_of(made.student).values():
             memory._offers, memory._reads = [], []
     assert torch.equal(said[0][0, :12], said[1][0, :12])
@@ -118,7 +118,7 @@ def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, toke
     for parts in (1, 3):
         (tmp_path / str(parts)).mkdir()
         made = small(teacher, tmp_path / str(parts))
-        made.keeper.write(True)
+        made.keeper.write(1.0)
         for rows in tokens.split(parts):
             made._end_to_end(Batch.whole(rows))
         made.keeper.settle(1)
@@ -159,6 +159,13 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
     }
     assert all(0 < kept["base"] < 1 for kept in found.values())
     assert "rows read for each token" in capsys.readouterr().out
+
+
+def test_a_rule_says_when_its_layers_begin_to_write(words, tmp_path):
+    rules = "student.rules=[{layers: 0, memory: {kind: dense}}, {layers: 2, memory: {write_from: 0.7}}]"
+    assert main([*words, *ROWS, rules]) == 0
+    stored = rows_in(newest(tmp_path))
+    assert {layer: min(step for step, *_ in rows.values()) for layer, rows in stored.items()} == {"layer_1": 6, "layer_2": 9}
 
 
 def test_a_saved_student_reads_the_same_rows(teacher, tmp_path, tokens):

@@ -54,10 +54,11 @@ class Keeper:
         for layer, memory in self.memories.items():
             memory.rows.rebuild(self.store.scan(self.spaces[layer]))
 
-    def write(self, on: bool) -> None:
-        """Let memories write from now on, or not."""
+    def write(self, progress: float | None) -> bool:
+        """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""
         for memory in self.memories.values():
-            memory.writing = on
+            memory.writing = progress is not None and progress >= memory.write_from
+        return any(memory.writing for memory in self.memories.values())
 
     def settle(self, step: int) -> None:
         """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction."""

@@ -119,9 +119,7 @@ class Distiller(pl.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = rate * group["share"]
         optimizer.zero_grad()  # type: ignore[union-attr]
-        writing = self.keeper is not None and stage == "end_to_end" and step >= self.settings.memory.write_from * length
-        if self.keeper is not None:
-            self.keeper.write(writing)
+        writing = self.keeper is not None and self.keeper.write(step / length if stage == "end_to_end" else None)
         for memory in featural_of(self.student).values():
             memory.widened = widening(step, length, self.settings.stages.k_start) if stage == "end_to_end" else 1.0
         logged: dict[str, Tensor] = {}
@@ -140,7 +138,7 @@ class Distiller(pl.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         hold(featural_of(self.student).values(), rate=HOLD_RATE)
         if self.keeper is not None and writing:
-            self.keeper.write(False)  # what measures the student between steps leaves nothing behind
+            self.keeper.write(None)  # what measures the student between steps leaves nothing behind
             self.keeper.settle(done + 1)
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
         if done % self.settings.trainer.log_every == 0 or done == self.total_steps - 1:

@@ -64,6 +64,7 @@ class AssociativeMemory(nn.Module):
         policy: which offers come in and how many rows are kept.
         places: rows there is room for at the start, as many as a saved memory had.
         index: how rows are found: `exact`, or a kind of faiss index (`indexes.py`).
+        write_from: share of the training after which it writes; kept for whoever trains it.
 
     Source: the layer of query, key and value projections over a store that is written to as it is read; its gradients are
         straight-through (`straight_through.py`). Weighing nothing beside the rows is ours.
@@ -78,6 +79,7 @@ class AssociativeMemory(nn.Module):
         policy: Policy,
         places: int = 0,
         index: str = "exact",
+        write_from: float = 0.0,
         sharpness: float = 12.0,
     ) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class AssociativeMemory(nn.Module):
         self.log_sharpness = nn.Parameter(torch.empty(()))
         self.doubt = nn.Parameter(torch.empty(()))
         self.rows = Rows(width, width, places, index)
-        self.sharpness = sharpness
+        self.sharpness, self.write_from = sharpness, write_from
         self.writing = False
         self.tag = ""
         self.lesson: Tensor | None = None

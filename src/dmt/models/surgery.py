@@ -135,7 +135,10 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
 def _rows(memory: MemoryConfig) -> dict[str, Any]:
     """Arguments of an `AssociativeMemory` but for its width and base, as they stand in a student's config."""
     policy = {"novelty": memory.novelty, "recombine": memory.recombine, "capacity": memory.capacity, "decay": memory.forgetting}
-    return {"k": memory.neighbours, "writes": memory.writes, "policy": policy, "places": 0, "index": memory.index}
+    return {
+        "k": memory.neighbours, "writes": memory.writes, "policy": policy, "places": 0, "index": memory.index,
+        "write_from": memory.write_from,
+    }  # fmt: skip
 
 
 @torch.no_grad()
