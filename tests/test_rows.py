@@ -151,6 +151,24 @@ def test_over_capacity_the_coldest_leave_and_pinned_rows_never():
     assert held(rows) == [1, 7, 8]
 
 
+def test_a_row_that_left_is_not_found():
+    rows = Rows(2, 1)
+    offered(rows, [1, 2, 3], take=numbers())
+    assert rows.numbers(rows.search(line(2.1), 1).places[0]).tolist() == [2]
+    rows.drop([2])
+    assert rows.numbers(rows.search(line(2.1), 1).places[0]).tolist() == [3]
+
+
+def test_of_equally_cold_rows_the_oldest_leaves_wherever_it_lies():
+    rows, take = Rows(2, 1), numbers()
+    small = Policy(0.0, 0.0, 3, 0.0)
+    offered(rows, [1, 2, 3], small, take=take)
+    rows.drop([1])
+    offered(rows, [4], small, take=take)  # where row 1 lay
+    offered(rows, [5], small, take=take)
+    assert held(rows) == [3, 4, 5]
+
+
 def test_a_pinned_row_is_not_merged_into():
     rows, take = Rows(2, 1), numbers()
     policy = Policy(0.0, 0.5, 10, 0.1)

@@ -123,7 +123,7 @@ def _leaders(keys: Tensor, far: Tensor, policy: Policy) -> tuple[list[int], list
             if taken[offer] or not outside[offer]:
                 continue
             for other in ((to <= reach) & ~taken).nonzero()[0]:
-                if other > offer and outside[other]:
+                if outside[other]:
                     taken[other], leaders[other], apart[other] = True, offer, float(to[other])
     return leaders, apart
 
