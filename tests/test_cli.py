@@ -197,7 +197,11 @@ def test_an_error_of_several_lines_is_shown_on_one(capsys, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_training_ends_in_its_exit_code(place, capsys, monkeypatch, number, code):
     monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: os.kill(os.getpid(), number))
-    assert main([]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main([]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; ")
 
 

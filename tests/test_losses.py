@@ -230,6 +230,7 @@ def test_idle_tokens_are_counted_since_each_slot_was_read():
     assert not idle.any(), "nobody has counted yet"
     for tokens in (3, 5, 1):
         hidden = torch.randn(tokens, 4)
+        memory.count_reads()
         memory(hidden)
         count_idle(memory, idle)
         wanted = torch.where(memory.select(hidden).any(0), 0, wanted + tokens)
