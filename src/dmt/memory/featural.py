@@ -182,7 +182,7 @@ class FeaturalMemory(nn.Module):
         """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`."""
         bias = self.always()
         rank = self._rank(weights, scores)
-        # Without gradients only the values read are touched: faster at every size tried (benchmarks/memory.py). With
+        # Without gradients only the values read are touched: faster at most sizes tried (benchmarks/memory.py). With
         # them the masked product is level in float32 and ahead in half precision.
         if not torch.is_grad_enabled() and self.selection == "top":
             ids = self._top(rank)
