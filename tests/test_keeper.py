@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, DataConfig, MemoryConfig, StagesConfig, StoreConfig
-from dmt.distill.keeper import Keeper, fingerprint
+from dmt.distill.keeper import Keeper, _name, fingerprint
 from dmt.distill.losses import Batch
 from dmt.distill.module import Distiller
 from dmt.distill.signals import observe
@@ -246,6 +246,12 @@ def test_a_shared_store_is_read_by_the_next_run(words, tmp_path):
     with Store(str(tmp_path / "shared.db"), read_only=True) as store:
         runs = {run for space in store.namespaces() for page in store.scan(space) for run in page.about["run"]}
     assert {run[-9:] for run in runs} == {"version_0", "version_1"}
+
+
+def test_runs_are_told_apart_however_alike_their_paths_end(tmp_path):
+    end = "x" * 90
+    assert _name(tmp_path / "a" / end) != _name(tmp_path / "b" / end)
+    assert len(_name(tmp_path / end)) <= 80
 
 
 def test_usage_is_written_down(words, tmp_path):

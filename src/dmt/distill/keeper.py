@@ -39,7 +39,7 @@ class Keeper:
 
     def __init__(self, config: StoreConfig, store: Store, student: PreTrainedModel, run: Path) -> None:
         self.memories = associative_of(student)
-        self.run = str(run.absolute())[-80:]
+        self.run = _name(run)
         self.flush_every = config.flush_every
         self.store = store
         self.spaces: dict[int, Namespace] = {
@@ -119,6 +119,12 @@ def _state(memory: AssociativeMemory) -> dict[str, torch.Tensor]:
     histories = {name: torch.as_tensor(np.array(getattr(memory.rows.histories, name))) for name in HISTORIES}
     hidden, ids = memory.tape()
     return {"ids": memory.rows.ids.cpu().clone(), **histories, "tape": hidden, "tape_ids": ids}
+
+
+def _name(run: Path) -> str:
+    """What marks the rows of a run in a store that several may share: a digest of its path and, for people, the end of it."""
+    path = str(run.absolute())
+    return f"{hashlib.sha256(path.encode()).hexdigest()[:12]} {path[-60:]}"
 
 
 def fingerprint(teacher: PreTrainedModel) -> str:

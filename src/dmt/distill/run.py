@@ -71,7 +71,8 @@ def distil(config: Config, run: Path | None) -> Path:
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * config.data.micro_batch))
     fresh = run is None
-    keeps, model = bool(associative_of(student)), fingerprint(teacher)
+    keeps = bool(associative_of(student))
+    model = fingerprint(teacher) if keeps else ""
     shared = Store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
     run = run or new_run(config)
     module = Distiller(config, student, teacher)

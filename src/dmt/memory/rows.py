@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dmt.memory.heat import cooled
 from dmt.memory.histories import Histories
 from dmt.memory.indexes import FaissIndex
 from dmt.memory.nearest import nearest
@@ -180,7 +181,7 @@ class Rows(nn.Module):
         known = self.histories
         read, first = np.unique(places, return_inverse=True)
         more = np.bincount(first, weights, len(read))
-        known.heat[read] = known.heat[read] * np.exp2(-decay * (step - known.heat_step[read])) + more
+        known.heat[read] = cooled(known.heat[read], known.heat_step[read], step, decay) + more
         known.heat_step[read], known.last_read[read] = step, now
         known.reads[read] += np.bincount(first, minlength=len(read))
         known.used[read] = True
