@@ -254,6 +254,26 @@ def test_runs_are_told_apart_however_alike_their_paths_end(tmp_path):
     assert len(_name(tmp_path / end)) <= 80
 
 
+def test_a_checkpoint_brings_back_how_warm_rows_were_and_usage_is_flushed_in_batches(teacher, tmp_path, tokens):
+    made = small(teacher, tmp_path)
+    made.keeper.flush_every = 3
+    for step in (1, 2):
+        taught(made, tokens, step)
+    known, memory = made.keeper.state(2), associative_of(made.student)[0]
+    heat, reads = memory.rows.histories.heat.copy(), memory.rows.histories.reads.copy()
+    assert reads.sum() > 0
+
+    def told():
+        return sum(sum(page.about["reads"]) for page in made.keeper.store.scan(made.keeper.spaces[0]))
+
+    assert told() == 0
+    taught(made, tokens, 3)
+    assert told() > 0
+    made.keeper.restore(2, known)
+    assert (memory.rows.histories.heat == heat).all()
+    assert (memory.rows.histories.reads == reads).all()
+
+
 def test_usage_is_written_down(words, tmp_path):
     assert main([*words, *ROWS]) == 0
     with Store(str(newest(tmp_path) / "memory.db"), read_only=True) as store:
