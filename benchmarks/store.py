@@ -85,7 +85,7 @@ def writing(count: int = 100_000, batch: int = 5_000) -> None:
         print(f"written: {count / seconds:,.0f} rows a second, {WIDE} wide, in steps of {batch:,}", flush=True)
         rows = Rows(WIDE, WIDE)
         with Store(place, read_only=True) as store:
-            seconds = _timed(lambda: rows.rebuild(store.scan(store.namespaces()[0])))
+            seconds = _timed(lambda: rows.rebuild(store.scan(space), expected=store.count(space)))
         size = Path(place).stat().st_size / 1e6
         print(f"opened: {len(rows):,} rows in {seconds:.1f} s, {size:,.0f} MB on disk", flush=True)
 

@@ -192,7 +192,7 @@ def test_refuses_what_is_not_its_own(place):
         Store(place, "a" * 64)
     with Store(place, MODEL) as store, store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE dmt_about SET value = '99' WHERE name = 'schema'")
-    with pytest.raises(UserError, match="schema version 99, this dmt knows 1"):
+    with pytest.raises(UserError, match="schema version 99, this dmt knows 2"):
         Store(place, MODEL)
 
 

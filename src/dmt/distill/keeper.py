@@ -52,7 +52,8 @@ class Keeper:
     def begin(self) -> None:
         """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
         for layer, memory in self.memories.items():
-            memory.rows.rebuild(self.store.scan(self.spaces[layer]))
+            space = self.spaces[layer]
+            memory.rows.rebuild(self.store.scan(space), expected=self.store.count(space))
 
     def write(self, progress: float | None) -> bool:
         """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""
@@ -96,7 +97,8 @@ class Keeper:
         for layer, memory in self.memories.items():
             known = state[str(layer)]
             rows = memory.rows
-            rows.rebuild(self.store.scan(self.spaces[layer]), known["ids"].numpy())
+            space = self.spaces[layer]
+            rows.rebuild(self.store.scan(space), known["ids"].numpy(), self.store.count(space))
             if not torch.equal(rows.ids.cpu(), known["ids"]):
                 raise UserError(
                     f"store {self.store.place}: layer {layer} has {len(rows):,} rows, the checkpoint of step {step} "

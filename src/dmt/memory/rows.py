@@ -156,7 +156,7 @@ class Rows(nn.Module):
         places = -(-(self.places + max(by, GROWTH, self.places // 2)) // GROWTH) * GROWTH
         histories, more = self.histories.grown(places), places - self.places
         self.keys, self.values = (  # new pages are costly, so nothing is made twice
-            torch.cat([old, old.new_zeros(more, old.shape[1])]) if self.places else old.new_zeros(more, old.shape[1])
+            torch.cat([old, _zeros(more, old)]) if self.places else _zeros(more, old)
             for old in (self.keys, self.values)
         )
         self.ids = torch.cat([self.ids, self.ids.new_full((more,), -1)])
@@ -198,20 +198,21 @@ class Rows(nn.Module):
         return usage
 
     @torch.no_grad()
-    def rebuild(self, pages: Iterable[Page], places: Numbers | None = None) -> None:
-        """Hold these rows and no others, with what the store knows of them.
+    def rebuild(self, pages: Iterable[Page], places: Numbers | None = None, expected: int = 0) -> None:
+        """Hold these rows and no others, with what the store knows of them; `expected` of them, as a hint.
 
         With `places`, the number of the row at each place (-1 for none), they lie where they lay: sums over them are then
         the same to the last bit. A row that `places` does not name is added behind them.
         """
         self.reset()
-        parts = list(pages)  # as bytes; each is copied once, to where it stays
-        total = sum(len(page.ids) for page in parts)
-        if total > self.places:
-            self._grow(total - self.places)
-        known, start = self.histories, 0
-        for page in parts:
+        if expected > self.places:
+            self._grow(expected - self.places)
+        start = 0
+        for page in pages:  # each is copied once, to where it stays
             here = slice(start, start + len(page.ids))
+            if here.stop > self.places:
+                self._grow(here.stop - self.places)
+            known = self.histories
             for stored, read in ((self.keys, page.keys), (self.values, page.values), (self.ids, page.ids)):
                 stored[here] = torch.tensor(read).to(stored) if stored.is_cuda else _as_tensor(read)
             for name in KNOWN:
@@ -245,6 +246,13 @@ class Rows(nn.Module):
     def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:
         """Numbers of the rows at `places`."""
         return self.ids[torch.as_tensor(places, device=self.ids.device)].cpu().numpy()
+
+
+def _zeros(rows: int, like: Tensor) -> Tensor:
+    """Zeros `(rows, width of like)` that take no memory before they are written to, where the system can do that."""
+    if like.is_cuda or like.dtype != torch.float32:
+        return like.new_zeros(rows, like.shape[1])
+    return torch.from_numpy(np.zeros((rows, like.shape[1]), np.float32))
 
 
 def _as_tensor(read: NDArray[np.generic]) -> Tensor:

@@ -1,10 +1,26 @@
-"""Tables of a store. Rows are never changed but for how they are used: what leaves is marked, so a run can be taken back."""
+"""Tables of a store. What a row is never changes; how it fares lies apart, where a change moves few bytes.
+
+A row that leaves is only marked, so a run can be taken back.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_VERSION = 1
+
+class Bytes(LargeBinary):
+    """Bytes as they are: both databases take them, so nothing is wrapped on the way in, value by value."""
+
+    cache_ok = True
+
+    def bind_processor(self, dialect: Any) -> None:
+        """None."""
+
+
+ROW_NUMBER = BigInteger().with_variant(Integer, "sqlite")
+SCHEMA_VERSION = 2
 """Of the tables below; a store of another version is refused."""
 
 tables = MetaData()
@@ -30,16 +46,22 @@ rows = Table(
     "dmt_rows",
     tables,
     # Numbers are given out by the one writer, so that a row is known by its number before it is on disk.
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
-    Column("namespace", Integer, nullable=False),
-    Column("key", LargeBinary, nullable=False),
-    Column("value", LargeBinary, nullable=False),
+    Column("id", ROW_NUMBER, primary_key=True, autoincrement=False),
+    Column("key", Bytes, nullable=False),
+    Column("value", Bytes, nullable=False),
     Column("created", Float, nullable=False),  # seconds since 1970
+    Column("tag", Text, nullable=False),
+    Column("entries", Integer, nullable=False),  # insertions that recombination has put into this row
+)
+
+states = Table(
+    "dmt_states",
+    tables,
+    Column("id", ROW_NUMBER, primary_key=True, autoincrement=False),  # the row's
+    Column("namespace", Integer, nullable=False),
     Column("run", String(80), nullable=False),
     Column("step", Integer, nullable=False),
-    Column("tag", Text, nullable=False),
     Column("pinned", Boolean, nullable=False),
-    Column("entries", Integer, nullable=False),  # insertions that recombination has put into this row
     Column("last_read", Float, nullable=True),  # seconds since 1970
     Column("reads", BigInteger, nullable=False),
     Column("heat", Float, nullable=False),  # LRFU's combined recency and frequency, as of `heat_step`
@@ -47,6 +69,6 @@ rows = Table(
     Column("deleted", String(20), nullable=True),  # why it left: evicted, merged, forgotten, replaced; null: it is there
     Column("deleted_run", String(80), nullable=True),
     Column("deleted_step", Integer, nullable=True),
-    Index("dmt_rows_present", "namespace", "deleted", "id"),
-    Index("dmt_rows_written", "run", "step"),
+    Index("dmt_states_present", "namespace", "deleted", "id"),
+    Index("dmt_states_written", "run", "step"),
 )

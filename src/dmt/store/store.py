@@ -8,15 +8,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func, insert, or_, select, update
 
 from dmt.errors import UserError
 from dmt.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
 from dmt.store.connect import check, engine_of, only_writer, shown_place, told
-from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, tables
+from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, states, tables
 
-SCAN_ROWS = 10_000
-"""Rows that a scan takes from the database at once."""
+SCAN_ROWS = 2_000
+"""Rows that a scan takes from the database at once: few enough for the memory they took to be used again by the next."""
+WHOLE = select(rows, *(column for column in states.columns if column is not states.c.id)).join_from(
+    rows, states, rows.c.id == states.c.id
+)
+"""Rows with how they fare."""
+ABOUT = [name for name in WHOLE.selected_columns.keys() if name not in ("id", "namespace", "key", "value")]  # noqa: SIM118
+"""What is told of a row beside its number, key and value."""
 
 
 class Store:
@@ -130,17 +136,18 @@ class Store:
             return
         with told(self.place), self.engine.begin() as connection:
             if inserts:
-                connection.execute(insert(rows), inserts)
+                connection.execute(insert(rows), [row for row, _ in inserts])
+                connection.execute(insert(states), [state for _, state in inserts])
                 # Kept apart from the rows: a row that is purged or taken back leaves no number to be given out again.
                 given = update(about).where(about.c.name == "next_id").values(value=str(self._next_id))
                 connection.execute(given)
             if removed:
-                leave = update(rows).where(rows.c.id == bindparam("row"), rows.c.deleted.is_(None))
+                leave = update(states).where(states.c.id == bindparam("row"), states.c.deleted.is_(None))
                 connection.execute(
                     leave.values(deleted=bindparam("why"), deleted_run=bindparam("by"), deleted_step=bindparam("at")), removed
                 )
             if used:
-                use = update(rows).where(rows.c.id == bindparam("row"))
+                use = update(states).where(states.c.id == bindparam("row"))
                 connection.execute(
                     use.values(
                         reads=bindparam("times"),
@@ -151,7 +158,7 @@ class Store:
                     used,
                 )
 
-    def _described(self, space: Namespace, part: Insert, run: str, step: int) -> Iterator[dict[str, Any]]:
+    def _described(self, space: Namespace, part: Insert, run: str, step: int) -> Iterator[tuple[dict[str, Any], ...]]:
         count = len(part.ids)
         for name, given, width in (("keys", part.keys, space.key_width), ("values", part.values, space.value_width)):
             if given.shape != (count, width):
@@ -170,21 +177,26 @@ class Store:
         pinned = np.broadcast_to(np.asarray(part.pinned, bool), count)
         entries = np.ones(count, np.int64) if part.entries is None else part.entries
         for i in range(count):
-            yield {
-                "id": int(part.ids[i]), "namespace": space.number, "key": keys[i].tobytes(), "value": values[i].tobytes(),
-                "created": float(created[i]), "run": run, "step": step, "tag": tags[i], "pinned": bool(pinned[i]),
-                "entries": int(entries[i]), "reads": 0, "heat": float(part.heat[i]), "heat_step": step,
+            number = int(part.ids[i])
+            row = {
+                "id": number, "key": keys[i].tobytes(), "value": values[i].tobytes(),
+                "created": float(created[i]), "tag": tags[i], "entries": int(entries[i]),
             }  # fmt: skip
+            state = {
+                "id": number, "namespace": space.number, "run": run, "step": step, "pinned": bool(pinned[i]),
+                "reads": 0, "heat": float(part.heat[i]), "heat_step": step,
+            }  # fmt: skip
+            yield row, state
 
     def scan(self, space: Namespace, gone: bool = False) -> Iterator[Page]:
         """All rows of a namespace in the order of their numbers, some thousands at a time; with `gone`, those that left too."""
         last = 0
         while True:
-            there = select(rows).where(rows.c.namespace == space.number, rows.c.id > last)
+            there = WHOLE.where(states.c.namespace == space.number, states.c.id > last)
             if not gone:
-                there = there.where(rows.c.deleted.is_(None))
+                there = there.where(states.c.deleted.is_(None))
             with told(self.place), self.engine.connect() as connection:
-                found = connection.execute(there.order_by(rows.c.id).limit(SCAN_ROWS)).all()
+                found = connection.execute(there.order_by(states.c.id).limit(SCAN_ROWS)).all()
             if found:
                 yield self._page(space, found)
             if len(found) < SCAN_ROWS:
@@ -197,21 +209,21 @@ class Store:
         wanted = [int(number) for number in ids]
         with told(self.place), self.engine.connect() as connection:
             for start in range(0, len(wanted), SCAN_ROWS):
-                part = rows.c.id.in_(wanted[start : start + SCAN_ROWS])
-                found += connection.execute(
-                    select(rows).where(rows.c.namespace == space.number, rows.c.deleted.is_(None), part)
-                ).all()
+                part = states.c.id.in_(wanted[start : start + SCAN_ROWS])
+                there = WHOLE.where(states.c.namespace == space.number, states.c.deleted.is_(None), part)
+                found += connection.execute(there).all()
         return self._page(space, sorted(found, key=lambda row: row.id))
 
     def _page(self, space: Namespace, found: Sequence[Any]) -> Page:
         count = len(found)
-        keys = np.frombuffer(b"".join(row.key for row in found), np.dtype("<f4")).reshape(count, space.key_width)
+        names = list(WHOLE.selected_columns.keys())
+        columns = dict(zip(names, zip(*found, strict=True) if count else ((),) * len(names), strict=True))
+        keys = np.frombuffer(b"".join(columns["key"]), np.dtype("<f4")).reshape(count, space.key_width)
         kind = VALUE_TYPES[space.value_type]
-        values = np.frombuffer(b"".join(row.value for row in found), kind).reshape(count, space.value_width)
-        others = [column.name for column in rows.columns if column.name not in ("id", "namespace", "key", "value")]
-        described = {name: [getattr(row, name) for row in found] for name in others}
+        values = np.frombuffer(b"".join(columns["value"]), kind).reshape(count, space.value_width)
+        described = {name: list(columns[name]) for name in ABOUT}
         return Page(
-            np.array([row.id for row in found], np.int64),
+            np.array(columns["id"], np.int64),
             keys.astype(np.float32, copy=False),
             values.astype(np.float32, copy=False),
             described,
@@ -219,7 +231,7 @@ class Store:
 
     def count(self, space: Namespace) -> int:
         """Rows that are there."""
-        there = select(func.count()).where(rows.c.namespace == space.number, rows.c.deleted.is_(None))
+        there = select(func.count()).where(states.c.namespace == space.number, states.c.deleted.is_(None))
         with told(self.place), self.engine.connect() as connection:
             return int(connection.execute(there).scalar_one())
 
@@ -227,9 +239,11 @@ class Store:
         """Undo what `run` did after `step`: rows it wrote are gone, rows it took away are back; how many of each."""
         self._writes()
         with told(self.place), self.engine.begin() as connection:
-            written = connection.execute(delete(rows).where(rows.c.run == run, rows.c.step > step)).rowcount
+            written = _erase(connection, and_(states.c.run == run, states.c.step > step))
             back = {"deleted": None, "deleted_run": None, "deleted_step": None}
-            restored = connection.execute(update(rows).where(rows.c.deleted_run == run, rows.c.deleted_step > step).values(back))
+            restored = connection.execute(
+                update(states).where(states.c.deleted_run == run, states.c.deleted_step > step).values(back)
+            )
         return written, restored.rowcount
 
     def purge(self, run: str, step: int, others: bool = True) -> int:
@@ -238,17 +252,23 @@ class Store:
         They cannot come back, so no checkpoint before that can be gone on from.
         """
         self._writes()
-        before = and_(rows.c.deleted_run == run, rows.c.deleted_step <= step)
+        before = and_(states.c.deleted_run == run, states.c.deleted_step <= step)
         if others:
-            before = or_(before, rows.c.deleted_run != run)
+            before = or_(before, states.c.deleted_run != run)
         with told(self.place), self.engine.begin() as connection:
-            return int(connection.execute(delete(rows).where(rows.c.deleted.is_not(None), before)).rowcount)
+            return _erase(connection, and_(states.c.deleted.is_not(None), before))
 
     def _writes(self) -> None:
         if self.read_only:
             raise UserError(f"store {self.place}: opened for reading only")
         if self._writer_process != os.getpid():
             raise UserError(f"store {self.place}: opened by process {self._writer_process}; a forked process reads only")
+
+
+def _erase(connection: Connection, which: ColumnElement[bool]) -> int:
+    """Take the rows of these states off the disk; how many."""
+    connection.execute(delete(rows).where(rows.c.id.in_(select(states.c.id).where(which))))
+    return int(connection.execute(delete(states).where(which)).rowcount)
 
 
 def _used(usage: Usage) -> Iterator[dict[str, Any]]:
