@@ -29,8 +29,10 @@ def memory(writes="residual", on=None, k=3, policy=EVERYTHING, **more):
 
 
 def step(layer, hidden, lesson=None, number=1):
-    layer.writing, layer.lesson = True, lesson
+    layer.writing = True
     said = layer(hidden)
+    if lesson is not None:
+        layer.teach(lesson)
     changes = layer.settle(number, 7.0, layer.take)
     layer.writing = False
     return said, changes
@@ -91,8 +93,8 @@ def test_nothing_written_in_a_step_is_seen_in_it():
     layer.writing = True
     said = []
     for states, answer in ((hidden, lesson), (other, taught)):
-        layer.lesson = answer
         said.append(layer(states))
+        layer.teach(answer)
         layer._offers, layer._reads = [], []
     assert torch.equal(said[0][0, :4], said[1][0, :4])
     assert torch.equal(said[0][1], said[1][1])
@@ -219,8 +221,11 @@ def test_it_refuses_what_makes_no_sense(arguments, word):
 def test_a_lesson_is_asked_for():
     layer = memory()
     layer.writing = True
-    with pytest.raises(ValueError, match="lesson"):
-        layer(torch.randn(2, WIDTH))
+    layer(torch.randn(2, WIDTH))
+    with pytest.raises(ValueError, match="call `teach`"):
+        layer.settle(1, 7.0, layer.take)
+    with pytest.raises(ValueError, match="after a pass"):
+        layer.teach(torch.randn(2, WIDTH))
 
 
 def _one_of_two(rank, folder):

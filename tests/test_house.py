@@ -20,7 +20,7 @@ ORDER = [
     "models.smollm2",
     "distill.signals",
     "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
-    "distill.revive", "distill.keeper",
+    "distill.revive", "distill.lessons", "distill.keeper",
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
 ]  # fmt: skip

@@ -341,7 +341,7 @@ def test_layers_are_chosen_by_all_number_range_or_list(text, layers):
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1-x", "1-2-3", "1,", "all-", "None", "1.5", "a\nb"])
 def test_layers_in_no_known_spelling_are_refused(text):
-    with pytest.raises(UserError, match=r"^here must be `all`, a layer, a range such as 0-2 or 2-, or a list; got .*$"):
+    with pytest.raises(UserError, match=r"^here must be `all`, `last`, a layer, a range such as 0-2 or 2-, or a list; got .*$"):
         select_layers(text, 4, "here")
 
 
@@ -387,7 +387,7 @@ WRONG_RULES = [
     ("[{layers: 0}]", "student.rules[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0}"),
     ("[{layers: 0, memory: }]", "must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0, memory: nothing}"),
     ("[{layers: 0, memory: {k: 3}, k: 3}]", "student.rules[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got"),
-    ("[{layers: true, memory: {k: 3}}]", "student.rules[0].layers must be `all`, a layer, a range"),
+    ("[{layers: true, memory: {k: 3}}]", "student.rules[0].layers must be `all`, `last`, a layer, a range"),
 ]
 
 

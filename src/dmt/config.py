@@ -50,14 +50,15 @@ class MemoryConfig:
     """Stored rows read per token."""
     novelty: float = 0.2
     """Distance (keys have length 1) up to which something nearest is known already, so that nothing is written."""
-    recombine: float = 0.0
+    recombine: float = 0.55
     """Distance up to which, beyond `novelty`, a row is merged into the nearest one instead of being added."""
-    capacity: int = 16_384
+    capacity: int = 65_536
     """Most rows a layer keeps; the coldest that are not pinned leave."""
     forgetting: float = 0.01
     """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
-    index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
-    """How stored rows are found: all compared, exactly; or by faiss, `ivf` from 10,000 rows on, which may miss some."""
+    index: Literal["exact", "half", "flat", "ivf", "hnsw"] = "exact"
+    """How stored rows are found: all compared, exactly; all in half precision and the nearest exactly (one row in ten
+    thousand is missed); or by faiss, `ivf` from 10,000 rows on, which may miss some."""
     write_from: float = 0.8
     """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 

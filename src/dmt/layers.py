@@ -35,14 +35,15 @@ def layer_memories(config: Config, layers: int, block_slots: int | None = None) 
 
 
 def select_layers(text: str, layers: int, name: str) -> list[int]:
-    """Layer numbers from `all`, `3`, `0-2`, `2-` or a comma-separated list of these; 0 is the lowest."""
+    """Layer numbers from `all`, `last`, `3`, `0-2`, `2-` or a comma-separated list of these; 0 is the lowest."""
     chosen: set[int] = set()
-    for part in text.replace(" ", "").split(","):
+    for part in text.replace(" ", "").replace("last", str(layers - 1)).split(","):
         first, dash, last = part.partition("-")
         try:
             low, high = (0, layers - 1) if part == "all" else (int(first), int(last or layers - 1) if dash else int(first))
         except ValueError:
-            raise UserError(f"{name} must be `all`, a layer, a range such as 0-2 or 2-, or a list; got {shown(text)}") from None
+            accepted = "`all`, `last`, a layer, a range such as 0-2 or 2-, or a list"
+            raise UserError(f"{name} must be {accepted}; got {shown(text)}") from None
         if not 0 <= low <= high < layers:
             raise UserError(f"{name} must name layers in [0, {layers - 1}], got {shown(text)}")
         chosen.update(range(low, high + 1))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config, OptimConfig
 from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.keeper import Keeper
+from dmt.distill.lessons import teach
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
 from dmt.distill.outliers import share
 from dmt.distill.revive import count_idle, revival_error
@@ -167,9 +168,8 @@ class Distiller(pl.LightningModule):
         if weights.revive:
             for memory in featural_of(self.student).values():
                 memory.count_reads()
-        for layer, associative in associative_of(self.student).items():
-            associative.lesson = teacher.block_outputs[layer]
         student = observe(self.student, batch.tokens, blocks=blocks)
+        teach(self.student, self.teacher, student, teacher)
         terms = distillation_terms(student, teacher, batch, weights, self.scales, list(memories_of(self.student)))
         if weights.revive:
             terms["revive"] = self._revival(student, teacher, batch)

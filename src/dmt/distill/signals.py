@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ class Signals:
         head: turns hidden states into logits `(..., vocabulary)`; kept apart so that logits can be made in chunks.
         block_inputs: what each feed-forward block or memory was given, by layer; empty unless asked for.
         block_outputs: what each answered.
+        streams: the hidden state after each layer, to which that answer has been added.
     """
 
     hidden: Tensor
     head: nn.Module
     block_inputs: tuple[Tensor, ...] = ()
     block_outputs: tuple[Tensor, ...] = ()
+    streams: tuple[Tensor, ...] = ()
 
     @property
     def logits(self) -> Tensor:
@@ -34,28 +37,32 @@ class Signals:
 
 
 def observe(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
-    """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves each feed-forward block.
+    """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves feed-forward blocks and layers.
 
     Gradients flow where the caller allows them; hooks are gone when it returns.
     """
     arch = architecture_of(model.config.model_type)
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
     hooks = []
     if blocks:
-        for layer, block in enumerate(arch.blocks(model)):
+        for layer, (block, whole) in enumerate(zip(arch.blocks(model), arch.whole_layers(model), strict=True)):
 
             def record(_: nn.Module, given: tuple[Tensor, ...], answered: Tensor, layer: int = layer) -> None:
                 inputs[layer], outputs[layer] = given[0], answered
 
-            hooks.append(block.register_forward_hook(record))
+            def follow(_: nn.Module, given: tuple[Tensor, ...], answered: Any, layer: int = layer) -> None:
+                streams[layer] = answered[0] if isinstance(answered, tuple) else answered
+
+            hooks += [block.register_forward_hook(record), whole.register_forward_hook(follow)]
     try:
         backbone = model.get_submodule(arch.backbone)
         hidden = backbone(tokens, attention_mask=mask, use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
-    in_order = [tuple(found[layer] for layer in sorted(found)) for found in (inputs, outputs)]
+    in_order = [tuple(found[layer] for layer in sorted(found)) for found in (inputs, outputs, streams)]
     return Signals(hidden, model.get_output_embeddings(), *in_order)
 
 

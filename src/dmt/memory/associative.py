@@ -18,6 +18,8 @@ from dmt.records import Changes, Numbers
 
 WRITES = ("projection", "teacher", "residual")
 """What an inserted value is: learnt from the hidden state, the teacher's answer, or what the base lacks of that."""
+DOUBT = 0.7
+"""Cosine at which a row has, to begin with, the weight of the base: where training led it (EXPERIMENTS.md)."""
 TAPE = 4_096
 """Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
 
@@ -28,7 +30,8 @@ class _Offer:
 
     hidden: Tensor
     keys: Tensor
-    values: Tensor
+    values: Tensor | None  # where they are taught: not yet
+    base: Tensor | None
     tag: str
 
 
@@ -60,7 +63,7 @@ class AssociativeMemory(nn.Module):
         width: size of a hidden state, of a key and of a value.
         k: rows read per token.
         base: what is said beside the rows: a memory of its own, or None. With no rows the answer is the base's.
-        writes: one of `WRITES`; the latter two need `lesson` to be set before a pass that writes.
+        writes: one of `WRITES`; of the latter two, `teach` has to follow each pass that writes.
         policy: which offers come in and how many rows are kept.
         places: rows there is room for at the start, as many as a saved memory had.
         index: how rows are found: `exact`, or a kind of faiss index (`indexes.py`).
@@ -80,7 +83,7 @@ class AssociativeMemory(nn.Module):
         places: int = 0,
         index: str = "exact",
         write_from: float = 0.0,
-        sharpness: float = 12.0,
+        sharpness: float = 20.0,
     ) -> None:
         super().__init__()
         if k < 1:
@@ -100,7 +103,6 @@ class AssociativeMemory(nn.Module):
         self.sharpness, self.write_from = sharpness, write_from
         self.writing = False
         self.tag = ""
-        self.lesson: Tensor | None = None
         self.heard: Heard | None = None
         self._offers: list[_Offer] = []
         self._reads: list[tuple[Tensor, Tensor]] = []
@@ -117,7 +119,7 @@ class AssociativeMemory(nn.Module):
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
         self.log_sharpness.fill_(math.log(self.sharpness))
-        self.doubt.fill_(0.5)
+        self.doubt.fill_(DOUBT)
         self.rows.reset()
 
     @torch.no_grad()
@@ -131,7 +133,7 @@ class AssociativeMemory(nn.Module):
         flat = hidden.reshape(-1, self.width)
         base = None if self.base is None else self.base(hidden).reshape(-1, self.width)
         if self.writing:
-            self._offer(flat, base)
+            self._offer(flat, None if base is None else base.detach())
         if self.heard is not None:
             self.heard.tokens += len(flat)
             self.heard.of_base += 0 if len(self.rows) else len(flat)
@@ -176,14 +178,18 @@ class AssociativeMemory(nn.Module):
     @torch.no_grad()
     def _offer(self, hidden: Tensor, base: Tensor | None) -> None:
         keys = F.normalize(self.key(hidden), dim=-1)
-        if self.value is not None:
-            values = self.value(hidden)
-        elif self.lesson is None:
-            raise ValueError(f"writes={self.writes} needs the teacher's answer: set `lesson` before a pass that writes")
-        else:
-            values = self.lesson.reshape(-1, self.width)
-            values = values if self.writes == "teacher" or base is None else values - base
-        self._offers.append(_Offer(hidden.detach(), keys.float(), values.float(), self.tag))
+        values = None if self.value is None else self.value(hidden).float()
+        self._offers.append(_Offer(hidden.detach(), keys.float(), values, base, self.tag))
+
+    @torch.no_grad()
+    def teach(self, wanted: Tensor) -> None:
+        """Say what the last pass, which wrote, should have answered: `(..., width)`; nothing where values are projections."""
+        if not self._offers:
+            raise ValueError("teach after a pass that writes")
+        offer = self._offers[-1]
+        if self.value is None:
+            values = wanted.reshape(-1, self.width).float()
+            offer.values = values if self.writes == "teacher" or offer.base is None else values - offer.base.float()
 
     @torch.no_grad()
     def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
@@ -199,6 +205,8 @@ class AssociativeMemory(nn.Module):
         """
         nothing, nowhere = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
         offers, reads, self._offers, self._reads = self._offers, self._reads, [], []
+        if any(offer.values is None for offer in offers):
+            raise ValueError(f"writes={self.writes} needs the teacher's answer: call `teach` after each pass that writes")
         places = gathered(torch.cat([nowhere, *(place for place, _ in reads)]))
         weights = gathered(torch.cat([nothing.new_zeros(0), *(weight.float() for _, weight in reads)]))
         self.rows.use(places.cpu().numpy(), weights.double().cpu().numpy(), step, now, self.policy.decay)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from dmt.memory.heat import cooled
 from dmt.memory.histories import Histories
 from dmt.memory.indexes import FaissIndex
-from dmt.memory.nearest import nearest
+from dmt.memory.nearest import nearest, nearest_by_halves
 from dmt.records import Insert, Numbers, Page, Usage
 
 KNOWN = ("heat", "heat_step", "entries", "created", "pinned", "reads")
 """What a store knows of a row that is kept here as it stands there."""
+PLAIN = ("exact", "half")
+"""Ways to search that compare a query with every key."""
 GROWTH = 1_024
 """Places that are made at once, at least."""
 
@@ -43,7 +45,7 @@ class Rows(nn.Module):
         key_width: numbers in a key.
         value_width: numbers in a value.
         places: room at the start; more is made when it is needed.
-        index: `exact`, or the kind of faiss index that searches.
+        index: `exact`; `half`, exact among those that look nearest in half precision; or a kind of faiss index.
     """
 
     def __init__(self, key_width: int, value_width: int, places: int = 0, index: str = "exact") -> None:
@@ -54,7 +56,9 @@ class Rows(nn.Module):
         self.register_buffer("keys", torch.zeros(places, key_width))
         self.register_buffer("values", torch.zeros(places, value_width))
         self.register_buffer("ids", torch.full((places,), -1))
-        self._index = None if index == "exact" else FaissIndex(index, key_width)
+        self._index = None if index in PLAIN else FaissIndex(index, key_width)
+        self._by_halves = index == "half"
+        self._halves: Tensor | None = None
         self._indexed = False
         self._handicap: Tensor | None = None
         self._places: dict[int, int] | None = None
@@ -64,7 +68,7 @@ class Rows(nn.Module):
         """No rows."""
         self.ids.fill_(-1)
         self._indexed = False
-        self._handicap = self._places = self._histories = None
+        self._handicap = self._halves = self._places = self._histories = None
 
     @property
     def places(self) -> int:
@@ -96,9 +100,14 @@ class Rows(nn.Module):
             return self._by_index(queries.detach().to(self.keys.dtype), k)
         if self._handicap is None or self._handicap.device != self.keys.device:
             self._handicap = (-self.keys.square().sum(-1) / 2).masked_fill(self.ids < 0, -torch.inf)
+        asked, there = queries.detach().to(self.keys.dtype), min(k, self.places)
         with torch.autocast(self.keys.device.type, enabled=False):
-            there = min(k, self.places)
-            distances, places = nearest(queries.detach().to(self.keys.dtype), self.keys, self._handicap, there)
+            if self._by_halves:
+                if self._halves is None or self._halves.device != self.keys.device:
+                    self._halves = self.keys.bfloat16()
+                distances, places = nearest_by_halves(asked, self.keys, self._halves, self._handicap, there)
+            else:
+                distances, places = nearest(asked, self.keys, self._handicap, there)
         if there == k:
             return Found(distances, places)
         more = (len(queries), k - there)
@@ -119,11 +128,12 @@ class Rows(nn.Module):
 
     def exactly(self, queries: Tensor, k: int) -> Found:
         """`search` without an index, to tell an index's recall."""
-        index, self._index = self._index, None
+        before = self._index, self._by_halves
+        self._index, self._by_halves = None, False
         try:
             return self.search(queries, k)
         finally:
-            self._index = index
+            self._index, self._by_halves = before
 
     @torch.no_grad()
     def put(self, part: Insert, step: int) -> Numbers:
@@ -138,6 +148,8 @@ class Rows(nn.Module):
         self.ids[free] = torch.as_tensor(part.ids).to(self.ids)
         if self._handicap is not None:
             self._handicap[free] = -self.keys[free].square().sum(-1) / 2
+        if self._halves is not None:
+            self._halves[free] = self.keys[free].to(self._halves.dtype)
         if self._indexed and self._index is not None:
             self._indexed = self._index.add(self.keys[free], free)
         at = free.cpu().numpy()
@@ -160,7 +172,7 @@ class Rows(nn.Module):
             for old in (self.keys, self.values)
         )
         self.ids = torch.cat([self.ids, self.ids.new_full((more,), -1)])
-        self._histories, self._handicap = histories, None
+        self._histories, self._handicap, self._halves = histories, None, None
 
     @torch.no_grad()
     def drop(self, ids: Iterable[int]) -> None:
@@ -240,7 +252,7 @@ class Rows(nn.Module):
         self.values = torch.where(there.unsqueeze(-1), self.values[source], 0)
         self.ids = torch.where(there, self.ids[source], -1)
         self._histories = before.taken(np.where(at >= 0, at, 0))
-        self._places = self._handicap = None
+        self._places = self._handicap = self._halves = None
         self._indexed = False
 
     def numbers(self, places: Sequence[int] | Numbers | Tensor) -> Numbers:

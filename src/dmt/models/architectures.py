@@ -46,9 +46,13 @@ class Architecture:
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Feed-forward blocks of `model` in order, or the memories that stand in their places."""
+        return [layer.get_submodule(self.block) for layer in self.whole_layers(model)]
+
+    def whole_layers(self, model: nn.Module) -> nn.ModuleList:
+        """Transformer blocks of `model` in order: attention, feed-forward block and what is around them."""
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList), f"{self.layers} is a list of layers"
-        return [layer.get_submodule(self.block) for layer in layers]
+        return layers
 
     def replace(self, model: nn.Module, layer: int, block: nn.Module) -> None:
         """Put `block` where layer `layer` has its feed-forward block."""
