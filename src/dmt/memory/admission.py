@@ -113,18 +113,19 @@ def admit(
 def _leaders(keys: Tensor, far: Tensor, policy: Policy) -> tuple[list[int], list[float]]:
     """For each offer that no stored row is near to, the first such offer that stands for it, and how far that is."""
     reach = max(policy.novelty, policy.recombine)
-    outside = (far > reach).tolist()
     leaders, apart = list(range(len(keys))), [0.0] * len(keys)
-    taken = np.zeros(len(keys), bool)
-    width = max(1, SCORES // len(keys))
-    for start in range(0, len(keys), width):
-        distances = torch.cdist(keys[start : start + width].double(), keys.double()).cpu().numpy()
-        for offer, to in enumerate(distances, start):
-            if taken[offer] or not outside[offer]:
+    outside = (far > reach).nonzero().flatten()
+    asked, numbers = keys[outside].double(), outside.tolist()
+    taken = np.zeros(len(numbers), bool)
+    width = max(1, SCORES // max(1, len(numbers)))
+    for start in range(0, len(numbers), width):
+        distances = torch.cdist(asked[start : start + width], asked).cpu().numpy()
+        for at, to in enumerate(distances, start):
+            if taken[at]:
                 continue
             for other in ((to <= reach) & ~taken).nonzero()[0]:
-                if outside[other]:
-                    taken[other], leaders[other], apart[other] = True, offer, float(to[other])
+                taken[other] = True
+                leaders[numbers[other]], apart[numbers[other]] = numbers[at], float(to[other])
     return leaders, apart
 
 
@@ -163,10 +164,13 @@ def _merge(
     more = np.array([len(members) for members in merged.values()], np.int64)
     entries = known.entries[at] + more
     means = []
+    joining = torch.tensor([offer for members in merged.values() for offer in members], device=keys.device)
+    into = torch.arange(len(merged)).repeat_interleave(torch.as_tensor(more)).to(keys.device)
     for stored, offered in ((rows.keys, keys), (rows.values, values)):
-        sums = torch.stack([offered[members].double().sum(0) for members in merged.values()])
-        before = stored[torch.as_tensor(at)].double() * torch.as_tensor(known.entries[at]).unsqueeze(-1)
-        means.append((before + sums) / torch.as_tensor(entries).unsqueeze(-1))
+        sums = offered.new_zeros(len(merged), offered.shape[1], dtype=torch.double)
+        sums.index_add_(0, into, offered[joining].double())
+        held, now_held = (torch.as_tensor(number, device=keys.device).unsqueeze(-1) for number in (known.entries[at], entries))
+        means.append((stored[torch.as_tensor(at)].double() * held + sums) / now_held)
     joined = [
         join_tags([known.tags[place], *(tags[m] for m in members)]) for place, members in zip(at, merged.values(), strict=True)
     ]
