@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, make_llama, newest, weights
+import torch.distributed as dist
+from conftest import LAYERS, make_llama, make_teacher, newest, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +18,7 @@ from dmt.distill.keeper import Keeper, _name, fingerprint
 from dmt.distill.losses import Batch
 from dmt.distill.module import Distiller
 from dmt.distill.signals import observe
+from dmt.errors import UserError
 from dmt.main import main
 from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
 from dmt.store import Store
@@ -25,8 +28,12 @@ ALONE = ["memory.base=none", "memory.k=8", "memory.budget=", "memory.write_from=
 
 
 def rows_in(run):
+    return rows_in_store(run / "memory.db")
+
+
+def rows_in_store(place):
     """Rows of each layer by number: step, key, value."""
-    with Store(str(run / "memory.db"), read_only=True) as store:
+    with Store(str(place), read_only=True) as store:
         return {
             space.name: {
                 int(n): (s, k.tobytes(), v.tobytes())
@@ -37,14 +44,14 @@ def rows_in(run):
         }
 
 
-def small(teacher, tmp_path, **changes):
+def small(teacher, tmp_path, read_only=False, **changes):
     memory = MemoryConfig(**{"kind": "associative", "k": 8, "write_from": 0.0, "novelty": 0.01} | changes)
     config = replace(
         Config(), memory=memory, data=DataConfig(block=16, batch=4, micro_batch=2), stages=StagesConfig(end_to_end_steps=4)
     )
     student, _ = transplant(teacher, [memory] * LAYERS)
     made = Distiller(config, student, teacher)
-    made.keeper = Keeper(StoreConfig(), Store(str(tmp_path / "rows.db"), fingerprint(teacher)), student, tmp_path)
+    made.keeper = Keeper(StoreConfig(), Store(str(tmp_path / "rows.db"), fingerprint(teacher), read_only), student, tmp_path)
     return made
 
 
@@ -294,6 +301,76 @@ def test_usage_is_written_down(words, tmp_path):
 def test_what_makes_no_sense_is_refused(words_given, said, capsys):
     assert main(words_given) == 2
     assert said in capsys.readouterr().err
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    teacher = make_teacher()
+    if rank:
+        dist.barrier()  # the first process makes the store
+    made = small(teacher, Path(folder), read_only=bool(rank), capacity=40, recombine=0.3)
+    if not rank:
+        dist.barrier()
+    made.keeper.begin()
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = made.student
+
+        def forward(self, tokens):
+            return made._end_to_end(Batch.whole(tokens))["loss"]
+
+    step = torch.nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(made.student.parameters(), lr=0.01)
+    drawn = torch.Generator().manual_seed(3)
+    known = None
+    for number in range(1, 7):
+        tokens = torch.randint(0, teacher.config.vocab_size, (4, 16), generator=drawn)[2 * rank : 2 * rank + 2]
+        made.keeper.write(1.0)
+        optimizer.zero_grad()
+        step(tokens).backward()
+        optimizer.step()
+        made.keeper.write(None)
+        made.keeper.settle(number)
+        if number == 3:
+            known = made.keeper.state(3)
+        if number == 5:  # as a resumed run begins
+            made.keeper.restore(3, known)
+    memories = made.keeper.memories.items()
+    found = {f"{layer}/{n}": t for layer, memory in memories for n, t in memory.rows.state_dict().items()}
+    found |= {f"{layer}/heat": torch.tensor(memory.rows.histories.heat) for layer, memory in memories}
+    torch.save(found | made.student.state_dict(), f"{folder}/{rank}.pt")
+    made.keeper.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_that_train_together_end_with_the_same_rows_and_one_of_them_writes(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert set(first) == set(second)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    stored = rows_in_store(tmp_path / "rows.db")
+    for layer in range(LAYERS):
+        ids = first[f"{layer}/ids"]
+        assert 0 < len(stored[f"layer_{layer}"]) <= 40
+        assert set(ids[ids >= 0].tolist()) == set(stored[f"layer_{layer}"])
+        for place in (ids >= 0).nonzero().flatten().tolist():
+            assert stored[f"layer_{layer}"][int(ids[place])][1] == first[f"{layer}/keys"][place].numpy().tobytes()
+
+
+def test_a_store_that_cannot_be_written_stops_the_run_with_its_reason(teacher, tokens, tmp_path):
+    made = small(teacher, tmp_path)
+    made.keeper.begin()
+    taught(made, tokens)
+    with made.keeper.store.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TRIGGER full BEFORE INSERT ON dmt_rows BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(UserError, match="the disk is full; nothing of this step was written; make room and resume"):
+        taught(made, tokens, 2)
 
 
 KILLED = """

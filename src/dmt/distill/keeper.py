@@ -17,7 +17,7 @@ from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.together import agreed
 from dmt.models.surgery import associative_of
-from dmt.records import Changes, Namespace
+from dmt.records import Changes, Namespace, Numbers
 from dmt.store import Store
 
 HISTORIES = ("heat", "heat_step", "last_read", "reads", "used")
@@ -27,9 +27,12 @@ HISTORIES = ("heat", "heat_step", "last_read", "reads", "used")
 class Keeper:
     """The rows of all associative memories of a student in a store, one namespace a layer.
 
+    Of several processes that train together the first writes; the others read the same store when they begin or resume,
+    and from then on come to the same rows by themselves (`AssociativeMemory.settle`).
+
     Args:
         config: where and how.
-        store: an open store; closed with this.
+        store: an open store; closed with this. Of all processes but the first: opened for reading only.
         student: its associative memories are watched over.
         run: the folder of the run; its path marks the rows that the run writes.
 
@@ -48,12 +51,21 @@ class Keeper:
         }
         self.written: dict[str, float] = {}
         self._checkpoint = 0
+        self._next_id = 0  # where somebody else writes
 
     def begin(self) -> None:
         """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
         for layer, memory in self.memories.items():
             space = self.spaces[layer]
             memory.rows.rebuild(self.store.scan(space), expected=self.store.count(space))
+        self._next_id = int(agreed(self.store.next_id))
+
+    def take_ids(self, count: int) -> Numbers:
+        """Numbers that no row has or had, `(count,)`: the same ones in each process."""
+        if not self.store.read_only:
+            return self.store.take_ids(count)
+        first, self._next_id = self._next_id, self._next_id + count
+        return np.arange(first, first + count, dtype=np.int64)
 
     def write(self, progress: float | None) -> bool:
         """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""
@@ -62,26 +74,37 @@ class Keeper:
         return any(memory.writing for memory in self.memories.values())
 
     def settle(self, step: int) -> None:
-        """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction."""
+        """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction.
+
+        Raises:
+            UserError: the store cannot be written, in every process.
+        """
         changes: dict[Namespace, Changes] = {}
         now = agreed(time.time())
         self.written = {}
         for layer, memory in self.memories.items():
-            made = memory.settle(step, now, self.store.take_ids)
+            made = memory.settle(step, now, self.take_ids)
             usage = memory.rows.take_usage() if step % self.flush_every == 0 else None
             changes[self.spaces[layer]] = Changes(made.inserts, made.removals, usage)
             gone = {why: sum(len(ids) for ids, reason in made.removals if reason == why) for why in ("evicted", "merged")}
             self.written |= {f"rows/layer_{layer}": len(memory.rows)}
             self.written |= {f"rows_inserted/layer_{layer}": sum(len(part.ids) for part in made.inserts)}
             self.written |= {f"rows_{why}/layer_{layer}": number for why, number in gone.items()}
-        self.store.commit(self.run, step, changes)
+        failed: UserError | None = None
+        if not self.store.read_only:
+            try:
+                self.store.commit(self.run, step, changes)
+            except UserError as error:
+                failed = error
+        if agreed(failed is not None):
+            raise failed or UserError(f"store {self.store.place}: the process that writes to it could not at step {step}")
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
 
         Two checkpoints are kept, so what left the memories before the last one can leave the disk now.
         """
-        if step > self._checkpoint:
+        if step > self._checkpoint and not self.store.read_only:
             self.store.purge(self.run, self._checkpoint, others=False)
             self._checkpoint = step
         return {str(layer): _state(memory) for layer, memory in self.memories.items()}
@@ -92,7 +115,9 @@ class Keeper:
         Raises:
             UserError: the store does not hold the rows that the checkpoint speaks of.
         """
-        self.store.rewind(self.run, step)
+        if not self.store.read_only:
+            self.store.rewind(self.run, step)
+        self._next_id = int(agreed(self.store.next_id))  # and nobody reads before that is done
         self._checkpoint = 0  # the one before this may be there still
         for layer, memory in self.memories.items():
             known = state[str(layer)]
@@ -111,6 +136,8 @@ class Keeper:
     def close(self) -> None:
         """Write down usage that was not yet, and let others write."""
         try:
+            if self.store.read_only:
+                return
             usage = {self.spaces[layer]: Changes(usage=memory.rows.take_usage()) for layer, memory in self.memories.items()}
             self.store.commit(self.run, 0, usage)
         finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmt.distill.signals import Signals
+from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.models.architectures import architecture_of
 from dmt.models.surgery import associative_of
 
@@ -33,3 +34,17 @@ def teach(student: PreTrainedModel, teacher: PreTrainedModel, seen: Signals, wan
             memory.teach(wanted.streams[layer] - before)
         else:
             memory.teach(blocks[layer](seen.block_inputs[layer]))
+
+
+@torch.no_grad()
+def read(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor) -> None:
+    """Let the student's memories offer rows for token ids `(batch, time)`, without a gradient; `settle` takes them in."""
+    memories = associative_of(student).values()
+    for memory in memories:
+        memory.writing = True
+    try:
+        wanted = observe_teacher(teacher, tokens, blocks=True)
+        teach(student, teacher, observe(student, tokens, blocks=True), wanted)
+    finally:
+        for memory in memories:
+            memory.writing = False

@@ -168,8 +168,7 @@ class Rows(nn.Module):
         places = -(-(self.places + max(by, GROWTH, self.places // 2)) // GROWTH) * GROWTH
         histories, more = self.histories.grown(places), places - self.places
         self.keys, self.values = (  # new pages are costly, so nothing is made twice
-            torch.cat([old, _zeros(more, old)]) if self.places else _zeros(more, old)
-            for old in (self.keys, self.values)
+            torch.cat([old, _zeros(more, old)]) if self.places else _zeros(more, old) for old in (self.keys, self.values)
         )
         self.ids = torch.cat([self.ids, self.ids.new_full((more,), -1)])
         self._histories, self._handicap, self._halves = histories, None, None

@@ -110,6 +110,11 @@ class Store:
         with told(self.place), self.engine.connect() as connection:
             return [Namespace(*found) for found in connection.execute(select(namespaces).order_by(namespaces.c.id))]
 
+    @property
+    def next_id(self) -> int:
+        """The number that the next row will have."""
+        return self._next_id
+
     def take_ids(self, count: int) -> Numbers:
         """Numbers that no row has or had, `(count,)`."""
         first, self._next_id = self._next_id, self._next_id + count
