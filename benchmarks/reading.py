@@ -72,8 +72,8 @@ def reading(part: str, seed: int, options: argparse.Namespace) -> None:
         alone = alone or found
         less = 1 - found.kl / alone.kl
         print(
-            f"| {part} | {seed} | {rows:,} | {tokens:,} | {found.student_perplexity:.2f} | {found.ratio:.4f} | {found.kl:.4f} | "
-            f"{less:.1%} | {time.perf_counter() - began:.0f} |",
+            f"| {part} | {seed} | {rows:,} | {tokens:,} | {found.student_perplexity:.2f} | {found.ratio:.4f} "
+            f"| {found.kl:.4f} | {less:.1%} | {time.perf_counter() - began:.0f} |",
             flush=True,
         )
 
@@ -104,9 +104,8 @@ def main() -> None:
     quiet()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    print(
-        "| what is read | seed | rows | tokens read | perplexity | ratio | KL | less KL by | seconds |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    head = "what is read | seed | rows | tokens read | perplexity | ratio | KL | less KL by | seconds"
+    print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
     for part in options.only.split(";"):
         for seed in map(int, options.seeds.split(",")):
             reading(part, seed, options)
