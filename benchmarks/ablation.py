@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "init: random": ("memory.init=random",),
     "init: random, revival": ("memory.init=random", "loss.revive=0.1"),
     "weighting: relu": ("memory.weighting=relu",),
-    "ranking: contribution": ("memory.ranking=contribution",),
+    "ranking: centred": ("memory.ranking=centred",),
     "gradient: straight-through": ("memory.gradient=straight_through",),
     "compensation: means only": ("memory.linear=false",),
     "layer-wise: none": ("stages.layerwise_steps=0",),

@@ -154,6 +154,7 @@ def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextData]:
 
 WAYS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours, k: auto, mean 32": ours(),
+    "ours, centred ranking": ours("memory.ranking=centred"),
     "ours, k = 32 for each token": ours("memory.k=32"),
     "ours, k: auto, no linear map": ours("memory.linear=false"),
     "ours, memories alone trained": ours("student.trainable=memory"),

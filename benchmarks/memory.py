@@ -1,6 +1,6 @@
 """One memory against the dense block it replaces, by number of tokens: `python benchmarks/memory.py [--threads N]`.
 
-The layer is that of the default config: centred ranks in the metric of sensitivity, a shared threshold set so that k slots
+The layer is that of the default config: ranks in the metric of sensitivity, a shared threshold set so that k slots
 are read on average, a linear map. Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios,
 forward only. `gather` is the path a memory takes without gradients, `mask` the one it takes with them; `dense, gated` and
 SmolLM2's shape go together.

@@ -124,7 +124,7 @@ def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memor
 
     monkeypatch.setattr("dmt.distill.calibrate.first_threshold", look)
     hook = architecture_of("gpt2").blocks(teacher)[2].register_forward_hook(explode)
-    student, _ = transplant(teacher, [MemoryConfig(kind="dense"), MemoryConfig(), MemoryConfig()])
+    student, _ = transplant(teacher, [MemoryConfig(kind="dense"), *[MemoryConfig(ranking="centred")] * 2])
     calibrate(student, teacher, windows)
     signals = observe(teacher, windows, blocks=True)
     hook.remove()
@@ -136,7 +136,7 @@ def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memor
 @torch.no_grad()
 def test_means_and_biases_are_settled_for_what_is_read_in_the_end():
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
-    student, _ = transplant(teacher, [MemoryConfig(budget=8)] * LAYERS)
+    student, _ = transplant(teacher, [MemoryConfig(budget=8, ranking="centred")] * LAYERS)
     calibrate(student, teacher, windows)
     said, wanted = (observe(model, windows, blocks=True) for model in (student, teacher))
     for layer, memory in memories_of(student).items():

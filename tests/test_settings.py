@@ -167,7 +167,7 @@ CONTRADICTIONS = [
     (["memory.k=8", "memory.budget=8"], "memory.budget is spent by memory.k=auto alone, got memory.k=8"),
     (["memory.ranking=score"], "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k to a number"),
     (["stages.calibrate_tokens=0"], "memory.k=auto is settled by calibration, got stages.calibrate_tokens=0"),
-    (["memory.weighting=softmax"], "memory.ranking=centred needs a weight per slot, which memory.weighting=softmax has not"),
+    (["memory.weighting=softmax"], "memory.ranking=contribution needs a weight per slot, which memory.weighting=softmax has not"),
     (
         ["memory.weighting=distance", "memory.ranking=score", "memory.gradient=straight_through"],
         "memory.gradient=straight_through needs memory.weighting=activation or relu, got distance",
@@ -380,7 +380,7 @@ WRONG_RULES = [
         "[{layers: 0, memory: {budget: 8}}]",
         "memory.budget must be the same in all layers with memory.k=auto, which share one budget, got 8 and nothing",
     ),
-    ("[{layers: 1, memory: {ranking: contribution}}]", "memory.ranking must be the same in all layers with memory.k=auto"),
+    ("[{layers: 1, memory: {ranking: centred}}]", "memory.ranking must be the same in all layers with memory.k=auto"),
     ("[{layers: 0, memory: {heads: 0}}]", "student.rules[0].memory.heads must be at least 1, got 0"),
     ("[{layers: 1, memory: {metric: plain}}]", "memory.metric must be the same in all layers with memory.k=auto"),
     ("[{memory: {k: 3}}]", "student.rules[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {memory: {k: 3}}"),

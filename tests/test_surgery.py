@@ -110,7 +110,7 @@ def test_report_accounts_for_every_tensor_once(teacher):
     assert fate["transformer.h.1.mlp.c_fc.weight"] == "memory"
     assert fate["transformer.h.2.mlp.c_fc.weight"] == "dropped"
     assert fate["transformer.h.2.mlp.keys"] == "new"
-    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.means"] == "new"
+    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.linear"] == "new"
     assert fate["lm_head.weight"] == "copied"
     assert sum(t.elements for t in report.transfers if t.fate != "new") == sum(v.numel() for v in teacher.state_dict().values())
     copied = [t.elements for t in report.transfers if t.fate == "copied"]
@@ -128,7 +128,7 @@ def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
     monkeypatch.setattr(
         FeaturalMemory, "state_dict", lambda self, *a, **k: torch.nn.Module.state_dict(self, *a, **k) if a or k else {}
     )
-    with pytest.raises(RuntimeError, match=r"means"):
+    with pytest.raises(RuntimeError, match=r"linear"):
         transplant(teacher, [MemoryConfig(k=4)] * LAYERS)
 
 

@@ -18,7 +18,7 @@ class MemoryConfig:
     """`ff`: slots are the neurons of the block replaced, so k = slots equals the teacher; `random`: from scratch."""
     weighting: Literal["activation", "relu", "softmax", "distance"] = "activation"
     """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
-    ranking: Literal["score", "contribution", "centred"] = "centred"
+    ranking: Literal["score", "contribution", "centred"] = "contribution"
     """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
     metric: Literal["plain", "sensitivity"] = "sensitivity"
     """Length of a value in the ranking: Euclidean, or how far it moves the model's answer, measured by calibration."""

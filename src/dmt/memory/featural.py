@@ -51,7 +51,7 @@ class FeaturalMemory(nn.Module):
 
     Source: Geva et al. 2021, arXiv 2012.14913 (blocks as key-value memories); Sukhbaatar et al. 2019, arXiv 1907.01470.
         The linear map is the skip connection of Paulo et al. 2025, arXiv 2501.18823, solved for instead of learnt.
-        Ranking by centred contribution is ours, measured in EXPERIMENTS.md.
+        Ranking by contribution, centred or not, is ours, measured in EXPERIMENTS.md.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FeaturalMemory(nn.Module):
         weighting: str = "activation",
         activation: str = "gelu_pytorch_tanh",
         gated: bool = False,
-        ranking: str = "centred",
+        ranking: str = "contribution",
         metric: str = "plain",
         selection: str = "top",
         gradient: str = "selected",
