@@ -41,7 +41,9 @@ READ = 1_000_000
 
 
 def trained(corpora: str, steps: int, seed: int, threads: int, scratch: str) -> Any:
-    """A student whose associative memories are empty."""
+    """A student whose associative memories are empty; trained in the folder `scratch`, where there is none yet."""
+    if there := sorted(Path(scratch).glob("version_*/student")):
+        return AutoModelForCausalLM.from_pretrained(there[-1]).eval()
     words = [f"data.corpora={corpora}", f"seed={seed}", f"stages.end_to_end_steps={steps - 100}", "memory.write_from=1"]
     words += [f"trainer.threads={threads}", "trainer.precision=bf16-mixed", "trainer.attention=batched", "trainer.progress=false"]
     words += [f"trainer.log_dir={scratch}", "trainer.validate_every=0", f"data.test_tokens={TEST_TOKENS}"]
@@ -59,8 +61,11 @@ def reading(part: str, seed: int, options: argparse.Namespace) -> None:
     data = TextData(load(None, ["data.corpora=[speeches]", f"seed={seed + 1000}"]), tokenizer, READ // 2048)
     data.setup()
     test = first_windows(data.corpora[0].test, TEST_TOKENS)
-    with tempfile.TemporaryDirectory() as scratch:
-        student = trained(PARTS[part], options.steps, seed, options.threads, scratch)
+    if options.students:
+        student = trained(PARTS[part], options.steps, seed, options.threads, f"{options.students}/{part} {seed}".replace(" ", "_"))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            student = trained(PARTS[part], options.steps, seed, options.threads, scratch)
     for memory in associative_of(student).values():
         memory.policy = Policy(options.novelty, options.recombine, MARKS[-1], 0.0)
     numbers = itertools.count(1)
@@ -99,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--novelty", type=float, default=0.2)
     parser.add_argument("--recombine", type=float, default=0.45)
+    parser.add_argument("--students", default="", help="a folder in which trained students are kept for the next time")
     parser.add_argument("--only", default=";".join(PARTS))
     options = parser.parse_args()
     quiet()

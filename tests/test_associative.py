@@ -218,6 +218,32 @@ def test_it_refuses_what_makes_no_sense(arguments, word):
         AssociativeMemory(WIDTH, arguments["k"], None, arguments["writes"], EVERYTHING)
 
 
+@pytest.mark.parametrize("writes", ["residual", "teacher"])
+def test_reading_weighs_rows_by_what_they_would_have_said(writes):
+    """Rows that foresee what the next text lacks are heard; rows about something else are not."""
+    layer = memory(writes, on=base())
+    states = F.normalize(torch.randn(40, WIDTH), dim=-1)
+    lacks = torch.randn(WIDTH, WIDTH)
+
+    def taught(hidden, wanted):
+        layer.writing = True
+        layer(hidden)
+        layer.teach(wanted)
+        layer.weigh()
+        layer.settle(1, 7.0, layer.take)
+        layer.writing = False
+        return layer.doubt.item()
+
+    before = layer.doubt.item()
+    assert taught(states, layer.base(states) + states @ lacks) == before  # no rows yet to be judged
+    again = states + 0.01 * torch.randn(40, WIDTH)
+    assert taught(again, layer.base(again) + again @ lacks) < 1
+    for _ in range(20):
+        noise = torch.randn(40, WIDTH)
+        doubt = taught(noise, layer.base(noise) + 3 * torch.randn(40, WIDTH))
+    assert doubt == pytest.approx(max(associative.DOUBTS))
+
+
 def test_a_lesson_is_asked_for():
     layer = memory()
     layer.writing = True

@@ -38,13 +38,18 @@ def teach(student: PreTrainedModel, teacher: PreTrainedModel, seen: Signals, wan
 
 @torch.no_grad()
 def read(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor) -> None:
-    """Let the student's memories offer rows for token ids `(batch, time)`, without a gradient; `settle` takes them in."""
+    """Let the student's memories offer rows for token ids `(batch, time)`, without a gradient; `settle` takes them in.
+
+    How much rows count beside the base is set by what they would have said of this text (`AssociativeMemory.weigh`).
+    """
     memories = associative_of(student).values()
     for memory in memories:
         memory.writing = True
     try:
         wanted = observe_teacher(teacher, tokens, blocks=True)
         teach(student, teacher, observe(student, tokens, blocks=True), wanted)
+        for memory in memories:
+            memory.weigh()
     finally:
         for memory in memories:
             memory.writing = False

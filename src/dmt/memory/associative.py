@@ -20,6 +20,10 @@ WRITES = ("projection", "teacher", "residual")
 """What an inserted value is: learnt from the hidden state, the teacher's answer, or what the base lacks of that."""
 DOUBT = 0.7
 """Cosine at which a row has, to begin with, the weight of the base: where training led it (EXPERIMENTS.md)."""
+DOUBTS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.2)
+"""What `weigh` chooses from; with the last, rows are hardly heard."""
+LATELY = 0.8
+"""Share of what `weigh` knew that still counts after another pass."""
 TAPE = 4_096
 """Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
 
@@ -106,6 +110,8 @@ class AssociativeMemory(nn.Module):
         self.heard: Heard | None = None
         self._offers: list[_Offer] = []
         self._reads: list[tuple[Tensor, Tensor]] = []
+        self._last_read: tuple[Tensor, Tensor] | None = None
+        self._tried: Tensor | None = None  # squared error of late for each of `DOUBTS`
         self._tape: Tensor | None = None  # hidden states (m, width) of rows that were written last
         self._tape_ids: Tensor | None = None  # and their numbers
         self.reset()
@@ -152,14 +158,20 @@ class AssociativeMemory(nn.Module):
             queries, kept_keys, kept_values, self.rows.keys[found.places], self.rows.values[found.places], origin
         )
         scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype)).masked_fill(~there, -torch.inf)
-        scores = torch.cat([scores, self.doubt.to(scores.dtype).expand(len(scores), 1)], dim=1)
-        weights = (scores * self.log_sharpness.exp()).softmax(-1)[:, :-1]
+        weights = self._weights(scores)
         if self.heard is not None:
             self.heard.of_base += len(weights) - float(weights.detach().sum())
             self.heard.nearest.append(found.distances[:, 0].sqrt())
         if self.writing:
             self._reads.append((found.places[there], weights.detach()[there]))
+            self._last_read = scores.detach(), values.detach()
         return self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+
+    def _weights(self, cosines: Tensor, doubt: Tensor | None = None) -> Tensor:
+        """Of rows, `(n, k)`, beside a base that counts like a row of cosine `doubt`, in which training has its say."""
+        doubt = self.doubt if doubt is None else doubt
+        cosines = torch.cat([cosines, doubt.to(cosines.dtype).expand(len(cosines), 1)], dim=1)
+        return (cosines * self.log_sharpness.exp()).softmax(-1)[:, :-1]
 
     def _kept(self, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values last written, made anew by the projections of now, and which of them each place holds."""
@@ -192,6 +204,26 @@ class AssociativeMemory(nn.Module):
             offer.values = values if self.writes == "teacher" or offer.base is None else values - offer.base.float()
 
     @torch.no_grad()
+    def weigh(self) -> None:
+        """Set `doubt` to what would have served best lately, on text whose own rows were not there yet; after `teach`.
+
+        For whoever reads without training. Few rows then do no harm and many are heard.
+        """
+        offers, self._last_read, read = self._offers, None, self._last_read
+        if read is None or not offers or offers[-1].values is None:
+            return
+        cosines, values = read
+        lacking = offers[-1].values if self.writes == "residual" or self.base is None else offers[-1].values - offers[-1].base
+        errors = []
+        for doubt in DOUBTS:
+            weights = self._weights(cosines, torch.tensor(doubt, device=cosines.device))
+            said = self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+            errors.append((lacking - said.float()).square().sum())
+        tried = torch.stack(errors)
+        self._tried = tried if self._tried is None else LATELY * self._tried + tried
+        self.doubt.fill_(DOUBTS[int(self._tried.argmin())])
+
+    @torch.no_grad()
     def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
         """End a step: reads are noted, offers come in by the policy; what is to be written down, usage aside.
 
@@ -204,7 +236,7 @@ class AssociativeMemory(nn.Module):
             take_ids: gives out numbers that no row has or had.
         """
         nothing, nowhere = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
-        offers, reads, self._offers, self._reads = self._offers, self._reads, [], []
+        offers, reads, self._offers, self._reads, self._last_read = self._offers, self._reads, [], [], None
         if any(offer.values is None for offer in offers):
             raise ValueError(f"writes={self.writes} needs the teacher's answer: call `teach` after each pass that writes")
         places = gathered(torch.cat([nowhere, *(place for place, _ in reads)]))
