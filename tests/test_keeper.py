@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import LAYERS, make_llama, make_teacher, newest, weights
+from sqlalchemy import event
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.main import main
 from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
-from dmt.store import Store
+from dmt.store import Store, connect
 
 ROWS = ["memory.kind=associative", "memory.write_from=0.2", "memory.novelty=0.05", "store.flush_every=2"]
 ALONE = ["memory.base=none", "memory.k=8", "memory.budget=", "memory.write_from=0", "stages.layerwise_steps=0"]
@@ -379,7 +380,7 @@ from pathlib import Path
 
 import pytorch_lightning, torch, transformers  # once, for all that are forked from here
 from dmt.main import main
-from dmt.store import Store
+from dmt.store import Store, connect
 
 place, given = Path(sys.argv[1]), sys.argv[2:]
 drawn = random.Random(0)
@@ -424,3 +425,35 @@ def test_killed_twenty_times_in_a_row_the_store_holds_whole_steps_and_training_g
     killed, alone = (json.loads((tmp_path / "logs" / name / "run.json").read_text()) for name in ("version_0", "version_1"))
     assert killed["fidelity"] == alone["fidelity"]
     assert (place / "student" / "model.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(words, tmp_path, monkeypatch, capsys):
+    given = [*words, *ROWS, "memory.write_from=0", "stages.end_to_end_steps=12", "trainer.checkpoint_every=1"]
+    assert main(given) == 0
+    plain, pages = connect.engine_of, 12
+
+    def small_disk(*place):
+        engine, path = plain(*place)
+        event.listen(engine, "connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count={pages}"))
+        return engine, path
+
+    monkeypatch.setattr("dmt.store.store.engine_of", small_disk)
+    assert main(given) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the disk is full; nothing of this step was written; make room and resume" in said
+    monkeypatch.undo()
+    run = tmp_path / "logs" / "version_1"
+    assert main(["--resume", str(run)]) == 0, capsys.readouterr().err
+    alone, stopped = (json.loads((run.parent / name / "run.json").read_text()) for name in ("version_0", "version_1"))
+    assert alone["fidelity"] == stopped["fidelity"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("{folder}", "cannot be opened"), ("{folder}/other.txt", "not a store"), ("{folder}/nowhere/rows.db", "cannot be opened")],
+)
+def test_a_store_that_cannot_be_used_is_told_before_a_folder_is_made(place, said, words, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("not a database, but long enough to look like one " * 100)
+    assert main([*words, *ROWS, f"store.place={place.format(folder=tmp_path)}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()

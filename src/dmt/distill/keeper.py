@@ -52,6 +52,7 @@ class Keeper:
         self.written: dict[str, float] = {}
         self._checkpoint = 0
         self._next_id = 0  # where somebody else writes
+        self._failed: UserError | None = None
 
     def begin(self) -> None:
         """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
@@ -90,20 +91,25 @@ class Keeper:
             self.written |= {f"rows/layer_{layer}": len(memory.rows)}
             self.written |= {f"rows_inserted/layer_{layer}": sum(len(part.ids) for part in made.inserts)}
             self.written |= {f"rows_{why}/layer_{layer}": number for why, number in gone.items()}
-        failed: UserError | None = None
         if not self.store.read_only:
             try:
                 self.store.commit(self.run, step, changes)
             except UserError as error:
-                failed = error
-        if agreed(failed is not None):
-            raise failed or UserError(f"store {self.store.place}: the process that writes to it could not at step {step}")
+                self._failed = error
+        if agreed(self._failed is not None):
+            self._failed = self._failed or UserError(f"store {self.store.place}: whoever writes to it could not at step {step}")
+            raise self._failed
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
 
         Two checkpoints are kept, so what left the memories before the last one can leave the disk now.
+
+        Raises:
+            UserError: the store lacks what a step wrote, so that there is nothing to go on from here.
         """
+        if self._failed is not None:
+            raise self._failed
         if step > self._checkpoint and not self.store.read_only:
             self.store.purge(self.run, self._checkpoint, others=False)
             self._checkpoint = step
