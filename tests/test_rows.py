@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from dmt.memory.admission import Policy, admit, join_tags
 from dmt.memory.heat import coldest, cooled
 from dmt.memory.indexes import KINDS
-from dmt.memory.nearest import BLOCK, PLAIN, largest, nearest
+from dmt.memory.nearest import BLOCK, PLAIN, largest, nearest, nearest_by_halves
 from dmt.memory.rows import GROWTH, Rows
 from dmt.memory.straight_through import returned
 from dmt.records import Insert, Page
@@ -59,6 +59,22 @@ def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(mon
     assert distances[:, -1].isinf().all()
     torch.testing.assert_close(distances, wanted.sort(-1).values)
     torch.testing.assert_close(wanted.gather(1, rows), distances)
+
+
+def test_halves_find_the_same_rows_at_the_same_distances(monkeypatch):
+    monkeypatch.setattr("dmt.memory.nearest.SCORES", 4_000)  # several pieces
+    queries, keys = (torch.nn.functional.normalize(torch.randn(n, 32), dim=-1) for n in (60, 700))
+    handicap = -keys.square().sum(-1) / 2
+    handicap[3] = -torch.inf
+    distances, rows = nearest_by_halves(queries, keys, keys.bfloat16(), handicap, 8)
+    wanted, exact = nearest(queries, keys, handicap, 8)
+    torch.testing.assert_close(distances, (queries.unsqueeze(1) - keys[rows]).square().sum(-1))
+    assert not (rows == 3).any()
+    assert float((rows.unsqueeze(-1) == exact.unsqueeze(-2)).any(-1).float().mean()) > 0.995
+    assert (distances >= wanted - 1e-5).all()
+    few, _ = nearest_by_halves(queries[:2], keys[:4], keys[:4].bfloat16(), handicap[:4], 4)
+    assert few.isinf().tolist() == [[False, False, False, True]] * 2
+    assert nearest_by_halves(queries[:0], keys, keys.bfloat16(), handicap, 8)[1].shape == (0, 8)
 
 
 def test_gradients_go_straight_through_to_the_query_and_to_what_was_inserted():
@@ -197,7 +213,7 @@ def test_tags_are_joined_once_each_in_their_order():
     assert join_tags(["b", "a\nb", "", "c"]) == "b\na\nc"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "half"])
 def test_an_index_finds_what_is_there_and_never_what_left(kind, monkeypatch):
     monkeypatch.setattr("dmt.memory.indexes.TRAINED_FROM", 400)
     rows, take = Rows(4, 1, index=kind), numbers()
@@ -228,7 +244,7 @@ class AgainstADictionary(RuleBasedStateMachine):
     written = Bundle("written")
 
     @initialize(
-        index=st.sampled_from(["exact", *KINDS]),
+        index=st.sampled_from(["exact", "half", *KINDS]),
         capacity=st.integers(1, 23),
         recombine=st.sampled_from([0.0, 0.3]),
         novelty=st.sampled_from([0.0, 0.1]),

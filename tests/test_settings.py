@@ -333,6 +333,9 @@ def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path, monk
         ("3, 0-1", [0, 1, 3]),
         ("1,1,0-1", [0, 1]),
         ("all,2", [0, 1, 2, 3]),
+        ("last", [3]),
+        ("0, last", [0, 3]),
+        ("1-last", [1, 2, 3]),
     ],
 )
 def test_layers_are_chosen_by_all_number_range_or_list(text, layers):

@@ -1,0 +1,82 @@
+"""What stored rows are taught: the teacher's block below, the teacher's state at the top."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS
+
+from dmt.config import MemoryConfig
+from dmt.distill.lessons import read, teach
+from dmt.distill.signals import observe, observe_teacher
+from dmt.models.architectures import architecture_of
+from dmt.models.surgery import associative_of, transplant
+
+ROWS = {"kind": "associative", "k": 8, "novelty": 0.0, "recombine": 0.0}
+
+
+def settled(student, step=1):
+    given = itertools.count(1)
+    for memory in associative_of(student).values():
+        memory.settle(step, 7.0, lambda count: np.array([next(given) for _ in range(count)], np.int64))
+
+
+def test_streams_are_the_states_between_layers(any_teacher, tokens):
+    seen = observe(any_teacher, tokens, blocks=True)
+    wanted = any_teacher(tokens, output_hidden_states=True).hidden_states  # of the last layer, after the final norm
+    for layer in range(LAYERS - 1):
+        torch.testing.assert_close(seen.streams[layer], wanted[layer + 1])
+    norm = any_teacher.get_submodule(architecture_of(any_teacher.config.model_type).backbone)
+    norm = norm.ln_f if hasattr(norm, "ln_f") else norm.norm
+    torch.testing.assert_close(norm(seen.streams[-1]), wanted[-1])
+
+
+@torch.no_grad()
+def test_a_row_says_what_the_student_lacks(any_teacher, tokens):
+    """Below, of what the teacher's block says of the student's own input; at the top, of the teacher's state."""
+    memories = [MemoryConfig(**ROWS), MemoryConfig(**ROWS), MemoryConfig(k=8)]
+    student, _ = transplant(any_teacher, memories)
+    seen, wanted = observe(student, tokens, blocks=True), observe_teacher(any_teacher, tokens, blocks=True)
+    read(student, any_teacher, tokens)
+    settled(student)
+    below, top = (associative_of(student)[layer].rows for layer in (0, 1))
+    block = architecture_of(any_teacher.config.model_type).blocks(any_teacher)[0]
+    lacks = {
+        0: block(seen.block_inputs[0]) - seen.block_outputs[0],
+        1: wanted.streams[1] - seen.streams[1],
+    }
+    for layer, rows in ((0, below), (1, top)):
+        assert len(rows) == tokens.numel()
+        torch.testing.assert_close(rows.values[rows.ids >= 0], lacks[layer].flatten(0, 1), atol=1e-5, rtol=1e-4)
+    assert float(lacks[1].norm()) > 0
+
+
+@torch.no_grad()
+def test_what_was_read_brings_the_student_nearer(any_teacher, tokens):
+    student, _ = transplant(any_teacher, [MemoryConfig(k=8), MemoryConfig(k=8), MemoryConfig(**ROWS)])
+    wanted = observe_teacher(any_teacher, tokens).hidden
+    before = (observe(student, tokens).hidden - wanted).square().mean()
+    for step in (1, 2):
+        read(student, any_teacher, tokens)
+        settled(student, step)
+    assert (observe(student, tokens).hidden - wanted).square().mean() < before / 4
+
+
+def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(any_teacher, tokens, monkeypatch):
+    student, _ = transplant(any_teacher, [MemoryConfig(**ROWS)] * LAYERS)
+    read(student, any_teacher, tokens)
+    assert all(parameter.grad is None for parameter in student.parameters())
+    assert not any(memory.writing for memory in associative_of(student).values())
+    monkeypatch.setattr("dmt.distill.lessons.observe", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(student, any_teacher, tokens)
+    assert not any(memory.writing for memory in associative_of(student).values())
+
+
+def test_who_does_not_write_is_taught_nothing(any_teacher, tokens):
+    student, _ = transplant(any_teacher, [MemoryConfig(**ROWS)] * LAYERS)
+    seen, wanted = observe(student, tokens, blocks=True), observe_teacher(any_teacher, tokens, blocks=True)
+    teach(student, any_teacher, seen, wanted)
+    settled(student)
+    assert not any(len(memory.rows) for memory in associative_of(student).values())
