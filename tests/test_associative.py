@@ -48,12 +48,15 @@ def by_definition(layer, hidden):
     cosines = cosines.masked_fill(torch.cdist(queries, keys) > furthest_read + 1e-6, -torch.inf)
     weights = (torch.cat([cosines, layer.doubt.expand(len(hidden), 1)], 1) * layer.log_sharpness.exp()).softmax(-1)
     said = weights[:, :-1] @ values @ layer.output.weight.t()
-    return said if layer.base is None else said + layer.base(hidden)
+    if layer.base is None:
+        return said
+    return said + layer.base(hidden) * (weights[:, -1:] if layer.writes == "teacher" else 1)
 
 
+@pytest.mark.parametrize("on", [None, base()])
 @pytest.mark.parametrize("writes", ["projection", "teacher", "residual"])
-def test_it_says_what_the_definition_says(writes):
-    layer = memory(writes)
+def test_it_says_what_the_definition_says(writes, on):
+    layer = memory(writes, on=on)
     step(layer, torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH))
     hidden = torch.randn(5, WIDTH)
     torch.testing.assert_close(layer(hidden), by_definition(layer, hidden))

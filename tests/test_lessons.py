@@ -10,6 +10,7 @@ from conftest import LAYERS
 from dmt.config import MemoryConfig
 from dmt.distill.lessons import read, teach
 from dmt.distill.signals import observe, observe_teacher
+from dmt.memory.associative import DOUBTS
 from dmt.models.architectures import architecture_of
 from dmt.models.surgery import associative_of, transplant
 
@@ -35,21 +36,20 @@ def test_streams_are_the_states_between_layers(any_teacher, tokens):
 @torch.no_grad()
 def test_a_row_says_what_the_student_lacks(any_teacher, tokens):
     """Below, of what the teacher's block says of the student's own input; at the top, of the teacher's state."""
-    memories = [MemoryConfig(**ROWS), MemoryConfig(**ROWS), MemoryConfig(k=8)]
+    memories = [MemoryConfig(k=8), MemoryConfig(**ROWS), MemoryConfig(**ROWS)]
     student, _ = transplant(any_teacher, memories)
     seen, wanted = observe(student, tokens, blocks=True), observe_teacher(any_teacher, tokens, blocks=True)
     read(student, any_teacher, tokens)
     settled(student)
-    below, top = (associative_of(student)[layer].rows for layer in (0, 1))
-    block = architecture_of(any_teacher.config.model_type).blocks(any_teacher)[0]
+    block = architecture_of(any_teacher.config.model_type).blocks(any_teacher)[1]
     lacks = {
-        0: block(seen.block_inputs[0]) - seen.block_outputs[0],
-        1: wanted.streams[1] - seen.streams[1],
+        1: block(seen.block_inputs[1]) - seen.block_outputs[1],
+        2: wanted.streams[2] - seen.streams[2],
     }
-    for layer, rows in ((0, below), (1, top)):
+    for layer, memory in associative_of(student).items():
+        rows = memory.rows
         assert len(rows) == tokens.numel()
         torch.testing.assert_close(rows.values[rows.ids >= 0], lacks[layer].flatten(0, 1), atol=1e-5, rtol=1e-4)
-    assert float(lacks[1].norm()) > 0
 
 
 @torch.no_grad()
@@ -57,9 +57,12 @@ def test_what_was_read_brings_the_student_nearer(any_teacher, tokens):
     student, _ = transplant(any_teacher, [MemoryConfig(k=8), MemoryConfig(k=8), MemoryConfig(**ROWS)])
     wanted = observe_teacher(any_teacher, tokens).hidden
     before = (observe(student, tokens).hidden - wanted).square().mean()
+    (memory,) = associative_of(student).values()
+    trained = memory.doubt.item()
     for step in (1, 2):
         read(student, any_teacher, tokens)
         settled(student, step)
+    assert memory.doubt.item() == pytest.approx(min(DOUBTS)) != trained  # the second time every row is at hand
     assert (observe(student, tokens).hidden - wanted).square().mean() < before / 4
 
 

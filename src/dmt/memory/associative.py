@@ -143,13 +143,11 @@ class AssociativeMemory(nn.Module):
         if self.heard is not None:
             self.heard.tokens += len(flat)
             self.heard.of_base += 0 if len(self.rows) else len(flat)
-        said = self._read(flat) if len(self.rows) else None
-        if base is None:
-            said = self.output(torch.zeros_like(flat)) if said is None else said  # nothing, in the graph like an answer
-            return said.view_as(hidden)
-        return (base if said is None else base + said).view_as(hidden)
+        if len(self.rows):
+            return self._read(flat, base).view_as(hidden)
+        return (self.output(torch.zeros_like(flat)) if base is None else base).view_as(hidden)  # in the graph like an answer
 
-    def _read(self, hidden: Tensor) -> Tensor:
+    def _read(self, hidden: Tensor, base: Tensor | None) -> Tensor:
         queries = F.normalize(self.query(hidden), dim=-1)
         found = self.rows.search(queries, self.k)
         there = found.distances.isfinite()
@@ -165,7 +163,14 @@ class AssociativeMemory(nn.Module):
         if self.writing:
             self._reads.append((found.places[there], weights.detach()[there]))
             self._last_read = scores.detach(), values.detach()
-        return self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+        return self._answer(base, weights, values)
+
+    def _answer(self, base: Tensor | None, weights: Tensor, values: Tensor) -> Tensor:
+        """What rows say and what the base says: all of it beside what it lacks, its share beside whole answers."""
+        said: Tensor = self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+        if base is None:
+            return said
+        return said + (base if self.writes != "teacher" else base * (1 - weights.sum(-1, keepdim=True)))
 
     def _weights(self, cosines: Tensor, doubt: Tensor | None = None) -> Tensor:
         """Of rows, `(n, k)`, beside a base that counts like a row of cosine `doubt`, in which training has its say."""
@@ -210,15 +215,14 @@ class AssociativeMemory(nn.Module):
         For whoever reads without training. Few rows then do no harm and many are heard.
         """
         offers, self._last_read, read = self._offers, None, self._last_read
-        if read is None or not offers or offers[-1].values is None:
+        if read is None or not offers or offers[-1].values is None or self.value is not None:
             return
-        cosines, values = read
-        lacking = offers[-1].values if self.writes == "residual" or self.base is None else offers[-1].values - offers[-1].base
+        offer, (cosines, values) = offers[-1], read
+        wanted = offer.values if self.writes == "teacher" or offer.base is None else offer.values + offer.base
         errors = []
         for doubt in DOUBTS:
             weights = self._weights(cosines, torch.tensor(doubt, device=cosines.device))
-            said = self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
-            errors.append((lacking - said.float()).square().sum())
+            errors.append((wanted - self._answer(offer.base, weights, values).float()).square().sum())
         tried = torch.stack(errors)
         self._tried = tried if self._tried is None else LATELY * self._tried + tried
         self.doubt.fill_(DOUBTS[int(self._tried.argmin())])
@@ -237,7 +241,7 @@ class AssociativeMemory(nn.Module):
         """
         nothing, nowhere = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
         offers, reads, self._offers, self._reads, self._last_read = self._offers, self._reads, [], [], None
-        if any(offer.values is None for offer in offers):
+        if any(each.values is None for each in offers):
             raise ValueError(f"writes={self.writes} needs the teacher's answer: call `teach` after each pass that writes")
         places = gathered(torch.cat([nowhere, *(place for place, _ in reads)]))
         weights = gathered(torch.cat([nothing.new_zeros(0), *(weight.float() for _, weight in reads)]))
