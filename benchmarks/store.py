@@ -108,7 +108,7 @@ def searching(count: int, keys: torch.Tensor, queries: torch.Tensor, peers: Path
     exact = (2 * queries @ keys.t() - keys.square().sum(-1)).topk(K).indices
     bare = best_ms(lambda: (queries @ keys.t()).topk(K))
     print(f"| {count:,} | bare product and topk | {bare:.1f} | 1.00 | 1.000 | |")
-    for index in ("exact", "flat", "ivf", "hnsw"):
+    for index in ("exact", "half", "flat", "ivf", "hnsw"):
         if (index == "ivf" and count < 10_000) or (index == "hnsw" and count > 100_000):
             continue
         rows, made = filled(keys, index)
