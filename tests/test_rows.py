@@ -133,6 +133,8 @@ def test_what_is_near_is_known_what_is_less_near_is_merged_what_is_far_is_new():
     assert list(new.tag) == ["d"]
     offered(rows, [0.5], policy, step=3, take=take)
     np.testing.assert_allclose(held(rows)[0], (2 * 0.2 + 0.5) / 3, atol=1e-3)  # weighted by entries
+    offered(rows, [4.2, 8.8, 4.4, 4.3], policy, step=4, take=take)  # several join one, and another joins another
+    np.testing.assert_allclose(held(rows)[1:], [(4 + 4.2 + 4.4 + 4.3) / 4, 8.9], atol=1e-3)
 
 
 def test_a_merged_row_keeps_the_oldest_creation_and_both_heats():

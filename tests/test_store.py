@@ -107,6 +107,16 @@ def test_usage_is_as_it_was_told_last(place):
         assert about["heat_step"] == [3, 3, 1]
 
 
+def on_disk(store):
+    """Numbers of all rows whose keys and values take room, there or gone; each has its state and no other has one."""
+    with store.engine.connect() as connection:
+        rows, states = (
+            {number for (number,) in connection.exec_driver_sql(f"SELECT id FROM {table}")} for table in ("dmt_rows", "dmt_states")
+        )
+    assert rows == states
+    return rows
+
+
 def test_a_run_is_taken_back_to_a_step(place):
     with Store(place, MODEL) as store:
         space = store.namespace("layer_0", 4, 6)
@@ -118,6 +128,7 @@ def test_a_run_is_taken_back_to_a_step(place):
         store.commit("run", 3, {space: Changes(removals=[(late.ids, "evicted")])})
         assert set(everything(store, space)) == {int(old.ids[1])}
         assert store.rewind("run", 1) == (2, 3)
+        assert on_disk(store) == {*old.ids.tolist(), *early.ids.tolist()}
         after = everything(store, space)
         assert after.keys() == before.keys()
         for number, (key, value) in before.items():
@@ -134,6 +145,7 @@ def test_purged_rows_leave_the_disk_and_no_others(place):
         store.commit("run", 2, {space: Changes(removals=[(part.ids[:1], "evicted")])})
         store.commit("run", 5, {space: Changes(removals=[(part.ids[1:2], "evicted")])})
         assert store.purge("run", 2) == 1
+        assert on_disk(store) == set(part.ids[1:].tolist())
         assert sorted(everything(store, space, gone=True)) == part.ids[1:].tolist()
         store.rewind("run", 2)
         assert sorted(everything(store, space)) == part.ids[1:].tolist()
