@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dmt.memory import AssociativeMemory, FeaturalMemory, associative
 from dmt.memory.admission import Policy
 from dmt.memory.straight_through import returned
+from dmt.memory.together import gathered_words
 
 WIDTH = 8
 EVERYTHING = Policy(novelty=0.0, recombine=0.0, capacity=1_000, decay=0.1)
@@ -60,6 +61,17 @@ def test_it_says_what_the_definition_says(writes, on):
     step(layer, torch.randn(2, 9, WIDTH), torch.randn(2, 9, WIDTH))
     hidden = torch.randn(5, WIDTH)
     torch.testing.assert_close(layer(hidden), by_definition(layer, hidden))
+
+
+def test_a_pass_that_trains_keeps_nothing_that_only_weighing_needs():
+    layer = memory()
+    step(layer, torch.randn(9, WIDTH), torch.randn(9, WIDTH))
+    layer.writing = True
+    layer(torch.randn(9, WIDTH))
+    assert layer._last_read is None
+    with torch.no_grad():
+        layer(torch.randn(9, WIDTH))
+    assert layer._last_read is not None
 
 
 def test_fewer_rows_than_k_are_read_as_they_are():
@@ -230,7 +242,8 @@ def test_reading_weighs_rows_by_what_they_would_have_said(writes):
 
     def taught(hidden, wanted):
         layer.writing = True
-        layer(hidden)
+        with torch.no_grad():
+            layer(hidden)
         layer.teach(wanted)
         layer.weigh()
         layer.settle(1, 7.0, layer.take)
@@ -266,6 +279,8 @@ def _one_of_two(rank, folder):
         layer.tag = f"rank {rank}"
         step(layer, torch.randn(3 + 8 * rank, WIDTH), number=number)  # as many as the other has not
     known = layer.rows.histories
+    words = gathered_words([[""], ["a", "b\nc"]][rank])
+    assert words == ["", "a", "b\nc"], words
     found = {"ids": layer.rows.ids, "keys": layer.rows.keys, "values": layer.rows.values, "tape": layer.tape()[0]}
     torch.save(found | {"heat": torch.tensor(known.heat), "tags": known.tags}, f"{folder}/{rank}.pt")
     dist.barrier()

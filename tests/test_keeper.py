@@ -1,6 +1,7 @@
 """Associative memories in a whole run: rows and checkpoints are one, the saved student is the student, nothing leaks."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from dmt.distill.module import Distiller
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.main import main
+from dmt.memory import AssociativeMemory
 from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
 from dmt.store import Store, connect
 
@@ -45,14 +47,14 @@ def rows_in_store(place):
         }
 
 
-def small(teacher, tmp_path, read_only=False, **changes):
+def small(teacher, tmp_path, read_only=False, run=None, **changes):
     memory = MemoryConfig(**{"kind": "associative", "k": 8, "write_from": 0.0, "novelty": 0.01} | changes)
     config = replace(
         Config(), memory=memory, data=DataConfig(block=16, batch=4, micro_batch=2), stages=StagesConfig(end_to_end_steps=4)
     )
     student, _ = transplant(teacher, [memory] * LAYERS)
     made = Distiller(config, student, teacher)
-    made.keeper = Keeper(StoreConfig(), Store(str(tmp_path / "rows.db"), fingerprint(teacher), read_only), student, tmp_path)
+    made.keeper = Keeper(StoreConfig(), Store(str(tmp_path / "rows.db"), fingerprint(teacher), read_only), student, run or tmp_path)
     return made
 
 
@@ -230,7 +232,7 @@ def test_a_store_that_is_not_the_runs_is_refused(words, tmp_path, capsys):
     for file in run.glob("memory.db*"):
         file.unlink()
     assert main(["--resume", str(run)]) == 2
-    assert "give the store that this run wrote" in capsys.readouterr().err
+    assert "not the store that this run wrote" in capsys.readouterr().err
 
 
 def test_another_teachers_store_is_refused_before_a_folder_is_made(words, tmp_path, tokenizer, capsys):
@@ -374,12 +376,83 @@ def test_a_store_that_cannot_be_written_stops_the_run_with_its_reason(teacher, t
         taught(made, tokens, 2)
 
 
+@pytest.mark.parametrize("why", ["a second signal", "numbers that are not finite"])
+def test_a_step_that_does_not_end_is_as_if_it_had_not_been(words, tmp_path, monkeypatch, capsys, why):
+    """The model has moved and one layer has its rows when the second fails: nothing of that is gone on from."""
+    given = [*words, *ROWS, "memory.write_from=0", "stages.end_to_end_steps=9", "trainer.checkpoint_every=2"]
+    assert main(given) == 0
+    plain, calls = AssociativeMemory.settle, []
+
+    def settle(memory, step, now, take_ids):
+        calls.append(step)
+        if step == 9 and calls.count(step) == 2:
+            if why == "a second signal":
+                raise KeyboardInterrupt(signal.SIGINT)
+            memory._offers[0].values[0, 0] = torch.nan
+        return plain(memory, step, now, take_ids)
+
+    monkeypatch.setattr(AssociativeMemory, "settle", settle)
+    ended = main(given)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    if why == "a second signal":
+        assert ended == 130
+        assert "after step 8" in said
+    else:
+        assert ended == 2
+        assert said.startswith("error: layer 1, step 9: keys and values of a memory must be finite; the checkpoint before is kept")
+    monkeypatch.undo()
+    run = tmp_path / "logs" / "version_1"
+    assert main(["--resume", str(run)]) == 0, capsys.readouterr().err
+    alone, stopped = (json.loads((run.parent / name / "run.json").read_text()) for name in ("version_0", "version_1"))
+    assert alone["fidelity"] == stopped["fidelity"]
+
+
+def test_rows_that_another_run_left_are_as_warm_as_when_it_ended(teacher, tokens, tmp_path):
+    made = small(teacher, tmp_path)
+    made.keeper.begin()
+    taught(made, tokens, 20_000)
+    made.keeper.close()
+    again = small(teacher, tmp_path)
+    again.keeper.begin()
+    for memory in again.keeper.memories.values():
+        known = memory.rows.histories
+        assert (known.heat_step == 0).all()
+        assert (known.heat[(memory.rows.ids >= 0).numpy()] >= 1).all()
+        assert known.heat.max() < 100
+    taught(again, tokens, 1)
+    assert all(memory.rows.histories.heat.max() < 1_000 for memory in again.keeper.memories.values())
+
+
+def test_a_teacher_is_known_by_its_weights_and_not_by_where_it_lies(teacher, tmp_path):
+    known = fingerprint(teacher)
+    teacher.config._name_or_path, teacher.config.transformers_version = str(tmp_path), "99.0"
+    assert fingerprint(teacher) == known
+    with torch.no_grad():
+        teacher.transformer.h[1].mlp.c_fc.weight[0, 0] += 1
+    assert fingerprint(teacher) != known
+
+
+def test_a_run_keeps_its_name_when_its_folder_gets_another(teacher, tokens, tmp_path):
+    made = small(teacher, tmp_path)
+    made.keeper.begin()
+    taught(made, tokens, 1)
+    state = made.keeper.state(1)
+    taught(made, tokens, 2)
+    made.keeper.close()
+    again = small(teacher, tmp_path, run=tmp_path / "elsewhere")
+    assert again.keeper.run != state["run"]
+    again.keeper.restore(1, state)
+    assert again.keeper.run == state["run"]
+    assert {step for rows in rows_in_store(tmp_path / "rows.db").values() for step, _, _ in rows.values()} == {1}
+
+
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 
 import pytorch_lightning, torch, transformers  # once, for all that are forked from here
 from dmt.main import main
+from dmt.memory import AssociativeMemory
 from dmt.store import Store, connect
 
 place, given = Path(sys.argv[1]), sys.argv[2:]

@@ -71,10 +71,14 @@ def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(any_teache
     read(student, any_teacher, tokens)
     assert all(parameter.grad is None for parameter in student.parameters())
     assert not any(memory.writing for memory in associative_of(student).values())
-    monkeypatch.setattr("dmt.distill.lessons.observe", lambda *a, **k: 1 / 0)
+    settled(student)
+    before = {layer: len(memory.rows) for layer, memory in associative_of(student).items()}
+    monkeypatch.setattr("dmt.distill.lessons.teach", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        read(student, any_teacher, tokens)
+        read(student, any_teacher, tokens.flip(1))
     assert not any(memory.writing for memory in associative_of(student).values())
+    settled(student, 2)  # nothing of the text that failed
+    assert before == {layer: len(memory.rows) for layer, memory in associative_of(student).items()}
 
 
 def test_who_does_not_write_is_taught_nothing(any_teacher, tokens):

@@ -438,3 +438,32 @@ def test_a_password_is_not_told():
         Store("postgresql://somebody:secret@127.0.0.1:9/rows", MODEL)
     assert "secret" not in str(told.value)
     assert "somebody" in str(told.value)
+
+
+def test_readers_see_the_rows_of_one_moment(place, monkeypatch):
+    monkeypatch.setattr("dmt.store.store.SCAN_ROWS", 3)
+    with Store(place, MODEL) as store:
+        space = store.namespace("layer_0", 4, 6)
+        store.commit("run", 1, {space: Changes([some(store, 5)])})
+        reader = Store(place, read_only=True)
+        pages = reader.scan(space)
+        seen = next(pages).ids.tolist()
+        merged = some(store, 1)
+        store.commit("run", 2, {space: Changes([merged], [(np.array([1]), "merged")])})
+        seen += [number for page in pages for number in page.ids.tolist()]
+        assert seen == [1, 2, 3, 4, 5]
+        assert sorted(everything(reader, space)) == [2, 3, 4, 5, 6]
+
+
+def test_a_store_half_made_is_no_store_and_is_made_again(tmp_path, monkeypatch):
+    place = str(tmp_path / "rows.db")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dmt.store.store.insert", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Store(place, MODEL)
+    monkeypatch.undo()
+    with Store(place, MODEL) as store:  # neither the tables nor the lock are left
+        assert store.namespaces() == []

@@ -58,7 +58,8 @@ class MemoryConfig:
     """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
     index: Literal["exact", "half", "flat", "ivf", "hnsw"] = "exact"
     """How stored rows are found: all compared, exactly; all in half precision and the nearest exactly (one row in ten
-    thousand is missed); or by faiss, `ivf` from 10,000 rows on, which may miss some."""
+    thousand is missed where rows lie `recombine` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
+    which may miss some."""
     write_from: float = 0.8
     """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 

@@ -163,6 +163,15 @@ def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int, half: b
     return best
 
 
+class Saver(ModelCheckpoint):
+    """Saves when a step has failed too, unless stored rows of that step are not where the model thinks they are."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        keeper = getattr(pl_module, "keeper", None)
+        if keeper is None or not keeper.unsettled:
+            super().on_exception(trainer, pl_module, exception)
+
+
 def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, callbacks: list[Callback]) -> None:
     """Train to the last step, from the newest checkpoint in `run` where there is one.
 
@@ -180,7 +189,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         keep_metrics(run)
     where: dict[str, Any] = {"save_dir": str(run.parent), "name": "", "version": run.name}
     stop = StopOnSignal(run / "checkpoints")
-    saver = ModelCheckpoint(
+    saver = Saver(
         run / "checkpoints", filename="step_{step}", auto_insert_metric_name=False, every_n_train_steps=settings.checkpoint_every,
         monitor="step", mode="max", save_top_k=2, save_on_exception=True,
     )  # fmt: skip
@@ -211,9 +220,9 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt, here to a second signal or one before the first step
         number = stop.received or signal.SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which it leaves ignored
-        if newest_checkpoint(run) is None:
+        if (saved := newest_checkpoint(run)) is None:
             raise KeyboardInterrupt(number) from None
-        raise Interrupted(number, trainer.global_step, run) from None
+        raise Interrupted(number, int(saved.stem[5:]), run) from None
     last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from transformers import PreTrainedModel
 from dmt.config import StoreConfig
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
+from dmt.memory.heat import cooled
 from dmt.memory.together import agreed
+from dmt.models.architectures import architecture_of
 from dmt.models.surgery import associative_of
 from dmt.records import Changes, Namespace, Numbers
 from dmt.store import Store
@@ -52,13 +53,17 @@ class Keeper:
         self.written: dict[str, float] = {}
         self._checkpoint = 0
         self._next_id = 0  # where somebody else writes
-        self._failed: UserError | None = None
+        self.unsettled = False
+        """Whether a step has changed the model and is not in the store to its end: nothing to go on from."""
 
     def begin(self) -> None:
         """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
         for layer, memory in self.memories.items():
             space = self.spaces[layer]
             memory.rows.rebuild(self.store.scan(space), expected=self.store.count(space))
+            known = memory.rows.histories  # steps are counted anew, so what other runs warmed is as warm as when they ended
+            known.heat[:] = cooled(known.heat, known.heat_step, int(known.heat_step.max(initial=0)), memory.policy.decay)
+            known.heat_step[:] = 0
         self._next_id = int(agreed(self.store.next_id))
 
     def take_ids(self, count: int) -> Numbers:
@@ -78,27 +83,33 @@ class Keeper:
         """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction.
 
         Raises:
-            UserError: the store cannot be written, in every process.
+            UserError: the store cannot be written, in every process, or what was offered is not finite.
         """
         changes: dict[Namespace, Changes] = {}
         now = agreed(time.time())
         self.written = {}
         for layer, memory in self.memories.items():
-            made = memory.settle(step, now, self.take_ids)
+            try:
+                made = memory.settle(step, now, self.take_ids)
+            except ValueError as error:
+                raise UserError(
+                    f"layer {layer}, step {step}: {error}; the checkpoint before is kept, go on from it with a lower rate"
+                ) from None
             usage = memory.rows.take_usage() if step % self.flush_every == 0 else None
             changes[self.spaces[layer]] = Changes(made.inserts, made.removals, usage)
             gone = {why: sum(len(ids) for ids, reason in made.removals if reason == why) for why in ("evicted", "merged")}
             self.written |= {f"rows/layer_{layer}": len(memory.rows)}
             self.written |= {f"rows_inserted/layer_{layer}": sum(len(part.ids) for part in made.inserts)}
             self.written |= {f"rows_{why}/layer_{layer}": number for why, number in gone.items()}
+        failed: UserError | None = None
         if not self.store.read_only:
             try:
                 self.store.commit(self.run, step, changes)
             except UserError as error:
-                self._failed = error
-        if agreed(self._failed is not None):
-            self._failed = self._failed or UserError(f"store {self.store.place}: whoever writes to it could not at step {step}")
-            raise self._failed
+                failed = error
+        if agreed(failed is not None):
+            raise failed or UserError(f"store {self.store.place}: whoever writes to it could not at step {step}")
+        self.unsettled = False
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
@@ -108,12 +119,12 @@ class Keeper:
         Raises:
             UserError: the store lacks what a step wrote, so that there is nothing to go on from here.
         """
-        if self._failed is not None:
-            raise self._failed
+        if self.unsettled:
+            raise UserError(f"store {self.store.place}: step {step} was not written to its end; go on from the checkpoint before")
         if step > self._checkpoint and not self.store.read_only:
             self.store.purge(self.run, self._checkpoint, others=False)
             self._checkpoint = step
-        return {str(layer): _state(memory) for layer, memory in self.memories.items()}
+        return {"run": self.run} | {str(layer): _state(memory) for layer, memory in self.memories.items()}
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Be as at the end of step `step`, when `state` was taken: rows written later are dropped, those that left come back.
@@ -121,6 +132,7 @@ class Keeper:
         Raises:
             UserError: the store does not hold the rows that the checkpoint speaks of.
         """
+        self.run, self.unsettled = state["run"], False  # a folder may have been renamed since
         if not self.store.read_only:
             self.store.rewind(self.run, step)
         self._next_id = int(agreed(self.store.next_id))  # and nobody reads before that is done
@@ -133,7 +145,8 @@ class Keeper:
             if not torch.equal(rows.ids.cpu(), known["ids"]):
                 raise UserError(
                     f"store {self.store.place}: layer {layer} has {len(rows):,} rows, the checkpoint of step {step} "
-                    f"{int((known['ids'] >= 0).sum()):,} that are not the same; give the store that this run wrote"
+                    f"{int((known['ids'] >= 0).sum()):,} that are not the same; another run has written to it since, or it is "
+                    "not the store that this run wrote"
                 )
             for name in HISTORIES:
                 getattr(rows.histories, name)[:] = known[name].numpy()
@@ -158,13 +171,15 @@ def _state(memory: AssociativeMemory) -> dict[str, torch.Tensor]:
 
 def _name(run: Path) -> str:
     """What marks the rows of a run in a store that several may share: a digest of its path and, for people, the end of it."""
-    path = str(run.absolute())
+    path = str(run.resolve())
     return f"{hashlib.sha256(path.encode()).hexdigest()[:12]} {path[-60:]}"
 
 
 def fingerprint(teacher: PreTrainedModel) -> str:
-    """What tells one teacher from another: a digest of its shape and of its input embeddings."""
-    shape = {name: value for name, value in teacher.config.to_dict().items() if isinstance(value, int | float | str)}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    digest.update(teacher.get_input_embeddings().weight.detach().float().cpu().numpy().tobytes())
+    """What tells one teacher from another, wherever it lies: a digest of its blocks' function and of all its weights."""
+    architecture = architecture_of(teacher.config.model_type)
+    digest = hashlib.sha256(f"{teacher.config.model_type} {getattr(teacher.config, architecture.activation)}".encode())
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(f" {name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -50,6 +50,10 @@ def read(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor) -> 
         teach(student, teacher, observe(student, tokens, blocks=True), wanted)
         for memory in memories:
             memory.weigh()
+    except BaseException:
+        for memory in memories:
+            memory.discard()
+        raise
     finally:
         for memory in memories:
             memory.writing = False

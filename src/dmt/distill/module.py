@@ -136,6 +136,8 @@ class Distiller(pl.LightningModule):
         if self.settings.optim.clip:
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
         done = self.global_step
+        if self.keeper is not None:
+            self.keeper.unsettled = writing
         optimizer.step()  # type: ignore[union-attr]
         hold(featural_of(self.student).values(), rate=HOLD_RATE)
         if self.keeper is not None and writing:

@@ -162,7 +162,8 @@ class AssociativeMemory(nn.Module):
             self.heard.nearest.append(found.distances[:, 0].sqrt())
         if self.writing:
             self._reads.append((found.places[there], weights.detach()[there]))
-            self._last_read = scores.detach(), values.detach()
+            if not torch.is_grad_enabled():  # whoever trains does not weigh
+                self._last_read = scores, found.places
         return self._answer(base, weights, values)
 
     def _answer(self, base: Tensor | None, weights: Tensor, values: Tensor) -> Tensor:
@@ -184,6 +185,7 @@ class AssociativeMemory(nn.Module):
         if self._tape is None or self._tape_ids is None or not len(self._tape) or not torch.is_grad_enabled():
             nothing = self.rows.keys.new_zeros(0, self.width)
             return nothing, nothing, nobody
+        self._tape, self._tape_ids = self._tape.to(places.device), self._tape_ids.to(places.device)
         ids = self.rows.ids[places]
         order = self._tape_ids.argsort()
         at = torch.searchsorted(self._tape_ids[order], ids).clamp_max(len(order) - 1)
@@ -217,15 +219,20 @@ class AssociativeMemory(nn.Module):
         offers, self._last_read, read = self._offers, None, self._last_read
         if read is None or not offers or offers[-1].values is None or self.value is not None:
             return
-        offer, (cosines, values) = offers[-1], read
+        offer, (cosines, places) = offers[-1], read
+        values = self.rows.values[places]
         wanted = offer.values if self.writes == "teacher" or offer.base is None else offer.values + offer.base
         errors = []
         for doubt in DOUBTS:
             weights = self._weights(cosines, torch.tensor(doubt, device=cosines.device))
             errors.append((wanted - self._answer(offer.base, weights, values).float()).square().sum())
         tried = torch.stack(errors)
-        self._tried = tried if self._tried is None else LATELY * self._tried + tried
+        self._tried = tried if self._tried is None else LATELY * self._tried.to(tried) + tried
         self.doubt.fill_(DOUBTS[int(self._tried.argmin())])
+
+    def discard(self) -> None:
+        """Forget what passes since the last step have read and offered: something went wrong in one of them."""
+        self._offers, self._reads, self._last_read = [], [], None
 
     @torch.no_grad()
     def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
@@ -259,7 +266,7 @@ class AssociativeMemory(nn.Module):
         """Keep the hidden states `(n, width)` that the rows numbered `ids` `(n,)` were made from, the last `TAPE` of all."""
         numbers = torch.as_tensor(ids, device=hidden.device)
         if self._tape is not None and self._tape_ids is not None:
-            hidden, numbers = torch.cat([self._tape.to(hidden), hidden]), torch.cat([self._tape_ids, numbers])
+            hidden, numbers = torch.cat([self._tape.to(hidden), hidden]), torch.cat([self._tape_ids.to(numbers), numbers])
         self._tape, self._tape_ids = hidden[-TAPE:], numbers[-TAPE:]
 
     def tape(self) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,8 @@ def nearest_by_halves(queries: Tensor, keys: Tensor, halves: Tensor, handicap: T
     """
     rough, wider = handicap.to(halves.dtype), min(len(keys), CANDIDATES * k)
     found = []
-    for part in queries.split(max(1, SCORES // max(1, len(keys)))):
+    at_once = SCORES // max(1, len(keys), wider * keys.shape[1] // 4)
+    for part in queries.split(max(1, at_once)):
         rows = largest(torch.addmm(rough, part.to(halves.dtype), halves.t()), wider)[1]
         distances = (part.unsqueeze(1) - keys[rows]).square().sum(-1).masked_fill(handicap[rows].isinf(), torch.inf)
         chosen, order = distances.topk(k, largest=False)

@@ -37,7 +37,7 @@ def gathered_words(mine: list[str]) -> list[str]:
     start = 0
     for length, count in lengths.tolist():
         part = bytes(everything[start : start + length].tolist()).decode()
-        words += part.split("\0") if count else []
+        words += part.split("\0")[:count]
         start += length
     return words
 

@@ -97,6 +97,9 @@ def _plainly(error: DBAPIError) -> str:
         "full": "the disk is full; nothing of this step was written; make room and resume",
         "unable to open": "it cannot be opened; its folder must exist and be writable",
         "locked": "another program is writing to it; wait for that or give another file",
+        "No space left": "the disk is full; nothing of this step was written; make room and resume",
+        "authentication failed": "user or password are wrong",
+        "does not exist": "there is no such database or user; make it, or give another",
         "connection": "the server does not answer; is it running, and the URL right?",
         "malformed": "the file is damaged; restore a copy, or give a new file",
     }

@@ -71,4 +71,5 @@ states = Table(
     Column("deleted_step", Integer, nullable=True),
     Index("dmt_states_present", "namespace", "deleted", "id"),
     Index("dmt_states_written", "run", "step"),
+    Index("dmt_states_deleted", "deleted_run", "deleted_step"),
 )

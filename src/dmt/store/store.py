@@ -55,15 +55,21 @@ class Store:
                 if self.path is not None:  # readers and the writer do not wait for each other; stays with the file
                     with self.engine.connect() as connection:
                         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            if not there:
-                self._create(str(model))
-            with self.engine.connect() as connection:
-                given = connection.execute(select(about.c.value).where(about.c.name == "next_id")).scalar_one()
-                self._next_id = int(given)
+            try:
+                if not there:
+                    self._create(str(model))
+                with self.engine.connect() as connection:
+                    given = connection.execute(select(about.c.value).where(about.c.name == "next_id")).scalar_one()
+                    self._next_id = int(given)
+            except BaseException:
+                self.close()
+                raise
 
     def _create(self, model: str) -> None:
         known = {"schema": str(SCHEMA_VERSION), "model": model, "created": str(time.time()), "next_id": "1"}
         with self.engine.begin() as connection:
+            if self.path is not None:  # or each table would be a transaction of its own
+                connection.exec_driver_sql("BEGIN")
             tables.create_all(connection)
             connection.execute(insert(about), [{"name": name, "value": value} for name, value in known.items()])
 
@@ -194,19 +200,27 @@ class Store:
             yield row, state
 
     def scan(self, space: Namespace, gone: bool = False) -> Iterator[Page]:
-        """All rows of a namespace in the order of their numbers, some thousands at a time; with `gone`, those that left too."""
+        """All rows of a namespace in the order of their numbers, some thousands at a time; with `gone`, those that left too.
+
+        All of them as of one moment, whatever is written meanwhile.
+        """
         last = 0
-        while True:
-            there = WHOLE.where(states.c.namespace == space.number, states.c.id > last)
-            if not gone:
-                there = there.where(states.c.deleted.is_(None))
-            with told(self.place), self.engine.connect() as connection:
-                found = connection.execute(there.order_by(states.c.id).limit(SCAN_ROWS)).all()
-            if found:
-                yield self._page(space, found)
-            if len(found) < SCAN_ROWS:
-                return
-            last = found[-1].id
+        there = WHOLE.where(states.c.namespace == space.number)
+        if not gone:
+            there = there.where(states.c.deleted.is_(None))
+        with told(self.place), self.engine.connect() as connection:
+            if self.path is not None:
+                connection.exec_driver_sql("BEGIN")
+            else:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            while True:
+                page = there.where(states.c.id > last).order_by(states.c.id).limit(SCAN_ROWS)
+                found = connection.execute(page).all()
+                if found:
+                    yield self._page(space, found)
+                if len(found) < SCAN_ROWS:
+                    return
+                last = found[-1].id
 
     def get(self, space: Namespace, ids: Sequence[int] | Numbers) -> Page:
         """The rows of these numbers that are there, in the order of their numbers."""
