@@ -217,7 +217,11 @@ class AssociativeMemory(nn.Module):
         For whoever reads without training. Few rows then do no harm and many are heard.
         """
         offers, self._last_read, read = self._offers, None, self._last_read
-        if read is None or not offers or offers[-1].values is None or self.value is not None:
+        if not offers or offers[-1].values is None or self.value is not None:
+            return
+        if read is None:
+            if not len(self.rows):  # the first ones are hardly heard before they have been judged
+                self.doubt.fill_(DOUBTS[-1])
             return
         offer, (cosines, places) = offers[-1], read
         values = self.rows.values[places]
