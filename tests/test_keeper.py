@@ -184,7 +184,9 @@ def test_a_saved_student_reads_the_same_rows(teacher, tmp_path, tokens):
 
 
 @pytest.mark.parametrize(
-    "changes", [[], [*ALONE, "memory.writes=projection"], ["memory.capacity=20", "memory.recombine=0.2"]], ids=str
+    "changes",
+    [[], [*ALONE, "memory.writes=projection"], ["memory.capacity=20", "memory.recombine=0.2", "memory.index=half"]],
+    ids=str,
 )
 def test_a_run_that_died_goes_on_to_the_same_rows_and_weights(words, tmp_path, changes):
     assert main([*words, *ROWS, *changes]) == 0
@@ -364,6 +366,21 @@ def test_two_processes_that_train_together_end_with_the_same_rows_and_one_of_the
         assert set(ids[ids >= 0].tolist()) == set(stored[f"layer_{layer}"])
         for place in (ids >= 0).nonzero().flatten().tolist():
             assert stored[f"layer_{layer}"][int(ids[place])][1] == first[f"{layer}/keys"][place].numpy().tobytes()
+
+
+@pytest.mark.parametrize("variant", ["associative", "mixed"])
+def test_the_shipped_variants_run_like_the_default(variant, words, tmp_path):
+    """From their own files, on a small teacher: rows in the layers they name, on disk and in the saved student."""
+    assert main([f"configs/{variant}.yaml", *[word for word in words if not word.startswith("memory.")]]) == 0
+    run = newest(tmp_path)
+    rows = rows_in(run)
+    assert set(rows) == {f"layer_{layer}" for layer in ([LAYERS - 1] if variant == "associative" else [2])}
+    assert all(rows.values())
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert {f"layer_{layer}": len(memory.rows) for layer, memory in associative_of(student).items()} == {
+        name: len(found) for name, found in rows.items()
+    }
+    assert json.loads((run / "run.json").read_text())["rows"]
 
 
 def test_a_store_that_cannot_be_written_stops_the_run_with_its_reason(teacher, tokens, tmp_path):

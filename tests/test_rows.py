@@ -212,6 +212,33 @@ def test_fewer_rows_than_asked_for_are_infinitely_far():
     assert found.distances.isinf().tolist() == [[False, False, True, True, True]]
 
 
+@pytest.mark.parametrize("expected", [0, 5, 40])
+def test_rows_come_back_from_many_pages_with_or_without_a_hint(expected, monkeypatch):
+    monkeypatch.setattr("dmt.memory.rows.GROWTH", 4)
+    states = torch.randn(23, 3)
+
+    def pages():
+        for start in range(0, 23, 5):
+            part = states[start : start + 5].numpy()
+            at = np.arange(start, start + len(part))
+            about = {"heat": at / 7, "heat_step": at, "entries": at + 1, "created": at / 3, "pinned": at % 2 == 0, "reads": at * 2}
+            yield Page(at + 100, part, part[:, :2], about | {"last_read": [None] * len(at), "tag": [f"t{n}" for n in at]})
+
+    rows = Rows(3, 2)
+    for _ in range(2):  # the second time in place
+        rows.rebuild(pages(), expected=expected)
+        assert len(rows) == 23
+        for number, place in rows.place_of.items():
+            at = number - 100
+            assert torch.equal(rows.keys[place], states[at])
+            assert torch.equal(rows.values[place], states[at, :2])
+            known = rows.histories
+            assert (known.heat[place], known.entries[place], known.reads[place]) == (at / 7, at + 1, 2 * at)
+            assert (known.tags[place], known.pinned[place]) == (f"t{at}", at % 2 == 0)
+        found = rows.search(states, 1)
+        assert torch.equal(rows.ids[found.places[:, 0]], torch.arange(23) + 100)
+
+
 def test_tags_are_joined_once_each_in_their_order():
     assert join_tags(["b", "a\nb", "", "c"]) == "b\na\nc"
 

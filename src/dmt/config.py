@@ -59,7 +59,7 @@ class MemoryConfig:
     index: Literal["exact", "half", "flat", "ivf", "hnsw"] = "exact"
     """How stored rows are found: all compared, exactly; all in half precision and the nearest exactly (one row in ten
     thousand is missed where rows lie `recombine` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
-    which may miss some."""
+    which may miss some, and others after a resume."""
     write_from: float = 0.8
     """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 
