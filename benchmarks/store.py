@@ -132,13 +132,14 @@ def peers_python() -> Path:
     """The interpreter of an environment with the peers, made where it is not there yet; it sees this one's packages too."""
     home = Path(tempfile.gettempdir()) / "dmt-stores"
     python = home / "bin" / "python"
-    if not (home / "ready").exists():
+    ready, wanted = home / "ready", " ".join(NEEDED + PEERS)
+    if not ready.exists() or ready.read_text() != wanted:
         venv.create(home, with_pip=True, clear=True)
         inside = next((home / "lib").glob("python*/site-packages"))
         (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
         subprocess.run([python, "-m", "pip", "install", "-q", *NEEDED, *PEERS[:2]], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", PEERS[2]], check=True)
-        (home / "ready").touch()
+        ready.write_text(wanted)
     return python
 
 
