@@ -47,8 +47,10 @@ def test_the_largest_are_those_of_a_plain_choice(columns):
     assert torch.equal(at, wanted.indices)
 
 
-def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(monkeypatch):
+@pytest.mark.parametrize("keys_at_once", [1, 6, 10, 20, 99])
+def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(keys_at_once, monkeypatch):
     monkeypatch.setattr("dmt.memory.nearest.SCORES", 100)  # several pieces
+    monkeypatch.setattr("dmt.memory.nearest.KEYS", keys_at_once)
     queries, keys = torch.randn(30, 4), torch.randn(20, 4)
     handicap = -keys.square().sum(-1) / 2
     handicap[3] = -torch.inf
@@ -63,6 +65,7 @@ def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(mon
 
 def test_halves_find_the_same_rows_at_the_same_distances(monkeypatch):
     monkeypatch.setattr("dmt.memory.nearest.SCORES", 4_000)  # several pieces
+    monkeypatch.setattr("dmt.memory.nearest.KEYS", 300)
     centre = torch.randn(32)  # all are about as far as each other: half precision alone would take wrong ones
     queries, keys = (torch.nn.functional.normalize(centre + 0.5 * torch.randn(n, 32), dim=-1) for n in (60, 700))
     handicap = -keys.square().sum(-1) / 2

@@ -11,6 +11,8 @@ PLAIN = 4_096
 """Rows up to which choosing at once is as fast."""
 SCORES = 4_000_000
 """Scores held at once."""
+KEYS = 32_768
+"""Keys compared with at once, so that there are many queries to a product however many keys there are."""
 CANDIDATES = 2
 """Rows looked at exactly for each row wanted, of those that look nearest in half precision (recall .9999, EXPERIMENTS.md)."""
 
@@ -48,11 +50,25 @@ def nearest(queries: Tensor, keys: Tensor, handicap: Tensor, k: int) -> tuple[Te
     if not len(queries):
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device)
     found = []
-    for part in queries.split(max(1, SCORES // max(1, len(keys)))):
-        scores, rows = largest(torch.addmm(handicap, part, keys.t()), k)
+    for part in queries.split(max(1, SCORES // max(1, min(len(keys), KEYS)))):
+        scores, rows = _best(part, keys, handicap, k)
         found.append(((part.square().sum(-1, keepdim=True) - 2 * scores).clamp_min(0), rows))
     distances, rows_found = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(rows_found)
+
+
+def _best(queries: Tensor, keys: Tensor, handicap: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of product and handicap, and their rows, `(n, k)`, largest first; `KEYS` keys at a time."""
+    found = []
+    for first in range(0, max(1, len(keys)), KEYS):
+        there = slice(first, first + KEYS)
+        scores, rows = largest(torch.addmm(handicap[there], queries, keys[there].t()), min(k, len(keys[there])))
+        found.append((scores, rows + first))
+    if len(found) == 1:
+        return found[0]
+    scores, rows = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    scores, at = scores.topk(k)
+    return scores, rows.gather(1, at)
 
 
 @torch.no_grad()
@@ -64,9 +80,9 @@ def nearest_by_halves(queries: Tensor, keys: Tensor, halves: Tensor, handicap: T
     """
     rough, wider = handicap.to(halves.dtype), min(len(keys), CANDIDATES * k)
     found = []
-    at_once = SCORES // max(1, len(keys), wider * keys.shape[1] // 4)
+    at_once = SCORES // max(1, min(len(keys), KEYS), wider * keys.shape[1] // 4)
     for part in queries.split(max(1, at_once)):
-        rows = largest(torch.addmm(rough, part.to(halves.dtype), halves.t()), wider)[1]
+        rows = _best(part.to(halves.dtype), halves, rough, wider)[1]
         distances = (part.unsqueeze(1) - keys[rows]).square().sum(-1).masked_fill(handicap[rows].isinf(), torch.inf)
         chosen, order = distances.topk(k, largest=False)
         found.append((chosen, rows.gather(1, order)))
