@@ -9,9 +9,9 @@ BLOCK = 64
 """Scores whose largest stands for them in the first round of the choice."""
 PLAIN = 4_096
 """Rows up to which choosing at once is as fast."""
-SCORES = 4_000_000
+SCORES = 16_000_000
 """Scores held at once."""
-KEYS = 32_768
+KEYS = 65_536
 """Keys compared with at once, so that there are many queries to a product however many keys there are."""
 CANDIDATES = 2
 """Rows looked at exactly for each row wanted, of those that look nearest in half precision (recall .9999, EXPERIMENTS.md)."""
