@@ -464,32 +464,46 @@ def test_a_run_keeps_its_name_when_its_folder_gets_another(teacher, tokens, tmp_
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sqlite3, sys, time
 from pathlib import Path
 
 import pytorch_lightning, torch, transformers  # once, for all that are forked from here
 from dmt.main import main
-from dmt.memory import AssociativeMemory
-from dmt.store import Store, connect
+from dmt.store import Store
 
 place, given = Path(sys.argv[1]), sys.argv[2:]
-drawn = random.Random(0)
+drawn, reached = random.Random(0), 0
+
+
+def step():
+    with sqlite3.connect(f"file:{place}/memory.db?mode=ro", uri=True) as store:
+        return store.execute("SELECT max(step) FROM dmt_states").fetchone()[0] or 0
+
+
 for round_ in range(20):
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(main(given if round_ == 0 else ["--resume", str(place)]))
     deadline = time.monotonic() + 120
-    while round_ == 0 and not list(place.glob("checkpoints/step_*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(drawn.uniform(0, 0.2 if round_ == 0 else 3))
+    if round_ == 0:
+        while not list(place.glob("checkpoints/step_*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    elif drawn.random() < 0.3:  # somewhere while it starts
+        time.sleep(drawn.uniform(0, 0.5))
+    else:  # a few steps on, at any moment of one
+        wanted = reached + drawn.randint(1, 6)
+        while step() < wanted and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(drawn.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was over before it was killed"
     with Store(str(place / "memory.db"), read_only=True) as store:
         pages = [list(store.scan(space, gone=True)) for space in store.namespaces()]
     last = [max(step for page in each for step in page.about["step"]) for each in pages]
     assert len(set(last)) == 1, f"half a step after round {round_}: {last}"  # every step writes rows in every layer
-    print(last[0], flush=True)
+    reached = last[0]
+    print(reached, flush=True)
 """
 
 
@@ -509,7 +523,7 @@ def test_killed_twenty_times_in_a_row_the_store_holds_whole_steps_and_training_g
     assert done.returncode == 0, done.stderr
     reached = [int(line) for line in done.stdout.split()]
     assert len(reached) == 20
-    assert reached[0] < reached[-1] < 300  # it went on, and every kill came before the end
+    assert reached[0] < reached[-1]  # it went on
     assert main(["--resume", str(place)]) == 0
     assert main(given) == 0
     killed, alone = (json.loads((tmp_path / "logs" / name / "run.json").read_text()) for name in ("version_0", "version_1"))
