@@ -84,7 +84,7 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
     if memory.k == "auto" and memory.ranking == "score":
         raise UserError(
             f"{name}.k=auto compares slots of all layers, which scores do not allow; set {name}.k to a number or "
-            f"{name}.ranking=centred, got {name}.ranking=score"
+            f"{name}.ranking=contribution, got {name}.ranking=score"
         )
     if memory.k == "auto" and memory.heads > 1 and not memory.projections:
         raise UserError(

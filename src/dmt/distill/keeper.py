@@ -18,7 +18,7 @@ from dmt.memory.heat import cooled
 from dmt.memory.together import agreed
 from dmt.models.architectures import architecture_of
 from dmt.models.surgery import associative_of
-from dmt.records import Changes, Namespace, Numbers
+from dmt.records import Changes, Namespace
 from dmt.store import Store
 
 HISTORIES = ("heat", "heat_step", "last_read", "reads", "used")
@@ -52,7 +52,6 @@ class Keeper:
         }
         self.written: dict[str, float] = {}
         self._checkpoint = 0
-        self._next_id = 0  # where somebody else writes
         self.unsettled = False
         """Whether a step has changed the model and is not in the store to its end: nothing to go on from."""
 
@@ -64,14 +63,7 @@ class Keeper:
             known = memory.rows.histories  # steps are counted anew, so what other runs warmed is as warm as when they ended
             known.heat[:] = cooled(known.heat, known.heat_step, int(known.heat_step.max(initial=0)), memory.policy.decay)
             known.heat_step[:] = 0
-        self._next_id = int(agreed(self.store.next_id))
-
-    def take_ids(self, count: int) -> Numbers:
-        """Numbers that no row has or had, `(count,)`: the same ones in each process."""
-        if not self.store.read_only:
-            return self.store.take_ids(count)
-        first, self._next_id = self._next_id, self._next_id + count
-        return np.arange(first, first + count, dtype=np.int64)
+        self.store.next_id = int(agreed(self.store.next_id))  # whoever only reads counts along
 
     def write(self, progress: float | None) -> bool:
         """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""
@@ -90,7 +82,7 @@ class Keeper:
         self.written = {}
         for layer, memory in self.memories.items():
             try:
-                made = memory.settle(step, now, self.take_ids)
+                made = memory.settle(step, now, self.store.take_ids)
             except ValueError as error:
                 raise UserError(
                     f"layer {layer}, step {step}: {error}; the checkpoint before is kept, go on from it with a lower rate"
@@ -135,7 +127,7 @@ class Keeper:
         self.run, self.unsettled = state["run"], False  # a folder may have been renamed since
         if not self.store.read_only:
             self.store.rewind(self.run, step)
-        self._next_id = int(agreed(self.store.next_id))  # and nobody reads before that is done
+        self.store.next_id = int(agreed(self.store.next_id))  # and nobody reads before that is done
         self._checkpoint = 0  # the one before this may be there still
         for layer, memory in self.memories.items():
             known = state[str(layer)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Among = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 BLOCK = 64
 """Scores whose largest stands for them in the first round of the choice."""
@@ -47,14 +51,20 @@ def nearest(queries: Tensor, keys: Tensor, handicap: Tensor, k: int) -> tuple[Te
             which then comes last, at an infinite distance.
         k: at most `rows`.
     """
+
+    def among(part: Tensor) -> tuple[Tensor, Tensor]:
+        scores, rows = _best(part, keys, handicap, k)
+        return (part.square().sum(-1, keepdim=True) - 2 * scores).clamp_min(0), rows
+
+    return _in_pieces(queries, k, SCORES // max(1, min(len(keys), KEYS)), among)
+
+
+def _in_pieces(queries: Tensor, k: int, at_once: int, among: Among) -> tuple[Tensor, Tensor]:
+    """Distances and rows `(n, k)` that `among` finds for so many queries at once."""
     if not len(queries):
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device)
-    found = []
-    for part in queries.split(max(1, SCORES // max(1, min(len(keys), KEYS)))):
-        scores, rows = _best(part, keys, handicap, k)
-        found.append(((part.square().sum(-1, keepdim=True) - 2 * scores).clamp_min(0), rows))
-    distances, rows_found = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(rows_found)
+    distances, rows = zip(*map(among, queries.split(max(1, at_once))), strict=True)
+    return torch.cat(distances), torch.cat(rows)
 
 
 def _best(queries: Tensor, keys: Tensor, handicap: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -79,14 +89,11 @@ def nearest_by_halves(queries: Tensor, keys: Tensor, halves: Tensor, handicap: T
         halves: `keys` in bfloat16.
     """
     rough, wider = handicap.to(halves.dtype), min(len(keys), CANDIDATES * k)
-    found = []
-    at_once = SCORES // max(1, min(len(keys), KEYS), wider * keys.shape[1] // 4)
-    for part in queries.split(max(1, at_once)):
+
+    def among(part: Tensor) -> tuple[Tensor, Tensor]:
         rows = _best(part.to(halves.dtype), halves, rough, wider)[1]
         distances = (part.unsqueeze(1) - keys[rows]).square().sum(-1).masked_fill(handicap[rows].isinf(), torch.inf)
         chosen, order = distances.topk(k, largest=False)
-        found.append((chosen, rows.gather(1, order)))
-    if not found:
-        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device)
-    distances, rows_found = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(rows_found)
+        return chosen, rows.gather(1, order)
+
+    return _in_pieces(queries, k, SCORES // max(1, min(len(keys), KEYS), wider * keys.shape[1] // 4), among)

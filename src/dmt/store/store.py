@@ -60,7 +60,8 @@ class Store:
                     self._create(str(model))
                 with self.engine.connect() as connection:
                     given = connection.execute(select(about.c.value).where(about.c.name == "next_id")).scalar_one()
-                    self._next_id = int(given)
+                    self.next_id = int(given)
+                    """The number that the next row will have."""
             except BaseException:
                 self.close()
                 raise
@@ -116,14 +117,9 @@ class Store:
         with told(self.place), self.engine.connect() as connection:
             return [Namespace(*found) for found in connection.execute(select(namespaces).order_by(namespaces.c.id))]
 
-    @property
-    def next_id(self) -> int:
-        """The number that the next row will have."""
-        return self._next_id
-
     def take_ids(self, count: int) -> Numbers:
         """Numbers that no row has or had, `(count,)`."""
-        first, self._next_id = self._next_id, self._next_id + count
+        first, self.next_id = self.next_id, self.next_id + count
         return np.arange(first, first + count, dtype=np.int64)
 
     def commit(self, run: str, step: int, changes: dict[Namespace, Changes]) -> None:
@@ -150,7 +146,7 @@ class Store:
                 connection.execute(insert(rows), [row for row, _ in inserts])
                 connection.execute(insert(states), [state for _, state in inserts])
                 # Kept apart from the rows: a row that is purged or taken back leaves no number to be given out again.
-                given = update(about).where(about.c.name == "next_id").values(value=str(self._next_id))
+                given = update(about).where(about.c.name == "next_id").values(value=str(self.next_id))
                 connection.execute(given)
             if removed:
                 leave = update(states).where(states.c.id == bindparam("row"), states.c.deleted.is_(None))
