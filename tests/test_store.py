@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from dmt.errors import UserError
-from dmt.store import Changes, Insert, Store, Usage
+from dmt.store import Changes, Insert, Store, Usage, connect
 
 MODEL = "f" * 64
 
@@ -467,3 +468,17 @@ def test_a_store_half_made_is_no_store_and_is_made_again(tmp_path, monkeypatch):
     monkeypatch.undo()
     with Store(place, MODEL) as store:  # neither the tables nor the lock are left
         assert store.namespaces() == []
+
+
+@pytest.mark.parametrize(
+    ("database", "told_as"),
+    [
+        ('FATAL: password authentication failed for user "x" connection to server failed', "user or password are wrong"),
+        ('connection to server failed: FATAL: database "rows" does not exist', "there is no such database or user"),
+        ("could not extend file: No space left on device", "the disk is full; nothing of this step was written"),
+        ("connection refused", "the server does not answer"),
+    ],
+)
+def test_what_a_server_complains_about_is_told_plainly(database, told_as):
+    with pytest.raises(UserError, match=f"^store somewhere: {told_as}"), connect.told("somewhere"):
+        raise OperationalError("SELECT", {}, Exception(database))
