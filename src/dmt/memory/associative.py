@@ -179,6 +179,14 @@ class AssociativeMemory(nn.Module):
         cosines = torch.cat([cosines, doubt.to(cosines.dtype).expand(len(cosines), 1)], dim=1)
         return (cosines * self.log_sharpness.exp()).softmax(-1)[:, :-1]
 
+    @torch.no_grad()
+    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows are read for `hidden` `(tokens, width)`: places and weights `(tokens, k)`; weight 0 where there was none."""
+        queries = F.normalize(self.query(hidden), dim=-1)
+        found = self.rows.search(queries, self.k)
+        cosines = torch.einsum("nd,nkd->nk", queries, self.rows.keys[found.places].to(queries.dtype))
+        return found.places, self._weights(cosines.masked_fill(found.distances.isinf(), -torch.inf))
+
     def _kept(self, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values last written, made anew by the projections of now, and which of them each place holds."""
         nobody = torch.full_like(places, -1)

@@ -22,6 +22,7 @@ class Architecture:
         transposed: those of them that are stored as `(width, slots)`.
         activation: config attribute that names the block's function.
         backbone: attribute of the language model that gives hidden states, the head left out.
+        norm: path of the norm between the last transformer block and the head.
         no_dropout: config values that switch every dropout off.
     """
 
@@ -31,6 +32,7 @@ class Architecture:
     transposed: tuple[str, ...]
     activation: str
     backbone: str
+    norm: str
     no_dropout: dict[str, float]
 
     @property
@@ -72,6 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         transposed=("keys",),
         activation="activation_function",
         backbone="transformer",
+        norm="transformer.ln_f",
         no_dropout={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
     "llama": Architecture(
@@ -88,6 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         transposed=("values",),
         activation="hidden_act",
         backbone="model",
+        norm="model.norm",
         no_dropout={"attention_dropout": 0.0},
     ),
 }
