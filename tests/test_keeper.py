@@ -16,13 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, DataConfig, MemoryConfig, StagesConfig, StoreConfig
-from dmt.distill.keeper import Keeper, _name, fingerprint
+from dmt.distill.keeper import Keeper, _name
 from dmt.distill.losses import Batch
 from dmt.distill.module import Distiller
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.main import main
 from dmt.memory import AssociativeMemory
+from dmt.models.fingerprint import fingerprint
 from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
 from dmt.store import Store, connect
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.facts import Answered, FactMemory
 from dmt.memory.weighting import normalised
 from dmt.models.architectures import architecture_of
+from dmt.models.overlay import answers_of, overlay_of
 
 NEXTS, CHUNK = 5, 256
 """Likely next tokens that are told of each token; states whose logits exist at once."""
@@ -29,8 +31,8 @@ class Read:
     """One slot or row that one token read in one layer, and what it said there."""
 
     layer: int
-    kind: str  # `slot`, or `row` of an associative memory
-    number: int  # of the slot in its memory, or the row's own
+    kind: str  # `slot`; `row` of an associative memory; or `fact`
+    number: int  # of the slot in its memory, or the row's or the fact's own
     weight: float  # what its value was multiplied by
     share: float  # of |weight| x length of the value in that of all slots and rows this token read in this layer, told or not
     tag: str  # where a row comes from, as far as that is known
@@ -61,20 +63,31 @@ class _Said:
 
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, tokenizer: Any, text: str, most: int = 5, lens: int = 5, layers: Sequence[int] | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str | Tensor,
+    most: int = 5,
+    lens: int = 5,
+    layers: Sequence[int] | None = None,
+    name: Callable[[int], tuple[int, str]] = lambda row: (row, ""),
 ) -> list[TokenReads]:
     """What each token of `text` read; the start token, where the model has one, stands first and without reads.
 
     Args:
+        text: or its token ids `(time,)`, the start token included.
         most: slots and rows that are told of a token and layer.
         lens: tokens of the vocabulary that are told of each of them.
-        layers: which ones; None means all. Layers whose block is dense read nothing.
+        layers: which ones; None means all. Layers whose block is dense read nothing but facts.
+        name: number and tag of the fact that a row laid over the model (`models/overlay.py`) belongs to.
 
     Raises:
         UserError: the text is empty or longer than the model can read, there is no such layer, or a count is too small.
     """
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    given = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if isinstance(text, Tensor):
+        given = text.tolist()[len(start) :]
+    else:
+        given = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     room, blocks = model.config.max_position_embeddings - len(start), architecture_of(model.config.model_type).blocks(model)
     asked = range(len(blocks)) if layers is None else sorted(set(layers))
     if not given:
@@ -87,10 +100,15 @@ def read(
         raise UserError(f"most must be at least 1 and lens at least 0, got {most} and {lens}")
     ids, was_training = start + given, model.training
     model.eval()
-    seen = observe(model, torch.tensor([ids], device=next(model.parameters()).device), blocks=True)
+    tokens, overlay = torch.tensor([ids], device=next(model.parameters()).device), overlay_of(model)
+    with answers_of(model) as answered:
+        seen = observe(model, tokens, blocks=True)
     found: list[list[Read]] = [[] for _ in ids]
     for layer in asked:
-        if said := _said(blocks[layer], seen.block_inputs[layer].flatten(0, 1)):
+        said = _said(blocks[layer], seen.block_inputs[layer].flatten(0, 1))
+        if overlay is not None and layer == overlay.answers and answered:
+            said.append(_of_facts(overlay.memory, answered[0], len(ids), name))
+        if said:
             for reads, more in zip(found, _strongest(said, model, tokenizer, layer, most, lens), strict=True):
                 reads += more
     model.train(was_training)
@@ -147,6 +165,18 @@ def _of_rows(memory: AssociativeMemory, hidden: Tensor) -> _Said:
     numbers, values = memory.rows.ids[places], memory.output(memory.rows.values[places].to(weights.dtype))
     tags = {int(memory.rows.ids[place]): memory.rows.histories.tags[place] for place in places[weights > 0].unique().tolist()}
     return _Said("row", numbers, weights, weights > 0, values, values.norm(dim=-1), tags)
+
+
+def _of_facts(memory: FactMemory, found: Answered, tokens: int, name: Callable[[int], tuple[int, str]]) -> _Said:
+    """What facts said to each token: one row, or none."""
+    named = [name(int(memory.rows.ids[row])) for row in found.rows]
+    device = memory.mean.device
+    numbers, weights = torch.full((tokens, 1), -1, device=device), torch.zeros(tokens, 1, device=device)
+    values = torch.zeros(tokens, 1, memory.width, device=device)
+    numbers[found.tokens, 0] = torch.tensor([number for number, _ in named], dtype=torch.long, device=device)
+    weights[found.tokens, 0] = 1.0
+    values[found.tokens, 0] = memory.rows.values[found.rows]
+    return _Said("fact", numbers, weights, weights > 0, values, values.norm(dim=-1), dict(named))
 
 
 def _strongest(said: list[_Said], model: PreTrainedModel, tokenizer: Any, layer: int, most: int, count: int) -> list[list[Read]]:

@@ -68,3 +68,39 @@ class Page:
     keys: Floats
     values: Floats
     about: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One fact as a store knows it.
+
+    Attributes:
+        prompt, answer: the text that asks and the text that follows it.
+        subject: whom it is about; empty where that does not matter.
+        subject_ids: token ids of each way the subject is written.
+        answer_ids: of the answer.
+        rows: numbers of its rows, in the order of the answer's tokens.
+        reach: cosine from which on each of them answers.
+        gone: why it is not there any more; None: it is.
+        replaced_by: number of the fact that took its place.
+    """
+
+    id: int
+    prompt: str
+    answer: str
+    subject: str
+    tag: str
+    source: str
+    created: float
+    subject_ids: tuple[tuple[int, ...], ...]
+    answer_ids: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    reach: tuple[float, ...] = ()
+    gone: str | None = None
+    gone_at: float | None = None
+    replaced_by: int | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What it says."""
+        return self.prompt + self.answer

@@ -16,7 +16,6 @@ from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.heat import cooled
 from dmt.memory.together import agreed
-from dmt.models.architectures import architecture_of
 from dmt.models.surgery import associative_of
 from dmt.records import Changes, Namespace
 from dmt.store import Store
@@ -165,13 +164,3 @@ def _name(run: Path) -> str:
     """What marks the rows of a run in a store that several may share: a digest of its path and, for people, the end of it."""
     path = str(run.resolve())
     return f"{hashlib.sha256(path.encode()).hexdigest()[:12]} {path[-60:]}"
-
-
-def fingerprint(teacher: PreTrainedModel) -> str:
-    """What tells one teacher from another, wherever it lies: a digest of its blocks' function and of all its weights."""
-    architecture = architecture_of(teacher.config.model_type)
-    digest = hashlib.sha256(f"{teacher.config.model_type} {getattr(teacher.config, architecture.activation)}".encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f" {name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

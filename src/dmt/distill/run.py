@@ -29,7 +29,7 @@ from dmt.distill.fitting import (
     resumable,
 )
 from dmt.distill.folder import new_run, newest_checkpoint, write_record
-from dmt.distill.keeper import Keeper, fingerprint
+from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.signals import observe_teacher
@@ -37,6 +37,7 @@ from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
 from dmt.memory.associative import Heard
+from dmt.models.fingerprint import fingerprint
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
 from dmt.store import Store

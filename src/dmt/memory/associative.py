@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.memory.admission import Policy, admit
+from dmt.memory.offers import Heard, Offer
 from dmt.memory.rows import Rows
 from dmt.memory.straight_through import returned
 from dmt.memory.together import gathered, gathered_words
@@ -26,31 +26,6 @@ LATELY = 0.8
 """Share of what `weigh` knew that still counts after another pass."""
 TAPE = 4_096
 """Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
-
-
-@dataclass
-class _Offer:
-    """What one forward pass would like to write."""
-
-    hidden: Tensor
-    keys: Tensor
-    values: Tensor | None  # where they are taught: not yet
-    base: Tensor | None
-    tag: str
-
-
-@dataclass
-class Heard:
-    """What reads came to, of all tokens since it was asked for."""
-
-    tokens: int = 0
-    of_base: float = 0.0  # weight that was the base's, summed over tokens
-    nearest: list[Tensor] = field(default_factory=list)  # distance of each token's nearest row
-
-    @property
-    def share(self) -> float:
-        """Of the base in what was said, from 0 to 1."""
-        return self.of_base / self.tokens if self.tokens else 1.0
 
 
 class AssociativeMemory(nn.Module):
@@ -108,7 +83,7 @@ class AssociativeMemory(nn.Module):
         self.writing = False
         self.tag = ""
         self.heard: Heard | None = None
-        self._offers: list[_Offer] = []
+        self._offers: list[Offer] = []
         self._reads: list[tuple[Tensor, Tensor]] = []
         self._last_read: tuple[Tensor, Tensor] | None = None
         self._tried: Tensor | None = None  # squared error of late for each of `DOUBTS`
@@ -206,13 +181,19 @@ class AssociativeMemory(nn.Module):
     def _offer(self, hidden: Tensor, base: Tensor | None) -> None:
         keys = F.normalize(self.key(hidden), dim=-1)
         values = None if self.value is None else self.value(hidden).float()
-        self._offers.append(_Offer(hidden.detach(), keys.float(), values, base, self.tag))
+        self._offers.append(Offer(hidden.detach(), keys.float(), values, base, self.tag))
 
     @torch.no_grad()
-    def teach(self, wanted: Tensor) -> None:
-        """Say what the last pass, which wrote, should have answered: `(..., width)`; nothing where values are projections."""
+    def teach(self, wanted: Tensor, where: Tensor | None = None) -> None:
+        """Say what the last pass, which wrote, should have answered: `(..., width)`; nothing where values are projections.
+
+        Args:
+            where: a mask `(...)` of the tokens that are worth a row; all where it is None.
+        """
         if not self._offers:
             raise ValueError("teach after a pass that writes")
+        if where is not None:
+            self._offers[-1], wanted = self._offers[-1].only(where.flatten()), wanted.reshape(-1, self.width)[where.flatten()]
         offer = self._offers[-1]
         if self.value is None:
             values = wanted.reshape(-1, self.width).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.admission import Policy
 from dmt.models.architectures import architecture_of
+from dmt.models.overlay import BOOK, attach, carry
 
 
 class MemoryGPT2Config(GPT2Config):
@@ -60,12 +62,21 @@ class _WithMemories(PreTrainedModel):
         for layer, arguments in (config.memory or {}).items():
             arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
 
-    def save_pretrained(self, *given: Any, **named: Any) -> None:
-        """As ever; stored rows go along, and the config says how much room they need."""
+    @classmethod
+    def from_pretrained(cls, place: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
+        """As ever; what a book beside the weights says, facts and rows, is there too."""
+        loaded = super().from_pretrained(place, *given, **named)
+        if (book := Path(str(place)) / BOOK).is_file():
+            attach(loaded[0] if isinstance(loaded, tuple) else loaded, book)
+        return loaded
+
+    def save_pretrained(self, place: Any, *given: Any, **named: Any) -> None:  # type: ignore[override]
+        """As ever; stored rows and facts go along, and the config says how much room rows need."""
         for layer, block in enumerate(architecture_of(self.config.model_type).blocks(self)):
             if isinstance(block, AssociativeMemory):
                 self.config.memory[str(layer)]["rows"]["places"] = block.rows.places
-        super().save_pretrained(*given, **named)
+        super().save_pretrained(place, *given, **named)
+        carry(self, Path(str(place)))
 
 
 def _memory(width: int, gated: bool, arguments: dict[str, Any]) -> nn.Module:

@@ -73,3 +73,43 @@ states = Table(
     Index("dmt_states_written", "run", "step"),
     Index("dmt_states_deleted", "deleted_run", "deleted_step"),
 )
+
+FACTS_VERSION = 1
+"""Of the tables of facts, which a store has from the first fact on; in `dmt_about` under `facts`."""
+
+fact_tables = MetaData()
+
+facts = Table(
+    "dmt_facts",
+    fact_tables,
+    Column("id", ROW_NUMBER, primary_key=True, autoincrement=False),
+    Column("prompt", Text, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("tag", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("created", Float, nullable=False),  # seconds since 1970
+    Column("subject_ids", Text, nullable=False),  # JSON: token ids of each way it is written
+    Column("answer_ids", Text, nullable=False),  # JSON: token ids
+    Column("gone", String(20), nullable=True),  # forgotten, replaced or evicted; null: it is there
+    Column("gone_at", Float, nullable=True),
+    Column("replaced_by", ROW_NUMBER, nullable=True),
+    Index("dmt_facts_tag", "tag"),
+)
+
+fact_rows = Table(
+    "dmt_fact_rows",
+    fact_tables,
+    Column("row", ROW_NUMBER, primary_key=True, autoincrement=False),  # a row of the namespace `facts`
+    Column("fact", ROW_NUMBER, nullable=False, index=True),
+    Column("said", Integer, nullable=False),  # tokens of the answer that are said before this one
+    Column("reach", Float, nullable=False),
+)
+
+tensors = Table(
+    "dmt_tensors",
+    fact_tables,
+    Column("name", String(40), primary_key=True),
+    Column("shape", Text, nullable=False),  # JSON
+    Column("data", Bytes, nullable=False),  # float32
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,8 +122,10 @@ class Store:
         first, self.next_id = self.next_id, self.next_id + count
         return np.arange(first, first + count, dtype=np.int64)
 
-    def commit(self, run: str, step: int, changes: dict[Namespace, Changes]) -> None:
-        """Write all that a step did, to all namespaces, or nothing.
+    def commit(
+        self, run: str, step: int, changes: dict[Namespace, Changes], also: Callable[[Connection], None] | None = None
+    ) -> None:
+        """Write all that a step did, to all namespaces, and what `also` writes, or nothing.
 
         Raises:
             UserError: a number that is not finite, or the database refuses; then nothing is written.
@@ -139,7 +141,7 @@ class Store:
             for number in numbers
         ]
         used = [row for each in changes.values() if each.usage is not None for row in _used(each.usage)]
-        if not inserts and not removed and not used:
+        if not inserts and not removed and not used and also is None:
             return
         with told(self.place), self.engine.begin() as connection:
             if inserts:
@@ -164,6 +166,8 @@ class Store:
                     ),
                     used,
                 )
+            if also is not None:
+                also(connection)
 
     def _described(self, space: Namespace, part: Insert, run: str, step: int) -> Iterator[tuple[dict[str, Any], ...]]:
         count = len(part.ids)

@@ -1,0 +1,175 @@
+"""The `dmt` command: `dmt memory ...` opens a student's memory, `dmt ask` lets it speak. Words to a command to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
+
+from dmt.errors import UserError
+
+ABOUT = """Open the memory of a distilled student: read it, write facts into it, take them out, give them away.
+
+A student is a folder that save_pretrained made, or the run that distilled it; without --student the newest run in
+lightning_logs/. Facts and what was remembered lie in memory.db beside the weights, which never change. Exit code 0: done,
+2: a mistake that the last line names, 130: stopped."""
+VERBS: dict[str, tuple[str, str, str]] = {
+    "stats": ("looking", "stats", "layers, slots, rows, facts and what they weigh"),
+    "list": ("looking", "listing", "facts, or with --rows what associative memory holds"),
+    "show": ("looking", "show", "one fact, or with --slot one slot, and the tokens its values push up"),
+    "search": ("looking", "search", "facts by their words, and by the state at the end of a text"),
+    "read": ("looking", "read", "which slots, rows and facts each token of a text reads, with what weight, saying what"),
+    "write": ("changing", "write", "write a fact from a sentence that states it, or thousands from a file"),
+    "forget": ("changing", "forget", "take facts out, by number, tag or words"),
+    "restore": ("changing", "restore", "bring back a fact that was forgotten, replaced or evicted"),
+    "evict": ("changing", "evict", "keep what answers most lately and take out the rest"),
+    "export": ("giving", "export", "put facts into a pack: a .safetensors file or a folder"),
+    "import": ("giving", "take", "write the facts of a pack into a student"),
+    "merge": ("giving", "merged", "one pack of several, contradictions reported"),
+    "diff": ("giving", "compared", "what differs between two packs, students or runs"),
+}
+"""Verb of `dmt memory`: module of `dmt.commands`, function in it, what it does."""
+
+
+def main(words: list[str]) -> int:
+    """Do what `words` ask for; the exit code."""
+    try:
+        return _main(words)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _main(words: list[str]) -> int:
+    parser = _parser()
+    given = parser.parse_args(words)
+    if not hasattr(given, "does"):
+        (given.parser if hasattr(given, "parser") else parser).print_help()
+        return 0
+    module, function = given.does
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dmt.distill.fitting import quiet  # heavy: only once the words are known to be right
+
+    quiet()
+    from dmt.commands.printing import Output
+
+    command: Callable[[argparse.Namespace, Any], None] = getattr(import_module(f"dmt.commands.{module}"), function)
+    command(given, Output(given.json))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are ours, and that does not guess what an option was meant to be."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **(named | {"allow_abbrev": False}))
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists what there is")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = _Parser(prog="dmt", description=ABOUT, **raw)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    ask = commands.add_parser("ask", help="let a student go on from a prompt", **raw, description=(
+        "Let a student go on from a prompt. --trace tells which slots, rows and facts answered each token; --remember writes\n"
+        "what was said into the student's associative memory, within its capacity."))  # fmt: skip
+    ask.add_argument("prompt", help="what it goes on from")
+    ask.add_argument("--tokens", type=int, default=30, metavar="N", help="most tokens it says (30)")
+    ask.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: what is likeliest (default); above: drawn")
+    ask.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    ask.add_argument("--trace", action="store_true", help="which slots, rows and facts answered each token")
+    ask.add_argument("--pack", action="append", metavar="PACK", help="with the facts of a pack, for this once; may be repeated")
+    ask.add_argument("--remember", action="store_true", help="keep what was said in associative memory")
+    ask.add_argument("--tag", default="conversation", help="with --remember, what the rows are filed under (conversation)")
+    _depth(ask)
+    _common(ask, ("asking", "ask"))
+    memory = commands.add_parser("memory", help="look into a student's memory, or change it", **raw, description=ABOUT)
+    memory.set_defaults(parser=memory)
+    verbs = memory.add_subparsers(metavar="VERB")
+    made = {
+        verb: verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.") for verb, (_, _, what) in VERBS.items()
+    }
+    _options(made)
+    for verb, (module, function, _) in VERBS.items():
+        _common(made[verb], (module, function), student=verb not in ("merge", "diff"))
+    return parser
+
+
+def _options(made: dict[str, _Parser]) -> None:
+    """What each verb takes."""
+    for verb in ("list", "forget", "export"):
+        _selection(made[verb])
+    for verb in ("list", "forget", "evict"):
+        made[verb].add_argument("--rows", action="store_true", help="rows of associative memory, not facts")
+    made["list"].add_argument("--all", action="store_true", help="those that were forgotten, replaced or evicted, too")
+    for verb, limit in (("list", 50), ("search", 5), ("diff", 50)):
+        made[verb].add_argument("--limit", type=_positive, default=limit, metavar="N", help=f"most that are shown ({limit})")
+    made["show"].add_argument("number", nargs="?", type=int, help="of a fact")
+    made["show"].add_argument("--slot", metavar="LAYER:NUMBER", help="a slot instead")
+    made["search"].add_argument("text", help="words, or a question up to its answer")
+    made["read"].add_argument("text", help="what is read")
+    made["read"].add_argument("--layers", metavar="WHICH", help="such as last, 3 or 0-2 (all)")
+    _depth(made["read"])
+    write = made["write"]
+    write.add_argument("sentence", nargs="?", help="states the fact; its last name, number or word is the answer")
+    write.add_argument("--prompt", help="the text that asks, if not found in the sentence rightly")
+    write.add_argument("--answer", help="what follows it")
+    write.add_argument("--subject", help="whom it is about, as in the prompt; '' for nobody in particular")
+    write.add_argument("--file", metavar="FACTS.jsonl", help='a fact a line: {"sentence": ...} or {"prompt": ..., "answer": ...}')
+    write.add_argument("--tag", default="", help="what it is filed under")
+    write.add_argument("--source", default="", help="where it comes from")
+    write.add_argument("--rate", type=float, default=0.01, help="share of places that may answer unasked (0.01)")
+    write.add_argument("--calibrate-on", metavar="TEXT", help="held-out text for the first fact's measurement (built-in speeches)")
+    made["restore"].add_argument("number", type=int, help="of a fact")
+    made["evict"].add_argument("--keep", type=int, required=True, metavar="N", help="how many stay (with --rows: in each layer)")
+    made["export"].add_argument("pack", help="a .safetensors file or a folder to make")
+    made["export"].add_argument("--licence", default="", help="under which it is given")
+    made["import"].add_argument("pack", help="a .safetensors file or a folder")
+    made["merge"].add_argument("packs", nargs="+", metavar="PACK")
+    made["merge"].add_argument("-o", "--output", required=True, metavar="PACK", help="the pack to make")
+    made["merge"].add_argument("--prefer", choices=("newest", "first"), default="newest", help="of two that contradict (newest)")
+    for verb in ("export", "merge"):
+        made[verb].add_argument("--name", help="of the pack (its file's)")
+    made["diff"].add_argument("first", help="a pack, student or run")
+    made["diff"].add_argument("second", help="another")
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--id", type=int, action="append", metavar="N", help="of this number; may be repeated")
+    parser.add_argument("--tag", help="filed under this")
+    parser.add_argument("--query", metavar="WORDS", help="whose sentence or subject has all these words")
+
+
+def _depth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--most", type=_positive, default=3, metavar="N", help="slots and rows shown of a token and layer (3)")
+    parser.add_argument("--lens", type=_positive, default=3, metavar="N", help="tokens of the vocabulary shown of each (3)")
+
+
+def _common(parser: argparse.ArgumentParser, does: tuple[str, str], student: bool = True) -> None:
+    parser.set_defaults(does=does)
+    if student:
+        parser.add_argument("-s", "--student", metavar="FOLDER", help="a run or a saved student (the newest run)")
+    parser.add_argument("--json", action="store_true", help="one JSON document, for programs")
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number

@@ -1,0 +1,81 @@
+"""How commands answer: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+NARROW = 100
+"""Columns of text where the terminal does not say how wide it is."""
+
+
+class Output:
+    """Where commands print to.
+
+    Args:
+        as_json: one JSON document at the end, on standard output, and nothing else there.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        width = None if sys.stdout.isatty() else 160
+        self.console = Console(width=width, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+        self.notes = Console(stderr=True, highlight=False, markup=False)
+
+    def note(self, line: str) -> None:
+        """A line about what is going on; for people only."""
+        if not self.as_json:
+            self.notes.print(line, style="dim")
+
+    def line(self, text: str) -> None:
+        """A line of the answer."""
+        if not self.as_json:
+            self.console.print(text)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+        """Rows under the names of columns; the line `empty` where there are none."""
+        if self.as_json:
+            return
+        if not rows:
+            self.console.print(empty)
+            return
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        for number, name in enumerate(columns):
+            right = all(isinstance(row[number], int | float) for row in rows)
+            made.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+        self.console.print(made)
+
+    def show(self, thing: Any) -> None:
+        """Something that rich can print."""
+        if not self.as_json:
+            self.console.print(thing)
+
+    def data(self, found: Any) -> None:
+        """The whole answer, for programs."""
+        if self.as_json:
+            json.dump(found, sys.stdout, ensure_ascii=False, indent=1)
+            print()
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Any]:
+        """A bar, on standard error, for work that takes a while; gives what tells it of progress."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.notes, disable=self.as_json or total < 100, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda more: bar.advance(task, more)
+
+
+def when(seconds: float) -> str:
+    """A moment as people write it; empty for never."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
