@@ -26,8 +26,9 @@ from dmt.facts.sentences import LONGEST, Fact, fact_of, read_facts, subject_of
 from dmt.facts.states import batches, encoded, padded, states_at
 from dmt.memory.spotting import Spotter
 from dmt.models.architectures import architecture_of
+from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import BOOK, lay_over, lift, overlay_of, silence
+from dmt.models.overlay import lay_over, lift, overlay_of, silence
 from dmt.models.surgery import transplant
 from dmt.store import Store
 from dmt.store.ledger import Ledger
@@ -662,7 +663,7 @@ def test_a_fact_answers_only_where_its_subject_is_named(book, teacher, tokenizer
 
 def test_the_same_again_is_known_and_a_contradiction_wins(book, teacher, tokenizer):
     (first,) = book.write(FACTS[:1])
-    (again,) = book.write([replace(FACTS[0], prompt="ada LIVES in", answer="  ravenhill", subject="Ada")])
+    (again,) = book.write([replace(FACTS[0], prompt="Ada LIVES in", answer="  ravenhill", subject="Ada")])
     assert (again.what, again.fact) == ("known", first.fact)
     assert len(book.known) == 1
     moved = fact_of("Ada lives in Rows")
@@ -1002,7 +1003,20 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(teacher, tok
     lift(loaded)
     with torch.no_grad():
         next(loaded.parameters()).add_(1)
-    loaded.save_pretrained(folder)
-    assert (folder / BOOK).is_file()
+    loaded.save_pretrained(folder)  # another model now, without facts
+    assert not (folder / BOOK).exists()
+    (aside,) = folder.glob("memory.before-*.db")
+    aside.rename(folder / BOOK)
     with pytest.raises(UserError, match="belong to another model"):
         open_book(folder)
+
+
+def test_a_subject_that_would_not_be_noticed_is_refused(book):
+    """Part of a word, or named too long before the answer: such a fact could be written and would never be said."""
+    for prompt, subject, told in (
+        ("Ravenhill is", "Raven", "not a word of its own"),
+        ("ada lives in", "Ada", "not a word of its own"),
+    ):
+        with pytest.raises(UserError, match=told):
+            book.write([Fact(prompt, " far", subject)])
+    assert book.write([]) == []

@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from dmt.config import MemoryConfig
 from dmt.distill.signals import observe
+from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.facts import NOBODY, FactMemory, FactRows
 from dmt.memory.spotting import AGAIN, PRIME, Spotter, spot
 from dmt.models.architectures import architecture_of
+from dmt.models.books import BOOK, attach
 from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import BOOK, WINDOW, Overlay, Part, attach, lay_over, lift, overlay_of, silence
+from dmt.models.overlay import WINDOW, Overlay, Part, lay_over, lift, overlay_of, silence
 from dmt.models.surgery import transplant
 from dmt.records import Changes, Told
 from dmt.store import Store
@@ -34,6 +36,12 @@ def ends_of(phrase, tokens):
     return [t for t in range(len(tokens)) if t + 1 >= len(phrase) and tuple(tokens[t + 1 - len(phrase) : t + 1]) == tuple(phrase)]
 
 
+def named_at(way, ways, tokens):
+    """Positions at which `way` ends and no longer one of `ways` does: who names New York has not named York."""
+    longer = {e for other in ways if len(other) > len(way) for e in ends_of(other, tokens)}
+    return [e for e in ends_of(way, tokens) if e not in longer]
+
+
 def answered_by(tokens, cosines, parts, window, end):
     """At each place of one sequence the number of the row that answers, or None: the definition, row by row.
 
@@ -45,7 +53,8 @@ def answered_by(tokens, cosines, parts, window, end):
         for number, part in enumerate(parts):
             ago = math.inf
             if part.subject:
-                named = [e for way in part.subject for e in ends_of(way, tokens) if 0 <= t - e < window]
+                ways = {way for other in parts for way in other.subject}
+                named = [e for way in part.subject for e in named_at(way, ways, tokens) if 0 <= t - e < window]
                 named = [e for e in named if end not in tokens[e + 1 : t + 1]]
                 if not named:
                     continue
@@ -142,7 +151,7 @@ def test_who_was_named_how_long_ago_and_what_was_just_said(new, end, monkeypatch
         for t in range(time - new, time):
             place = b * new + t - (time - new)
             for way, subject in zip(ways, subject_of.tolist(), strict=True):
-                for e in ends_of(way, line):
+                for e in named_at(way, ways, line):
                     if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
                         wanted[place, subject] = min(t - e, wanted.get((place, subject), window))
             led |= {(place, n) for n, lead in enumerate(leads) if t in ends_of(lead, line)}
@@ -708,7 +717,7 @@ def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tm
 
 
 @torch.no_grad()
-def test_saved_where_it_was_loaded_from_its_book_is_left_alone(teacher, tmp_path):
+def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, tmp_path):
     student, _ = transplant(teacher, [MemoryConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / BOOK, student)[0].close()
@@ -719,7 +728,13 @@ def test_saved_where_it_was_loaded_from_its_book_is_left_alone(teacher, tmp_path
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / BOOK).write_text("somebody else's")
     loaded.save_pretrained(tmp_path / "other")
-    assert (tmp_path / "other" / BOOK).read_text() == "somebody else's", "a book that is there is never written over"
+    (aside,) = (tmp_path / "other").glob("memory.before-*.db")
+    assert aside.read_text() == "somebody else's", "a book that is there is put aside, never written over"
+    assert (tmp_path / "other" / BOOK).read_bytes()[:6] == b"SQLite"
+    lift(loaded)
+    loaded.save_pretrained(tmp_path)  # without its facts now, so that they do not come back by themselves
+    assert not (tmp_path / BOOK).exists()
+    assert len(list(tmp_path.glob("memory.before-*.db"))) == 1
 
 
 @torch.no_grad()
@@ -756,3 +771,26 @@ def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
         for token in tokens.split(1, dim=1):
             model(token, past_key_values=cache)
     assert [start for start, each in enumerate(passes, 102 - len(passes)) if each] == list(range(1, 65))
+
+
+@torch.no_grad()
+def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_path):
+    student, _ = transplant(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path / "one")
+    store_with_facts(tmp_path / "one" / BOOK, student)[0].close()
+    next(student.parameters()).add_(1)
+    student.save_pretrained(tmp_path / "two")
+    (tmp_path / "one" / BOOK).rename(tmp_path / "two" / BOOK)
+    with pytest.raises(UserError, match="belong to another model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+@torch.no_grad()
+def test_facts_whose_book_is_gone_are_not_lost_in_silence(teacher, tmp_path):
+    student, _ = transplant(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path / "one")
+    store_with_facts(tmp_path / "one" / BOOK, student)[0].close()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    (tmp_path / "one" / BOOK).unlink()
+    with pytest.raises(UserError, match="is not there any more"):
+        loaded.save_pretrained(tmp_path / "two")

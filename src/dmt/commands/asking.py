@@ -19,8 +19,9 @@ from dmt.facts.book import Book
 from dmt.facts.exchange import hold
 from dmt.facts.packs import load as load_pack
 from dmt.facts.remembering import remember
+from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import BOOK, answers_of
+from dmt.models.overlay import answers_of
 from dmt.store import Store
 from dmt.store.ledger import Ledger
 

@@ -12,8 +12,8 @@ from dmt.errors import UserError
 from dmt.facts import packs
 from dmt.facts.exchange import diff, merge, packed, take_in
 from dmt.facts.opening import open_book, student_folder
+from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import BOOK
 from dmt.records import Told
 from dmt.store import Store
 from dmt.store.ledger import Ledger

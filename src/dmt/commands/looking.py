@@ -19,7 +19,7 @@ from dmt.facts.remembering import rows_about
 from dmt.layers import select_layers
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.architectures import architecture_of
-from dmt.models.overlay import BOOK
+from dmt.models.books import BOOK
 from dmt.records import Told
 
 UNREAD = "no facts yet; dmt memory write 'The capital of France is Paris.' begins"

@@ -14,7 +14,8 @@ from dmt.facts.beginning import measured
 from dmt.facts.calibration import Calibration
 from dmt.facts.lines import RATE, Entry, Line, Outcome, lines_of, plain, same_thing
 from dmt.facts.sentences import Fact
-from dmt.models.overlay import Overlay, Part, lay_over, overlay_in, overlay_of, parts_in, parts_of, silence
+from dmt.models.books import overlay_in, parts_in, parts_of
+from dmt.models.overlay import Overlay, Part, lay_over, lift, overlay_of, silence
 from dmt.records import Told
 from dmt.store import Store
 from dmt.store.ledger import Ledger
@@ -41,6 +42,7 @@ class Book:
         """Facts that are there for now, by where they came from: `packs.load`."""
         self._parts: dict[int, list[Part]] = {}
         self._calibration: Calibration | None = None
+        lift(model)  # what it was loaded with is in the store too, if the store is its own
         overlay = None if store is None else overlay_in(store, model.config.eos_token_id)
         if overlay is not None:
             self._lay_over(overlay)
@@ -125,6 +127,8 @@ class Book:
         Raises:
             UserError: a fact is too long for the model, or its subject is not in its prompt; none of its `AT_ONCE` is written.
         """
+        if not facts:
+            return []
         self.begin(facts)
         outcomes: list[Outcome] = []
         for start in range(0, len(facts), AT_ONCE):

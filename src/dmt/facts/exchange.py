@@ -12,10 +12,11 @@ import torch
 
 from dmt.errors import UserError
 from dmt.facts.book import Book
-from dmt.facts.lines import Outcome
+from dmt.facts.lines import RATE, Outcome, reach_of
 from dmt.facts.packs import FORMAT, VERSION, Pack
 from dmt.memory.facts import FactMemory
-from dmt.models.overlay import Overlay, Part, overlay_of, parts_of
+from dmt.models.books import parts_of
+from dmt.models.overlay import Overlay, Part, overlay_of
 from dmt.records import Told
 
 
@@ -80,7 +81,7 @@ def hold(book: Book, packs: Sequence[Pack], model: str) -> None:
     guests, first = {}, 0
     for number, pack in enumerate(packs):
         check_fits(pack, book, model, pack.manifest["name"])
-        guests[f"{number} {pack.manifest['name']}"] = rows_of(pack, first)
+        guests[f"{number} {pack.manifest['name']}"] = _fitted(rows_of(pack, first), pack, book)
         first += max(len(pack.facts), len(pack.keys))
     book.hold_guests(guests, _overlay(packs[0], book) if packs else None)
 
@@ -93,7 +94,33 @@ def take_in(book: Book, pack: Pack, model: str) -> list[Outcome]:
     """
     check_fits(pack, book, model, pack.manifest["name"])
     book.begin([], layers=(pack.manifest["listens"], pack.manifest["answers"]))
-    return book.add(rows_of(pack))
+    alone, _ = merge([pack], pack.manifest["name"])  # a pack may contradict itself
+    return book.add(_fitted(rows_of(alone), pack, book))
+
+
+def _fitted(facts: list[tuple[Told, list[Part]]], pack: Pack, book: Book) -> list[tuple[Told, list[Part]]]:
+    """Facts of a pack, near enough being measured anew where the book compares states in another metric."""
+    overlay = overlay_of(book.model)
+    if overlay is None or not facts:
+        return facts
+    ours = (overlay.memory.mean.cpu(), overlay.memory.metric.cpu())
+    if all(
+        torch.allclose(mine, torch.from_numpy(its), rtol=1e-3, atol=1e-5)
+        for mine, its in zip(ours, (pack.mean, pack.metric), strict=True)
+    ):
+        return facts
+    if book.store is None:
+        raise UserError(
+            f"pack {pack.manifest['name']} compares states otherwise than the facts that are there already; load it alone, or "
+            "import it into a student"
+        )
+    found = []
+    for told, parts in facts:
+        reach = reach_of(book.calibration, torch.stack([part.key for part in parts]), RATE, bool(told.subject))
+        found.append(
+            (replace(told, reach=tuple(reach.tolist())), [replace(p, reach=float(r)) for p, r in zip(parts, reach, strict=True)])
+        )
+    return found
 
 
 def _overlay(pack: Pack, book: Book) -> Overlay:
@@ -144,6 +171,10 @@ def merge(packs: Sequence[Pack], name: str, prefer: str = "newest") -> tuple[Pac
         UserError: they belong to different models.
     """
     for pack in packs[1:]:
+        if not (np.allclose(pack.mean, packs[0].mean, 1e-3, 1e-5) and np.allclose(pack.metric, packs[0].metric, 1e-3, 1e-5)):
+            raise UserError(
+                "packs that compare states in different metrics cannot be merged; import both into one student, export that"
+            )
         for part in ("model", "listens", "answers", "width"):
             if pack.manifest[part] != packs[0].manifest[part]:
                 raise UserError(

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmt.errors import UserError
 from dmt.facts.calibration import Calibration
 from dmt.facts.drafting import draft
 from dmt.facts.sentences import Fact
 from dmt.facts.states import encoded
+from dmt.memory.spotting import Spotter
+from dmt.models.overlay import WINDOW
 from dmt.records import Told
 
 RATE = 0.01
@@ -69,22 +72,52 @@ class Line:
 def lines_of(
     model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], layers: tuple[int, int], calibration: Calibration, rate: float
 ) -> list[Line]:
-    """`facts` as they would be written, heard and answered in `layers`; see `drafting` and `Calibration.reach`."""
+    """`facts` as they would be written, heard and answered in `layers`; see `drafting` and `Calibration.reach`.
+
+    Raises:
+        UserError: a fact is too long for the model, or would not know its own prompt.
+    """
+    for fact in facts:
+        _check_named(tokenizer, fact)
     drafts: list[list[Any]] = [[] for _ in facts]
     for each in draft(model, tokenizer, facts, *layers):
         drafts[each.fact].append(each)
-    keys = [torch.stack([each.key for each in group]) for group in drafts]
-    reach, led = calibration.reach(torch.cat(keys), rate), calibration.reach(torch.cat(keys), LED * rate, calibration.lowest / 2)
-    lines, first = [], 0
-    for fact, group, states in zip(facts, drafts, keys, strict=True):
-        own = led[first : first + len(group)].clone()
-        own[0] = reach[first]
-        first += len(group)
-        told = _told(tokenizer, fact, own if fact.subject else own.clamp_min(ANYBODY))
+    lines = []
+    for fact, group in zip(facts, drafts, strict=True):
+        keys, values = (torch.stack([getattr(each, name) for each in group]) for name in ("key", "value"))
+        told = _told(tokenizer, fact, reach_of(calibration, keys, rate, bool(fact.subject)))
         before, likely = (float(np.prod([getattr(each, name) for each in group])) for name in ("before", "likely"))
-        values = torch.stack([each.value for each in group])
-        lines.append(Line(told, states, values, calibration.compared(states[:1])[0], before, likely))
+        lines.append(Line(told, keys, values, calibration.compared(keys[:1])[0], before, likely))
     return lines
+
+
+def reach_of(calibration: Calibration, keys: Tensor, rate: float, named: bool) -> Tensor:
+    """From which cosine on rows of one fact with the keys `(tokens, width)` answer, `(tokens,)`.
+
+    Args:
+        named: whether the fact has a subject.
+    """
+    reach = calibration.reach(keys, LED * rate, calibration.lowest / 2)
+    reach[:1] = calibration.reach(keys[:1], rate)
+    return reach if named else reach.clamp_min(ANYBODY)
+
+
+def _check_named(tokenizer: Any, fact: Fact) -> None:
+    """Raise `UserError` where a fact's own prompt does not name its subject in a way, or at a time, that it would notice."""
+    if not fact.subject:
+        return
+    prompt = torch.tensor([encoded(tokenizer, fact.prompt)])
+    ways = [encoded(tokenizer, way, start=False) for way in (fact.subject, " " + fact.subject)]
+    _, ends, _ = Spotter(ways).ends(prompt)
+    if not len(ends):
+        raise UserError(
+            f"the subject {fact.subject!r} is not a word of its own in the prompt {fact.prompt!r}; give it as it stands there"
+        )
+    if (ago := prompt.shape[1] - 1 - int(ends.max())) >= WINDOW:
+        raise UserError(
+            f"the subject {fact.subject!r} is named {ago} tokens before the answer; a fact knows of it for {WINDOW}, so name it "
+            "nearer to the end"
+        )
 
 
 def _told(tokenizer: Any, fact: Fact, reach: Tensor) -> Told:

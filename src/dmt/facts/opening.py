@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dmt.errors import UserError
 from dmt.facts.book import Book
 from dmt.models.architectures import architecture_of
+from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import BOOK
 from dmt.models.surgery import associative_of
 from dmt.store import Store
 

@@ -120,6 +120,8 @@ def _load(place: Path) -> Pack:
     for number, fact in enumerate(facts):
         facts[number] = replace(fact, rows=tuple(range(given, given + len(fact.answer_ids))))
         given += len(fact.answer_ids)
+    manifest["tags"] = sorted({fact.tag for fact in facts if fact.tag})  # as they are, whatever it says
+    manifest["counts"] = {"facts": len(facts), "rows": given}
     return Pack(manifest, facts, arrays[0], arrays[1], arrays[2], arrays[3])
 
 

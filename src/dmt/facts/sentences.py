@@ -127,7 +127,8 @@ def subject_of(prompt: str) -> str:
     for found in re.finditer(r"\S+", prompt):
         opened = found[0].lstrip("\"'“‘(")
         bare = re.sub(r"(['’]s)?[\"”,.;:!?)]*$", "", opened)
-        named = _large(opened) and bare != "" and not OPENERS.fullmatch(bare)
+        begins = bare[:1].isupper() or bool(names[-1])  # a number may go on a name, not begin one
+        named = _large(opened) and bare != "" and begins and not OPENERS.fullmatch(bare)
         if not named or opened != found[0]:
             names.append([])
         if named:

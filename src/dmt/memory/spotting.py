@@ -29,6 +29,7 @@ class Spotter:
             ids = torch.tensor([list(phrases[number]) for number in numbers], dtype=torch.long).view(len(numbers), length)
             hashes, order = _hashed(ids).sort(stable=True)
             self._by_length[length] = hashes, ids[order], torch.tensor(numbers)[order]
+        self.lengths = torch.tensor([len(phrase) for phrase in phrases], dtype=torch.long)
         self.longest = max(self._by_length, default=0)
         """Tokens of the longest phrase."""
 
@@ -82,6 +83,17 @@ class Spotted:
     spent: Tensor
 
 
+def _longest(phrases: Spotter, sequences: Tensor, positions: Tensor, numbers: Tensor, time: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of phrases found that end at the same place the longest: who names New York has not named York."""
+    if not len(numbers):
+        return sequences, positions, numbers
+    ends = sequences * time + positions
+    places, group = ends.unique(return_inverse=True)
+    longest = torch.zeros(len(places), dtype=torch.long).scatter_reduce(0, group, phrases.lengths[numbers], "amax")
+    kept = phrases.lengths[numbers] == longest[group]
+    return sequences[kept], positions[kept], numbers[kept]
+
+
 def spot(
     tokens: Tensor,
     new: int,
@@ -99,7 +111,7 @@ def spot(
         end: token id that ends a document, or several; what was named or said before is not after it.
     """
     time = tokens.shape[1]
-    sequences, positions, numbers = subjects.ends(tokens)
+    sequences, positions, numbers = _longest(subjects, *subjects.ends(tokens), time)
     ends = torch.tensor([] if end is None else end, device=tokens.device)
     documents = torch.isin(tokens, ends).cumsum(1).cpu()
     steps = torch.arange(window)

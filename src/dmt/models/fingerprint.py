@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from transformers import PreTrainedModel
 
@@ -11,9 +12,15 @@ from dmt.models.architectures import architecture_of
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of a model's blocks' function and of all its weights, wherever it lies; stored rows are none of them."""
+    """A digest of a model's blocks' function, of what its memories read and of all its weights, wherever it lies.
+
+    Stored rows are none of them: they come and go while the model stays what it is.
+    """
     architecture = architecture_of(model.config.model_type)
     digest = hashlib.sha256(f"{model.config.model_type} {getattr(model.config, architecture.activation)}".encode())
+    for layer, memory in sorted((getattr(model.config, "memory", None) or {}).items()):
+        told = {**memory, "rows": {**memory["rows"], "places": 0}} if "rows" in memory else memory
+        digest.update(f" {layer} {json.dumps(told, sort_keys=True)}".encode())
     stored = tuple(f"{name}.rows." for name, part in model.named_modules() if isinstance(part, AssociativeMemory))
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(stored):

@@ -24,7 +24,7 @@ from transformers import (
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.admission import Policy
 from dmt.models.architectures import architecture_of
-from dmt.models.overlay import BOOK, attach, carry
+from dmt.models.books import BOOK, attach, carry
 
 
 class MemoryGPT2Config(GPT2Config):

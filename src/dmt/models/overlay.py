@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dmt.memory import AssociativeMemory
 from dmt.memory.facts import NOBODY, Answered, FactMemory, FactRows
 from dmt.memory.spotting import AGAIN, Spotted, Spotter, spot
 from dmt.models.architectures import architecture_of
-from dmt.records import Told
-from dmt.store.ledger import Ledger
-from dmt.store.store import Store
 
 WINDOW = 64
 """Tokens for which somebody is talked about after having been named."""
-BOOK = "memory.db"
-"""The file beside a saved model's weights that holds its facts, and its rows where they are no longer those it was saved with."""
 ATTRIBUTE = "facts"
 """Where a model keeps what is laid over it."""
 
@@ -194,64 +187,6 @@ def overlay_of(model: PreTrainedModel) -> Overlay | None:
     """What is laid over a model."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, Overlay) else None
-
-
-def overlay_in(store: Store, end: int | Sequence[int] | None) -> Overlay | None:
-    """What the facts of a store make, ready to be laid over their model; None where it never had any.
-
-    Args:
-        end: token id that ends a document, or several.
-    """
-    ledger = Ledger(store)
-    if not ledger.exists:
-        return None
-    settings, calibration = ledger.settings(), ledger.calibration()
-    mean, metric = (torch.from_numpy(calibration[name]) for name in ("mean", "metric"))
-    overlay = Overlay(FactMemory(len(mean), mean, metric), settings["listens"], settings["answers"], end)
-    overlay.hold([part for parts in parts_in(ledger, ledger.read()).values() for part in parts])
-    return overlay
-
-
-def parts_in(ledger: Ledger, known: Sequence[Told]) -> dict[int, list[Part]]:
-    """Rows of facts as they are laid over a model, by the number of the fact."""
-    ids, keys, values = ledger.states_of(known)
-    at = {int(number): place for place, number in enumerate(ids)}
-    states = [(torch.from_numpy(key), torch.from_numpy(value)) for key, value in zip(keys.copy(), values.copy(), strict=True)]
-    return {fact.id: parts_of(fact, [states[at[row]] for row in fact.rows]) for fact in known}
-
-
-def parts_of(fact: Told, states: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
-    """Rows of one fact, whose keys and values are `states`."""
-    return [
-        Part(row, key, value, reach, fact.subject_ids, fact.answer_ids[:said], fact.answer_ids)
-        for said, (row, reach, (key, value)) in enumerate(zip(fact.rows, fact.reach, states, strict=True))
-    ]
-
-
-def attach(model: PreTrainedModel, book: Path) -> None:
-    """Let a model just loaded have what the book beside it says.
-
-    Raises:
-        UserError: the file is no book.
-    """
-    store = Store(str(book), read_only=True)
-    overlay = overlay_in(store, model.config.eos_token_id)
-    if overlay is not None:
-        overlay.origin = book.absolute()
-        lay_over(model, overlay)
-    spaces = {space.name: space for space in store.namespaces()}
-    for layer, block in enumerate(architecture_of(model.config.model_type).blocks(model)):
-        if isinstance(block, AssociativeMemory) and (space := spaces.get(f"layer_{layer}")) is not None:
-            block.rows.rebuild(store.scan(space), expected=store.count(space))
-
-
-def carry(model: PreTrainedModel, folder: Path) -> None:
-    """Put a copy of the book that a model's facts come from into the folder it has been saved to."""
-    overlay = overlay_of(model)
-    if overlay is None or overlay.origin is None or (folder / BOOK).exists():
-        return
-    with sqlite3.connect(f"{overlay.origin.as_uri()}?mode=ro", uri=True) as source, sqlite3.connect(folder / BOOK) as copy:
-        source.backup(copy)
 
 
 @contextmanager
