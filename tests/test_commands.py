@@ -1,6 +1,7 @@
 """The `dmt` command, as people and programs use it: on a saved student, in one process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,46 @@ def test_a_conversation_is_remembered_within_capacity(run, rememberer):
     assert gone + len(left) == 40
     assert run("memory", "evict", "--rows", "--keep", "0", place=rememberer)["rows"] == len(left)
     assert run("ask", text, "--tokens", "5", place=rememberer)["answer"] == before["answer"]
+
+
+def test_rows_are_given_to_another_student_of_the_same_model(run, rememberer, tmp_path, student):
+    twin, pack, text = tmp_path / "twin", tmp_path / "rows.safetensors", "a lazy fox is a row"
+    shutil.copytree(rememberer, twin)
+    for tag, said in (("monday", text), ("tuesday", "the quick brown dog")):
+        run("ask", said, "--tokens", "2", "--remember", "--tag", tag, place=rememberer)
+    rows = run("memory", "list", "--rows", "--tag", "monday", place=rememberer)
+    made = run("memory", "export", str(pack), "--rows", "--tag", "monday", "--licence", "CC0-1.0", place=rememberer)
+    assert (made["kind"], made["counts"], made["tags"]) == ("rows", {"2": len(rows)}, ["monday"])
+    assert run("memory", "import", str(pack), place=twin) == {"rows": len(rows), "left": 0}
+    assert run("memory", "import", str(pack), place=twin) == {"rows": 0, "left": 0}  # they are there
+    there = run("memory", "list", "--rows", place=twin)
+    assert [(row["tag"], row["entries"], row["created"]) for row in there] == [(r["tag"], r["entries"], r["created"]) for r in rows]
+    run("memory", "forget", "--rows", "--tag", "tuesday", place=rememberer)
+    assert torch.equal(logits(twin, text), logits(rememberer, text))
+    run("memory", "export", str(tmp_path / "one"), "--rows", "--id", str(rows[0]["row"]), place=rememberer)
+    assert len(run("memory", "import", str(tmp_path / "one"), place=twin)) == 2
+    assert "belongs to another model" in run("memory", "import", str(pack), ok=False)
+    assert "holds rows, not facts" in run("ask", text, "--pack", str(pack), place=twin, ok=False)
+    assert "no row is like that" in run("memory", "export", str(tmp_path / "no"), "--rows", "--tag", "no", place=twin, ok=False)
+    whole = pack.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole.replace(b"monday", b"mon\\ud8")):
+        pack.write_bytes(damaged)
+        assert "damaged or no pack" in run("memory", "import", str(pack), place=twin, ok=False)
+
+
+def test_rows_taken_in_stay_within_capacity(run, rememberer, tmp_path):
+    for number in range(9):
+        run("ask", f"{number} {SENTENCES[number % 3][number:][:24]}", "--tokens", "2", "--remember", place=rememberer)
+    full = run("memory", "list", "--rows", place=rememberer)
+    assert len(full) == ROWS.capacity
+    run("memory", "export", str(tmp_path / "all"), "--rows", place=rememberer)
+    run("memory", "evict", "--rows", "--keep", "0", place=rememberer)
+    run("ask", "row brown lazy", "--tokens", "2", "--remember", place=rememberer)
+    before = len(run("memory", "list", "--rows", place=rememberer))
+    done = run("memory", "import", str(tmp_path / "all"), place=rememberer)
+    assert done["rows"] > 0
+    assert done["left"] == max(0, before + done["rows"] - ROWS.capacity)
+    assert len(run("memory", "list", "--rows", "--limit", "99", place=rememberer)) == min(ROWS.capacity, before + done["rows"])
 
 
 def test_what_was_remembered_is_expected_and_survives_loading(rememberer, tokenizer):

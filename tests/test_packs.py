@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 from test_book import FACTS, PROSE, begun, logits_of, opened, repeats, speaker  # noqa: F401  (a fixture)
 
 from dmt.errors import UserError
-from dmt.facts import packs as packs_module
+from dmt.facts import containers
 from dmt.facts.book import Book
+from dmt.facts.containers import MANIFEST, TENSORS, VERSION
 from dmt.facts.exchange import check_fits, diff, hold, merge, packed, rows_of, take_in
-from dmt.facts.packs import MANIFEST, TENSORS, VERSION, load, save
+from dmt.facts.packs import load, save
 from dmt.facts.sentences import fact_of
 from dmt.models.fingerprint import fingerprint
 from dmt.models.overlay import overlay_of
@@ -84,8 +85,8 @@ def same(first, second):
 def test_what_is_packed_is_what_the_book_has(book, pack):
     known = list(book.known.values())
     assert pack.manifest["counts"] == {"facts": 4, "rows": sum(len(fact.rows) for fact in known)}
-    assert {name: pack.manifest[name] for name in ("format", "version", "name", "licence", "model_type", "listens", "answers")} == {
-        "format": "dmt-pack", "version": VERSION, "name": "a pack", "licence": "CC0-1.0", "model_type": "gpt2", "listens": 1,
+    assert {name: pack.manifest[name] for name in ("kind", "name", "licence", "model_type", "listens", "answers")} == {
+        "kind": "facts", "name": "a pack", "licence": "CC0-1.0", "model_type": "gpt2", "listens": 1,
         "answers": 2,
     }  # fmt: skip
     assert pack.manifest["tags"] == ["told"]
@@ -215,8 +216,8 @@ FORGED = {
     "a newer version": (top("version", VERSION + 1), f"version {VERSION + 1}, this dmt knows {VERSION}"),
     "no version": (top("version", None), "version None"),
     "no facts": (top("facts", None), DAMAGED),
-    "facts that are a text": (top("facts", "abc"), DAMAGED),
-    "facts that are numbers": (top("facts", [1, 2]), DAMAGED),
+    "facts that are a text": (top("facts", "abc"), "fact 0 of its manifest is not one"),
+    "facts that are numbers": (top("facts", [1, 2]), "fact 0 of its manifest is not one"),
     "too few facts": (lambda manifest: manifest["facts"].pop() and None, "not F32"),
     "no width": (top("width", None), DAMAGED),
     "another width": (top("width", 32), "not F32"),
@@ -293,7 +294,7 @@ def test_tensors_that_are_not_what_the_manifest_says_are_refused(pack, place, na
 def test_of_absurd_size_it_is_refused_before_it_is_read(pack, place, monkeypatch):
     save(pack, place)
     file = place / TENSORS if place.is_dir() else place
-    monkeypatch.setattr(packs_module, "MOST_BYTES", file.stat().st_size - 1)
+    monkeypatch.setattr(containers, "MOST_BYTES", file.stat().st_size - 1)
     with pytest.raises(UserError, match="bytes, accepted are"):
         load(place)
     monkeypatch.undo()
@@ -313,7 +314,7 @@ def test_a_manifest_of_absurd_size_or_depth_is_refused(pack, tmp_path, monkeypat
         load(tmp_path / "pack")
     file = tmp_path / "pack" / TENSORS
     (tmp_path / "pack" / MANIFEST).write_text(" " * (file.stat().st_size // 16 + 1))
-    monkeypatch.setattr(packs_module, "MOST_BYTES", file.stat().st_size)
+    monkeypatch.setattr(containers, "MOST_BYTES", file.stat().st_size)
     with pytest.raises(UserError, match=r"manifest\.json is too large"):
         load(tmp_path / "pack")
 

@@ -26,8 +26,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "forget": ("changing", "forget", "take facts out, by number, tag or words"),
     "restore": ("changing", "restore", "bring back a fact that was forgotten, replaced or evicted"),
     "evict": ("changing", "evict", "keep what answers most lately and take out the rest"),
-    "export": ("giving", "export", "put facts into a pack: a .safetensors file or a folder"),
-    "import": ("giving", "take", "write the facts of a pack into a student"),
+    "export": ("giving", "export", "put facts, or with --rows associative memory, into a pack: a .safetensors file or a folder"),
+    "import": ("giving", "take", "write the facts or rows of a pack into a student"),
     "merge": ("giving", "merged", "one pack of several, contradictions reported"),
     "diff": ("giving", "compared", "what differs between two packs, students or runs"),
 }
@@ -115,7 +115,7 @@ def _options(made: dict[str, _Parser]) -> None:
     """What each verb takes."""
     for verb in ("list", "forget", "export"):
         _selection(made[verb])
-    for verb in ("list", "forget", "evict"):
+    for verb in ("list", "forget", "evict", "export"):
         made[verb].add_argument("--rows", action="store_true", help="rows of associative memory, not facts")
     made["list"].add_argument("--all", action="store_true", help="those that were forgotten, replaced or evicted, too")
     for verb, limit in (("list", 50), ("search", 5), ("diff", 50)):

@@ -9,9 +9,11 @@ from dmt.commands.changing import about, choose
 from dmt.commands.looking import opened
 from dmt.commands.printing import Output
 from dmt.errors import UserError
-from dmt.facts import packs
+from dmt.facts import packs, rowpacks
+from dmt.facts.containers import is_pack
 from dmt.facts.exchange import diff, merge, packed, take_in
 from dmt.facts.opening import open_book, student_folder
+from dmt.facts.rowpacks import packed_rows, take_rows
 from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
 from dmt.records import Told
@@ -28,6 +30,14 @@ def export(given: argparse.Namespace, out: Output) -> None:
     if place.exists():
         raise UserError(f"{place} is there already; give a new name, or remove it first")
     book, _ = opened(given)
+    if given.rows:
+        rows = packed_rows(
+            book.model, fingerprint(book.model), given.name or place.stem, given.licence, set(given.id or ()), given.tag
+        )
+        rowpacks.save(rows, place)
+        out.line(f"{place}: {sum(rows.manifest['counts'].values()):,} rows of associative memory")
+        out.data(rows.manifest)
+        return
     facts = choose(book, given)
     if not facts:
         raise UserError("no fact is like that, so there is nothing to export; dmt memory list shows what there is")
@@ -40,7 +50,15 @@ def export(given: argparse.Namespace, out: Output) -> None:
 
 def take(given: argparse.Namespace, out: Output) -> None:
     """Write a pack's facts into a student's book."""
-    pack = packs.load(Path(given.pack))
+    place = Path(given.pack)
+    if rowpacks.is_of_rows(place):
+        rows = rowpacks.load(place)
+        with open_book(student_folder(given.student)) as book:
+            came, left = take_rows(book.model, book.store, rows, fingerprint(book.model))
+        out.line(f"{came:,} rows taken in, {left:,} left for them")
+        out.data({"rows": came, "left": left})
+        return
+    pack = packs.load(place)
     with open_book(student_folder(given.student)) as book:
         out.note("a book's first facts are preceded by a measurement of some seconds" if not book.known else "")
         outcomes = take_in(book, pack, fingerprint(book.model))
@@ -97,7 +115,7 @@ def facts_in(name: str) -> list[Told]:
         UserError: it is none of them.
     """
     place = Path(name)
-    if place.suffix == ".safetensors" or (place / packs.MANIFEST).is_file():
+    if is_pack(place):
         return packs.load(place).facts
     book = student_folder(place) / BOOK
     if not book.is_file():

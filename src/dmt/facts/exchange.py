@@ -13,7 +13,7 @@ import torch
 from dmt.errors import UserError
 from dmt.facts.book import Book
 from dmt.facts.lines import RATE, Outcome, reach_of
-from dmt.facts.packs import FORMAT, VERSION, Pack
+from dmt.facts.packs import Pack
 from dmt.memory.facts import FactMemory
 from dmt.models.books import parts_of
 from dmt.models.overlay import Overlay, Part, overlay_of
@@ -36,7 +36,7 @@ def packed(book: Book, facts: Sequence[Told], name: str, licence: str = "", mode
     overlay = book.overlay
     width = overlay.memory.width
     manifest = {
-        "format": FORMAT, "version": VERSION, "name": name, "licence": licence, "created": time.time(), "model": model,
+        "kind": "facts", "name": name, "licence": licence, "created": time.time(), "model": model,
         "model_type": book.model.config.model_type, "width": width, "listens": overlay.listens, "answers": overlay.answers,
         "tags": sorted({fact.tag for fact in told if fact.tag}), "counts": {"facts": len(told), "rows": given},
     }  # fmt: skip
