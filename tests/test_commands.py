@@ -1,6 +1,8 @@
 """The `dmt` command, as people and programs use it: on a saved student, in one process."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 from conftest import SENTENCES, make_teacher
 
 import dmt  # noqa: F401  registers the student
-from dmt.cli import VERBS, main
+from dmt.cli import VERBS, main, parser
 from dmt.config import MemoryConfig
 from dmt.facts.opening import load_student, open_book
 from dmt.facts.remembering import remember, rows_about
@@ -360,3 +362,13 @@ def test_the_console_script_and_the_module_are_the_command(student):
     for command in ([sys.executable, "-m", "dmt"], [str(Path(sys.executable).with_name("dmt"))]):
         said = subprocess.run([*command, *words], capture_output=True, text=True, check=True).stdout
         assert json.loads(said)[0]["subject"] == "Ada Holbrook"
+
+
+def test_the_readme_says_only_what_the_command_understands():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in readme.splitlines() if line.startswith("    dmt ")]
+    assert len(lines) >= 8
+    for words in lines:
+        assert hasattr(parser().parse_args(words[1:]), "does"), words
+    told = set(re.findall(r"\b(?:stats|list|show|search|read|write|forget|restore|evict|export|import|merge|diff)\b", readme))
+    assert told == set(VERBS)

@@ -55,10 +55,10 @@ def run() -> NoReturn:
 
 
 def _main(words: list[str]) -> int:
-    parser = _parser()
-    given = parser.parse_args(words)
+    words_of = parser()
+    given = words_of.parse_args(words)
     if not hasattr(given, "does"):
-        (given.parser if hasattr(given, "parser") else parser).print_help()
+        (given.parser if hasattr(given, "parser") else words_of).print_help()
         return 0
     module, function = given.does
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -82,10 +82,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists what there is")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """What the words of `dmt` may be; those of a command have `does`, its module and function."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = _Parser(prog="dmt", description=ABOUT, **raw)
-    commands = parser.add_subparsers(metavar="COMMAND")
+    whole = _Parser(prog="dmt", description=ABOUT, **raw)
+    commands = whole.add_subparsers(metavar="COMMAND")
     ask = commands.add_parser("ask", help="let a student go on from a prompt", **raw, description=(
         "Let a student go on from a prompt. --trace tells which slots, rows and facts answered each token; --remember writes\n"
         "what was said into the student's associative memory, within its capacity."))  # fmt: skip
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _options(made)
     for verb, (module, function, _) in VERBS.items():
         _common(made[verb], (module, function), student=verb not in ("merge", "diff"))
-    return parser
+    return whole
 
 
 def _options(made: dict[str, _Parser]) -> None:
