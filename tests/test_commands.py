@@ -16,7 +16,7 @@ import dmt  # noqa: F401  registers the student
 from dmt.cli import VERBS, main, parser
 from dmt.config import MemoryConfig
 from dmt.facts.opening import load_student, open_book
-from dmt.facts.remembering import remember, rows_about
+from dmt.facts.remembering import drop_rows, remember, rows_about, settle_in
 from dmt.models.surgery import associative_of, transplant
 from dmt.store import Store
 
@@ -243,6 +243,15 @@ def test_what_was_remembered_is_expected_and_survives_loading(rememberer, tokeni
         assert not any(memory.writing for memory in associative_of(book.model).values())
         again = remember(book.model, book.store, ids, "x")
         assert again.rows <= done.rows + 3  # what is known is not written again
+        last = nats(book.model)
+        (memory,) = associative_of(book.model).values()
+        some = rows_about(book.model)[0]["row"]
+        assert drop_rows(book.model, book.store, {some}) == 1  # gone from the model at once, not only when it is loaded again
+        assert len(memory.rows) == again.rows - 1
+        assert some not in memory.rows.place_of
+        memory.rows.rebuild(book.store.scan(settle_in(book.model, book.store)[max(associative_of(book.model))]))
+        assert some not in memory.rows.place_of
+        assert remember(book.model, book.store, ids, "x").rows >= again.rows - 1
         last = nats(book.model)
     assert nats(load_student(rememberer)[0]) == pytest.approx(last, rel=1e-6)
 
