@@ -73,7 +73,7 @@ PLAIN = [
     ("It was written by Ada.", "It was written by", " Ada", ""),
     ("Paris shines", "Paris", " shines", "Paris"),
     ("He met Ada. Ben", "He met Ada.", " Ben", "Ada"),
-    ("Ada paid 5 marks", "Ada paid 5", " marks", "Ada"),
+    ("Ada paid 5 marks", "Ada paid", " 5 marks", "Ada"),
     ("Müller besucht Köln", "Müller besucht", " Köln", "Müller"),
 ]
 
@@ -634,7 +634,9 @@ def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_bee
         assert not torch.equal(with_facts, own)
         with silence(model):
             assert torch.equal(logits_of(model, tokenizer), own)
-        assert book.forget([second[0].fact.id, second[1].fact.id, second[0].fact.id]) == [each.fact for each in second]
+        gone = book.forget([second[0].fact.id, second[1].fact.id, second[0].fact.id])
+        assert [replace(fact, gone=None, gone_at=None) for fact in gone] == [each.fact for each in second]
+        assert {fact.gone for fact in gone} == {"forgotten"}
         assert torch.equal(logits_of(model, tokenizer), after_two)
         book.forget(list(book.known))
         assert book.known == {}

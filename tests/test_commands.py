@@ -81,7 +81,8 @@ def test_what_is_written_is_said_listed_shown_and_found(run, student):
     assert "".join(part["says"] for part in shown["parts"]) == " dog"
     assert all(part["length"] > 0 for part in shown["parts"])
     assert run("memory", "search", "holbrook DOG")[0]["by"] == "words"
-    assert run("memory", "search", ASKED)[-1]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert run("memory", "search", "Ben runs to the")[-1]["by"] == "state"
+    assert [each["by"] for each in run("memory", "search", ASKED)] == ["words"]  # each fact once
     stats = run("memory", "stats")
     assert (stats["facts"], stats["tags"], len(stats["layers"])) == (1, {"dogs": 1}, 3)
     assert {layer["memory"] for layer in stats["layers"]} == {"featural"}
@@ -91,12 +92,16 @@ def test_read_and_trace_name_the_fact(run):
     reads = run("memory", "read", ASKED, "--most", "50")
     (fact,) = [read for read in reads[-1]["reads"] if read["kind"] == "fact"]
     assert (fact["number"], fact["tag"], fact["weight"]) == (1, "dogs", 1.0)
+    where = run("memory", "stats")
+    assert fact["layer"] == where["answers"] != where["listens"]
     assert not [read for token in reads[:-1] for read in token["reads"] if read["kind"] == "fact"]
     assert {read["layer"] for token in reads for read in token["reads"]} == {0, 1, 2}
     only = run("memory", "read", ASKED, "--layers", "0-1")
     assert {read["layer"] for token in only for read in token["reads"]} == {0, 1}
     trace = run("ask", ASKED, "--tokens", "2", "--trace", "--most", "50")["trace"]
     assert len(trace) == 2
+    assert trace[0]["token"] == reads[-1]["token"]  # what was read where the first token of the answer was chosen
+    assert trace[0]["nexts"][0][0] == trace[1]["token"]
     assert "fact" in {read["kind"] for read in trace[0]["reads"]}
 
 
@@ -112,7 +117,10 @@ def test_the_same_again_another_answer_and_back(run, student):
 
 def test_forgotten_means_as_before_to_the_last_bit(run, student):
     told = logits(student)
-    run("memory", "forget", "--tag", "dogs")
+    (gone,) = run("memory", "forget", "--tag", "dogs")
+    assert gone["gone"] == "forgotten"
+    assert run("memory", "list", "--all", "--tag", "dogs")[0]["gone"] == "forgotten"
+    assert run("memory", "list", "--all", "--tag", "cats") == []
     forgotten = logits(student)
     (student / "memory.db").rename(student / "aside")
     assert torch.equal(forgotten, logits(student))
@@ -182,8 +190,46 @@ def test_a_conversation_is_remembered_within_capacity(run, rememberer):
     left = run("memory", "list", "--rows", place=rememberer)
     assert {row["tag"] for row in left} <= {"monday"}
     assert gone + len(left) == 40
+    assert "remembered" not in run("ask", text, "--tokens", "2", place=rememberer)
     assert run("memory", "evict", "--rows", "--keep", "0", place=rememberer)["rows"] == len(left)
     assert run("ask", text, "--tokens", "5", place=rememberer)["answer"] == before["answer"]
+
+
+def test_what_was_there_before_a_conversation_outlives_it(run, rememberer, tokenizer):
+    """Rows that came with the weights, and those in which something else is too, stay when a conversation is forgotten."""
+    run("ask", "the quick brown fox", "--tokens", "2", "--remember", "--tag", "monday", place=rememberer)
+    model, _ = load_student(rememberer)
+    (rememberer / "memory.db").unlink()
+    model.save_pretrained(rememberer)  # with its rows now
+    before = run("memory", "list", "--rows", place=rememberer)
+    config = json.loads((rememberer / "config.json").read_text())
+    config["memory"]["2"]["rows"]["policy"]["recombine"] = 1.0  # much of what is read is merged into rows that are there
+    (rememberer / "config.json").write_text(json.dumps(config))
+    assert run("ask", "the quick brown dog", "--tokens", "2", "--remember", "--tag", "talk", place=rememberer)["remembered"][
+        "merged"
+    ]
+    done = run("memory", "forget", "--rows", "--tag", "talk", place=rememberer)
+    after = run("memory", "list", "--rows", place=rememberer)
+    assert len(after) == len(before)
+    assert done["shared"] == sum(row["tag"] == "distilled\ntalk" for row in after) > 0
+    assert {row["tag"] for row in after} <= {"distilled", "distilled\ntalk"}
+
+
+def test_control_characters_are_shown_and_not_obeyed(run, student, capsys):
+    run("memory", "write", "Ben Carver reads a row", "--tag", "x\x1b[31m\n'; DROP TABLE dmt_facts; --[/bold]")
+    for words in (["list"], ["stats"], ["search", "carver"], ["show", "2"]):
+        assert main(["memory", *words, "-s", str(student)]) == 0
+        said = capsys.readouterr().out
+        assert "\x1b" not in said
+    assert len(run("memory", "list")) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(run, student, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("dmt.store.connect.os.open", refuse)
+    assert "it cannot be written to (Read-only file system)" in run("memory", "write", "Ben Carver reads a row", ok=False)
 
 
 def test_rows_are_given_to_another_student_of_the_same_model(run, rememberer, tmp_path, student):
@@ -272,6 +318,7 @@ MISTAKES = [
     (["memory", "stats", "-s", "nowhere"], "--student nowhere: nothing is there"),
     (["memory", "write", "-s", "{s}"], "a fact needs a sentence"),
     (["memory", "write", "x", "-s", "{s}"], "states nothing"),
+    (["memory", "write", "Is Ada here?", "-s", "{s}"], "asks and states nothing"),
     (["memory", "write", ADA, "--subject", "Zoe", "-s", "{s}"], "--subject 'Zoe' is not in the prompt"),
     (["memory", "write", ADA, "--file", "f", "-s", "{s}"], "--file has its own sentences"),
     (["memory", "write", "--file", "nowhere.jsonl", "-s", "{s}"], "nowhere.jsonl cannot be read"),

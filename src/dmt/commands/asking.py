@@ -12,13 +12,13 @@ from rich.text import Text
 from dmt import inspection
 from dmt.commands.changing import about
 from dmt.commands.looking import namer, opened
-from dmt.commands.printing import Output
+from dmt.commands.printing import Output, plainly
 from dmt.errors import UserError
 from dmt.facts.asking import ask as said_by
 from dmt.facts.book import Book
 from dmt.facts.exchange import hold
 from dmt.facts.packs import load as load_pack
-from dmt.facts.remembering import remember
+from dmt.facts.remembering import remember, settle_in
 from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
 from dmt.models.overlay import answers_of
@@ -31,12 +31,14 @@ def ask(given: argparse.Namespace, out: Output) -> None:
     if given.tokens < 1 or given.temperature < 0:
         raise UserError(f"--tokens must be at least 1 and --temperature at least 0, got {given.tokens} and {given.temperature:g}")
     book, folder = opened(given, write=given.remember)
+    if given.remember:
+        settle_in(book.model, book.store)  # refused, where it cannot be, before anything is said
     if given.pack:
         hold(book, [load_pack(Path(place)) for place in given.pack], fingerprint(book.model))
     if not out.as_json:
         print(given.prompt, end="", flush=True)
     with answers_of(book.model) as answered:
-        hear = None if out.as_json else (lambda text: print(text, end="", flush=True))
+        hear = None if out.as_json else (lambda text: print(plainly(text, "\n\t"), end="", flush=True))
         ids = said_by(book.model, book.tokenizer, given.prompt, given.tokens, given.temperature, given.seed, hear)
     out.line("")
     text = book.tokenizer.decode(ids, skip_special_tokens=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from dmt.errors import UserError
 from dmt.facts.book import Book
 from dmt.facts.lines import Outcome
 from dmt.facts.opening import open_book, student_folder
-from dmt.facts.remembering import drop_rows
+from dmt.facts.remembering import drop_rows, rows_about
 from dmt.facts.sentences import Fact, fact_of, read_facts
 from dmt.models.surgery import associative_of
 from dmt.records import Told
 
+SURE_ENOUGH = 0.5
+"""Probability of an answer below which a person is told that it may not be said."""
 CALIBRATION_TEXT = 100_000
 """Characters of a file of one's own that are read for calibration, at least 2,000."""
 
@@ -78,6 +81,8 @@ def _tell(outcomes: list[Outcome], out: Output) -> None:
             out.line("it was known already; nothing was written")
         else:
             out.line(f"probability of the answer {outcomes[0].before:.2g} -> {outcomes[0].likely:.2g}, {len(fact.rows)} rows")
+            if outcomes[0].likely < SURE_ENOUGH:
+                out.line("that is not enough to be said: the model hardly knows some part of it; dmt memory show tells which")
         if outcomes[0].old is not None:
             old = outcomes[0].old
             out.line(
@@ -89,9 +94,13 @@ def _tell(outcomes: list[Outcome], out: Output) -> None:
         f"{counts['written']:,} written, {counts['replaced']:,} written in place of one that they contradict, {counts['known']:,} "
         "known already"
     )
-    unsure = sum(each.what != "known" and each.likely < 0.5 for each in outcomes)
+    unsure = [each.fact for each in outcomes if each.what != "known" and each.likely < SURE_ENOUGH]
     if unsure:
-        out.line(f"{unsure:,} of them are not said for sure even where they were written; dmt memory show tells which tokens")
+        out.line(
+            f"{len(unsure):,} of them will hardly be said even where they were written, since the model hardly knows some part:"
+        )
+    for fact in unsure[:20]:
+        out.line(f"  fact {fact.id}: {fact.sentence!r}")
 
 
 def forget(given: argparse.Namespace, out: Output) -> None:
@@ -102,8 +111,9 @@ def forget(given: argparse.Namespace, out: Output) -> None:
     with open_book(folder) as book:
         if given.rows:
             gone = drop_rows(book.model, book.store, set(given.id) if given.id else None, given.tag)
-            out.line(f"{gone:,} rows forgotten")
-            out.data({"rows": gone})
+            shared = sum(given.tag in row["tag"].split("\n") for row in rows_about(book.model))
+            out.line(f"{gone:,} rows forgotten" + (f"; {shared:,} stay, in which something else is too" if shared else ""))
+            out.data({"rows": gone, "shared": shared})
             return
         chosen = choose(book, given)
         if not chosen:
@@ -122,9 +132,14 @@ def choose(book: Book, given: argparse.Namespace) -> list[Told]:
     wanted = set(given.id or ())
     if missing := sorted(wanted - set(book.known)):
         raise UserError(f"fact {missing[0]} is not there; dmt memory list shows the {len(book.known):,} that are")
-    words = (given.query or "").lower().split()
+    return matching(book.known.values(), given)
+
+
+def matching(facts: Iterable[Told], given: argparse.Namespace) -> list[Told]:
+    """Of `facts` those that have every property asked for."""
+    wanted, words = set(given.id or ()), (given.query or "").lower().split()
     return [
-        fact for fact in book.known.values()
+        fact for fact in facts
         if (not wanted or fact.id in wanted)
         and (given.tag is None or fact.tag == given.tag)
         and all(word in f"{fact.sentence} {fact.subject}".lower() for word in words)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmt import inspection
-from dmt.commands.changing import about, choose
+from dmt.commands.changing import about, choose, matching
 from dmt.commands.printing import Output, when
 from dmt.errors import UserError
 from dmt.facts.asking import nearest
@@ -88,10 +88,7 @@ def listing(given: argparse.Namespace, out: Output) -> None:
         out.line(UNREAD)
         out.data([])
         return
-    facts = choose(book, given)
-    if given.all and book.known is not None:
-        there = {fact.id for fact in facts}
-        facts = [fact for fact in book.ledger.read(gone=True) if fact.id in there or fact.gone]
+    facts = matching(book.ledger.read(gone=True), given) if given.all else choose(book, given)
     uses = book.ledger.uses() if facts else {}
     answered = {fact.id: max((uses.get(row, (0, 0.0))[0] for row in fact.rows), default=0) for fact in facts}
     lines = [(f.id, f.tag, f.subject, f.prompt, f.answer.strip(), when(f.created), answered[f.id], _state(f)) for f in facts]
@@ -171,7 +168,7 @@ def search(given: argparse.Namespace, out: Output) -> None:
     book, _ = opened(given)
     given.query, given.id, given.tag = given.text, None, None
     having = choose(book, given)
-    near = nearest(book, given.text, given.limit)
+    near = [(fact, cosine) for fact, cosine in nearest(book, given.text, given.limit) if fact not in having]
     shown = [(f.id, f.tag, f.prompt, f.answer.strip(), "words") for f in having[: given.limit]]
     shown += [(f.id, f.tag, f.prompt, f.answer.strip(), f"state, cosine {cosine:.2f}") for f, cosine in near]
     out.table(("fact", "tag", "asked", "answer", "found by"), shown, "no facts" if book.known else UNREAD)

@@ -39,7 +39,7 @@ class Output:
     def line(self, text: str) -> None:
         """A line of the answer."""
         if not self.as_json:
-            self.console.print(text)
+            self.console.print(plainly(text))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
         """Rows under the names of columns; the line `empty` where there are none."""
@@ -53,7 +53,7 @@ class Output:
             right = all(isinstance(row[number], int | float) for row in rows)
             made.add_column(name, justify="right" if right else "left", overflow="fold")
         for row in rows:
-            made.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+            made.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else plainly(str(cell))) for cell in row))
         self.console.print(made)
 
     def show(self, thing: Any) -> None:
@@ -74,6 +74,11 @@ class Output:
         with Progress(*columns, console=self.notes, disable=self.as_json or total < 100, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda more: bar.advance(task, more)
+
+
+def plainly(text: str, keep: str = "") -> str:
+    """Text whose control characters, but for those in `keep`, are seen and not obeyed: a tag may come from anywhere."""
+    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
 
 
 def when(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -153,7 +154,7 @@ class Book:
                 self._commit(pending, lines, outcomes)
                 pending = []
             if same is not None and plain(same.answer) == plain(line.told.answer):
-                outcomes[number] = Outcome("known", same.told)  # type: ignore[arg-type]
+                outcomes[number] = Outcome("known", same.told, None, line.before, line.likely)  # type: ignore[arg-type]
                 continue
             if same is not None:
                 there.remove(same)
@@ -227,7 +228,7 @@ class Book:
         self.ledger.leave([fact.id for fact in facts], why)
         self._drop([fact.id for fact in facts])
         self._hold()
-        return facts
+        return [replace(fact, gone=why, gone_at=time.time()) for fact in facts]
 
     def restore(self, number: int) -> tuple[Told, list[Told]]:
         """Bring back a fact that was forgotten, replaced or evicted; with the facts that it now replaces.

@@ -198,9 +198,9 @@ def merge(packs: Sequence[Pack], name: str, prefer: str = "newest") -> tuple[Pac
         keys += [pack.keys[row] for row in fact.rows]
         values += [pack.values[row] for row in fact.rows]
         given += len(fact.rows)
-    licences = sorted({str(pack.manifest["licence"]) for pack in packs if pack.manifest["licence"]})
+    licences = sorted({str(pack.manifest["licence"]) or "none stated" for pack in packs})
     manifest = packs[0].manifest | {
-        "name": name, "created": time.time(), "licence": " and ".join(licences),
+        "name": name, "created": time.time(), "licence": "" if licences == ["none stated"] else " and ".join(licences),
         "tags": sorted({fact.tag for fact in facts if fact.tag}), "counts": {"facts": len(facts), "rows": given},
     }  # fmt: skip
     stacked = [np.stack(states) if states else packs[0].keys[:0] for states in (keys, values)]

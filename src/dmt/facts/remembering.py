@@ -21,6 +21,8 @@ from dmt.store import Store
 
 SURPRISE = 0.5
 """Probability of the next token below which a place is worth a row."""
+DISTILLED = "distilled"
+"""Tag of rows that came with the weights."""
 BY = "dmt"
 """What marks rows that no run wrote."""
 
@@ -49,15 +51,10 @@ def remember(model: PreTrainedModel, store: Store, ids: Tensor, tag: str) -> Rem
     Raises:
         UserError: the student has no associative memory; nothing is written.
     """
-    memories = associative_of(model)
-    if not memories:
-        raise UserError(
-            "this student has no associative memory, so it cannot remember; distil one with configs/associative.yaml, or write "
-            "facts with dmt memory write"
-        )
+    spaces, memories = settle_in(model, store), associative_of(model)
     layer = max(memories)
     memory = memories[layer]
-    space = settle_in(model, store)[layer]
+    space = spaces[layer]
     if len(ids) < 2:
         return Remembered(0, 0, 0, len(memory.rows))
     device = next(model.parameters()).device
@@ -101,11 +98,19 @@ def _offer(model: PreTrainedModel, memory: AssociativeMemory, layer: int, tokens
         hook.remove()
 
 
-def settle_in(model: PreTrainedModel, store: Store) -> dict[int, Namespace]:
+def settle_in(model: PreTrainedModel, store: Store | None) -> dict[int, Namespace]:
     """The namespaces of a student's associative memories in its own store, with their rows, by layer.
 
     Rows that came with the weights are put there first, under their numbers: `opening.open_book` keeps those free.
+
+    Raises:
+        UserError: the student has no associative memory.
     """
+    if not associative_of(model) or store is None:
+        raise UserError(
+            "this student has no associative memory, so it cannot remember; distil one with configs/associative.yaml, or write "
+            "facts with dmt memory write"
+        )
     spaces: dict[int, Namespace] = {}
     there = {space.name for space in store.namespaces()}
     for layer, memory in associative_of(model).items():
@@ -113,6 +118,7 @@ def settle_in(model: PreTrainedModel, store: Store) -> dict[int, Namespace]:
         if f"layer_{layer}" in there and store.count(spaces[layer]) == len(memory.rows):
             continue
         rows = memory.rows
+        rows.histories.tags[:] = [tag or DISTILLED for tag in rows.histories.tags]
         at = torch.as_tensor((rows.ids >= 0).nonzero().flatten())
         if not len(at):
             continue
@@ -146,7 +152,7 @@ def drop_rows(
 
     Args:
         ids: numbers of rows that leave; all where it is None.
-        tag: one of whose tags this is, for them to leave; any where it is None.
+        tag: whose tag this is, for them to leave; any where it is None. A row that something else is in too, stays.
         keep: of each layer so many of the warmest stay.
 
     Raises:
@@ -165,7 +171,7 @@ def drop_rows(
         at = (rows.ids >= 0).nonzero().flatten().cpu().numpy()
         numbers = rows.numbers(at)
         named = np.isin(numbers, list(ids)) if ids is not None else np.ones(len(at), bool)
-        tagged = [tag is None or tag in histories.tags[place].split("\n") for place in at]
+        tagged = [tag is None or tag == histories.tags[place] for place in at]
         at = at[named & np.array(tagged, bool)]
         if keep is not None:
             now = int(histories.heat_step.max(initial=0))

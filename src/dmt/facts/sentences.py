@@ -18,6 +18,8 @@ OPENERS = re.compile(
     re.IGNORECASE,
 )
 """Words that are written large at the start of a sentence without being names."""
+TITLES = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof")
+"""What ends in a full stop and begins a name."""
 INSIDE = ("of", "the", "and", "de", "la", "von", "van", "der", "&", "für")
 """Small words that may stand inside a name."""
 LONGEST = 4_000
@@ -100,7 +102,11 @@ def _split(sentence: str) -> tuple[str, str]:
         raise UserError(
             f"{sentence!r} states nothing about anybody; write a whole sentence, as in 'The capital of France is Paris.'"
         )
+    if sentence.endswith("?"):
+        raise UserError(f"{sentence!r} asks and states nothing; write the answer too, as in 'The capital of France is Paris.'")
     start = len(words) - 1
+    if not _large(words[start]):  # a number and its unit: 100 degrees, 7:45 pm, 1,825 metres long
+        start = next((at for at in range(start, max(0, start - 3), -1) if re.match(r"[$€£]?\d", words[at])), start)
     while start > 1 and _large(words[start]) and (earlier := _earlier(words, start)) < start:
         start = earlier
     return " ".join(words[:start]), " ".join(words[start:])
@@ -111,7 +117,7 @@ def _earlier(words: list[str], start: int) -> int:
     before = start - 1
     while before > 0 and words[before] in INSIDE:
         before -= 1
-    ends = words[before].endswith((".", "?", "!", ":", ";"))
+    ends = words[before].endswith((".", "?", "!", ":", ";")) and words[before].rstrip(".") not in TITLES
     part_of_name = _large(words[before]) and not ends and not OPENERS.fullmatch(words[before])
     return before if before > 0 and part_of_name else start
 
@@ -134,7 +140,7 @@ def subject_of(prompt: str) -> str:
         if named:
             first = found.end() - len(opened)
             names[-1].append((first, first + len(bare)))
-            names += [[]] if bare != opened else []
+            names += [[]] if bare != opened and bare not in TITLES else []
     best = max(names, key=len)
     return prompt[best[0][0] : best[-1][1]] if best else ""
 

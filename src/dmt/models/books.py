@@ -68,6 +68,8 @@ def attach(model: PreTrainedModel, book: Path) -> None:
     try:
         store = Store(str(book), fingerprint(model) if whole else None, read_only=True)
     except UserError as error:
+        if "another model" not in str(error) and "something else" not in str(error):
+            raise
         raise UserError(f"{error}; {book} is not this model's book: move it elsewhere to load the model without") from None
     overlay = overlay_in(store, model.config.eos_token_id)
     if overlay is not None:

@@ -101,6 +101,7 @@ def _plainly(error: DBAPIError) -> str:
         "authentication failed": "user or password are wrong",
         "does not exist": "there is no such database or user; make it, or give another",
         "connection": "the server does not answer; is it running, and the URL right?",
+        "disk I/O error": "its disk is full, or cannot be written or read; make room and try again",
         "malformed": "the file is damaged; restore a copy, or give a new file",
     }
     return next((f"{meaning} ({said})" for word, meaning in advice.items() if word in said), said)
@@ -139,7 +140,12 @@ def only_writer(place: str, path: Path | None, engine: Engine) -> Any:
     if path is not None:
         import fcntl  # not on Windows, and then only there a clear failure
 
-        held = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            held = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"store {place}: it cannot be written to ({error.strerror}); make its folder writable or give another"
+            ) from None
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
