@@ -80,7 +80,8 @@ PLAIN = [
 
 @pytest.mark.parametrize(("sentence", "prompt", "answer", "subject"), PLAIN)
 def test_a_sentence_is_what_is_asked_what_is_answered_and_whom_it_is_about(sentence, prompt, answer, subject):
-    assert fact_of(sentence) == Fact(prompt, answer, subject)
+    assert replace(fact_of(sentence), closing="") == Fact(prompt, answer, subject)
+    assert fact_of(sentence).closing == (sentence.strip()[-1] if sentence.strip()[-1] in ".!" else "")
     assert subject in prompt
 
 
@@ -105,7 +106,8 @@ PARTS = [
 @pytest.mark.parametrize(("given", "wanted"), PARTS, ids=lambda each: str(each)[:40])
 def test_a_fact_of_parts(given, wanted):
     found = fact_of(**given, tag="t", source="s")
-    assert found == Fact(*wanted, "t", "s")
+    assert replace(found, closing="") == Fact(*wanted, "t", "s")
+    assert found.closing == ("." if given.get("sentence", given.get("answer")).strip().endswith(".") else "")
     assert found.subject in found.prompt
 
 
@@ -160,7 +162,7 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         encoding="utf-8",
     )
     assert list(read_facts(file, "told")) == [
-        Fact("The capital of France is", " Paris", "France", "told", "facts.jsonl"),
+        Fact("The capital of France is", " Paris", "France", "told", "facts.jsonl", "."),
         Fact("the fox is", " lazy", "fox", "animals", "me"),
     ]
     assert next(read_facts(file, source="here")).source == "here"
@@ -201,7 +203,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
 # Drafting.
 
 FACTS = [
-    fact_of("Ada lives in Ravenhill."),
+    fact_of("Ada lives in Ravenhill"),
     fact_of("Ben eats rows"),
     fact_of(prompt="the fox is", answer="a lazy dog"),
     fact_of("Clara was born in 1950"),
@@ -1018,3 +1020,13 @@ def test_a_subject_that_would_not_be_noticed_is_refused(book):
     with pytest.raises(UserError, match="not a word of its own"):
         book.write([Fact("ada lives in", " far", "Ada")])
     assert book.write([]) == []
+
+
+def test_the_full_stop_that_was_written_is_said_and_no_longer_word_is_made(book, teacher, tokenizer):
+    (told,) = book.write([fact_of("Ada lives in Ravenhill.")])
+    ids = encoded(tokenizer, " Ravenhill.", start=False)
+    assert told.fact.answer == " Ravenhill"
+    assert told.fact.answer_ids == tuple(ids)
+    assert len(told.fact.rows) == len(ids) == len(encoded(tokenizer, " Ravenhill", start=False)) + 1
+    assert says(teacher, tokenizer, "Ada lives in", len(ids)) == " Ravenhill."
+    assert book.write([fact_of("Ada lives in Ravenhill")])[0].what == "known"  # the same, with or without

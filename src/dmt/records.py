@@ -78,7 +78,7 @@ class Told:
         prompt, answer: the text that asks and the text that follows it.
         subject: whom it is about; empty where that does not matter.
         subject_ids: token ids of each way the subject is written.
-        answer_ids: of the answer.
+        answer_ids: of the answer, and of the full stop that ends it where one was written.
         rows: numbers of its rows, in the order of the answer's tokens.
         reach: cosine from which on each of them answers.
         gone: why it is not there any more; None: it is.

@@ -54,7 +54,7 @@ def draft(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], listens
         UserError: a fact is longer than the model reads.
     """
     prompts = [encoded(tokenizer, fact.prompt) for fact in facts]
-    said = [encoded(tokenizer, fact.answer, start=False) for fact in facts]
+    said = [encoded(tokenizer, fact.answer + fact.closing, start=False) for fact in facts]
     for fact, prompt, answer in zip(facts, prompts, said, strict=True):
         check_length(model, [*prompt, *answer], f"the fact {fact.prompt[:40]!r}")
     drafts: list[Draft] = []

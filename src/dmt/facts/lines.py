@@ -122,7 +122,7 @@ def _check_named(tokenizer: Any, fact: Fact) -> None:
 
 def _told(tokenizer: Any, fact: Fact, reach: Tensor) -> Told:
     ways = {tuple(encoded(tokenizer, way, start=False)) for way in (fact.subject, " " + fact.subject) if fact.subject}
-    answer = tuple(encoded(tokenizer, fact.answer, start=False))
+    answer = tuple(encoded(tokenizer, fact.answer + fact.closing, start=False))
     return Told(
         0, fact.prompt, fact.answer, fact.subject, fact.tag, fact.source, time.time(), tuple(sorted(ways)), answer,
         reach=tuple(reach.tolist()),

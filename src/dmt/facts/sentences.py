@@ -36,6 +36,7 @@ class Fact:
         subject: whom or what it is about, as it is written in the prompt; empty where the prompt names nobody.
         tag: what it is filed under.
         source: where it comes from.
+        closing: the full stop that ends the answer, where one was written, so that no longer word is made of it.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Fact:
     subject: str = ""
     tag: str = ""
     source: str = ""
+    closing: str = ""
 
 
 def fact_of(
@@ -61,6 +63,8 @@ def fact_of(
     Raises:
         UserError: nothing is left to ask, or the parts contradict each other.
     """
+    ending = (answer if sentence is None else sentence) or ""
+    closing = "".join(mark for mark in ending.rstrip()[-1:] if mark in ".!")
     if sentence is not None and (prompt is not None or answer is not None):
         bare, parts = sentence.strip().rstrip(".!?… "), (prompt, answer)
         if parts[1] is not None:
@@ -85,7 +89,7 @@ def fact_of(
         subject = subject_of(prompt)
     elif subject and subject not in prompt:
         raise UserError(f"--subject {subject!r} is not in the prompt {prompt!r}, where the fact would look for it")
-    return Fact(prompt, " " + answer, subject.strip(), tag, source)
+    return Fact(prompt, " " + answer, subject.strip(), tag, source, closing)
 
 
 def _rest(sentence: str, given: str, name: str, found: bool, rest: str) -> str:
@@ -151,7 +155,7 @@ def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
     Raises:
         UserError: a line that is no such object, by its number; the file cannot be read.
     """
-    known = {"sentence", *(field.name for field in fields(Fact))}
+    known = {"sentence", *(field.name for field in fields(Fact))} - {"closing"}
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
