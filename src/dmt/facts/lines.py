@@ -27,8 +27,9 @@ LED = 5
 """A row that waits for a word of the answer before it may be so many times as far away: it cannot be met by chance."""
 ANYBODY = 0.8
 """Cosine from which on, at least, a row without a subject answers."""
-SAME = 0.9
-"""Cosine from which on two facts about the same subject say the same thing, or contradict each other."""
+SAME = 0.8
+"""Cosine from which on two facts about the same subject say the same thing, or contradict each other: safely above what two
+different questions about somebody have, so that nothing is replaced that should not be (EXPERIMENTS.md, "Facts")."""
 
 
 @dataclass(frozen=True)
