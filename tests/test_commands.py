@@ -6,8 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, make_teacher
@@ -17,6 +19,8 @@ from dmt.cli import VERBS, main, parser
 from dmt.config import MemoryConfig
 from dmt.facts.opening import load_student, open_book
 from dmt.facts.remembering import drop_rows, remember, rows_about, settle_in
+from dmt.facts.rowpacks import LayerRows, RowPack, take_rows
+from dmt.models.fingerprint import fingerprint
 from dmt.models.surgery import associative_of, transplant
 from dmt.store import Store
 
@@ -213,6 +217,40 @@ def test_what_was_there_before_a_conversation_outlives_it(run, rememberer, token
     assert len(after) == len(before)
     assert done["shared"] == sum(row["tag"] == "distilled\ntalk" for row in after) > 0
     assert {row["tag"] for row in after} <= {"distilled", "distilled\ntalk"}
+
+
+def test_rows_of_the_weights_count_until_all_of_them_are_in_the_book(run, rememberer, monkeypatch):
+    """Killed while they are taken over: they are not lost, and taken over the next time."""
+    run("ask", "the quick brown fox", "--tokens", "2", "--remember", place=rememberer)
+    model, _ = load_student(rememberer)
+    (rememberer / "memory.db").unlink()
+    model.save_pretrained(rememberer)  # with its rows now
+    before = run("memory", "list", "--rows", place=rememberer)
+    assert before
+    with monkeypatch.context() as patched:
+        patched.setattr("dmt.facts.remembering.settle", lambda *_, **__: 1 / 0)  # in the middle of the transaction
+        with open_book(rememberer) as book, pytest.raises(ZeroDivisionError):
+            settle_in(book.model, book.store)
+    with Store(str(rememberer / "memory.db"), read_only=True) as store:
+        assert [store.count(space) for space in store.namespaces()] == [0]
+    assert run("memory", "list", "--rows", place=rememberer) == before
+    with open_book(rememberer) as book:
+        settle_in(book.model, book.store)
+    after = run("memory", "list", "--rows", place=rememberer)
+    assert [row["row"] for row in after] == [row["row"] for row in before]
+    assert {row["tag"] for row in after} == {"distilled"}
+
+
+def test_rows_taken_in_are_bounded_by_the_capacity_of_their_own_layer(tokenizer, tmp_path):
+    memories = [MemoryConfig(k=8), replace(ROWS, capacity=50), replace(ROWS, capacity=5)]
+    folder = saved(tmp_path / "two", tokenizer, memories)
+    with open_book(folder) as book:
+        rng = np.random.default_rng(0)
+        layers = {n: LayerRows(*rng.random((2, 20, 16), np.float32), ["t"] * 20, [1] * 20, [1.0] * 20) for n in (1, 2)}
+        model = fingerprint(book.model)
+        pack = RowPack({"name": "x", "model": model, "model_type": "gpt2", "width": 16}, layers)
+        assert take_rows(book.model, book.store, pack, model) == (40, 15)
+        assert [len(memory.rows) for memory in associative_of(book.model).values()] == [20, 5]
 
 
 def test_control_characters_are_shown_and_not_obeyed(run, student, capsys):

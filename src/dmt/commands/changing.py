@@ -164,7 +164,7 @@ def evict(given: argparse.Namespace, out: Output) -> None:
         if given.rows:
             if not associative_of(book.model):
                 raise UserError("this student has no associative memory, so there are no rows to evict; leave --rows out")
-            gone = drop_rows(book.model, book.store, keep=given.keep)
+            gone = drop_rows(book.model, book.store, keep=lambda _: given.keep)
             out.line(f"{gone:,} rows evicted")
             out.data({"rows": gone})
             return

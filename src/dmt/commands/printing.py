@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-NARROW = 100
-"""Columns of text where the terminal does not say how wide it is."""
+WIDE = 160
+"""Columns of text where it does not go to a terminal."""
 
 
 class Output:
@@ -27,8 +27,9 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        width = None if sys.stdout.isatty() else 160
-        self.console = Console(width=width, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+        self.console = Console(
+            width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()
+        )
         self.notes = Console(stderr=True, highlight=False, markup=False)
 
     def note(self, line: str) -> None:

@@ -245,11 +245,8 @@ class Book:
         while later is not None:  # what took its place, or the place of that
             against += [history[later]] if history[later].gone is None else []
             later = history[later].replaced_by
-        against += [
-            known
-            for known in self.known.values()
-            if (known.subject, plain(known.prompt)) == (fact.subject, plain(fact.prompt)) and known not in against
-        ]
+        asked = fact.subject, plain(fact.prompt)
+        against += [each for each in self.known.values() if (each.subject, plain(each.prompt)) == asked and each not in against]
         self.ledger.come_back(number, [each.id for each in against])
         self._drop([each.id for each in against])
         self.known[number] = fact

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from dmt.distill.signals import observe
 from dmt.facts.sentences import Fact
 from dmt.facts.states import batches, check_length, encoded, padded
+from dmt.memory.derived import Derived
 from dmt.models.architectures import architecture_of
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -22,6 +24,10 @@ EVEN = 1.0
 """Added to every direction's variance among the head's rows, as a share of the mean; .001 to 1 do as well (EXPERIMENTS.md)."""
 SURE = 0.99
 """The smallest scale is taken with which the answer is as likely as this; without one, that which makes it likeliest."""
+
+
+_EVENED: WeakKeyDictionary[Any, Derived] = WeakKeyDictionary()
+"""Of each head what is made of it once: with a large vocabulary it costs as much as a pass through a small model."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +157,16 @@ def _apart(model: PreTrainedModel, slopes: Tensor) -> Tensor:
 
     What tells a token from those that are written much like it weighs more then, what all have in common less.
     """
-    norm, head = model.get_submodule(architecture_of(model.config.model_type).norm), model.get_output_embeddings()
-    rows = head.weight.detach().float() * norm.weight.detach().float()
-    covariance = torch.cov(rows.t(), correction=0)
-    even = EVEN * covariance.trace() / len(covariance) * torch.eye(len(covariance), device=rows.device)
-    return torch.linalg.solve(covariance + even, slopes.t()).t()
+    norm: Any = model.get_submodule(architecture_of(model.config.model_type).norm)
+    head: Any = model.get_output_embeddings()
+    kept, weights = _EVENED.setdefault(head, Derived()), (head.weight, norm.weight)
+    return torch.linalg.solve(kept("evened", _evened, weights), slopes.t()).t()
+
+
+def _evened(head: Tensor, scale: Tensor) -> Tensor:
+    """Covariance of the head's rows, as the norm before it scales them, and `EVEN` of it in all directions."""
+    covariance = torch.cov((head.detach().float() * scale.detach().float()).t(), correction=0)
+    return covariance + EVEN * covariance.trace() / len(covariance) * torch.eye(len(covariance), device=head.device)
 
 
 def _after_last(model: PreTrainedModel, stream: Tensor) -> Any:

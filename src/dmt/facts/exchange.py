@@ -12,12 +12,12 @@ import torch
 
 from dmt.errors import UserError
 from dmt.facts.book import Book
-from dmt.facts.lines import RATE, Outcome, reach_of
+from dmt.facts.lines import RATE, Outcome, plain, reach_of
 from dmt.facts.packs import Pack
 from dmt.memory.facts import FactMemory
 from dmt.models.books import parts_of
 from dmt.models.overlay import Overlay, Part, overlay_of
-from dmt.records import Told
+from dmt.records import Floats, Told
 
 
 def packed(book: Book, facts: Sequence[Told], name: str, licence: str = "", model: str = "") -> Pack:
@@ -103,11 +103,7 @@ def _fitted(facts: list[tuple[Told, list[Part]]], pack: Pack, book: Book) -> lis
     overlay = overlay_of(book.model)
     if overlay is None or not facts:
         return facts
-    ours = (overlay.memory.mean.cpu(), overlay.memory.metric.cpu())
-    if all(
-        torch.allclose(mine, torch.from_numpy(its), rtol=1e-3, atol=1e-5)
-        for mine, its in zip(ours, (pack.mean, pack.metric), strict=True)
-    ):
+    if _same_metric((overlay.memory.mean.cpu().numpy(), overlay.memory.metric.cpu().numpy()), (pack.mean, pack.metric)):
         return facts
     if book.store is None:
         raise UserError(
@@ -171,7 +167,7 @@ def merge(packs: Sequence[Pack], name: str, prefer: str = "newest") -> tuple[Pac
         UserError: they belong to different models.
     """
     for pack in packs[1:]:
-        if not (np.allclose(pack.mean, packs[0].mean, 1e-3, 1e-5) and np.allclose(pack.metric, packs[0].metric, 1e-3, 1e-5)):
+        if not _same_metric((pack.mean, pack.metric), (packs[0].mean, packs[0].metric)):
             raise UserError(
                 "packs that compare states in different metrics cannot be merged; import both into one student, export that"
             )
@@ -208,4 +204,9 @@ def merge(packs: Sequence[Pack], name: str, prefer: str = "newest") -> tuple[Pac
 
 
 def _asked(fact: Told) -> tuple[str, str]:
-    return fact.subject, " ".join(fact.prompt.lower().split())
+    return fact.subject, plain(fact.prompt)
+
+
+def _same_metric(one: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> bool:
+    """Whether two pairs of a mean and a metric compare states alike."""
+    return all(np.allclose(mine, its, 1e-3, 1e-5) for mine, its in zip(one, other, strict=True))

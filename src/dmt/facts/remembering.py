@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,12 @@ from dmt.memory.heat import coldest
 from dmt.models.surgery import associative_of
 from dmt.records import Changes, Insert, Namespace, Numbers
 from dmt.store import Store
+from dmt.store.ledger import BY, settle, settled
 
 SURPRISE = 0.5
 """Probability of the next token below which a place is worth a row."""
 DISTILLED = "distilled"
 """Tag of rows that came with the weights."""
-BY = "dmt"
-"""What marks rows that no run wrote."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,22 @@ def settle_in(model: PreTrainedModel, store: Store | None) -> dict[int, Namespac
             "facts with dmt memory write"
         )
     spaces: dict[int, Namespace] = {}
-    there = {space.name for space in store.namespaces()}
+    there = settled(store)
     for layer, memory in associative_of(model).items():
-        spaces[layer] = store.namespace(f"layer_{layer}", memory.width, memory.width)
-        if f"layer_{layer}" in there and store.count(spaces[layer]) == len(memory.rows):
+        space = spaces[layer] = store.namespace(f"layer_{layer}", memory.width, memory.width)
+        if space.name in there:
             continue
-        rows = memory.rows
-        rows.histories.tags[:] = [tag or DISTILLED for tag in rows.histories.tags]
-        at = torch.as_tensor((rows.ids >= 0).nonzero().flatten())
-        if not len(at):
-            continue
-        known, places = rows.histories, at.cpu().numpy()
+        rows, known = memory.rows, memory.rows.histories
+        known.tags[:] = [tag or DISTILLED for tag in known.tags]
+        at = (rows.ids >= 0).nonzero().flatten()
+        places = at.cpu().numpy()
         part = Insert(
             rows.numbers(at), rows.keys[at].float().cpu().numpy(), rows.values[at].float().cpu().numpy(),
             known.heat[places].astype(np.float32), [known.tags[place] for place in places], known.entries[places],
             [float(when) or time.time() for when in known.created[places]], known.pinned[places],
         )  # fmt: skip
-        store.commit(BY, 0, {spaces[layer]: Changes([part])})
+        # All of them and the word that they are there, or neither: without the word those of the weights count.
+        store.commit(BY, 0, {space: Changes([part])}, also=partial(settle, namespace=space.name))
     return spaces
 
 
@@ -146,14 +146,18 @@ def rows_about(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def drop_rows(
-    model: PreTrainedModel, store: Store | None, ids: set[int] | None = None, tag: str | None = None, keep: int | None = None
+    model: PreTrainedModel,
+    store: Store | None,
+    ids: set[int] | None = None,
+    tag: str | None = None,
+    keep: Callable[[AssociativeMemory], int] | None = None,
 ) -> int:
     """Take rows out of a student's associative memories and mark them in its store; how many.
 
     Args:
         ids: numbers of rows that leave; all where it is None.
         tag: whose tag this is, for them to leave; any where it is None. A row that something else is in too, stays.
-        keep: of each layer so many of the warmest stay.
+        keep: how many of a memory's rows stay, the warmest.
 
     Raises:
         UserError: the student has no associative memory, or a number is not there; then none leaves.
@@ -175,7 +179,7 @@ def drop_rows(
         at = at[named & np.array(tagged, bool)]
         if keep is not None:
             now = int(histories.heat_step.max(initial=0))
-            count = max(0, len(at) - keep)
+            count = max(0, len(at) - keep(memory))
             at = at[coldest(histories.heat[at], histories.heat_step[at], now, memory.policy.decay, count)]
         leaving[layer] = rows.numbers(at)
     why = "forgotten" if keep is None else "evicted"

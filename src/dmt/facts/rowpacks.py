@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 import dmt.facts.containers as containers
 from dmt.errors import UserError
-from dmt.facts.remembering import BY, drop_rows, rows_about, settle_in
+from dmt.facts.remembering import drop_rows, rows_about, settle_in
 from dmt.models.surgery import associative_of
 from dmt.records import Changes, Floats, Insert
 from dmt.store import Store
+from dmt.store.ledger import BY
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,4 @@ def take_rows(student: PreTrainedModel, store: Store | None, pack: RowPack, mode
     store.commit(BY, 0, changes)
     for layer, (part, step) in parts.items():
         associative_of(student)[layer].rows.put(part, step)
-    over = [memory.policy.capacity for memory in associative_of(student).values() if len(memory.rows) > memory.policy.capacity]
-    left = drop_rows(student, store, keep=min(over)) if over else 0
-    return came, left
+    return came, drop_rows(student, store, keep=lambda memory: memory.policy.capacity)

@@ -19,7 +19,7 @@ from dmt.models.architectures import architecture_of
 from dmt.models.fingerprint import fingerprint
 from dmt.models.overlay import Overlay, Part, lay_over, overlay_of
 from dmt.records import Told
-from dmt.store.ledger import Ledger
+from dmt.store.ledger import Ledger, settled
 from dmt.store.store import Store
 
 BOOK = "memory.db"
@@ -27,7 +27,7 @@ BOOK = "memory.db"
 
 
 def overlay_in(store: Store, end: int | Sequence[int] | None) -> Overlay | None:
-    """What the facts of a store make, ready to be laid over their model; None where it never had any.
+    """What the facts of a store are to be held by, still without any; None where it never had any.
 
     Args:
         end: token id that ends a document, or several.
@@ -37,9 +37,7 @@ def overlay_in(store: Store, end: int | Sequence[int] | None) -> Overlay | None:
         return None
     settings, calibration = ledger.settings(), ledger.calibration()
     mean, metric = (torch.from_numpy(calibration[name]) for name in ("mean", "metric"))
-    overlay = Overlay(FactMemory(len(mean), mean, metric), settings["listens"], settings["answers"], end)
-    overlay.hold([part for parts in parts_in(ledger, ledger.read()).values() for part in parts])
-    return overlay
+    return Overlay(FactMemory(len(mean), mean, metric), settings["listens"], settings["answers"], end)
 
 
 def parts_in(ledger: Ledger, known: Sequence[Told]) -> dict[int, list[Part]]:
@@ -73,11 +71,13 @@ def attach(model: PreTrainedModel, book: Path) -> None:
         raise UserError(f"{error}; {book} is not this model's book: move it elsewhere to load the model without") from None
     overlay = overlay_in(store, model.config.eos_token_id)
     if overlay is not None:
-        overlay.origin = book.absolute()
+        overlay.origin, ledger = book.absolute(), Ledger(store)
+        overlay.hold([part for parts in parts_in(ledger, ledger.read()).values() for part in parts])
         lay_over(model, overlay)
-    spaces = {space.name: space for space in store.namespaces()}
+    spaces, there = {space.name: space for space in store.namespaces()}, settled(store)
     for layer, block in enumerate(architecture_of(model.config.model_type).blocks(model)):
-        if isinstance(block, AssociativeMemory) and (space := spaces.get(f"layer_{layer}")) is not None:
+        if isinstance(block, AssociativeMemory) and (name := f"layer_{layer}") in there:
+            space = spaces[name]
             block.rows.rebuild(store.scan(space), expected=store.count(space))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, bindparam, delete, func, insert, inspect, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from dmt.errors import UserError
 from dmt.records import Changes, Floats, Insert, Namespace, Numbers, Told
@@ -20,6 +20,8 @@ from dmt.store.store import Store
 
 SPACE = "facts"
 """Namespace of their rows."""
+SETTLED = "settled "
+"""Begins the names under which `dmt_about` keeps which namespaces have been settled."""
 BY = "dmt"
 """What marks rows that no run wrote."""
 
@@ -174,10 +176,16 @@ class Ledger:
         self.store.commit(BY, 0, {}, also=write)
 
 
-def has_facts(store: Store) -> bool:
-    """Whether a store has tables of facts."""
-    with told(store.place):
-        return facts.name in inspect(store.engine).get_table_names()
+def settled(store: Store) -> set[str]:
+    """Names of the namespaces into which all rows of a saved model's memory have been taken: from then on they count, not its."""
+    with told(store.place), store.engine.connect() as connection:
+        names = connection.execute(select(about.c.name).where(about.c.name.startswith(SETTLED, autoescape=True))).scalars()
+        return {name.removeprefix(SETTLED) for name in names}
+
+
+def settle(connection: Connection, namespace: str) -> None:
+    """Say so, in the transaction that takes them in."""
+    connection.execute(insert(about), {"name": f"{SETTLED}{namespace}", "value": str(time.time())})
 
 
 def _insert(rows: Numbers, added: Sequence[Told], new: Sequence[tuple[Told, Floats, Floats]]) -> Insert:
