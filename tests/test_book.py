@@ -13,6 +13,7 @@ from sqlalchemy import select
 from test_facts import heard
 
 from dmt.config import MemoryConfig
+from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.facts import book as book_module
 from dmt.facts import calibration as calibration_module
@@ -246,14 +247,13 @@ def test_a_value_goes_against_the_gradient_and_is_as_short_as_makes_it_sure(any_
         text, places, targets = drawn_text(tokenizer, fact)
         assert [each.lead for each in ours] == [tuple(targets[:step].tolist()) for step in range(len(targets))]
         seen = states_at(any_teacher, [text], [places.tolist()], range(LAYERS))
-        torch.testing.assert_close(torch.stack([each.key for each in ours]), seen.inputs[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.stack([each.key for each in ours]), seen[0], rtol=1e-4, atol=1e-4)
         added = torch.zeros(len(text), WIDTH, requires_grad=True)
         nats = nats_with(any_teacher, text, layer, added, places, targets)
         (slope,) = torch.autograd.grad(nats.sum(), added)
         nats = nats.detach()
-        direction = -torch.nn.functional.normalize(evened(any_teacher, slope[places]), dim=-1) * seen.streams[layer].norm(
-            dim=-1, keepdim=True
-        )
+        stream = observe(any_teacher, torch.tensor([text]), blocks=True).streams[layer][0, places]
+        direction = -torch.nn.functional.normalize(evened(any_teacher, slope[places]), dim=-1) * stream.norm(dim=-1, keepdim=True)
         likely = []
         for scale in SCALES:
             tried = torch.zeros(len(text), WIDTH)
@@ -361,13 +361,12 @@ def test_states_come_in_the_order_of_the_texts(any_teacher, tokenizer, monkeypat
     wanted = [[len(text) - 1, 0] if i % 2 else [len(text) - 1] for i, text in enumerate(texts)]
     monkeypatch.setattr("dmt.facts.states.TOKENS", 20)
     found = states_at(any_teacher, texts, wanted, [0, 2])
-    assert found.texts.tolist() == [0, 1, 1, 2, 3, 3, 4]
-    assert found.positions.tolist() == [position for each in wanted for position in each]
+    places = [(text, position) for text, each in enumerate(wanted) for position in each]
     for layer in (0, 2):
-        for at, (text, position) in enumerate(zip(found.texts.tolist(), found.positions.tolist(), strict=True)):
+        assert len(found[layer]) == len(places) == 7
+        for at, (text, position) in enumerate(places):
             alone = states_at(any_teacher, [texts[text]], [[position]], [layer])
-            torch.testing.assert_close(found.inputs[layer][at], alone.inputs[layer][0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(found.streams[layer][at], alone.streams[layer][0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[layer][at], alone[layer][0], rtol=1e-4, atol=1e-4)
 
 
 # Calibration.
@@ -437,7 +436,7 @@ def test_calibration_measures_what_it_says(any_teacher, tokenizer):
     assert set(found) == {0, 2}
     windows = [encoded(tokenizer, text)[:32] for text in PROSE]
     for layer, known in found.items():
-        states = states_at(any_teacher, windows, [list(range(1, 32))] * 6, [layer]).inputs[layer]
+        states = states_at(any_teacher, windows, [list(range(1, 32))] * 6, [layer])[layer]
         inner = known.metric.double().inverse() @ known.metric.double().inverse() / WIDTH  # what was whitened
         assert torch.linalg.eigvalsh(inner).min() > 0.99 * calibration_module.FLOOR / WIDTH
         assert torch.trace(inner) == pytest.approx(1 + calibration_module.FLOOR, rel=1e-3)
@@ -449,7 +448,7 @@ def test_calibration_measures_what_it_says(any_teacher, tokenizer):
         assert known.mean.shape == (WIDTH,)
         assert torch.cosine_similarity(known.mean, states.mean(0), dim=0) > 0.9
     asked = encoded(tokenizer, "Portugal was founded in")[-32:]
-    alone = states_at(any_teacher, [asked], [[len(asked) - 1]], [2]).inputs[2]
+    alone = states_at(any_teacher, [asked], [[len(asked) - 1]], [2])[2]
     torch.testing.assert_close(found[2].otherwise[1], found[2].compared(alone)[0], rtol=1e-3, atol=1e-3)
 
 

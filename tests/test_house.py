@@ -11,7 +11,8 @@ from dmt.main import main
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
-    "errors", "config", "wording", "layers", "settings", "registration", "data.people", "data.corpora", "data.blocks",
+    "errors", "config", "wording", "layers", "settings", "registration", "data.encoding", "data.people",
+    "data.corpora", "data.blocks",
     "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
     "memory.together", "memory.histories", "memory.rows", "memory.admission", "memory.offers",
     "memory.search", "memory.derived", "memory.compensation", "memory.featural", "memory.associative", "memory", "memory.budget",

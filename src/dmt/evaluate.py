@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmt.data.encoding import start_of
 from dmt.data.people import Probe
 from dmt.distill.losses import kl
 from dmt.distill.signals import observe
@@ -85,7 +86,7 @@ def recall(model: PreTrainedModel, tokenizer: Any, probes: list[Probe], batch: i
     was_training = model.training
     model.eval()
     right, device = 0, next(model.parameters()).device
-    start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = start_of(tokenizer)
     prompts = [start + tokenizer(p.prompt, add_special_tokens=False)["input_ids"] for p in probes]
     answers = [tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in probes]
     order = sorted(range(len(probes)), key=lambda i: len(prompts[i]) + len(answers[i]))

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dmt.data.encoding import start_of
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory
@@ -83,7 +84,7 @@ def read(
     Raises:
         UserError: the text is empty or longer than the model can read, there is no such layer, or a count is too small.
     """
-    start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = start_of(tokenizer)
     if isinstance(text, Tensor):
         given = text.tolist()[len(start) :]
     else:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmt.config import Config
 from dmt.data.corpora import Corpus, load_corpus
+from dmt.data.encoding import start_of
 from dmt.data.people import Probe
 from dmt.errors import UserError
 
@@ -49,7 +50,7 @@ def encode(corpus: Corpus, tokenizer: Any, block: int) -> Blocks:
 
 
 def _stream(documents: list[str], tokenizer: Any) -> Tensor:
-    start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = start_of(tokenizer)
     ids: list[int] = []
     for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += start + document

@@ -88,7 +88,7 @@ def nearest(book: Book, text: str, count: int = 5) -> list[tuple[Told, float]]:
     ids = encoded(book.tokenizer, text)
     check_length(book.model, ids, "the text")
     listens = book.overlay.listens
-    state = states_at(book.model, [ids], [[len(ids) - 1]], [listens]).inputs[listens].cpu()
+    state = states_at(book.model, [ids], [[len(ids) - 1]], [listens])[listens].cpu()
     numbers = list(book.known)
     keys = book.calibration.compared(torch.stack([book.parts(number)[0].key for number in numbers]))
     best = (keys @ book.calibration.compared(state)[0]).topk(min(count, len(numbers)))

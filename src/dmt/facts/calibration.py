@@ -93,9 +93,9 @@ def calibrate(model: PreTrainedModel, tokenizer: Any, prose: Sequence[str], laye
         raise UserError(f"calibration needs held-out prose of {window} tokens at least; name a longer text")
     asked = [encoded(tokenizer, way.format(s=name))[-most:] for ways in QUESTIONS for way in ways for name in NAMES]
     everywhere = [list(range(1, len(text))) for text in plain]
-    prose_states = states_at(model, plain, everywhere, layers).inputs
-    named_states = states_at(model, named, [list(range(8, len(text))) for text in named], layers).inputs
-    question_states = states_at(model, asked, [[len(text) - 1] for text in asked], layers).inputs
+    prose_states = states_at(model, plain, everywhere, layers)
+    named_states = states_at(model, named, [list(range(8, len(text))) for text in named], layers)
+    question_states = states_at(model, asked, [[len(text) - 1] for text in asked], layers)
     found: dict[int, Calibration] = {}
     for layer in layers:
         states = prose_states[layer].float()
