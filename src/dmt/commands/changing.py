@@ -89,11 +89,7 @@ def _tell(outcomes: list[Outcome], out: Output) -> None:
                 f"it contradicts fact {old.id} ({old.sentence!r}), which it replaces; dmt memory restore {old.id} brings that back"
             )
         return
-    counts = {what: sum(each.what == what for each in outcomes) for what in ("written", "replaced", "known")}
-    out.line(
-        f"{counts['written']:,} written, {counts['replaced']:,} written in place of one that they contradict, {counts['known']:,} "
-        "known already"
-    )
+    tell_counts(outcomes, out)
     unsure = [each.fact for each in outcomes if each.what != "known" and each.likely < SURE_ENOUGH]
     if unsure:
         out.line(
@@ -103,11 +99,22 @@ def _tell(outcomes: list[Outcome], out: Output) -> None:
         out.line(f"  fact {fact.id}: {fact.sentence!r}")
 
 
+def tell_counts(outcomes: list[Outcome], out: Output) -> dict[str, int]:
+    """Say, and give, what became of many facts."""
+    counts = {what: sum(each.what == what for each in outcomes) for what in ("written", "replaced", "known")}
+    out.line(
+        f"{counts['written']:,} written, {counts['replaced']:,} written in place of one that they contradict, {counts['known']:,} "
+        "known already"
+    )
+    return counts
+
+
 def forget(given: argparse.Namespace, out: Output) -> None:
     """Take facts, or rows of associative memory, out of a student."""
     folder = student_folder(given.student)
     if not (given.id or given.tag is not None or given.query):
         raise UserError("forget what? give --id, --tag or --query; dmt memory list shows what there is")
+    check_rows(given)
     with open_book(folder) as book:
         if given.rows:
             gone = drop_rows(book.model, book.store, set(given.id) if given.id else None, given.tag)
@@ -125,6 +132,12 @@ def forget(given: argparse.Namespace, out: Output) -> None:
         out.line(f"... and {len(gone_facts) - 20:,} more")
     out.line(f"{len(gone_facts):,} forgotten; dmt memory restore ID brings one back")
     out.data([about(fact) for fact in gone_facts])
+
+
+def check_rows(given: argparse.Namespace) -> None:
+    """Raise `UserError` where rows are asked for by words: they have none, and none asked for must not mean all."""
+    if given.rows and given.query is not None:
+        raise UserError("rows of associative memory have no words to be found by; leave --query out and give --id or --tag")
 
 
 def choose(book: Book, given: argparse.Namespace) -> list[Told]:

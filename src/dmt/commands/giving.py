@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dmt.commands.changing import about, choose
+from dmt.commands.changing import about, check_rows, choose, tell_counts
 from dmt.commands.looking import opened
 from dmt.commands.printing import Output
 from dmt.errors import UserError
@@ -29,6 +29,7 @@ def export(given: argparse.Namespace, out: Output) -> None:
     place = Path(given.pack)
     if place.exists():
         raise UserError(f"{place} is there already; give a new name, or remove it first")
+    check_rows(given)
     book, _ = opened(given)
     if given.rows:
         rows = packed_rows(
@@ -62,11 +63,7 @@ def take(given: argparse.Namespace, out: Output) -> None:
     with open_book(student_folder(given.student)) as book:
         out.note("a book's first facts are preceded by a measurement of some seconds" if not book.known else "")
         outcomes = take_in(book, pack, fingerprint(book.model))
-    counts = {what: sum(each.what == what for each in outcomes) for what in ("written", "replaced", "known")}
-    out.line(
-        f"{counts['written']:,} written, {counts['replaced']:,} written in place of one that they contradict, {counts['known']:,} "
-        "known already"
-    )
+    counts = tell_counts(outcomes, out)
     for each in [each for each in outcomes if each.old is not None][:SHOWN]:
         assert each.old is not None
         out.line(f"fact {each.fact.id} {each.fact.sentence!r} replaces {each.old.id} {each.old.sentence!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmt import inspection
-from dmt.commands.changing import about, choose, matching
+from dmt.commands.changing import about, check_rows, choose, matching
 from dmt.commands.printing import Output, when
 from dmt.errors import UserError
 from dmt.facts.asking import nearest
@@ -76,9 +76,11 @@ def _layer(number: int, block: torch.nn.Module) -> dict[str, Any]:
 
 def listing(given: argparse.Namespace, out: Output) -> None:
     """The facts of a student, or the rows of its associative memory."""
+    check_rows(given)
     book, _ = opened(given)
     if given.rows:
-        rows = [row for row in rows_about(book.model) if given.tag is None or given.tag in row["tag"].split("\n")]
+        rows = [row for row in rows_about(book.model) if not given.id or row["row"] in given.id]
+        rows = [row for row in rows if given.tag is None or given.tag in row["tag"].split("\n")]
         shown = [(r["row"], r["layer"], r["tag"].replace("\n", ", "), r["entries"], r["reads"], when(r["created"])) for r in rows]
         out.table(("row", "layer", "tag", "made of", "read", "since"), shown[: given.limit], "no rows")
         _more(len(rows), given.limit, out)
