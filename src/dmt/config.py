@@ -40,8 +40,9 @@ class MemoryConfig:
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
     linear: bool = True
     """Beside the slots, a linear map of the hidden state that takes over what unread slots say on average."""
-    search: Literal["exact"] = "exact"
-    """How the k slots are found: `exact` scores every slot."""
+    search: Literal["exact", "int8", "ivf", "product"] = "exact"
+    """How slots are found: `exact` scores all; the others find candidates to score: from keys in 8 bits, by faiss's
+    inverted file, or by product keys, the last two made from the keys there are. Used where that is faster."""
     base: Literal["featural", "none"] = "featural"
     """Of `kind: associative`, what speaks beside the rows: a featural memory made by the settings above, or nothing."""
     writes: Literal["residual", "teacher", "projection"] = "residual"

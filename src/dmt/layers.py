@@ -81,6 +81,7 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
         )
     if memory.gradient == "straight_through" and memory.weighting in ("softmax", "distance"):
         raise UserError(f"{name}.gradient=straight_through needs {name}.weighting=activation or relu, got {memory.weighting}")
+    _check_search(memory, name)
     if memory.k == "auto" and memory.ranking == "score":
         raise UserError(
             f"{name}.k=auto compares slots of all layers, which scores do not allow; set {name}.k to a number or "
@@ -90,6 +91,26 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
         raise UserError(
             f"{name}.heads={memory.heads} share out k, which {name}.k=auto does not; set {name}.k to a number, or "
             f"{name}.projections=true to give each a query of its own"
+        )
+
+
+def _check_search(memory: MemoryConfig, name: str) -> None:
+    """Raise `UserError` where a search by candidates could not serve what is asked of it."""
+    if memory.search == "exact":
+        return
+    if memory.heads > 1:
+        raise UserError(
+            f"{name}.search={memory.search} finds slots for one head, got {name}.heads={memory.heads}; set {name}.search=exact"
+        )
+    if memory.gradient == "straight_through":
+        raise UserError(
+            f"{name}.gradient=straight_through reaches every slot, {name}.search={memory.search} does not look at all of them; "
+            f"set {name}.search=exact"
+        )
+    if memory.search != "int8" and memory.ranking == "centred":
+        raise UserError(
+            f"{name}.search={memory.search} finds large weights, not unusual ones; set {name}.ranking=contribution or "
+            f"{name}.search=int8, got {name}.ranking=centred"
         )
 
 

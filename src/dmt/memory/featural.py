@@ -6,20 +6,29 @@ sum, read only the k slots that matter, and knowledge is in rows. With k = slots
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmt.memory.compensation import linear_forecast
-from dmt.memory.derived import Derived
-from dmt.memory.search import SEARCHES, as_mask, reaching
-from dmt.memory.weighting import normalised, pointwise
+from dmt.memory.finding import INDEXES, Codes, Find
+from dmt.memory.products import linear as product
+from dmt.memory.search import SEARCHES, as_mask, exact, reaching
+from dmt.memory.table import SlotTable
+from dmt.memory.weighting import normalised
+
+SCORED = 16_384
+"""Slots up to which scoring all of them for many tokens at once is as fast as looking for a few."""
+TOGETHER = 16
+"""Tokens that count as many."""
+GATHERED = 16_000_000
+"""Numbers of keys gathered at once."""
+SLACK = 4
+"""Candidates that an index finds for each slot read, to be scored exactly."""
+STALE = 100
+"""Changes of the keys, steps that is, for which an index is kept while training."""
 
 
-class FeaturalMemory(nn.Module):
+class FeaturalMemory(SlotTable):
     """Reads k of `slots` rows per token: query projection, best keys, weighted sum of values, output projection.
 
     Causal by construction: a token's output depends on that token's hidden state alone.
@@ -71,126 +80,58 @@ class FeaturalMemory(nn.Module):
         linear: bool = False,
         search: str = "exact",
     ) -> None:
-        super().__init__()
         if not 1 <= k <= slots:
             raise ValueError(f"k must be in [1, slots={slots}], got {k}")
         if slots % heads or (k % heads and selection == "top"):
             raise ValueError(f"slots={slots} and k={k} must be multiples of heads={heads}")
         if search not in SEARCHES:
             raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search}")
-        self.search = SEARCHES[search]
-        self.pointwise = pointwise(weighting, activation)
-        if self.pointwise is None and (ranking != "score" or gradient != "selected"):
-            raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
-        if self.pointwise is None and gated:
-            raise ValueError(f"weighting={weighting} knows no gains; a gated block needs weighting=activation or relu")
+        if search != "exact" and heads > 1:
+            raise ValueError(f"search={search} finds slots for one head, got heads={heads}")
+        if search in INDEXES and (ranking == "centred" or gated):
+            raise ValueError(f"search={search} needs a weight that grows with one score: no gains, ranking=contribution or score")
         if selection == "threshold" and ranking == "score":
             raise ValueError("selection=threshold needs ranks that compare over layers: ranking=contribution or centred")
-        self.width, self.slots, self.k, self.heads = width, slots, k, heads
-        self.weighting, self.ranking, self.gradient, self.selection = weighting, ranking, gradient, selection
-        self.keys = nn.Parameter(torch.empty(slots, width))
-        self.key_bias = nn.Parameter(torch.empty(slots))
-        self.values = nn.Parameter(torch.empty(slots, width))
-        self.output_bias = nn.Parameter(torch.empty(width))
-        self.means = nn.Parameter(torch.empty(slots)) if ranking == "centred" else None
-        self.query = nn.Parameter(torch.empty(heads, width, width)) if projections else None
-        self.output = nn.Parameter(torch.empty(width, width)) if projections else None
-        self.linear = nn.Parameter(torch.empty(width, width)) if linear else None
-        self.gains = nn.Parameter(torch.empty(slots, width)) if gated else None
-        self.gain_bias = nn.Parameter(torch.empty(slots)) if gated else None
-        self.metric: Tensor | None
-        self.threshold: Tensor | None
-        self.register_buffer("metric", torch.empty(width, width) if metric == "sensitivity" else None)
-        self.register_buffer("threshold", torch.empty(()) if selection == "threshold" else None)
+        super().__init__(
+            width, slots, heads, weighting, activation, gated, ranking, metric, projections, linear, selection == "threshold"
+        )
+        if self.pointwise is None and gradient != "selected":
+            raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
+        self.k, self.gradient, self.selection, self.search = k, gradient, selection, search
         self.reads: Tensor | None = None
         self.reads_tokens = 0
         self.spent: Tensor | None = None
         self.widened = 1.0  # slots read while training, as a multiple of k; it may begin with more
-        self._derived = Derived()
         self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Random slots: scores of unit variance for normalised hidden states, small values, projections of full rank."""
-        nn.init.normal_(self.keys, std=1 / math.sqrt(self.width))
-        nn.init.normal_(self.values, std=0.02)
-        if self.gains is not None:
-            nn.init.normal_(self.gains, std=1 / math.sqrt(self.width))
-        for zero in (self.key_bias, self.gain_bias, self.output_bias, self.means, self.linear, self.threshold):
-            if zero is not None:
-                nn.init.zeros_(zero)
-        if self.metric is not None:
-            nn.init.eye_(self.metric)
-        for projection in (self.query, self.output):
-            if projection is not None:
-                nn.init.normal_(projection, std=1 / math.sqrt(self.width))
-
-    @torch.no_grad()
-    def load_feedforward(self, parts: Mapping[str, Tensor]) -> None:
-        """Take over a block's neurons: parameters by name, keys and values `(slots, width)`, biases where it has any.
-
-        Biases it lacks, means and the linear map become zero, gains it lacks are not touched, projections identities.
-        """
-        for zero in (self.key_bias, self.gain_bias, self.output_bias, self.means, self.linear):
-            if zero is not None:
-                zero.zero_()
-        for name, tensor in parts.items():
-            self.get_parameter(name).copy_(tensor)
-        for projection in (self.query, self.output):
-            if projection is not None:
-                projection.copy_(torch.eye(self.width))
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Score of every slot for every token: `(tokens, width)` to `(tokens, slots)`."""
-        if self.query is None:
-            products = hidden @ self.keys.t()
-            queries = hidden.unsqueeze(-2)  # (tokens, 1, width)
-        else:
-            queries = torch.einsum("nw,hvw->nhv", hidden, self.query)
-            products = torch.einsum("nhv,hsv->nhs", queries, self.keys.view(self.heads, -1, self.width)).flatten(-2)
-        if self.weighting != "distance":
-            scale = 1 if self.pointwise else 1 / math.sqrt(self.width)
-            return (products + self.key_bias) * scale
-        lengths = queries.square().sum(-1).repeat_interleave(self.slots // queries.shape[-2], dim=-1)
-        return (2 * products - lengths - self.keys.square().sum(-1)) / math.sqrt(self.width)
-
-    def weights(self, hidden: Tensor, scores: Tensor) -> Tensor:
-        """Weight of every slot, `(tokens, slots)`, less its mean where means are kept; for pointwise weightings only."""
-        assert self.pointwise is not None, "softmax and distance weigh slots against each other"
-        weights = self.pointwise(scores)
-        if self.gains is not None:
-            weights = weights * F.linear(hidden, self.gains, self.gain_bias)
-        return weights if self.means is None else weights - self.means
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`(..., width)` to the same shape."""
         flat = hidden.reshape(-1, self.width)
-        scores = self.scores(flat)
-        if self.pointwise is None:
-            mask = as_mask(self._top(scores), self.slots)
-            self._count(mask)
-            read = normalised(scores, mask) @ self.values + self.output_bias
+        if len(flat) == 1 and not torch.is_grad_enabled():
+            read = self._read_alone(flat)
         else:
-            read = self._read(self.weights(flat, scores), scores)
+            read = self._read_found(flat) if self._looks_up(len(flat)) else self._read(flat)
         if self.output is not None:
             read = read @ self.output.t()
         if self.linear is not None:
-            read = torch.addmm(read, flat, self.linear.t())
+            read = read + product(flat, self.linear)
         return read.view_as(hidden)
 
-    def _read(self, weights: Tensor, scores: Tensor) -> Tensor:
-        """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`."""
-        bias = self.always()
-        rank = self._rank(weights, scores)
-        # Without gradients only the values read are touched: faster at most sizes tried (benchmarks/memory.py). With
-        # them the masked product is level in float32 and ahead in half precision.
-        if not torch.is_grad_enabled() and self.selection == "top":
-            ids = self._top(rank)
-            self._count(ids)
-            chosen = weights.gather(-1, ids).to(self.values.dtype)
-            return F.embedding_bag(ids, self.values, per_sample_weights=chosen, mode="sum") + bias
-        mask = as_mask(self._top(rank), self.slots) if self.selection == "top" else self._reaching(rank)
+    def _looks_up(self, tokens: int) -> bool:
+        """Whether slots are found by candidates: where scoring every slot in full would take longer."""
+        return self.search != "exact" and (self.slots > SCORED or (tokens < TOGETHER and not torch.is_grad_enabled()))
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`, all scored."""
+        scores = self.scores(hidden)
+        if self.pointwise is None:
+            mask = self._selected(scores)
+            self._count(mask)
+            return normalised(scores, mask) @ self.values + self.output_bias
+        bias, weights = self.always(), self.weights(hidden, scores)
+        mask = self._selected(self.ranked(weights, scores))
         self._count(mask)
+        # Without gradients only the values read are touched: up to four times as fast (benchmarks/memory.py).
         if not torch.is_grad_enabled():
             tokens, ids = mask.nonzero(as_tuple=True)
             starts = F.pad(mask.sum(-1).cumsum(0)[:-1], (1, 0))
@@ -199,50 +140,136 @@ class FeaturalMemory(nn.Module):
         kept = weights * mask
         if self.gradient == "straight_through":
             kept = weights + (kept - weights).detach()
-        return torch.addmm(bias, kept, self.values)
+        return product(kept, self.values.t(), bias)
+
+    def _read_alone(self, hidden: Tensor) -> Tensor:
+        """What `_read` and `_read_found` give to one token, touching the values read alone; without gradients."""
+        if self._looks_up(1):
+            ids, weights = self._found_alone(hidden)
+        else:
+            scores = self.scores(hidden)
+            weights = scores if self.pointwise is None else self.weights(hidden, scores)
+            rank = self.ranked(weights, scores)
+            ids = self._top(rank)[0] if self.threshold is None else self._reaching(rank)[0].nonzero().squeeze(-1)
+            weights = weights[0, ids]
+        self._count(ids, 1)
+        if self.pointwise is None:
+            weights = torch.softmax(weights, -1)
+        rows = self.values.index_select(0, ids)
+        return torch.addmv(self.always(), rows.t(), weights.to(rows.dtype)).unsqueeze(0)
+
+    def _found_alone(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        ids, final = self._candidates(hidden)
+        ids = ids[ids >= 0].unsqueeze(0) if not final or self.threshold is not None else ids
+        scores = self.scores_at(hidden, ids)
+        weights = scores if self.pointwise is None else self.weights_at(hidden, scores, ids)
+        if not final:
+            rank = self.ranked(weights, scores, ids)
+            at = exact(rank, min(self._k(), rank.shape[1]))[0] if self.threshold is None else self._reaching(rank)[0]
+            ids, weights = ids[:, at], weights[:, at]
+        return ids[0], weights[0]
+
+    def _read_found(self, hidden: Tensor) -> Tensor:
+        """What `_read` gives where the candidates hold all slots it selects; values and gradients of those read only."""
+        at_once = max(1, GATHERED // (self.width * self._wanted()))
+        if len(hidden) > at_once and not torch.is_grad_enabled():
+            return torch.cat([self._read_found(part) for part in hidden.split(at_once)])
+        ids, scores, weights, chosen = self._found(hidden)
+        self._count(ids[chosen], len(hidden))
+        if weights is None:
+            weights = normalised(scores, chosen)
+        kept = (weights * chosen).to(self.values.dtype)
+        return F.embedding_bag(ids, self.values, per_sample_weights=kept, mode="sum") + self.always()
+
+    def _found(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Candidates: ids, scores, weights where each slot has its own, and which of them are read, `(tokens, n)`."""
+        with torch.no_grad():
+            ids, final = self._candidates(hidden)
+            there, ids = ids >= 0, ids.clamp_min(0)
+        scores = self.scores_at(hidden, ids)
+        weights = None if self.pointwise is None else self.weights_at(hidden, scores, ids)
+        if final:
+            return ids, scores, weights, there
+        with torch.no_grad():
+            rank = (scores if weights is None else self.ranked(weights, scores, ids)).masked_fill(~there, -torch.inf)
+            if self.threshold is not None:
+                return ids, scores, weights, self._reaching(rank)
+            return ids, scores, weights, as_mask(exact(rank, min(self._k(), rank.shape[1])), rank.shape[1]) & there
+
+    def _k(self) -> int:
+        return min(self.slots, round(self.k * (self.widened if self.training else 1)))
+
+    def _wanted(self) -> int:
+        """Candidates per token; where each token has its own number of reads, room for more than the mean."""
+        return min(self.slots, SLACK * self._k() * (1 if self.threshold is None else 3))
+
+    @torch.no_grad()
+    def _candidates(self, hidden: Tensor) -> tuple[Tensor, bool]:
+        """Ids `(tokens, n)` of slots that may be read, -1 where there are fewer; and whether they are to be read as they are."""
+        if self.search == "int8":
+            rank = self._roughly(hidden)
+            if self.threshold is None:
+                return self._top(rank), True
+            mask = self._reaching(rank)
+            if len(mask) == 1:
+                return mask.nonzero()[:, 1].unsqueeze(0), True
+            ids = rank.topk(max(1, int(mask.sum(-1).max())), dim=-1).indices
+            return torch.where(mask.gather(-1, ids), ids, -1), True
+        sources = (self.keys, self.key_bias, self.values if self.ranking == "contribution" else None)
+        patience = STALE if self.training else 1
+        find: Find = self._derived("index", lambda *_: INDEXES[self.search](self._vectors()), sources, patience=patience)
+        return find(F.pad(self.queries(hidden)[:, 0], (0, 1), value=1.0), self._wanted()), False
+
+    def _vectors(self) -> Tensor:
+        """One vector `(slots, width + 1)` for each slot, whose product with a query and 1 ranks it."""
+        if self.weighting == "distance":
+            return torch.cat([2 * self.keys, -self.keys.square().sum(-1, keepdim=True)], dim=-1)
+        vectors = torch.cat([self.keys, self.key_bias.unsqueeze(-1)], dim=-1)
+        return vectors if self.ranking == "score" else vectors * self.lengths().unsqueeze(-1)
+
+    def _roughly(self, hidden: Tensor) -> Tensor:
+        """What `rank` gives, from keys in 8 bits."""
+        query = self.queries(hidden)[:, 0]
+        scores = self._scored(self._derived("key codes", Codes, (self.keys,))(query), query, self.keys, self.key_bias)
+        if self.pointwise is None:
+            return scores
+        gains = None
+        if self.gains is not None and self.gain_bias is not None:
+            gains = self._derived("gain codes", Codes, (self.gains,))(hidden) + self.gain_bias
+        return self.ranked(self._weighed(scores, gains, self.means), scores)
+
+    def _selected(self, rank: Tensor) -> Tensor:
+        """Mask `(tokens, slots)` of what an exact search reads."""
+        return as_mask(self._top(rank), self.slots) if self.threshold is None else self._reaching(rank)
 
     @torch.no_grad()
     def select(self, hidden: Tensor) -> Tensor:
         """Which slots are read for `hidden` `(tokens, width)`: a mask `(tokens, slots)`."""
-        scores = self.scores(hidden)
-        rank = scores if self.pointwise is None else self._rank(self.weights(hidden, scores), scores)
-        return as_mask(self._top(rank), self.slots) if self.selection == "top" else self._reaching(rank)
+        if not self._looks_up(len(hidden)):
+            return self._selected(self.rank(hidden))
+        ids, _, _, chosen = self._found(hidden)
+        # a place that is not read may stand for slot 0, which another place may read
+        return torch.zeros(len(hidden), self.slots, device=hidden.device).scatter_add_(-1, ids, chosen.float()) > 0
 
     @torch.no_grad()
-    def rank(self, hidden: Tensor) -> Tensor:
-        """What slots are chosen by, `(tokens, slots)`; in the metric `sensitivity` its square is twice the nats at stake."""
-        scores = self.scores(hidden)
-        return scores if self.pointwise is None else self._rank(self.weights(hidden, scores), scores)
-
-    @torch.no_grad()
-    def _rank(self, weights: Tensor, scores: Tensor) -> Tensor:
-        return scores if self.ranking == "score" else weights.abs() * self.lengths()
-
-    def always(self) -> Tensor:
-        """What is said whatever is read, `(width,)`: the output bias and every slot's mean."""
-        if self.means is None:
-            return self.output_bias
-        if torch.is_grad_enabled():  # then it belongs to the graph of one step
-            return self.output_bias + self.means @ self.values
-        sources = self.output_bias, self.means, self.values
-        return self._derived("always", lambda bias, means, values: bias + means @ values, sources, again=self.training)
-
-    @torch.no_grad()
-    def lengths(self) -> Tensor:
-        """How long each value is in the metric, `(slots,)`."""
-
-        def measure(values: Tensor, metric: Tensor | None, output: Tensor | None) -> Tensor:
-            if metric is not None:
-                values = (values if output is None else values @ output.t()) @ metric
-            return values.norm(dim=-1)
-
-        return self._derived("lengths", measure, (self.values, self.metric, self.output), again=self.training)
+    def recall(self, hidden: Tensor) -> float:
+        """Share of the slots that an exact search would read for `hidden` `(tokens, width)` which this search reads."""
+        if self.search == "exact":
+            return 1.0
+        rank = self.rank(hidden)
+        wanted = self._selected(rank)
+        if self.ranking != "score":
+            wanted &= rank > 0  # a slot that says nothing is not missed
+        ids, _, _, chosen = self._found(hidden)
+        return float((wanted.gather(1, ids) & chosen).sum() / wanted.sum().clamp_min(1))
 
     @torch.no_grad()
     def _top(self, rank: Tensor) -> Tensor:
         """Ids `(tokens, k)` of the slots ranked highest, head by head."""
-        k = min(self.slots, round(self.k * (self.widened if self.training else 1))) // self.heads
-        grouped = self.search(rank.view(len(rank), self.heads, -1), k)
+        k = self._k() // self.heads
+        if self.heads == 1:
+            return exact(rank, k)
+        grouped = exact(rank.view(len(rank), self.heads, -1), k)
         offsets = torch.arange(0, self.slots, self.slots // self.heads, device=rank.device).unsqueeze(-1)
         return (grouped + offsets).flatten(-2)
 
@@ -251,37 +278,16 @@ class FeaturalMemory(nn.Module):
         return reaching(rank, self.threshold)
 
     @torch.no_grad()
-    def _count(self, chosen: Tensor) -> None:
-        """Note reads, of a mask `(tokens, slots)` or of ids `(tokens, k)`, where somebody asked for it."""
+    def _count(self, chosen: Tensor, tokens: int | None = None) -> None:
+        """Note reads where somebody asked for it: of a mask `(tokens, slots)`, or of ids read by so many tokens."""
+        mask = chosen.dtype == torch.bool
+        tokens = len(chosen) if tokens is None else tokens
         if self.reads is not None:
-            mask = chosen.dtype == torch.bool
             self.reads.add_(chosen.sum(0) if mask else torch.bincount(chosen.flatten(), minlength=self.slots))
-            self.reads_tokens += len(chosen)
+            self.reads_tokens += tokens
         if self.spent is not None and self.training:
-            self.spent += torch.stack([chosen.sum(), chosen.sum().new_tensor(len(chosen))])
-
-    @torch.no_grad()
-    def calibrate_means(self, hidden: Tensor) -> None:
-        """Set each slot's mean to its average weight over `hidden` `(tokens, width)`; nothing without centred ranking."""
-        if self.means is not None and self.pointwise is not None:
-            self.means.zero_()
-            self.means.copy_(self.weights(hidden, self.scores(hidden)).mean(0))
-
-    @torch.no_grad()
-    def compensate(self, hidden: Tensor, missing: Tensor) -> None:
-        """Add to the answer what it lacks on average: `missing` `(tokens, width)` given `hidden` of the same shape.
-
-        The mean goes into the output bias. With `linear`, what a linear map of the hidden state can foresee goes there,
-        by ridge regression. With k = slots nothing is missing and nothing changes.
-        """
-        mean = missing.mean(0)
-        if self.linear is not None:
-            found = linear_forecast(hidden, missing)
-            self.linear.add_(found)
-            mean = mean - found @ hidden.mean(0)
-        if self.output is not None:
-            mean = torch.linalg.lstsq(self.output, mean.unsqueeze(-1)).solution.squeeze(-1)
-        self.output_bias.add_(mean)
+            reads = chosen.sum() if mask else torch.tensor(chosen.numel(), device=chosen.device)
+            self.spent += torch.stack([reads, reads.new_tensor(tokens)])
 
     def count_reads(self) -> None:
         """Start counting how often each slot is read, in `reads` `(slots,)`, and for how many tokens, from zero."""

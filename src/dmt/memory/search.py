@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,8 @@ def exact(rank: Tensor, k: int) -> Tensor:
     return rank.topk(k, dim=-1, sorted=False).indices
 
 
-SEARCHES: dict[str, Callable[[Tensor, int], Tensor]] = {"exact": exact}
-"""How slots are found, by the name that `memory.search` takes."""
+SEARCHES = ("exact", "int8", "ivf", "product")
+"""How slots are found, by the name that `memory.search` takes: all but the first by candidates, see `finding`."""
 
 
 def as_mask(ids: Tensor, slots: int) -> Tensor:

@@ -25,6 +25,7 @@ from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.admission import Policy
 from dmt.models.architectures import architecture_of
 from dmt.models.books import BOOK, attach, carry
+from dmt.models.quick import quicken
 
 
 class MemoryGPT2Config(GPT2Config):
@@ -61,6 +62,7 @@ class _WithMemories(PreTrainedModel):
         arch = architecture_of(config.model_type)
         for layer, arguments in (config.memory or {}).items():
             arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
+        quicken(self)
 
     @classmethod
     def from_pretrained(cls, place: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]

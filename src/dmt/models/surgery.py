@@ -15,6 +15,7 @@ from dmt.config import MemoryConfig
 from dmt.errors import UserError
 from dmt.layers import has_slots
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.finding import INDEXES
 from dmt.memory.weighting import ACTIVATIONS
 from dmt.models.architectures import Architecture, architecture_of
 from dmt.models.modeling import build_student
@@ -113,6 +114,11 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
     if arch.gated and memory.weighting in ("softmax", "distance"):
         raise UserError(
             f"memory.weighting={memory.weighting} knows no gains, and the blocks of this teacher are gated; use activation or relu"
+        )
+    if arch.gated and memory.search in INDEXES:
+        raise UserError(
+            f"memory.search={memory.search} knows one key for each slot, and the blocks of this teacher are gated, with two; "
+            "use exact or int8"
         )
     block_slots = len(arch.read(arch.blocks(teacher)[layer])["keys"])
     slots = memory.slots or block_slots

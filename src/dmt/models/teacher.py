@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.errors import UserError
 from dmt.models.architectures import architecture_of
+from dmt.models.quick import quicken
 from dmt.settings import EMBEDDED_TEACHER, SMOLLM2, cached_smollm2
 
 OLD_BUFFERS = ("attn.bias", "attn.masked_bias")
@@ -59,7 +60,7 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
             f"teacher={source}: its tokenizer has {len(tokenizer):,} tokens, its model {vocabulary:,}; "
             "they belong to different models, put the right tokenizer.json beside the weights"
         )
-    return model.eval().requires_grad_(False), tokenizer
+    return quicken(model).eval().requires_grad_(False), tokenizer
 
 
 def _place(source: str) -> str:

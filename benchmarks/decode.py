@@ -1,0 +1,150 @@
+"""Generation, one sequence at a time: students against transformers' own dense GPT-2, `python -m benchmarks.decode`.
+
+A token generated alone is bound by the bytes that are read for it. Prints, for the shapes of GPT-2 124M and 355M (random
+weights: speed does not depend on what they say), milliseconds for each of 128 new tokens after a prompt of 16, with a cache,
+and the ratio to dense; milliseconds for a prompt of 512; one block alone; the largest difference between a fast path's logits
+and the reference's; and for the embedded student of a run, what each search costs in recall and KL. Variants take
+turns, medians of three repeats.
+
+`limit` is the ratio of bytes read, all else equal. `dense, oneDNN` is the dense model with the products of
+`dmt.memory.products`, which on processors that are not Intel's are faster than torch's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dmt.config import MemoryConfig
+from dmt.memory import products
+from dmt.models.quick import quicken
+from dmt.models.surgery import transplant
+
+SHAPES = {
+    "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "355M": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
+}
+K = 32
+PROMPT, NEW, PREFILL = 16, 128, 512
+VARIANTS = {
+    "exact, float32 keys": ("exact", False),
+    "exact, linear map": ("exact", True),
+    "int8 keys": ("int8", False),
+    "ivf": ("ivf", False),
+    "product": ("product", False),
+}
+
+
+def medians(calls: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def models(shape: str) -> dict[str, Any]:
+    """The dense model and the students, all with the same weights."""
+    torch.manual_seed(0)
+    dense = GPT2LMHeadModel(GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    dense.requires_grad_(False)
+    quick = GPT2LMHeadModel(dense.config)
+    quick.load_state_dict(dense.state_dict())
+    found: dict[str, Any] = {"dense (transformers)": dense, "dense, oneDNN": quicken(quick).eval().requires_grad_(False)}
+    for name, (search, linear) in VARIANTS.items():
+        memory = MemoryConfig(k=K, search=search, linear=linear, metric="plain")
+        student = transplant(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
+        state = dict(dense.named_parameters())
+        for parameter, mine in student.named_parameters():  # one copy of what both have: less to hold, nothing else
+            if parameter in state and state[parameter].shape == mine.shape:
+                mine.data = state[parameter].data
+        found[name] = student
+    return found
+
+
+def limit(config: Any, name: str) -> float:
+    """Ratio of the bytes that a token reads in the dense model to those it reads in the variant."""
+    width, layers, vocabulary = config.n_embd, config.n_layer, config.vocab_size
+    always = 4 * (layers * 4 * width**2 + vocabulary * width)
+    block = 4 * 8 * width**2
+    read = {"exact, float32 keys": 16 * width**2, "exact, linear map": 20 * width**2, "int8 keys": 4 * width**2}
+    return (always + layers * block) / (always + layers * read.get(name, 0)) if not name.startswith("dense") else 1.0
+
+
+def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    """Greedy continuation with a cache."""
+    with torch.no_grad():
+        return model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
+
+def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> list[dict[str, Any]]:
+    """A row for each variant: milliseconds a token, for a prompt, for a block alone, ratios and differences."""
+    found = models(shape)
+    vocabulary = next(iter(found.values())).config.vocab_size
+    prompt, longer = torch.randint(0, vocabulary, (1, PROMPT)), torch.randint(0, vocabulary, (1, prefill))
+
+    def filled(model: Any) -> None:
+        with torch.no_grad():
+            model(longer, use_cache=True, logits_to_keep=1)
+
+    tokens = medians({name: lambda m=model: generate(m, prompt, new) for name, model in found.items()}, repeats)
+    first = medians({name: lambda m=model: generate(m, prompt, 1) for name, model in found.items()}, repeats)
+    prompts = medians({name: lambda m=model: filled(m) for name, model in found.items()}, repeats)
+    hidden = torch.randn(1, found["dense (transformers)"].config.n_embd)
+
+    def through(model: Any) -> None:
+        with torch.no_grad():  # one block after the other, so that none is found in the processor's cache
+            for layer in model.transformer.h:
+                layer.mlp(hidden)
+
+    blocks = medians({name: lambda m=model: through(m) for name, model in found.items()}, 10 * repeats)
+    rows = []
+    dense = next(iter(found))
+    each = {name: (tokens[name] - first[name]) / (new - 1) for name in found}
+    for name, model in found.items():
+        rows.append({
+            "shape": shape, "variant": name, "ms a token": 1e3 * each[name], "times as fast": each[dense] / each[name],
+            "limit": limit(model.config, name), "ms a prompt": 1e3 * prompts[name],
+            "prompt, times as fast": prompts[dense] / prompts[name],
+            "us a block": 1e6 * blocks[name] / model.config.n_layer, "block, times as fast": blocks[dense] / blocks[name],
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["124M", "355M"], choices=SHAPES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--student", type=Path, help="a distilled student, for recall and KL")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {products.library}")
+    for shape in given.shapes:
+        print(table(speed(shape, given.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
