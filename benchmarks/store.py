@@ -1,6 +1,6 @@
 """Stored rows: how fast they are written, opened and found, beside a bare product and other libraries, on the same rows.
 
-    python benchmarks/store.py [--rows 1000,10000,100000,1000000] [--threads 1] [--peers]
+    python -m benchmarks.store [--rows 1000,10000,100000,1000000] [--threads 1] [--peers]
 
 Rows are real: keys are what the embedded teacher's second block is given on speeches, of unit length, 128 wide. Writing and
 opening are measured at 768 wide (a GPT-2's), values float16. Search is for 256 queries, 32 rows each, from text that is not
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.environments import python_with
 
 from dmt.data.blocks import TextData, first_windows
 from dmt.distill.fitting import keep_freed_memory, quiet
@@ -33,8 +32,8 @@ from dmt.store import Store
 
 LAYER, QUERIES, K = 1, 256, 32
 WIDE = 768
-NEEDED = ["einops", "einops-exts", "filelock", "joblib"]
-PEERS = ["usearch", "hnswlib", "memorizing-transformers-pytorch"]
+NEEDED = ["einops", "einops-exts", "filelock", "joblib", "usearch", "hnswlib"]
+PEERS = ["memorizing-transformers-pytorch"]
 
 
 def hidden_states(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,28 +127,13 @@ def searching(count: int, keys: torch.Tensor, queries: torch.Tensor, peers: Path
             print(f"a peer failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def peers_python() -> Path:
-    """The interpreter of an environment with the peers, made where it is not there yet; it sees this one's packages too."""
-    home = Path(tempfile.gettempdir()) / "dmt-stores"
-    python = home / "bin" / "python"
-    ready, wanted = home / "ready", " ".join(NEEDED + PEERS)
-    if not ready.exists() or ready.read_text() != wanted:
-        venv.create(home, with_pip=True, clear=True)
-        inside = next((home / "lib").glob("python*/site-packages"))
-        (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", *NEEDED, *PEERS[:2]], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", PEERS[2]], check=True)
-        ready.write_text(wanted)
-    return python
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1000,10000,100000,1000000")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", action="store_true", help="compare with other libraries, installed for the purpose")
     options = parser.parse_args()
-    peers = peers_python() if options.peers else None  # before any clock runs
+    peers = python_with("stores", NEEDED, PEERS) if options.peers else None  # before any clock runs
     quiet()
     keep_freed_memory()
     torch.set_num_threads(options.threads)

@@ -16,14 +16,14 @@ from dmt.memory.search import SEARCHES, as_mask, exact, reaching
 from dmt.memory.table import SlotTable
 from dmt.memory.weighting import normalised
 
-SCORED = 16_384
+SCORED = 12_000
 """Slots up to which scoring all of them for many tokens at once is as fast as looking for a few."""
 TOGETHER = 16
 """Tokens that count as many."""
 GATHERED = 16_000_000
 """Numbers of keys gathered at once."""
-SLACK = 4
-"""Candidates that an index finds for each slot read, to be scored exactly."""
+SLACK = {"int8": 1, "ivf": 2, "product": 16}
+"""Candidates that a search finds for each slot read, to be scored exactly."""
 STALE = 100
 """Changes of the keys, steps that is, for which an index is kept while training."""
 
@@ -201,7 +201,7 @@ class FeaturalMemory(SlotTable):
 
     def _wanted(self) -> int:
         """Candidates per token; where each token has its own number of reads, room for more than the mean."""
-        return min(self.slots, SLACK * self._k() * (1 if self.threshold is None else 3))
+        return min(self.slots, SLACK[self.search] * self._k() * (1 if self.threshold is None else 3))
 
     @torch.no_grad()
     def _candidates(self, hidden: Tensor) -> tuple[Tensor, bool]:
@@ -217,15 +217,16 @@ class FeaturalMemory(SlotTable):
             return torch.where(mask.gather(-1, ids), ids, -1), True
         sources = (self.keys, self.key_bias, self.values if self.ranking == "contribution" else None)
         patience = STALE if self.training else 1
-        find: Find = self._derived("index", lambda *_: INDEXES[self.search](self._vectors()), sources, patience=patience)
+        find: Find = self._derived("index", lambda *_: INDEXES[self.search](self._vectors, self.slots), sources, patience=patience)
         return find(F.pad(self.queries(hidden)[:, 0], (0, 1), value=1.0), self._wanted()), False
 
-    def _vectors(self) -> Tensor:
-        """One vector `(slots, width + 1)` for each slot, whose product with a query and 1 ranks it."""
+    def _vectors(self, rows: slice) -> Tensor:
+        """One vector `(n, width + 1)` for each of some slots, whose product with a query and 1 ranks it."""
+        keys = self.keys[rows]
         if self.weighting == "distance":
-            return torch.cat([2 * self.keys, -self.keys.square().sum(-1, keepdim=True)], dim=-1)
-        vectors = torch.cat([self.keys, self.key_bias.unsqueeze(-1)], dim=-1)
-        return vectors if self.ranking == "score" else vectors * self.lengths().unsqueeze(-1)
+            return torch.cat([2 * keys, -keys.square().sum(-1, keepdim=True)], dim=-1)
+        vectors = torch.cat([keys, self.key_bias[rows].unsqueeze(-1)], dim=-1)
+        return vectors if self.ranking == "score" else vectors * self.lengths()[rows].unsqueeze(-1)
 
     def _roughly(self, hidden: Tensor) -> Tensor:
         """What `rank` gives, from keys in 8 bits."""
