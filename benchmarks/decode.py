@@ -13,18 +13,26 @@ turns, medians of three repeats.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from benchmarks.tables import Row, medians, table
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import dmt
 from dmt.config import MemoryConfig
-from dmt.memory import products
+from dmt.data.blocks import encode, first_windows
+from dmt.data.corpora import load_corpus
+from dmt.distill.fitting import quiet
+from dmt.distill.signals import observe
+from dmt.evaluate import compare
+from dmt.memory import featural, products
 from dmt.models.quick import quicken
-from dmt.models.surgery import transplant
+from dmt.models.surgery import featural_of, transplant
+from dmt.models.teacher import load_teacher
+
+assert dmt  # makes students known to transformers
 
 SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -40,19 +48,6 @@ VARIANTS = {
     "ivf": ("ivf", False),
     "product": ("product", False),
 }
-
-
-def medians(calls: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def models(shape: str) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
         return model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
-def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> list[dict[str, Any]]:
+def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> list[Row]:
     """A row for each variant: milliseconds a token, for a prompt, for a block alone, ratios and differences."""
     found = models(shape)
     vocabulary = next(iter(found.values())).config.vocab_size
@@ -117,20 +112,63 @@ def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> l
         rows.append({
             "shape": shape, "variant": name, "ms a token": 1e3 * each[name], "times as fast": each[dense] / each[name],
             "limit": limit(model.config, name), "ms a prompt": 1e3 * prompts[name],
-            "prompt, times as fast": prompts[dense] / prompts[name],
-            "us a block": 1e6 * blocks[name] / model.config.n_layer, "block, times as fast": blocks[dense] / blocks[name],
+            "prompt, times as fast": prompts[dense] / prompts[name], "us a block": 1e6 * blocks[name] / model.config.n_layer,
+            "block, times as fast": blocks[dense] / blocks[name], "logits differ by": differences(model),
         })  # fmt: skip
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    heads = list(rows[0])
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def differences(model: Any, tokens: int = 24) -> float:
+    """Largest difference between the logits of tokens one by one, by the fast paths, and of all at once by the plain ones."""
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens))
+    cache, said = None, []
+    with torch.no_grad():
+        for token in ids.split(1, dim=1):
+            answer = model(token, past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            said.append(answer.logits)
+    before, products.library = products.library, "torch"
+    searches = {memory: memory.search for memory in featural_of(model).values()} if hasattr(model.config, "memory") else {}
+    for memory in searches:
+        memory.search = "exact"
+    try:
+        wanted = model(ids).logits.detach()  # with gradients enabled: every slot is scored, none is gathered
+    finally:
+        products.library = before
+        for memory, search in searches.items():
+            memory.search = search
+    return float((torch.cat(said, dim=1) - wanted).abs().max())
+
+
+def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
+    """A row for each search on a distilled student of the embedded teacher: recall, KL on speeches, slots looked at."""
+    teacher, tokenizer = load_teacher("embedded")
+    windows = first_windows(encode(load_corpus("speeches", 0), tokenizer, 256).test, tokens)
+    model = AutoModelForCausalLM.from_pretrained(student).eval().requires_grad_(False)
+    given = observe(model, windows[:8], blocks=True).block_inputs
+    together, featural.TOGETHER = featural.TOGETHER, 1 << 40  # candidates for whole windows too, as a token alone would have
+    rows = []
+    try:
+        for search in ("exact", "int8", "ivf", "product"):
+            recalls = []
+            for layer, memory in featural_of(model).items():
+                memory.search = search
+                recalls.append(memory.recall(given[layer].flatten(0, 1)))
+            tally = compare(model, teacher, windows, 8)
+            rows.append({"search": search, "recall": sum(recalls) / len(recalls), "KL": tally.kl, "ratio": tally.ratio})
+            for memory in featural_of(model).values():
+                memory.search = "exact"
+    finally:
+        featural.TOGETHER = together
+    return rows
+
+
+def measure(quick: bool = False) -> list[Row]:
+    """Both shapes; with the newest distilled student of `lightning_logs`, where there is one, what searches cost it."""
+    quiet()
+    students = sorted(Path("lightning_logs").glob("version_*/student"), key=lambda place: place.stat().st_mtime)
+    rows = [row for shape in (["tiny"] if quick else ["124M", "355M"]) for row in speed(shape, 3)]
+    return rows + (fidelity(students[-1], 2_048 if quick else 16_384) if students else [])
 
 
 def main() -> None:
@@ -138,12 +176,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["124M", "355M"], choices=SHAPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--student", type=Path, help="a distilled student, for recall and KL")
+    parser.add_argument("--student", type=Path, help="a distilled student of the embedded teacher, for recall and KL")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    quiet()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {products.library}")
     for shape in given.shapes:
         print(table(speed(shape, given.repeats)), flush=True)
+    if given.student:
+        print(table(fidelity(given.student)), flush=True)
 
 
 if __name__ == "__main__":

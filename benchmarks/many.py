@@ -12,8 +12,9 @@ environment of its own: forward alone and forward with backward.
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from benchmarks.environments import python_with
 from benchmarks.store import hidden_states
+from benchmarks.tables import Row, head, line, medians
 from torch import nn
 
 from dmt.distill.fitting import keep_freed_memory, quiet
@@ -33,21 +35,8 @@ WIDE = 768
 PEERS = {"product-key-memory": "4 heads of 32", "peer-pytorch": "8 heads of 16"}
 SQUARES = (16_384, 1_000_000)
 NOISE = 0.2
-HEAD = "| slots | search | ms for 256 | ms for 1 | recall | made in, s | MB beside | MB of slots |"
 LARGEST_EXACT = 1_000_000
 """Slots up to which the exact search of 256 tokens at once is timed: their scores fill a gigabyte."""
-
-
-def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call after one to warm up, taking turns."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if repeat:
-                taken[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def filled(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> FeaturalMemory:
@@ -73,13 +62,18 @@ def filled(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> Featur
     return memory
 
 
+def tell(rows: list[Row]) -> None:
+    """Print the newest of `rows`, and the head before the first."""
+    print((f"{head(rows[0])}\n" if len(rows) == 1 else "") + line(rows[-1]), flush=True)
+
+
 def index_bytes(memory: FeaturalMemory) -> int:
     """What a search keeps beside keys and values."""
     slots, width = memory.slots, memory.width
     return {"exact": 0, "int8": slots * (width + 4), "ivf": slots * (width + 9), "product": slots * 16}[memory.search]
 
 
-def rows(sizes: list[int], repeats: int = 5) -> list[dict[str, Any]]:
+def rows(sizes: list[int], repeats: int = 5) -> list[Row]:
     """A row for each size and search."""
     keys, queries = hidden_states(min(max(sizes), 1_000_000))
     found = []
@@ -102,13 +96,15 @@ def rows(sizes: list[int], repeats: int = 5) -> list[dict[str, Any]]:
                 calls[search] = lambda view=view: view(queries)
             calls[f"{search} alone"] = lambda view=view: view(queries[:1])
         with torch.no_grad():
-            ms = medians(calls, repeats if slots < 1_000_000 else max(2, repeats // 2))
+            taken = medians(calls, repeats if slots < 1_000_000 else max(2, repeats // 2))
+            ms = {name: 1e3 * seconds for name, seconds in taken.items()}
         for search, told in facts.items():
             found.append({
-                "slots": slots, "search": search, "ms for 256": ms.get(search, float("nan")), "ms for 1": ms[f"{search} alone"],
+                "slots": f"{slots:,}", "search": search, "ms for 256": ms.get(search, float("nan")),
+                "ms for 1": ms[f"{search} alone"],
                 **told, "MB of slots": 8 * slots * memory.width / 1e6,
             })  # fmt: skip
-            print(line(found[-1]), flush=True)
+            tell(found)
         del memory, calls, view
     return found
 
@@ -121,12 +117,17 @@ def both_ways(memory: FeaturalMemory, hidden: torch.Tensor, repeats: int) -> tup
         memory(hidden).square().sum().backward()
 
     with torch.no_grad():
-        forward = medians({"": lambda: memory(hidden)}, repeats)[""]
+        forward = 1e3 * medians({"": lambda: memory(hidden)}, repeats)[""]
     memory.requires_grad_(True)
-    return forward, medians({"": back}, repeats)[""]
+    return forward, 1e3 * medians({"": back}, repeats)[""]
 
 
-def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[dict[str, Any]]:
+def against(slots: int, what: str, forward: float, back: float) -> Row:
+    """A line of `beside`."""
+    return {"slots": f"{slots:,}", "what": what, "forward, ms": forward, "with backward, ms": back}
+
+
+def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[Row]:
     """A row for each size (squares), search of ours and library: 768 wide, random keys, milliseconds."""
     python = python_with("slots", ["einops", "einx"], [*PEERS, "colt5-attention", "local-attention", "hyper-connections"])
     found = []
@@ -137,30 +138,30 @@ def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[dict[str, A
             if done.returncode:
                 raise SystemExit(f"{peer} failed: {done.stderr.strip().splitlines()[-1]}")
             forward, both = map(float, done.stdout.split())
-            found.append({"slots": slots, "what": f"{peer}, {PEERS[peer]}", "forward, ms": forward, "with backward, ms": both})
-            print(line(found[-1]), flush=True)
+            found.append(
+                {"slots": f"{slots:,}", "what": f"{peer}, {PEERS[peer]}", "forward, ms": forward, "with backward, ms": both}
+            )
+            tell(found)
         keys = nn.functional.normalize(torch.randn(min(slots, 100_000), WIDE), dim=-1)
         hidden = torch.randn(TOKENS, WIDE)
         for search, k in (("ivf", 32), ("ivf", 128), ("product", 32)):
             memory = filled(keys, slots, k, search=search)
 
             forward, back = both_ways(memory, hidden, 2 if slots >= 1_000_000 else repeats)
-            found.append({"slots": slots, "what": f"ours, {search}, k = {k}", "forward, ms": forward, "with backward, ms": back})
-            print(line(found[-1]), flush=True)
+            found.append(
+                {"slots": f"{slots:,}", "what": f"ours, {search}, k = {k}", "forward, ms": forward, "with backward, ms": back}
+            )
+            tell(found)
             del memory
     return found
 
 
-def line(row: dict[str, Any]) -> str:
-    """One line of a table."""
-    return (
-        "| "
-        + " | ".join(
-            f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-            for value in row.values()
-        )
-        + " |"
-    )
+def measure(quick: bool = False) -> list[Row]:
+    """The searches of tables of ten thousand, a hundred thousand and a million slots."""
+    quiet()
+    keep_freed_memory()
+    with contextlib.redirect_stdout(sys.stderr):
+        return rows([2_000, 20_000] if quick else [10_000, 100_000, 1_000_000])
 
 
 def main() -> None:
@@ -173,10 +174,8 @@ def main() -> None:
     quiet()
     keep_freed_memory()
     if given.peers:
-        print("| slots | what | forward, ms | with backward, ms |\n|---|---|---|---|")
         beside(list(SQUARES), given.threads)
         return
-    print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}")
     rows([int(size) for size in given.slots.split(",")])
 
 

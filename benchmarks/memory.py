@@ -1,4 +1,4 @@
-"""One memory against the dense block it replaces, by number of tokens: `python benchmarks/memory.py [--threads N]`.
+"""One memory against the dense block it replaces, by number of tokens: `python -m benchmarks.memory [--threads N]`.
 
 The layer is that of the default config: ranks in the metric of sensitivity, a shared threshold set so that k slots
 are read on average, a linear map. Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios,
@@ -7,30 +7,19 @@ SmolLM2's shape go together.
 """
 
 import argparse
+import copy
 import functools
-import statistics
-import time
 
 import torch
+from benchmarks.tables import Row, head, line, medians
 from torch import nn
 
 from dmt.memory import FeaturalMemory
 from dmt.memory.budget import first_threshold
+from dmt.models.quick import quicken
 
 SHAPES = ((128, 512, 32, False), (768, 3072, 32, False), (768, 3072, 192, False), (576, 1536, 384, True))
 TOKENS = (1, 4, 16, 64, 256, 2048)
-
-
-def median_ms(calls: dict, repeats: int = 15, warmups: int = 3) -> dict:
-    """Median time of each call in milliseconds, the calls taking turns so that noise hits all alike."""
-    seconds: dict = {name: [] for name in calls}
-    for repeat in range(warmups + repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if repeat >= warmups:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
 def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
@@ -56,14 +45,10 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only")
-    row = "{:>6} {:>6} {:>4} {:>6} {:>9} {:>9} {:>9} {:>11} {:>13}"
-    print(row.format("width", "slots", "k", "tokens", "dense", "mask", "gather", "dense/mask", "dense/gather"))
-    for width, slots, k, gated in SHAPES:
+def measure(quick: bool = False) -> list[Row]:
+    """A row for each shape and number of tokens."""
+    found = []
+    for width, slots, k, gated in SHAPES[:1] if quick else SHAPES:
         plain = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
         dense = (Gated(width, slots) if gated else plain).requires_grad_(False)
         how = {"metric": "sensitivity", "selection": "threshold", "linear": True, "gated": gated}
@@ -72,13 +57,25 @@ def main() -> None:
         text = torch.randn(2048, width)
         memory.calibrate_means(text)
         first_threshold([memory], [text])
+        quickened = quicken(copy.deepcopy(dense))
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
             paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}
-            calls = {"dense": functools.partial(dense, hidden)} | paths
-            ms = median_ms(calls)
-            figures = [f"{value:.3f}" for value in ms.values()] + [f"{ms['dense'] / ms[name]:.2f}" for name in paths]
-            print(row.format(width, slots, k, tokens, *figures))
+            calls = {"dense": functools.partial(dense, hidden), "dense, oneDNN": functools.partial(quickened, hidden)} | paths
+            ms = {name: 1e3 * seconds for name, seconds in medians(calls, 3 if quick else 15).items()}
+            ratios = {f"dense/{name}": ms["dense"] / ms[name] for name in paths}
+            name = f"{width} x {slots}, k = {k}{', gated' if gated else ''}, {tokens} tokens"
+            found.append({"memory": name, **ms, **ratios})
+            print((f"{head(found[0])}\n" if len(found) == 1 else "") + line(found[-1]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only")
+    measure()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The house: imports point one way, each room keeps to itself, every shipped config runs."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,9 @@ def test_every_config_parses_and_runs_a_step(file, tmp_path, text_file, monkeypa
     if config.task == "pretrain":
         student = [f"teacher={tmp_path / 'made'}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}"]
         assert main([*SHORT, *student]) == 0
+
+
+@pytest.mark.parametrize("module", ["models.books", "models.overlay", "models.quick", "models.surgery", "memory.featural"])
+def test_any_module_may_be_imported_first(module):
+    done = subprocess.run([sys.executable, "-c", f"import dmt.{module}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

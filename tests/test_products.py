@@ -19,10 +19,10 @@ needs_onednn = pytest.mark.skipif(not has_onednn, reason="this torch has no oneD
 def onednn(monkeypatch):
     """oneDNN for products of any size, and how often it was called."""
     calls = []
-    inner = products._onednn
+    inner = products.onednn
     monkeypatch.setattr(products, "library", "onednn")
     monkeypatch.setattr(products, "LEAST", 1)
-    monkeypatch.setattr(products, "_onednn", lambda *given: calls.append(1) or inner(*given))
+    monkeypatch.setattr(products, "onednn", lambda *given: calls.append(1) or inner(*given))
     return calls
 
 
@@ -67,7 +67,7 @@ def test_what_does_not_suit_goes_to_torch(onednn):
 
 
 def test_small_products_and_other_machines_go_to_torch(monkeypatch):
-    monkeypatch.setattr(products, "_onednn", lambda *_: pytest.fail("oneDNN was asked"))
+    monkeypatch.setattr(products, "onednn", lambda *_: pytest.fail("oneDNN was asked"))
     monkeypatch.setattr(products, "library", "onednn")
     linear(torch.randn(2, 6), torch.randn(5, 6))
     monkeypatch.setattr(products, "library", "torch")
@@ -83,7 +83,7 @@ def test_the_choice_goes_by_the_processor(monkeypatch):
         ("GenuineIntel", "AVX512", False),
         ("AuthenticAMD", "AVX2", False),
     ):
-        monkeypatch.setattr(products, "_vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(products, "processor", lambda _, vendor=vendor: vendor)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda wide=wide: wide)
         assert products.onednn_is_faster() == (wanted and has_onednn)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)

@@ -18,6 +18,9 @@ from dmt.data.encoding import start_of
 from dmt.data.people import Probe
 from dmt.errors import UserError
 
+TOGETHER = 1_000
+"""Documents tokenised at once."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -50,11 +53,23 @@ def encode(corpus: Corpus, tokenizer: Any, block: int) -> Blocks:
 
 
 def _stream(documents: list[str], tokenizer: Any) -> Tensor:
-    start = start_of(tokenizer)
-    ids: list[int] = []
-    for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += start + document
-    return torch.tensor(ids, dtype=torch.long)
+    start = torch.tensor(start_of(tokenizer), dtype=torch.long)
+    pieces = [piece for ids in _encoded(documents, tokenizer) for piece in (start, torch.tensor(ids, dtype=torch.long))]
+    return torch.cat([torch.empty(0, dtype=torch.long), *pieces])
+
+
+def _encoded(documents: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document, some documents at a time."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for first in range(0, len(documents), TOGETHER):
+        part = documents[first : first + TOGETHER]
+        if backend is None:
+            yield from tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            continue
+        backend.no_truncation()
+        backend.no_padding()
+        # Without the place of each token in the text, which nobody asks for, this takes two thirds of the time.
+        yield from (found.ids for found in backend.encode_batch_fast(part, add_special_tokens=False))
 
 
 def first_windows(windows: Tensor, tokens: int) -> Tensor:

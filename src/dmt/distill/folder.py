@@ -86,7 +86,7 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
         **before,
         "format": 1,
         "replay": f"python distill.py {run}/config.yaml",
-        "commit": _commit(),
+        "commit": commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
@@ -110,7 +110,7 @@ def read_record(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout, `+changes` where files differ from it; `unknown` without git."""
     root = str(Path(__file__).parents[3])
     said = []

@@ -20,20 +20,20 @@ LEAST = 500_000
 """Multiplications from which a call of oneDNN, slower to begin, pays."""
 
 
-def _vendor() -> str:
-    """Who made the processor, as Linux names it; elsewhere as Python does."""
+def processor(field: str = "model name") -> str:
+    """What Linux says of the processor, its `model name` or `vendor_id`; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def onednn_is_faster() -> bool:
     """Whether this is a processor on which MKL leaves half of the speed unused, and oneDNN is there to use it."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return both and wide and "intel" not in _vendor().lower() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return both and wide and "intel" not in processor("vendor_id").lower() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 library = "onednn" if onednn_is_faster() else "torch"
@@ -47,7 +47,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         product: Tensor = _Linear.apply(hidden, weight, bias)
         return product
-    return _onednn(hidden, weight, bias)
+    return onednn(hidden, weight, bias)
 
 
 def _suits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -56,7 +56,8 @@ def _suits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return plain and large and not torch.is_autocast_enabled("cpu")
 
 
-def _onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` by oneDNN, without a graph; float32 on the CPU, any strides."""
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 
@@ -64,7 +65,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return _onednn(hidden, weight, bias)
+        return onednn(hidden, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -72,6 +73,6 @@ class _Linear(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         flat, given = upstream.flatten(0, -2), hidden.flatten(0, -2)
-        back = _onednn(upstream, weight.t()) if wanted[0] else None
-        learnt = _onednn(flat.t(), given.t()) if wanted[1] else None
+        back = onednn(upstream, weight.t()) if wanted[0] else None
+        learnt = onednn(flat.t(), given.t()) if wanted[1] else None
         return back, learnt, flat.sum(0) if wanted[2] else None
