@@ -20,7 +20,8 @@ from dmt.distill.calibrate import calibrate
 from dmt.distill.losses import Batch, Scales, distillation_terms, kl
 from dmt.distill.module import Distiller
 from dmt.distill.packing import pack, record_bytes, unpack
-from dmt.distill.sampling import LEAST, Sampled, sample, sampled_kl, sampled_kl_slope
+from dmt.distill.pieces import sampled_kl_slope
+from dmt.distill.sampling import LEAST, Sampled, sample, sampled_kl
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.main import main

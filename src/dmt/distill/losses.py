@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dmt.config import LossConfig
 from dmt.distill.outliers import share
-from dmt.distill.pieces import SLOPES, in_pieces
-from dmt.distill.sampling import Sampled, sampled_kl, sampled_kl_slope
+from dmt.distill.pieces import SLOPES, in_pieces, sampled_kl_slope
+from dmt.distill.sampling import Sampled, sampled_kl
 from dmt.distill.signals import Signals
 
 
@@ -159,8 +159,9 @@ def _token_terms(student: Signals, teacher: Signals | Sampled, batch: Batch, wei
     def slopes(given: Tensor, piece: slice) -> Iterator[tuple[Tensor, Tensor]]:
         wanted = wanted_in(piece)
         for name in names:
-            room = given if name == names[-1] else given.clone()
-            value, slope = slope_of[name](room, wanted, targets[piece], weights.temperature)
+            last = name == names[-1]  # a slope overwrites what it is given
+            heard = wanted if last or isinstance(wanted, Sampled) else wanted.clone()
+            value, slope = slope_of[name](given if last else given.clone(), heard, targets[piece], weights.temperature)
             yield (value * shares[name][piece]).sum(), slope.mul_(shares[name][piece].unsqueeze(-1))
 
     pieces = (

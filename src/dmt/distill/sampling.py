@@ -91,20 +91,6 @@ def sampled_kl(student: Tensor, teacher: Sampled, temperature: float = 1.0) -> T
     return ((weights * (teacher.logs - given)).sum(-1) + closeness(teacher, given.detach()) * balance) * temperature**2
 
 
-def sampled_kl_slope(given: Tensor, wanted: Sampled, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`sampled_kl` per token and its gradient in `given` `(tokens, vocabulary)`, which it takes for its own room."""
-    scaled = given.float() / temperature if temperature != 1 else given.float()
-    norm = scaled.logsumexp(-1, keepdim=True)
-    logs = scaled.gather(-1, wanted.ids) - norm
-    p = scaled.sub_(norm).exp_()
-    weights = wanted.weights
-    trust = closeness(wanted, logs).unsqueeze(-1)
-    expected = weights / wanted.logs.exp() * logs.exp()
-    value = (weights * (wanted.logs - logs)).sum(-1) + (trust * expected).sum(-1) - trust.squeeze(-1)
-    slope = p.mul_((weights - trust * expected).sum(-1, keepdim=True)).scatter_add_(-1, wanted.ids, trust * expected - weights)
-    return value * temperature**2, slope.mul_(temperature) if temperature != 1 else slope
-
-
 def closeness(teacher: Sampled, given: Tensor) -> Tensor:
     """How close `given`, logarithms `(tokens, k)`, are to the teacher's on what is there for certain: `(tokens,)` in (0, 1]."""
     certain = teacher.logs.exp() * (teacher.logs.exp() >= teacher.threshold)
