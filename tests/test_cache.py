@@ -249,14 +249,15 @@ def test_the_end_to_end_stage_learns_nearly_the_same_as_from_the_live_teacher(ke
         torch.testing.assert_close(value, whole[name], rtol=0.05, atol=0.02)
 
 
-def test_each_window_is_answered_by_its_own_records(teacher, tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_each_window_is_answered_by_its_own_records(teacher, tmp_path, temperature):
     windows = torch.randint(1, 300, (9, 16))
     config = replace(Config(), data=replace(Config().data, block=16), cache=replace(Config().cache, place=str(tmp_path), kept=300))
-    config = replace(config, trainer=replace(config.trainer, progress=False))
+    config = replace(config, trainer=replace(config.trainer, progress=False), loss=LossConfig(temperature=temperature))
     cache = cached.teacher_cache(config, teacher, windows, [1, 2, 5, 8])
     asked = torch.tensor([8, 1, 5])
     found = cache.read(asked)
-    logits = teacher(windows[asked]).logits.flatten(0, 1)
+    logits = teacher(windows[asked]).logits.flatten(0, 1) / temperature
     dense = torch.zeros_like(logits).scatter_(-1, found.ids, found.logs.exp())
     torch.testing.assert_close(dense, torch.softmax(logits, -1), atol=0.02, rtol=0.2)
     assert kl(dense.log(), logits).max() < 1e-3
