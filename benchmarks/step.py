@@ -241,8 +241,8 @@ def rows(
     micro: int = MICRO,
     inside: bool = False,
 ) -> list[dict[str, Any]]:
-    """One dict a line: `way`, medians `seconds`, `processor` (of all threads), `peak` (MB), `value`, all `repeats`, and ratios to the obvious way.
     """One dict a line: `way`, `value`, medians `seconds`, `processor` (of all threads) and `peak` (MB), all `repeats`, and ratios.
+
     With `inside` everything is run in this process: quick, and peaks mean nothing.
     """
     found: dict[str, list[dict[str, float]]] = {}
