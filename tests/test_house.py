@@ -29,6 +29,7 @@ ORDER = [
     "facts.book", "facts.asking", "facts.containers", "facts.packs", "facts.exchange", "facts.opening", "facts.remembering",
     "facts.rowpacks", "facts",
     "commands.printing", "commands.changing", "commands.looking", "commands.asking", "commands.giving",
+    "distill.sampling", "distill.packing", "distill.cached",
     "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
     "distill.revive", "distill.lessons", "distill.keeper",
     "distill.module", "distill.callbacks",

@@ -166,6 +166,15 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    place: Optional[str] = None
+    """Folder in which the teacher's answers are kept for the end-to-end stage, which then learns from `loss.kl` and `ce`
+    alone; written first where they are not there. Empty means the teacher is asked."""
+    kept: int = 128
+    """Outcomes kept of each token's distribution, the likeliest and a sample of the rest: about 2.3 bytes each."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     width: int = 128
     """Hidden size of the teacher to train (task: pretrain)."""
@@ -222,5 +231,6 @@ class Config:
     stages: StagesConfig = field(default_factory=StagesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

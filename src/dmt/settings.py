@@ -68,6 +68,7 @@ def check(config: Config) -> None:
         "optim.warmup": 0, "optim.final_lr": 0, "optim.weight_decay": 0, "optim.clip": 0, "pretrain.width": 1,
         "pretrain.layers": 1, "pretrain.heads": 1, "pretrain.vocabulary": 257, "pretrain.steps": 1, "trainer.devices": 1,
         "trainer.threads": 0, "trainer.log_every": 1, "trainer.validate_every": 0, "trainer.checkpoint_every": 1, "seed": 0,
+        "cache.kept": 16,
     }  # fmt: skip
     for name, least in at_least.items():
         if not _value(config, name) >= least:
@@ -84,7 +85,7 @@ def check(config: Config) -> None:
             raise UserError(f"{name} must be in [0, 1), got {_value(config, name)}")
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>")
-    for name in ("trainer.log_dir", "pretrain.output"):
+    for name in ("trainer.log_dir", "pretrain.output", *(["cache.place"] if config.cache.place else [])):
         _home(_value(config, name), name)
     for corpus in config.data.corpora:
         _home(corpus, "data.corpora")
@@ -124,11 +125,31 @@ def check(config: Config) -> None:
         raise UserError(
             "loss.revive would move projections, which living slots share; set memory.projections=false or loss.revive=0"
         )
+    if config.cache.place:
+        _check_cache(config, bool(rows))
     if shape and config.data.block > shape["positions"]:
         raise UserError(
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
             f"teacher={config.teacher}; set data.block={shape['positions']} or less"
         )
+
+
+def _check_cache(config: Config, rows: bool) -> None:
+    """Raise `UserError` where a run asks for more than the teacher's distributions and for its cache."""
+    beyond = [f"loss.{term}" for term in LOSS_TERMS if term not in ("kl", "ce") and getattr(config.loss, term)]
+    if beyond:
+        raise UserError(
+            f"{' and '.join(beyond)} {'needs' if len(beyond) == 1 else 'need'} more of the teacher than cache.place="
+            f"{config.cache.place} keeps; set {' '.join(f'{name}=0' for name in beyond)}, or leave cache.place empty"
+        )
+    if rows:
+        raise UserError(
+            f"memory.kind=associative is taught by the teacher's states, which cache.place={config.cache.place} does not keep; "
+            "set memory.kind=featural, or leave cache.place empty"
+        )
+    if not config.loss.kl or not config.stages.end_to_end_steps:
+        name = "stages.end_to_end_steps" if config.loss.kl else "loss.kl"
+        raise UserError(f"cache.place={config.cache.place} serves loss.kl in the end-to-end stage, got {name}=0; leave it empty")
 
 
 def teacher_shape(source: str) -> dict[str, int] | None:

@@ -78,16 +78,16 @@ def first_windows(windows: Tensor, tokens: int) -> Tensor:
 
 
 class Windows(Dataset):
-    """Windows of all corpora one after the other."""
+    """Windows of all corpora one after the other; `numbered`, each comes with its number."""
 
-    def __init__(self, parts: list[Tensor]) -> None:
-        self.windows = torch.cat(parts)
+    def __init__(self, parts: list[Tensor], numbered: bool = False) -> None:
+        self.windows, self.numbered = torch.cat(parts), numbered
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.windows[index]
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, int]:
+        return (self.windows[index], index) if self.numbered else self.windows[index]
 
 
 class StepSampler(Sampler[list[int]]):
@@ -167,17 +167,24 @@ class TextData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        sampler = StepSampler(
-            [len(corpus.train) for corpus in self.corpora],
-            self.shares,
-            self.settings.data.batch,
-            self.steps,
-            self.settings.seed,
+        sampler = self._sampler(
             start=lambda: trainer.global_step if trainer else 0,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-        return DataLoader(Windows([corpus.train for corpus in self.corpora]), batch_sampler=sampler)
+        return DataLoader(self.training_windows(numbered=bool(self.settings.cache.place)), batch_sampler=sampler)
+
+    def _sampler(self, **how: Any) -> StepSampler:
+        sizes = [len(corpus.train) for corpus in self.corpora]
+        return StepSampler(sizes, self.shares, self.settings.data.batch, self.steps, self.settings.seed, **how)
+
+    def training_windows(self, numbered: bool = False) -> Windows:
+        """Training windows of all corpora."""
+        return Windows([corpus.train for corpus in self.corpora], numbered)
+
+    def numbers_from(self, step: int) -> list[int]:
+        """Numbers of the training windows that are read from `step` to the last step, each once, ascending."""
+        return sorted({number for batch in self._sampler(start=lambda: step) for number in batch})
 
     def val_dataloader(self) -> list[DataLoader]:
         data = self.settings.data
@@ -191,4 +198,4 @@ class TextData(pl.LightningDataModule):
         count = max(1, -(-tokens // self.settings.data.block))
         sizes = [len(corpus.train) for corpus in self.corpora]
         order = StepSampler(sizes, self.shares, count, 1, self.settings.seed + 1)
-        return Windows([corpus.train for corpus in self.corpora]).windows[next(iter(order))]
+        return self.training_windows().windows[next(iter(order))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from dmt.config import LossConfig
 from dmt.distill.outliers import share
-from dmt.distill.pieces import SLOPES, in_pieces
+from dmt.distill.pieces import SLOPES, in_pieces, sampled_kl_slope
+from dmt.distill.sampling import Sampled, sampled_kl
 from dmt.distill.signals import Signals
 
 
@@ -77,7 +79,7 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def distillation_terms(
     student: Signals,
-    teacher: Signals,
+    teacher: Signals | Sampled,
     batch: Batch,
     weights: LossConfig,
     scales: Scales,
@@ -86,11 +88,14 @@ def distillation_terms(
     """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance.
 
     Args:
+        teacher: what it says now, or its distributions as they were kept, which know of `kl` and `ce` alone.
         layers: whose blocks `block` is about; all where it is left out.
     """
     terms: dict[str, Tensor] = {}
     if weights.kl or weights.reverse_kl or weights.ce:
         terms.update(_token_terms(student, teacher, batch, weights))
+    if isinstance(teacher, Sampled):
+        return terms
     mask, count = batch.mask, batch.tokens_in_step
     if weights.hidden:
         terms["hidden"] = squared_error(student.hidden, teacher.hidden, mask, count) / scales.hidden
@@ -121,7 +126,15 @@ def block_errors(given: tuple[Tensor, ...], wanted: tuple[Tensor, ...], mask: Te
     return torch.stack(errors) / scales.blocks
 
 
-def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: LossConfig) -> dict[str, Tensor]:
+def _wanted(teacher: Signals | Sampled) -> tuple[Callable[[slice], Any], Callable[..., Tensor]]:
+    """What the teacher says of a piece of the tokens, and the KL from it."""
+    if isinstance(teacher, Sampled):
+        return teacher.__getitem__, sampled_kl
+    theirs, head = teacher.hidden.flatten(0, 1), teacher.head
+    return lambda piece: head(theirs[piece]), kl
+
+
+def _token_terms(student: Signals, teacher: Signals | Sampled, batch: Batch, weights: LossConfig) -> dict[str, Tensor]:
     names = [name for name in ("kl", "reverse_kl", "ce") if getattr(weights, name)]
     targets = torch.roll(batch.tokens, -1, dims=1).flatten()
     mask, targeted = batch.mask.flatten(), next_token_mask(batch.mask).flatten()
@@ -130,21 +143,25 @@ def _token_terms(student: Signals, teacher: Signals, batch: Batch, weights: Loss
         "reverse_kl": mask / batch.tokens_in_step,
         "ce": targeted / max(1.0, batch.targets_in_step),
     }
-    mine, theirs = student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1)
+    mine = student.hidden.flatten(0, 1)
+    wanted_in, apart = _wanted(teacher)
+    slope_of = {**SLOPES, "kl": sampled_kl_slope} if isinstance(teacher, Sampled) else SLOPES
 
     def sums(piece: slice) -> Tensor:
-        given, wanted = student.head(mine[piece]), teacher.head(theirs[piece])
+        given, wanted = student.head(mine[piece]), wanted_in(piece)
         each: dict[str, Callable[[], Tensor]] = {
-            "kl": lambda: kl(given, wanted, weights.temperature),
+            "kl": lambda: apart(given, wanted, weights.temperature),
             "reverse_kl": lambda: reverse_kl(given, wanted, weights.temperature),
             "ce": lambda: F.cross_entropy(given.float(), targets[piece], reduction="none"),
         }
         return torch.stack([(each[name]() * shares[name][piece]).sum() for name in names])
 
     def slopes(given: Tensor, piece: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        wanted = teacher.head(theirs[piece])
+        wanted = wanted_in(piece)
         for name in names:
-            value, slope = SLOPES[name](given, wanted, targets[piece], weights.temperature)
+            last = name == names[-1]  # a slope overwrites what it is given
+            heard = wanted if last or isinstance(wanted, Sampled) else wanted.clone()
+            value, slope = slope_of[name](given if last else given.clone(), heard, targets[piece], weights.temperature)
             yield (value * shares[name][piece]).sum(), slope.mul_(shares[name][piece].unsqueeze(-1))
 
     pieces = (

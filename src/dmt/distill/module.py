@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config import Config, OptimConfig
+from dmt.distill.cached import TeacherCache
 from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.keeper import Keeper
 from dmt.distill.lessons import teach
@@ -57,6 +58,7 @@ class Distiller(pl.LightningModule):
             for layer, memory in featural_of(student).items():
                 self.register_buffer(f"idle_{layer}", torch.zeros(memory.slots, dtype=torch.long))
         self.keeper: Keeper | None = None
+        self.cache: TeacherCache | None = None
         self.tallies: list[Tally] = []
         self.errors: list[Tensor] = []
         self.validated = 0
@@ -113,7 +115,8 @@ class Distiller(pl.LightningModule):
         if tokens := self.settings.stages.calibrate_tokens:
             calibrate(self.student, self.teacher, windows[: -(-tokens // windows.shape[1])])
 
-    def training_step(self, tokens: Tensor, batch_idx: int) -> None:
+    def training_step(self, given: Tensor | list[Tensor], batch_idx: int) -> None:
+        tokens, numbers = given if isinstance(given, list | tuple) else (given, None)
         stage, step, length, peak = self.stage_at(self.global_step)
         optimizer = self.optimizers()
         rate = learning_rate(step, length, peak, self.settings.optim)
@@ -129,7 +132,8 @@ class Distiller(pl.LightningModule):
         counts = float(mask.sum()), float(next_token_mask(mask).sum())
         for rows in torch.arange(len(tokens)).split(self.settings.data.micro_batch):
             batch = Batch(tokens[rows], mask[rows], *counts)
-            terms = self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch)
+            asked = None if numbers is None else numbers[rows]
+            terms = self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch, asked)
             self.manual_backward(terms["loss"])
             for name, value in terms.items():
                 logged[name] = logged.get(name, torch.zeros_like(value)) + value.detach()
@@ -163,8 +167,12 @@ class Distiller(pl.LightningModule):
             errors = errors * self.scales.blocks[list(memories_of(self.student))]
         return {"loss": errors.sum()}
 
-    def _end_to_end(self, batch: Batch) -> dict[str, Tensor]:
+    def _end_to_end(self, batch: Batch, numbers: Tensor | None = None) -> dict[str, Tensor]:
         weights = self.settings.loss
+        if self.cache is not None and numbers is not None:
+            kept = self.cache.read(numbers, self.device)
+            terms = distillation_terms(observe(self.student, batch.tokens), kept, batch, weights, self.scales)
+            return {"loss": weighted_sum(terms, weights), **terms}
         blocks = bool(weights.block or weights.revive or self.keeper)
         teacher = observe_teacher(self.teacher, batch.tokens, blocks=blocks)
         if weights.revive:

@@ -16,6 +16,7 @@ from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
+from dmt.distill.cached import FILE, TeacherCache, teacher_cache
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows, samples
 from dmt.distill.fitting import (
     Interrupted,
@@ -28,7 +29,7 @@ from dmt.distill.fitting import (
     quiet,
     resumable,
 )
-from dmt.distill.folder import new_run, newest_checkpoint, write_record
+from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write_record
 from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
@@ -74,17 +75,30 @@ def distil(config: Config, run: Path | None) -> Path:
     data.setup()
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * -(-config.data.micro_batch // 2)))
+    cache = kept_answers(config, teacher, data)
     fresh = run is None
     keeps = bool(associative_of(student))
     model = fingerprint(teacher) if keeps else ""
     shared = Store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
     run = run or new_run(config)
     module = Distiller(config, student, teacher)
+    module.cache = cache
     if keeps:
         module.keeper = Keeper(config.store, shared or Store(str(run / "memory.db"), model), student, run)
     with closing(module):
         _train(config, run, fresh, module, tokenizer, data, transfer, began)
     return run
+
+
+def kept_answers(config: Config, teacher: Any, data: TextData) -> TeacherCache | None:
+    """The teacher's answers to every window of the end-to-end stage, where `cache.place` says that they are kept."""
+    if not config.cache.place:
+        return None
+    if not (Path(config.cache.place).expanduser() / FILE).exists():
+        check_writable(config.cache.place, "cache.place")
+    numbers = data.numbers_from(config.stages.layerwise_steps)
+    teacher.to(compute_device(config))
+    return teacher_cache(config, teacher, data.training_windows().windows, numbers)
 
 
 def _train(
