@@ -55,7 +55,7 @@ def main() -> None:
 
         if given.threads:
             torch.set_num_threads(given.threads)
-        print(json.dumps(importlib.import_module(f"benchmarks.{given.child}").measure(given.quick)))
+        print(json.dumps(importlib.import_module(f"benchmarks.{given.child}").figures(given.quick)))
         return
     if given.compare:
         before, after = map(read, given.compare)

@@ -163,7 +163,7 @@ def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
     return rows
 
 
-def measure(quick: bool = False) -> list[Row]:
+def figures(quick: bool = False) -> list[Row]:
     """Both shapes; with the newest distilled student of `lightning_logs`, where there is one, what searches cost it."""
     quiet()
     students = sorted(Path("lightning_logs").glob("version_*/student"), key=lambda place: place.stat().st_mtime)

@@ -156,7 +156,7 @@ def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[Row]:
     return found
 
 
-def measure(quick: bool = False) -> list[Row]:
+def figures(quick: bool = False) -> list[Row]:
     """The searches of tables of ten thousand, a hundred thousand and a million slots."""
     quiet()
     keep_freed_memory()

@@ -45,7 +45,7 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def measure(quick: bool = False) -> list[Row]:
+def figures(quick: bool = False) -> list[Row]:
     """A row for each shape and number of tokens."""
     found = []
     for width, slots, k, gated in SHAPES[:1] if quick else SHAPES:
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, forward only")
-    measure()
+    figures()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SHAPES = (
 """Tokens, inputs, outputs."""
 
 
-def measure(quick: bool = False) -> list[Row]:
+def figures(quick: bool = False) -> list[Row]:
     """A row for each shape."""
     found = []
     for tokens, inputs, outputs in SHAPES[-5:] if quick else SHAPES:
@@ -57,7 +57,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(f"{products.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(table(measure(given.quick)))
+    print(table(figures(given.quick)))
 
 
 if __name__ == "__main__":

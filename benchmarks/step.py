@@ -1,6 +1,6 @@
 """One step of distillation: a dense student written the obvious way, ours, and ours with the teacher's answers on disk.
 
-    python benchmarks/step.py [--quick] [--repeats 3] [--threads N] [--only WORD]
+    python -m benchmarks.step [--quick] [--repeats 3] [--threads N] [--only WORD]
 
 GPT-2 124M's shape with random weights, 8 windows of 256 random tokens, float32, AdamW, KL alone. Every measurement is a
 process of its own, in turns; medians over repeats. Peak is the process's high-water mark during a step after the first,
@@ -40,6 +40,7 @@ from dmt.distill.packing import pack, unpack
 from dmt.distill.sampling import sample
 from dmt.distill.signals import Signals, observe, observe_teacher
 from dmt.memory.budget import watch
+from dmt.models.quick import quicken
 from dmt.models.surgery import featural_of, transplant
 
 SHAPES = {
@@ -90,6 +91,7 @@ def prepare(name: str, folder: Path) -> None:
             parameter.data *= 2  # a fresh GPT-2 says nearly the same of every token
     torch.save(teacher.state_dict(), folder / "teacher.pt")
     for way in ("ours", "ours, k=32"):
+        quicken(teacher)
         student, _ = transplant(teacher, [memory_of(way, name)] * config.n_layer)
         calibrate(student, teacher, tokens_of(name, 4, seed=1))
         torch.save(student.state_dict(), folder / f"{way}.pt")
@@ -139,6 +141,7 @@ def _step(way: str, name: str, folder: Path, chunk: int, micro: int) -> tuple[Ca
         for parameter in student.parameters():
             parameter.data *= 1.01
     else:
+        quicken(teacher)
         student, _ = transplant(teacher, [memory_of(way, name)] * config.n_layer)
         student.load_state_dict(torch.load(folder / f"{way.removesuffix(', cache')}.pt", weights_only=True))
         watch(featural_of(student).values())
@@ -247,7 +250,7 @@ def rows(
     """
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        common = [sys.executable, str(Path(__file__)), "--shape", shape, "--folder", folder, "--chunk", str(chunk)]
+        common = [sys.executable, "-m", "benchmarks.step", "--shape", shape, "--folder", folder, "--chunk", str(chunk)]
         common += ["--micro", str(micro), "--steps", str(steps), "--threads", str(threads or torch.get_num_threads())]
         ways = [way for way in (*STEPS, *LOSSES) if way.startswith(only)]
         if any(way in STEPS for way in ways):
@@ -277,6 +280,12 @@ def rows(
         for name in ("seconds", "processor", "peak") if plain else ():  # the better of the two ways to run the obvious one
             row[f"{name}_ratio"] = row[name] / min(other[name] for other in plain)
     return table
+
+
+def figures(quick: bool = False) -> list[dict[str, Any]]:
+    """Every line, for `python -m benchmarks`."""
+    found = rows("quick", repeats=1, inside=True) if quick else rows()
+    return [{name: value for name, value in row.items() if name != "repeats"} for row in found]
 
 
 def main() -> None:

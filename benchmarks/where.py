@@ -29,6 +29,7 @@ KINDS = {
 }
 """Kinds of operation by a part of their names, the first that fits; the rest is `other arithmetic`."""
 PROFILED = 5
+COMPARED, AROUND = "student and teacher compared", "Lightning, around the steps"
 
 
 class Clocks:
@@ -73,13 +74,13 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from dmt import settings
-    from dmt.distill import module
+    from dmt.distill import callbacks, module
 
     clocks = Clocks()
     for name, told in (
         ("load_teacher", "set-up: teacher"), ("transplant", "set-up: student"),
         ("measured", "set-up: timing threads and precision"),
-        ("compare", "set-up: student before training, measured"), ("fit", "around the steps: loader, logging, checkpoints"),
+        ("compare", COMPARED), ("fit", AROUND),
         ("measure", "end: test text"), ("_conclude", "end: saving, samples, report"),
     ):  # fmt: skip
         clocks.around(distil_run, name, told)
@@ -94,6 +95,12 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
     clocks.around(module, "distillation_terms", "step: losses")
     clocks.around(module, "hold", "step: threshold")
     clocks.around(torch.optim.AdamW, "step", "step: optimiser")
+    clocks.around(module.Distiller, "_write", "step: curves")
+    clocks.around(torch.utils.data.dataloader._SingleProcessDataLoaderIter, "_next_data", "step: waiting for data")
+    clocks.around(pl.Trainer, "save_checkpoint", "checkpoints")
+    for callback in (callbacks.SlotUsage, callbacks.Samples, callbacks.Charts, callbacks.StoredRows):
+        for hook in [name for name in vars(callback) if name.startswith("on_")]:
+            clocks.around(callback, hook, f"{callback.__name__} for TensorBoard")
     kinds: dict[str, float] = defaultdict(float)
     plain = module.Distiller.training_step
 
@@ -107,6 +114,7 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
             kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / PROFILED
 
     module.Distiller.training_step = profiled  # type: ignore[method-assign]
+    clocks.around(module.Distiller, "training_step", "profiler")
     with tempfile.TemporaryDirectory() as scratch:
         layerwise = steps // 4
         given = [f"trainer.log_dir={scratch}", "trainer.progress=false", f"stages.layerwise_steps={layerwise}"]
@@ -117,13 +125,17 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
         total = time.perf_counter() - total
         used = json.loads(next(Path(scratch).glob("version_*/run.json")).read_text())
     step_count = len(clocks.seconds["step: rest"]) - PROFILED
+    compared = clocks.seconds.pop(COMPARED)
+    corpora = len(loaded.data.corpora)  # each is measured once before training and once after
+    clocks.seconds["set-up: student before training, measured"] = compared[:corpora]
+    clocks.seconds["end: test text"] += compared[corpora:]
+    del clocks.seconds["profiler"]
     parts = {name: sum(each) for name, each in clocks.seconds.items() if not name.startswith("step: ")}
     inner = {
         name: statistics.median(each) * len(each) / max(1, step_count + PROFILED)
         for name, each in clocks.seconds.items()
         if name.startswith("step: ")
     }
-    assert pl
     return {
         "imports": imports, "total": total, "parts": parts, "step": inner, "kinds": dict(kinds), "steps": steps,
         "threads": used["threads"], "precision": used["precision"],
@@ -137,13 +149,13 @@ def rows(config: str, words: list[str], steps: int) -> list[Row]:
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    parts, around = found["parts"], "around the steps: loader, logging, checkpoints"
-    outside = parts.pop(around) / found["steps"]
+    parts = found["parts"]
+    outside = parts.pop(AROUND) / found["steps"]
     setup = {"imports": found["imports"]} | {name: taken for name, taken in parts.items() if name.startswith("set-up")}
     parts = setup | {"imports and set-up, all": sum(setup.values())} | {n: s for n, s in parts.items() if n not in setup}
     told = f"{found['threads']} threads, {found['precision']}"
     lines: list[Row] = [{"part of the run": name, "seconds": taken} for name, taken in parts.items()]
-    step = dict(sorted(found["step"].items(), key=lambda part: -part[1])) | {around: outside}
+    step = dict(sorted(found["step"].items(), key=lambda part: -part[1])) | {AROUND: outside}
     for title, seconds in ((f"part of a step, {told}", step), ("operations of a step", found["kinds"])):
         whole = sum(seconds.values())
         ordered = sorted(seconds.items(), key=lambda part: -part[1])
@@ -151,7 +163,7 @@ def rows(config: str, words: list[str], steps: int) -> list[Row]:
     return lines
 
 
-def measure(quick: bool = False) -> list[Row]:
+def figures(quick: bool = False) -> list[Row]:
     """The default run, cut short."""
     return rows("configs/default.yaml", [], 12 if quick else 80)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt.distill.sampling import Sampled, closeness
+from dmt.memory.products import QuickLinear, linear
 
 Slopes = Callable[[Tensor, slice], Iterator[tuple[Tensor, Tensor]]]
 """For a piece's logits, which it may overwrite, and its place: each term, a scalar, and its gradient in the logits."""
@@ -92,7 +93,7 @@ class _InPieces(torch.autograd.Function):
             for term, (value, slope) in enumerate(slopes(logits.detach(), piece)):
                 total[term] += value
                 if product:  # added up in place: a gradient of the whole head for each piece would be as large as the head
-                    kept[0][term, piece] = slope @ head.weight  # type: ignore[assignment]
+                    kept[0][term, piece] = linear(slope, head.weight.t())  # type: ignore[assignment]
                     for sum_ in kept[1:]:
                         sum_[term].addmm_(slope.t(), part)
                     continue
@@ -118,7 +119,7 @@ def _is_product(head: nn.Module, hidden: Tensor) -> bool:
     hooked = head._forward_hooks or head._forward_pre_hooks
     half = torch.is_autocast_enabled(hidden.device.type)
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, QuickLinear)
         and head.bias is None
         and not hooked
         and not half

@@ -7,17 +7,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dmt.memory.products import linear
+from dmt.memory.products import QuickLinear, linear
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class QuickLinear(nn.Linear):
-    """`nn.Linear` by `linear`."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`."""
-        return linear(hidden, self.weight, self.bias)
 
 
 class QuickConv1D(Conv1D):

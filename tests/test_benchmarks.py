@@ -1,0 +1,101 @@
+"""The benchmarks of speed run, write what they print, and two files of figures can be told apart."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import tables  # noqa: E402
+from benchmarks.__main__ import TABLES  # noqa: E402
+from benchmarks.where import Clocks, kind_of  # noqa: E402
+
+
+def command(*words):
+    return subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_tables_are_printed_and_written(tmp_path):
+    place = tmp_path / "deep" / "figures.json"
+    done = command("--quick", "--only", "products,decode", "--threads", "1", "--out", str(place))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(place.read_text())
+    assert set(found["tables"]) == {"products", "decode"}
+    assert {"commit", "processor", "torch", "transformers", "when"} <= set(found["machine"])
+    assert "## decode" in done.stdout
+    variants = [row["variant"] for row in found["tables"]["decode"] if "variant" in row]
+    assert {"dense (transformers)", "exact, float32 keys", "int8 keys", "ivf"} <= set(variants)
+    for row in found["tables"]["decode"]:
+        if row.get("variant", "").startswith(("dense", "exact")):
+            assert row["logits differ by"] < 1e-4  # the fast paths say what the plain ones say
+    for row in found["tables"]["decode"]:
+        assert f"{row.get('variant', row.get('search'))}" in done.stdout
+    same = command("--compare", str(place), str(place))
+    assert same.returncode == 0
+    assert "| decode | tiny, int8 keys | ms a token |" in same.stdout
+
+
+def test_every_table_has_a_module_that_gives_figures():
+    for name in TABLES:
+        assert "def figures(quick: bool" in (ROOT / "benchmarks" / f"{name}.py").read_text(), name
+
+
+def test_two_commits_are_told_apart_by_what_changed_most():
+    def made(fast, slow):
+        rows = [{"way": "a", "k": 3, "ms": fast}, {"way": "b", "k": 3, "ms": slow}, {"way": "c", "ms": float("nan")}]
+        return {"machine": {}, "tables": {"t": rows, "gone": [{"way": "a", "ms": 1.0}]}}
+
+    old, new = made(1.0, 4.0), made(1.1, 1.0)
+    del new["tables"]["gone"]
+    rows = tables.compared(old, new)
+    assert [(row["line"], row["ratio"]) for row in rows] == [("b, 3", 0.25), ("a, 3", pytest.approx(1.1))]
+    assert "0.25" in tables.table(rows)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"format": 99, "machine": {}, "tables": {}}'])
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, text):
+    place = tmp_path / "odd.json"
+    place.write_text(text)
+    done = command("--compare", str(place), str(place))
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"error: {place}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_table_that_is_not_there_is_refused():
+    done = command("--only", "decod")
+    assert done.returncode == 2
+    assert "--only decod: there are products" in done.stderr
+
+
+def test_cells():
+    assert [tables.cell(value) for value in (1.23456, 12345.6, 12345, "x", float("nan"))] == ["1.235", "12,346", "12,345", "x", ""]
+
+
+def test_clocks_take_inner_time_out():
+    class Part:
+        def outer(self):
+            return self.inner() + 1
+
+        def inner(self):
+            sum(range(300_000))
+            return 1
+
+    clocks = Clocks()
+    clocks.around(Part, "outer", "outside")
+    clocks.around(Part, "inner", "inside")
+    assert Part().outer() == 2
+    assert clocks.seconds["outside"][0] < clocks.seconds["inside"][0]
+
+
+def test_operations_have_kinds():
+    wanted = {
+        "aten::addmm": "matrix products", "mkldnn::_linear_pointwise": "matrix products", "aten::topk": "choosing slots",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::copy_": "copies", "aten::mul": "other arithmetic",
+        "aten::_fused_adamw_": "optimiser",
+    }  # fmt: skip
+    assert {name: kind_of(name) for name in wanted} == wanted
