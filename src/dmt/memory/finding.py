@@ -32,6 +32,13 @@ class Codes:
         self.scales = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127
         self.rows = (weight / self.scales.unsqueeze(-1)).round().to(torch.int8)
 
+    @classmethod
+    def kept(cls, rows: Tensor, scales: Tensor) -> Codes:
+        """Codes that were made before: `rows` `(rows, width)` in int8 and `scales` `(rows,)`."""
+        made = cls.__new__(cls)
+        made.rows, made.scales = rows, scales
+        return made
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """About `hidden (tokens, width)` times the matrix transposed, `(tokens, rows)`."""
         if hidden.device.type != "cpu":
