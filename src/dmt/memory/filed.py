@@ -19,7 +19,7 @@ CONVERTED = 16_000_000
 
 @dataclass(frozen=True)
 class Filed:
-    """What goes with tables that are in a file, and is in RAM.
+    """What goes with tables that are in a file, and is looked at for every token, so that it is in RAM where there is room.
 
     Attributes:
         scales: what each row of values is to be multiplied by, `(slots,)`, where they are int8.
@@ -51,14 +51,14 @@ class Filed:
 
     @staticmethod
     def of(mapped: Mapped, memory: str) -> Filed:
-        """What a file says goes with the tables of `memory`, read into RAM."""
+        """What a file says goes with the tables of `memory`, read into RAM; codes, a quarter of float32, as they are looked at."""
 
         def there(name: str) -> Tensor | None:
             return mapped[f"{memory}.{name}"].clone() if f"{memory}.{name}" in mapped else None
 
         def codes(name: str) -> Codes | None:
-            rows, scales = there(f"{name}_codes"), there(f"{name}_scales")
-            return None if rows is None or scales is None else Codes.kept(rows, scales)
+            scales = there(f"{name}_scales")
+            return None if scales is None else Codes.kept(mapped.scanned(f"{memory}.{name}_codes"), scales)
 
         return Filed(there("scales"), mapped[f"{memory}.lengths"].clone(), there("said"), codes("key"), codes("gain"))
 

@@ -17,6 +17,8 @@ Find = Callable[[Tensor, int], Tensor]
 """Vectors `(tokens, width)` and a number to slot ids `(tokens, number)`, -1 where fewer were found."""
 TRAINED_ON = 64
 """Keys per cell from which the cells of an index are learnt."""
+MULTIPLIED = 16_384
+"""Rows of codes multiplied at once: the library may copy them, which are to be no more than a processor's cache holds."""
 ROUNDS = 8
 """Rounds of k-means."""
 
@@ -44,8 +46,9 @@ class Codes:
         if hidden.device.type != "cpu":
             return hidden @ self.rows.to(hidden.dtype).t() * self.scales
         step = hidden.abs().amax(-1, keepdim=True) / 127 + torch.finfo(torch.float32).tiny
-        whole = torch._int_mm((hidden / step).round_().to(torch.int8), self.rows.t())
-        return whole * (step * self.scales)
+        codes = (hidden / step).round_().to(torch.int8)
+        parts = [torch._int_mm(codes, rows.t()) for rows in self.rows.split(MULTIPLIED)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * (step * self.scales)
 
 
 def cells_for(slots: int) -> int:

@@ -155,3 +155,11 @@ class Mapped:
         if begin == end:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, offset=self._start + begin, count=math.prod(shape)).view(shape)
+
+    def scanned(self, name: str) -> Tensor:
+        """The table `name`, which is read from end to end: the system may read ahead."""
+        begin, end = (self._start + at for at in self._tables.get(name, {}).get("data_offsets", (0, 0)))
+        if hasattr(mmap, "MADV_SEQUENTIAL") and end > begin:
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_SEQUENTIAL, first, end - first)
+        return self[name]
