@@ -5,7 +5,7 @@ alone are four times the memory that a process may use, as a memory cgroup count
 RAM, without a limit, in turns. `memory`: bytes that the weights of 124M hold, computed, and as /proc counts them after 16
 tokens. `kl`: of a distilled embedded student (of the newest run where none is named), the distance to its teacher and the
 bytes, by type of values and by what is left on the disk. `--quick` takes tiny shapes. The first needs root for the cgroup,
-and 10 GB on the disk under `--scratch`.
+and 8 GB on the disk under `--scratch`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHAPES = {
 K, NEW, PIECE = 32, 32, 8_192
 ROOT = Path(__file__).parents[1]
 CGROUPS = Path("/sys/fs/cgroup/memory")
-LIMIT = 1_000_000_000
+LIMIT = 800_000_000
 """Bytes that the child may use; the values have four times as many."""
 TEST_TOKENS = 16_384
 
@@ -125,6 +125,8 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
         tables[f"{name}.key_codes"] = Table(torch.int8, (count, width), pieces(codes.rows, layer))
         tables[f"{name}.key_scales"] = Table(torch.float32, (count,), pieces(codes.scales, layer))
         tables[f"{name}.lengths"] = whole(lengths)
+    place = slots.positions_in(model)
+    tables[f"{place}.weight"] = whole(0.02 * torch.randn(config.n_positions, width))
     folder.mkdir(parents=True)
     config.slots = model.config.slots = write(folder / slots.SLOTS, tables)
     slots.take(model, folder / slots.SLOTS, model.config.slots)
@@ -282,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", nargs="?", type=Path, help="a distilled embedded student; the newest run's where left out")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--scratch", type=Path, help="a folder with room for 10 GB")
+    parser.add_argument("--scratch", type=Path, help="a folder with room for 8 GB")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--only", choices=("limit", "memory", "kl"))
     parser.add_argument("--child", choices=("ram", "disk"), help=argparse.SUPPRESS)

@@ -17,6 +17,7 @@ from dmt.distill.callbacks import usage
 from dmt.evaluate import Tally
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.slots import SLOTS
+from dmt.models.slots import sizes as filed_sizes
 from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
@@ -109,11 +110,11 @@ def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> di
     """
     models = {"teacher": teacher, "student": student}
     held = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
-    filed = [memory.filed_sizes() for memory in featural_of(student).values()]
-    held["student"] += sum(each["ram"] for each in filed)
-    files = ["model.safetensors", *([SLOTS] if any(memory.filed for memory in featural_of(student).values()) else [])]
-    on_disk = {"student_on_disk": sum((saved / file).stat().st_size for file in files)}
-    return {**held, **on_disk, **({"student_left_on_disk": left} if (left := sum(each["disk"] for each in filed)) else {})}
+    there = [memory for memory in featural_of(student).values() if memory.filed is not None]
+    held["student"] += sum(memory.filed_sizes()["ram"] for memory in there)
+    files, left = ["model.safetensors", *([SLOTS] if there else [])], filed_sizes(student)["disk"]
+    held["student_on_disk"] = sum((saved / file).stat().st_size for file in files)
+    return held | ({"student_left_on_disk": left} if left else {})
 
 
 def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
