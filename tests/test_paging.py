@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,3 +513,13 @@ def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monke
     monkeypatch.setattr(featural, "SCORED", 0)
     student = rounded(make(disk="values", search="int8", value_type="int8"))
     assert_same(saved(student, tmp_path), student, tokens)
+
+
+def test_the_benchmark_makes_its_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks import disk
+
+    lines = disk.rows(quick=True, turns=1)
+    assert [line["variant"] for line in lines] == ["in RAM", "on the disk", "dense", "disk=slots value_type=int8"]
+    assert all(line.get("same tokens", True) for line in lines)
+    assert "| in RAM |" in disk.table(lines)
