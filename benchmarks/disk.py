@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -231,7 +230,8 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
             place = folder / "student"
             transplant(dense, [settings] * config.n_layer)[0].save_pretrained(place)
             held = slots.sizes(AutoModelForCausalLM.from_pretrained(place))
-        told, tight = child(place, "disk"), {"seconds": math.nan, "faults": 0}
+        told = child(place, "disk")
+        tight: dict[str, Any] = {}
         for file in place.glob("*.safetensors"):
             forget(file)  # else its pages count as another's
         room = (
@@ -246,8 +246,8 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
             "table": "memory", "variant": name, "weights in RAM, MB": held["ram"] / 1e6, "of dense": held["ram"] / whole_bytes,
             "left on the disk, MB": held["disk"] / 1e6, "resident after loading, MB": told["loaded"] / 1e6,
             "anonymous of these": told["anonymous of the model"] / 1e6, f"after {NEW} tokens": told["used"] / 1e6,
-            "ms a token": 1e3 * told["seconds"], f"ms within {SHARE} of dense": 1e3 * tight["seconds"],
-            "faults there": tight["faults"],
+            "ms a token": 1e3 * told["seconds"], f"ms within {SHARE} of dense": 1e3 * tight["seconds"] if tight else "",
+            "faults there": tight["faults"] if tight else "",
         })  # fmt: skip
         shutil.rmtree(folder / "student", ignore_errors=True)
     return made
