@@ -43,6 +43,10 @@ class MemoryConfig:
     search: Literal["exact", "int8", "ivf", "product"] = "exact"
     """How slots are found: `exact` scores all; the others find candidates to score: from keys in 8 bits, by faiss's
     inverted file, or by product keys, the last two made from the keys there are. Used where that is faster."""
+    value_type: Literal["float32", "float16", "int8"] = "float32"
+    """What values are kept in once the student is saved; with `int8` a row has one scale. Training is in float32."""
+    disk: Literal["none", "values", "slots"] = "none"
+    """What a saved student leaves on the disk and reads row by row: nothing, values, or values and keys (with `search: int8`)."""
     base: Literal["featural", "none"] = "featural"
     """Of `kind: associative`, what speaks beside the rows: a featural memory made by the settings above, or nothing."""
     writes: Literal["residual", "teacher", "projection"] = "residual"

@@ -19,7 +19,6 @@ from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.facts import Answered, FactMemory
-from dmt.memory.weighting import normalised
 from dmt.models.architectures import architecture_of
 from dmt.models.overlay import answers_of, overlay_of
 
@@ -154,10 +153,11 @@ def _said(block: nn.Module, hidden: Tensor) -> list[_Said]:
 
 
 def _of_slots(memory: FeaturalMemory, hidden: Tensor) -> _Said:
-    scores, there = memory.scores(hidden), memory.select(hidden)
-    weights = normalised(scores, there) if memory.pointwise is None else memory.weights(hidden, scores) * there
-    values = memory.values if memory.output is None else memory.values @ memory.output.t()
-    numbers, lengths = torch.arange(memory.slots).expand_as(weights), values.norm(dim=-1).expand_as(weights)
+    there, weights = memory.read_by(hidden)
+    ids = there.any(0).nonzero().flatten()
+    there, weights = there[:, ids], weights[:, ids]
+    values = memory.value_rows(ids) if memory.output is None else memory.value_rows(ids) @ memory.output.t()
+    numbers, lengths = ids.expand_as(weights), values.norm(dim=-1).expand_as(weights)
     return _Said("slot", numbers, weights, there, values.expand(len(hidden), -1, -1), lengths)
 
 

@@ -96,6 +96,16 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
 
 def _check_search(memory: MemoryConfig, name: str) -> None:
     """Raise `UserError` where a search by candidates could not serve what is asked of it."""
+    if memory.disk == "slots" and memory.search != "int8":
+        raise UserError(
+            f"{name}.disk=slots leaves keys on the disk, where only their 8-bit codes can be searched; set {name}.search=int8 or "
+            f"{name}.disk=values, got {name}.search={memory.search}"
+        )
+    if memory.disk == "slots" and memory.weighting == "distance":
+        raise UserError(
+            f"{name}.weighting=distance needs the length of every key, which {name}.disk=slots leaves on the disk; set "
+            f"{name}.disk=values"
+        )
     if memory.search == "exact":
         return
     if memory.heads > 1:

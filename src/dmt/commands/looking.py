@@ -69,6 +69,9 @@ def _layer(number: int, block: torch.nn.Module) -> dict[str, Any]:
         found |= {"memory": "associative", "rows": len(block.rows), "capacity": block.policy.capacity}
     slots = block.base if isinstance(block, AssociativeMemory) else block
     if isinstance(slots, FeaturalMemory):
+        filed = slots.filed_sizes()
+        found["bytes"] += filed["ram"]
+        found |= {"on disk": filed["disk"]} if filed["disk"] else {}
         found |= {"slots": slots.slots, "read per token": f"{slots.k}{' on average' if slots.selection == 'threshold' else ''}"}
         found["memory"] = "featural" if slots is block else "associative on featural"
     return found
@@ -156,7 +159,8 @@ def _show_slot(book: Book, name: str, out: Output) -> None:
     if not isinstance(memory, FeaturalMemory) or int(number) >= memory.slots:
         raise UserError(f"--slot {name}: " + ("that layer has no slots" if not isinstance(memory, FeaturalMemory) else
                         f"that layer has slots 0 to {memory.slots - 1}"))  # fmt: skip
-    value = memory.values[int(number)] if memory.output is None else memory.output @ memory.values[int(number)]
+    value = memory.value_rows(torch.tensor([int(number)]))[0]
+    value = value if memory.output is None else memory.output @ value
     up = inspection.lens(book.model, book.tokenizer, torch.stack([value, -value]), 10)
     found: dict[str, Any] = {"slot": int(number), "layer": int(layer), "length": round(float(value.norm()), 3)}
     found |= {"pushes up": [word for word, _ in up[0]], "pushes down": [word for word, _ in up[1]]}

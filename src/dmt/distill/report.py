@@ -16,6 +16,8 @@ from dmt.config import Config
 from dmt.distill.callbacks import usage
 from dmt.evaluate import Tally
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.models.slots import SLOTS
+from dmt.models.slots import sizes as filed_sizes
 from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
@@ -102,10 +104,17 @@ def stored(student: PreTrainedModel) -> dict[str, dict[str, float]]:
 
 
 def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> dict[str, int]:
-    """Bytes of weights in memory and of the saved student on disk."""
+    """Bytes of weights in memory, and of the student saved in the folder `saved` on disk.
+
+    Of slots that are in a file of their own, what is held of them in RAM counts as in memory.
+    """
     models = {"teacher": teacher, "student": student}
     held = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
-    return {**held, "student_on_disk": saved.stat().st_size}
+    there = [memory for memory in featural_of(student).values() if memory.filed is not None]
+    held["student"] += sum(memory.filed_sizes()["ram"] for memory in there)
+    files, left = ["model.safetensors", *([SLOTS] if there else [])], filed_sizes(student)["disk"]
+    held["student_on_disk"] = sum((saved / file).stat().st_size for file in files)
+    return held | ({"student_left_on_disk": left} if left else {})
 
 
 def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
@@ -146,6 +155,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append((f"rows of layer {layer}", "", f"{kept['rows']:,}", f"{kept['base']:.0%} is the base's"))
     megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}
     on_disk = f"{megabytes['student_on_disk']} on disk"
+    on_disk += f", of which {megabytes['student_left_on_disk']} stay there" if "student_left_on_disk" in size else ""
     table.append(("weights in memory, MB", megabytes["teacher"], megabytes["student"], on_disk))
     return table
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
@@ -39,6 +40,7 @@ from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
 from dmt.memory.associative import Heard
 from dmt.models.fingerprint import fingerprint
+from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
 from dmt.store import Store
@@ -136,8 +138,9 @@ def _train(
             fit(config, module, data, run, [Charts(), SlotUsage(), StoredRows(), Samples(tokenizer)])
     trained = time.perf_counter() - began - prepared
     with resumable(run, data.steps):
-        place = compute_device(config)
-        results = measure(config, student.eval().to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
+        student = _as_saved(run, student.eval().cpu(), tokenizer)
+        place = torch.device("cpu") if filed_in(student) else compute_device(config)
+        results = measure(config, student.to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
         results |= _costs(config, data, began, prepared, trained, steps_before)
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
 
@@ -161,13 +164,18 @@ def _costs(config: Config, data: TextData, began: float, prepared: float, traine
     }
 
 
+def _as_saved(run: Path, student: Any, tokenizer: Any) -> Any:
+    """Save the student; itself, or where its slots leave RAM or lose digits the one that was saved, to be measured."""
+    student.save_pretrained(run / "student")
+    tokenizer.save_pretrained(run / "student")
+    return AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32) if filed_in(student) else student
+
+
 def _conclude(
     config: Config, run: Path, student: Any, teacher: Any, tokenizer: Any, data: TextData, results: dict[str, Any]
 ) -> None:
-    """Save the student, write `run.json`, HParams and `report.md`, print the table."""
-    student.save_pretrained(run / "student")
-    tokenizer.save_pretrained(run / "student")
-    results["bytes"] = report.sizes(teacher, student, run / "student" / "model.safetensors")
+    """Write `run.json`, HParams and `report.md`, print the table."""
+    results["bytes"] = report.sizes(teacher, student, run / "student")
     texts = {c.name: samples(student, teacher, tokenizer, c.test) for c in data.corpora}
     write_record(run, config, results)
     report.hyperparameters(config, run, results)

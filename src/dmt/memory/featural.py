@@ -54,6 +54,8 @@ class FeaturalMemory(SlotTable):
         linear: beside the slots, a linear map of the hidden state that takes over what unread slots say on average;
             zero until `compensate` or training fills it.
         search: how the slots to read are found, one of `SEARCHES`.
+        value_type: what values are kept in once it is saved: `float32`, `float16`, or `int8` with a scale for each row.
+        disk: what then stays in a file: `none`, `values`, or `slots`, values and keys, found by their 8-bit codes.
 
     Raises:
         ValueError: k or slots out of range, not multiples of heads, or a ranking the weighting cannot serve.
@@ -79,6 +81,8 @@ class FeaturalMemory(SlotTable):
         projections: bool = False,
         linear: bool = False,
         search: str = "exact",
+        value_type: str = "float32",
+        disk: str = "none",
     ) -> None:
         if not 1 <= k <= slots:
             raise ValueError(f"k must be in [1, slots={slots}], got {k}")
@@ -90,22 +94,23 @@ class FeaturalMemory(SlotTable):
             raise ValueError(f"search={search} finds slots for one head, got heads={heads}")
         if search in INDEXES and (ranking == "centred" or gated):
             raise ValueError(f"search={search} needs a weight that grows with one score: no gains, ranking=contribution or score")
+        if disk == "slots" and search != "int8":
+            raise ValueError(f"disk=slots finds slots by codes in 8 bits, search=int8, got search={search}")
         if selection == "threshold" and ranking == "score":
             raise ValueError("selection=threshold needs ranks that compare over layers: ranking=contribution or centred")
         super().__init__(
-            width, slots, heads, weighting, activation, gated, ranking, metric, projections, linear, selection == "threshold"
-        )
+            width, slots, heads, weighting, activation, gated, ranking, metric, projections, linear, selection == "threshold",
+            value_type, disk,
+        )  # fmt: skip
         if self.pointwise is None and gradient != "selected":
             raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
         self.k, self.gradient, self.selection, self.search = k, gradient, selection, search
-        self.reads: Tensor | None = None
-        self.reads_tokens = 0
-        self.spent: Tensor | None = None
         self.widened = 1.0  # slots read while training, as a multiple of k; it may begin with more
         self.reset()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`(..., width)` to the same shape."""
+        self.check_there()
         flat = hidden.reshape(-1, self.width)
         if len(flat) == 1 and not torch.is_grad_enabled():
             read = self._read_alone(flat)
@@ -118,25 +123,25 @@ class FeaturalMemory(SlotTable):
         return read.view_as(hidden)
 
     def _looks_up(self, tokens: int) -> bool:
-        """Whether slots are found by candidates: where scoring every slot in full would take longer."""
-        return self.search != "exact" and (self.slots > SCORED or (tokens < TOGETHER and not torch.is_grad_enabled()))
+        """Whether slots are found by candidates: where scoring every slot in full would take longer, or read the disk."""
+        if self.search == "exact" or (self.disk == "slots" and not self.training):
+            return self.search != "exact"
+        return self.slots > SCORED or (tokens < TOGETHER and not torch.is_grad_enabled())
 
     def _read(self, hidden: Tensor) -> Tensor:
         """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`, all scored."""
         scores = self.scores(hidden)
         if self.pointwise is None:
-            mask = self._selected(scores)
-            self._count(mask)
-            return normalised(scores, mask) @ self.values + self.output_bias
-        bias, weights = self.always(), self.weights(hidden, scores)
-        mask = self._selected(self.ranked(weights, scores))
+            bias, mask = self.output_bias, self._selected(scores)
+            weights = normalised(scores, mask)
+        else:
+            bias, weights = self.always(), self.weights(hidden, scores)
+            mask = self._selected(self.ranked(weights, scores))
         self._count(mask)
         # Without gradients only the values read are touched: up to four times as fast (benchmarks/memory.py).
-        if not torch.is_grad_enabled():
-            tokens, ids = mask.nonzero(as_tuple=True)
-            starts = F.pad(mask.sum(-1).cumsum(0)[:-1], (1, 0))
-            chosen = weights[tokens, ids].to(self.values.dtype)
-            return F.embedding_bag(ids, self.values, starts, per_sample_weights=chosen, mode="sum") + bias
+        if not torch.is_grad_enabled() or self.filed is not None:
+            (tokens, ids), reads = mask.nonzero(as_tuple=True), mask.sum(-1)
+            return self.sum_values(ids, weights[tokens, ids], reads.cumsum(0) - reads) + bias
         kept = weights * mask
         if self.gradient == "straight_through":
             kept = weights + (kept - weights).detach()
@@ -155,7 +160,7 @@ class FeaturalMemory(SlotTable):
         self._count(ids, 1)
         if self.pointwise is None:
             weights = torch.softmax(weights, -1)
-        rows = self.values.index_select(0, ids)
+        rows = self.value_rows(ids)
         return torch.addmv(self.always(), rows.t(), weights.to(rows.dtype)).unsqueeze(0)
 
     def _found_alone(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +183,7 @@ class FeaturalMemory(SlotTable):
         self._count(ids[chosen], len(hidden))
         if weights is None:
             weights = normalised(scores, chosen)
-        kept = (weights * chosen).to(self.values.dtype)
-        return F.embedding_bag(ids, self.values, per_sample_weights=kept, mode="sum") + self.always()
+        return self.sum_values(ids, weights * chosen) + self.always()
 
     def _found(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Candidates: ids, scores, weights where each slot has its own, and which of them are read, `(tokens, n)`."""
@@ -231,26 +235,40 @@ class FeaturalMemory(SlotTable):
     def _roughly(self, hidden: Tensor) -> Tensor:
         """What `rank` gives, from keys in 8 bits."""
         query = self.queries(hidden)[:, 0]
-        scores = self._scored(self._derived("key codes", Codes, (self.keys,))(query), query, self.keys, self.key_bias)
+        codes = self._codes("key", self.keys)
+        scores = self._scored(codes(query), query, self.keys, self.key_bias)
         if self.pointwise is None:
             return scores
         gains = None
         if self.gains is not None and self.gain_bias is not None:
-            gains = self._derived("gain codes", Codes, (self.gains,))(hidden) + self.gain_bias
+            gains = self._codes("gain", self.gains)(hidden) + self.gain_bias
         return self.ranked(self._weighed(scores, gains, self.means), scores)
+
+    def _codes(self, name: str, rows: Tensor) -> Codes:
+        kept = None if self.filed is None else getattr(self.filed, f"{name}_codes")
+        return self._derived(f"{name} codes", Codes, (rows,)) if kept is None else kept
 
     def _selected(self, rank: Tensor) -> Tensor:
         """Mask `(tokens, slots)` of what an exact search reads."""
         return as_mask(self._top(rank), self.slots) if self.threshold is None else self._reaching(rank)
 
-    @torch.no_grad()
     def select(self, hidden: Tensor) -> Tensor:
         """Which slots are read for `hidden` `(tokens, width)`: a mask `(tokens, slots)`."""
+        return self.read_by(hidden)[0]
+
+    @torch.no_grad()
+    def read_by(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slots are read for `hidden` `(tokens, width)`, and the weights of those: both `(tokens, slots)`."""
         if not self._looks_up(len(hidden)):
-            return self._selected(self.rank(hidden))
-        ids, _, _, chosen = self._found(hidden)
+            scores = self.scores(hidden)
+            weights = scores if self.pointwise is None else self.weights(hidden, scores)
+            mask = self._selected(self.ranked(weights, scores))
+            return mask, normalised(scores, mask) if self.pointwise is None else weights * mask
+        ids, scores, found, chosen = self._found(hidden)
+        found = (normalised(scores, chosen) if found is None else found) * chosen
+        nothing = torch.zeros(len(hidden), self.slots, device=hidden.device, dtype=found.dtype)
         # a place that is not read may stand for slot 0, which another place may read
-        return torch.zeros(len(hidden), self.slots, device=hidden.device).scatter_add_(-1, ids, chosen.float()) > 0
+        return nothing.scatter_add(-1, ids, chosen.to(found.dtype)) > 0, nothing.scatter_add(-1, ids, found)
 
     @torch.no_grad()
     def recall(self, hidden: Tensor) -> float:
@@ -277,23 +295,6 @@ class FeaturalMemory(SlotTable):
     def _reaching(self, rank: Tensor) -> Tensor:
         assert self.threshold is not None, "asked for where selection is by threshold"
         return reaching(rank, self.threshold)
-
-    @torch.no_grad()
-    def _count(self, chosen: Tensor, tokens: int | None = None) -> None:
-        """Note reads where somebody asked for it: of a mask `(tokens, slots)`, or of ids read by so many tokens."""
-        mask = chosen.dtype == torch.bool
-        tokens = len(chosen) if tokens is None else tokens
-        if self.reads is not None:
-            self.reads.add_(chosen.sum(0) if mask else torch.bincount(chosen.flatten(), minlength=self.slots))
-            self.reads_tokens += tokens
-        if self.spent is not None and self.training:
-            reads = chosen.sum() if mask else torch.tensor(chosen.numel(), device=chosen.device)
-            self.spent += torch.stack([reads, reads.new_tensor(tokens)])
-
-    def count_reads(self) -> None:
-        """Start counting how often each slot is read, in `reads` `(slots,)`, and for how many tokens, from zero."""
-        self.reads_tokens = 0
-        self.reads = torch.zeros(self.slots, dtype=torch.long, device=self.keys.device)
 
     def extra_repr(self) -> str:
         shape = f"width={self.width}, slots={self.slots}, k={self.k}, heads={self.heads}"

@@ -23,6 +23,8 @@ Vectors = Callable[[slice], Tensor]
 """Some of the slots, by number, to a vector `(n, width)` for each: so that a second copy of the table never exists."""
 TRAINED_ON = 64
 """Keys per cell from which the cells of an index are learnt."""
+MULTIPLIED = 16_384
+"""Rows of codes multiplied at once: the library may copy them, which are to be no more than a processor's cache holds."""
 ROUNDS = 8
 """Rounds of k-means."""
 MOST_CLASSES = 1_024
@@ -44,13 +46,21 @@ class Codes:
         self.scales = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127
         self.rows = (weight / self.scales.unsqueeze(-1)).round().to(torch.int8)
 
+    @classmethod
+    def kept(cls, rows: Tensor, scales: Tensor) -> Codes:
+        """Codes that were made before: `rows` `(rows, width)` in int8 and `scales` `(rows,)`."""
+        made = cls.__new__(cls)
+        made.rows, made.scales = rows, scales
+        return made
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """About `hidden (tokens, width)` times the matrix transposed, `(tokens, rows)`."""
         if hidden.device.type != "cpu":
             return hidden @ self.rows.to(hidden.dtype).t() * self.scales
         step = hidden.abs().amax(-1, keepdim=True) / 127 + torch.finfo(torch.float32).tiny
-        whole = torch._int_mm((hidden / step).round_().to(torch.int8), self.rows.t())
-        return whole * (step * self.scales)
+        codes = (hidden / step).round_().to(torch.int8)
+        parts = [torch._int_mm(codes, rows.t()) for rows in self.rows.split(MULTIPLIED)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * (step * self.scales)
 
 
 def cells_for(slots: int) -> int:

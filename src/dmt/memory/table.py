@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dmt.memory.compensation import linear_forecast
 from dmt.memory.derived import Derived
+from dmt.memory.filed import Fileable, lengths_of
 from dmt.memory.products import linear as product
 from dmt.memory.weighting import pointwise
 
 
-class SlotTable(nn.Module):
+class SlotTable(Fileable):
     """Keys, values and all that belongs to them; arguments as in `FeaturalMemory`, which reads from it.
 
     Args:
@@ -35,8 +36,12 @@ class SlotTable(nn.Module):
         projections: bool,
         linear: bool,
         shared: bool,
+        value_type: str = "float32",
+        disk: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(value_type, disk)
+        if disk == "slots" and weighting == "distance":
+            raise ValueError("disk=slots leaves keys in a file, and weighting=distance needs the length of each")
         self.pointwise = pointwise(weighting, activation)
         if self.pointwise is None and ranking != "score":
             raise ValueError(f"weighting={weighting} works with ranking=score and gradient=selected only")
@@ -53,24 +58,26 @@ class SlotTable(nn.Module):
         self.linear = nn.Parameter(torch.empty(width, width)) if linear else None
         self.gains = nn.Parameter(torch.empty(slots, width)) if gated else None
         self.gain_bias = nn.Parameter(torch.empty(slots)) if gated else None
-        self.metric: Tensor | None
         self.threshold: Tensor | None
         self.register_buffer("metric", torch.empty(width, width) if metric == "sensitivity" else None)
         self.register_buffer("threshold", torch.empty(()) if shared else None)
+        self.reads: Tensor | None = None
+        self.reads_tokens = 0
+        self.spent: Tensor | None = None
         self._derived = Derived()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Random slots: scores of unit variance for normalised hidden states, small values, projections of full rank."""
-        nn.init.normal_(self.keys, std=1 / math.sqrt(self.width))
-        nn.init.normal_(self.values, std=0.02)
-        if self.gains is not None:
-            nn.init.normal_(self.gains, std=1 / math.sqrt(self.width))
+        spread = {"keys": 1 / math.sqrt(self.width), "values": 0.02, "gains": 1 / math.sqrt(self.width)}
+        for name, std in spread.items():
+            if (table := self._parameters.get(name)) is not None:
+                nn.init.normal_(table, std=std)
         for zero in (self.key_bias, self.gain_bias, self.output_bias, self.means, self.linear, self.threshold):
             if zero is not None:
                 nn.init.zeros_(zero)
-        if self.metric is not None:
-            nn.init.eye_(self.metric)
+        if (metric := self._buffers.get("metric")) is not None:
+            nn.init.eye_(metric)
         for projection in (self.query, self.output):
             if projection is not None:
                 nn.init.normal_(projection, std=1 / math.sqrt(self.width))
@@ -110,8 +117,9 @@ class SlotTable(nn.Module):
         queries = self.queries(hidden)
         if len(hidden) == 1:
             keys, at = self.keys.index_select(0, ids[0]), ids[0]
+            keys = keys.to(queries.dtype)
             return self._scored(torch.mv(keys, queries[0, 0]), queries, keys, self.key_bias[at]).view(1, -1)
-        keys = F.embedding(ids, self.keys)
+        keys = F.embedding(ids, self.keys).to(queries.dtype)
         products = (keys @ queries.transpose(1, 2)).squeeze(-1)
         return self._scored(products, queries, keys, self.key_bias[ids])
 
@@ -132,7 +140,8 @@ class SlotTable(nn.Module):
         """What `weights` gives at `ids` `(tokens, n)`, where the scores are `scores` of the same shape."""
         gains = None
         if self.gains is not None and self.gain_bias is not None:
-            gains = (F.embedding(ids, self.gains) @ hidden.unsqueeze(-1)).squeeze(-1) + self.gain_bias[ids]
+            rows = F.embedding(ids, self.gains).to(hidden.dtype)
+            gains = (rows @ hidden.unsqueeze(-1)).squeeze(-1) + self.gain_bias[ids]
         return self._weighed(scores, gains, None if self.means is None else self.means[ids])
 
     def _weighed(self, scores: Tensor, gains: Tensor | None, means: Tensor | None) -> Tensor:
@@ -159,6 +168,9 @@ class SlotTable(nn.Module):
         """What is said whatever is read, `(width,)`: the output bias and every slot's mean."""
         if self.means is None:
             return self.output_bias
+        if self.filed is not None:
+            assert self.filed.said is not None, "a memory with means is filed with what they say"
+            return self.output_bias + self.filed.said.to(self.output_bias.dtype)
         if torch.is_grad_enabled():  # then it belongs to the graph of one step
             return self.output_bias + self.means @ self.values
         sources = self.output_bias, self.means, self.values
@@ -167,13 +179,9 @@ class SlotTable(nn.Module):
     @torch.no_grad()
     def lengths(self) -> Tensor:
         """How long each value is in the metric, `(slots,)`."""
-
-        def measure(values: Tensor, metric: Tensor | None, output: Tensor | None) -> Tensor:
-            if metric is not None:
-                values = (values if output is None else values @ output.t()) @ metric
-            return values.norm(dim=-1)
-
-        return self._derived("lengths", measure, (self.values, self.metric, self.output), again=self.training)
+        if self.filed is not None:
+            return self.filed.lengths.to(self.output_bias.dtype)
+        return self._derived("lengths", lengths_of, (self.values, self.metric, self.output), again=self.training)
 
     @torch.no_grad()
     def calibrate_means(self, hidden: Tensor) -> None:
@@ -197,3 +205,20 @@ class SlotTable(nn.Module):
         if self.output is not None:
             mean = torch.linalg.lstsq(self.output, mean.unsqueeze(-1)).solution.squeeze(-1)
         self.output_bias.add_(mean)
+
+    @torch.no_grad()
+    def _count(self, chosen: Tensor, tokens: int | None = None) -> None:
+        """Note reads where somebody asked for it: of a mask `(tokens, slots)`, or of ids read by so many tokens."""
+        mask = chosen.dtype == torch.bool
+        tokens = len(chosen) if tokens is None else tokens
+        if self.reads is not None:
+            self.reads.add_(chosen.sum(0) if mask else torch.bincount(chosen.flatten(), minlength=self.slots))
+            self.reads_tokens += tokens
+        if self.spent is not None and self.training:
+            reads = chosen.sum() if mask else torch.tensor(chosen.numel(), device=chosen.device)
+            self.spent += torch.stack([reads, reads.new_tensor(tokens)])
+
+    def count_reads(self) -> None:
+        """Start counting how often each slot is read, in `reads` `(slots,)`, and for how many tokens, from zero."""
+        self.reads_tokens = 0
+        self.reads = torch.zeros(self.slots, dtype=torch.long, device=self.keys.device)

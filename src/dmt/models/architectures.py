@@ -24,6 +24,7 @@ class Architecture:
         backbone: attribute of the language model that gives hidden states, the head left out.
         norm: path of the norm between the last transformer block and the head.
         no_dropout: config values that switch every dropout off.
+        positions: path of the table of positions, of which each token reads a row; empty where there is none.
     """
 
     layers: str
@@ -34,6 +35,7 @@ class Architecture:
     backbone: str
     norm: str
     no_dropout: dict[str, float]
+    positions: str = ""
 
     @property
     def gated(self) -> bool:
@@ -76,6 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         backbone="transformer",
         norm="transformer.ln_f",
         no_dropout={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        positions="transformer.wpe",
     ),
     "llama": Architecture(
         layers="model.layers",

@@ -21,6 +21,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     for layer, memory in sorted((getattr(model.config, "memory", None) or {}).items()):
         told = {**memory, "rows": {**memory["rows"], "places": 0}} if "rows" in memory else memory
         digest.update(f" {layer} {json.dumps(told, sort_keys=True)}".encode())
+    if slots := getattr(model.config, "slots", None):  # those that are in a file, by its digest
+        digest.update(f" slots {slots}".encode())
     stored = tuple(f"{name}.rows." for name, part in model.named_modules() if isinstance(part, AssociativeMemory))
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(stored):

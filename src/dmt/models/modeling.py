@@ -20,23 +20,30 @@ from transformers import (
     LlamaPreTrainedModel,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
 
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.admission import Policy
+from dmt.models import slots
 from dmt.models.architectures import architecture_of
 from dmt.models.books import BOOK, attach, carry
 from dmt.models.quick import quicken
+
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""What `from_pretrained` is told about where files come from."""
 
 
 class MemoryGPT2Config(GPT2Config):
     """A GPT-2's config and, for each layer that has a memory, the arguments that build it.
 
     `memory` maps a layer number (as a string, JSON has no other keys) to arguments of its `FeaturalMemory`; or to `rows`,
-    arguments of an `AssociativeMemory`, and `base`, those of its base or None.
+    arguments of an `AssociativeMemory`, and `base`, those of its base or None. `slots` is the digest of the file beside the
+    weights that holds slots which are not among them (`models/slots.py`), where there is one.
     """
 
     model_type = "dmt_gpt2"
     memory: dict | None = None
+    slots: str | None = None
 
 
 class MemoryLlamaConfig(LlamaConfig):
@@ -44,6 +51,7 @@ class MemoryLlamaConfig(LlamaConfig):
 
     model_type = "dmt_llama"
     memory: dict | None = None
+    slots: str | None = None
 
 
 class _WithMemories(PreTrainedModel):
@@ -62,22 +70,34 @@ class _WithMemories(PreTrainedModel):
         arch = architecture_of(config.model_type)
         for layer, arguments in (config.memory or {}).items():
             arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
+        if config.slots:
+            slots.leave(self)
         quicken(self)
 
     @classmethod
     def from_pretrained(cls, place: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
-        """As ever; what a book beside the weights says, facts and rows, is there too."""
+        """As ever; slots in a file of their own, and what a book beside the weights says, facts and rows, are there too."""
         loaded = super().from_pretrained(place, *given, **named)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.slots:
+            how = {name: named[name] for name in HUB if name in named}
+            file = cached_file(str(place), slots.SLOTS, _raise_exceptions_for_missing_entries=False, **how)
+            slots.take(model, Path(file or Path(str(place)) / slots.SLOTS), model.config.slots)
         if (book := Path(str(place)) / BOOK).is_file():
-            attach(loaded[0] if isinstance(loaded, tuple) else loaded, book)
+            attach(model, book)
         return loaded
 
     def save_pretrained(self, place: Any, *given: Any, **named: Any) -> None:  # type: ignore[override]
-        """As ever; stored rows and facts go along, and the config says how much room rows need."""
+        """As ever; slots in a file of their own, stored rows and facts go along, and the config says what there is of them."""
         for layer, block in enumerate(architecture_of(self.config.model_type).blocks(self)):
             if isinstance(block, AssociativeMemory):
                 self.config.memory[str(layer)]["rows"]["places"] = block.rows.places
-        super().save_pretrained(place, *given, **named)
+        before, self._keys_to_ignore_on_save = self.config.slots, slots.away(self)
+        self.config.slots = slots.put(self, Path(str(place)))
+        try:
+            super().save_pretrained(place, *given, **named)
+        finally:
+            self.config.slots = before  # what is in RAM goes on without the file
         carry(self, Path(str(place)))
 
 

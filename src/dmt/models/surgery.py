@@ -135,6 +135,7 @@ def _arguments(layer: int, memory: MemoryConfig, arch: Architecture, teacher: Pr
         "metric": "plain" if memory.ranking == "score" else memory.metric,
         "selection": "threshold" if auto else "top", "gradient": memory.gradient,
         "projections": memory.projections, "linear": memory.linear, "search": memory.search,
+        "value_type": memory.value_type, "disk": memory.disk,
     }  # fmt: skip
 
 

@@ -1,0 +1,547 @@
+"""Slots in a file: the same answers as from RAM, rows read where they are asked for, and refusals in one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import POSITIONS, WIDTH, make_llama, make_teacher, newest
+from conftest import SLOTS as NEURONS
+from safetensors import safe_open
+from test_memory import KINDS
+from transformers import AutoModelForCausalLM
+
+import dmt
+from dmt.config import MemoryConfig
+from dmt.distill.report import sizes as reported
+from dmt.errors import UserError
+from dmt.facts.drafting import steer
+from dmt.inspection import read
+from dmt.main import main
+from dmt.memory import FeaturalMemory, featural, filed
+from dmt.memory.paging import Mapped, Table, decode, encode, whole, write
+from dmt.models import slots
+from dmt.models.fingerprint import fingerprint
+from dmt.models.surgery import associative_of, featural_of, transplant
+from dmt.settings import load
+
+assert dmt
+GENERATED = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+DISKS = ["values", "slots"]
+
+
+def make(family=make_teacher, threshold=0.3, **changes):
+    """A student with nothing left at a value that a fresh model has too."""
+    memory = MemoryConfig(**({"k": "auto", "budget": 8, "search": "int8" if changes.get("disk") == "slots" else "exact"} | changes))
+    student, _ = transplant(family(), [memory, MemoryConfig(kind="dense"), memory])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        for part in featural_of(student).values():
+            if part.metric is not None:
+                part.metric.add_(0.1 * torch.randn_like(part.metric))
+            if part.threshold is not None:
+                part.threshold.fill_(threshold)
+    for associative in associative_of(student).values():
+        associative.writing = True
+    return student.eval()
+
+
+@torch.no_grad()
+def rounded(student):
+    """The same student with each value rounded as it is kept."""
+    for memory in featural_of(student).values():
+        rows, scales = encode(memory.values, memory.value_type)
+        memory.values.copy_(decode(rows, scales, torch.float32))
+    return student
+
+
+def saved(student, folder, dtype=torch.float32):
+    student.save_pretrained(folder)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not [str(each.message) for each in said if "slots" in str(each.message) or "buffer" in str(each.message)]
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    for part in (*model.parameters(), *model.buffers()):
+        part.data = part.data.clone()  # weights begin where the file has them, and sums of one token depend on that in the last bit
+    return model
+
+
+@torch.no_grad()
+def assert_same(one, other, tokens):
+    """Logits of whole windows, of one token, of two; generated from caches, alone and together: all to the last bit."""
+    for given in (tokens, tokens[:1], tokens[:1, :1], tokens[:2, :1]):
+        assert torch.equal(one(given).logits, other(given).logits)
+    for prompts in (tokens[:1, :6], tokens[:, :6]):
+        mask = torch.ones_like(prompts)
+        said = [model.generate(prompts, attention_mask=mask, **GENERATED) for model in (one, other)]
+        assert torch.equal(*said)
+    assert one(tokens).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value_type", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"disk": "none"},
+        {"disk": "values"},
+        {"disk": "slots"},
+        {"disk": "values", "k": 8},
+        {"disk": "slots", "k": 8},
+        {"disk": "values", "ranking": "centred", "projections": True, "heads": 2},
+        {"disk": "slots", "ranking": "centred"},
+        {"disk": "values", "search": "int8"},
+        {"disk": "values", "search": "ivf"},
+        {"disk": "values", "search": "product", "k": 8},
+        {"disk": "values", "kind": "associative"},
+        {"disk": "slots", "kind": "associative"},
+    ],
+    ids=str,
+)
+def test_a_student_in_a_file_says_what_it_said(family, changes, value_type, tokens, tmp_path):
+    if family is make_llama and changes.get("search") in ("ivf", "product"):
+        pytest.skip("one key")
+    student = make(family, value_type=value_type, **changes)
+    loaded = saved(student, tmp_path)
+    assert_same(loaded, rounded(student), tokens)
+
+
+@pytest.mark.parametrize("value_type", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(("weighting", "ranking"), KINDS)
+@pytest.mark.parametrize("disk", DISKS)
+@torch.no_grad()
+def test_every_kind_of_memory_reads_a_file(weighting, ranking, disk, value_type, tmp_path, monkeypatch):
+    if disk == "slots" and weighting == "distance":
+        pytest.skip("refused")
+    monkeypatch.setattr(filed, "CONVERTED", 5 * 16)  # so that sums are made in several pieces
+    how = {"weighting": weighting, "ranking": ranking, "value_type": value_type, "disk": disk}
+    how |= {"metric": "sensitivity", "search": "int8" if disk == "slots" else "exact"}
+    there = FeaturalMemory(16, 64, 8, **how).eval()
+    there.values.normal_()
+    there.metric.normal_()
+    if there.means is not None:
+        there.means.normal_()
+    write(tmp_path / "slots", {f"m.{name}": table for name, table in there.tables().items()})
+    there.values.copy_(decode(*encode(there.values, value_type), torch.float32))
+    other = FeaturalMemory(16, 64, 8, **how).eval()
+    other.load_state_dict({**other.state_dict(), **{k: v for k, v in there.state_dict().items() if k not in there.away}})
+    other.leave()
+    assert not set(there.away) & set(other.state_dict())
+    other.take(Mapped(tmp_path / "slots"), "m")
+    for tokens in (1, 2, 40, *([] if weighting == "distance" else [0])):
+        hidden = torch.randn(tokens, 16)
+        assert torch.equal(there(hidden), other(hidden))
+        if tokens:
+            for mine, theirs in zip(there.read_by(hidden), other.read_by(hidden), strict=True):
+                assert torch.equal(mine, theirs)
+            with torch.enable_grad():
+                hidden.requires_grad_(True)
+                directions = torch.randn(tokens, 16)
+                grads = [torch.autograd.grad((memory(hidden) * directions).sum(), hidden)[0] for memory in (there, other)]
+            torch.testing.assert_close(*grads)
+            torch.testing.assert_close(other(hidden.detach()), other.forward(hidden).detach())
+    assert torch.equal(other.lengths(), there.lengths())
+    assert torch.equal(other.always(), there.always())
+    assert 0 <= other.recall(torch.randn(9, 16)) <= 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_slots_on_the_disk_are_found_by_codes_and_weighed_exactly(tokens, grad):
+    memory = FeaturalMemory(16, 256, 8, search="int8", disk="slots").eval()
+    hidden = torch.randn(tokens, 16)
+    with torch.set_grad_enabled(grad):
+        assert memory._looks_up(tokens)
+        assert memory.train()._looks_up(tokens) == (tokens < 16 and not grad)
+        memory.eval()
+        chosen = memory.select(hidden)
+        wanted = (memory.weights(hidden, memory.scores(hidden)) * chosen) @ memory.values + memory.always()
+        torch.testing.assert_close(memory(hidden), wanted)
+
+
+def test_rows_are_converted_so_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(filed, "CONVERTED", 5 * 16)
+    table, asked = torch.randn(64, 16), []
+    ids, weights = torch.randint(0, 64, (9, 3)), torch.randn(9, 3)
+    said = filed.sums(lambda rows: asked.append(len(rows)) or table[rows], 16, ids, weights)
+    torch.testing.assert_close(said, (table[ids] * weights.unsqueeze(-1)).sum(1))
+    assert len(asked) == 9
+    assert max(asked) <= 5
+    wide = filed.sums(lambda rows: table[rows], 16, torch.randint(0, 64, (2, 40)), torch.ones(2, 40))  # one bag is more than that
+    assert wide.shape == (2, 16)
+
+
+def test_rounding_is_as_stated(tokens):
+    values = torch.randn(50, 16) * torch.logspace(-3, 3, 50).unsqueeze(-1)
+    values[7] = 0
+    for kind, bound in (("float32", 0.0), ("float16", 2.0**-11), ("int8", 0.5 / 127)):
+        rows, scales = encode(values, kind)
+        error = (decode(rows, scales, torch.float32) - values).abs()
+        assert (error <= bound * values.abs().amax(-1, keepdim=True) * 1.001 + 2**-24 * (kind == "float16")).all()
+        assert rows.element_size() == {"float32": 4, "float16": 2, "int8": 1}[kind]
+        assert error.any() == (kind != "float32")
+    assert encode(values, "int8")[0].abs().amax(-1)[0] == 127
+
+
+def test_a_rounded_student_is_near(tokens, tmp_path):
+    plain = make(k=NEURONS)
+    near = []
+    for kind in ("float16", "int8"):
+        torch.manual_seed(0)
+        loaded = saved(make(k=NEURONS, value_type=kind), tmp_path / kind)
+        torch.manual_seed(0)
+        plain = make(k=NEURONS)
+        with torch.no_grad():
+            near.append(float((loaded(tokens).logits - plain(tokens).logits).norm() / plain(tokens).logits.norm()))
+    assert 0 < near[0] < 1e-3
+    assert near[0] < near[1] < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("disk", DISKS)
+def test_a_model_in_half_precision_reads_the_file(dtype, disk, tokens, tmp_path):
+    student = make(k=NEURONS, disk=disk)
+    half = saved(student, tmp_path, dtype)
+    with torch.no_grad():
+        said, wanted = half(tokens).logits.float(), student(tokens).logits
+        alone = half(tokens[:1, :1]).logits
+    assert (said - wanted).norm() < 0.1 * wanted.norm()
+    assert alone.dtype == dtype
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_saved_again_it_is_the_same(disk, tokens, tmp_path):
+    student = make(disk=disk, value_type="int8")
+    once = saved(student, tmp_path / "one")
+    before = (tmp_path / "one" / slots.SLOTS).read_bytes()
+    again = saved(once, tmp_path / "two")
+    assert_same(once, again, tokens)
+    assert (tmp_path / "two" / slots.SLOTS).read_bytes() == before
+    inode = (tmp_path / "one" / slots.SLOTS).stat().st_ino
+    same = saved(once, tmp_path / "one")  # onto the file that is mapped
+    assert (tmp_path / "one" / slots.SLOTS).stat().st_ino == inode
+    assert_same(once, same, tokens)
+    saved(make(disk=disk, value_type="int8", threshold=0.1), tmp_path / "one")  # another one in its place: a file of its own
+    assert_same(once, again, tokens)
+    assert fingerprint(once) == fingerprint(again)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_student_in_ram_goes_on_after_it_was_saved(tokens, tmp_path):
+    student = make(disk="values")
+    loaded = saved(student, tmp_path)
+    assert student.config.slots is None
+    assert loaded.config.slots == json.loads((tmp_path / "config.json").read_text())["slots"]
+    student.train()
+    student(tokens, labels=tokens).loss.backward()
+    assert featural_of(student)[0].values.grad is not None
+    student.eval()
+    assert_same(saved(student, tmp_path), loaded, tokens)
+
+
+def test_other_values_are_another_model(tmp_path):
+    student = make(disk="values")
+    before = fingerprint(saved(student, tmp_path / "a"))
+    with torch.no_grad():
+        featural_of(student)[2].values[5, 3] += 1
+    assert fingerprint(saved(student, tmp_path / "b")) != before
+
+
+def test_what_is_in_the_file_is_not_among_the_weights(tmp_path):
+    for disk, gone in (("none", {"values"}), ("values", {"values", "metric"}), ("slots", {"values", "metric", "keys"})):
+        student = make(disk=disk, value_type="float16")
+        held = set(student.state_dict())
+        loaded = saved(student, tmp_path / disk)
+        parts = {f"transformer.h.{layer}.{block}" for layer, block in ((0, "mlp"), (2, "mlp"))}
+        positions = {"transformer.wpe.weight"} if disk == "slots" else set()
+        assert held - set(loaded.state_dict()) == {f"{part}.{name}" for part in parts for name in gone} | positions
+        with safe_open(tmp_path / disk / "model.safetensors", "pt") as weights:
+            assert not {name for name in weights.keys() if name.rpartition(".")[2] in gone and "mlp" in name}  # noqa: SIM118
+        with safe_open(tmp_path / disk / slots.SLOTS, "pt") as file:  # which anybody's safetensors can read
+            for part in parts:
+                assert torch.equal(file.get_tensor(f"{part}.values"), loaded.get_submodule(part).values)
+    assert not (tmp_path / "plain").exists()
+    make().save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / slots.SLOTS).exists()
+    assert "slots" not in json.loads((tmp_path / "plain" / "config.json").read_text()) or not make().config.slots
+
+
+def test_sizes_are_counted_where_they_are(tmp_path):
+    teacher, numbers = make_teacher(), {}
+    for disk in ("none", "values", "slots"):
+        loaded = saved(make(disk=disk, value_type="int8", linear=False), tmp_path / disk)
+        numbers[disk] = slots.sizes(loaded), reported(teacher, loaded, tmp_path / disk)
+    table = 2 * NEURONS * WIDTH
+    assert numbers["none"][0]["disk"] == 0
+    assert "student_left_on_disk" not in numbers["none"][1]
+    assert numbers["values"][0]["disk"] == table + 2 * 4 * WIDTH**2
+    positions = 4 * POSITIONS * WIDTH
+    assert numbers["slots"][0]["disk"] == table + 2 * 4 * WIDTH**2 + 4 * table + positions
+    # what goes with the file in RAM: scales and lengths; and codes of keys with a scale for each
+    assert numbers["none"][0]["ram"] - numbers["values"][0]["ram"] == table + 2 * 4 * WIDTH**2
+    assert numbers["values"][0]["ram"] - numbers["slots"][0]["ram"] == positions + 4 * table - table - 2 * 4 * NEURONS
+    for disk, (mine, said) in numbers.items():
+        assert said.get("student_left_on_disk", 0) == mine["disk"]
+        files = [tmp_path / disk / name for name in ("model.safetensors", slots.SLOTS)]
+        assert said["student_on_disk"] == sum(file.stat().st_size for file in files)
+    parameters = sum(p.numel() * 4 for p in loaded.parameters())
+    kept = sum(memory.filed.bytes for memory in featural_of(loaded).values())
+    assert numbers["slots"][1]["student"] == parameters + kept
+    assert kept == table + 2 * 3 * 4 * NEURONS  # codes; scales of codes and of values, lengths
+
+
+ANONYMOUS = """
+import re, sys, torch
+from pathlib import Path
+from dmt.memory import FeaturalMemory
+from dmt.memory.paging import Mapped
+torch.set_num_threads(1)
+def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+kind, disk = sys.argv[2:]
+with torch.device("meta"):
+    memory = FeaturalMemory(512, 32768, 32, value_type=kind, disk=disk, search="int8" if disk == "slots" else "exact").eval()
+memory.leave()
+memory.to_empty(device="cpu")
+with torch.no_grad():
+    for part in memory.parameters():
+        part.zero_()
+mapped = Mapped(Path(sys.argv[1]))
+before = anonymous()
+memory.take(mapped, "m")
+taken = anonymous() - before
+with torch.no_grad():
+    for tokens in (1, 1, 20, 300):
+        memory(torch.randn(tokens, 512))
+    ids = torch.arange(32768)
+    for part in ids.split(1000):
+        memory.value_rows(part)
+print(taken, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+def test_a_large_table_takes_no_memory_of_its_own(kind, tmp_path):
+    dtype, of = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}[kind], (32_768, 512)
+    rows = torch.randint(-100, 100, (1024, 512)).to(dtype)
+    tables = {"m.values": Table(dtype, of, (rows for _ in range(32))), "m.lengths": whole(torch.rand(32_768))}
+    if kind == "int8":
+        tables["m.scales"] = whole(torch.rand(32_768))
+    write(tmp_path / "file", tables)
+    done = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS, tmp_path / "file", kind, "values"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    taken, after = map(float, done.stdout.split())
+    assert taken < 4  # MB; the table has 16, 32 or 64
+    # scores of 300 tokens, their masks and rows converted are freed again; some of it stays with the allocator
+    assert after < taken + 200
+
+
+def test_tables_are_mapped_and_the_file_is_never_written(tmp_path):
+    loaded = saved(make(disk="slots"), tmp_path)
+    before = (tmp_path / slots.SLOTS).read_bytes()
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/maps") as maps:
+            spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(tmp_path / slots.SLOTS))]
+        for memory in featural_of(loaded).values():
+            for name in ("values", "keys", "metric"):
+                place = getattr(memory, name).data_ptr()
+                assert any(int(begin, 16) <= place < int(end, 16) for begin, end in spans), name
+            place = memory.filed.key_codes.rows.data_ptr()  # a quarter of the keys: what does not fit may be read again
+            assert any(int(begin, 16) <= place < int(end, 16) for begin, end in spans)
+            place = memory.filed.lengths.data_ptr()
+            assert not any(int(begin, 16) <= place < int(end, 16) for begin, end in spans)
+    with torch.no_grad():
+        loaded(torch.zeros(1, 4, dtype=torch.long))
+        assert not any(memory._derived._kept for memory in featural_of(loaded).values()), "nothing is made from whole tables"
+        featural_of(loaded)[0].values.zero_()
+    assert (tmp_path / slots.SLOTS).read_bytes() == before
+
+
+def test_it_cannot_be_trained(tokens, tmp_path):
+    for how in ({"disk": "values"}, {"disk": "slots"}, {"value_type": "int8"}):
+        loaded = saved(make(**how), tmp_path)
+        with pytest.raises(UserError, match=r"memory\.disk=none memory\.value_type=float32") as refused:
+            loaded.train()
+        assert "\n" not in str(refused.value)
+        loaded.eval()
+        loaded(tokens).logits.sum().backward()  # in eval mode what is not in the file has gradients
+        assert loaded.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_a_fact_can_be_drafted_for_it(disk, tokens, tmp_path):
+    student = make(disk=disk).requires_grad_(False)
+    loaded = saved(student, tmp_path).requires_grad_(False)
+    columns = torch.arange(5)
+    found = [
+        steer(model, tokens[:1], torch.zeros_like(columns), columns, tokens[0, 1:6], 1, 2).values for model in (student, loaded)
+    ]
+    torch.testing.assert_close(
+        *found, rtol=1e-4, atol=1e-4
+    )  # with gradients, RAM multiplies by all values, the file sums those read
+
+
+def test_inspection_is_the_same(tokenizer, tokens, tmp_path):
+    for how in ({"disk": "values"}, {"disk": "slots"}, {"disk": "values", "k": 8, "projections": True}):
+        student = make(**how)
+        found = [read(model, tokenizer, tokens[0]) for model in (student, saved(student, tmp_path))]
+        assert found[0] == found[1]
+        assert any(each.reads for each in found[0])
+    nothing = make(disk="values", threshold=1e9)
+    assert not any(each.reads for each in read(nothing, tokenizer, tokens[0]))
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as refused:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(refused.value)
+    assert str(folder / slots.SLOTS) in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_file_that_is_missing_cut_short_or_foreign_is_refused_in_a_line(tmp_path):
+    make(disk="values").save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / slots.SLOTS
+    good = file.read_bytes()
+    for length in (0, 5, 8, 100, 4096, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:length])
+        assert "not a whole file" in refusal(tmp_path / "a")
+    for wrong in (good + b"x", b"\xff" * 8 + good[8:], good.replace(b'"format": "1"', b'"format": "2"'), b"{}" * 3000):
+        file.write_bytes(wrong)
+        assert "not a whole file" in refusal(tmp_path / "a")
+    file.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
+    assert "not a whole file" in refusal(tmp_path / "a")
+    file.unlink()
+    assert "is not there" in refusal(tmp_path / "a")
+    torch.manual_seed(5)
+    make(disk="values").save_pretrained(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / slots.SLOTS, file)
+    assert "another student" in refusal(tmp_path / "a")
+    file.write_bytes(good)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["memory"]["0"]["value_type"] = "float16"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    assert "than config.json says" in refusal(tmp_path / "a")
+    config["memory"]["0"] |= {"value_type": "float32", "disk": "slots", "search": "int8"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    assert "does not hold" in refusal(tmp_path / "a")
+
+
+def test_a_file_that_went_away_cannot_be_saved_along(tmp_path):
+    loaded = saved(make(disk="values"), tmp_path / "a")
+    (tmp_path / "a" / slots.SLOTS).unlink()
+    with pytest.raises(UserError, match="cannot be copied"):
+        loaded.save_pretrained(tmp_path / "b")
+    make(disk="values", threshold=0.1).save_pretrained(tmp_path / "a")
+    torch.manual_seed(5)
+    make(disk="values").save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="another file than the one"):
+        loaded.save_pretrained(tmp_path / "b")
+    assert not list((tmp_path / "b").glob("slots*"))
+
+
+def test_what_is_not_opened_says_so(tokens, tmp_path):
+    make(disk="values").save_pretrained(tmp_path)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    with pytest.raises(UserError, match="from_pretrained"):
+        AutoModelForCausalLM.from_config(config).eval()(tokens)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    write(tmp_path / "file", {"a": whole(torch.ones(3, 4))})
+    before = (tmp_path / "file").read_bytes()
+    with pytest.raises(AssertionError, match="pieces"):
+        write(tmp_path / "file", {"a": Table(torch.float32, (3, 4), [torch.ones(2, 4)])})
+    assert (tmp_path / "file").read_bytes() == before
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "nowhere" / "file", {"a": whole(torch.ones(3, 4))})
+
+
+def test_tables_come_back_as_they_were_given(tmp_path):
+    given = {
+        "bytes": torch.randint(-128, 127, (7, 3), dtype=torch.int8), "halves": torch.randn(5, 3).half(), "one": torch.randn(()),
+        "floats": torch.randn(9, 2), "none": torch.zeros(0, 4), "turned": torch.randn(4, 6).t(),
+    }  # fmt: skip
+    digest = write(tmp_path / "file", {name: whole(tensor) for name, tensor in given.items()})
+    mapped = Mapped(tmp_path / "file")
+    assert mapped.digest == digest
+    for name, tensor in given.items():
+        assert torch.equal(mapped[name], tensor)
+        assert mapped[name].dtype == tensor.dtype
+    given["bytes"][0, 0] += 1
+    assert write(tmp_path / "other", {name: whole(tensor) for name, tensor in given.items()}) != digest
+    assert int.from_bytes((tmp_path / "file").read_bytes()[:8], "little") % 4096 == 4088  # tables begin where pages do
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("memory.disk=slots",), "set memory.search=int8 or memory.disk=values, got memory.search=exact"),
+        (("memory.disk=slots", "memory.search=ivf"), "got memory.search=ivf"),
+        (("memory.disk=tape",), "memory.disk"),
+        (("memory.value_type=int4",), "memory.value_type"),
+        (
+            ("memory.disk=slots", "memory.search=int8", "memory.k=32", "memory.weighting=distance", "memory.ranking=score"),
+            "set memory.disk=values",
+        ),
+        (("student.rules=[{layers: 0, memory: {disk: slots}}]",), "student.rules[0].memory.search=int8"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(words, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        load(None, words)
+
+
+@pytest.mark.parametrize(
+    "how", [{"disk": "slots"}, {"disk": "slots", "search": "ivf"}, {"disk": "all"}, {"value_type": "int4"},
+            {"disk": "slots", "search": "int8", "weighting": "distance", "ranking": "score"}], ids=str
+)  # fmt: skip
+def test_memories_that_cannot_be_are_refused(how):
+    with pytest.raises(ValueError, match=r"disk|value_type"):
+        FeaturalMemory(8, 16, 4, **how)
+
+
+@pytest.mark.parametrize("kind", ["featural", "associative"])
+def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeypatch):
+    measured = []
+    from dmt.distill import run
+
+    real = run.measure
+    monkeypatch.setattr(run, "measure", lambda config, student, *rest: measured.append(student) or real(config, student, *rest))
+    changes = ["memory.disk=slots", "memory.search=int8", "memory.value_type=int8", f"memory.kind={kind}"]
+    assert main([*words, *changes]) == 0
+    folder = newest(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokens = torch.randint(0, 300, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(measured[0](tokens).logits, loaded(tokens).logits)
+    assert all(memory.filed is not None for memory in featural_of(measured[0]).values())
+    record = json.loads((folder / "run.json").read_text())
+    assert record["bytes"]["student_left_on_disk"] == slots.sizes(loaded)["disk"]
+    assert "stay there" in (folder / "report.md").read_text()
+
+
+def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(featural, "SCORED", 0)
+    student = rounded(make(disk="values", search="int8", value_type="int8"))
+    assert_same(saved(student, tmp_path), student, tokens)
+
+
+def test_the_benchmark_makes_its_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks import disk
+
+    lines = disk.rows(quick=True, turns=1)
+    assert [line["variant"] for line in lines] == ["in RAM", "on the disk", "dense", "disk=slots value_type=int8"]
+    assert all(line.get("same tokens", True) for line in lines)
+    assert "| in RAM |" in disk.table(lines)
