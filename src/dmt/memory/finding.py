@@ -31,6 +31,8 @@ MOST_CLASSES = 1_024
 """Classes of either half of product keys, at most."""
 DIRECTIONS = 128
 """Directions that an index tells vectors apart by."""
+FEW = 8
+"""Queries that one thread answers soonest."""
 AT_ONCE = 16_384
 """Slots that are put into an index at once."""
 
@@ -101,6 +103,8 @@ def ivf(vectors: Vectors, slots: int, probes: int | None = None) -> Find:
     least = probes or min(16, max(1, cells // 4))
 
     def find(queries: Tensor, count: int) -> Tensor:
+        # One query is over before a second thread has begun, which then spins beside torch's.
+        faiss.omp_set_num_threads(torch.get_num_threads() if len(queries) > FEW else 1)
         index.nprobe = max(least, min(cells, math.ceil(2 * count / slots * cells)))
         _, ids = index.search(_numbers(queries.float() @ turn), count)
         return torch.from_numpy(ids).to(queries.device)
