@@ -294,6 +294,12 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(said)
 
 
+def figures(quick: bool = False) -> list[dict[str, Any]]:
+    """Every line, for `python -m benchmarks`; the newest run's student, where there is one."""
+    students = sorted(Path("lightning_logs").glob("version_*/student"), key=lambda place: place.stat().st_mtime)
+    return rows(quick, students[-1] if students else None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", nargs="?", type=Path, help="a distilled embedded student; the newest run's where left out")

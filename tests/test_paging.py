@@ -529,6 +529,8 @@ def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeyp
     record = json.loads((folder / "run.json").read_text())
     assert record["bytes"]["student_left_on_disk"] == slots.sizes(loaded)["disk"]
     assert "stay there" in (folder / "report.md").read_text()
+    assert all(0.9 < used["recall"] <= 1 for used in record["slots"].values())
+    assert "found of what an exact search reads" in (folder / "report.md").read_text()
 
 
 def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monkeypatch):

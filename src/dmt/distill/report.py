@@ -6,14 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distill.callbacks import usage
+from dmt.distill.signals import observe
 from dmt.evaluate import Tally
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.slots import SLOTS
@@ -92,6 +94,17 @@ def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     return found
 
 
+@torch.no_grad()
+def searched(student: PreTrainedModel, windows: Tensor) -> dict[str, float]:
+    """By layer, the share of an exact search's slots that a token alone is given by one that looks for candidates.
+
+    Whole windows are scored exactly where that is faster, so the fidelity to the teacher does not show it.
+    """
+    there = {layer: memory for layer, memory in featural_of(student).items() if memory.search != "exact"}
+    given = observe(student, windows, blocks=True).block_inputs if there else ()
+    return {str(layer): memory.recall(given[layer].flatten(0, -2)) for layer, memory in there.items()}
+
+
 def stored(student: PreTrainedModel) -> dict[str, dict[str, float]]:
     """Rows of each associative memory and the base's share in what it said since listening began; stops listening."""
     found = {}
@@ -151,6 +164,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(("slots read per token", f"{held:,}", f"{read:,.1f}", f"1 / {held / read:.1f}"))
         table.append(("layer by layer", "", by_layer if len(used) <= 12 else "", by_layer if len(used) > 12 else ""))
         table.append(("dead slots", "", f"{dead:.0f}", f"{dead / held:.2%}"))
+    if found := [u["recall"] for u in used if "recall" in u]:
+        table.append(("found of what an exact search reads", "", f"{sum(found) / len(found):.4f}", f"least {min(found):.4f}"))
     for layer, kept in results.get("rows", {}).items():
         table.append((f"rows of layer {layer}", "", f"{kept['rows']:,}", f"{kept['base']:.0%} is the base's"))
     megabytes = {name: f"{number / 1e6:.1f}" for name, number in size.items()}

@@ -52,7 +52,6 @@ UNTRAINED_TOKENS = 8_192
 def run(config: Config, folder: Path | None = None) -> int:
     """Do what `config.task` says, going on in `folder` where one is given; the exit code."""
     quiet()
-    keep_freed_memory()
     check_accelerator(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
@@ -75,6 +74,7 @@ def distil(config: Config, run: Path | None) -> Path:
         raise UserError("every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural")
     data = TextData(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     data.setup()
+    keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * -(-config.data.micro_batch // 2)))
     cache = kept_answers(config, teacher, data)
@@ -194,6 +194,8 @@ def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: Te
         fidelity[corpus.name] = report.numbers(compare(student, teacher, windows, config.data.micro_batch))
         fidelity[corpus.name] |= {"window": config.data.block, "stride": config.data.block, "windows": len(windows)}
     slots, rows = report.slots(student), report.stored(student)
+    for layer, share in report.searched(student, data.corpora[0].test[: config.data.micro_batch]).items():
+        slots[layer]["recall"] = share
     for corpus in data.corpora:
         for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
             if probes:
@@ -210,6 +212,7 @@ def pretrain(config: Config, run: Path | None) -> Path:
     model = fresh_gpt2(config, len(tokenizer))
     data = TextData(config, tokenizer, config.pretrain.steps)
     data.setup()
+    keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     config = measured(config, model, data.calibration_windows(config.data.block * config.data.micro_batch))
     run = run or new_run(config)
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
