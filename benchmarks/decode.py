@@ -50,7 +50,7 @@ VARIANTS = {
 }
 
 
-def models(shape: str) -> dict[str, Any]:
+def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Any]:
     """The dense model and the students, all with the same weights."""
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
@@ -58,7 +58,8 @@ def models(shape: str) -> dict[str, Any]:
     quick = GPT2LMHeadModel(dense.config)
     quick.load_state_dict(dense.state_dict())
     found: dict[str, Any] = {"dense (transformers)": dense, "dense, oneDNN": quicken(quick).eval().requires_grad_(False)}
-    for name, (search, linear) in VARIANTS.items():
+    for name in variants:
+        search, linear = VARIANTS[name]
         memory = MemoryConfig(k=K, search=search, linear=linear, metric="plain")
         student = transplant(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
         state = dict(dense.named_parameters())
@@ -84,17 +85,17 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
         return model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
-def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> list[Row]:
+def speed(shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> list[Row]:
     """A row for each variant: milliseconds a token, for a prompt, for a block alone, ratios and differences."""
-    found = models(shape)
+    found = models(shape, variants)
     vocabulary = next(iter(found.values())).config.vocab_size
-    prompt, longer = torch.randint(0, vocabulary, (1, PROMPT)), torch.randint(0, vocabulary, (1, prefill))
+    prompt, longer = torch.randint(0, vocabulary, (1, PROMPT)), torch.randint(0, vocabulary, (1, PREFILL))
 
     def filled(model: Any) -> None:
         with torch.no_grad():
             model(longer, use_cache=True, logits_to_keep=1)
 
-    tokens = medians({name: lambda m=model: generate(m, prompt, new) for name, model in found.items()}, repeats)
+    tokens = medians({name: lambda m=model: generate(m, prompt, NEW) for name, model in found.items()}, repeats)
     first = medians({name: lambda m=model: generate(m, prompt, 1) for name, model in found.items()}, repeats)
     prompts = medians({name: lambda m=model: filled(m) for name, model in found.items()}, repeats)
     hidden = torch.randn(1, found["dense (transformers)"].config.n_embd)
@@ -107,7 +108,7 @@ def speed(shape: str, repeats: int, new: int = NEW, prefill: int = PREFILL) -> l
     blocks = medians({name: lambda m=model: through(m) for name, model in found.items()}, 10 * repeats)
     rows = []
     dense = next(iter(found))
-    each = {name: (tokens[name] - first[name]) / (new - 1) for name in found}
+    each = {name: (tokens[name] - first[name]) / (NEW - 1) for name in found}
     for name, model in found.items():
         rows.append({
             "shape": shape, "variant": name, "ms a token": 1e3 * each[name], "times as fast": each[dense] / each[name],
@@ -176,13 +177,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["124M", "355M"], choices=SHAPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--student", type=Path, help="a distilled student of the embedded teacher, for recall and KL")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     quiet()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {products.library}")
     for shape in given.shapes:
-        print(table(speed(shape, given.repeats)), flush=True)
+        print(table(speed(shape, given.repeats, tuple(given.variants))), flush=True)
     if given.student:
         print(table(fidelity(given.student)), flush=True)
 

@@ -161,6 +161,19 @@ def test_more_cells_looked_into_find_more():
     assert shares[2] > 0.95  # all cells: what is left is the rounding to 8 bits
 
 
+def test_a_search_leaves_the_number_of_threads_alone():
+    # faiss and torch may share one OpenMP runtime: what one sets, the other computes with
+    find = ivf(torch.randn(300, 16).__getitem__, 300)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for queries in (1, 50):
+            find(torch.randn(queries, 16), 4)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_codes_are_within_their_rounding():
     weight, hidden = torch.randn(100, 64), torch.randn(7, 64)
     hidden[3] = 0

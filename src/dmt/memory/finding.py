@@ -103,10 +103,14 @@ def ivf(vectors: Vectors, slots: int, probes: int | None = None) -> Find:
     least = probes or min(16, max(1, cells // 4))
 
     def find(queries: Tensor, count: int) -> Tensor:
-        # One query is over before a second thread has begun, which then spins beside torch's.
-        faiss.omp_set_num_threads(torch.get_num_threads() if len(queries) > FEW else 1)
         index.nprobe = max(least, min(cells, math.ceil(2 * count / slots * cells)))
-        _, ids = index.search(_numbers(queries.float() @ turn), count)
+        # One query is over before a second thread has begun. The number of threads is torch's too: it is put back.
+        threads = torch.get_num_threads()
+        faiss.omp_set_num_threads(threads if len(queries) > FEW else 1)
+        try:
+            _, ids = index.search(_numbers(queries.float() @ turn), count)
+        finally:
+            faiss.omp_set_num_threads(threads)
         return torch.from_numpy(ids).to(queries.device)
 
     return find
