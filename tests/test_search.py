@@ -139,6 +139,22 @@ def test_reads_are_counted_alike_on_every_path(always):
                 assert memory.reads_tokens == tokens
 
 
+@pytest.mark.parametrize("search", ["int8", "ivf", "product"])
+def test_few_tokens_at_once_say_what_many_do(monkeypatch, search):
+    monkeypatch.setattr(featural, "SCORED", 0)
+    memory, hidden = many(search), torch.randn(33, 32)
+    with torch.no_grad():
+        wanted = memory(hidden)
+        parts, inner = [], memory._found
+        monkeypatch.setattr(featural, "GATHERED", 5_000)
+        monkeypatch.setattr(memory, "_found", lambda part: parts.append(len(part)) or inner(part))
+        torch.testing.assert_close(memory(hidden), wanted)
+    assert sum(parts) == 33
+    assert max(parts) <= 9
+    if search == "int8":
+        assert max(parts) == 2  # their scores of all 2,048 slots count
+
+
 @pytest.mark.parametrize("kind", INDEXES)
 def test_fewer_found_than_wanted_are_marked(kind):
     vectors = torch.randn(300, 8)

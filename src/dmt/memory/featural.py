@@ -21,7 +21,7 @@ SCORED = 12_000
 TOGETHER = 16
 """Tokens that count as many."""
 GATHERED = 16_000_000
-"""Numbers of keys gathered at once."""
+"""Numbers of keys gathered, or scores in 8 bits, at once."""
 SLACK = {"int8": 1, "ivf": 2, "product": 16}
 """Candidates that a search finds for each slot read, to be scored exactly."""
 STALE = 100
@@ -176,7 +176,7 @@ class FeaturalMemory(SlotTable):
 
     def _read_found(self, hidden: Tensor) -> Tensor:
         """What `_read` gives where the candidates hold all slots it selects; values and gradients of those read only."""
-        at_once = max(1, GATHERED // (self.width * self._wanted()))
+        at_once = max(1, GATHERED // max(self.width * self._wanted(), self.slots * (self.search == "int8")))
         if len(hidden) > at_once and not torch.is_grad_enabled():
             return torch.cat([self._read_found(part) for part in hidden.split(at_once)])
         ids, scores, weights, chosen = self._found(hidden)
@@ -235,8 +235,7 @@ class FeaturalMemory(SlotTable):
     def _roughly(self, hidden: Tensor) -> Tensor:
         """What `rank` gives, from keys in 8 bits."""
         query = self.queries(hidden)[:, 0]
-        codes = self._codes("key", self.keys)
-        scores = self._scored(codes(query), query, self.keys, self.key_bias)
+        scores = self._scored(self._codes("key", self.keys)(query), query, self.keys, self.key_bias)
         if self.pointwise is None:
             return scores
         gains = None

@@ -27,6 +27,8 @@ MULTIPLIED = 16_384
 """Rows of codes multiplied at once: the library may copy them, which are to be no more than a processor's cache holds."""
 ROUNDS = 8
 """Rounds of k-means."""
+MOST_CELLS = 4_096
+"""Cells of an inverted file, at most: a million slots have as many, ten million lie closer."""
 MOST_CLASSES = 1_024
 """Classes of either half of product keys, at most."""
 DIRECTIONS = 128
@@ -45,8 +47,12 @@ class Codes:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.scales = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127
-        self.rows = (weight / self.scales.unsqueeze(-1)).round().to(torch.int8)
+        largest = torch.cat([part.abs().amax(-1) for part in weight.split(AT_ONCE)])
+        self.scales = largest.clamp_min(torch.finfo(torch.float32).tiny).float() / 127
+        self.rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        parts = (each.split(AT_ONCE) for each in (self.rows, weight, self.scales))
+        for rows, part, scales in zip(*parts, strict=True):  # never a second table in float32
+            rows.copy_((part / scales.unsqueeze(-1)).round_())
 
     @classmethod
     def kept(cls, rows: Tensor, scales: Tensor) -> Codes:
@@ -66,8 +72,8 @@ class Codes:
 
 
 def cells_for(slots: int) -> int:
-    """Cells of an inverted file over so many slots: faiss's advice, four times the root, but of at least 16 slots each."""
-    return max(1, min(int(4 * math.sqrt(slots)), slots // 16))
+    """Cells of an inverted file: four times the root of slots, faiss's advice; of 16 slots or more, made in minutes."""
+    return max(1, min(int(4 * math.sqrt(slots)), slots // 16, MOST_CELLS))
 
 
 def turned(sample: Tensor) -> tuple[Tensor, Tensor]:
