@@ -73,7 +73,7 @@ def index_bytes(memory: FeaturalMemory) -> int:
     return {"exact": 0, "int8": slots * (width + 4), "ivf": slots * (width + 9), "product": slots * 16}[memory.search]
 
 
-def rows(sizes: list[int], repeats: int = 5) -> list[Row]:
+def rows(sizes: list[int], searches: tuple[str, ...] = SEARCHES, repeats: int = 5) -> list[Row]:
     """A row for each size and search."""
     keys, queries = hidden_states(min(max(sizes), 1_000_000))
     found = []
@@ -82,7 +82,7 @@ def rows(sizes: list[int], repeats: int = 5) -> list[Row]:
         calls: dict[str, Callable[[], object]] = {}
         facts: dict[str, dict[str, Any]] = {}
         few = queries[: max(8, min(len(queries), 100_000_000 // slots))]
-        for search in SEARCHES:
+        for search in searches:
             view = filled(keys[:1], 1, 1, search=search)  # one table, as many ways to search it
             view.slots, view.k = slots, K
             for name in ("keys", "key_bias", "values"):
@@ -167,6 +167,7 @@ def figures(quick: bool = False) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", default="10000,100000,1000000", help="10000000 takes 20 GB and a quarter of an hour")
+    parser.add_argument("--searches", default=",".join(SEARCHES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", action="store_true", help="other libraries, instead of the table of searches")
     given = parser.parse_args()
@@ -176,7 +177,7 @@ def main() -> None:
     if given.peers:
         beside(list(SQUARES), given.threads)
         return
-    rows([int(size) for size in given.slots.split(",")])
+    rows([int(size) for size in given.slots.split(",")], tuple(given.searches.split(",")))
 
 
 if __name__ == "__main__":
