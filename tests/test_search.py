@@ -55,13 +55,14 @@ def test_where_candidates_are_all_slots_the_answer_is_the_definition(
         torch.testing.assert_close(one, other, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
 
 
+FOUND = [(search, changes) for search in ("int8", "ivf", "product") for changes in ({}, {"selection": "threshold"})]
+FOUND += [("int8", {"gated": True}), ("int8", {"ranking": "centred"})]  # an index knows one key, and weights that grow with it
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("search", ["int8", "ivf", "product"])
-@pytest.mark.parametrize("changes", [{}, {"selection": "threshold"}, {"gated": True}, {"ranking": "centred"}], ids=str)
+@pytest.mark.parametrize(("search", "changes"), FOUND)
 def test_what_is_found_is_weighed_exactly(always, search, changes, tokens, grad):
-    if search != "int8" and (changes.get("gated") or changes.get("ranking")):
-        pytest.skip("one key, and weights that grow with it")
     memory = many(search, **changes)
     hidden = torch.randn(tokens, 32)
     with torch.set_grad_enabled(grad):
