@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.tables import Row, medians, table
+from benchmarks.tables import Row, medians, newest_student, table
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dmt
@@ -167,9 +167,9 @@ def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
 def figures(quick: bool = False) -> list[Row]:
     """Both shapes; with the newest distilled student of `lightning_logs`, where there is one, what searches cost it."""
     quiet()
-    students = sorted(Path("lightning_logs").glob("version_*/student"), key=lambda place: place.stat().st_mtime)
     rows = [row for shape in (["tiny"] if quick else ["124M", "355M"]) for row in speed(shape, 3)]
-    return rows + (fidelity(students[-1], 2_048 if quick else 16_384) if students else [])
+    student = newest_student()
+    return rows + (fidelity(student, 2_048 if quick else 16_384) if student else [])
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.tables import newest_student, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -281,23 +282,9 @@ def fidelity(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
     return made
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown, a table for each name in `table`."""
-    said = []
-    for name in dict.fromkeys(line["table"] for line in lines):
-        mine = [{key: value for key, value in line.items() if key != "table"} for line in lines if line["table"] == name]
-        said += [f"\n{name}\n", "| " + " | ".join(mine[0]) + " |", "|---" + "|---:" * (len(mine[0]) - 1) + "|"]
-        for line in mine:
-            cells = [f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float)
-                     else str(value) for value in line.values()]  # fmt: skip
-            said.append("| " + " | ".join(cells) + " |")
-    return "\n".join(said)
-
-
 def figures(quick: bool = False) -> list[dict[str, Any]]:
     """Every line, for `python -m benchmarks`; the newest run's student, where there is one."""
-    students = sorted(Path("lightning_logs").glob("version_*/student"), key=lambda place: place.stat().st_mtime)
-    return rows(quick, students[-1] if students else None)
+    return rows(quick, newest_student())
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from dmt.distill.folder import commit
+from dmt.errors import UserError
+from dmt.facts.opening import student_folder
 from dmt.memory.products import library, processor
 
 Row = dict[str, Any]
@@ -62,6 +64,14 @@ def table(rows: list[Row]) -> str:
             lines.append(("\n" if lines else "") + head(row))
         lines.append(line(row))
     return "\n".join(lines)
+
+
+def newest_student() -> Path | None:
+    """The student of the newest run here, if there is one."""
+    try:
+        return student_folder(None)
+    except UserError:
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -45,9 +45,6 @@ from dmt.models.surgery import TransferReport, associative_of, featural_of, tran
 from dmt.models.teacher import load_teacher
 from dmt.store import Store
 
-UNTRAINED_TOKENS = 8_192
-"""Tokens per corpus on which the student is measured before it is trained."""
-
 
 def run(config: Config, folder: Path | None = None) -> int:
     """Do what `config.task` says, going on in `folder` where one is given; the exit code."""
@@ -126,8 +123,7 @@ def _train(
         module.to(place)
         teacher.to(place)  # type: ignore[arg-type]
         module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
-        tokens = min(UNTRAINED_TOKENS, config.data.validation_tokens)
-        held = {c.name: first_windows(c.validation, tokens) for c in data.corpora}
+        held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora}
         untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
     write_record(run, config, {"calibrated": {n: report.numbers(t) for n, t in untrained.items()}} if fresh else {}, begins=True)

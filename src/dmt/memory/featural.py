@@ -117,16 +117,16 @@ class FeaturalMemory(SlotTable):
         else:
             read = self._read_found(flat) if self._looks_up(len(flat)) else self._read(flat)
         if self.output is not None:
-            read = read @ self.output.t()
+            read = product(read, self.output)
         if self.linear is not None:
             read = read + product(flat, self.linear)
         return read.view_as(hidden)
 
     def _looks_up(self, tokens: int) -> bool:
         """Whether slots are found by candidates: where scoring every slot in full would take longer, or read the disk."""
-        if self.search == "exact" or (self.disk == "slots" and not self.training):
-            return self.search != "exact"
-        return self.slots > SCORED or (tokens < TOGETHER and not torch.is_grad_enabled())
+        away = self.disk == "slots" and not self.training
+        few = tokens < TOGETHER and not torch.is_grad_enabled()
+        return self.search != "exact" and (away or few or self.slots > SCORED)
 
     def _read(self, hidden: Tensor) -> Tensor:
         """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`, all scored."""
@@ -165,7 +165,7 @@ class FeaturalMemory(SlotTable):
 
     def _found_alone(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         ids, final = self._candidates(hidden)
-        ids = ids[ids >= 0].unsqueeze(0) if not final or self.threshold is not None else ids
+        ids = ids if final else ids[ids >= 0].unsqueeze(0)
         scores = self.scores_at(hidden, ids)
         weights = scores if self.pointwise is None else self.weights_at(hidden, scores, ids)
         if not final:

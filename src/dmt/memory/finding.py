@@ -39,6 +39,16 @@ AT_ONCE = 16_384
 """Slots that are put into an index at once."""
 
 
+def in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `(n, width)` in int8 and what each is to be multiplied by, `(n,)` in float32; never a second table in float32."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), device=weight.device)
+    for code, scale, rows in zip(*(each.split(AT_ONCE) for each in (codes, scales, weight.detach())), strict=True):
+        scale.copy_(rows.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)).div_(127)
+        code.copy_((rows / scale.unsqueeze(-1)).round_())
+    return codes, scales
+
+
 class Codes:
     """A matrix in 8 bits, one scale for each row, and its product with states that are rounded to 8 bits too.
 
@@ -47,12 +57,7 @@ class Codes:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        largest = torch.cat([part.abs().amax(-1) for part in weight.split(AT_ONCE)])
-        self.scales = largest.clamp_min(torch.finfo(torch.float32).tiny).float() / 127
-        self.rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        parts = (each.split(AT_ONCE) for each in (self.rows, weight, self.scales))
-        for rows, part, scales in zip(*parts, strict=True):  # never a second table in float32
-            rows.copy_((part / scales.unsqueeze(-1)).round_())
+        self.rows, self.scales = in_eight_bits(weight)
 
     @classmethod
     def kept(cls, rows: Tensor, scales: Tensor) -> Codes:

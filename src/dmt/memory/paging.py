@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmt.errors import UserError
+from dmt.memory.finding import in_eight_bits
 
 VALUE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 """Types that rows of values are kept in, by the name that `memory.value_type` takes."""
@@ -55,8 +56,7 @@ def encode(rows: Tensor, value_type: str) -> tuple[Tensor, Tensor | None]:
     """Rows `(n, width)` as they are kept, and of `int8` what each is to be multiplied by, `(n,)` in float32."""
     if value_type != "int8":
         return rows.detach().to(VALUE_TYPES[value_type]), None
-    scales = rows.detach().float().abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (rows.detach() / scales.unsqueeze(-1)).round().to(torch.int8), scales
+    return in_eight_bits(rows)
 
 
 def decode(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
