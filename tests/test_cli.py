@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def unstarted(monkeypatch):
     """No run may begin: a mistake that is no longer refused shall not cost minutes of training."""
-    monkeypatch.setattr("dmt.distill.run.run", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr("dmt.tasks.run", lambda *_: pytest.fail("a run began"))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(place)
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "src")!r})
-sys.modules["dmt.distill.run"] = None  # no run may begin
+sys.modules["dmt.tasks"] = None  # no run may begin
 from dmt.main import main
 try:
     main(["--help"])
@@ -173,7 +173,7 @@ def test_resume_names_the_runs_that_are_there_and_what_to_do_without_a_checkpoin
 def test_both_ways_to_name_a_config_and_any_order_of_words(place, monkeypatch, given):
     (place / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
     started = []
-    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: started.append(config) or 0)
+    monkeypatch.setattr("dmt.tasks.run", lambda config, folder: started.append(config) or 0)
     assert main([word.format(file="some.yaml") for word in given]) == 0
     assert started[0].seed == 5
     assert started[0].memory.k == (32 if "memory.k=32" in given else 64), "words change what the file says"
@@ -181,7 +181,7 @@ def test_both_ways_to_name_a_config_and_any_order_of_words(place, monkeypatch, g
 
 def test_no_words_start_a_run_with_the_defaults(place, monkeypatch):
     started = []
-    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: started.append(config) or 0)
+    monkeypatch.setattr("dmt.tasks.run", lambda config, folder: started.append(config) or 0)
     assert main([]) == 0
     assert started == [Config()]
 
@@ -196,7 +196,7 @@ def test_an_error_of_several_lines_is_shown_on_one(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_training_ends_in_its_exit_code(place, capsys, monkeypatch, number, code):
-    monkeypatch.setattr("dmt.distill.run.run", lambda config, folder: os.kill(os.getpid(), number))
+    monkeypatch.setattr("dmt.tasks.run", lambda config, folder: os.kill(os.getpid(), number))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         assert main([]) == code

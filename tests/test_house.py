@@ -22,7 +22,7 @@ ORDER = [
     "memory.spotting", "memory.facts",
     "store.schema", "store.connect", "store.store", "store", "store.ledger",
     "models.architectures", "models.attention", "models.quick",
-    "models.overlay", "models.fingerprint", "models.books", "models.slots", "models.modeling",
+    "models.overlay", "models.fingerprint", "models.tokens", "models.books", "models.slots", "models.modeling",
     "models.resize", "models.surgery", "models.teacher", "models.smollm2",
     "distill.signals", "inspection",
     "facts.questions", "facts.sentences", "facts.states", "facts.calibration", "facts.drafting", "facts.beginning", "facts.lines",
@@ -33,8 +33,10 @@ ORDER = [
     "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
     "distill.revive", "distill.lessons", "distill.keeper",
     "distill.module", "distill.callbacks",
-    "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run", "main",
-    "cli", "__main__",
+    "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run",
+    "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling", "consolidation.writing",
+    "consolidation.destinations", "consolidation.module", "consolidation.report", "consolidation.run", "consolidation",
+    "commands.consolidating", "tasks", "main", "cli", "__main__",
 ]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""
 SHORT = [

@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--tag", default="conversation", help="with --remember, what the rows are filed under (conversation)")
     _depth(ask)
     _common(ask, ("asking", "ask"))
+    _consolidate(commands.add_parser("consolidate", help="put a context into a student's memory, weights or memory tokens", description=(
+        "Put a context into a student, so that it answers without it as it would with it. The result is a run of its own.")))  # fmt: skip
     memory = commands.add_parser("memory", help="look into a student's memory, or change it", **raw, description=ABOUT)
     memory.set_defaults(parser=memory)
     verbs = memory.add_subparsers(metavar="VERB")
@@ -110,6 +112,29 @@ def parser() -> argparse.ArgumentParser:
     for verb, (module, function, _) in VERBS.items():
         _common(made[verb], (module, function), student=verb not in ("merge", "diff"))
     return whole
+
+
+def _consolidate(parser: _Parser) -> None:
+    """What `dmt consolidate` takes; each option is a setting of `distill.py`."""
+    parser.add_argument("text", nargs="?", help="the context; or --file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of distill.py")
+    parser.add_argument("--file", metavar="TEXT.txt", help="that holds the context")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help='asked before and after: {"prompt": ..., "answer": ...} a line')
+    parser.add_argument("--into", metavar="WHERE", help="memory (default), weights or tokens")
+    parser.add_argument("--objective", metavar="WHAT", help="causal_lm, logits, hidden_last, hidden_all or generated (default)")
+    parser.add_argument("--write", metavar="HOW", help="into memory: difference (default), gradient or trained")
+    parser.add_argument("--weights", metavar="WHICH", help="into weights: lora (default), all or slots")
+    for name, what in (
+        ("rank", "of lora (8)"),
+        ("tokens", "into tokens: how many (16)"),
+        ("steps", "of training (200)"),
+        ("seed", "(0)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    for name, what in (("lr", "peak learning rate (0.002)"), ("temperature", "of both sides in the loss (1)")):
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=what)
+    parser.add_argument("--model", metavar="NAME", help="instead of a student: embedded, smollm2, a folder, a hub name")
+    _common(parser, ("consolidating", "consolidate"))
 
 
 def _options(made: dict[str, _Parser]) -> None:

@@ -179,6 +179,41 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class ContextConfig:
+    text: Optional[str] = None
+    """The context (task: consolidate), on one line; or name a `file`."""
+    file: Optional[str] = None
+    """A UTF-8 text file that holds the context; longer than the model reads at once, it is read in windows."""
+    questions: Optional[str] = None
+    """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and `"kind"` if wanted: asked with the context, without, after."""
+    into: Literal["memory", "weights", "tokens"] = "memory"
+    """Where it goes: rows beside the student's weights, the weights themselves, or embeddings that stand before every text."""
+    objective: Literal["causal_lm", "logits", "hidden_last", "hidden_all", "generated"] = "generated"
+    """What is learnt after the context, at every position: `causal_lm`, the context's own words, without a teacher; the answers
+    of the model with context, its last hidden states or those of all layers, on the context told again; `generated`: its
+    answers on that and on what it goes on with and asks itself."""
+    write: Literal["difference", "gradient", "trained"] = "difference"
+    """Of `into: memory`, what a row adds: the difference the context makes to a layer, in one pass; what one gradient asks for;
+    or the first, trained by the objective."""
+    weights: Literal["all", "lora", "slots"] = "lora"
+    """Of `into: weights`, which: all of them, a low-rank addition to each matrix (merged in the end), or slots of memories."""
+    rank: int = 8
+    """Of `weights: lora`, its rank."""
+    tokens: int = 16
+    """Of `into: tokens`, how many embeddings."""
+    samples: int = 96
+    """Texts that `generated` lets the model with context say, for each window; drawn anew every `fresh_every` steps."""
+    fresh_every: int = 25
+    """Steps after which `generated` draws new texts."""
+    temperature: float = 0.8
+    """At which they are drawn."""
+    keep: float = 1.0
+    """Weight of KL on unrelated text (`data`), where nothing should change."""
+    capacity: int = 65_536
+    """Most tokens of a context."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     width: int = 128
     """Hidden size of the teacher to train (task: pretrain)."""
@@ -222,8 +257,8 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["distill", "pretrain"] = "distill"
-    """`distill` a student from a teacher, or `pretrain` a small GPT-2 from scratch to be a teacher."""
+    task: Literal["distill", "consolidate", "pretrain"] = "distill"
+    """`distill` a student from a teacher, `consolidate` a context into a model, or `pretrain` a small GPT-2 to be a teacher."""
     seed: int = 0
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
@@ -236,5 +271,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

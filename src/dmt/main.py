@@ -61,7 +61,7 @@ def _main(words: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     print("loading torch and transformers ...", file=sys.stderr)
-    from dmt.distill.run import run  # heavy: only once the words are known to be right
+    from dmt.tasks import run  # heavy: only once the words are known to be right
 
     return run(config, resumed)
 

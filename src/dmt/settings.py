@@ -68,12 +68,13 @@ def check(config: Config) -> None:
         "optim.warmup": 0, "optim.final_lr": 0, "optim.weight_decay": 0, "optim.clip": 0, "pretrain.width": 1,
         "pretrain.layers": 1, "pretrain.heads": 1, "pretrain.vocabulary": 257, "pretrain.steps": 1, "trainer.devices": 1,
         "trainer.threads": 0, "trainer.log_every": 1, "trainer.validate_every": 0, "trainer.checkpoint_every": 1, "seed": 0,
-        "cache.kept": 16,
+        "cache.kept": 16, "context.rank": 1, "context.tokens": 1, "context.samples": 1, "context.fresh_every": 1,
+        "context.keep": 0, "context.capacity": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if not _value(config, name) >= least:
             raise UserError(f"{name} must be at least {least}, got {_value(config, name)}")
-    for name in ("loss.temperature", "stages.layerwise_lr", "stages.end_to_end_lr", "pretrain.lr"):
+    for name in ("loss.temperature", "stages.layerwise_lr", "stages.end_to_end_lr", "pretrain.lr", "context.temperature"):
         if not _value(config, name) > 0:
             raise UserError(f"{name} must be a positive number, got {_value(config, name)}")
     if config.seed >= 2**32:
@@ -105,6 +106,9 @@ def check(config: Config) -> None:
         if config.pretrain.width % config.pretrain.heads:
             raise UserError(f"pretrain.width={config.pretrain.width} must be a multiple of pretrain.heads={config.pretrain.heads}")
         return
+    if config.task == "consolidate":
+        _check_context(config)
+        return
     if config.stages.end_to_end_steps and not any(getattr(config.loss, term) for term in LOSS_TERMS):
         raise UserError("every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1")
     if not (config.stages.calibrate_tokens or config.stages.layerwise_steps or config.stages.end_to_end_steps):
@@ -132,6 +136,24 @@ def check(config: Config) -> None:
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
             f"teacher={config.teacher}; set data.block={shape['positions']} or less"
         )
+
+
+def _check_context(config: Config) -> None:
+    """Raise `UserError` where what is to be consolidated, or where it is to go, contradicts itself."""
+    context = config.context
+    if (context.text is None) == (context.file is None):
+        given = "neither" if context.text is None else "both"
+        raise UserError(f"one of context.text and context.file names what is to be consolidated, got {given}")
+    for name in ("file", "questions"):
+        if getattr(context, name) is not None:
+            _home(getattr(context, name), f"context.{name}")
+    if context.into == "memory" and context.write == "difference" and context.objective == "causal_lm":
+        raise UserError(
+            "context.objective=causal_lm has no teacher, and context.write=difference is what a teacher makes of the context; "
+            "set context.write=gradient, or context.objective=logits"
+        )
+    if (context.into != "memory" or context.write == "trained") and not config.stages.end_to_end_steps:
+        raise UserError(f"context.into={context.into} is trained, got stages.end_to_end_steps=0; set it to 200, say")
 
 
 def _check_cache(config: Config, rows: bool) -> None:

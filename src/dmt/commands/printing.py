@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -67,6 +67,12 @@ class Output:
         if self.as_json:
             json.dump(found, sys.stdout, ensure_ascii=False, indent=1)
             print()
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """What others print goes to standard error, where standard output is for one document."""
+        with redirect_stdout(sys.stderr) if self.as_json else nullcontext():
+            yield
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Any]:

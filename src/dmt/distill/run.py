@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -20,14 +19,11 @@ from dmt.distill import report
 from dmt.distill.cached import FILE, TeacherCache, teacher_cache
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows, samples
 from dmt.distill.fitting import (
-    Interrupted,
     attending,
-    check_accelerator,
     compute_device,
     fit,
     keep_freed_memory,
     measured,
-    quiet,
     resumable,
 )
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write_record
@@ -44,19 +40,6 @@ from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
 from dmt.store import Store
-
-
-def run(config: Config, folder: Path | None = None) -> int:
-    """Do what `config.task` says, going on in `folder` where one is given; the exit code."""
-    quiet()
-    check_accelerator(config)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    try:
-        (distil if config.task == "distill" else pretrain)(config, folder)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.number
-    return 0
 
 
 def distil(config: Config, run: Path | None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from dmt.models.architectures import architecture_of
 
@@ -36,10 +37,15 @@ class Signals:
         return self.head(self.hidden)
 
 
-def observe(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False) -> Signals:
+def observe(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, blocks: bool = False, past: Cache | None = None
+) -> Signals:
     """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves feed-forward blocks and layers.
 
     Gradients flow where the caller allows them; hooks are gone when it returns.
+
+    Args:
+        past: what the model has read before, of the same batch; it grows by these tokens.
     """
     arch = architecture_of(model.config.model_type)
     inputs: dict[int, Tensor] = {}
@@ -58,7 +64,8 @@ def observe(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None, 
             hooks += [block.register_forward_hook(record), whole.register_forward_hook(follow)]
     try:
         backbone = model.get_submodule(arch.backbone)
-        hidden = backbone(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        cached: dict[str, Any] = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        hidden = backbone(tokens, attention_mask=mask, **cached).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,6 +20,7 @@ def measured(
     prose: Sequence[str] | None,
     told: Callable[[str], None],
     layers: tuple[int, int] | None,
+    answers: int | None = None,
 ) -> tuple[int, int, Calibration]:
     """In which layer facts are best heard, in which best answered, and the calibration of the first.
 
@@ -28,6 +29,7 @@ def measured(
         prose: held-out text; built-in speeches where it is None.
         told: is given lines about what is going on.
         layers: both, where they are known already.
+        answers: the second alone.
     """
     told("measuring once how this model's states vary in prose and in questions ...")
     among = candidates(model.config.num_hidden_layers) if layers is None else [layers[0]]
@@ -35,8 +37,11 @@ def measured(
     if layers is not None:
         return *layers, found[layers[0]]
     listens = best_listener(found)
-    answers, shares = best_answerer(model, tokenizer, facts, listens, among)
     heard = ", ".join(f"{layer}: {each.heard:.0%}" for layer, each in found.items())
+    if answers is not None:
+        told(f"facts are heard in layer {listens} (questions told apart, by layer: {heard}) and answered in layer {answers}")
+        return listens, answers, found[listens]
+    answers, shares = best_answerer(model, tokenizer, facts, listens, among)
     sure = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
     told(f"facts are heard in layer {listens} (questions told apart, by layer: {heard})")
     told(f"and answered in layer {answers} (first facts said after one gradient, by layer: {sure})")

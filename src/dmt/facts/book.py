@@ -99,6 +99,7 @@ class Book:
         prose: Sequence[str] | None = None,
         told: Callable[[str], None] = lambda _: None,
         layers: tuple[int, int] | None = None,
+        answers: int | None = None,
     ) -> None:
         """Calibrate, once, before the first fact; nothing where that has been done.
 
@@ -107,11 +108,12 @@ class Book:
             prose: held-out text; built-in speeches where it is None.
             told: is given lines about what is going on.
             layers: where facts are heard and answered; measured where it is None.
+            answers: where they are answered; the other is measured.
         """
         if self.ledger.exists:
             return
         with silence(self.model):
-            listens, answers, chosen = measured(self.model, self.tokenizer, facts, prose, told, layers)
+            listens, answers, chosen = measured(self.model, self.tokenizer, facts, prose, told, layers, answers)
         tensors = {name: getattr(chosen, name).cpu().numpy() for name in TENSORS}
         self.ledger.begin(len(chosen.mean), {"listens": listens, "answers": answers}, tensors)
         overlay = overlay_in(self.ledger.store, self.model.config.eos_token_id)
@@ -143,7 +145,15 @@ class Book:
     def _write(self, facts: Sequence[Fact], rate: float) -> list[Outcome]:
         layers = self.overlay.listens, self.overlay.answers
         with silence(self.model):
-            lines = lines_of(self.model, self.tokenizer, facts, layers, self.calibration, rate)
+            return self._take(lines_of(self.model, self.tokenizer, facts, layers, self.calibration, rate))
+
+    def take(self, lines: Sequence[Line]) -> list[Outcome]:
+        """Write facts whose rows were made elsewhere, all or none; like `write` otherwise."""
+        outcomes = self._take(lines)
+        self._hold()
+        return outcomes
+
+    def _take(self, lines: Sequence[Line]) -> list[Outcome]:
         entries = self._entries()
         outcomes: dict[int, Outcome] = {}
         pending: list[Entry] = []
@@ -162,7 +172,7 @@ class Book:
             there.append(Entry(line.told.prompt, line.told.answer, line.asks, None, number, old))
             pending.append(there[-1])
         self._commit(pending, lines, outcomes)
-        return [outcomes[number] for number in range(len(facts))]
+        return [outcomes[number] for number in range(len(lines))]
 
     def _commit(self, pending: Sequence[Entry], lines: Sequence[Line], outcomes: dict[int, Outcome]) -> None:
         """Write what is pending, in one transaction."""

@@ -28,6 +28,7 @@ from dmt.models import slots
 from dmt.models.architectures import architecture_of
 from dmt.models.books import BOOK, attach, carry
 from dmt.models.quick import quicken
+from dmt.models.tokens import MemoryTokens
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """What `from_pretrained` is told about where files come from."""
@@ -38,12 +39,14 @@ class MemoryGPT2Config(GPT2Config):
 
     `memory` maps a layer number (as a string, JSON has no other keys) to arguments of its `FeaturalMemory`; or to `rows`,
     arguments of an `AssociativeMemory`, and `base`, those of its base or None. `slots` is the digest of the file beside the
-    weights that holds slots which are not among them (`models/slots.py`), where there is one.
+    weights that holds slots which are not among them (`models/slots.py`), where there is one. `memory_tokens` are `count` and
+    `first` of `models/tokens.py`, where there are any.
     """
 
     model_type = "dmt_gpt2"
     memory: dict | None = None
     slots: str | None = None
+    memory_tokens: dict | None = None
 
 
 class MemoryLlamaConfig(LlamaConfig):
@@ -52,6 +55,7 @@ class MemoryLlamaConfig(LlamaConfig):
     model_type = "dmt_llama"
     memory: dict | None = None
     slots: str | None = None
+    memory_tokens: dict | None = None
 
 
 class _WithMemories(PreTrainedModel):
@@ -61,8 +65,10 @@ class _WithMemories(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeaturalMemory | AssociativeMemory):
             module.reset()
-        else:
-            super()._init_weights(module)
+            return
+        super()._init_weights(module)
+        if isinstance(module, MemoryTokens):
+            module.memory.normal_(std=0.02)
 
     def plant(self) -> None:
         """Put the memories that the config names where the feed-forward blocks are."""
@@ -70,6 +76,8 @@ class _WithMemories(PreTrainedModel):
         arch = architecture_of(config.model_type)
         for layer, arguments in (config.memory or {}).items():
             arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
+        if config.memory_tokens:
+            self.set_input_embeddings(MemoryTokens(config.vocab_size, config.hidden_size, **config.memory_tokens))
         if config.slots:
             slots.leave(self)
         quicken(self)
@@ -160,8 +168,14 @@ for _config, _model in STUDENTS.values():
     AutoModelForCausalLM.register(_config, _model)
 
 
-def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
-    """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
-    config, model = STUDENTS[teacher_config.model_type]
-    settings = {k: v for k, v in teacher_config.to_dict().items() if k not in ("model_type", "architectures", "memory", "dtype")}
-    return model(config(**{**settings, **no_dropout}, memory=memory))
+def build_student(
+    teacher_config: Any,
+    memory: dict[str, dict[str, Any]],
+    no_dropout: dict[str, float],
+    memory_tokens: dict[str, int] | None = None,
+) -> PreTrainedModel:
+    """A student of the teacher's shape with fresh weights; `memory` and `memory_tokens` as in `MemoryGPT2Config`."""
+    config, model = STUDENTS[teacher_config.model_type.removeprefix("dmt_")]
+    left = ("model_type", "architectures", "memory", "dtype", "memory_tokens", "slots")
+    settings = {k: v for k, v in teacher_config.to_dict().items() if k not in left}
+    return model(config(**{**settings, **no_dropout}, memory=memory, memory_tokens=memory_tokens))
