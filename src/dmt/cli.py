@@ -100,8 +100,9 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--tag", default="conversation", help="with --remember, what the rows are filed under (conversation)")
     _depth(ask)
     _common(ask, ("asking", "ask"))
-    _consolidate(commands.add_parser("consolidate", help="put a context into a student's memory, weights or memory tokens", description=(
-        "Put a context into a student, so that it answers without it as it would with it. The result is a run of its own.")))  # fmt: skip
+    about = "put a context into a student's memory, weights or memory tokens"
+    _consolidate(commands.add_parser("consolidate", help=about, description=(
+        f"{about.capitalize()}, so that it answers without as it would with it. The result is a run of its own.")))  # fmt: skip
     memory = commands.add_parser("memory", help="look into a student's memory, or change it", **raw, description=ABOUT)
     memory.set_defaults(parser=memory)
     verbs = memory.add_subparsers(metavar="VERB")

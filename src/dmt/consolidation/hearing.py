@@ -67,7 +67,7 @@ class Hearing:
             # Of what has been read the last token is read again: somebody has to be asked what comes next.
             past = self._for(count)
             if not opener:
-                past.crop(len(self.ids) - 1)
+                past.crop(-1)
             said = self.model.generate(  # type: ignore[operator]
                 given, attention_mask=torch.ones_like(given), past_key_values=past, max_new_tokens=room,
                 eos_token_id=end, pad_token_id=end if end is not None else 0, **how,

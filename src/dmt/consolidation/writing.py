@@ -24,10 +24,10 @@ from dmt.records import Told
 
 GAIN = 1.0
 """Nats by which a context has to make a token likelier for it to be something that was learnt."""
-GAP = 2
-"""Tokens of an answer that may be as likely without the context, one after the other."""
-LONGEST_ANSWER = 24
-"""Tokens of an answer."""
+LIKELY = 0.05
+"""Probability that the model with context has to give to a word's first token."""
+WORDS = 4
+"""Words of an answer, at most."""
 ENDS = re.compile(r"[.!?\n]")
 
 
@@ -55,9 +55,11 @@ def learnt(
     for group in batches([len(text) for text in texts]):
         tokens = padded([texts[i] for i in group]).to(next(model.parameters()).device)
         with torch.no_grad(), silence(model):
-            gains = _nats(after(model, start, tokens).logits, tokens) - _nats(hearing.signals(tokens).logits, tokens)
+            knowing = _nats(hearing.signals(tokens).logits, tokens)
+            gains, likely = _nats(after(model, start, tokens).logits, tokens) - knowing, (-knowing).exp()
         for row, i in enumerate(group):
-            spans += _spans(texts[i], gains[row, : len(texts[i]) - 1].tolist(), tokenizer, names)
+            here = slice(0, len(texts[i]) - 1)
+            spans += _spans(texts[i], gains[row, here].tolist(), likely[row, here].tolist(), tokenizer, names)
     return spans
 
 
@@ -65,39 +67,43 @@ def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
-def _spans(ids: list[int], gains: list[float], tokenizer: Any, names: Sequence[str]) -> list[Span]:
-    """Runs of tokens that the context made likelier; `gains[i]` is about token `i + 1`."""
-    pieces = [tokenizer.decode(ids[at : at + 1]) for at in range(len(ids))]
-    found, at = [], 1
-    while at < len(ids):
-        if gains[at - 1] < GAIN or ENDS.search(pieces[at]):
-            at += 1
+def _spans(ids: list[int], gains: list[float], likely: list[float], tokenizer: Any, names: Sequence[str]) -> list[Span]:
+    """Words that the context made likely, each with those after it that it did too; `gains[i]` is about token `i + 1`."""
+    words = _words([tokenizer.decode(ids[at : at + 1]) for at in range(len(ids))])
+    told = [max(gains[word[0] - 1 : word[-1]]) >= GAIN and likely[word[0] - 1] >= LIKELY for word in words]
+    found = []
+    for number, word in enumerate(words):
+        prompt, last = tokenizer.decode(ids[: word[0]]), number
+        if not told[number] or _of_a_name(prompt, tokenizer.decode(ids[word[0] : word[-1] + 1]), names):
             continue
-        last = here = at
-        while here + 1 < len(ids) and here + 1 - last <= GAP + 1 and here + 1 - at < LONGEST_ANSWER:
-            here += 1
-            if ENDS.search(pieces[here]):
-                break
-            if gains[here - 1] >= GAIN:
-                last = here
-        prompt, answer = tokenizer.decode(ids[:at]), tokenizer.decode(ids[at : last + 1])
-        if not _of_a_name(prompt, answer, names):
-            found.append(Span(tuple(ids), at, last, prompt, answer, _subject(prompt, names)))
-        at = last + 1
+        while last + 1 < min(len(words), number + WORDS) and told[last + 1] and words[last][-1] + 1 == words[last + 1][0]:
+            last += 1
+        answer = tokenizer.decode(ids[word[0] : words[last][-1] + 1])
+        found.append(Span(tuple(ids), word[0], words[last][-1], prompt, answer, _subject(prompt, names)))
     return found
 
 
-def _of_a_name(prompt: str, answer: str, names: Sequence[str]) -> bool:
-    """Whether what is expected is the rest of a name: that somebody of this name is there is no fact about anybody."""
-    for name in names:
-        for cut in range(1, len(name)):
-            if (
-                prompt.endswith(name[:cut])
-                and not prompt.endswith(name)
-                and (name[cut:].startswith(answer) or answer.startswith(name[cut:]))
-            ):
-                return True
-    return False
+def _words(pieces: Sequence[str]) -> list[list[int]]:
+    """Numbers of the tokens of each word but the first, without what ends a sentence."""
+    words: list[list[int]] = []
+    for at, piece in enumerate(pieces[1:], 1):
+        if ENDS.search(piece):
+            words.append([])
+        elif piece[:1].isspace() or not words:
+            words.append([at])
+        elif words[-1]:
+            words[-1].append(at)
+    return [word for word in words if word and pieces[word[0]][:1].isspace()]
+
+
+def _of_a_name(prompt: str, word: str, names: Sequence[str]) -> bool:
+    """Whether a word is the rest of a name: that somebody of this name is there is no fact about anybody."""
+    return any(
+        prompt.endswith(name[:cut]) and name[cut:].startswith(word.rstrip(",;:'’s"))
+        for name in names
+        for cut in range(1, len(name))
+        if name[cut].isspace()
+    )
 
 
 def _subject(prompt: str, names: Sequence[str]) -> str:
