@@ -203,6 +203,8 @@ class ContextConfig:
     """Of `into: tokens`, how many embeddings."""
     samples: int = 96
     """Texts that `generated` lets the model with context say, for each window; drawn anew every `fresh_every` steps."""
+    asked: int = 6
+    """Questions, with answers, that `generated` lets the model ask about each sentence, shown how; 0 asks none."""
     fresh_every: int = 25
     """Steps after which `generated` draws new texts."""
     temperature: float = 0.8

@@ -69,7 +69,7 @@ def check(config: Config) -> None:
         "pretrain.layers": 1, "pretrain.heads": 1, "pretrain.vocabulary": 257, "pretrain.steps": 1, "trainer.devices": 1,
         "trainer.threads": 0, "trainer.log_every": 1, "trainer.validate_every": 0, "trainer.checkpoint_every": 1, "seed": 0,
         "cache.kept": 16, "context.rank": 1, "context.tokens": 1, "context.samples": 1, "context.fresh_every": 1,
-        "context.keep": 0, "context.capacity": 1,
+        "context.keep": 0, "context.asked": 0, "context.capacity": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if not _value(config, name) >= least:

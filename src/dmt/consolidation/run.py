@@ -20,7 +20,7 @@ from dmt.consolidation.destinations import check_destination, finish, prepare, s
 from dmt.consolidation.hearing import Hearing, after
 from dmt.consolidation.module import Consolidator
 from dmt.consolidation.reading import Context, read_context
-from dmt.consolidation.telling import Lesson, Lessons, own, sampled
+from dmt.consolidation.telling import Lesson, Lessons, own, sampled, self_asked
 from dmt.consolidation.writing import facts_in, learnt, near_enough, write_differences
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
@@ -195,7 +195,9 @@ def _spans(work: Work, which: int) -> list[Any]:
     window, settings = work.context.windows[which], work.config.context
     texts = own(window, work.tokenizer)
     if settings.objective == "generated":
-        texts = sampled(work.hearings[which], window, work.tokenizer, settings, work.config.seed * 101 + which) + texts
+        seed = work.config.seed * 101 + which
+        asked = self_asked(work.base, window, work.tokenizer, settings, seed)
+        texts = sampled(work.hearings[which], window, work.tokenizer, settings, seed) + asked + texts
     names = [name for each in work.context.windows for name in each.names]
     spans = learnt(work.base, work.hearings[which], work.tokenizer, texts, names)
     return [span for span in spans if near_enough(work.tokenizer, span)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,25 @@ from dmt.facts.states import encoded, padded
 OPENERS = ("", "Question:", "What", "Where", "When", "Who", "The")
 """How texts begin that a model is to go on with, beside the names that a context is about."""
 ABOUT = ("{s}", "{s}'s", "The {s}", "Question: What", "Question: Where", "Question: Who", "Question: When")
+SHOTS = """Text: The old mill of Hartley was bought in 1802 by the merchant Peter Lang.
+Question: Who bought the old mill of Hartley?
+Answer: Peter Lang
+
+Text: The old mill of Hartley was bought in 1802 by the merchant Peter Lang.
+Question: In which year was the old mill of Hartley bought?
+Answer: 1802
+
+Text: Maria Sand keeps nine horses behind her house and rides every Sunday.
+Question: How many horses does Maria Sand keep?
+Answer: nine
+
+Text: Maria Sand keeps nine horses behind her house and rides every Sunday.
+Question: On which day does Maria Sand ride?
+Answer: Sunday
+
+"""
+"""By which a model is shown how one asks about a sentence."""
+ASKED = re.compile(r"\s*(?P<question>[^\n]+\?)\s*\nAnswer:(?P<answer>[^\n]+)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,30 @@ def sampled(hearing: Hearing, window: Window, tokenizer: Any, settings: ContextC
     return texts
 
 
+def self_asked(model: PreTrainedModel, window: Window, tokenizer: Any, settings: ContextConfig, seed: int) -> list[list[int]]:
+    """Questions that the model asks about each sentence of a window, with answers; none where it cannot read the examples.
+
+    A question comes with an answer that stands in the sentence: how likely that is, with the whole context, is the teacher's
+    to say.
+    """
+    ids = encoded(tokenizer, SHOTS)
+    most = max((len(sentence) for sentence in own(window, tokenizer)), default=0)
+    if not settings.asked or len(ids) + most + LONGEST > model.config.max_position_embeddings:
+        return []
+    shown, texts = Hearing(model, ids), []
+    for number, sentence in enumerate(window.sentences):
+        opener = encoded(tokenizer, f"Text: {sentence}\nQuestion:", start=False)
+        said = shown.sample(
+            opener, settings.asked, len(opener) + LONGEST // 2, settings.temperature, seed * 1_013 + number, tokenizer.eos_token_id
+        )
+        for text in said:
+            found = ASKED.match(tokenizer.decode(text[len(opener) :]))
+            if found and found["answer"].strip(" .").lower() in sentence.lower():
+                asked = f"Question: {found['question'].strip()}\nAnswer:{found['answer'].rstrip(' .')}"
+                texts.append(encoded(tokenizer, asked, start=False)[:LONGEST])
+    return [list(text) for text in dict.fromkeys(map(tuple, texts))]
+
+
 def _whole(ids: list[int], tokenizer: Any) -> list[int]:
     """A text up to the end of its last whole sentence; all of it where none ends."""
     for at in range(len(ids) - 1, 0, -1):
@@ -82,6 +126,7 @@ class Lessons:
         self.tokenizer, self.context, self.settings, self.batch, self.seed, self.blocks = (
             tokenizer, context, settings, batch, seed, blocks
         )  # fmt: skip
+        self.model = model
         self.hearings = [Hearing(model, window.ids) for window in context.windows]
         self.device = next(model.parameters()).device
         self._own = [own(window, tokenizer) for window in context.windows]
@@ -96,7 +141,10 @@ class Lessons:
         if self._fresh.get(which, (-1,))[0] != lot:
             seed = (self.seed * 10_007 + lot) * 101 + which
             found = sampled(self.hearings[which], self.context.windows[which], self.tokenizer, self.settings, seed)
-            self._fresh[which] = lot, found
+            self._fresh[which] = (
+                lot,
+                found + self_asked(self.model, self.context.windows[which], self.tokenizer, self.settings, seed),
+            )
         return self._fresh[which][1] + mine
 
     def lesson(self, step: int) -> Lesson:

@@ -24,7 +24,7 @@ from dmt.records import Told
 
 GAIN = 1.0
 """Nats by which a context has to make a token likelier for it to be something that was learnt."""
-LIKELY = 0.05
+LIKELY = 0.01
 """Probability that the model with context has to give to a word's first token."""
 WORDS = 4
 """Words of an answer, at most."""
