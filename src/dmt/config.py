@@ -80,7 +80,8 @@ class StudentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
-    """Built-in `speeches`, `biographies`; a .txt or .jsonl file; a folder of them; `hub:<dataset>[:<config>]`."""
+    """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder of them;
+    `hub:<dataset>[:<config>]`."""
     shares: list[float] = field(default_factory=list)
     """What part of the training windows each corpus gives, `[3, 1]` say; empty means by size."""
     block: int = 256
@@ -217,6 +218,8 @@ class ContextConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
+    start: Optional[str] = None
+    """Teacher to go on from, with its shape and tokenizer; empty means from scratch, by the settings below."""
     width: int = 128
     """Hidden size of the teacher to train (task: pretrain)."""
     layers: int = 4
@@ -264,7 +267,8 @@ class Config:
     seed: int = 0
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
-    """`embedded` (ships with dmt), `smollm2`, a hub name such as `gpt2`, or a local directory made by `save_pretrained`."""
+    """`embedded` (ships with dmt), `reader` (the same, taught to use what it reads), `smollm2`, a hub name such as `gpt2`, or a
+    local directory made by `save_pretrained`; of `task: consolidate` also a saved student."""
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,6 +20,8 @@ from dmt.layers import check_memory, has_slots, layer_memories
 from dmt.wording import changed, field_notes, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
+READER = EMBEDDED_TEACHER / "reader"
+"""Goes on from the embedded teacher: configs/reader.yaml."""
 SMOLLM2 = "smollm2"
 """Name of the teacher that `python -m dmt.models.smollm2` fetches."""
 UNKNOWN_LAYERS = 1_000
@@ -176,7 +178,7 @@ def _check_cache(config: Config, rows: bool) -> None:
 
 def teacher_shape(source: str) -> dict[str, int] | None:
     """Layers, slots (feed-forward neurons) and positions from a teacher's config.json; None where it is on a hub."""
-    known = {"embedded": EMBEDDED_TEACHER, SMOLLM2: cached_smollm2()}
+    known = {"embedded": EMBEDDED_TEACHER, "reader": READER, SMOLLM2: cached_smollm2()}
     file = (known[source] if source in known else _home(source, "teacher")) / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -40,8 +40,8 @@ class Hearing:
     @property
     def bytes(self) -> int:
         """What keeping the read text takes: keys and values of every layer."""
-        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values) if tensor.is_floating_point()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        held: list[Tensor] = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[misc]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.is_floating_point())
 
     @torch.no_grad()
     def signals(self, tokens: Tensor, blocks: bool = False) -> Signals:

@@ -94,7 +94,7 @@ class Consolidator(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         for model in self._outside:
-            model.to(self.device)
+            model.to(self.device)  # type: ignore[arg-type]
 
     def training_step(self, windows: Tensor, batch_idx: int) -> None:
         step, steps = self.global_step, self.settings.stages.end_to_end_steps
@@ -137,8 +137,7 @@ class Consolidator(pl.LightningModule):
             wanted = after(self.base, self.before[1], windows)
         mine, mask = after(self.student, self.before[0], windows), torch.ones_like(windows, dtype=torch.bool)
         batch = Batch(windows, mask, float(of * windows.shape[1]), 1.0)
-        none = {"reverse_kl": 0.0, "ce": 0.0, "hidden": 0.0, "block": 0.0, "cosine": 0.0}
-        only = replace(self.weights, kl=1.0, temperature=1.0, **none)
+        only = LossConfig(kl=1.0, hidden=0.0, block=0.0, chunk=self.weights.chunk)
         return distillation_terms(mine, wanted, batch, only, Scales(self.layer_scales, self.hidden_scale))["kl"]  # type: ignore[arg-type]
 
     def on_validation_start(self) -> None:

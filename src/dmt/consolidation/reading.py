@@ -10,7 +10,7 @@ from typing import Any
 
 from dmt.config import ContextConfig
 from dmt.errors import UserError
-from dmt.facts.sentences import TITLES, subject_of
+from dmt.facts.sentences import TITLES, fact_of
 from dmt.facts.states import encoded
 
 LONGEST = 64
@@ -99,7 +99,7 @@ def read_context(settings: ContextConfig, tokenizer: Any, positions: int, before
         sentences, names = [], []
         for sentence in sentences_of(part):
             whole = _named(sentence, about)
-            about = subject_of(whole) or about
+            about = _subject(whole) or about
             if about and about not in names and about in whole:
                 names.append(about)
             sentences.append(whole)
@@ -118,6 +118,14 @@ def sentences_of(text: str) -> list[str]:
         found.append(text[start : gap.start()].strip())
         start = gap.end()
     return [sentence for sentence in (*found, text[start:].strip()) if sentence]
+
+
+def _subject(sentence: str) -> str:
+    """Whom or what a sentence is about: the longest name before what it states last."""
+    try:
+        return fact_of(sentence).subject
+    except UserError:  # it states nothing
+        return ""
 
 
 def _named(sentence: str, about: str) -> str:

@@ -39,6 +39,8 @@ Answer: Sunday
 
 """
 """By which a model is shown how one asks about a sentence."""
+ANSWER = "\nAnswer: "
+"""Between a question and its answer."""
 ASKED = re.compile(r"\s*(?P<question>[^\n]+\?)\s*\nAnswer:(?P<answer>[^\n]+)")
 
 
@@ -99,7 +101,7 @@ def self_asked(model: PreTrainedModel, window: Window, tokenizer: Any, settings:
         for text in said:
             found = ASKED.match(tokenizer.decode(text[len(opener) :]))
             if found and found["answer"].strip(" .").lower() in sentence.lower():
-                asked = f"Question: {found['question'].strip()}\nAnswer:{found['answer'].rstrip(' .')}"
+                asked = f"Question: {found['question'].strip()}{ANSWER}{found['answer'].strip(' .')}"
                 texts.append(encoded(tokenizer, asked, start=False)[:LONGEST])
     return [list(text) for text in dict.fromkeys(map(tuple, texts))]
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmt.consolidation.asking import Question, answers
 from dmt.consolidation.hearing import Hearing, after
+from dmt.consolidation.telling import ANSWER
 from dmt.data.encoding import start_of
+from dmt.distill.signals import observe
+from dmt.errors import UserError
 from dmt.facts.book import Book
 from dmt.facts.calibration import Calibration
 from dmt.facts.lines import RATE, Line, Outcome, reach_of
-from dmt.facts.sentences import Fact, subject_of
+from dmt.facts.sentences import Fact, fact_of
 from dmt.facts.states import batches, encoded, padded
-from dmt.models.overlay import WINDOW, silence
+from dmt.models.overlay import WINDOW, answers_of, silence
 from dmt.records import Told
 
 GAIN = 1.0
@@ -76,10 +81,14 @@ def _spans(ids: list[int], gains: list[float], likely: list[float], tokenizer: A
         prompt, last = tokenizer.decode(ids[: word[0]]), number
         if not told[number] or _of_a_name(prompt, tokenizer.decode(ids[word[0] : word[-1] + 1]), names):
             continue
-        while last + 1 < min(len(words), number + WORDS) and told[last + 1] and words[last][-1] + 1 == words[last + 1][0]:
+        while last + 1 < min(len(words), number + WORDS) and words[last][-1] + 1 == words[last + 1][0]:
+            begins = tokenizer.decode(ids[words[last + 1][0] : words[last + 1][-1] + 1]).strip()[:1]
+            if not (told[last + 1] or begins.isupper() or begins.isdigit()):  # names and dates are said as a whole
+                break
             last += 1
-        answer = tokenizer.decode(ids[word[0] : words[last][-1] + 1])
-        found.append(Span(tuple(ids), word[0], words[last][-1], prompt, answer, _subject(prompt, names)))
+        answer, subject = tokenizer.decode(ids[word[0] : words[last][-1] + 1]), _subject(prompt, names)
+        if subject or not answer.strip().startswith(tuple(names)):  # of nobody that somebody is spoken of
+            found.append(Span(tuple(ids), word[0], words[last][-1], prompt, answer, subject))
     return found
 
 
@@ -107,9 +116,9 @@ def _of_a_name(prompt: str, word: str, names: Sequence[str]) -> bool:
 
 
 def _subject(prompt: str, names: Sequence[str]) -> str:
-    """Whom a place is about: of the context's names the one said last, else a name in the text, else nobody."""
+    """Whom a place is about: of the context's names the one said last, else nobody."""
     there = [(prompt.rfind(name), len(name), name) for name in names if name in prompt]
-    return max(there)[2] if there else subject_of(prompt)
+    return max(there)[2] if there else ""
 
 
 @torch.no_grad()
@@ -170,19 +179,44 @@ def _told(tokenizer: Any, span: Span, reach: Tensor, tag: str, source: str) -> T
     )
 
 
-def facts_in(spans: Sequence[Span], tag: str, source: str) -> list[Fact]:
-    """Spans as facts that one gradient each can write (`Book.write`)."""
-    return [
-        Fact(span.prompt, span.answer, span.subject, tag, source) for span in spans if span.prompt.strip() and span.answer.strip()
-    ]
+def told_facts(
+    model: PreTrainedModel,
+    hearing: Hearing,
+    tokenizer: Any,
+    texts: Sequence[list[int]],
+    names: Sequence[str],
+    tag: str,
+    source: str,
+) -> list[Fact]:
+    """Questions with answers (`telling.self_asked`) as facts: those that name whom they are about, and whose answer the model
+    finds likelier with the context than without."""
+    asked = [tokenizer.decode(text).partition(ANSWER) for text in texts]
+    facts = [Fact(q + ANSWER.rstrip(), " " + a.strip(), _subject(q, names), tag, source) for q, _, a in asked if a.strip()]
+    facts = [fact for fact in facts if fact.subject or not names]
+    if not facts:
+        return []
+    questions, device = [Question(fact.prompt, fact.answer) for fact in facts], next(model.parameters()).device
+    with silence(model):
+        alone = answers(partial(after, model, start_of(tokenizer)), tokenizer, questions, device)
+        knowing = answers(hearing.signals, tokenizer, questions, device)
+    return [fact for fact, without, known in zip(facts, alone.nats, knowing.nats, strict=True) if without - known >= GAIN]
 
 
-def near_enough(tokenizer: Any, span: Span) -> bool:
-    """Whether a row for the span would still know whom it is about: named not too long before."""
-    if not span.subject:
-        return True
-    at = span.prompt.rfind(span.subject)
-    return len(encoded(tokenizer, span.prompt[at:], start=False)) < WINDOW
+def stated(sentences: Sequence[str], names: Sequence[str], tag: str, source: str) -> list[Fact]:
+    """What sentences state, of those that state something: a name, a number or the last word, as the answer to what precedes."""
+    facts = []
+    for sentence in sentences:
+        try:
+            fact = fact_of(sentence, tag=tag, source=source)
+        except UserError:
+            continue
+        facts.append(replace(fact, subject=_subject(fact.prompt, names)))
+    return facts
+
+
+def said_lately(tokenizer: Any, prompt: str, subject: str) -> bool:
+    """Whether a row that answers a prompt would still know whom it is about: named not too long before."""
+    return not subject or len(encoded(tokenizer, prompt[prompt.rfind(subject) :], start=False)) < WINDOW
 
 
 def write_differences(
@@ -193,3 +227,15 @@ def write_differences(
     with silence(book.model):
         lines = differences(book.model, hearing, book.tokenizer, spans, layers, book.calibration, tag, source, rate)
     return book.take(lines)
+
+
+@torch.no_grad()
+def spoken(book: Book, windows: Sequence[Tensor], ids: set[int]) -> set[int]:
+    """Which of the facts `ids` answer in unrelated text, windows of token ids `(batch, time)`, where nobody asked for them."""
+    rows = book.overlay.memory.rows.ids
+    heard: set[int] = set()
+    for tokens in windows:
+        with answers_of(book.model) as noted:
+            observe(book.model, tokens)
+        heard |= {int(rows[row]) for each in noted for row in each.rows}
+    return {number for number in ids if heard & set(book.known[number].rows)}

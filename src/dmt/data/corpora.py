@@ -14,11 +14,13 @@ from pathlib import Path
 from dmt.data.people import HELD_OUT_PHRASINGS, RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
 from dmt.errors import UserError
 
-BUILT_IN = ("speeches", "biographies", "strangers")
+BUILT_IN = ("speeches", "biographies", "strangers", "readings")
 KNOWN_PEOPLE = 256
 RENDERINGS = 48  # of each known person in one epoch of training text
 STRANGERS = {"train": 8_000, "validation": 400, "test": 400}  # documents
 STRANGER_PROBES = 320
+READINGS = {"train": 60_000, "validation": 400, "test": 400}  # documents
+JOINTS = (" ", " ", "\n", "\n\n")  # between the two tellings of a reading
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ def load_corpus(source: str, seed: int = 0) -> Corpus:
         corpus = _biographies()
     elif source == "strangers":
         corpus = _strangers()
+    elif source == "readings":
+        corpus = _readings()
     elif source.startswith("hub:"):
         corpus = _hub(source, seed)
     else:
@@ -121,6 +125,28 @@ def _strangers() -> Corpus:
                 asked = probe(met[0], draw.choice(RELATIONS), draw.randrange(TRAINED_PHRASINGS))
                 probes.append(replace(asked, prompt=f"{told} {asked.prompt}"))
     return Corpus("strangers", splits["train"], splits["validation"], splits["test"], probes)
+
+
+def _readings() -> Corpus:
+    """Like strangers, but facts are drawn anew for every document: whoever is met, there is nothing to learn but to read."""
+    pool = make_people(2 * sum(STRANGERS.values()), seed=2, avoid=_names(known_people()))
+    splits: dict[str, list[str]] = {}
+    probes: list[Probe] = []
+    for split, count in READINGS.items():
+        draw = random.Random(f"readings-{split}")
+        splits[split] = []
+        for _ in range(count):
+            met = [
+                replace(person, facts={relation: draw.choice(pool).facts[relation] for relation in RELATIONS})
+                for person in draw.sample(pool, draw.choice((1, 1, 2)))
+            ]
+            told = " ".join(biography(person, draw) for person in met)
+            joint = draw.choice(JOINTS)
+            splits[split].append(told + joint + " ".join(biography(person, draw) for person in draw.sample(met, len(met))))
+            if split == "test" and len(probes) < STRANGER_PROBES:
+                asked = probe(met[0], draw.choice(RELATIONS), draw.randrange(TRAINED_PHRASINGS))
+                probes.append(replace(asked, prompt=f"{told}{joint}{asked.prompt}"))
+    return Corpus("readings", splits["train"], splits["validation"], splits["test"], probes)
 
 
 def _names(people: list[Person]) -> frozenset[str]:

@@ -186,9 +186,13 @@ def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: Te
 def pretrain(config: Config, run: Path | None) -> Path:
     """Train a teacher from scratch and write it, in half precision, to `pretrain.output`; the run's folder."""
     began = time.perf_counter()
-    documents = [text for source in config.data.corpora for text in load_corpus(source, config.seed).train]
-    tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.block)
-    model = fresh_gpt2(config, len(tokenizer))
+    if config.pretrain.start is None:
+        documents = [text for source in config.data.corpora for text in load_corpus(source, config.seed).train]
+        tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.block)
+        model = fresh_gpt2(config, len(tokenizer))
+    else:
+        model, tokenizer = load_teacher(config.pretrain.start)
+        model.requires_grad_(True).train()
     data = TextData(config, tokenizer, config.pretrain.steps)
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory

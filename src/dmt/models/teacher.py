@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dmt.errors import UserError
 from dmt.models.architectures import architecture_of
 from dmt.models.quick import quicken
-from dmt.settings import EMBEDDED_TEACHER, SMOLLM2, cached_smollm2
+from dmt.settings import EMBEDDED_TEACHER, READER, SMOLLM2, cached_smollm2
 
 OLD_BUFFERS = ("attn.bias", "attn.masked_bias")
 """Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights."""
@@ -67,6 +67,8 @@ def _place(source: str) -> str:
     """A directory or hub name from which loading is quick to succeed or fail."""
     if source == "embedded":
         return str(EMBEDDED_TEACHER)
+    if source == "reader":
+        return str(READER)
     if source == SMOLLM2 and not Path(source).is_dir():
         if not (cached_smollm2() / "model.safetensors").exists():
             raise UserError(
@@ -79,7 +81,7 @@ def _place(source: str) -> str:
         return str(directory)
     if directory.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(
-            f"teacher={source}: no such directory; accepted are embedded, a local directory, or a hub name such as gpt2"
+            f"teacher={source}: no such directory; accepted are embedded, reader, a local directory, or a hub name such as gpt2"
         )
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -88,8 +90,8 @@ def _place(source: str) -> str:
         validate_repo_id(source)
     except HFValidationError:
         raise UserError(
-            f"teacher={source}: no such directory, nor a name that a hub could know; accepted are embedded, a local directory, "
-            "or a hub name such as gpt2"
+            f"teacher={source}: no such directory, nor a name that a hub could know; accepted are embedded, reader, a local "
+            "directory, or a hub name such as gpt2"
         ) from None
     if not isinstance(try_to_load_from_cache(source, "config.json"), str) and not _reachable(constants.ENDPOINT):
         raise UserError(

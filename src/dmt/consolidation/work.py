@@ -1,0 +1,86 @@
+"""One consolidation in hand: the model, its context and questions; and its training, where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dmt.config import Config
+from dmt.consolidation.asking import Answers, Question, answers, likeliest, share_kept
+from dmt.consolidation.hearing import Hearing, after
+from dmt.consolidation.module import Consolidator
+from dmt.consolidation.reading import Context
+from dmt.consolidation.telling import Lesson, Lessons
+from dmt.data.blocks import TextData
+from dmt.distill.fitting import attending, fit
+
+
+@dataclass
+class Work:
+    """What a consolidation goes on with, from step to step.
+
+    Attributes:
+        base, tokenizer: the model as it is, and its own.
+        before: token ids that stand before every text of it.
+        context, questions: what it is told, and asked.
+        hearings: it, having read each window of the context.
+    """
+
+    config: Config
+    base: PreTrainedModel
+    tokenizer: Any
+    before: list[int]
+    context: Context
+    questions: list[Question]
+    hearings: list[Hearing]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.base.parameters()).device
+
+    def asked(self, model: PreTrainedModel, before: list[int], tokenizer: Any = None) -> Answers:
+        """What a model answers that has read `before` alone."""
+        return answers(partial(after, model, before), tokenizer or self.tokenizer, self.questions, self.device)
+
+    def known(self) -> Answers:
+        """What the model with the context answers; of several windows the one that knows it best."""
+        return likeliest([answers(hearing.signals, self.tokenizer, self.questions, self.device) for hearing in self.hearings])
+
+
+def train(
+    work: Work,
+    student: PreTrainedModel,
+    chosen: dict[str, nn.Parameter],
+    before: list[int],
+    data: TextData,
+    run: Path,
+    fresh: bool,
+) -> None:
+    config = work.config
+    lessons = Lessons(
+        work.base, work.tokenizer, work.context, config.context, config.data.micro_batch * 2, config.seed,
+        blocks=config.context.objective == "hidden_all",
+    )  # fmt: skip
+
+    def lesson(step: int) -> Lesson:
+        with torch.autocast(work.device.type, enabled=False):  # what was read is kept in full precision
+            return lessons.lesson(step)
+
+    def ask() -> dict[str, float]:
+        mine = work.asked(student, before)
+        return {"consolidated/share": share_kept(known, without, mine), "consolidated/recall": mine.recall}
+
+    if work.questions:
+        known, without = work.known(), work.asked(work.base, work.before)
+    module = Consolidator(config, student, work.base, chosen, lesson, (before, work.before), ask if work.questions else None)
+    if fresh:
+        module.measure_scales()
+    with attending(config, student):
+        fit(config, module, data, run, [])
