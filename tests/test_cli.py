@@ -237,7 +237,8 @@ def test_a_folder_without_permission_is_refused_and_a_new_one_is_not_made_yet(pl
 @pytest.mark.parametrize("source", ["./nix", "/nix/nowhere", "a/b/c"])
 def test_a_teacher_that_is_not_there(place, capsys, words, source):
     message = refusal(capsys, [*words, f"teacher={source}"])
-    assert message == f"teacher={source}: no such directory; accepted are embedded, reader, a local directory, or a hub name such as gpt2"
+    accepted = "accepted are embedded, reader, a local directory, or a hub name such as gpt2"
+    assert message == f"teacher={source}: no such directory; {accepted}"
     assert list(place.iterdir()) == []
 
 

@@ -56,7 +56,11 @@ def run() -> NoReturn:
 
 def _main(words: list[str]) -> int:
     words_of = parser()
-    given = words_of.parse_args(words)
+    given, rest = words_of.parse_known_args(words)
+    if rest and (not hasattr(given, "settings") or any(word.startswith("-") or "=" not in word for word in rest)):
+        words_of.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:  # settings may stand between options
+        given.settings += rest
     if not hasattr(given, "does"):
         (given.parser if hasattr(given, "parser") else words_of).print_help()
         return 0

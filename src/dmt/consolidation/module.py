@@ -105,7 +105,8 @@ class Consolidator(pl.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         terms = self._terms(self.lesson(step))
         loss = weighted_sum(terms, self.weights)
-        self.manual_backward(loss)
+        if loss.requires_grad:  # rows that no text of a lesson reads learn nothing from it
+            self.manual_backward(loss)
         logged = {name: float(value.detach()) for name, value in terms.items()}
         if self.settings.context.keep:
             kept = 0.0

@@ -19,7 +19,7 @@ JOINT = "\n"
 """What stands between a context and what is said after it."""
 PRONOUN = re.compile(r"^(He|She|It|They|His|Her|Its|Their)\b")
 POSSESSIVE = ("His", "Her", "Its", "Their")
-BREAK = re.compile(r"(?<=[.!?])[\"”’)]*\s+|\n+")
+BREAK = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"”’)]))\s+(?![a-z])|\n+")
 """Between two sentences, as far as the full stop is not that of a title."""
 
 

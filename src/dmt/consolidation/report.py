@@ -121,6 +121,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
     written, seconds = results["written"], results["seconds"]
     what = f"{written['facts']} facts in {written['rows']} rows" if "rows" in written else f"{written['weights']:,} weights trained"
     notes = [f"written: {what}, {written['bytes']:,} bytes"]
+    if loose := written.get("loose"):
+        notes.append(f"taken out again: {loose} facts whose rows answered in unrelated text, where nobody asked")
     for corpus, found in results["unrelated"].items():
         notes.append(f"unrelated text ({corpus}): KL {found['kl']:.2e} nats per token over {found['tokens']:,.0f} tokens")
     if found := results.get("cost"):

@@ -56,7 +56,7 @@ def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path,
         loose = spoken(book, _unrelated(work, data), set(book.known) - there)
         book.forget(sorted(loose), "evicted")
         mine = [fact for number, fact in book.known.items() if number not in there]
-        if config.context.write == "trained":
+        if config.context.write == "trained" and mine:
             mine = _trained(work, book, data, run, fresh, mine)
     rows = sum(len(fact.rows) for fact in mine)
     size = rows * 2 * 4 * student.config.hidden_size

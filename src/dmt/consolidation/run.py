@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dmt.consolidation.rows import into_memory
 from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
-from dmt.distill.fitting import keep_freed_memory, measured
+from dmt.distill.fitting import keep_freed_memory, measured, resumable
 from dmt.distill.folder import new_run, write_record
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
@@ -55,10 +56,11 @@ def consolidate(config: Config, run: Path | None) -> Path:
     prepared = time.perf_counter()
     found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
     spent = {"prepare": prepared - began, "consolidate": time.perf_counter() - prepared}
-    results = measure(work, run, data) | {"written": found}
-    results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
-    write_record(run, config, results)
-    report.finish(run, config, context, questions, results)
+    with resumable(run, steps) if steps else nullcontext():
+        results = measure(work, run, data) | {"written": found}
+        results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
+        write_record(run, config, results)
+        report.finish(run, config, context, questions, results)
     return run
 
 

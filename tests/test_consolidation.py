@@ -1,0 +1,550 @@
+"""From context to memory, weights and tokens: what is read, what is written, what is exact and what is refused."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_teacher, newest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dmt import settings
+from dmt.cli import main as dmt
+from dmt.config import Config, ContextConfig, DataConfig, LossConfig
+from dmt.consolidation.asking import Answers, Question, answers, likeliest, read_questions, share_kept
+from dmt.consolidation.destinations import check_destination, finish, prepare, student_of
+from dmt.consolidation.hearing import Hearing, after
+from dmt.consolidation.module import weights_of
+from dmt.consolidation.reading import JOINT, LONGEST, read_context, sentences_of
+from dmt.consolidation.telling import Lessons, own, sampled
+from dmt.consolidation.writing import _of_a_name, _words, learnt, stated, write_differences
+from dmt.data.encoding import start_of
+from dmt.distill.signals import observe
+from dmt.errors import UserError
+from dmt.facts.opening import open_book
+from dmt.facts.states import encoded
+from dmt.main import main
+from dmt.models.teacher import load_teacher
+
+ROOT = Path(__file__).parents[1]
+PERSON = ROOT / "configs" / "consolidation" / "person"
+TEXT = PERSON.with_suffix(".txt").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_teacher("embedded")
+
+
+@pytest.fixture
+def long_folder(tokenizer, tmp_path):
+    """A tiny teacher that reads enough for a context and something after it."""
+    folder = tmp_path / "teacher"
+    make_teacher(len(tokenizer), n_positions=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(long_folder, text_file, tmp_path):
+    """Words of a consolidation that takes seconds."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps({"prompt": "Ada Holbrook was born in the town of", "answer": " Ravenhill"}) + "\n")
+    context = tmp_path / "context.txt"
+    context.write_text("Ada Holbrook was born in the town of Ravenhill. She runs away. A memory is a table of rows.")
+    return [
+        "task=consolidate", f"teacher={long_folder}", f"context.file={context}", f"context.questions={questions}",
+        f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=32", "data.batch=2",
+        "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.end_to_end_steps=4", "optim.warmup=1",
+        "trainer.threads=1", "trainer.log_every=1", "trainer.validate_every=2", "trainer.checkpoint_every=2", "context.samples=8",
+        "trainer.progress=false", "trainer.accelerator=cpu", "trainer.precision=32-true", "context.tokens=3", "context.rank=2",
+    ]  # fmt: skip
+
+
+def results(tmp_path):
+    return json.loads((newest(tmp_path) / "run.json").read_text())
+
+
+# Reading
+
+
+def test_sentences_end_where_people_end_them():
+    text = 'Mr. Osgood came in 1902. "Is it so?" he said! It was.\nA line\n\nAnother'
+    assert sentences_of(text) == ["Mr. Osgood came in 1902.", '"Is it so?" he said!', "It was.", "A line", "Another"]
+
+
+def test_a_context_is_read_in_windows_that_leave_room_and_lose_nothing(embedded):
+    _, tokenizer = embedded
+    text = (ROOT / "configs/consolidation/people.txt").read_text().strip()
+    context = read_context(ContextConfig(text=text), tokenizer, 256)
+    assert len(context.windows) > 1
+    assert all(len(window.ids) + LONGEST <= 256 for window in context.windows)
+    read = " ".join(tokenizer.decode(window.ids[1:]).removesuffix(JOINT) for window in context.windows)
+    assert read.split() == text.split()
+    assert sum(len(window.sentences) for window in context.windows) == len(sentences_of(text))
+
+
+@pytest.mark.parametrize("text", ["word " * 2_000, "x" * 3_000, "A short one. " + "many words follow here " * 100 + ". The end."])
+def test_a_sentence_longer_than_a_window_is_cut(embedded, text):
+    _, tokenizer = embedded
+    context = read_context(ContextConfig(text=text), tokenizer, 256)
+    assert all(1 < len(window.ids) <= 256 - LONGEST for window in context.windows)
+    said = "".join(tokenizer.decode(window.ids[1:]) for window in context.windows)
+    assert "".join(said.split()) == "".join(text.split())
+
+
+def test_pronouns_are_the_name_said_last_across_windows(embedded):
+    _, tokenizer = embedded
+    text = "Ada Fox was born in Hill. She sells hats. Her dog is called Rex.\n\nIt barks. Bo Ray was seen in Wall. His hat is red."
+    sentences = [each for window in read_context(ContextConfig(text=text), tokenizer, 256).windows for each in window.sentences]
+    assert sentences[1:3] == ["Ada Fox sells hats.", "Ada Fox's dog is called Rex."]
+    assert sentences[3] == "Ada Fox barks."
+    assert sentences[5] == "Bo Ray's hat is red."
+
+
+def test_a_date_is_not_whom_a_sentence_is_about(embedded):
+    _, tokenizer = embedded
+    context = read_context(ContextConfig(text=TEXT), tokenizer, 256)
+    assert context.windows[0].names == ["Percy Talner"]
+    assert context.windows[0].sentences[1] == "Percy Talner has worked for many years at Juniper Railways."
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "got neither"),
+        ({"text": "a", "file": "b"}, "got both"),
+        ({"file": "nowhere.txt"}, "cannot be read"),
+        ({"text": " "}, "is empty"),
+        ({"text": "a b c d e f g h", "capacity": 2}, "more than context.capacity=2"),
+    ],
+)
+def test_what_is_no_context_is_refused(embedded, given, said):
+    with pytest.raises(UserError, match=said):
+        read_context(ContextConfig(**given), embedded[1], 256)
+
+
+def test_a_file_that_is_no_text_is_refused(embedded, tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_context(ContextConfig(file=str(file)), embedded[1], 256)
+    with pytest.raises(UserError, match="leaves no room"):
+        read_context(ContextConfig(text="a"), embedded[1], 100)
+    with pytest.raises(UserError, match=r"context.tokens lower"):
+        read_context(ContextConfig(text="a"), embedded[1], 256, before=150)
+
+
+# Hearing
+
+
+@pytest.mark.parametrize("make", [make_teacher, make_llama])
+def test_what_was_read_once_counts_as_if_it_stood_before_each_text(make, tokenizer, tokens):
+    positions = {"n_positions": 64} if make is make_teacher else {"max_position_embeddings": 64}
+    model = make(len(tokenizer), **positions)
+    before = [0, 5, 6, 7, 8]
+    hearing = Hearing(model, before)
+    for _ in range(2):  # hearing one text leaves nothing behind for the next
+        seen = hearing.signals(tokens, blocks=True)
+        whole = observe(model, torch.cat([torch.tensor([before] * 3), tokens], 1), blocks=True)
+        torch.testing.assert_close(seen.logits, whole.logits[:, 5:], rtol=1e-4, atol=1e-4)
+        for mine, theirs in ((seen.streams, whole.streams), (seen.block_inputs, whole.block_inputs)):
+            assert len(mine) == model.config.num_hidden_layers
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b[:, 5:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after(model, before, tokens).logits, whole.logits[:, 5:], rtol=1e-4, atol=1e-4)
+    width = model.config.hidden_size // (2 if make is make_teacher else 4) * 2
+    assert hearing.bytes == 2 * model.config.num_hidden_layers * width * len(before) * 4
+
+
+def test_gradients_reach_what_stands_before(teacher, tokens):
+    teacher.requires_grad_(True)
+    after(teacher, [0, 299], tokens).logits.sum().backward()
+    assert teacher.get_input_embeddings().weight.grad[299].abs().sum() > 0
+
+
+def test_what_is_drawn_depends_on_the_seed_and_disturbs_nobody(embedded):
+    model, tokenizer = embedded
+    hearing = Hearing(model, encoded(tokenizer, TEXT + JOINT))
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    drawn = [hearing.sample(opener, 3, 20, 1.0, seed, 0) for seed, opener in ((1, []), (1, []), (2, []), (1, [5, 6]))]
+    assert torch.equal(torch.rand(2), wanted)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(len(text) <= 20 and 0 not in text for texts in drawn for text in texts)
+    assert all(text[:2] == [5, 6] for text in drawn[3])
+    assert hearing.sample([5] * 20, 3, 20, 1.0, 0, 0) == []
+
+
+def test_what_is_drawn_is_what_the_model_with_the_context_would_say(embedded):
+    model, tokenizer = embedded
+    hearing = Hearing(model, encoded(tokenizer, TEXT + JOINT))
+    [cold] = hearing.sample([], 1, 8, 1e-4, 0, None)
+    given = torch.tensor([hearing.ids])
+    for token in cold:
+        assert int(observe(model, given).logits[0, -1].argmax()) == token
+        given = torch.cat([given, torch.tensor([[token]])], 1)
+
+
+# Asking
+
+
+def test_nats_are_of_the_answer_alone_and_right_means_all_of_it(embedded):
+    model, tokenizer = embedded
+    questions = [Question("The capital of France is", " Paris"), Question("We", " the people of this country")]
+    found = answers(lambda tokens: after(model, [0], tokens), tokenizer, questions, torch.device("cpu"))
+    for question, nats, right in zip(questions, found.nats, found.right, strict=True):
+        prompt, answer = (encoded(tokenizer, text, start=False) for text in (question.prompt, question.answer))
+        logits = observe(model, torch.tensor([[0, *prompt, *answer]])).logits[0, :-1].log_softmax(-1)
+        where = range(len(prompt), len(prompt) + len(answer))
+        assert nats == pytest.approx(-sum(float(logits[at, token]) for at, token in zip(where, answer, strict=True)), abs=1e-3)
+        assert right == all(int(logits[at].argmax()) == token for at, token in zip(where, answer, strict=True))
+
+
+def test_the_share_kept_is_what_the_issue_says():
+    known, without = Answers([1.0, 3.0], [True, False]), Answers([4.0, 8.0], [False, False])
+    assert share_kept(known, without, without) == 0
+    assert share_kept(known, without, known) == 1
+    assert share_kept(known, without, Answers([2.5, 5.5], [True, True])) == 0.5
+    assert math.isnan(share_kept(without, known, known))
+    assert likeliest([Answers([1.0, 9.0], [True, False]), Answers([2.0, 3.0], [False, True])]) == Answers([1.0, 3.0], [True, True])
+    assert known.mean == -2
+    assert known.recall == 0.5
+
+
+@pytest.mark.parametrize(
+    "line", ["x", "[]", '{"prompt": "a"}', '{"prompt": "a", "answer": ""}', '{"prompt": 1, "answer": "b"}',
+             '{"prompt": "a", "answer": "b", "c": "d"}', ""]
+)  # fmt: skip
+def test_what_is_no_question_is_refused(tmp_path, line):
+    file = tmp_path / "q.jsonl"
+    file.write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=r"line 2|holds no questions"):
+        read_questions(file)
+
+
+# Writing
+
+
+def test_words_and_names():
+    assert _words(["Ada", " Fo", "x", " sells", " hat", "s", ".", " She"]) == [[1, 2], [3], [4, 5], [7]]
+    assert _of_a_name("Ada", " Fox", ["Ada Fox"])
+    assert _of_a_name("When was Ada", " Fox's", ["Ada Fox"])
+    assert not _of_a_name("Ada Fox sells", " hats", ["Ada Fox"])
+    assert not _of_a_name("The town of", " Ada", ["Ada Fox"])
+
+
+def test_what_sentences_state(embedded):
+    facts = stated(["Ada Fox was born in Hill.", "Is it?", "Her dog is called Rex."], ["Ada Fox"], "t", "s")
+    assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [
+        ("Ada Fox was born in", " Hill", "Ada Fox"), ("Her dog is called", " Rex", ""),
+    ]  # fmt: skip
+
+
+def test_a_difference_gives_what_the_model_with_the_context_says_exactly(embedded, tmp_path):
+    model, tokenizer = load_teacher("reader")
+    folder = tmp_path / "student"
+    student_of(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    window = read_context(ContextConfig(text=TEXT), tokenizer, 256).windows[0]
+    hearing, texts = Hearing(model, window.ids), own(window, tokenizer)
+    spans = learnt(model, hearing, tokenizer, texts, window.names)
+    assert {span.subject for span in spans} == {"Percy Talner"}
+    assert any("butcher" in span.answer for span in spans)
+    with open_book(folder) as book:
+        book.begin([], answers=3)
+        outcomes = write_differences(book, hearing, spans, "tag", "source")
+        written = [span for span, outcome in zip(spans, outcomes, strict=True) if outcome.what == "written"]
+        assert len(written) > 4
+        assert {fact.tag for fact in book.known.values()} == {"tag"}
+        for span in written:
+            tokens = torch.tensor([span.ids])
+            mine, wanted = after(book.model, [0], tokens).logits[0], hearing.signals(tokens).logits[0]
+            where = slice(span.first - 1, span.last)
+            torch.testing.assert_close(mine[where].log_softmax(-1), wanted[where].log_softmax(-1), rtol=1e-3, atol=2e-3)
+        alone = torch.tensor([encoded(tokenizer, "Ada Fox has worked for many years at", start=False)])
+        torch.testing.assert_close(after(book.model, [0], alone).logits, after(model, [0], alone).logits)
+
+
+# Destinations
+
+
+def config_of(**context):
+    return Config(context=ContextConfig(text="the quick brown fox", **context))
+
+
+def test_a_plain_model_becomes_a_student_that_says_the_same(any_teacher, tokens):
+    student = student_of(any_teacher)
+    assert student.config.model_type.startswith("dmt_")
+    torch.testing.assert_close(student(tokens).logits, any_teacher(tokens).logits)
+    torch.testing.assert_close(student_of(student)(tokens).logits, any_teacher(tokens).logits)
+
+
+def test_low_rank_additions_begin_as_nothing_and_are_merged(any_teacher, tokenizer, tokens):
+    student, chosen = prepare(config_of(into="weights", rank=2), student_of(any_teacher), tokenizer, "x")
+    torch.testing.assert_close(student(tokens).logits, any_teacher(tokens).logits)
+    assert chosen
+    assert all("lora_" in name for name in chosen)
+    assert {name for name, p in student.named_parameters() if p.requires_grad} == set(chosen)
+    inside = {name.split(".lora_")[0].split(".", 3)[-1] for name in chosen}
+    assert len(inside) >= 4, "attention and feed-forward blocks"
+    with torch.no_grad():
+        for parameter in chosen.values():
+            parameter.normal_(std=0.3)
+    wanted = student(tokens).logits.detach()
+    assert (wanted - any_teacher(tokens).logits).abs().max() > 0.1
+    merged = finish(student)
+    torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert set(merged.state_dict()) == set(student_of(any_teacher).state_dict())
+
+
+def test_memory_tokens_are_embeddings_before_every_text(any_teacher, tokenizer, tokens, tmp_path):
+    vocabulary = len(tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "t"))
+    student, chosen = prepare(config_of(into="tokens", tokens=3), student_of(any_teacher), tokenizer, "the quick brown fox")
+    assert list(chosen) == ["memory_tokens"]
+    assert chosen["memory_tokens"].shape == (3, 16)
+    before = start_of(tokenizer)
+    assert before == [0, vocabulary, vocabulary + 1, vocabulary + 2]
+    torch.testing.assert_close(student(tokens).logits, any_teacher(tokens).logits)  # who does not use them sees nothing of them
+    embed = any_teacher.get_input_embeddings()
+    with torch.no_grad():
+        chosen["memory_tokens"].normal_()
+    given = torch.cat([embed(torch.tensor([[0]] * 3)), chosen["memory_tokens"].expand(3, 3, 16), embed(tokens)], 1)
+    wanted = any_teacher(inputs_embeds=given).logits[:, 4:]
+    torch.testing.assert_close(after(student, before, tokens).logits, wanted)
+    assert wanted.shape[-1] == any_teacher.config.vocab_size, "memory tokens are read and never said"
+    after(student, before, tokens).logits.sum().backward()
+    assert chosen["memory_tokens"].grad.abs().sum() > 0
+    student.save_pretrained(tmp_path / "s")
+    tokenizer.save_pretrained(tmp_path / "s")
+    loaded, again = AutoModelForCausalLM.from_pretrained(tmp_path / "s"), AutoTokenizer.from_pretrained(tmp_path / "s")
+    assert start_of(again) == before
+    assert again("the quick")["input_ids"] == before + encoded(tokenizer, "the quick", start=False)
+    torch.testing.assert_close(after(loaded, before, tokens).logits, wanted)
+    said = loaded.generate(torch.tensor([before]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert said.shape == (1, 8)
+    assert int(said[0, 4:].max()) < vocabulary
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_destination_that_is_not_there_is_refused(teacher, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="has none; name a distilled student"):
+        check_destination(ContextConfig(into="weights", weights="slots"), teacher)
+    tokenizer = AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "t"))
+    student, _ = prepare(config_of(into="tokens", tokens=2), student_of(teacher), tokenizer, "the quick")
+    with pytest.raises(UserError, match="has memory tokens already"):
+        check_destination(ContextConfig(into="tokens"), student)
+
+
+def test_an_objective_is_one_loss():
+    for objective, term in {
+        "causal_lm": "ce",
+        "logits": "kl",
+        "generated": "kl",
+        "hidden_last": "hidden",
+        "hidden_all": "block",
+    }.items():
+        config = replace(config_of(objective=objective), loss=LossConfig(kl=0.5, ce=0, temperature=2.0))
+        weights = weights_of(config)
+        on = {name: getattr(weights, name) for name in ("kl", "reverse_kl", "ce", "hidden", "block", "cosine", "revive")}
+        assert {name for name, value in on.items() if value} == {term}
+        assert on[term] == (0.5 if term == "kl" else 1.0)
+        assert weights.temperature == 2.0
+
+
+def test_lessons_are_a_function_of_seed_and_step(embedded):
+    model, tokenizer = embedded
+    settings_ = ContextConfig(text=TEXT, samples=6, fresh_every=2)
+    context = read_context(settings_, tokenizer, 256)
+    first, second = (Lessons(model, tokenizer, context, settings_, 4, 0, blocks=True) for _ in range(2))
+    a, b = first.lesson(3), second.lesson(3)
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.mask, b.mask)
+    assert a.wanted is not None
+    assert len(a.wanted.streams) == 4
+    torch.testing.assert_close(a.wanted.logits, first.hearings[0].signals(a.tokens).logits)
+    assert first.texts(0, 0) == second.texts(0, 1) != first.texts(0, 2)
+    lengths = a.mask.sum(1)
+    assert int(lengths.max()) == a.tokens.shape[1]
+    assert all(a.mask[row, : int(n)].all() for row, n in enumerate(lengths))
+
+
+def test_texts_said_after_a_context_end_with_a_sentence(embedded):
+    model, tokenizer = embedded
+    settings_ = ContextConfig(text=TEXT, samples=12)
+    window = read_context(settings_, tokenizer, 256).windows[0]
+    texts = sampled(Hearing(model, window.ids), window, tokenizer, settings_, 0)
+    assert 4 <= len(texts) <= 12
+    assert all(2 < len(text) <= LONGEST for text in texts)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("objective", ["causal_lm", "logits", "hidden_last", "hidden_all", "generated"])
+@pytest.mark.parametrize("where", ["context.into=tokens", "context.into=weights", "context.into=weights context.weights=all"])
+def test_every_objective_goes_into_every_destination(tiny, tmp_path, objective, where):
+    assert main([*tiny, f"context.objective={objective}", *where.split()]) == 0
+    found = results(tmp_path)
+    assert found["kinds"]["questions"]["questions"] == 1
+    assert (newest(tmp_path) / "report.md").read_text().count("Ravenhill") >= 2
+    assert "consolidate/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
+    assert "consolidated/share" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_weights_learn_what_the_context_says_and_little_else(tmp_path, capsys):
+    words = [
+        str(PERSON.with_suffix(".yaml")), "context.into=weights", "context.objective=causal_lm", "stages.end_to_end_steps=30",
+        "data.test_tokens=2048", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
+        f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    kept = {}
+    for keep in (0, 1):
+        assert main([*words, f"context.keep={keep}"]) == 0
+        found = results(tmp_path)
+        assert found["kinds"]["as written"]["log_probability_consolidated"] > -0.5
+        assert found["kinds"]["as written"]["log_probability_without"] < -5
+        kept[keep] = found["unrelated"]["biographies"]["kl"]
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("write", ["difference", "gradient", "trained"])
+def test_a_context_goes_into_memory(tmp_path, write):
+    words = [
+        str(PERSON.with_suffix(".yaml")), f"context.write={write}", "context.objective=logits", "stages.end_to_end_steps=3",
+        "data.test_tokens=2048", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
+        f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert main(words) == 0
+    found, run = results(tmp_path), newest(tmp_path)
+    assert found["kinds"]["as written"]["share"] >= 0.9
+    assert found["unrelated"]["biographies"]["kl"] <= 1e-3
+    assert found["written"]["rows"] > 3
+    with open_book(run / "student", read_only=True) as book:
+        assert {fact.tag for fact in book.known.values()} == {"person"}
+        assert sum(len(fact.rows) for fact in book.known.values()) == found["written"]["rows"]
+    base = load_teacher("reader")[0].state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in base.items()), "no weight changes"
+    if write == "gradient":
+        assert found["kinds"]["as written"]["recall_consolidated"] == 1
+
+
+def test_rows_that_are_trained_change_and_nothing_else_does(tmp_path):
+    words = [
+        str(PERSON.with_suffix(".yaml")), "context.objective=generated", "context.samples=8", "stages.end_to_end_steps=3",
+        "data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
+        f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
+        "stages.end_to_end_lr=0.1",
+    ]  # fmt: skip
+    parts = {}
+    for write in ("difference", "trained"):
+        assert main([*words, f"context.write={write}"]) == 0
+        with open_book(newest(tmp_path) / "student", read_only=True) as book:
+            parts[write] = {fact.prompt: book.parts(fact.id) for fact in book.known.values()}
+    assert set(parts["trained"]) == set(parts["difference"])
+    pairs = [pair for prompt, each in parts["trained"].items() for pair in zip(each, parts["difference"][prompt], strict=True)]
+    assert all(torch.equal(a.key, b.key) and a.subject == b.subject and a.lead == b.lead for a, b in pairs)
+    assert sum(not torch.allclose(a.value, b.value, atol=1e-3) for a, b in pairs) >= 3
+
+
+def test_rows_that_answer_where_nobody_asked_are_taken_out_again(tiny, tmp_path):
+    assert main([*tiny, "context.write=gradient"]) == 0  # the unrelated text says the same sentences
+    found = results(tmp_path)
+    assert found["written"]["loose"] >= 1
+    assert "taken out again" in (newest(tmp_path) / "report.md").read_text()
+    with open_book(newest(tmp_path) / "student", read_only=True) as book:
+        assert len(book.known) == found["written"]["facts"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tiny, tmp_path):
+    words = [*tiny, "context.into=tokens"]
+    assert main(words) == 0
+    run = newest(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    (run / "checkpoints" / "step_4.ckpt").unlink()
+    shutil.rmtree(run / "student")
+    assert main(["--resume", str(run)]) == 0
+    again = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_slots_of_a_student_and_nothing_else_may_change(tiny, long_folder, text_file, tmp_path):
+    distilled = [
+        f"teacher={long_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=32",
+        "data.batch=2", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=64", "stages.calibrate_tokens=64",
+        "stages.layerwise_steps=0", "stages.end_to_end_steps=1", "trainer.threads=1", "trainer.progress=false", "memory.budget=8",
+        "trainer.precision=32-true", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert main(distilled) == 0
+    student = newest(tmp_path)
+    words = [*tiny, f"teacher={student}", "context.into=weights", "context.weights=slots", "stages.end_to_end_lr=0.01"]
+    assert main(words) == 0
+    before, now = (AutoModelForCausalLM.from_pretrained(run / "student").state_dict() for run in (student, newest(tmp_path)))
+    changed = {name for name in before if not torch.equal(before[name], now[name])}
+    assert changed
+    assert all(".mlp." in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["context.file=null"], "got neither"),
+        (["context.text=hello"], "got both"),
+        (["context.into=memory", "context.objective=causal_lm"], "has no teacher"),
+        (["context.into=tokens", "stages.end_to_end_steps=0"], "is trained"),
+        (["context.into=brain"], "context.into must be one of memory, weights, tokens"),
+        (["context.capacity=3"], "more than context.capacity=3"),
+        (["context.tokens=200", "context.into=tokens"], "leaves no room"),
+        (["context.questions=nowhere.jsonl"], "cannot be read"),
+        (["context.into=weights", "context.weights=slots"], "name a distilled student"),
+        (["context.temperature=0"], "must be a positive number"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_a_folder_is_made(tiny, tmp_path, capsys, words, said):
+    assert main([*tiny, *words]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "logs").glob("version_*"))
+
+
+def test_the_command_says_what_the_config_says(tiny, long_folder, tmp_path, capsys):
+    file = next(word for word in tiny if word.startswith("context.file"))
+    rest = [word for word in tiny if not word.startswith(("task", "teacher", "context.file", "context.tokens", "stages"))]
+    words = ["consolidate", "--model", str(long_folder), "--file", file.partition("=")[2], "--into", "tokens", "--tokens", "3"]
+    assert dmt([*words, "--steps", "2", "--lr", "0.01", "--json", *rest]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert Path(found["folder"]) == newest(tmp_path)
+    config = settings.load(newest(tmp_path) / "config.yaml")
+    assert (config.context.tokens, config.stages.end_to_end_steps, config.stages.end_to_end_lr) == (3, 2, 0.01)
+    assert dmt(["consolidate", "Ada Holbrook: 5 = five", "--model", str(long_folder), "--write", "gradient", *rest]) == 0
+    assert settings.load(newest(tmp_path) / "config.yaml").context.text == "Ada Holbrook: 5 = five"
+    assert dmt(["consolidate", "x", "--nonsense"]) == 2
+
+
+def test_the_shipped_contexts_are_what_their_script_makes():
+    from benchmarks import contexts
+
+    people = contexts.new_people(9, seed=contexts.SEED)
+    for name, some in (("person", people[:1]), ("people", people[1:])):
+        text, questions = contexts.page(some, contexts.SEED)
+        assert (contexts.PLACE / f"{name}.txt").read_text() == text + "\n"
+        assert read_questions(contexts.PLACE / f"{name}.jsonl") == questions
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "consolidation").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_consolidation_parses_and_names_what_is_there(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = settings.load(file)
+    assert config.task == "consolidate"
+    assert len(read_questions(config.context.questions)) >= 15
+    assert Path(config.context.file).is_file()
+    assert config.data != DataConfig() or config.teacher == "reader"
