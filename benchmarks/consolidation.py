@@ -62,7 +62,7 @@ def measured(way: Way, objective: str, context: str, model: str, steps: int, mor
         found = json.loads((Path(folder) / "version_0" / "run.json").read_text(encoding="utf-8"))
     row: Row = {"table": f"{model}, {context}", "into": way.name, "objective": objective}
     for kind, each in found["kinds"].items():
-        share = "-" if each["share"] != each["share"] else f"{each['share']:.2f}"
+        share = "-" if each["share"] is None else f"{each['share']:.2f}"
         said = " ".join(f"{each[f'recall_{who}']:.2f}" for who in ("without", "with", "consolidated"))
         row |= {f"{kind}: share": share, f"{kind}: said": said}
     row["KL"] = f"{max(each['kl'] for each in found['unrelated'].values()):.1e}"

@@ -403,15 +403,17 @@ def test_every_objective_goes_into_every_destination(tiny, tmp_path, objective, 
 
 def test_weights_learn_what_the_context_says_and_little_else(tmp_path, capsys):
     words = [
-        str(PERSON.with_suffix(".yaml")), "context.into=weights", "context.objective=causal_lm", "stages.end_to_end_steps=30",
-        "data.test_tokens=2048", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
+        str(PERSON.with_suffix(".yaml")), "context.into=weights", "context.objective=causal_lm", "stages.end_to_end_steps=20",
+        "stages.end_to_end_lr=4e-3",
+        "data.test_tokens=1024", "data.validation_tokens=256", "optim.warmup=2", "data.block=96",
+        "data.corpora=[biographies]", "trainer.threads=1",
         f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
     ]  # fmt: skip
     kept = {}
     for keep in (0, 1):
         assert main([*words, f"context.keep={keep}"]) == 0
         found = results(tmp_path)
-        assert found["kinds"]["as written"]["log_probability_consolidated"] > -0.5
+        assert found["kinds"]["as written"]["log_probability_consolidated"] > -1.5
         assert found["kinds"]["as written"]["log_probability_without"] < -5
         kept[keep] = found["unrelated"]["biographies"]["kl"]
     assert kept[1] < kept[0] / 2
@@ -441,7 +443,7 @@ def test_a_context_goes_into_memory(tmp_path, write):
 
 def test_rows_that_are_trained_change_and_nothing_else_does(tmp_path):
     words = [
-        str(PERSON.with_suffix(".yaml")), "context.objective=generated", "context.samples=8", "stages.end_to_end_steps=3",
+        str(PERSON.with_suffix(".yaml")), "context.objective=generated", "context.samples=4", "stages.end_to_end_steps=3", "data.block=64",
         "data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
         f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
         "stages.end_to_end_lr=0.1",
@@ -476,6 +478,37 @@ def test_a_stopped_run_goes_on_to_the_same_end(tiny, tmp_path):
     assert main(["--resume", str(run)]) == 0
     again = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.fixture
+def told(tiny, long_folder, text_file, tmp_path):
+    """A student with stored rows in its last layer, that has been told a fact; its run's folder."""
+    distilled = [
+        f"teacher={long_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=32",
+        "data.batch=2", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=64", "stages.calibrate_tokens=64",
+        "stages.layerwise_steps=0", "stages.end_to_end_steps=2", "trainer.threads=1", "trainer.progress=false", "memory.budget=8",
+        "trainer.precision=32-true", "trainer.accelerator=cpu", "memory.write_from=0", "memory.novelty=0",
+        "student.rules=[{layers: last, memory: {kind: associative}}]",
+    ]  # fmt: skip
+    assert main(distilled) == 0
+    run = newest(tmp_path)
+    assert dmt(["memory", "write", "Bo Ray was born in Hill.", "-s", str(run)]) == 0
+    return run
+
+
+@pytest.mark.parametrize("into", ["memory", "weights", "tokens"])
+def test_a_student_with_rows_and_facts_keeps_what_it_can(tiny, told, tmp_path, into, tokens, capsys):
+    before = AutoModelForCausalLM.from_pretrained(told / "student")
+    words = [*tiny, f"teacher={told}", f"context.into={into}", "stages.end_to_end_lr=1e-30", "context.write=gradient"]
+    assert main(words) == 0
+    assert ("stay there" in capsys.readouterr().out) == (into != "memory")
+    made = AutoModelForCausalLM.from_pretrained(newest(tmp_path) / "student")
+    torch.testing.assert_close(made(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
+    with open_book(told / "student", read_only=True) as book:  # the one it began with is as it was
+        assert [fact.answer for fact in book.known.values()] == [" Hill"]
+    if into == "memory":
+        with open_book(newest(tmp_path) / "student", read_only=True) as book:
+            assert " Hill" in [fact.answer for fact in book.known.values()]
 
 
 def test_slots_of_a_student_and_nothing_else_may_change(tiny, long_folder, text_file, tmp_path):

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-import copy
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dmt.config import Config, ContextConfig, MemoryConfig
 from dmt.data.encoding import MEMORY_TOKEN, start_of
 from dmt.errors import UserError
 from dmt.facts.states import encoded
 from dmt.models.architectures import architecture_of
-from dmt.models.modeling import build_student
 from dmt.models.overlay import lift
 from dmt.models.surgery import featural_of, transplant
-from dmt.models.tokens import begin_with, tokens_of
+from dmt.models.tokens import MemoryTokens, begin_with, tokens_of
 
 
 def student_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` that is a student, without facts: a plain model becomes one that has no memories."""
     if not model.config.model_type.startswith("dmt_"):
         return transplant(model, [MemoryConfig(kind="dense")] * model.config.num_hidden_layers)[0]
-    arch = architecture_of(model.config.model_type)
-    made = build_student(model.config, copy.deepcopy(model.config.memory) or {}, arch.no_dropout)
-    made.load_state_dict(model.state_dict())
-    return made.eval()
+    with TemporaryDirectory() as folder:  # rows of memories are more than tensors: what is saved is all there is
+        model.save_pretrained(folder)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lift(student)
+    return student.eval()
 
 
 def check_destination(settings: ContextConfig, model: PreTrainedModel) -> None:
     """Raise `UserError` where the model lacks what the context is to go into, before anything is done."""
+    if settings.into == "memory":
+        return
+    if getattr(model.config, "slots", None):
+        raise UserError(
+            f"context.into={settings.into} trains, and this student has left its slots on the disk; distil it with "
+            "memory.disk=none, or set context.into=memory"
+        )
+    if settings.into == "tokens" and tokens_of(model) is not None:
+        raise UserError(
+            "this model has memory tokens already; consolidate into the model it was made from, or set context.into=memory"
+        )
     if settings.into == "weights" and settings.weights == "slots" and not featural_of(model):
         raise UserError(
             "context.weights=slots are rows of featural memories, and this model has none; name a distilled student "
             "(teacher=lightning_logs/version_0/student), or set context.weights=lora"
         )
-    if settings.into == "weights" and settings.weights == "lora":
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            raise UserError("context.weights=lora needs peft: pip install peft==0.21.2, or set context.weights=all") from None
-    if settings.into == "tokens" and tokens_of(model) is not None:
-        raise UserError(
-            "this model has memory tokens already; consolidate into the model it was made from, or set context.into=memory"
-        )
+    if settings.into == "weights" and settings.weights == "lora" and find_spec("peft") is None:
+        raise UserError("context.weights=lora needs peft: pip install peft==0.21.2, or set context.weights=all")
 
 
 def prepare(config: Config, student: PreTrainedModel, tokenizer: Any, text: str) -> tuple[PreTrainedModel, dict[str, nn.Parameter]]:
@@ -95,22 +101,23 @@ def _adapt(student: PreTrainedModel, rank: int) -> dict[str, nn.Parameter]:
     names = sorted({name for name, module in inside.named_modules() if isinstance(module, nn.Linear | Conv1D)})
     maps = [f"{arch.layers}.{name}" for name in names]
     wide = any(isinstance(module, Conv1D) for module in inside.modules())
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps, fan_in_fan_out=wide), student)
+    with catch_warnings():  # peft says of each matrix that is stored the other way round that it has seen it
+        filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps, fan_in_fan_out=wide), student)
     return {name: parameter for name, parameter in student.named_parameters() if "lora_" in name}
 
 
 def _with_tokens(student: PreTrainedModel, tokenizer: Any, count: int, text: str) -> PreTrainedModel:
     """The student and `tokenizer` with so many memory tokens, which begin as the embeddings of the context's first words."""
     words = torch.tensor(encoded(tokenizer, text, start=False)[:count])
-    first = name_tokens(tokenizer, count)[0]
-    lift(student)
-    arch = architecture_of(student.config.model_type)
-    made = build_student(student.config, student.config.memory or {}, arch.no_dropout, {"count": count, "first": first})
-    held = made.state_dict()
-    for name, tensor in student.state_dict().items():
-        held[name].copy_(tensor)
-    begin_with(made, words)
-    return made.eval().requires_grad_(False)
+    table: Any = student.get_input_embeddings()
+    place = {"count": count, "first": name_tokens(tokenizer, count)[0]}
+    tokens = MemoryTokens(*table.weight.shape, **place).to(table.weight)
+    tokens.weight = table.weight  # the head goes on sharing it, where it did
+    student.set_input_embeddings(tokens)
+    student.config.memory_tokens = place
+    begin_with(student, words)
+    return student
 
 
 def name_tokens(tokenizer: Any, count: int) -> list[int]:

@@ -79,12 +79,12 @@ class Consolidator(pl.LightningModule):
 
     @torch.no_grad()
     def measure_scales(self) -> None:
-        """Variances of the teacher's states, from its first lessons; once, before the first step of a new run."""
-        wanted = self.lesson(0).wanted
-        if wanted is None:
+        """Variances of the teacher's states, from its first lesson; once, before the first step of a new run."""
+        lesson = self.lesson(0)
+        if lesson.wanted is None:
             return
-        states = [wanted.hidden, *wanted.streams]
-        spread = [state.float().flatten(0, 1).var(0).sum() for state in states]
+        states = [lesson.wanted.hidden, *lesson.wanted.streams]
+        spread = [state[lesson.mask].float().var(0).sum() for state in states]
         self.hidden_scale.copy_(spread[0])  # type: ignore[operator]
         if len(spread) > 1:
             self.layer_scales.copy_(torch.stack(spread[1:]))  # type: ignore[operator]

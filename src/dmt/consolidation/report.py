@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def destination(config: Config) -> str:
     }[settings.into]
 
 
-def plan(config: Config, run: Path, context: Context, questions: Sequence[Question], steps: int) -> None:
+def plan(config: Config, run: Path, context: Context, questions: Sequence[Question], steps: int, facts: int) -> None:
     """Print what is about to happen."""
     table = Table.grid(padding=(0, 2))
     windows = f", read in {len(context.windows)} windows" if len(context.windows) > 1 else ""
@@ -47,13 +46,18 @@ def plan(config: Config, run: Path, context: Context, questions: Sequence[Questi
         "objective", f"{config.context.objective}, {steps:,} steps" if steps else f"{config.context.objective}, no gradient steps"
     )
     table.add_row("questions", f"{len(questions)}")
+    if facts and config.context.into != "memory":
+        table.add_row("facts", f"the {facts:,} rows of facts of {config.teacher} stay there: they know its weights alone")
     table.add_row("folder", str(run))
     console.print(table)
 
 
 def cost(work: Any, student: PreTrainedModel, before: Sequence[int]) -> dict[str, float]:
-    """Tokens, bytes and seconds a question: the context in every prompt, kept in the cache, and consolidated."""
-    hearing = work.hearings[0]
+    """Tokens, bytes and seconds a question: the context in every prompt, kept in the cache, and consolidated.
+
+    Of several windows the cache has all, a prompt the longest.
+    """
+    hearing = max(work.hearings, key=lambda each: len(each.ids))
     asked = [
         torch.tensor([encoded(work.tokenizer, question.prompt, start=False)], device=work.device)
         for question in work.questions[:TIMED]
@@ -68,10 +72,12 @@ def cost(work: Any, student: PreTrainedModel, before: Sequence[int]) -> dict[str
         took = []
         for tokens in asked:
             began = time.perf_counter()
-            say(tokens).head(say(tokens).hidden[:, -1:])
-            took.append((time.perf_counter() - began) / 2)
+            seen = say(tokens)
+            seen.head(seen.hidden[:, -1:])
+            took.append(time.perf_counter() - began)
         seconds[f"seconds {name}"] = sorted(took)[len(took) // 2]
-    return {"prompt tokens saved": len(hearing.ids) - len(before), "bytes of the cache": hearing.bytes, **seconds}
+    held = sum(each.bytes for each in work.hearings)
+    return {"prompt tokens saved": len(hearing.ids) - len(before), "bytes of the cache": held, **seconds}
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -84,7 +90,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{found[f'log_probability_{name}']:.2f} / {found[f'recall_{name}']:.2f}"
                 for name in ("without", "with", "consolidated")
             ),
-            "-" if math.isnan(found["share"]) else f"{found['share']:.3f}",
+            "-" if found["share"] is None else f"{found['share']:.3f}",
         )
         for kind, found in results.get("kinds", {}).items()
     ]
@@ -108,7 +114,8 @@ def finish(run: Path, config: Config, context: Context, questions: Sequence[Ques
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
     (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
-    metrics = {f"hparam/share_{kind}": found["share"] for kind, found in results.get("kinds", {}).items()}
+    kinds = results.get("kinds", {})
+    metrics = {f"hparam/share_{kind}": found["share"] for kind, found in kinds.items() if found["share"] is not None}
     metrics |= {f"hparam/{corpus}_kl": found["kl"] for corpus, found in results["unrelated"].items()}
     settings = {
         f"context.{name}": value for name, value in vars(config.context).items() if isinstance(value, bool | int | float | str)

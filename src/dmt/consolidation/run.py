@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from dmt.distill.fitting import keep_freed_memory, measured, resumable
 from dmt.distill.folder import new_run, write_record
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
+from dmt.models.overlay import overlay_of
 from dmt.models.teacher import load_teacher
 
 
@@ -51,7 +53,8 @@ def consolidate(config: Config, run: Path | None) -> Path:
     work = Work(config, base, tokenizer, before, context, questions, [Hearing(base, window.ids) for window in context.windows])
     fresh = run is None
     run = run or new_run(config)
-    report.plan(config, run, context, questions, steps)
+    facts = overlay_of(base)
+    report.plan(config, run, context, questions, steps, 0 if facts is None else len(facts))
     write_record(run, config, {}, begins=True)
     prepared = time.perf_counter()
     found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
@@ -111,9 +114,10 @@ def measure(work: Work, run: Path, data: TextData) -> dict[str, Any]:
         for kind in kinds:
             chosen = [i for i, question in enumerate(work.questions) if question.kind == kind]
             some = {name: each.of(chosen) for name, each in said.items()}
+            share = share_kept(some["with"], some["without"], some["consolidated"])
             results.setdefault("kinds", {})[kind] = {
                 "questions": len(chosen),
-                "share": share_kept(some["with"], some["without"], some["consolidated"]),
+                "share": None if math.isnan(share) else share,
                 **{f"log_probability_{name}": each.mean for name, each in some.items()},
                 **{f"recall_{name}": each.recall for name, each in some.items()},
             }

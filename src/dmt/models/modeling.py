@@ -168,14 +168,8 @@ for _config, _model in STUDENTS.values():
     AutoModelForCausalLM.register(_config, _model)
 
 
-def build_student(
-    teacher_config: Any,
-    memory: dict[str, dict[str, Any]],
-    no_dropout: dict[str, float],
-    memory_tokens: dict[str, int] | None = None,
-) -> PreTrainedModel:
-    """A student of the teacher's shape with fresh weights; `memory` and `memory_tokens` as in `MemoryGPT2Config`."""
-    config, model = STUDENTS[teacher_config.model_type.removeprefix("dmt_")]
-    left = ("model_type", "architectures", "memory", "dtype", "memory_tokens", "slots")
-    settings = {k: v for k, v in teacher_config.to_dict().items() if k not in left}
-    return model(config(**{**settings, **no_dropout}, memory=memory, memory_tokens=memory_tokens))
+def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
+    """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
+    config, model = STUDENTS[teacher_config.model_type]
+    settings = {k: v for k, v in teacher_config.to_dict().items() if k not in ("model_type", "architectures", "memory", "dtype")}
+    return model(config(**{**settings, **no_dropout}, memory=memory))
