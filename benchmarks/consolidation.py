@@ -79,6 +79,7 @@ def figures(quick: bool = False, model: str = "reader", context: str = "", steps
     more = (
         ["data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "context.samples=8"] if quick else []
     )
+    more += ["context.samples=32", "context.fresh_every=50"] if model != "smollm2" and not quick else []
     more += ["trainer.validate_every=0", "trainer.threads=1", "trainer.precision=32-true"]
     for way in WAYS:
         for objective in way.objectives[-1:] if quick else way.objectives:

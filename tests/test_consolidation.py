@@ -443,7 +443,8 @@ def test_a_context_goes_into_memory(tmp_path, write):
 
 def test_rows_that_are_trained_change_and_nothing_else_does(tmp_path):
     words = [
-        str(PERSON.with_suffix(".yaml")), "context.objective=generated", "context.samples=4", "stages.end_to_end_steps=3", "data.block=64",
+        str(PERSON.with_suffix(".yaml")), "context.objective=generated", "context.samples=4", "stages.end_to_end_steps=3",
+        "data.block=64",
         "data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1",
         f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
         "stages.end_to_end_lr=0.1",
