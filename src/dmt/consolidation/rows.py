@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dmt.consolidation.telling import own, sampled, self_asked
 from dmt.consolidation.work import Work, train
-from dmt.consolidation.writing import Span, learnt, said_lately, spoken, stated, told_facts, write_differences
+from dmt.consolidation.writing import LIKELY, SURE, Span, learnt, said_lately, spoken, stated, told_facts, write_differences
 from dmt.data.blocks import TextData, first_windows
 from dmt.errors import UserError
 from dmt.facts.book import Book
@@ -42,9 +42,9 @@ def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path,
     source = config.context.file or "context.text"
     with closing(open_book(folder)) as book:
         there = set(book.known)
-        spans: list[list[Span]] = [[] if by_gradient else _spans(work, which) for which in range(len(work.hearings))]
+        spans = [([], []) if by_gradient else _spans(work, which) for which in range(len(work.hearings))]
         facts = [_facts(work, which, tag, source) for which in range(len(work.hearings))]
-        if not any(facts if by_gradient else spans):
+        if not any(facts if by_gradient else [each for pair in spans for each in pair]):
             raise UserError("the context tells this model nothing that it would not have said anyway, so there is nothing to write")
         if not book.ledger.exists:
             book.begin([fact for each in facts for fact in each], answers=book.model.config.num_hidden_layers - 1)
@@ -52,7 +52,8 @@ def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path,
             if by_gradient:
                 book.write(facts[which])
             else:
-                write_differences(book, hearing, spans[which], tag, source)
+                for each, wins in zip(spans[which], (True, False), strict=True):
+                    write_differences(book, hearing, each, tag, source, wins)
         loose = spoken(book, _unrelated(work, data), set(book.known) - there)
         book.forget(sorted(loose), "evicted")
         mine = [fact for number, fact in book.known.items() if number not in there]
@@ -68,20 +69,24 @@ def _names(work: Work) -> list[str]:
     return [name for window in work.context.windows for name in window.names]
 
 
-def _spans(work: Work, which: int) -> list[Span]:
-    """What one window told about places in texts, its own sentences last: where texts contradict each other those are right."""
-    window, settings = work.context.windows[which], work.config.context
-    texts, seed = own(window, work.tokenizer), work.config.seed * 101 + which
+def _spans(work: Work, which: int) -> tuple[list[Span], list[Span]]:
+    """What one window told about places in its own sentences, and in what the model went on with and asked itself."""
+    window, settings, names = work.context.windows[which], work.config.context, _names(work)
+    seed, more = work.config.seed * 101 + which, []
     if settings.objective == "generated":
-        asked = self_asked(work.base, window, work.tokenizer, settings, seed)
-        texts = sampled(work.hearings[which], window, work.tokenizer, settings, seed) + asked + texts
-    spans = learnt(work.base, work.hearings[which], work.tokenizer, texts, _names(work))
-    # What a model goes on with may be about somebody else altogether: of that only what is said of the context's own counts.
-    kept, told = [], {tuple(text) for text in own(window, work.tokenizer)}
-    for span in spans:
-        if (span.subject or span.ids in told or not _names(work)) and said_lately(work.tokenizer, span.prompt, span.subject):
-            kept.append(span)
-    return kept
+        more = sampled(work.hearings[which], window, work.tokenizer, settings, seed)
+        more += self_asked(work.base, window, work.tokenizer, settings, seed)
+    found = []
+    for texts, sure in ((own(window, work.tokenizer), LIKELY), (more, SURE)):
+        spans = learnt(work.base, work.hearings[which], work.tokenizer, texts, names, sure)
+        found.append([span for span in spans if said_lately(work.tokenizer, span.prompt, span.subject)])
+    return found[0], [span for span in found[1] if (span.subject or not names) and _stands(work, span)]
+
+
+def _stands(work: Work, span: Span) -> bool:
+    """Whether the context says so, in a sentence about the same: a model that goes on from it may say anything of anybody."""
+    sentences = (sentence for window in work.context.windows for sentence in window.sentences)
+    return any(span.subject in sentence and span.answer.strip(" ,;") in sentence for sentence in sentences)
 
 
 def _facts(work: Work, which: int, tag: str, source: str) -> list[Fact]:

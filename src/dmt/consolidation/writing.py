@@ -31,6 +31,8 @@ GAIN = 1.0
 """Nats by which a context has to make a token likelier for it to be something that was learnt."""
 LIKELY = 0.01
 """Probability that the model with context has to give to a word's first token."""
+SURE = 0.5
+"""The same of texts that the model itself has said, which need not be true."""
 WORDS = 4
 """Words of an answer, at most."""
 ENDS = re.compile(r"[.!?\n]")
@@ -49,12 +51,13 @@ class Span:
 
 
 def learnt(
-    model: PreTrainedModel, hearing: Hearing, tokenizer: Any, texts: Sequence[list[int]], names: Sequence[str]
+    model: PreTrainedModel, hearing: Hearing, tokenizer: Any, texts: Sequence[list[int]], names: Sequence[str], sure: float = LIKELY
 ) -> list[Span]:
     """Where in `texts` (token ids) the model with context expects what it would not have expected without.
 
     Args:
         names: whom or what the context is about; a place that begins or completes a name tells nothing of its bearer.
+        sure: least probability, with the context, of a word's first token.
     """
     start, spans = start_of(tokenizer), []
     for group in batches([len(text) for text in texts]):
@@ -64,7 +67,7 @@ def learnt(
             gains, likely = _nats(after(model, start, tokens).logits, tokens) - knowing, (-knowing).exp()
         for row, i in enumerate(group):
             here = slice(0, len(texts[i]) - 1)
-            spans += _spans(texts[i], gains[row, here].tolist(), likely[row, here].tolist(), tokenizer, names)
+            spans += _spans(texts[i], gains[row, here].tolist(), likely[row, here].tolist(), tokenizer, names, sure)
     return spans
 
 
@@ -72,10 +75,12 @@ def _nats(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
-def _spans(ids: list[int], gains: list[float], likely: list[float], tokenizer: Any, names: Sequence[str]) -> list[Span]:
+def _spans(
+    ids: list[int], gains: list[float], likely: list[float], tokenizer: Any, names: Sequence[str], sure: float
+) -> list[Span]:
     """Words that the context made likely, each with those after it that it did too; `gains[i]` is about token `i + 1`."""
     words = _words([tokenizer.decode(ids[at : at + 1]) for at in range(len(ids))])
-    told = [max(gains[word[0] - 1 : word[-1]]) >= GAIN and likely[word[0] - 1] >= LIKELY for word in words]
+    told = [max(gains[word[0] - 1 : word[-1]]) >= GAIN and likely[word[0] - 1] >= sure for word in words]
     found = []
     for number, word in enumerate(words):
         prompt, last = tokenizer.decode(ids[: word[0]]), number
@@ -83,7 +88,8 @@ def _spans(ids: list[int], gains: list[float], likely: list[float], tokenizer: A
             continue
         while last + 1 < min(len(words), number + WORDS) and words[last][-1] + 1 == words[last + 1][0]:
             begins = tokenizer.decode(ids[words[last + 1][0] : words[last + 1][-1] + 1]).strip()[:1]
-            if not (told[last + 1] or begins.isupper() or begins.isdigit()):  # names and dates are said as a whole
+            whole = begins.isupper() or begins.isdigit()  # names and dates are said as a whole
+            if not whole and (sure > LIKELY or not told[last + 1]):
                 break
             last += 1
         answer, subject = tokenizer.decode(ids[word[0] : words[last][-1] + 1]), _subject(prompt, names)
@@ -220,13 +226,13 @@ def said_lately(tokenizer: Any, prompt: str, subject: str) -> bool:
 
 
 def write_differences(
-    book: Book, hearing: Hearing, spans: Sequence[Span], tag: str, source: str, rate: float = RATE
+    book: Book, hearing: Hearing, spans: Sequence[Span], tag: str, source: str, wins: bool = True, rate: float = RATE
 ) -> list[Outcome]:
-    """Write rows for `spans` into a book that has begun, as the difference the context makes."""
+    """Write rows for `spans` into a book that has begun, as the difference the context makes; see `Book.take`."""
     layers = book.overlay.listens, book.overlay.answers
     with silence(book.model):
         lines = differences(book.model, hearing, book.tokenizer, spans, layers, book.calibration, tag, source, rate)
-    return book.take(lines)
+    return book.take(lines, wins)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dmt.errors import UserError
 from dmt.facts.beginning import measured
 from dmt.facts.calibration import Calibration
-from dmt.facts.lines import RATE, Entry, Line, Outcome, lines_of, plain, same_thing
+from dmt.facts.lines import RATE, Entry, Line, Outcome, lines_of, plain, rivals, same_thing
 from dmt.facts.sentences import Fact
 from dmt.models.books import overlay_in, parts_in, parts_of
 from dmt.models.overlay import Overlay, Part, lay_over, lift, overlay_of, silence
@@ -147,13 +147,13 @@ class Book:
         with silence(self.model):
             return self._take(lines_of(self.model, self.tokenizer, facts, layers, self.calibration, rate))
 
-    def take(self, lines: Sequence[Line]) -> list[Outcome]:
-        """Write facts whose rows were made elsewhere, all or none; like `write` otherwise."""
-        outcomes = self._take(lines)
+    def take(self, lines: Sequence[Line], wins: bool = True) -> list[Outcome]:
+        """Write facts whose rows were made elsewhere, all or none; unless one `wins` it gives way to what is there."""
+        outcomes = self._take(lines, wins)
         self._hold()
         return outcomes
 
-    def _take(self, lines: Sequence[Line]) -> list[Outcome]:
+    def _take(self, lines: Sequence[Line], wins: bool = True) -> list[Outcome]:
         entries = self._entries()
         outcomes: dict[int, Outcome] = {}
         pending: list[Entry] = []
@@ -163,7 +163,7 @@ class Book:
             if same in pending:  # two facts of one batch about the same thing, one after the other
                 self._commit(pending, lines, outcomes)
                 pending = []
-            if same is not None and plain(same.answer) == plain(line.told.answer):
+            if same is not None and (not wins or plain(same.answer) == plain(line.told.answer)):
                 outcomes[number] = Outcome("known", same.told, None, line.before, line.likely)  # type: ignore[arg-type]
                 continue
             if same is not None:
@@ -251,12 +251,7 @@ class Book:
             what = "is there" if number in history else "was never there"
             raise UserError(f"fact {number} {what}, so it cannot be brought back; dmt memory list --all shows what can")
         fact = replace(history[number], gone=None, gone_at=None, replaced_by=None)
-        against, later = [], history[number].replaced_by
-        while later is not None:  # what took its place, or the place of that
-            against += [history[later]] if history[later].gone is None else []
-            later = history[later].replaced_by
-        asked = fact.subject, plain(fact.prompt)
-        against += [each for each in self.known.values() if (each.subject, plain(each.prompt)) == asked and each not in against]
+        against = rivals(history, number)
         self.ledger.come_back(number, [each.id for each in against])
         self._drop([each.id for each in against])
         self.known[number] = fact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,17 @@ def same_thing(entries: Sequence[Entry], line: Line) -> Entry | None:
     cosines = torch.stack([entry.asks for entry in entries]) @ line.asks
     best = int(cosines.argmax())
     return entries[best] if float(cosines[best]) >= SAME else None
+
+
+def rivals(history: Mapping[int, Told], number: int) -> list[Told]:
+    """Of a history those that are there instead of fact `number`: what took its place, or the place of that, or says the same."""
+    against, later = [], history[number].replaced_by
+    while later is not None:
+        against += [history[later]] if history[later].gone is None else []
+        later = history[later].replaced_by
+    asked = history[number].subject, plain(history[number].prompt)
+    there = [each for each in history.values() if each.gone is None and (each.subject, plain(each.prompt)) == asked]
+    return against + [each for each in there if each not in against]
 
 
 def plain(text: str) -> str:
