@@ -83,7 +83,7 @@ WRONG = [
     ("memory.weighting=sofmax", "memory.weighting must be one of activation, relu, softmax, distance, got sofmax"),
     ("memory.weighting=3", "memory.weighting must be one of activation, relu, softmax, distance, got 3"),
     ("memory.search=approximate", "memory.search must be one of exact, int8, ivf, product, got approximate"),
-    ("task=", "task must be one of distill, pretrain, got nothing"),
+    ("task=", "task must be one of distill, consolidate, pretrain, got nothing"),
     # lists
     (
         "data.corpora=speeches",

@@ -116,9 +116,7 @@ class Book:
             listens, answers, chosen = measured(self.model, self.tokenizer, facts, prose, told, layers, answers)
         tensors = {name: getattr(chosen, name).cpu().numpy() for name in TENSORS}
         self.ledger.begin(len(chosen.mean), {"listens": listens, "answers": answers}, tensors)
-        overlay = overlay_in(self.ledger.store, self.model.config.eos_token_id)
-        assert overlay is not None
-        self._lay_over(overlay)
+        self._lay_over(overlay_in(self.ledger.store, self.model.config.eos_token_id))
 
     def write(self, facts: Sequence[Fact], rate: float = RATE, progress: Callable[[int], None] = lambda _: None) -> list[Outcome]:
         """Write facts; each is noticed where it is known, and wins where it contradicts an earlier one.
@@ -292,7 +290,8 @@ class Book:
         for number in ids:
             del self.known[number], self._parts[number]
 
-    def _lay_over(self, overlay: Overlay) -> None:
+    def _lay_over(self, overlay: Overlay | None) -> None:
+        assert overlay is not None, "it has begun"
         overlay.origin = None if self.store is None else self.store.path
         lay_over(self.model, overlay)
 
