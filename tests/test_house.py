@@ -35,8 +35,9 @@ ORDER = [
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run",
     "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling", "consolidation.writing",
-    "consolidation.destinations", "consolidation.module", "consolidation.report", "consolidation.run", "consolidation",
-    "commands.consolidating", "tasks", "main", "cli", "__main__",
+    "consolidation.destinations", "consolidation.module", "consolidation.report", "consolidation.run",
+    "consolidation.dreaming", "consolidation.moving", "consolidation.rowing", "consolidation.night", "consolidation.sleep",
+    "consolidation", "commands.consolidating", "commands.sleeping", "tasks", "main", "cli", "__main__",
 ]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""
 SHORT = [
