@@ -18,11 +18,11 @@ from dmt.distill.signals import observe
 from dmt.facts.states import padded
 from dmt.memory import FeaturalMemory
 
-TOLD = 32
-"""Tellings in a step of what is new, and half as many of what earlier nights have learnt."""
-WINDOWS = 9
+TOLD = 64
+"""Tellings in a step of what is new, and a third as many of what earlier nights have learnt."""
+WINDOWS = 6
 """Windows of prose in a step."""
-KEEP = 60.0
+KEEP = 55.0
 """What a nat of prose counts beside one of what is told."""
 NOTICED = 64
 """Windows of prose by which it is measured what prose would notice."""
@@ -111,7 +111,7 @@ def learn(
         found: dict[str, float] = {}
         for name, loss, weight in (
             *((("new", new.loss(student, TOLD, generator), 1.0),) if matter.new else ()),
-            *((("known", known.loss(student, TOLD // 2, generator), 1.0),) if matter.known else ()),
+            *((("known", known.loss(student, TOLD // 3, generator), 1.0),) if matter.known else ()),
             *((f"rows_{layer}", rows.loss(generator), 1.0) for layer, rows in matter.rows.items()),
         ):
             (weight * loss).backward()
