@@ -199,7 +199,7 @@ def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
             ids = torch.tensor(start_of(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"])
             remember(book.model, book.store, ids, tag)
     count = {tag: sum(row["tag"] == tag for row in rows_about(load_student(folder)[0])) for tag in ("monday", "tuesday")}
-    night = sleep(evening(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=80, lr=0.3)
+    night = sleep(evening(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=80, lr=0.2)
     assert (night.rows, night.awake) == (count["monday"], count["tuesday"])
     assert night.rows_kept[2] > 0.8
     assert {row["tag"] for row in rows_about(load_student(tmp_path / "slept")[0])} == {"tuesday"}
@@ -263,7 +263,7 @@ def test_tellings_count_where_the_answer_is_said(student):
     weights = alone.weights()
     counted = (weights == 1).nonzero().flatten() + 1
     assert tokenizer.decode([alone.ids[at] for at in counted]) == fact.answer
-    assert set(weights.tolist()) == {1.0, pytest.approx(BESIDE)}
+    assert sorted(set(weights.tolist())) == pytest.approx([BESIDE, 1.0])
     assert len(Telling((1, 2, 3), None).weights()) == 3
     made = tellings(model, tokenizer, before.facts, sentences_of([CORPUS], 0), 0)
     assert alone in made

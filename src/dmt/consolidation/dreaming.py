@@ -50,11 +50,11 @@ class Telling:
         return found
 
 
-def told(tokenizer: Any, fact: Told, before: str = "") -> Telling:
+def told(tokenizer: Any, fact: Told, before: str = "", longest: int = LONGEST) -> Telling:
     """A fact as it was written, after another text or after none."""
     start = len(start_of(tokenizer))
     prompt = encoded(tokenizer, f"{before} {fact.prompt}" if before else fact.prompt)
-    room = LONGEST - len(fact.answer_ids) - start
+    room = longest - len(fact.answer_ids) - start
     prompt = prompt[:start] + prompt[start:][-max(1, room) :]
     return Telling((*prompt, *fact.answer_ids), len(prompt))
 
@@ -66,11 +66,11 @@ def tellings(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told], sent
         model: knows the facts, in rows or in slots.
     """
     draw = random.Random(f"tellings-{seed}")
-    found = [told(tokenizer, fact) for fact in facts]
-    found += [told(tokenizer, fact, draw.choice(sentences)) for fact in facts] if sentences else []
-    found += _dreams(model, tokenizer, facts, sentences, draw)
-    most = model.config.max_position_embeddings
-    return list(dict.fromkeys(each for each in found if len(each.ids) <= most))
+    longest = min(LONGEST, model.config.max_position_embeddings)
+    found = [told(tokenizer, fact, longest=longest) for fact in facts]
+    found += [told(tokenizer, fact, draw.choice(sentences), longest) for fact in facts] if sentences else []
+    found += _dreams(model, tokenizer, facts, sentences, draw, longest)
+    return list(dict.fromkeys(each for each in found if len(each.ids) <= longest))
 
 
 def sentences_of(corpora: Sequence[Corpus], seed: int, documents: int = 200) -> list[str]:
@@ -86,7 +86,7 @@ def sentences_of(corpora: Sequence[Corpus], seed: int, documents: int = 200) -> 
 
 
 def _dreams(
-    model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told], sentences: Sequence[str], draw: random.Random
+    model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told], sentences: Sequence[str], draw: random.Random, longest: int
 ) -> list[Telling]:
     """Sentences about somebody else, said of a fact's subject, up to where the model would go on with the fact's answer."""
     of: dict[str, list[Told]] = {}
@@ -98,7 +98,7 @@ def _dreams(
     found: list[Telling] = []
     for subject, known in of.items():
         said = {_about(subject, sentence) for sentence in draw.sample(named, each)}
-        texts = [encoded(tokenizer, text)[:LONGEST] for text in sorted(said)]
+        texts = [encoded(tokenizer, text)[:longest] for text in sorted(said)]
         found += _asked(model, texts, known)
     return found
 

@@ -129,7 +129,7 @@ def _may_change(model: PreTrainedModel) -> list[int]:
     found = featural_of(model)
     if not found:
         raise UserError(
-            "this student has no featural memory, so nothing can be learnt into slots; distil one with python distill.py"
+            "this student has no featural memory, so it has no slots to learn; distil one with python distill.py"
         )
     if getattr(model.config, "slots", None) or any(memory.is_filed for memory in found.values()):
         raise UserError(
@@ -191,8 +191,8 @@ def sleep(
     lift(student)
     slots = featural_of(student)
     told("collecting what is to be learnt, and what is to stay ...")
-    matter = _matter(before, teacher, student, corpora, seed)
     drop(student, before.rows)
+    matter = _matter(before, teacher, student, corpora, seed)
     told(f"{len(matter.new):,} tellings of {len(before.facts):,} facts, {len(matter.known):,} of what was learnt before")
     learn(teacher, student, {layer: slots[layer] for layer in before.memories}, matter, steps, lr, seed, heard)
     kept = {layer: states.kept() for layer, states in matter.rows.items()}
