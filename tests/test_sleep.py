@@ -191,7 +191,7 @@ def test_a_failure_leaves_nothing_half_made(student, tmp_path, monkeypatch):
 
 
 def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
-    rows = MemoryConfig(kind="associative", k=8, novelty=0.05, recombine=0.0, capacity=64)
+    rows = MemoryConfig(kind="associative", k=256, novelty=0.05, recombine=0.0, capacity=64)
     model, _ = transplant(speaker(make_teacher, tokenizer), [MemoryConfig(k=64)] * 2 + [rows])
     folder = save(model, tokenizer, tmp_path / "student")
     with open_book(folder) as book:
@@ -199,13 +199,13 @@ def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
             ids = torch.tensor(start_of(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"])
             remember(book.model, book.store, ids, tag)
     count = {tag: sum(row["tag"] == tag for row in rows_about(load_student(folder)[0])) for tag in ("monday", "tuesday")}
-    night = sleep(evening(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=80, lr=0.2)
+    night = sleep(evening(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=200, lr=0.1)
     assert (night.rows, night.awake) == (count["monday"], count["tuesday"])
-    assert night.rows_kept[2] > 0.8
+    assert night.rows_kept[2] > 0.5
     assert {row["tag"] for row in rows_about(load_student(tmp_path / "slept")[0])} == {"tuesday"}
     last = sleep(evening(tmp_path / "slept"), [CORPUS], tmp_path / "last", steps=2, lr=0.01)
     assert last.awake == 0
-    assert last.rows_kept[2] < 0.5  # two short steps are not enough, and that is seen
+    assert last.rows_kept[2] < 0.2  # two short steps are not enough, and that is seen
 
 
 def test_states_of_rows_are_where_rows_are_read(tokenizer):

@@ -19,7 +19,7 @@ from dmt.facts.states import padded
 from dmt.memory import FeaturalMemory
 
 TOLD = 64
-"""Tellings in a step of what is new, and a third as many of what earlier nights have learnt."""
+"""Tellings in a step of what is new, and a quarter as many of what earlier nights have learnt."""
 WINDOWS = 6
 """Windows of prose in a step."""
 KEEP = 55.0
@@ -111,7 +111,7 @@ def learn(
         found: dict[str, float] = {}
         for name, loss, weight in (
             *((("new", new.loss(student, TOLD, generator), 1.0),) if matter.new else ()),
-            *((("known", known.loss(student, TOLD // 3, generator), 1.0),) if matter.known else ()),
+            *((("known", known.loss(student, TOLD // 4, generator), 1.0),) if matter.known else ()),
             *((f"rows_{layer}", rows.loss(generator), 1.0) for layer, rows in matter.rows.items()),
         ):
             (weight * loss).backward()
@@ -135,16 +135,11 @@ def observe_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _noticed(matter: Matter) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Prose and, as much in all, what earlier nights have learnt: text that should notice nothing."""
+    """Prose, which should notice nothing. What earlier nights have learnt is no part of it: of facts so much more is at stake
+    that beside them prose would be free (EXPERIMENTS.md); they are told again instead."""
     parts = matter.prose[:NOTICED].split(8)
     for tokens in parts:
         yield tokens, torch.ones_like(tokens, dtype=torch.bool), 1 / len(parts)
-    groups = list(parted(matter.known))
-    for group, tokens in groups:
-        weights = [matter.known[i].weights() for i in group]
-        counts = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True) == 1
-        if counts.any():
-            yield tokens, counts, 1 / len(groups)
 
 
 def _device(model: PreTrainedModel) -> torch.device:
