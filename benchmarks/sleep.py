@@ -6,7 +6,7 @@ A row is a night. `evening`: share of the day's facts that are answered as writt
 without. `other words`: the same facts asked in two of the phrasings they were not written in, evening -> morning. `first night`,
 `all nights`: what was learnt in the first, and in all so far, as the new student answers it. `rows`: left. `KL`: on held-out
 speeches (validation windows), in nats per token, from the student of the evening and from the one before the first day. `known
-people`: facts of the teacher's own training text. Seconds are those of the night alone, the measuring included that `dmt sleep` does.
+people`: facts of the teacher's own training text. Seconds are those of the night, with the measuring that `dmt sleep` does.
 """
 
 from __future__ import annotations

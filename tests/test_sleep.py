@@ -11,7 +11,8 @@ from test_book import WIDE, speaker
 import dmt  # noqa: F401  registers the student
 from dmt.cli import main
 from dmt.config import MemoryConfig
-from dmt.consolidation import dreaming, night, sleep as sleep_module
+from dmt.consolidation import dreaming, night
+from dmt.consolidation import sleep as sleep_module
 from dmt.consolidation.dreaming import BESIDE, Telling, sentences_of, tellings, told, windows
 from dmt.consolidation.moving import Moves
 from dmt.consolidation.rowing import RowStates
@@ -27,6 +28,7 @@ from dmt.facts.sentences import Fact
 from dmt.models.fingerprint import fingerprint
 from dmt.models.overlay import lift, silence
 from dmt.models.surgery import associative_of, featural_of, transplant
+from dmt.records import Insert
 from dmt.store import Store
 
 TEXTS = [f"{SENTENCES[at % 3]} {at * 7 % 13} times. {SENTENCES[(at + 1) % 3]}." for at in range(60)]
@@ -216,11 +218,9 @@ def test_states_of_rows_are_where_rows_are_read(tokenizer):
     hidden = torch.randn(50, WIDE)
     memory.centre(hidden)
     keys = torch.nn.functional.normalize(memory.key(hidden), dim=-1).detach().numpy()
-    from dmt.records import Insert
-
     memory.rows.put(Insert(torch.arange(1, 51).numpy(), keys, torch.randn(50, WIDE).numpy(), torch.ones(50).numpy()), 1)
     states = RowStates(memory, memory, range(1, 51), hidden)
-    found, weights = memory.select(states.states(states.keys))
+    found, _ = memory.select(states.states(states.keys))
     assert torch.equal(found[:, 0], torch.arange(50))
     assert states.kept() == 1
 

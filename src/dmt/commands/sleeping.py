@@ -20,6 +20,7 @@ from dmt.distill.folder import check_writable, new_run, write_record
 from dmt.errors import UserError
 from dmt.facts.opening import RUNS, student_folder
 
+HEADINGS = ("", "evening", "morning")
 LOGGED = 10
 """Steps from one figure of a curve to the next."""
 
@@ -50,8 +51,11 @@ def sleep(given: argparse.Namespace, out: Output) -> None:
     if run is not None:
         how = f"dmt sleep --student {folder} --steps {given.steps} --lr {given.lr:g} --seed {given.seed}"
         how += "".join(f" --{name} {value}" for name, value in (("tag", given.tag), ("least", given.least)) if value)
+        how += f" --corpora {' '.join(given.corpora)}" if given.corpora else ""
         write_record(run, config, {"task": "sleep", "replay": how, "night": asdict(night)}, begins=True)
-    _tell(night, out)
+        (run / "report.md").write_text(_markdown(run, night, how), encoding="utf-8")
+    out.table(HEADINGS, _rows(night), "")
+    out.line(f"{night.seconds:.0f} s; student: {night.student}")
     out.data(asdict(night))
 
 
@@ -80,7 +84,7 @@ def _plan(before: Evening, config: Config, place: Path, given: argparse.Namespac
     out.note(f"folder     {place}")
 
 
-def _tell(night: Night, out: Output) -> None:
+def _rows(night: Night) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     if night.facts:
         rows.append((f"{night.facts:,} facts that slept, recall", f"{night.recall_before:.3f}", f"{night.recall_after:.3f}"))
@@ -89,10 +93,13 @@ def _tell(night: Night, out: Output) -> None:
     for layer, share in night.rows_kept.items():
         rows.append((f"what rows of layer {layer} say, share", "1.000", f"{share:.3f}"))
     rows.append(("rows", f"{night.rows + night.awake:,}", f"{night.awake:,}"))
-    for corpus, apart in night.kl.items():
-        rows.append((f"KL on held-out {corpus}, nats", "", f"{apart:.2e}"))
-    out.table(("", "evening", "morning"), rows, "")
-    out.line(f"{night.seconds:.0f} s; student: {night.student}")
+    return rows + [(f"KL on held-out {corpus}, nats", "", f"{apart:.2e}") for corpus, apart in night.kl.items()]
+
+
+def _markdown(run: Path, night: Night, how: str) -> str:
+    lines = [f"# {run.name}: a night's sleep", "", f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(night)]
+    return "\n".join([*lines, "", f"{night.seconds:.0f} s. Again: `{how}`. What produced this: `run.json`.", ""])
 
 
 class _Curves:

@@ -55,8 +55,8 @@ class Evening:
         facts: whose rows are to go.
         known: facts that went in earlier nights, and that it still says.
         rows: numbers of the rows of associative memories that are to go, by layer.
-        memories: whose slots may change, by layer: below the layer that hears facts nothing moves, so that rows which stay
-            awake, and those that may be restored, are found as before.
+        memories: layers whose slots may change: none below that which hears facts, or one whose rows stay awake, so that
+            what stays, and what may be restored, is found exactly as before.
     """
 
     folder: Path
@@ -105,10 +105,7 @@ def evening(folder: Path, tag: str | None = None, least: int = 0) -> Evening:
         fact for fact in book.known.values()
         if (tag is None or fact.tag == tag) and (not least or max(uses[row][0] for row in fact.rows) >= least)
     ]  # fmt: skip
-    rows: dict[int, list[int]] = {}
-    for row in rows_about(model):
-        if (tag is None or row["tag"] == tag) and row["reads"] >= least and row["layer"] in featural_of(model):
-            rows.setdefault(row["layer"], []).append(row["row"])
+    rows, memories = _rows(model, memories, tag, least)
     if not facts and not rows:
         like = "" if tag is None and not least else " like that"
         raise UserError(
@@ -120,6 +117,18 @@ def evening(folder: Path, tag: str | None = None, least: int = 0) -> Evening:
     return Evening(folder, book, facts, known, rows, memories)
 
 
+def _rows(model: PreTrainedModel, memories: Sequence[int], tag: str | None, least: int) -> tuple[dict[int, list[int]], list[int]]:
+    """Numbers of rows of associative memories that are to go, by layer, and which of `memories` may change for the others."""
+    chosen: dict[int, list[int]] = {}
+    lowest = 0
+    for row in rows_about(model):
+        if row["layer"] in memories and (tag is None or row["tag"] == tag) and row["reads"] >= least:
+            chosen.setdefault(row["layer"], []).append(row["row"])
+        else:
+            lowest = max(lowest, row["layer"])
+    return {layer: ids for layer, ids in chosen.items() if layer >= lowest}, [layer for layer in memories if layer >= lowest]
+
+
 def _may_change(model: PreTrainedModel) -> list[int]:
     """Layers whose slots may change.
 
@@ -128,9 +137,7 @@ def _may_change(model: PreTrainedModel) -> list[int]:
     """
     found = featural_of(model)
     if not found:
-        raise UserError(
-            "this student has no featural memory, so it has no slots to learn; distil one with python distill.py"
-        )
+        raise UserError("this student has no featural memory, so it has no slots to learn; distil one with python distill.py")
     if getattr(model.config, "slots", None) or any(memory.is_filed for memory in found.values()):
         raise UserError(
             "the slots of this student are in a file or in few bits and do not change; sleep on a student distilled with "
