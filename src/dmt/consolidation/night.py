@@ -22,8 +22,8 @@ TOLD = 64
 """Tellings in a step of what is new, and a quarter as many of what earlier nights have learnt."""
 WINDOWS = 6
 """Windows of prose in a step."""
-KEEP = 55.0
-"""What a nat of prose counts beside one of what is told."""
+KEEP = 58.0
+"""What a nat of prose counts beside one of what is told, be it new or known or half of each."""
 NOTICED = 64
 """Windows of prose by which it is measured what prose would notice."""
 ENOUGH = 0.1
@@ -104,14 +104,14 @@ def learn(
     for part in moves.learnt:
         part.requires_grad_(True)
     optimizer = torch.optim.SGD(moves.steps, lr=lr, momentum=MOMENTUM)
-    head = student.get_output_embeddings()
+    head, told = student.get_output_embeddings(), 0.5 if matter.new and matter.known else 1.0
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / WARM) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         found: dict[str, float] = {}
         for name, loss, weight in (
-            *((("new", new.loss(student, TOLD, generator), 1.0),) if matter.new else ()),
-            *((("known", known.loss(student, TOLD // 4, generator), 1.0),) if matter.known else ()),
+            *((("new", new.loss(student, TOLD, generator), told),) if matter.new else ()),
+            *((("known", known.loss(student, TOLD // 4, generator), told),) if matter.known else ()),
             *((f"rows_{layer}", rows.loss(generator), 1.0) for layer, rows in matter.rows.items()),
         ):
             (weight * loss).backward()
