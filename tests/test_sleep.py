@@ -109,8 +109,10 @@ def test_only_slots_change_where_facts_are_heard_and_above(student, slept, tmp_p
 
 
 def test_what_stays_awake_is_found_as_before(student, tmp_path):
-    night = sleep(evening(student, tag="day 1"), [CORPUS], tmp_path / "slept", **SHORT)
+    before = evening(student, tag="day 1")
+    night = sleep(before, [CORPUS], tmp_path / "slept", **SHORT)
     assert (night.facts, night.recall_after) == (2, 1.0)
+    assert len(before.book.overlay) == night.rows  # the teacher does not say what stays a row
     with open_book(tmp_path / "slept") as book, open_book(student, read_only=True) as old:
         (awake,) = book.known.values()
         assert awake.tag == "day 2"

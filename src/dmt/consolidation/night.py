@@ -19,12 +19,12 @@ from dmt.facts.states import padded
 from dmt.memory import FeaturalMemory
 
 TOLD = 64
-"""Tellings in a step of what is new, and a quarter as many of what earlier nights have learnt."""
+"""Tellings in a step of what is new, and half as many of what earlier nights have learnt."""
 WINDOWS = 6
 """Windows of prose in a step."""
 KEEP = 40.0
 """What a nat of prose counts beside one of what is told, at least; more as long as prose is further away than `APART`."""
-APART = 4e-3
+APART = 3.3e-3
 """Nats of prose per token that a night may cost."""
 TURN, LATELY = 0.1, 0.9
 """How fast that is brought about, and over how many steps it is looked at."""
@@ -116,7 +116,7 @@ def learn(
         found: dict[str, float] = {}
         for name, loss, weight in (
             *((("new", new.loss(student, TOLD, generator), told),) if matter.new else ()),
-            *((("known", known.loss(student, TOLD // 4, generator), told),) if matter.known else ()),
+            *((("known", known.loss(student, TOLD // 2, generator), told),) if matter.known else ()),
             *((f"rows_{layer}", rows.loss(generator), 1.0) for layer, rows in matter.rows.items()),
         ):
             (weight * loss).backward()
