@@ -47,7 +47,6 @@ def _short(monkeypatch):
     monkeypatch.setattr(sleep_module, "POOL", 24)
     monkeypatch.setattr(sleep_module, "HELD_OUT", 320)
     monkeypatch.setattr(night, "KEEP", 1.0)
-    monkeypatch.setattr(night, "APART", 10.0)
     monkeypatch.setattr(dreaming, "DREAMS", 24)
 
 

@@ -123,7 +123,7 @@ def _sleep(parser: _Parser) -> None:
     """What `dmt sleep` takes."""
     parser.add_argument("--tag", help="only what is filed under this; the rest stays awake, as rows")
     parser.add_argument("--least", type=int, default=0, metavar="N", help="only what has answered at least so many times (0)")
-    parser.add_argument("--steps", type=_positive, default=400, metavar="N", help="of training (400)")
+    parser.add_argument("--steps", type=_positive, default=200, metavar="N", help="of training (200)")
     parser.add_argument("--lr", type=float, default=0.03, metavar="X", help="length of the longest step (0.03)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     parser.add_argument(

@@ -22,12 +22,10 @@ TOLD = 64
 """Tellings in a step of what is new, and half as many of what earlier nights have learnt."""
 WINDOWS = 6
 """Windows of prose in a step."""
-KEEP = 40.0
-"""What a nat of prose counts beside one of what is told, at least; more as long as prose is further away than `APART`."""
-APART = 3.3e-3
-"""Nats of prose per token that a night may cost."""
-TURN, LATELY = 0.1, 0.9
-"""How fast that is brought about, and over how many steps it is looked at."""
+KEEP = 58.0
+"""What a nat of prose counts beside one of what is told."""
+BOTH = 1 / 3
+"""What a nat of what is new counts, and one of what is known, where there is both: a night then costs prose no more."""
 NOTICED = 64
 """Windows of prose by which it is measured what prose would notice."""
 ENOUGH = 0.1
@@ -108,8 +106,7 @@ def learn(
     for part in moves.learnt:
         part.requires_grad_(True)
     optimizer = torch.optim.SGD(moves.steps, lr=lr, momentum=MOMENTUM)
-    keep, lately = KEEP, 0.0
-    head, told = student.get_output_embeddings(), 0.5 if matter.new and matter.known else 1.0
+    head, told = student.get_output_embeddings(), BOTH if matter.new and matter.known else 1.0
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / WARM) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -124,14 +121,12 @@ def learn(
         chosen = torch.randperm(len(matter.prose), generator=generator)[:WINDOWS]
         mine = observe(student, matter.prose[chosen].to(_device(student))).hidden
         apart = kl(head(mine), head(wanted[chosen])).mean()
-        (keep * apart).backward()
-        lately = LATELY * lately + (1 - LATELY) * float(apart.detach())
-        keep = max(KEEP, keep * math.exp(TURN * max(-1.0, min(1.0, lately / APART - 1))))
+        (KEEP * apart).backward()
         moves.take_gradients()
         torch.nn.utils.clip_grad_norm_(moves.steps, CLIP)
         optimizer.step()
         moves.move()
-        heard(step, found | {"prose": float(apart.detach()), "keep": keep})
+        heard(step, found | {"prose": float(apart.detach())})
     student.requires_grad_(False)
 
 

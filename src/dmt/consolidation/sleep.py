@@ -37,7 +37,7 @@ from dmt.records import Changes, Told
 from dmt.store import Store
 from dmt.store.ledger import SLEPT, Ledger, pass_on
 
-STEPS, RATE = 400, 0.03
+STEPS, RATE = 200, 0.03
 """Of a night, unless something else is asked for."""
 BLOCK = 256
 """Tokens in a window of prose, or as many as the model reads."""
