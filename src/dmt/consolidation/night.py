@@ -25,7 +25,7 @@ WINDOWS = 6
 KEEP = 58.0
 """What a nat of prose counts beside one of what is told."""
 BOTH = 1 / 3
-"""What a nat of what is new counts, and one of what is known, where there is both: a night then costs prose no more."""
+"""What a nat of what is new counts, and one of what is known, where there is both; prose pays for them together."""
 NOTICED = 64
 """Windows of prose by which it is measured what prose would notice."""
 ENOUGH = 0.1
