@@ -34,10 +34,11 @@ ORDER = [
     "distill.revive", "distill.lessons", "distill.keeper",
     "distill.module", "distill.callbacks",
     "distill.pretrain", "distill.folder", "distill.fitting", "distill.report", "distill.run",
-    "consolidation", "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling", "consolidation.writing",
-    "consolidation.destinations", "consolidation.module", "consolidation.work", "consolidation.rows", "consolidation.report",
-    "consolidation.run",
-    "commands.consolidating", "tasks", "main", "cli", "__main__",
+    "consolidation", "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling",
+    "consolidation.writing", "consolidation.destinations", "consolidation.module", "consolidation.work", "consolidation.rows",
+    "consolidation.report", "consolidation.run", "consolidation.dreaming", "consolidation.moving", "consolidation.rowing",
+    "consolidation.night", "consolidation.sleep", "commands.consolidating", "commands.sleeping",
+    "tasks", "main", "cli", "__main__",
 ]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""
 SHORT = [

@@ -107,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
     about = "put a context into a student's memory, weights or memory tokens"
     _consolidate(commands.add_parser("consolidate", help=about, description=(
         f"{about.capitalize()}, so that it answers without as it would with it. The result is a run of its own.")))  # fmt: skip
+    about = "move rows that are read into the slots of a new student, which then knows without them"
+    _sleep(commands.add_parser("sleep", help=about, description=(
+        f"{about.capitalize()}. Facts and rows of associative memory leave once slots have learnt them by distillation; what\n"
+        "earlier nights have learnt is gone through again. The student of the evening stays as it is."), **raw))  # fmt: skip
     memory = commands.add_parser("memory", help="look into a student's memory, or change it", **raw, description=ABOUT)
     memory.set_defaults(parser=memory)
     verbs = memory.add_subparsers(metavar="VERB")
@@ -117,6 +121,20 @@ def parser() -> argparse.ArgumentParser:
     for verb, (module, function, _) in VERBS.items():
         _common(made[verb], (module, function), student=verb not in ("merge", "diff"))
     return whole
+
+
+def _sleep(parser: _Parser) -> None:
+    """What `dmt sleep` takes."""
+    parser.add_argument("--tag", help="only what is filed under this; the rest stays awake, as rows")
+    parser.add_argument("--least", type=int, default=0, metavar="N", help="only what has answered at least so many times (0)")
+    parser.add_argument("--steps", type=_positive, default=200, metavar="N", help="of training (200)")
+    parser.add_argument("--lr", type=float, default=0.03, metavar="X", help="length of the longest step (0.03)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    parser.add_argument(
+        "--corpora", nargs="+", metavar="TEXT", help="what the student was trained on (as its run says, or built in)"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="of the new student (a run of its own in lightning_logs/)")
+    _common(parser, ("sleeping", "sleep"))
 
 
 def _consolidate(parser: _Parser) -> None:

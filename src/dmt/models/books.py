@@ -100,10 +100,10 @@ def carry(model: PreTrainedModel, folder: Path) -> None:
         if (part := folder / f"{BOOK}{end}").exists():
             part.rename(folder / f"{aside}{end}")
     if origin is not None:
-        _copy(origin, there)
+        copy_book(origin, there)
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_book(source: Path, target: Path) -> None:
     """A database with all that was committed to it, whoever has it open."""
     with (
         closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as one,

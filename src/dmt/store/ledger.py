@@ -24,6 +24,8 @@ SETTLED = "settled "
 """Begins the names under which `dmt_about` keeps which namespaces have been settled."""
 BY = "dmt"
 """What marks rows that no run wrote."""
+SLEPT = "slept"
+"""Why a fact is gone that is in slots now (`dmt sleep`)."""
 
 
 class Ledger:
@@ -124,7 +126,15 @@ class Ledger:
             self.store.commit(BY, 0, {}, also=lambda connection: _leave(connection, list(ids), why, {}))
 
     def come_back(self, number: int, instead_of: Sequence[int]) -> None:
-        """A fact is there again; others, which contradict it, are replaced by it."""
+        """A fact is there again; others, which contradict it, are replaced by it.
+
+        Raises:
+            UserError: it has slept: slots say it now, and its rows belong to the model of the evening before.
+        """
+        with told(self.store.place), self.store.engine.connect() as connection:
+            why = connection.execute(select(facts.c.gone).where(facts.c.id == number)).scalar_one_or_none()
+        if why == SLEPT:
+            raise UserError(f"fact {number} has slept: it is in the student's slots; to have it as a row too, write it again")
 
         def write(connection: Connection) -> None:
             if instead_of:
@@ -174,6 +184,15 @@ class Ledger:
             connection.execute(note, noted)
 
         self.store.commit(BY, 0, {}, also=write)
+
+
+def pass_on(store: Store, model: str) -> None:
+    """Let a store be that of another model from now on, by its fingerprint: one made from the model it was of."""
+
+    def write(connection: Connection) -> None:
+        connection.execute(update(about).where(about.c.name == "model").values(value=model))
+
+    store.commit(BY, 0, {}, also=write)
 
 
 def settled(store: Store) -> set[str]:
