@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dmt import settings
 from dmt.cli import main as dmt
 from dmt.config import Config, ContextConfig, DataConfig, LossConfig
+from dmt.consolidation import rows, telling
 from dmt.consolidation.asking import Answers, Question, answers, likeliest, read_questions, share_kept
 from dmt.consolidation.destinations import check_destination, finish, prepare, student_of
 from dmt.consolidation.hearing import Hearing, after
 from dmt.consolidation.module import weights_of
 from dmt.consolidation.reading import JOINT, LONGEST, read_context, sentences_of
 from dmt.consolidation.telling import Lessons, own, sampled
-from dmt.consolidation.writing import _of_a_name, _words, learnt, stated, write_differences
+from dmt.consolidation.writing import Span, _of_a_name, _words, learnt, stated, told_facts, write_differences
 from dmt.data.encoding import start_of
 from dmt.distill.signals import observe
 from dmt.errors import UserError
@@ -268,6 +270,63 @@ def test_a_difference_gives_what_the_model_with_the_context_says_exactly(embedde
             torch.testing.assert_close(mine[where].log_softmax(-1), wanted[where].log_softmax(-1), rtol=1e-3, atol=2e-3)
         alone = torch.tensor([encoded(tokenizer, "Ada Fox has worked for many years at", start=False)])
         torch.testing.assert_close(after(book.model, [0], alone).logits, after(model, [0], alone).logits)
+
+
+def test_a_model_asks_itself_what_a_sentence_answers(embedded, monkeypatch):
+    model, tokenizer = embedded
+    window = read_context(ContextConfig(text="Ada Fox sells hats in Hill."), tokenizer, 256).windows[0]
+    assert telling.self_asked(model, window, tokenizer, ContextConfig(text="x"), 0) == [], "no room for the examples"
+
+    class Shown:
+        def __init__(self, _, ids):
+            assert tokenizer.decode(ids[1:]) == telling.SHOTS
+
+        def sample(self, opener, count, *_):
+            assert tokenizer.decode(opener) == "Text: Ada Fox sells hats in Hill.\nQuestion:"
+            said = (
+                " Who sells hats?\nAnswer: Ada Fox.\n\nText: B",
+                " Who?\nAnswer: Bo Ray\n",
+                " Where?",
+                " Who sells hats?\nAnswer: Ada Fox",
+            )
+            assert count == 5
+            return [opener + encoded(tokenizer, text, start=False) for text in said]
+
+    monkeypatch.setattr(telling, "Hearing", Shown)
+    wide = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4_096))
+    asked = telling.self_asked(wide, window, tokenizer, ContextConfig(text="x", asked=5), 0)
+    assert [tokenizer.decode(text) for text in asked] == ["Question: Who sells hats?\nAnswer: Ada Fox"]
+
+
+def test_a_question_is_a_fact_where_the_context_answers_it(embedded):
+    model, tokenizer = load_teacher("reader")
+    hearing, names = Hearing(model, encoded(tokenizer, TEXT + JOINT)), ["Percy Talner"]
+    asked = [
+        ("Percy Talner works as a trained", "butcher"),
+        ("Percy Talner works as a trained", "was"),
+        ("He is a trained", "butcher"),
+    ]
+    texts = [encoded(tokenizer, f"{prompt}\nAnswer: {answer}", start=False) for prompt, answer in asked]
+    facts = told_facts(model, hearing, tokenizer, texts, names, "t", "s")
+    questions = [Question(f"{prompt}\nAnswer:", f" {answer}") for prompt, answer in asked[:2]]
+    found = [
+        answers(says, tokenizer, questions, torch.device("cpu")).nats for says in (lambda x: after(model, [0], x), hearing.signals)
+    ]
+    wanted = [q for q, without, known in zip(questions, *found, strict=True) if without - known >= 1]
+    assert len(wanted) == 1, "the test tells one from the other"
+    assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [(q.prompt, q.answer, names[0]) for q in wanted]
+
+
+def test_what_a_model_says_itself_has_to_stand_in_the_context():
+    window = SimpleNamespace(sentences=["Ada Fox sells hats.", "Bo Ray sells cats."])
+    work = SimpleNamespace(context=SimpleNamespace(windows=[window]))
+    for answer, subject, stands in (
+        (" hats", "Ada Fox", True),
+        (" cats,", "Bo Ray", True),
+        (" cats", "Ada Fox", False),
+        (" cats", "", True),
+    ):
+        assert rows._stands(work, Span((1, 2), 1, 1, "p", answer, subject)) == stands
 
 
 # Destinations
