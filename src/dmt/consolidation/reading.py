@@ -99,7 +99,7 @@ def read_context(settings: ContextConfig, tokenizer: Any, positions: int, before
         sentences, names = [], []
         for sentence in sentences_of(part):
             whole = _named(sentence, about)
-            about = _subject(whole) or about
+            about = _subject(whole, text) or about
             if about and about not in names and about in whole:
                 names.append(about)
             sentences.append(whole)
@@ -120,12 +120,17 @@ def sentences_of(text: str) -> list[str]:
     return [sentence for sentence in (*found, text[start:].strip()) if sentence]
 
 
-def _subject(sentence: str) -> str:
-    """Whom or what a sentence is about: the longest name before what it states last."""
+def _subject(sentence: str, text: str) -> str:
+    """Whom or what a sentence of `text` is about: the longest name before what it states last.
+
+    A single word that stands large at the beginning of sentences alone is no name.
+    """
     try:
-        return fact_of(sentence).subject
+        name = fact_of(sentence).subject
     except UserError:  # it states nothing
         return ""
+    opens = sentence.startswith(name) and len(name.split()) == 1
+    return "" if opens and not re.search(rf"[a-z,;] {re.escape(name)}\b", text) else name
 
 
 def _named(sentence: str, about: str) -> str:

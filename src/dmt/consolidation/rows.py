@@ -70,17 +70,18 @@ def _names(work: Work) -> list[str]:
 
 
 def _spans(work: Work, which: int) -> tuple[list[Span], list[Span]]:
-    """What one window told about places in its own sentences, and in what the model went on with and asked itself."""
+    """What one window told about places in its own sentences, and in what the model asked itself and went on with."""
     window, settings, names = work.context.windows[which], work.config.context, _names(work)
-    seed, more = work.config.seed * 101 + which, []
+    seed, said, asked = work.config.seed * 101 + which, [], []
     if settings.objective == "generated":
-        more = sampled(work.hearings[which], window, work.tokenizer, settings, seed)
-        more += self_asked(work.base, window, work.tokenizer, settings, seed)
+        said = sampled(work.hearings[which], window, work.tokenizer, settings, seed)
+        asked = self_asked(work.base, window, work.tokenizer, settings, seed)
     found = []
-    for texts, sure in ((own(window, work.tokenizer), LIKELY), (more, SURE)):
+    for texts, sure in ((own(window, work.tokenizer), LIKELY), (asked, LIKELY), (said, SURE)):
         spans = learnt(work.base, work.hearings[which], work.tokenizer, texts, names, sure)
         found.append([span for span in spans if said_lately(work.tokenizer, span.prompt, span.subject)])
-    return found[0], [span for span in found[1] if (span.subject or not names) and _stands(work, span)]
+    more = [span for span in found[1] if span.subject or not names]
+    return found[0], more + [span for span in found[2] if (span.subject or not names) and _stands(work, span)]
 
 
 def _stands(work: Work, span: Span) -> bool:

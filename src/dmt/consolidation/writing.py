@@ -35,6 +35,8 @@ SURE = 0.5
 """The same of texts that the model itself has said, which need not be true."""
 WORDS = 4
 """Words of an answer, at most."""
+FEW = 3
+"""Words after which, about nobody in particular, it is no fact that somebody is spoken of."""
 ENDS = re.compile(r"[.!?\n]")
 
 
@@ -93,7 +95,7 @@ def _spans(
                 break
             last += 1
         answer, subject = tokenizer.decode(ids[word[0] : words[last][-1] + 1]), _subject(prompt, names)
-        if subject or not answer.strip().startswith(tuple(names)):  # of nobody that somebody is spoken of
+        if subject or len(prompt.split()) > FEW or not answer.strip().startswith(tuple(names)):
             found.append(Span(tuple(ids), word[0], words[last][-1], prompt, answer, subject))
     return found
 
