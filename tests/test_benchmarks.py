@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tables  # noqa: E402
+from benchmarks import consolidation, tables  # noqa: E402
 from benchmarks.__main__ import TABLES  # noqa: E402
 from benchmarks.where import Clocks, kind_of  # noqa: E402
 
@@ -37,6 +37,17 @@ def test_tables_are_printed_and_written(tmp_path):
     same = command("--compare", str(place), str(place))
     assert same.returncode == 0
     assert "| decode | tiny, int8 keys | ms a token |" in same.stdout
+
+
+def test_the_table_of_consolidation_has_what_the_issue_asks_for(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [row] = consolidation.figures(quick=True, only="memory, gradient")
+    assert float(row["as written: share"]) >= 0.9
+    assert float(row["in other words: share"]) >= 0.7
+    assert float(row["KL"]) <= 1e-3
+    assert row["tokens saved"] > 30
+    assert {way.name.partition(",")[0] for way in consolidation.WAYS} == {"memory", "weights", "tokens"}
+    assert {objective for way in consolidation.WAYS for objective in way.objectives} == set(consolidation.OBJECTIVES)
 
 
 def test_every_table_has_a_module_that_gives_figures():

@@ -680,6 +680,20 @@ def test_the_command_says_what_the_config_says(tiny, long_folder, tmp_path, caps
     assert dmt(["consolidate", "x", "--nonsense"]) == 2
 
 
+def test_a_command_that_is_stopped_says_how_to_go_on(tiny, long_folder, monkeypatch, capsys):
+    from dmt.commands import consolidating
+    from dmt.distill.fitting import Interrupted
+
+    def stop(*_):
+        raise Interrupted(signal.SIGINT, 3, Path("runs/version_0"))
+
+    monkeypatch.setattr(consolidating, "run_it", stop)
+    with pytest.raises(SystemExit) as ended:
+        dmt(["consolidate", "Ada Fox sells hats.", "--model", str(long_folder)])
+    assert ended.value.code == 130
+    assert "distill.py --resume runs/version_0" in capsys.readouterr().err
+
+
 def test_the_shipped_contexts_are_what_their_script_makes():
     from benchmarks import contexts
 

@@ -1,4 +1,7 @@
-"""The `dmt` command: `dmt memory ...` opens a student's memory, `dmt ask` lets it speak. Words to a command to an exit code."""
+"""The `dmt` command: `memory` opens a student's memory, `ask` lets it speak, `consolidate` and `sleep` let it learn by itself.
+
+Words to a command to an exit code.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any, NoReturn
 
 from dmt.errors import UserError
 
-ABOUT = """Open the memory of a distilled student: read it, write facts into it, take them out, give them away.
+ABOUT = """Open the memory of a distilled student: read it, write facts into it, take them out, give them away. Let it learn
+a context (consolidate), or take what was written into its slots (sleep); both make a new student.
 
 A student is a folder that save_pretrained made, or the run that distilled it; without --student the newest run in
-lightning_logs/. Facts and what was remembered lie in memory.db beside the weights, which never change. Exit code 0: done,
+lightning_logs/. Facts and what was remembered lie in memory.db beside the weights, which they never change. Exit code 0: done,
 2: a mistake that the last line names, 130: stopped."""
 VERBS: dict[str, tuple[str, str, str]] = {
     "stats": ("looking", "stats", "layers, slots, rows, facts and what they weigh"),

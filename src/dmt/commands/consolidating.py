@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytorch_lightning as pl
 from dmt import settings
 from dmt.commands.printing import Output
 from dmt.consolidation.run import consolidate as run_it
-from dmt.distill.fitting import check_accelerator
+from dmt.distill.fitting import Interrupted, check_accelerator
 from dmt.distill.folder import check_writable
 from dmt.errors import UserError
 from dmt.facts.opening import student_folder
@@ -50,8 +51,12 @@ def consolidate(given: argparse.Namespace, out: Output) -> None:
     check_writable(config.trainer.log_dir, "trainer.log_dir")
     check_accelerator(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    with out.silent():
-        folder = run_it(config, None)
+    try:
+        with out.silent():
+            folder = run_it(config, None)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
     found: dict[str, Any] = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
     kept = ("written", "kinds", "unrelated", "cost", "seconds")
     out.data({"folder": str(folder), **{name: found[name] for name in kept if name in found}})

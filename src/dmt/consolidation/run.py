@@ -22,7 +22,7 @@ from dmt.consolidation.rows import into_memory
 from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
-from dmt.distill.fitting import keep_freed_memory, measured, resumable
+from dmt.distill.fitting import compute_device, keep_freed_memory, measured, resumable
 from dmt.distill.folder import new_run, write_record
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
@@ -40,7 +40,10 @@ def consolidate(config: Config, run: Path | None) -> Path:
     questions = read_questions(config.context.questions) if config.context.questions else []
     steps = config.stages.end_to_end_steps if trains(config) else 0
     block = min(config.data.block, positions - len(start_of(tokenizer)) - more)
-    config = replace(config, data=replace(config.data, block=block))
+    # Books are read where the processor is; weights and tokens are trained wherever there is something to compute on.
+    accelerator = "cpu" if config.context.into == "memory" else config.trainer.accelerator
+    config = replace(config, data=replace(config.data, block=block), trainer=replace(config.trainer, accelerator=accelerator))
+    base.to(compute_device(config))  # type: ignore[arg-type]
     data = TextData(config, tokenizer, steps)
     data.setup()
     keep_freed_memory()
