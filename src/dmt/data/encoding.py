@@ -11,5 +11,5 @@ MEMORY_TOKEN = "<|memory_{}|>"
 def start_of(tokenizer: Any) -> list[int]:
     """Token ids that stand before a document: the one that ends the document before it, where a tokenizer has one, and memory."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    count = tokenizer.init_kwargs.get("memory_tokens", 0)
+    count = getattr(tokenizer, "init_kwargs", {}).get("memory_tokens", 0)
     return end + [tokenizer.convert_tokens_to_ids(MEMORY_TOKEN.format(number)) for number in range(count)]
