@@ -5,11 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_llama, make_teacher
+from conftest import LAYERS, make_llama, make_teacher
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from dmt.config import MemoryConfig
+from dmt.distill import pieces
 from dmt.memory import products
 from dmt.memory.products import linear
 from dmt.models.quick import QuickConv1D, QuickLinear, quicken
+from dmt.models.surgery import transplant
+from dmt.models.teacher import load_teacher
 
 has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="this torch has no oneDNN")
@@ -103,3 +109,19 @@ def test_a_quick_model_is_the_same_model(onednn, make):
     with torch.no_grad():
         torch.testing.assert_close(quick(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
     assert onednn
+
+
+def test_teachers_and_students_that_are_loaded_take_the_quick_products(teacher_folder, tmp_path):
+    teacher = load_teacher(str(teacher_folder))[0]
+    student = transplant(teacher, [MemoryConfig(k=8)] * LAYERS)[0]
+    student.save_pretrained(tmp_path / "student")
+    for model in (teacher, student, AutoModelForCausalLM.from_pretrained(tmp_path / "student")):
+        maps = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+        assert len(maps) > LAYERS
+        assert {type(module) for module in maps} == {QuickLinear, QuickConv1D}
+
+
+def test_a_quick_head_gives_its_gradient_in_place_like_a_plain_one():
+    hidden = torch.randn(4, 8)
+    assert pieces._is_product(QuickLinear(8, 5, bias=False), hidden)
+    assert not pieces._is_product(QuickLinear(8, 5), hidden)
