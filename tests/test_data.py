@@ -1,5 +1,6 @@
 """Text: splits that are truly apart, people that can be counted on, an order that a resumed run can rejoin."""
 
+import copy
 import json
 import sys
 import types
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt.config import Config, DataConfig
+from dmt.data import blocks
 from dmt.data.blocks import StepSampler, TextData, encode
 from dmt.data.corpora import BUILT_IN, Corpus, known_people, load_corpus, new_people
 from dmt.data.people import HELD_OUT_PHRASINGS, PHRASINGS, RELATIONS, TRAINED_PHRASINGS, make_people
@@ -212,3 +214,11 @@ def test_module_mixes_by_share_and_measures_apart(tokenizer, tmp_path):
     assert all(batch.shape == (4, 16) and batch.dtype == torch.long for batch in batches)
     assert [loader.dataset.windows.shape for loader in data.val_dataloader()] == [(3, 16), (3, 16)]
     assert data.calibration_windows(100).shape == (7, 16)
+
+
+def test_a_tokenizer_that_would_cut_or_pad_reads_documents_as_they_are(tokenizer):
+    backend = copy.deepcopy(tokenizer)
+    wanted = list(blocks._encoded(["the quick brown fox", "a"], tokenizer))
+    backend.backend_tokenizer.enable_truncation(2)
+    backend.backend_tokenizer.enable_padding(length=40)
+    assert list(blocks._encoded(["the quick brown fox", "a"], backend)) == wanted

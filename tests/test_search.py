@@ -8,6 +8,7 @@ from test_memory import BUDGETED, KINDS, SLOTS, WIDTH, K, make
 from transformers import AutoModelForCausalLM
 
 import dmt
+from dmt import settings
 from dmt.config import MemoryConfig
 from dmt.errors import UserError
 from dmt.memory import FeaturalMemory, featural
@@ -282,3 +283,16 @@ def test_k_of_all_slots_is_the_teacher_whatever_the_search():
         with torch.no_grad():
             torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(student(tokens[:, :1]).logits, teacher(tokens[:, :1]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["memory.search=ivf", "memory.heads=2", "memory.k=32", "memory.projections=true"], "finds slots for one head"),
+        (["memory.search=int8", "memory.gradient=straight_through"], "does not look at all of them"),
+        (["memory.search=product", "memory.ranking=centred"], "finds large weights, not unusual ones"),
+    ],
+)
+def test_a_search_that_could_not_serve_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        settings.load(None, words)
