@@ -453,7 +453,8 @@ def test_lessons_are_a_function_of_seed_and_step(embedded):
     model, tokenizer = embedded
     settings_ = ContextConfig(text=TEXT, samples=6, fresh_every=2)
     context = read_context(settings_, tokenizer, 256)
-    first, second = (Lessons(model, tokenizer, context, settings_, 4, 0, blocks=True) for _ in range(2))
+    hearings = [Hearing(model, window.ids) for window in context.windows]
+    first, second = (Lessons(hearings, tokenizer, context, settings_, 4, 0, blocks=True) for _ in range(2))
     a, b = first.lesson(3), second.lesson(3)
     assert torch.equal(a.tokens, b.tokens)
     assert torch.equal(a.mask, b.mask)
@@ -574,6 +575,63 @@ def test_rows_that_are_trained_change_and_nothing_else_does(tmp_path):
     assert sum(not torch.allclose(a.value, b.value, atol=1e-3) for a, b in pairs) >= 3
 
 
+def trained_rows(run):
+    with open_book(run / "student", read_only=True) as book:
+        return {fact.prompt: torch.stack([part.value for part in book.parts(fact.id)]) for fact in book.known.values()}
+
+
+def test_rows_in_training_are_trained_on_after_a_stop(tmp_path, monkeypatch):
+    words = [
+        str(PERSON.with_suffix(".yaml")), "context.write=trained", "context.objective=logits", "stages.end_to_end_steps=4",
+        "data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "trainer.threads=1", "data.block=64",
+        f"trainer.log_dir={tmp_path / 'logs'}", "trainer.progress=false", "trainer.precision=32-true", "trainer.accelerator=cpu",
+        "stages.end_to_end_lr=0.1", "trainer.validate_every=0",
+    ]  # fmt: skip
+    assert main(words) == 0
+    whole, original = trained_rows(newest(tmp_path)), Lessons.lesson
+
+    def stop(lessons, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(lessons, step)
+
+    monkeypatch.setattr(Lessons, "lesson", stop)
+    assert main(words) == 128 + signal.SIGTERM
+    run = newest(tmp_path)
+    monkeypatch.setattr(Lessons, "lesson", original)
+    for _ in range(2):  # in the middle; after the last step, when all that is left is to measure
+        assert main(["--resume", str(run)]) == 0
+        again = trained_rows(run)
+        assert set(again) == set(whole)
+        assert len(whole) > 3
+        assert all(torch.equal(again[prompt], whole[prompt]) for prompt in whole)
+    assert results(tmp_path)["written"]["facts"] == len(whole)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_only_rows_of_the_context_are_trained(tiny, told, monkeypatch):
+    slopes = []
+
+    def once(work, model, chosen, *_):
+        chosen["rows"].sum().backward()
+        slopes.append(chosen["rows"].grad)
+
+    monkeypatch.setattr(rows, "train", once)
+    monkeypatch.setattr(rows, "spoken", lambda *_: set())
+    assert main([*tiny, f"teacher={told}", "context.write=trained", "context.objective=logits"]) == 0
+    moved = slopes[0].abs().sum(1) > 0
+    assert not moved[:5].any(), "the five rows of the fact that was there"
+    assert len(moved) > 5
+    assert moved[5:].all()
+
+
+def test_what_was_consolidated_into_a_plain_model_can_be_a_teacher(tiny, tmp_path):
+    assert main([*tiny, "context.into=weights"]) == 0
+    words = [word for word in tiny if not word.startswith(("task", "teacher", "context"))]
+    more = ["stages.calibrate_tokens=64", "stages.layerwise_steps=1", "memory.budget=8"]
+    assert main([*words, *more, f"teacher={newest(tmp_path) / 'student'}"]) == 0
+
+
 def test_rows_that_answer_where_nobody_asked_are_taken_out_again(tiny, tmp_path):
     assert main([*tiny, "context.write=gradient"]) == 0  # the unrelated text says the same sentences
     found = results(tmp_path)
@@ -681,13 +739,13 @@ def test_the_command_says_what_the_config_says(tiny, long_folder, tmp_path, caps
 
 
 def test_a_command_that_is_stopped_says_how_to_go_on(tiny, long_folder, monkeypatch, capsys):
-    from dmt.commands import consolidating
+    from dmt import tasks
     from dmt.distill.fitting import Interrupted
 
     def stop(*_):
         raise Interrupted(signal.SIGINT, 3, Path("runs/version_0"))
 
-    monkeypatch.setattr(consolidating, "run_it", stop)
+    monkeypatch.setitem(tasks.TASKS, "consolidate", stop)
     with pytest.raises(SystemExit) as ended:
         dmt(["consolidate", "Ada Fox sells hats.", "--model", str(long_folder)])
     assert ended.value.code == 130

@@ -37,8 +37,8 @@ ORDER = [
     "consolidation", "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling",
     "consolidation.writing", "consolidation.destinations", "consolidation.module", "consolidation.work", "consolidation.rows",
     "consolidation.report", "consolidation.run", "consolidation.dreaming", "consolidation.moving", "consolidation.rowing",
-    "consolidation.night", "consolidation.sleep", "commands.consolidating", "commands.sleeping",
-    "tasks", "main", "cli", "__main__",
+    "consolidation.night", "consolidation.sleep", "tasks", "commands.consolidating", "commands.sleeping",
+    "main", "cli", "__main__",
 ]  # fmt: skip
 """Every module with something in it, lowest first: each may import those before it."""
 SHORT = [

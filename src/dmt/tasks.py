@@ -1,4 +1,4 @@
-"""What a config asks for, done: distil, consolidate or pretrain, to an exit code."""
+"""What a config asks for, done: distil, consolidate or pretrain."""
 
 from __future__ import annotations
 
@@ -16,14 +16,26 @@ TASKS = {"distill": distil, "consolidate": consolidate, "pretrain": pretrain}
 """What to call for each `task`."""
 
 
-def run(config: Config, folder: Path | None = None) -> int:
-    """Do what `config.task` says, going on in `folder` where one is given; the exit code."""
+def carry_out(config: Config, folder: Path | None = None) -> Path:
+    """Do what `config.task` says, going on in `folder` where one is given; the run's folder.
+
+    Raises:
+        SystemExit: a signal came, by its code; how to go on has been said.
+    """
     quiet()
     check_accelerator(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
-        TASKS[config.task](config, folder)
+        return TASKS[config.task](config, folder)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + stopped.number
+        raise SystemExit(128 + stopped.number) from None
+
+
+def run(config: Config, folder: Path | None = None) -> int:
+    """`carry_out`, for a command: the exit code."""
+    try:
+        carry_out(config, folder)
+    except SystemExit as ended:
+        return int(ended.code or 0)
     return 0

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import pytorch_lightning as pl
 
 from dmt import settings
 from dmt.commands.printing import Output
-from dmt.consolidation.run import consolidate as run_it
-from dmt.distill.fitting import Interrupted, check_accelerator
-from dmt.distill.folder import check_writable
+from dmt.distill.folder import check_writable, read_record
 from dmt.errors import UserError
 from dmt.facts.opening import student_folder
+from dmt.tasks import carry_out
 from dmt.wording import names
 
 STEPS, RATE = 200, 2e-3
@@ -49,14 +42,8 @@ def consolidate(given: argparse.Namespace, out: Output) -> None:
     if out.as_json:
         config = replace(config, trainer=replace(config.trainer, progress=False))
     check_writable(config.trainer.log_dir, "trainer.log_dir")
-    check_accelerator(config)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    try:
-        with out.silent():
-            folder = run_it(config, None)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from None
-    found: dict[str, Any] = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    with out.silent():
+        folder = carry_out(config)
+    found = read_record(folder)
     kept = ("written", "kinds", "unrelated", "cost", "seconds")
     out.data({"folder": str(folder), **{name: found[name] for name in kept if name in found}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -35,19 +36,18 @@ def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path,
     """
     config, folder = work.config, run / "student"
     by_gradient = config.context.write == "gradient"
-    if fresh or not (folder / "config.json").is_file():
-        (work.base if work.base.config.model_type.startswith("dmt_") else student).save_pretrained(folder)
-        work.tokenizer.save_pretrained(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that goes on: its rows are written again, the same, and trained on
+    (work.base if work.base.config.model_type.startswith("dmt_") else student).save_pretrained(folder)
+    work.tokenizer.save_pretrained(folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
     source = config.context.file or "context.text"
     with closing(open_book(folder)) as book:
         there = set(book.known)
         spans = [([], []) if by_gradient else _spans(work, which) for which in range(len(work.hearings))]
-        facts = [_facts(work, which, tag, source) for which in range(len(work.hearings))]
-        if not any(facts if by_gradient else [each for pair in spans for each in pair]):
+        facts = [_facts(work, which, tag, source) if by_gradient else [] for which in range(len(work.hearings))]
+        if not any(facts) and not any(map(any, spans)):
             raise UserError("the context tells this model nothing that it would not have said anyway, so there is nothing to write")
-        if not book.ledger.exists:
-            book.begin([fact for each in facts for fact in each], answers=book.model.config.num_hidden_layers - 1)
+        book.begin([], answers=book.model.config.num_hidden_layers - 1)
         for which, hearing in enumerate(work.hearings):
             if by_gradient:
                 book.write(facts[which])
@@ -94,7 +94,7 @@ def _facts(work: Work, which: int, tag: str, source: str) -> list[Fact]:
     """What a gradient each makes the model sure of: what it asked itself and could answer, and what sentences state."""
     window, settings, seed = work.context.windows[which], work.config.context, work.config.seed * 101 + which
     facts = stated(window.sentences, _names(work), tag, source)
-    if settings.objective == "generated" and settings.write == "gradient":
+    if settings.objective == "generated":
         asked = self_asked(work.base, window, work.tokenizer, settings, seed)
         facts = told_facts(work.base, work.hearings[which], work.tokenizer, asked, _names(work), tag, source) + facts
     return [fact for fact in facts if said_lately(work.tokenizer, fact.prompt, fact.subject)]

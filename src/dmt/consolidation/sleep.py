@@ -22,10 +22,9 @@ from dmt.consolidation.night import Matter, learn
 from dmt.consolidation.rowing import RowStates
 from dmt.data.corpora import Corpus
 from dmt.data.encoding import start_of
-from dmt.data.people import Probe
 from dmt.distill.signals import observe
 from dmt.errors import UserError
-from dmt.evaluate import compare, recall
+from dmt.evaluate import compare
 from dmt.facts.book import Book
 from dmt.facts.opening import has_book, load_student, open_book
 from dmt.facts.remembering import rows_about
@@ -160,11 +159,6 @@ def _last(history: Sequence[Told], awake: Sequence[Told]) -> list[Told]:
     return [fact for what, fact in last.items() if what not in asked]
 
 
-def probes(facts: Sequence[Told]) -> list[Probe]:
-    """Facts as questions with one right answer."""
-    return [Probe(fact.prompt, fact.answer, fact.subject, "", 0) for fact in facts]
-
-
 def said(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told]) -> list[bool]:
     """Whether each fact is what the model would say."""
     questions = [Question(fact.prompt, fact.answer) for fact in facts]
@@ -278,18 +272,17 @@ def _measure(before: Evening, output: Path, corpora: Sequence[Corpus]) -> dict[s
     """What the student says that was saved, loaded anew, beside the student of the evening."""
     teacher, tokenizer = load_student(before.folder)
     student = load_student(output)[0]
-    asked, known = probes(before.facts), probes(before.known)
     block = min(BLOCK, teacher.config.max_position_embeddings)
     apart = {}
     with silence(student):
-        alone = [_recall(model, tokenizer, each) for each in (asked, known) for model in (teacher, student)]
+        alone = [_recall(model, tokenizer, each) for each in (before.facts, before.known) for model in (teacher, student)]
     for corpus in corpora:
         apart[corpus.name] = compare(student, teacher, windows(corpus.validation, tokenizer, block, HELD_OUT // block)).kl
     overlay = overlay_of(student)
     awake = (0 if overlay is None else len(overlay)) + len(rows_about(student))
     names = ("recall_before", "recall_after", "known_before", "known_after")
-    return dict(zip(names, alone, strict=True)) | {"kl": apart, "awake": awake, "known": len(known)}
+    return dict(zip(names, alone, strict=True)) | {"kl": apart, "awake": awake, "known": len(before.known)}
 
 
-def _recall(model: PreTrainedModel, tokenizer: Any, asked: list[Probe]) -> float:
-    return recall(model, tokenizer, asked) if asked else 1.0
+def _recall(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told]) -> float:
+    return sum(said(model, tokenizer, facts)) / len(facts) if facts else 1.0

@@ -118,19 +118,25 @@ class Lessons:
     """The lesson of each step, a function of seed and step alone, so that a resumed run goes on with the same.
 
     Args:
-        model: in eval mode; read with each window of the context it is the teacher.
+        hearings: the teacher, having read each window of the context.
         batch: texts in a lesson.
+        blocks: whether states of all layers are wanted.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, context: Context, settings: ContextConfig, batch: int, seed: int, blocks: bool
+        self,
+        hearings: Sequence[Hearing],
+        tokenizer: Any,
+        context: Context,
+        settings: ContextConfig,
+        batch: int,
+        seed: int,
+        blocks: bool,
     ) -> None:
-        self.tokenizer, self.context, self.settings, self.batch, self.seed, self.blocks = (
-            tokenizer, context, settings, batch, seed, blocks
-        )  # fmt: skip
-        self.model = model
-        self.hearings = [Hearing(model, window.ids) for window in context.windows]
-        self.device = next(model.parameters()).device
+        self.hearings, self.tokenizer, self.context, self.settings = hearings, tokenizer, context, settings
+        self.batch, self.seed, self.blocks = batch, seed, blocks
+        self.model = hearings[0].model
+        self.device = next(self.model.parameters()).device
         self._own = [own(window, tokenizer) for window in context.windows]
         self._fresh: dict[int, tuple[int, list[list[int]]]] = {}
 
@@ -142,11 +148,9 @@ class Lessons:
         lot = step // self.settings.fresh_every
         if self._fresh.get(which, (-1,))[0] != lot:
             seed = (self.seed * 10_007 + lot) * 101 + which
-            found = sampled(self.hearings[which], self.context.windows[which], self.tokenizer, self.settings, seed)
-            self._fresh[which] = (
-                lot,
-                found + self_asked(self.model, self.context.windows[which], self.tokenizer, self.settings, seed),
-            )
+            window = self.context.windows[which]
+            found = sampled(self.hearings[which], window, self.tokenizer, self.settings, seed)
+            self._fresh[which] = lot, found + self_asked(self.model, window, self.tokenizer, self.settings, seed)
         return self._fresh[which][1] + mine
 
     def lesson(self, step: int) -> Lesson:

@@ -45,9 +45,9 @@ class Work:
         """Where it computes."""
         return next(self.base.parameters()).device
 
-    def asked(self, model: PreTrainedModel, before: list[int], tokenizer: Any = None) -> Answers:
+    def asked(self, model: PreTrainedModel, before: list[int]) -> Answers:
         """What a model answers that has read `before` alone."""
-        return answers(partial(after, model, before), tokenizer or self.tokenizer, self.questions, self.device)
+        return answers(partial(after, model, before), self.tokenizer, self.questions, self.device)
 
     def known(self) -> Answers:
         """What the model with the context answers; of several windows the one that knows it best."""
@@ -63,9 +63,10 @@ def train(
     run: Path,
     fresh: bool,
 ) -> None:
+    """Train `chosen` of the student, before whose texts `before` stands, to the last step, with the logs of every task."""
     config = work.config
     lessons = Lessons(
-        work.base, work.tokenizer, work.context, config.context, config.data.micro_batch * 2, config.seed,
+        work.hearings, work.tokenizer, work.context, config.context, config.data.micro_batch * 2, config.seed,
         blocks=config.context.objective == "hidden_all",
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +19,10 @@ from dmt.data.encoding import start_of
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.facts.book import Book
-from dmt.facts.calibration import Calibration
-from dmt.facts.lines import RATE, Line, Outcome, reach_of
+from dmt.facts.lines import RATE, Line, Outcome, reach_of, told_of
 from dmt.facts.sentences import Fact, fact_of
 from dmt.facts.states import batches, encoded, padded
 from dmt.models.overlay import WINDOW, answers_of, silence
-from dmt.records import Told
 
 GAIN = 1.0
 """Nats by which a context has to make a token likelier for it to be something that was learnt."""
@@ -130,32 +127,26 @@ def _subject(prompt: str, names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def differences(
-    model: PreTrainedModel,
-    hearing: Hearing,
-    tokenizer: Any,
-    spans: Sequence[Span],
-    layers: tuple[int, int],
-    calibration: Calibration,
-    tag: str,
-    source: str,
-    rate: float = RATE,
-) -> list[Line]:
-    """Rows for `spans`, heard and answered in `layers`: each adds the difference that the context makes after the second.
+def write_differences(
+    book: Book, hearing: Hearing, spans: Sequence[Span], tag: str, source: str, wins: bool = True, rate: float = RATE
+) -> list[Outcome]:
+    """Write rows for `spans` into a book that has begun: each adds the difference that the context makes after a layer.
 
-    In the last layer that gives what the model with the context says, exactly, wherever a row is read in the state in
-    which it was written.
+    In the last layer that gives what the model with the context says, exactly, wherever a row is read in the state in which
+    it was written.
+
+    Args:
+        wins, rate: as in `Book.take`, `Calibration.reach`.
     """
-    listens, speaks = layers
-    start, lines = start_of(tokenizer), []
-    texts = sorted({span.ids for span in spans})
-    by_text: dict[tuple[int, ...], list[Span]] = {text: [] for text in texts}
+    model, tokenizer, listens, speaks = book.model, book.tokenizer, book.overlay.listens, book.overlay.answers
+    by_text: dict[tuple[int, ...], list[Span]] = {}
     for span in spans:
-        by_text[span.ids].append(span)
+        by_text.setdefault(span.ids, []).append(span)
+    texts, lines = sorted(by_text), []
     for group in batches([len(text) for text in texts]):
         tokens = padded([texts[i] for i in group]).to(next(model.parameters()).device)
         with silence(model):
-            alone = after(model, start, tokens, blocks=True)
+            alone = after(model, start_of(tokenizer), tokens, blocks=True)
             knowing = hearing.signals(tokens, blocks=True)
         moved = (knowing.streams[speaks] - alone.streams[speaks]).float()
         heard = alone.block_inputs[listens].float()
@@ -164,27 +155,14 @@ def differences(
             for span in by_text[texts[i]]:
                 where = slice(span.first - 1, span.last)
                 keys = heard[row, where].cpu()
-                told = _told(tokenizer, span, reach_of(calibration, keys, rate, bool(span.subject)), tag, source)
-                sure = (float(each[row, where].prod()) for each in (before, likely))
-                lines.append(Line(told, keys, moved[row, where].cpu(), calibration.compared(keys[:1])[0], *sure))
-    return lines
-
-
-def _told(tokenizer: Any, span: Span, reach: Tensor, tag: str, source: str) -> Told:
-    ways = {tuple(encoded(tokenizer, way, start=False)) for way in (span.subject, " " + span.subject) if span.subject}
-    answer = span.ids[span.first : span.last + 1]
-    return Told(
-        0,
-        span.prompt,
-        span.answer,
-        span.subject,
-        tag,
-        source,
-        time.time(),
-        tuple(sorted(ways)),
-        answer,
-        reach=tuple(reach.tolist()),
-    )
+                reach = reach_of(book.calibration, keys, rate, bool(span.subject))
+                fact = Fact(span.prompt, span.answer, span.subject, tag, source)
+                told = told_of(tokenizer, fact, span.ids[span.first : span.last + 1], reach)
+                asks = book.calibration.compared(keys[:1])[0]
+                lines.append(
+                    Line(told, keys, moved[row, where].cpu(), asks, *(float(p[row, where].prod()) for p in (before, likely)))
+                )
+    return book.take(lines, wins)
 
 
 def told_facts(
@@ -225,16 +203,6 @@ def stated(sentences: Sequence[str], names: Sequence[str], tag: str, source: str
 def said_lately(tokenizer: Any, prompt: str, subject: str) -> bool:
     """Whether a row that answers a prompt would still know whom it is about: named not too long before."""
     return not subject or len(encoded(tokenizer, prompt[prompt.rfind(subject) :], start=False)) < WINDOW
-
-
-def write_differences(
-    book: Book, hearing: Hearing, spans: Sequence[Span], tag: str, source: str, wins: bool = True, rate: float = RATE
-) -> list[Outcome]:
-    """Write rows for `spans` into a book that has begun, as the difference the context makes; see `Book.take`."""
-    layers = book.overlay.listens, book.overlay.answers
-    with silence(book.model):
-        lines = differences(book.model, hearing, book.tokenizer, spans, layers, book.calibration, tag, source, rate)
-    return book.take(lines, wins)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -111,42 +112,37 @@ def _strangers() -> Corpus:
     The second telling can only be foreseen by reading the first, so this is what teaches and measures use of context.
     """
     people = iter(make_people(2 * sum(STRANGERS.values()), seed=2, avoid=_names(known_people())))
-    splits: dict[str, list[str]] = {}
-    probes: list[Probe] = []
-    for split, count in STRANGERS.items():
-        draw = random.Random(f"strangers-{split}")
-        splits[split] = []
-        for _ in range(count):
-            met = [next(people) for _ in range(draw.choice((1, 2)))]
-            told = " ".join(biography(person, draw) for person in met)
-            again = " ".join(biography(person, draw) for person in draw.sample(met, len(met)))
-            splits[split].append(f"{told} {again}")
-            if split == "test" and len(probes) < STRANGER_PROBES:
-                asked = probe(met[0], draw.choice(RELATIONS), draw.randrange(TRAINED_PHRASINGS))
-                probes.append(replace(asked, prompt=f"{told} {asked.prompt}"))
-    return Corpus("strangers", splits["train"], splits["validation"], splits["test"], probes)
+    return _retold("strangers", STRANGERS, lambda draw: [next(people) for _ in range(draw.choice((1, 2)))])
 
 
 def _readings() -> Corpus:
     """Like strangers, but facts are drawn anew for every document: whoever is met, there is nothing to learn but to read."""
     pool = make_people(2 * sum(STRANGERS.values()), seed=2, avoid=_names(known_people()))
+
+    def meet(draw: random.Random) -> list[Person]:
+        met = draw.sample(pool, draw.choice((1, 1, 2)))
+        return [replace(each, facts={relation: draw.choice(pool).facts[relation] for relation in RELATIONS}) for each in met]
+
+    return _retold("readings", READINGS, meet, JOINTS)
+
+
+def _retold(name: str, sizes: dict[str, int], meet: Callable[[random.Random], list[Person]], joints: Sequence[str] = ()) -> Corpus:
+    """Documents that tell of the people `meet` gives and tell it again, one of `joints` (a space, where there are none) between."""
     splits: dict[str, list[str]] = {}
     probes: list[Probe] = []
-    for split, count in READINGS.items():
-        draw = random.Random(f"readings-{split}")
+    for split, count in sizes.items():
+        draw = random.Random(f"{name}-{split}")
         splits[split] = []
         for _ in range(count):
-            met = [
-                replace(person, facts={relation: draw.choice(pool).facts[relation] for relation in RELATIONS})
-                for person in draw.sample(pool, draw.choice((1, 1, 2)))
-            ]
+            met = meet(draw)
             told = " ".join(biography(person, draw) for person in met)
-            joint = draw.choice(JOINTS)
-            splits[split].append(told + joint + " ".join(biography(person, draw) for person in draw.sample(met, len(met))))
+            joint = draw.choice(joints) if joints else " "
+            again = " ".join(biography(person, draw) for person in draw.sample(met, len(met)))
+            splits[split].append(f"{told}{joint}{again}")
             if split == "test" and len(probes) < STRANGER_PROBES:
                 asked = probe(met[0], draw.choice(RELATIONS), draw.randrange(TRAINED_PHRASINGS))
                 probes.append(replace(asked, prompt=f"{told}{joint}{asked.prompt}"))
-    return Corpus("readings", splits["train"], splits["validation"], splits["test"], probes)
+    return Corpus(name, splits["train"], splits["validation"], splits["test"], probes)
 
 
 def _names(people: list[Person]) -> frozenset[str]:

@@ -86,7 +86,8 @@ def lines_of(
     lines = []
     for fact, group in zip(facts, drafts, strict=True):
         keys, values = (torch.stack([getattr(each, name) for each in group]) for name in ("key", "value"))
-        told = _told(tokenizer, fact, reach_of(calibration, keys, rate, bool(fact.subject)))
+        answer = encoded(tokenizer, fact.answer + fact.closing, start=False)
+        told = told_of(tokenizer, fact, answer, reach_of(calibration, keys, rate, bool(fact.subject)))
         before, likely = (float(np.prod([getattr(each, name) for each in group])) for name in ("before", "likely"))
         lines.append(Line(told, keys, values, calibration.compared(keys[:1])[0], before, likely))
     return lines
@@ -121,11 +122,11 @@ def _check_named(tokenizer: Any, fact: Fact) -> None:
         )
 
 
-def _told(tokenizer: Any, fact: Fact, reach: Tensor) -> Told:
+def told_of(tokenizer: Any, fact: Fact, answer: Sequence[int], reach: Tensor) -> Told:
+    """A fact whose answer has these token ids, and whose rows reach so far, `(tokens,)`; without number and rows."""
     ways = {tuple(encoded(tokenizer, way, start=False)) for way in (fact.subject, " " + fact.subject) if fact.subject}
-    answer = tuple(encoded(tokenizer, fact.answer + fact.closing, start=False))
     return Told(
-        0, fact.prompt, fact.answer, fact.subject, fact.tag, fact.source, time.time(), tuple(sorted(ways)), answer,
+        0, fact.prompt, fact.answer, fact.subject, fact.tag, fact.source, time.time(), tuple(sorted(ways)), tuple(answer),
         reach=tuple(reach.tolist()),
     )  # fmt: skip
 

@@ -170,6 +170,7 @@ for _config, _model in STUDENTS.values():
 
 def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
     """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
-    config, model = STUDENTS[teacher_config.model_type]
-    settings = {k: v for k, v in teacher_config.to_dict().items() if k not in ("model_type", "architectures", "memory", "dtype")}
+    config, model = STUDENTS[teacher_config.model_type.removeprefix("dmt_")]
+    left = ("model_type", "architectures", "memory", "dtype", "slots")
+    settings = {name: value for name, value in teacher_config.to_dict().items() if name not in left}
     return model(config(**{**settings, **no_dropout}, memory=memory))
