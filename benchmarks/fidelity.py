@@ -33,9 +33,9 @@ from dmt.config import Config
 from dmt.data.blocks import TextData
 from dmt.distill.fitting import keep_freed_memory, quiet
 from dmt.distill.losses import Batch, LossConfig, Scales, distillation_terms, weighted_sum
-from dmt.distill.module import adamw, learning_rate
 from dmt.distill.run import measure
 from dmt.distill.signals import observe, observe_teacher
+from dmt.distill.stepping import adamw, learning_rate
 from dmt.models.teacher import load_teacher
 from dmt.settings import load
 

@@ -16,9 +16,10 @@ from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig
 from dmt.distill import fitting
 from dmt.distill.calibrate import measure_scales
 from dmt.distill.losses import Batch
-from dmt.distill.module import Distiller, learning_rate, widening
+from dmt.distill.module import Distiller
 from dmt.distill.pretrain import Pretrainer
 from dmt.distill.signals import observe, observe_teacher
+from dmt.distill.stepping import learning_rate, widening
 from dmt.main import main
 from dmt.models.surgery import memories_of, transplant
 
@@ -398,7 +399,9 @@ def test_dead_slots_learn_what_is_missing_and_living_ones_nothing(teacher):
     with torch.no_grad():
         memory.values[:5] *= 1e-6  # ranked so low that nothing reads them
     batch = Batch.whole(torch.randint(1, 300, (4, 16)))
-    terms = made._end_to_end(batch)  # counts who is idle
+    made._end_to_end(batch)
+    made.count_idle()
+    terms = made._end_to_end(batch)
     assert int((made.get_buffer("idle_1") == 64).sum()) >= 5
     terms["loss"].backward()
     assert (memory.values.grad[:5].norm(dim=-1) > 0).all()
@@ -411,7 +414,9 @@ def test_dead_slots_learn_what_is_missing_and_living_ones_nothing(teacher):
         last = made._end_to_end(batch)["revive"]
         last.backward()
         optimizer.step()
-    assert last.item() < 0.9 * terms["revive"].item()
+    assert last.item() < 0.95 * terms["revive"].item(), "a mean over three layers, of which one learns"
+    made.count_idle()  # the step ends
+    assert (made.get_buffer("idle_1")[:5] == 0).any(), "some are read again"
     assert memory.reads is None
 
 

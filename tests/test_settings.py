@@ -174,7 +174,8 @@ CONTRADICTIONS = [
     ),
     (["data.block=257"], "data.block=257 is longer than the 256 positions of teacher="),
     (["data.batch=8", "data.micro_batch=3"], "data.batch=8 must be a multiple of data.micro_batch=3"),
-    (["data.batch=7", "trainer.devices=2"], "trainer.devices must be 1, several processes are not supported yet, got 2"),
+    (["data.batch=7", "trainer.devices=2"], "data.batch=7 must be a multiple of trainer.devices=2"),
+    (["task=consolidate", "context.text=a", "trainer.devices=2"], "trainer.devices must be 1 with task=consolidate, got 2"),
     (
         ["loss.kl=0", "loss.hidden=0", "loss.block=0"],
         "every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1",

@@ -243,11 +243,11 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """What to compute on; `auto` takes what is there."""
     devices: int = 1
-    """Processes or devices; only 1 so far: several are refused rather than done wrongly."""
+    """Processes, each with a device of its own, that share each step's windows (DDP); torchrun's number where it is used."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
     threads: int = 0
-    """Threads torch computes with; 0 measures one against all cores at the start and keeps the faster."""
+    """Threads each process computes with; 0 measures one against all cores at the start and keeps the faster."""
     attention: Literal["auto", "sdpa", "batched"] = "auto"
     """While training: torch's fused kernel, or two batched products where it is slow (bfloat16 on a CPU); `auto` times them."""
     log_every: int = 10

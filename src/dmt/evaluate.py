@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dmt.data.encoding import start_of
 from dmt.data.people import Probe
 from dmt.distill.losses import kl
 from dmt.distill.signals import observe
+from dmt.memory.together import summed
 
 
 def _exp(nats: float) -> float:
@@ -40,6 +41,10 @@ class Tally:
         self.student_nats += float(F.cross_entropy(mine.flatten(0, 1), targets, reduction="sum"))
         self.kl_nats += float(kl(mine, theirs).sum())
         self.agreements += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+
+    def of_all(self) -> Tally:
+        """What this and those of all other processes that train together add up to; all have to ask."""
+        return Tally(*summed(torch.tensor(astuple(self), dtype=torch.double)).tolist())
 
     @property
     def teacher_perplexity(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def main(words: list[str]) -> int:
     try:
         return _main(words)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whoever worded it
+        number = os.environ.get("RANK", "0")  # of several processes started by torchrun
+        who = "" if number == "0" else f"process {number}: "
+        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whoever worded it
         return 2
     except KeyboardInterrupt as stopped:
         print("stopped; nothing was being trained at that moment, so there is nothing more to save", file=sys.stderr)
@@ -60,6 +63,8 @@ def _main(words: list[str]) -> int:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
+    if config.trainer.devices > 1 or "RANK" in os.environ:  # DDP warns of a setting that only one of two stages needs
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print("loading torch and transformers ...", file=sys.stderr)
     from dmt.tasks import run  # heavy: only once the words are known to be right
 

@@ -97,8 +97,12 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.shares must be one number >= 0 for each of the {len(config.data.corpora)} data.corpora, got {shown(shares)}"
         )
-    if config.trainer.devices > 1:
-        raise UserError(f"trainer.devices must be 1, several processes are not supported yet, got {config.trainer.devices}")
+    if config.data.batch % config.trainer.devices:
+        raise UserError(
+            f"data.batch={config.data.batch} must be a multiple of trainer.devices={config.trainer.devices}, which share it out"
+        )
+    if config.trainer.devices > 1 and config.task == "consolidate":
+        raise UserError(f"trainer.devices must be 1 with task=consolidate, got {config.trainer.devices}; leave it out")
     if config.data.batch % config.data.micro_batch and config.data.micro_batch < config.data.batch:
         raise UserError(
             f"data.batch={config.data.batch} must be a multiple of data.micro_batch={config.data.micro_batch}; set "

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from dmt.config import Config
 from dmt.consolidation.run import consolidate
 from dmt.distill.fitting import Interrupted, check_accelerator, quiet
+from dmt.distill.processes import counted, joined
 from dmt.distill.run import distil, pretrain
 
 TASKS = {"distill": distil, "consolidate": consolidate, "pretrain": pretrain}
@@ -23,10 +24,12 @@ def carry_out(config: Config, folder: Path | None = None) -> Path:
         SystemExit: a signal came, by its code; how to go on has been said.
     """
     quiet()
+    config = counted(config)
     check_accelerator(config)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
-        return TASKS[config.task](config, folder)
+        with joined(config, folder):
+            pl.seed_everything(config.seed, workers=True, verbose=False)
+            return TASKS[config.task](config, folder)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None

@@ -14,8 +14,8 @@ from dmt.config import Config, LossConfig
 from dmt.consolidation.hearing import after
 from dmt.consolidation.telling import Lesson
 from dmt.distill.losses import Batch, Scales, distillation_terms, next_token_mask, weighted_sum
-from dmt.distill.module import adamw, learning_rate
 from dmt.distill.signals import Signals
+from dmt.distill.stepping import adamw, learning_rate
 from dmt.evaluate import Tally
 
 TERM = {"causal_lm": "ce", "logits": "kl", "hidden_last": "hidden", "hidden_all": "block", "generated": "kl"}

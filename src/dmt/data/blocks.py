@@ -102,7 +102,7 @@ class StepSampler(Sampler[list[int]]):
         batch: windows in a step, all processes together.
         steps: number of steps of the whole run.
         start: asked for the first step when iteration begins.
-        rank, world: this process takes every `world`-th window of a step.
+        rank, world: this process takes one of `world` equal parts of a step, so that parts in order are the step.
     """
 
     def __init__(
@@ -140,7 +140,8 @@ class StepSampler(Sampler[list[int]]):
                     orders[corpus] = (epoch, torch.randperm(self.sizes[corpus], generator=generator))
                 chosen.append(offsets[corpus] + int(orders[corpus][1][place]))
             if step >= first:
-                yield chosen[self.rank :: self.world]
+                share = len(chosen) // self.world
+                yield chosen[self.rank * share : (self.rank + 1) * share]
 
 
 class TextData(pl.LightningDataModule):
@@ -187,11 +188,14 @@ class TextData(pl.LightningDataModule):
         return sorted({number for batch in self._sampler(start=lambda: step) for number in batch})
 
     def val_dataloader(self) -> list[DataLoader]:
-        data = self.settings.data
-        return [
-            DataLoader(Windows([first_windows(corpus.validation, data.validation_tokens)]), batch_size=data.micro_batch)  # type: ignore[arg-type]
-            for corpus in self.corpora
-        ]
+        data, trainer = self.settings.data, self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        loaders = []
+        for corpus in self.corpora:
+            windows = first_windows(corpus.validation, data.validation_tokens)
+            mine = windows[rank::world] if len(windows) >= world else windows  # sums are over processes: means stay right
+            loaders.append(DataLoader(Windows([mine]), batch_size=data.micro_batch))  # type: ignore[arg-type]
+        return loaders
 
     def calibration_windows(self, tokens: int) -> Tensor:
         """Training windows `(windows, block)` of at least `tokens` tokens, mixed by share; the same for every process."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dmt.evaluate import continuations
 from dmt.memory.associative import Heard
+from dmt.memory.together import largest, summed
 from dmt.models.surgery import associative_of, featural_of, memories_of
 
 PROMPT_TOKENS = 24
@@ -43,12 +44,13 @@ class SlotUsage(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in featural_of(module.student).items():  # type: ignore[arg-type]
             assert memory.reads is not None, "counting began with the validation"
-            read = float(memory.reads.sum()) / max(1, memory.reads_tokens)
-            for name, value in (usage(memory.reads) | {"read": read}).items():
+            reads, tokens = summed(memory.reads), summed(memory.reads.new_tensor(memory.reads_tokens))
+            read = float(reads.sum()) / max(1, int(tokens))
+            for name, value in (usage(reads) | {"read": read}).items():
                 trainer.logger.log_metrics({f"slots_{name}/layer_{layer}": value}, step=trainer.global_step)  # type: ignore[union-attr]
             if board := tensorboard(trainer):
                 # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
-                board.add_histogram(f"slot_reads_log10/layer_{layer}", (memory.reads + 1).float().log10(), trainer.global_step)
+                board.add_histogram(f"slot_reads_log10/layer_{layer}", (reads + 1).float().log10(), trainer.global_step)
             memory.reads = None
 
 
@@ -62,12 +64,13 @@ class StoredRows(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in associative_of(module.student).items():  # type: ignore[arg-type]
             assert memory.heard is not None, "listening began with the validation"
-            trainer.logger.log_metrics({f"rows_base/layer_{layer}": memory.heard.share}, step=trainer.global_step)  # type: ignore[union-attr]
-            if (board := tensorboard(trainer)) and memory.heard.nearest:
+            heard = memory.heard.of_all(memory.rows.keys.device)
+            trainer.logger.log_metrics({f"rows_base/layer_{layer}": heard.share}, step=trainer.global_step)  # type: ignore[union-attr]
+            if (board := tensorboard(trainer)) and heard.nearest:
                 there = sorted(memory.rows.place_of.values())
                 known = memory.rows.histories
                 seen = {
-                    "rows_distance": torch.cat(memory.heard.nearest),
+                    "rows_distance": torch.cat(heard.nearest),
                     "rows_age_seconds": torch.as_tensor(time.time() - known.created[there]),
                     "rows_reads_log10": torch.as_tensor(known.reads[there] + 1).log10(),
                 }
@@ -167,7 +170,10 @@ class StopOnSignal(Callback):
             self._before[number] = signal.signal(number, note)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any) -> None:
+        # One process may have been told alone; all stop after the same step, or the others would wait for it for ever.
+        self.received = int(largest(self.received or 0)) or None
         if self.received is not None:
+            trainer.should_stop = True
             # At once: a validation may follow before training ends, and whoever sent the signal may not wait for it.
             trainer.save_checkpoint(self.folder / f"step_{trainer.global_step}.ckpt")
 

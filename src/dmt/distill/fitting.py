@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -25,7 +26,9 @@ from dmt.config import Config, TrainerConfig
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Progress, StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
+from dmt.distill.processes import as_the_first, rank
 from dmt.errors import UserError
+from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
@@ -55,7 +58,7 @@ def compute_device(config: Config) -> torch.device:
     """Where `trainer.accelerator` computes."""
     name = config.trainer.accelerator
     if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", torch.cuda.current_device())
     if name in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -108,15 +111,23 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
     """
+    config = replace(config, trainer=as_the_first(_timed(config, model, windows)))
+    if several():
+        torch.set_num_threads(config.trainer.threads)
+    return config
+
+
+def _timed(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
+    """What `measured` decides, of several processes each for itself."""
     trainer, on_cpu = config.trainer, compute_device(config).type == "cpu"
-    cores = torch.get_num_threads()
+    cores = max(1, torch.get_num_threads() // trainer.devices)
     if not trainer.threads:
         timed = {count: _step_seconds(model, windows, count, half=False) for count in ({1, cores} if on_cpu else ())}
         trainer = replace(trainer, threads=min(timed, key=timed.__getitem__, default=cores))
     torch.set_num_threads(trainer.threads)
     ways = _ways(trainer, on_cpu)
     if len(ways) == 1 or not on_cpu:
-        return replace(config, trainer=ways[-1])
+        return ways[-1]
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
         for way in ways:
@@ -124,7 +135,7 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
                 taken = _step_seconds(model, windows, way.threads, half=way.precision == "bf16-mixed")
             best[way] = min(best[way], taken)
     # Half precision has to be clearly faster to be taken.
-    return replace(config, trainer=min(ways, key=lambda way: best[way] / (1 if way.precision == "32-true" else 0.85)))
+    return min(ways, key=lambda way: best[way] / (1 if way.precision == "32-true" else 0.85))
 
 
 def _ways(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig]:
@@ -171,6 +182,8 @@ class Saver(ModelCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         keeper = getattr(pl_module, "keeper", None)
+        if trainer.world_size > 1:
+            return  # saving takes all processes, and this one cannot know what became of the others
         if keeper is None or not keeper.unsettled:
             super().on_exception(trainer, pl_module, exception)
 
@@ -188,7 +201,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         module.on_load_checkpoint(found)
         module.load_state_dict(found["state_dict"])
         return
-    if checkpoint:
+    if checkpoint and rank() == 0:
         keep_metrics(run)
     where: dict[str, Any] = {"save_dir": str(run.parent), "name": "", "version": run.name}
     stop = StopOnSignal(run / "checkpoints")
@@ -200,6 +213,8 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     trainer = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
+        # Buffers are alike at the start, and then by what they are made from; the layer-wise stage reaches memories alone.
+        strategy=DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False) if several() else "auto",
         precision=settings.precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
@@ -227,7 +242,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
             raise KeyboardInterrupt(number) from None
         raise Interrupted(number, int(saved.stem[5:]), run) from None
     last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
-    if not last.exists():
+    if not agreed(last.exists()):
         trainer.save_checkpoint(last)
     if stop.received is not None and trainer.global_step < steps:
         raise Interrupted(stop.received, trainer.global_step, run)

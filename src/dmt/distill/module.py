@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.config import Config, OptimConfig
+from dmt.config import Config
 from dmt.distill.cached import TeacherCache
 from dmt.distill.calibrate import calibrate, measure_scales
 from dmt.distill.keeper import Keeper
@@ -21,8 +19,10 @@ from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, 
 from dmt.distill.outliers import share
 from dmt.distill.revive import count_idle, revival_error
 from dmt.distill.signals import Signals, observe, observe_teacher
+from dmt.distill.stepping import adamw, gradients_apart, learning_rate, widening
 from dmt.evaluate import Tally
 from dmt.memory.budget import hold, watch
+from dmt.memory.together import averaged, summed
 from dmt.models.surgery import associative_of, featural_of, memories_of
 
 SCALE_TOKENS = 4_096
@@ -133,12 +133,15 @@ class Distiller(pl.LightningModule):
         for rows in torch.arange(len(tokens)).split(self.settings.data.micro_batch):
             batch = Batch(tokens[rows], mask[rows], *counts)
             asked = None if numbers is None else numbers[rows]
-            terms = self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch, asked)
-            self.manual_backward(terms["loss"])
+            with gradients_apart(self, until=int(rows[-1]) + 1 == len(tokens)):
+                terms = self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch, asked)
+                self.manual_backward(terms["loss"])
             for name, value in terms.items():
                 logged[name] = logged.get(name, torch.zeros_like(value)) + value.detach()
         if self.settings.optim.clip:
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
+        if self.settings.loss.revive and stage == "end_to_end":
+            self.count_idle()
         done = self.global_step
         if self.keeper is not None:
             self.keeper.unsettled = writing
@@ -150,9 +153,9 @@ class Distiller(pl.LightningModule):
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
         if done % self.settings.trainer.log_every == 0 or done == self.total_steps - 1:
             stored = self.keeper.written if writing and self.keeper is not None else {}
-            self._write(
-                {"learning_rate": rate} | {f"{stage}/{name}": float(value) for name, value in logged.items()} | stored, done
-            )
+            means = averaged(torch.stack([value.float() for value in logged.values()]))
+            found = {f"{stage}/{name}": value for name, value in zip(logged, means.tolist(), strict=True)}
+            self._write({"learning_rate": rate} | found | stored, done)
 
     def _write(self, values: dict[str, float], step: int) -> None:
         # Not `self.log`: within one epoch that goes on writing the last value of a stage that is over.
@@ -177,7 +180,8 @@ class Distiller(pl.LightningModule):
         teacher = observe_teacher(self.teacher, batch.tokens, blocks=blocks)
         if weights.revive:
             for memory in featural_of(self.student).values():
-                memory.count_reads()
+                if memory.reads is None:  # else an earlier piece of this step began
+                    memory.count_reads()
         student = observe(self.student, batch.tokens, blocks=blocks)
         teach(self.student, self.teacher, student, teacher)
         terms = distillation_terms(student, teacher, batch, weights, self.scales, list(memories_of(self.student)))
@@ -190,15 +194,19 @@ class Distiller(pl.LightningModule):
         errors = []
         for layer, memory in featural_of(self.student).items():
             idle = self.get_buffer(f"idle_{layer}")
-            count_idle(memory, idle)
             # Without gradient, so that nobody but the dead is moved by it.
             hidden, said = (states[layer][batch.mask].detach() for states in (student.block_inputs, student.block_outputs))
             missing = teacher.block_outputs[layer][batch.mask] - said
             counts = share(teacher.block_outputs[layer][batch.mask], self.scales.limits[layer])  # type: ignore[index]
             error = revival_error(memory, idle >= self.settings.loss.revive_after, hidden, missing, counts)
             errors.append(error / batch.tokens_in_step / self.scales.blocks[layer])
-            memory.reads = None
         return torch.stack(errors).mean()
+
+    def count_idle(self) -> None:
+        """End a step of revival: slots that none of its pieces read have been idle for longer. In all processes at once."""
+        for layer, memory in featural_of(self.student).items():
+            count_idle(memory, self.get_buffer(f"idle_{layer}"))
+            memory.reads = None
 
     def on_validation_start(self) -> None:
         self.tallies = [Tally() for _ in self.trainer.datamodule.corpora]  # type: ignore[attr-defined]
@@ -228,11 +236,13 @@ class Distiller(pl.LightningModule):
         return block_errors(tuple(said), wanted, batch.mask, batch.tokens_in_step, scales)
 
     def on_validation_epoch_end(self) -> None:
-        for corpus, tally in zip(self.trainer.datamodule.corpora, self.tallies, strict=True):  # type: ignore[attr-defined]
+        for corpus, mine in zip(self.trainer.datamodule.corpora, self.tallies, strict=True):  # type: ignore[attr-defined]
+            tally = mine.of_all()
             for name in ("kl", "ratio", "agreement", "student_perplexity", "teacher_perplexity"):
-                self.log(f"{corpus.name}/{name}", getattr(tally, name))
-        for layer, error in zip(memories_of(self.student), torch.stack(self.errors).sum(0) / self.validated, strict=True):
-            self.log(f"block_error/layer_{layer}", error)
+                self.log(f"{corpus.name}/{name}", getattr(tally, name), sync_dist=True)
+        errors = summed(torch.stack(self.errors).sum(0)) / summed(torch.tensor(self.validated)).to(self.device)
+        for layer, error in zip(memories_of(self.student), errors, strict=True):
+            self.log(f"block_error/layer_{layer}", error, sync_dist=True)
 
     def close(self) -> None:
         """Let go of the store, where there is one."""
@@ -257,27 +267,3 @@ class Distiller(pl.LightningModule):
         """Names, in the state, of the tensors that hold stored rows."""
         tensors = [tensor for memory in associative_of(self.student).values() for tensor in memory.rows.buffers()]
         return [name for name, tensor in self.state_dict(keep_vars=True).items() if any(tensor is mine for mine in tensors)]
-
-
-def learning_rate(step: int, length: int, peak: float, optim: OptimConfig) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `final_lr` of it at the last step of the stage."""
-    warmup = min(optim.warmup, length // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, length - 1 - warmup)
-    return peak * (optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def widening(step: int, length: int, start: float) -> float:
-    """Slots read as a multiple of k: from `start` down to 1 at the middle of the stage, by equal factors a step."""
-    return start ** max(0.0, 1 - 2 * step / max(1, length))
-
-
-def adamw(parameters: Any, optim: OptimConfig, values: Container[int] = ()) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; tensors whose `id` is in `values` have `values_lr` times the rate."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for parameter in parameters:
-        share = optim.values_lr if id(parameter) in values else 1.0
-        groups.setdefault((optim.weight_decay if parameter.dim() > 1 else 0.0, share), []).append(parameter)
-    described = [{"params": members, "weight_decay": decay, "share": share} for (decay, share), members in groups.items()]
-    return torch.optim.AdamW(described, lr=0.0, betas=(optim.beta1, optim.beta2))

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from dmt.config import Config
-from dmt.distill.module import adamw, learning_rate
+from dmt.distill.stepping import adamw, gradients_apart, learning_rate
 from dmt.evaluate import Tally, recall
+from dmt.memory.together import averaged
 
 END_OF_TEXT = "<|endoftext|>"
 RECALL_PROBES = 320
@@ -86,14 +87,15 @@ class Pretrainer(pl.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         pieces = tokens.split(self.settings.data.micro_batch)
         total = torch.zeros((), device=self.device)
-        for piece in pieces:
-            loss = self.model(piece, labels=piece, use_cache=False).loss * len(piece) / len(tokens)
-            self.manual_backward(loss)
+        for number, piece in enumerate(pieces, 1):
+            with gradients_apart(self, until=number == len(pieces)):
+                loss = self.model(piece, labels=piece, use_cache=False).loss * len(piece) / len(tokens)
+                self.manual_backward(loss)
             total += loss.detach()
         if self.settings.optim.clip:
             self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
         optimizer.step()  # type: ignore[union-attr]
-        self.log("loss", total, prog_bar=True)
+        self.log("loss", averaged(total), prog_bar=True)
         self.log("learning_rate", rate)
 
     def on_validation_start(self) -> None:
@@ -105,7 +107,7 @@ class Pretrainer(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for corpus, tally in zip(self.trainer.datamodule.corpora, self.tallies, strict=True):  # type: ignore[attr-defined]
-            self.log(f"{corpus.name}/perplexity", tally.teacher_perplexity, prog_bar=True)
+            self.log(f"{corpus.name}/perplexity", tally.of_all().teacher_perplexity, prog_bar=True, sync_dist=True)
             if corpus.probes:
                 some = corpus.probes[:: max(1, len(corpus.probes) // RECALL_PROBES)]
-                self.log(f"{corpus.name}/recall", recall(self.model, self._tokenizer[0], some), prog_bar=True)
+                self.log(f"{corpus.name}/recall", recall(self.model, self._tokenizer[0], some), prog_bar=True, sync_dist=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dmt.memory import FeaturalMemory
 from dmt.memory.search import as_mask
+from dmt.memory.together import summed
 
 
 def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing: Tensor, counts: Tensor) -> Tensor:
@@ -34,4 +35,4 @@ def revival_error(memory: FeaturalMemory, dead: Tensor, hidden: Tensor, missing:
 def count_idle(memory: FeaturalMemory, idle: Tensor) -> None:
     """Bring `idle` `(slots,)`, tokens since each slot was read, up to date with `memory.reads`."""
     if memory.reads is not None:
-        idle.add_(memory.reads_tokens).masked_fill_(memory.reads > 0, 0)
+        idle.add_(summed(idle.new_tensor(memory.reads_tokens))).masked_fill_(summed(memory.reads) > 0, 0)

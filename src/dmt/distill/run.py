@@ -30,6 +30,7 @@ from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write
 from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
+from dmt.distill.processes import first_alone, first_makes, rank
 from dmt.distill.signals import observe_teacher
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
@@ -57,19 +58,25 @@ def distil(config: Config, run: Path | None) -> Path:
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * -(-config.data.micro_batch // 2)))
-    cache = kept_answers(config, teacher, data)
+    cache = first_alone(lambda: kept_answers(config, teacher, data))
     fresh = run is None
     keeps = bool(associative_of(student))
     model = fingerprint(teacher) if keeps else ""
-    shared = Store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
-    run = run or new_run(config)
+    shared = _store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
+    run = run or first_makes(lambda: new_run(config))
     module = Distiller(config, student, teacher)
     module.cache = cache
     if keeps:
-        module.keeper = Keeper(config.store, shared or Store(str(run / "memory.db"), model), student, run)
+        store = shared or _store(str(run / "memory.db"), model)
+        module.keeper = first_alone(lambda: Keeper(config.store, store, student, run))
     with closing(module):
         _train(config, run, fresh, module, tokenizer, data, transfer, began)
     return run
+
+
+def _store(place: str, model: str) -> Store:
+    """An open store, which of several processes the first alone writes to."""
+    return first_alone(lambda: Store(place, model, read_only=rank() > 0))
 
 
 def kept_answers(config: Config, teacher: Any, data: TextData) -> TeacherCache | None:
@@ -96,7 +103,6 @@ def _train(
     """From a student in place to results in the folder."""
     student, teacher, stages = module.student, module.teacher, config.stages
     report.plan(config, run, student, module.trainable(), transfer)
-    (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
     untrained: dict[str, Tally] = {}
     if fresh:
         pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -106,15 +112,20 @@ def _train(
         module.to(place)
         teacher.to(place)  # type: ignore[arg-type]
         module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
-        held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora}
+        held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora} if rank() == 0 else {}
         untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
-    write_record(run, config, {"calibrated": {n: report.numbers(t) for n, t in untrained.items()}} if fresh else {}, begins=True)
+    if rank() == 0:
+        (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
+        found = {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}}
+        write_record(run, config, found if fresh else {}, begins=True)
     prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
     if data.steps:
         student.train()
         with attending(config, student, teacher):
             fit(config, module, data, run, [Charts(), SlotUsage(), StoredRows(), Samples(tokenizer)])
+    if rank():
+        return  # what is left is for one
     trained = time.perf_counter() - began - prepared
     with resumable(run, data.steps):
         student = _as_saved(run, student.eval().cpu(), tokenizer)
@@ -197,11 +208,14 @@ def pretrain(config: Config, run: Path | None) -> Path:
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     config = measured(config, model, data.calibration_windows(config.data.block * config.data.micro_batch))
-    run = run or new_run(config)
+    run = run or first_makes(lambda: new_run(config))
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
-    write_record(run, config, {}, begins=True)
+    if rank() == 0:
+        write_record(run, config, {}, begins=True)
     with attending(config, model):
         fit(config, Pretrainer(config, model, tokenizer), data, run, [])
+    if rank():
+        return run
     model = model.cpu().half().float().eval()  # measured as it is saved
     results: dict[str, Any] = {"fidelity": {}, "seconds": {"total": time.perf_counter() - began}}
     for corpus in data.corpora:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmt.memory.featural import FeaturalMemory
+from dmt.memory.together import summed
 
 RANKS = 8_000_000
 """Ranks, over tokens, slots and memories, that are held at once to find the first threshold."""
@@ -52,12 +53,14 @@ def watch(memories: Iterable[FeaturalMemory]) -> None:
 def hold(memories: Iterable[FeaturalMemory], rate: float) -> None:
     """Move the shared threshold towards the budget, by what was read since the last call; forgets what was read.
 
+    Of several processes that train together all have to call it; what all of them read counts.
     Too many reads by a factor f raise it by f to the power of `rate`.
     """
     held = [memory for memory in sharing(memories) if memory.spent is not None and memory.spent[1]]
     if not held:
         return
-    reads = torch.stack([memory.spent for memory in held]).float()  # type: ignore[misc]  # (memories, 2): reads, tokens
+    spent = summed(torch.stack([memory.spent for memory in held]))  # type: ignore[misc]
+    reads = spent.float()  # (memories, 2): reads, tokens, of all processes
     budget = sum(min(memory.slots, memory.k * memory.widened) for memory in held)
     factor = ((reads[:, 0] / reads[:, 1]).sum() / budget).clamp(0.1, 10) ** rate
     for memory in held:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from dmt.memory.together import gathered, summed
 
 
 @dataclass
@@ -30,6 +33,12 @@ class Heard:
     tokens: int = 0
     of_base: float = 0.0  # weight that was the base's, summed over tokens
     nearest: list[Tensor] = field(default_factory=list)  # distance of each token's nearest row
+
+    def of_all(self, device: torch.device) -> Heard:
+        """What this and those of all other processes that train together add up to; all have to ask."""
+        tokens, of_base = summed(torch.tensor([self.tokens, self.of_base], dtype=torch.double)).tolist()
+        nearest = gathered(torch.cat([torch.zeros(0, device=device), *(part.float() for part in self.nearest)]))
+        return Heard(int(tokens), of_base, [nearest] if len(nearest) else [])
 
     @property
     def share(self) -> float:

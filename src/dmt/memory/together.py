@@ -42,6 +42,28 @@ def gathered_words(mine: list[str]) -> list[str]:
     return words
 
 
+def summed(mine: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, for all of them; itself where there is one."""
+    if several():
+        mine = mine.clone()
+        dist.all_reduce(mine)
+    return mine
+
+
+def averaged(mine: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, for all of them."""
+    return summed(mine) / dist.get_world_size() if several() else mine
+
+
+def largest(number: float) -> float:
+    """The largest of what all processes have, for all."""
+    if not several():
+        return number
+    told = torch.tensor([number], dtype=torch.double)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return float(told)
+
+
 def agreed(number: float) -> float:
     """What the first process has, for all."""
     if not several():

@@ -1,0 +1,167 @@
+"""Several processes that train one student: the same curve as one, the same rows, and every way they can end."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import newest, weights
+from test_keeper import rows_in
+
+from dmt import settings
+from dmt.distill import processes
+from dmt.main import main
+
+ROOT = Path(__file__).parents[1]
+RUN = ["stages.layerwise_steps=6", "stages.end_to_end_steps=18", "data.micro_batch=1"]
+VARIANTS = {
+    "featural": [*RUN, "loss.revive=0.1", "loss.revive_after=64", "stages.k_start=2"],
+    "associative": [*RUN, "memory.kind=associative", "memory.write_from=0.2", "memory.novelty=0.05", "memory.recombine=0.3"],
+}
+
+
+def curve(run):
+    """Every measured number of a run, by step and name."""
+    with (run / "metrics.csv").open() as file:
+        return {
+            (int(row["step"]), name): float(value)
+            for row in csv.DictReader(file)
+            for name, value in row.items()
+            if value and name not in ("step", "epoch")
+        }
+
+
+def apart(first, second):
+    """The largest difference between two curves, of numbers above 1 as a share, and where it is."""
+    assert set(first) == set(second)
+    return max((abs(first[at] - second[at]) / max(1, abs(first[at])), at) for at in first)
+
+
+def torchrun(words, folder, count=2):
+    """`torchrun distill.py`, started."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(ROOT / "distill.py"), *words]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys):
+    words += VARIANTS[kind]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "trainer.devices=2"]) == 0
+    assert capsys.readouterr().out.count("on the same test text") == 1
+    started = torchrun(words, tmp_path)
+    shown, complaints = started.communicate(timeout=300)
+    assert started.returncode == 0, complaints
+    assert shown.count("on the same test text") == 1
+    assert "Warning" not in complaints
+    one, two, three = (tmp_path / "logs" / f"version_{number}" for number in range(3))
+    alone = json.loads((one / "run.json").read_text())["fidelity"]["text"]
+    for several in (two, three):
+        assert apart(curve(one), curve(several))[0] < 1e-5
+        found = json.loads((several / "run.json").read_text())["fidelity"]["text"]
+        assert found == pytest.approx(alone, rel=1e-5)
+        assert settings.load(several / "config.yaml").trainer.devices == 2
+    if kind == "associative":
+        rows = [{layer: {(n, row[0]) for n, row in kept.items()} for layer, kept in rows_in(run).items()} for run in (one, two)]
+        assert rows[0] == rows[1]
+        assert sum(map(len, rows[0].values())) > 100
+
+
+def test_two_processes_train_a_teacher(words, tmp_path):
+    words += ["task=pretrain", "pretrain.steps=6", "pretrain.width=16", "pretrain.layers=2", "pretrain.heads=2"]
+    words += ["pretrain.vocabulary=300", f"pretrain.output={tmp_path / 'made'}", "data.micro_batch=1"]
+    assert main(words) == 0
+    assert main([*words, "trainer.devices=2"]) == 0
+    one, two = (tmp_path / "logs" / f"version_{number}" for number in range(2))
+    assert apart(curve(one), curve(two))[0] < 1e-5
+
+
+def begun(run, step):
+    """Wait until a run has written its checkpoint of `step`."""
+    for _ in range(1200):
+        if (run / "checkpoints" / f"step_{step}.ckpt").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{run} never came to step {step}")
+
+
+def children(process):
+    """Process ids of what a process has started."""
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def listening(pid):
+    """Addresses on which a process listens, as the kernel writes them."""
+    mine = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.exists() or each.is_symlink()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in mine}
+
+
+LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
+def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_path):
+    words += ["stages.end_to_end_steps=140", *VARIANTS["associative"][2:], "trainer.devices=2", "trainer.validate_every=0"]
+    words += ["trainer.checkpoint_every=10", "memory.write_from=0.9"]
+    started = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *words], stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "logs" / "version_0"
+    begun(run, 10)
+    other = children(started)
+    assert len(other) == 1
+    assert listening(started.pid) <= LOOPBACK, "nothing beyond this machine"
+    assert listening(other[0]) <= LOOPBACK
+    started.send_signal(signal.SIGTERM)  # to the first alone
+    said = started.communicate(timeout=120)[1].strip().splitlines()
+    assert started.returncode == 128 + signal.SIGTERM
+    assert re.fullmatch(rf"stopped after step \d+; go on with: python distill.py --resume {run}", said[-1])
+    assert not Path(f"/proc/{other[0]}").exists()
+
+    resumed = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), "--resume", str(run)], stderr=subprocess.PIPE, text=True)
+    steps = max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step_*.ckpt"))
+    begun(run, steps - steps % 10 + 20)
+    os.kill(children(resumed)[0], signal.SIGKILL)
+    said = resumed.communicate(timeout=120)[1].strip().splitlines()
+    assert resumed.returncode == 2
+    assert said[-1].startswith("error: process 1 of 2 (0 is this one) ended")
+    assert "Traceback" not in "".join(said)
+
+    assert main(["--resume", str(run)]) == 0
+    assert main(words) == 0
+    whole = newest(tmp_path)
+    assert whole != run
+    ended, left_alone = weights(run), weights(whole)
+    assert all(ended[name].equal(left_alone[name]) for name in left_alone)
+
+
+def test_what_is_wrong_with_torchrun_is_told(words, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*words, "trainer.devices=2"]) == 2
+    assert "trainer.devices=2, but torchrun started 4 processes" in capsys.readouterr().err
+    assert main([*words, "data.batch=6"]) == 2
+    assert "data.batch=6 must be a multiple of trainer.devices=4" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert "on several machines" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_another_process_that_cannot_work_is_told_in_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "CHILD", "print('no room for me'); raise SystemExit(3)")
+    before = dict(os.environ)
+    monkeypatch.setattr(processes, "PATIENCE", 60.0)
+    assert main([*words, "trainer.devices=2"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "error: process 1 of 2 (0 is this one) ended, so training cannot go on; its last words: no room for me"
+    assert dict(os.environ) == before
