@@ -24,6 +24,15 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
+def _untimed(tmp_path_factory, monkeypatch):
+    """Nothing is known of this machine before a test, and nothing after it."""
+    from dmt.distill import timing
+
+    place = tmp_path_factory.mktemp("timed") / "timings.json"
+    monkeypatch.setattr(timing, "timings", lambda: place)
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from conftest import LAYERS, SLOTS, WIDTH, make_llama, newest, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig
-from dmt.distill import fitting
+from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig, TrainerConfig
+from dmt.distill import timing
 from dmt.distill.calibrate import measure_scales
 from dmt.distill.losses import Batch
 from dmt.distill.module import Distiller
@@ -378,18 +379,40 @@ def test_block_signals_are_what_the_blocks_saw_and_said(teacher, tokens):
     ],
 )
 def test_threads_and_precision_are_the_faster_ones(teacher, tokens, monkeypatch, seconds, threads, precision):
-    monkeypatch.setattr(fitting, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
+    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    decided = fitting.measured(Config(), teacher, tokens)
+    decided = timing.measured(Config(), teacher, tokens)
     assert (decided.trainer.threads, decided.trainer.precision, chosen) == (threads, precision, [threads])
-    assert fitting.measured(decided, teacher, tokens) == decided
+    assert timing.measured(decided, teacher, tokens) == decided
+
+
+def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypatch):
+    seconds = {(1, False): 1.0, (2, False): 3.0, (1, True): 0.5, (2, True): 0.1}
+    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    decided = timing.measured(Config(), teacher, tokens)
+    seconds |= {(1, False): 9.0}
+    assert timing.measured(Config(), teacher, tokens) == decided, "or two runs of one command would differ"
+    assert timing.measured(Config(), teacher, tokens[:1]).trainer.threads == 2, "another batch is another question"
+    assert timing.measured(replace(Config(), trainer=TrainerConfig(precision="32-true")), teacher, tokens).trainer.threads == 2
+    for damage in ('{"format": 2, "decided": {}}', "", '{"format": 1, "decided": {"a": 1}}', "[]"):
+        timing.timings().write_text(damage)
+        assert timing.measured(Config(), teacher, tokens).trainer.threads == 2, "timed anew"
+    known = json.loads(timing.timings().read_text())
+    for key in known["decided"]:
+        known["decided"][key]["threads"] = "1; rm"
+    timing.timings().write_text(json.dumps(known))
+    assert timing.measured(Config(), teacher, tokens).trainer.threads == 2
+    monkeypatch.setattr(timing, "timings", lambda: Path("/proc/nowhere/timings.json"))
+    assert timing.measured(Config(), teacher, tokens).trainer.threads == 2, "a place that cannot be written is no reason to stop"
 
 
 def test_timing_a_step_leaves_no_gradient(teacher, tokens):
     teacher.requires_grad_(True)
-    assert fitting._step_seconds(teacher, tokens, 1, half=True) > 0
+    assert timing._step_seconds(teacher, tokens, 1, half=True) > 0
     assert all(p.grad is None for p in teacher.parameters())
 
 

@@ -33,7 +33,7 @@ ORDER = [
     "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
     "distill.revive", "distill.lessons", "distill.keeper",
     "distill.stepping", "distill.module", "distill.callbacks",
-    "distill.pretrain", "distill.folder", "distill.processes", "distill.fitting", "distill.report", "distill.run",
+    "distill.pretrain", "distill.folder", "distill.processes", "distill.fitting", "distill.timing", "distill.report", "distill.run",
     "consolidation", "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling",
     "consolidation.writing", "consolidation.destinations", "consolidation.module", "consolidation.work", "consolidation.rows",
     "consolidation.report", "consolidation.run", "consolidation.dreaming", "consolidation.moving", "consolidation.rowing",

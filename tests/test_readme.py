@@ -118,11 +118,9 @@ def test_a_benchmark_that_the_readme_names_takes_the_words_it_is_given(command, 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as python does with a script's own folder
     name, *words = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    run, name = (runpy.run_path, name) if name.endswith(".py") else (runpy.run_module, name.replace(" ", ""))
     with pytest.raises(SystemExit) as ended:
-        if name.endswith(".py"):
-            runpy.run_path(name, run_name="__main__")
-        else:
-            runpy.run_module(name if name != "benchmarks" else "benchmarks.__main__", run_name="__main__", alter_sys=False)
+        run(name, run_name="__main__")
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert all(word in shown for word in words if word.startswith("--"))

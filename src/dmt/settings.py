@@ -197,9 +197,14 @@ def teacher_shape(source: str) -> dict[str, int] | None:
     return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
 
 
+def cache_folder() -> Path:
+    """What outlives runs, outside the repository: `DMT_CACHE`, or `~/.cache/dmt`."""
+    return Path(os.environ.get("DMT_CACHE") or Path.home() / ".cache" / "dmt")
+
+
 def cached_smollm2() -> Path:
-    """Where SmolLM2 is kept once it is fetched: under `DMT_CACHE`, or `~/.cache/dmt`; outside the repository."""
-    return Path(os.environ.get("DMT_CACHE") or Path.home() / ".cache" / "dmt") / SMOLLM2
+    """Where SmolLM2 is kept once it is fetched."""
+    return cache_folder() / SMOLLM2
 
 
 def describe() -> str:

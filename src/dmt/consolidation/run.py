@@ -22,8 +22,9 @@ from dmt.consolidation.rows import into_memory
 from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
-from dmt.distill.fitting import compute_device, keep_freed_memory, measured, resumable
+from dmt.distill.fitting import compute_device, keep_freed_memory, resumable
 from dmt.distill.folder import new_run, write_record
+from dmt.distill.timing import measured
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
 from dmt.models.overlay import overlay_of

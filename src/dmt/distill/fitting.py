@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,19 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dmt.config import Config, TrainerConfig
+from dmt.config import Config
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Progress, StopOnSignal
 from dmt.distill.folder import keep_metrics, newest_checkpoint
-from dmt.distill.processes import as_the_first, rank
+from dmt.distill.processes import rank
 from dmt.errors import UserError
 from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-
-STEPS_TIMED = 3
-"""Steps by which a way to compute is judged, the fastest of them."""
 
 
 class Interrupted(Exception):
@@ -105,53 +99,6 @@ def keep_freed_memory() -> None:
     mallopt(M_ARENA_MAX, 1)  # and which is one for all threads: what the backward pass frees, the next forward uses
 
 
-def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
-    """`config` with `trainer.threads`, `.precision` and `.attention` decided by timing a training step, and threads set.
-
-    For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
-    emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same.
-    """
-    config = replace(config, trainer=as_the_first(_timed(config, model, windows)))
-    if several():
-        torch.set_num_threads(config.trainer.threads)
-    return config
-
-
-def _timed(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
-    """What `measured` decides, of several processes each for itself."""
-    trainer, on_cpu = config.trainer, compute_device(config).type == "cpu"
-    cores = max(1, torch.get_num_threads() // trainer.devices)
-    if not trainer.threads:
-        timed = {count: _step_seconds(model, windows, count, half=False) for count in ({1, cores} if on_cpu else ())}
-        trainer = replace(trainer, threads=min(timed, key=timed.__getitem__, default=cores))
-    torch.set_num_threads(trainer.threads)
-    ways = _ways(trainer, on_cpu)
-    if len(ways) == 1 or not on_cpu:
-        return ways[-1]
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
-        for way in ways:
-            with attending(replace(config, trainer=way), model):
-                taken = _step_seconds(model, windows, way.threads, half=way.precision == "bf16-mixed")
-            best[way] = min(best[way], taken)
-    # Half precision has to be clearly faster to be taken.
-    return min(ways, key=lambda way: best[way] / (1 if way.precision == "32-true" else 0.85))
-
-
-def _ways(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig]:
-    """What `auto` may stand for, the best last where it is not timed."""
-    half = on_cpu or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    ways = [replace(trainer, precision="32-true")] if trainer.precision == "auto" else [trainer]
-    if trainer.precision == "auto" and half:
-        ways.append(replace(trainer, precision="bf16-mixed"))
-    if trainer.attention != "auto":
-        return ways
-    plain = [replace(way, attention="sdpa") for way in ways]
-    # Half precision is judged with the attention it would be trained with: torch's own is slow there on a CPU.
-    batched = [replace(way, attention="batched") for way in ways if on_cpu and way.precision == "bf16-mixed"]
-    return [*plain, *batched]
-
-
 @contextmanager
 def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
     """Let `models` attend by `trainer.attention`, and by torch's kernel again afterwards."""
@@ -162,19 +109,6 @@ def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
     finally:
         for model in models:
             use_attention(model, "sdpa")
-
-
-def _step_seconds(model: PreTrainedModel, windows: Tensor, threads: int, half: bool) -> float:
-    torch.set_num_threads(threads)
-    best = float("inf")
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    for _ in range(STEPS_TIMED):
-        began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model(windows, use_cache=False).logits.float().logsumexp(-1).sum()
-        torch.autograd.grad(loss, learnt, allow_unused=True)
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 class Saver(ModelCheckpoint):

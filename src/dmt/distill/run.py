@@ -23,7 +23,6 @@ from dmt.distill.fitting import (
     compute_device,
     fit,
     keep_freed_memory,
-    measured,
     resumable,
 )
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write_record
@@ -32,6 +31,7 @@ from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.processes import first_alone, first_makes, rank
 from dmt.distill.signals import observe_teacher
+from dmt.distill.timing import measured
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
