@@ -109,16 +109,41 @@ def test_a_llama_goes_the_same_way(words, tokenizer, tmp_path, changes, capsys):
     assert all(0 < used["read"] <= used["slots"] for used in record["slots"].values())
 
 
-def test_the_resolved_config_replays_the_run(words, tmp_path):
+def curves(run):
+    """The file of curves, without the order in which numbers of one step were written."""
+    with (run / "metrics.csv").open() as file:
+        return [sorted(row.items()) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("again", ["the same words", "config.yaml", "run.json"])
+@pytest.mark.parametrize("kind", ["featural", "associative"])
+def test_the_same_settings_give_the_same_digits(words, tmp_path, again, kind):
+    words = [word for word in words if not word.startswith("trainer.threads")]  # the ways to compute are found, once
+    words += [f"memory.kind={kind}", "memory.write_from=0.2", "memory.novelty=0.05", "trainer.precision=auto"]
     assert main(words) == 0
     first = newest(tmp_path)
-    assert main([str(first / "config.yaml")]) == 0
+    assert main(words if again == "the same words" else [str(first / again)]) == 0
     second = newest(tmp_path)
     assert first != second
     for name, value in weights(first).items():
         assert torch.equal(value, weights(second)[name]), name
-    records = [json.loads((run / "run.json").read_text()) for run in (first, second)]
-    assert records[0]["fidelity"] == records[1]["fidelity"]
+    assert curves(first) == curves(second)
+    one, two = (json.loads((run / "run.json").read_text()) for run in (first, second))
+    apart = {"seconds", "tokens", "written", "replay", "commands"}
+    assert {name: value for name, value in one.items() if name not in apart} == {
+        name: value for name, value in two.items() if name not in apart
+    }
+    assert one["replay"] == f"python distill.py {first}/run.json"
+
+
+def test_a_record_of_an_earlier_version_names_the_file_that_replays(words, tmp_path, capsys):
+    assert main(words) == 0
+    run = newest(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    del record["config"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert main([str(run / "run.json")]) == 2
+    assert f"holds no settings (an older dmt made it); give {run / 'config.yaml'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 6])  # within a stage, at the last layer-wise step, after it

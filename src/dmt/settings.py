@@ -29,7 +29,7 @@ UNKNOWN_LAYERS = 1_000
 
 
 def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()) -> Config:
-    """Defaults, then the differences in `file` (YAML), then `key=value` words; checked.
+    """Defaults, then the differences in `file` (YAML, or the `run.json` of a run), then `key=value` words; checked.
 
     Raises:
         UserError: a missing or malformed file, an unknown key, a wrong type, a bad choice or a contradiction.
@@ -236,6 +236,14 @@ def _read(path: Path) -> dict[Any, Any]:
     found = _parse(text, str(path), file=True)
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold settings such as `memory: {{k: 64}}`, got {shown(found)}")
+    return _of_record(found, path) if path.name == "run.json" else found
+
+
+def _of_record(record: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """The settings of the run that a `run.json` tells of."""
+    found = record.get("config")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no settings (an older dmt made it); give {path.parent / 'config.yaml'}")
     return found
 
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -85,13 +86,14 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
     record = {
         **before,
         "format": 1,
-        "replay": f"python distill.py {run}/config.yaml",
+        "replay": f"python distill.py {run}/run.json",
         "commit": commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "commands": [*before.get("commands", []), *([sys.argv] if begins else [])],
+        "config": asdict(config),
         "seed": config.seed,
         "threads": config.trainer.threads,
         "precision": config.trainer.precision,
