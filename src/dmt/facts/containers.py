@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dmt.errors import UserError
 from dmt.records import Floats
+from dmt.versions import check_version
 
 FORMAT, VERSION = "dmt-pack", 1
 MANIFEST, TENSORS = "manifest.json", "rows.safetensors"
@@ -88,8 +89,7 @@ def _read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) 
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"pack {place}: no manifest of a pack is in it; dmt memory export makes one")
         del manifest["format"]
-        if (version := manifest.pop("version", None)) != VERSION:
-            raise UserError(f"pack {place}: version {version}, this dmt knows {VERSION}; export it anew")
+        check_version(manifest.pop("version", None), VERSION, f"pack {place}: version", "export it anew by the dmt that made it")
         for name in ("name", "licence", "model", "model_type"):
             if type(manifest[name]) is not str:
                 raise TypeError(f"{name} is {str(manifest[name])[:40]!r}")
