@@ -266,14 +266,15 @@ def run_until_first_step(given: list[str]) -> tuple[int | None, str, str]:
     return (None if FirstStep.begun else code), out.getvalue(), err.getvalue()
 
 
-def mended(*given: str) -> Any:
-    """An example that once was neither, in the folder that `place` makes."""
-    return example(list(given))
-
-
 @settings(max_examples=EXAMPLES, deadline=None, derandomize="DMT_FUZZ" not in os.environ, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(words)
+@example(["memory.search=ivf", "memory.slots=1000000007"])  # each of these was something else once
+@example(["task=consolidate", "teacher=long", "context.into=weights", "cache.place=new"])
+@example(["task=consolidate", "teacher=student"])
+@example(["trainer.threads=1000000007"])
+@example(["data.batch=1000000007", "data.micro_batch=1000000007"])
+@example(["data.corpora=[utf16.txt]"])
 def test_every_config_begins_to_train_or_is_refused_in_one_line(place, words):
     before = snapshot(place)
     there = Path.cwd()

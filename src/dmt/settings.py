@@ -206,7 +206,8 @@ def teacher_shape(source: str) -> dict[str, int] | None:
             shape = {name: found[key] for name, key in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # loading the teacher says what is wrong with it
-    return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
+    whole = all(type(size) is int and size > 0 for size in shape.values())
+    return shape if whole and shape["layers"] <= UNKNOWN_LAYERS else None  # more are no model's: nothing is made for each of them
 
 
 def cache_folder() -> Path:

@@ -75,6 +75,9 @@ def read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) -
 def _read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) -> tuple[dict[str, Any], dict[str, Floats]]:
     folder = place.is_dir()
     file = place / TENSORS if folder else place
+    for part in (place / TENSORS, place / MANIFEST) if folder else ():  # what a link leads to was not given with the pack
+        if part.is_symlink() or (part.exists() and not part.is_file()):
+            raise UserError(f"pack {place}: {part.name} is no file of its own; get another copy")
     if not file.is_file():
         raise UserError(f"pack {place}: {'no ' + TENSORS + ' is in it' if folder else 'nothing is there'}; name a pack")
     if file.stat().st_size > MOST_BYTES:
