@@ -9,4 +9,4 @@ test:
 run:
 	python distill.py
 board:
-	tensorboard --logdir lightning_logs
+	tensorboard --logdir lightning_logs --host 127.0.0.1

@@ -326,7 +326,7 @@ def test_settings_that_the_teacher_contradicts(place, capsys, words):
         ("short.txt", "\n\n".join(["a few", "words"] * 9), "part of short has"),
         ("bad.jsonl", json.dumps({"text": "x"}) + "\n{\n", 'data.corpora: {file} line 2 is not an object with a "text" field'),
         ("other.jsonl", '{"body": "x"}\n', 'data.corpora: {file} line 1 is not an object with a "text" field'),
-        ("latin.txt", b"caf\xe9 " * 100, "data.corpora: cannot read {file} as UTF-8 text"),
+        ("latin.txt", b"caf\xe9 " * 100, "data.corpora: {file} is not UTF-8 text; convert it"),
         ("page.pdf", "x", "data.corpora: {file} is neither .txt nor .jsonl"),
     ],
     ids=lambda part: part if isinstance(part, str) and len(part) < 12 else "",

@@ -13,7 +13,7 @@ from dmt.main import main
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
-    "errors", "config", "wording", "layers", "settings", "registration", "data.encoding", "data.people",
+    "errors", "config", "wording", "texts", "versions", "layers", "settings", "registration", "data.encoding", "data.people",
     "data.corpora", "data.blocks",
     "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
     "memory.together", "memory.histories", "memory.rows", "memory.admission", "memory.offers",
@@ -22,7 +22,7 @@ ORDER = [
     "memory.spotting", "memory.facts",
     "store.schema", "store.connect", "store.store", "store", "store.ledger",
     "models.architectures", "models.attention", "models.quick",
-    "models.overlay", "models.fingerprint", "models.tokens", "models.books", "models.slots", "models.modeling",
+    "models.overlay", "models.fingerprint", "models.tokens", "models.books", "models.slots", "models.modeling", "models.loading",
     "models.resize", "models.surgery", "models.teacher", "models.smollm2",
     "distill.signals", "inspection",
     "facts.questions", "facts.sentences", "facts.states", "facts.calibration", "facts.drafting", "facts.beginning", "facts.lines",

@@ -214,7 +214,7 @@ FORGED = {
     "no format": (top("format", None), "no manifest of a pack"),
     "a list": (lambda manifest: [manifest], "no manifest of a pack"),
     "a newer version": (top("version", VERSION + 1), f"version {VERSION + 1}, this dmt knows {VERSION}"),
-    "no version": (top("version", None), "version None"),
+    "no version": (top("version", None), "version nothing, this dmt knows 1"),
     "no facts": (top("facts", None), DAMAGED),
     "facts that are a text": (top("facts", "abc"), "fact 0 of its manifest is not one"),
     "facts that are numbers": (top("facts", [1, 2]), "fact 0 of its manifest is not one"),

@@ -416,9 +416,12 @@ def test_a_file_that_is_missing_cut_short_or_foreign_is_refused_in_a_line(tmp_pa
     for length in (0, 5, 8, 100, 4096, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:length])
         assert "not a whole file" in refusal(tmp_path / "a")
-    for wrong in (good + b"x", b"\xff" * 8 + good[8:], good.replace(b'"format": "1"', b'"format": "2"'), b"{}" * 3000):
+    for wrong in (good + b"x", b"\xff" * 8 + good[8:], b"{}" * 3000):
         file.write_bytes(wrong)
         assert "not a whole file" in refusal(tmp_path / "a")
+    for version, advice in (("2", "a newer dmt made it"), ("0", "save the student anew")):
+        file.write_bytes(good.replace(b'"format": "1"', f'"format": "{version}"'.encode()))
+        assert f"its format is {version}, this dmt knows 1; {advice}" in refusal(tmp_path / "a")
     file.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
     assert "not a whole file" in refusal(tmp_path / "a")
     file.unlink()

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from dmt.errors import UserError
+from dmt.texts import check_words
 
 ABOUT = """Open the memory of a distilled student: read it, write facts into it, take them out, give them away. Let it learn
 a context (consolidate), or take what was written into its slots (sleep); both make a new student.
@@ -59,6 +60,7 @@ def run() -> NoReturn:
 
 
 def _main(words: list[str]) -> int:
+    check_words(words)
     words_of = parser()
     given, rest = words_of.parse_known_args(words)
     if rest and (not hasattr(given, "settings") or any(word.startswith("-") or "=" not in word for word in rest)):

@@ -6,6 +6,9 @@ from dmt.config import Config, MemoryConfig
 from dmt.errors import UserError
 from dmt.wording import changed, shown
 
+MOST_SLOTS = 2**26
+"""Slots of a layer beyond which no machine holds them."""
+
 
 def layer_memories(config: Config, layers: int, block_slots: int | None = None) -> list[MemoryConfig]:
     """The memory settings of each of `layers` layers, rules applied in order.
@@ -57,6 +60,8 @@ def check_memory(memory: MemoryConfig, name: str, block_slots: int | None) -> No
         given = getattr(memory, setting)
         if isinstance(given, int) and given < 1:
             raise UserError(f"{name}.{setting} must be at least 1, got {given}")
+        if isinstance(given, int) and given > MOST_SLOTS:
+            raise UserError(f"{name}.{setting} must be in [1, {MOST_SLOTS}], got {given}")
         if slots is not None and setting in ("k", "budget") and isinstance(given, int) and given > slots:
             raise UserError(f"{name}.{setting} must be in [1, {name}.slots={slots}], got {given}")
     if name == "memory" and memory.budget is not None and memory.k != "auto":  # a rule may set its layers apart

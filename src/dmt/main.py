@@ -13,6 +13,7 @@ from typing import NoReturn
 from dmt import settings
 from dmt.distill.folder import check_writable, open_run
 from dmt.errors import UserError
+from dmt.texts import check_words
 
 USAGE = "python distill.py [CONFIG.yaml | --config CONFIG.yaml] [key=value ...]\n       python distill.py --resume RUN_FOLDER"
 ABOUT = """Clone a GPT-2, put memories in place of its feed-forward blocks, distil the clone from the original.
@@ -37,6 +38,7 @@ def main(words: list[str]) -> int:
 
 
 def _main(words: list[str]) -> int:
+    check_words(words)
     parser = argparse.ArgumentParser(
         usage=USAGE, description=ABOUT, epilog="settings, as key=default:\n\n" + settings.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from dataclasses import asdict, is_dataclass
 from functools import reduce
 from pathlib import Path
@@ -17,6 +18,7 @@ from yaml import YAMLError
 from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
 from dmt.layers import check_memory, has_slots, layer_memories
+from dmt.versions import CONFIG, check_version
 from dmt.wording import changed, field_notes, names, shown, unknown
 
 EMBEDDED_TEACHER = Path(__file__).parent / "assets"
@@ -24,6 +26,8 @@ READER = EMBEDDED_TEACHER / "reader"
 """Goes on from the embedded teacher: configs/reader.yaml."""
 SMOLLM2 = "smollm2"
 """Name of the teacher that `python -m dmt.models.smollm2` fetches."""
+HEADER = "# Settings of dmt, version {}\n"
+"""First line of a run's settings; files without one are of version 1."""
 UNKNOWN_LAYERS = 1_000
 """Layers a teacher may have whose config.json is not here to be asked."""
 
@@ -57,7 +61,7 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
 
 def save(config: Config, path: Path) -> None:
     """Write every setting as YAML; `load(path)` gives an equal `Config`."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+    path.write_text(HEADER.format(CONFIG) + OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
 
 
 def check(config: Config) -> None:
@@ -79,8 +83,16 @@ def check(config: Config) -> None:
     for name in ("loss.temperature", "stages.layerwise_lr", "stages.end_to_end_lr", "pretrain.lr", "context.temperature"):
         if not _value(config, name) > 0:
             raise UserError(f"{name} must be a positive number, got {_value(config, name)}")
-    if config.seed >= 2**32:
-        raise UserError(f"seed must be in [0, {2**32 - 1}], got {shown(config.seed)}")
+    at_most = {  # beyond these a machine would be busy for ever, or out of memory, before it could say why
+        "data.block": 2**20, "data.batch": 2**20, "data.micro_batch": 2**20, "stages.calibrate_tokens": 2**24,
+        "stages.layerwise_steps": 2**31, "stages.end_to_end_steps": 2**31,
+        "context.rank": 2**14, "context.samples": 2**16, "context.asked": 2**10, "context.tokens": 2**16,
+        "pretrain.width": 2**16, "pretrain.layers": 2**10, "pretrain.heads": 2**10, "pretrain.vocabulary": 2**20,
+        "pretrain.steps": 2**31, "trainer.threads": 2**10, "seed": 2**32 - 1,
+    }  # fmt: skip
+    for name, most in at_most.items():
+        if (_value(config, name) or 0) > most:
+            raise UserError(f"{name} must be in [{at_least.get(name, 1)}, {most}], got {_value(config, name)}")
     if config.optim.final_lr > 1:
         raise UserError(f"optim.final_lr must be in [0, 1], a share of the peak, got {config.optim.final_lr}")
     for name in ("optim.beta1", "optim.beta2"):
@@ -194,7 +206,8 @@ def teacher_shape(source: str) -> dict[str, int] | None:
             shape = {name: found[key] for name, key in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # loading the teacher says what is wrong with it
-    return shape if all(type(size) is int and size > 0 for size in shape.values()) else None
+    whole = all(type(size) is int and size > 0 for size in shape.values())
+    return shape if whole and shape["layers"] <= UNKNOWN_LAYERS else None  # more are no model's: nothing is made for each of them
 
 
 def cache_folder() -> Path:
@@ -224,7 +237,7 @@ def describe() -> str:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
         raise UserError(
@@ -233,6 +246,8 @@ def _read(path: Path) -> dict[Any, Any]:
         ) from None
     except ValueError:
         raise UserError(f"{shown(str(path))} is not UTF-8 text; a config file is YAML such as `memory: {{k: 64}}`") from None
+    if told := re.match(HEADER.format(r"(\S+)"), text):
+        check_version(told[1], CONFIG, f"{path}: settings of version", "write those that differ from the defaults into a new file")
     found = _parse(text, str(path), file=True)
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold settings such as `memory: {{k: 64}}`, got {shown(found)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 from dmt import inspection
 from dmt.commands.changing import about
 from dmt.commands.looking import namer, opened
-from dmt.commands.printing import Output, plainly
+from dmt.commands.printing import Output, check_seed, plainly
 from dmt.errors import UserError
 from dmt.facts.asking import ask as said_by
 from dmt.facts.book import Book
@@ -28,8 +29,9 @@ from dmt.store.ledger import Ledger
 
 def ask(given: argparse.Namespace, out: Output) -> None:
     """Let a student go on from a prompt; with `--trace` say what answered each token, with `--remember` keep it."""
-    if given.tokens < 1 or given.temperature < 0:
+    if given.tokens < 1 or not 0 <= given.temperature < math.inf:
         raise UserError(f"--tokens must be at least 1 and --temperature at least 0, got {given.tokens} and {given.temperature:g}")
+    check_seed(given.seed)
     book, folder = opened(given, write=given.remember)
     if given.remember:
         settle_in(book.model, book.store)  # refused, where it cannot be, before anything is said

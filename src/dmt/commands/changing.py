@@ -18,6 +18,7 @@ from dmt.facts.remembering import drop_rows, rows_about
 from dmt.facts.sentences import Fact, fact_of, read_facts
 from dmt.models.surgery import associative_of
 from dmt.records import Told
+from dmt.texts import text_of
 
 SURE_ENOUGH = 0.5
 """Probability of an answer below which a person is told that it may not be said."""
@@ -60,10 +61,7 @@ def _facts(given: argparse.Namespace) -> list[Fact]:
 def _prose(file: str | None) -> list[str] | None:
     if file is None:
         return None
-    try:
-        text = Path(file).read_text(encoding="utf-8")[:CALIBRATION_TEXT]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibrate-on {file} cannot be read as UTF-8 text ({error})") from None
+    text = text_of(Path(file), f"--calibrate-on {file}", "name a text file")[:CALIBRATION_TEXT]
     if len(text) < 2_000:
         raise UserError(f"--calibrate-on {file} has {len(text):,} characters; give 2,000 or more of text the facts are not about")
     return [text]

@@ -11,7 +11,7 @@ from dmt.commands.printing import Output
 from dmt.errors import UserError
 from dmt.facts import packs, rowpacks
 from dmt.facts.containers import is_pack
-from dmt.facts.exchange import diff, merge, packed, take_in
+from dmt.facts.exchange import check_fits, diff, merge, packed, take_in
 from dmt.facts.opening import open_book, student_folder
 from dmt.facts.rowpacks import packed_rows, take_rows
 from dmt.models.books import BOOK
@@ -61,8 +61,11 @@ def take(given: argparse.Namespace, out: Output) -> None:
         return
     pack = packs.load(place)
     with open_book(student_folder(given.student)) as book:
-        out.note("a book's first facts are preceded by a measurement of some seconds" if not book.known else "")
-        outcomes = take_in(book, pack, fingerprint(book.model))
+        model = fingerprint(book.model)
+        check_fits(pack, book, model, place)
+        if not book.known:
+            out.note("a book's first facts are preceded by a measurement of some seconds")
+        outcomes = take_in(book, pack, model)
     counts = tell_counts(outcomes, out)
     for each in [each for each in outcomes if each.old is not None][:SHOWN]:
         assert each.old is not None

@@ -152,7 +152,7 @@ def show(given: argparse.Namespace, out: Output) -> None:
 def _show_slot(book: Book, name: str, out: Output) -> None:
     layer, _, number = name.partition(":")
     blocks = architecture_of(book.model.config.model_type).blocks(book.model)
-    if not (layer.isdigit() and number.isdigit() and int(layer) < len(blocks)):
+    if not (layer.isdecimal() and number.isdecimal() and int(layer) < len(blocks)):
         raise UserError(f"--slot must be LAYER:NUMBER with layers in [0, {len(blocks) - 1}], as in 3:17, got {name!r}")
     block = blocks[int(layer)]
     memory = block.base if isinstance(block, AssociativeMemory) else block

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dmt.errors import UserError
+from dmt.wording import shown
+
 WIDE = 160
 """Columns of text where it does not go to a terminal."""
 
@@ -81,6 +84,12 @@ class Output:
         with Progress(*columns, console=self.notes, disable=self.as_json or total < 100, transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda more: bar.advance(task, more)
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UserError` for a `--seed` that no generator of random numbers takes."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must be in [0, {2**32 - 1}], got {shown(seed)}")
 
 
 def plainly(text: str, keep: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from dmt import settings
-from dmt.commands.printing import Output
+from dmt.commands.printing import Output, check_seed
 from dmt.config import Config
 from dmt.consolidation.sleep import Evening, Night, evening
 from dmt.consolidation.sleep import sleep as sleep_through
@@ -29,6 +29,7 @@ def sleep(given: argparse.Namespace, out: Output) -> None:
     """Sleep, and tell what was learnt, what stayed and where the new student is."""
     if not 0 < given.lr <= 1:
         raise UserError(f"--lr must be in (0, 1], got {given.lr:g}")
+    check_seed(given.seed)
     if given.least < 0:
         raise UserError(f"--least must be 0 or more, got {given.least}")
     folder = student_folder(given.student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from torch import Tensor
 from dmt.distill.signals import Signals
 from dmt.errors import UserError
 from dmt.facts.states import batches, encoded, padded
+from dmt.texts import json_of, text_of
+from dmt.wording import shown
 
 KEYS = ("prompt", "answer", "kind")
 
@@ -63,22 +64,15 @@ def read_questions(file: str | Path) -> list[Question]:
     Raises:
         UserError: the file cannot be read, a line is no question, or there is none.
     """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"context.questions={file} cannot be read ({getattr(error, 'strerror', None) or error}); name a .jsonl file"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"context.questions={file} is not UTF-8 text; convert it") from None
+    text = text_of(Path(file), f"context.questions={file}", "name a .jsonl file")
     questions = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            found: Any = json.loads(line)
+            found: Any = json_of(line)
             good = isinstance(found, dict) and set(found) <= set(KEYS) and all(isinstance(value, str) for value in found.values())
-        except (ValueError, RecursionError):
+        except ValueError:
             good = False
         if not good or not found.get("prompt", "").strip() or not found.get("answer", "").strip():
             raise UserError(
@@ -89,6 +83,17 @@ def read_questions(file: str | Path) -> list[Question]:
     if not questions:
         raise UserError(f"context.questions={file} holds no questions; leave context.questions empty to ask none")
     return questions
+
+
+def check_room(questions: Sequence[Question], file: str | None, tokenizer: Any, room: int) -> None:
+    """Raise `UserError` where a question and its answer have more than `room` tokens: with the context before them, too many."""
+    for question in questions:
+        size = len(encoded(tokenizer, question.prompt, start=False)) + len(encoded(tokenizer, question.answer, start=False))
+        if size > room:
+            raise UserError(
+                f"context.questions={file}: {shown(question.prompt)} and its answer have {size:,} tokens, and after a "
+                f"context the model reads {max(room, 0)}; shorten it"
+            )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dmt.data.encoding import MEMORY_TOKEN, start_of
 from dmt.errors import UserError
 from dmt.facts.states import encoded
 from dmt.models.architectures import architecture_of
+from dmt.models.loading import SAFELY
 from dmt.models.overlay import lift
 from dmt.models.surgery import featural_of, transplant
 from dmt.models.tokens import MemoryTokens, begin_with, tokens_of
@@ -29,7 +30,7 @@ def student_of(model: PreTrainedModel) -> PreTrainedModel:
         return transplant(model, [MemoryConfig(kind="dense")] * model.config.num_hidden_layers)[0]
     with TemporaryDirectory() as folder:  # rows of memories are more than tensors: what is saved is all there is
         model.save_pretrained(folder)
-        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SAFELY)
     lift(student)
     return student.eval()
 

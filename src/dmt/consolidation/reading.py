@@ -12,6 +12,7 @@ from dmt.config import ContextConfig
 from dmt.errors import UserError
 from dmt.facts.sentences import TITLES, fact_of
 from dmt.facts.states import encoded
+from dmt.texts import text_of
 
 LONGEST = 64
 """Tokens of a text that is said after a context, at most; a window leaves room for them."""
@@ -59,12 +60,7 @@ def context_text(settings: ContextConfig) -> str:
     if settings.file is None:
         text = settings.text or ""
     else:
-        try:
-            text = Path(settings.file).expanduser().read_text(encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"context.file={settings.file} cannot be read ({_reason(error)}); name a text file") from None
-        except UnicodeDecodeError:
-            raise UserError(f"context.file={settings.file} is not UTF-8 text; convert it or name another file") from None
+        text = text_of(Path(settings.file), f"context.file={settings.file}", "name a text file")
     if not text.strip():
         raise UserError(
             f"context.{'text' if settings.file is None else f'file={settings.file}'} is empty; there is nothing to learn"
@@ -183,7 +179,3 @@ def _pieces(sentence: str, size: Any, room: int) -> list[str]:
         words.append(sentence[:at].strip())
         sentence = sentence[at:].strip()
     return [word for word in words if word]
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.config import Config
 from dmt.consolidation import report
-from dmt.consolidation.asking import read_questions, share_kept
+from dmt.consolidation.asking import check_room, read_questions, share_kept
 from dmt.consolidation.destinations import check_destination, finish, prepare, student_of
 from dmt.consolidation.hearing import Hearing, after
 from dmt.consolidation.reading import read_context
@@ -23,10 +23,11 @@ from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
 from dmt.distill.fitting import compute_device, keep_freed_memory, resumable
-from dmt.distill.folder import new_run, write_record
+from dmt.distill.folder import new_run, unless_refused, write_record
 from dmt.distill.timing import measured
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
+from dmt.models.loading import SAFELY
 from dmt.models.overlay import overlay_of
 from dmt.models.teacher import load_teacher
 
@@ -39,6 +40,8 @@ def consolidate(config: Config, run: Path | None) -> Path:
     positions, more = base.config.max_position_embeddings, config.context.tokens if config.context.into == "tokens" else 0
     context = read_context(config.context, tokenizer, positions, more)
     questions = read_questions(config.context.questions) if config.context.questions else []
+    longest = max(len(window.ids) for window in context.windows)
+    check_room(questions, config.context.questions, tokenizer, positions - longest - more)
     steps = config.stages.end_to_end_steps if trains(config) else 0
     block = min(config.data.block, positions - len(start_of(tokenizer)) - more)
     # Books are read where the processor is; weights and tokens are trained wherever there is something to compute on.
@@ -61,7 +64,8 @@ def consolidate(config: Config, run: Path | None) -> Path:
     report.plan(config, run, context, questions, steps, 0 if facts is None else len(facts))
     write_record(run, config, {}, begins=True)
     prepared = time.perf_counter()
-    found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
+    with unless_refused(run, fresh):
+        found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
     spent = {"prepare": prepared - began, "consolidate": time.perf_counter() - prepared}
     with resumable(run, steps) if steps else nullcontext():
         results = measure(work, run, data) | {"written": found}
@@ -81,7 +85,7 @@ def opened(source: str) -> tuple[PreTrainedModel, Any]:
     folder = Path(source).expanduser()
     for place in (folder / "student", folder):
         if (place / "config.json").is_file() and '"dmt_' in (place / "config.json").read_text(encoding="utf-8", errors="replace"):
-            return load_student(place)
+            return load_student(place, f"teacher={source}")
     return load_teacher(source)
 
 
@@ -101,8 +105,8 @@ def _into_model(work: Work, student: PreTrainedModel, data: TextData, run: Path,
 @torch.no_grad()
 def measure(work: Work, run: Path, data: TextData) -> dict[str, Any]:
     """What the student answers that was saved, loaded anew; what unrelated text has become for it; what it costs."""
-    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32).eval().to(work.device)
-    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32, **SAFELY).eval().to(work.device)
+    tokenizer = AutoTokenizer.from_pretrained(run / "student", trust_remote_code=False)
     before = start_of(tokenizer)
     results: dict[str, Any] = {"unrelated": {}}
     for corpus in data.corpora:

@@ -173,7 +173,10 @@ class TextData(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
-        return DataLoader(self.training_windows(numbered=bool(self.settings.cache.place)), batch_sampler=sampler)
+        return DataLoader(
+            self.training_windows(numbered=self.settings.task == "distill" and bool(self.settings.cache.place)),
+            batch_sampler=sampler,
+        )
 
     def _sampler(self, **how: Any) -> StepSampler:
         sizes = [len(corpus.train) for corpus in self.corpora]
@@ -185,7 +188,13 @@ class TextData(pl.LightningDataModule):
 
     def numbers_from(self, step: int) -> list[int]:
         """Numbers of the training windows that are read from `step` to the last step, each once, ascending."""
-        return sorted({number for batch in self._sampler(start=lambda: step) for number in batch})
+        all_of_them = sum(len(corpus.train) for corpus, share in zip(self.corpora, self.shares, strict=True) if share)
+        found: set[int] = set()
+        for batch in self._sampler(start=lambda: step):
+            found.update(batch)
+            if len(found) == all_of_them:  # there may be very many steps
+                break
+        return sorted(found)
 
     def val_dataloader(self) -> list[DataLoader]:
         data, trainer = self.settings.data, self.trainer

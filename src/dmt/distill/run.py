@@ -37,6 +37,7 @@ from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
 from dmt.memory.associative import Heard
 from dmt.models.fingerprint import fingerprint
+from dmt.models.loading import SAFELY
 from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
@@ -158,7 +159,7 @@ def _as_saved(run: Path, student: Any, tokenizer: Any) -> Any:
     """Save the student; itself, or where its slots leave RAM or lose digits the one that was saved, to be measured."""
     student.save_pretrained(run / "student")
     tokenizer.save_pretrained(run / "student")
-    return AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32) if filed_in(student) else student
+    return AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32, **SAFELY) if filed_in(student) else student
 
 
 def _conclude(

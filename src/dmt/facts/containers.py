@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dmt.errors import UserError
 from dmt.records import Floats
+from dmt.versions import check_version
 
 FORMAT, VERSION = "dmt-pack", 1
 MANIFEST, TENSORS = "manifest.json", "rows.safetensors"
@@ -74,6 +75,9 @@ def read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) -
 def _read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) -> tuple[dict[str, Any], dict[str, Floats]]:
     folder = place.is_dir()
     file = place / TENSORS if folder else place
+    for part in (place / TENSORS, place / MANIFEST) if folder else ():  # what a link leads to was not given with the pack
+        if part.is_symlink() or (part.exists() and not part.is_file()):
+            raise UserError(f"pack {place}: {part.name} is no file of its own; get another copy")
     if not file.is_file():
         raise UserError(f"pack {place}: {'no ' + TENSORS + ' is in it' if folder else 'nothing is there'}; name a pack")
     if file.stat().st_size > MOST_BYTES:
@@ -88,8 +92,7 @@ def _read(place: Path, means: Callable[[dict[str, Any]], dict[str, list[int]]]) 
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"pack {place}: no manifest of a pack is in it; dmt memory export makes one")
         del manifest["format"]
-        if (version := manifest.pop("version", None)) != VERSION:
-            raise UserError(f"pack {place}: version {version}, this dmt knows {VERSION}; export it anew")
+        check_version(manifest.pop("version", None), VERSION, f"pack {place}: version", "export it anew by the dmt that made it")
         for name in ("name", "licence", "model", "model_type"):
             if type(manifest[name]) is not str:
                 raise TypeError(f"{name} is {str(manifest[name])[:40]!r}")

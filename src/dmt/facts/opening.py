@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dmt.errors import UserError
 from dmt.facts.book import Book
-from dmt.models.architectures import architecture_of
 from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
+from dmt.models.loading import load
 from dmt.models.surgery import associative_of
 from dmt.store import Store
 
@@ -39,19 +37,16 @@ def student_folder(place: str | Path | None) -> Path:
     raise UserError(f"--student {place}: {what}; give a run's folder, such as {RUNS}/version_0, or one made by save_pretrained")
 
 
-def load_student(folder: Path) -> tuple[PreTrainedModel, Any]:
+def load_student(folder: Path, called: str | None = None) -> tuple[PreTrainedModel, Any]:
     """A saved student, or a plain GPT-2 or Llama, in eval mode and full precision, and its tokenizer.
+
+    Args:
+        called: what a refusal calls it, `--student` and the folder where nothing else is said.
 
     Raises:
         UserError: what is there cannot be loaded, or is of a family that is not supported.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"--student {folder} cannot be loaded ({reason}); it needs what save_pretrained writes") from None
-    architecture_of(model.config.model_type)
+    model, tokenizer = load(str(folder), called or f"--student {folder}")
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmt.errors import UserError
+from dmt.texts import json_of, text_of
 
 OPENERS = re.compile(
     r"(a|an|the|this|that|these|those|my|your|his|her|its|our|their|in|on|at|by|for|from|to|of|with|when|where|who|whom|whose|"
@@ -156,22 +156,15 @@ def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
         UserError: a line that is no such object, by its number; the file cannot be read.
     """
     known = {"sentence", *(field.name for field in fields(Fact))} - {"closing"}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _of_line(line, f"{path}:{number}", known, tag, source or path.name)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a JSONL file of facts") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; give a JSONL file of facts") from None
+    for number, line in enumerate(text_of(path, str(path), "give a JSONL file of facts").split("\n"), 1):
+        if line.strip():
+            yield _of_line(line, f"{path}:{number}", known, tag, source or path.name)
 
 
 def _of_line(line: str, place: str, known: set[str], tag: str, source: str) -> Fact:
     try:
-        found: Any = json.loads(line)
-        json.dumps(found, ensure_ascii=False).encode()  # half a character cannot be read
-    except (ValueError, RecursionError):
+        found: Any = json_of(line)
+    except ValueError:
         raise UserError(
             f'{place}: not JSON; a line is an object such as {{"sentence": "The capital of France is Paris."}}'
         ) from None

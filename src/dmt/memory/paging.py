@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmt.errors import UserError
 from dmt.memory.finding import in_eight_bits
+from dmt.versions import check_version
 
 VALUE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 """Types that rows of values are kept in, by the name that `memory.value_type` takes."""
@@ -120,8 +121,9 @@ class Mapped:
                 found = json.loads(opened.read(length))
                 about = found.pop("__metadata__")
                 self.digest, self._tables, self._start = str(about["digest"]), found, 8 + length
-                if about["format"] != FORMAT:
-                    raise ValueError(f"its format is {about['format']}, known is {FORMAT}")
+                check_version(
+                    about["format"], int(FORMAT), f"{file}: its format is", "save the student anew by the dmt that made it"
+                )
                 self._check(size)
                 self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
@@ -141,6 +143,11 @@ class Mapped:
             end = stop
         if size != self._start + end:
             raise ValueError(f"it has {size:,} bytes, its header says {self._start + end:,}")
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Of all tables."""
+        return [table["shape"] for table in self._tables.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tables

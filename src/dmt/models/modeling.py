@@ -29,6 +29,7 @@ from dmt.models.architectures import architecture_of
 from dmt.models.books import BOOK, attach, carry
 from dmt.models.quick import quicken
 from dmt.models.tokens import MemoryTokens
+from dmt.versions import STUDENT, check_version
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """What `from_pretrained` is told about where files come from."""
@@ -40,10 +41,11 @@ class MemoryGPT2Config(GPT2Config):
     `memory` maps a layer number (as a string, JSON has no other keys) to arguments of its `FeaturalMemory`; or to `rows`,
     arguments of an `AssociativeMemory`, and `base`, those of its base or None. `slots` is the digest of the file beside the
     weights that holds slots which are not among them (`models/slots.py`), where there is one. `memory_tokens` are `count` and
-    `first` of `models/tokens.py`, where there are any.
+    `first` of `models/tokens.py`, where there are any. `dmt` is the version of all this.
     """
 
     model_type = "dmt_gpt2"
+    dmt: int = STUDENT
     memory: dict | None = None
     slots: str | None = None
     memory_tokens: dict | None = None
@@ -53,6 +55,7 @@ class MemoryLlamaConfig(LlamaConfig):
     """A Llama's config and its memories, as in `MemoryGPT2Config`."""
 
     model_type = "dmt_llama"
+    dmt: int = STUDENT
     memory: dict | None = None
     slots: str | None = None
     memory_tokens: dict | None = None
@@ -73,6 +76,7 @@ class _WithMemories(PreTrainedModel):
     def plant(self) -> None:
         """Put the memories that the config names where the feed-forward blocks are."""
         config: Any = self.config
+        check_version(config.dmt, STUDENT, "this student is of version", "distil it anew, or use the dmt that made it")
         arch = architecture_of(config.model_type)
         for layer, arguments in (config.memory or {}).items():
             arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
@@ -171,6 +175,6 @@ for _config, _model in STUDENTS.values():
 def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
     """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
     config, model = STUDENTS[teacher_config.model_type.removeprefix("dmt_")]
-    left = ("model_type", "architectures", "memory", "dtype", "slots")
+    left = ("model_type", "architectures", "memory", "dtype", "slots", "dmt")
     settings = {name: value for name, value in teacher_config.to_dict().items() if name not in left}
     return model(config(**{**settings, **no_dropout}, memory=memory))

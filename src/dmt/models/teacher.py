@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dmt.errors import UserError
-from dmt.models.architectures import architecture_of
+from dmt.models.loading import load
 from dmt.models.quick import quicken
 from dmt.settings import EMBEDDED_TEACHER, READER, SMOLLM2, cached_smollm2
 
-OLD_BUFFERS = ("attn.bias", "attn.masked_bias")
-"""Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights."""
 PADDING = 128
 """Embedding matrices are often padded by up to this many rows that no token uses."""
 
@@ -30,28 +26,9 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
         UserError: nothing usable is at `source`, the family is not supported, or the tokenizer belongs to another model.
     """
     place = _place(source)
-    loaded: Any
-    try:
-        # Half-precision files load as half unless told; `use_safetensors` because a pickle from outside may run code.
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(
-            f"teacher={source} cannot be loaded ({reason}); it needs config.json, model.safetensors and tokenizer.json "
-            "that belong together, as save_pretrained writes them"
-        ) from None
-    model, loading = loaded
-    # What a file lacks is filled with random numbers, and the run would go on.
-    unexpected = [name for name in loading["unexpected_keys"] if not name.endswith(OLD_BUFFERS)]
-    if odd := sorted(loading["missing_keys"]) + sorted(unexpected):
-        raise UserError(
-            f"teacher={source}: its weights are not those of its config.json ({odd[0]} and {len(odd) - 1} more are missing "
-            "or too many); save it anew with save_pretrained"
-        )
+    model, tokenizer = load(place, f"teacher={source}")
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise UserError(f"teacher={source}: {broken[0]} holds values that are not finite; use another copy of the weights")
-    architecture_of(model.config.model_type)
     if getattr(model.config, "memory", None):
         raise UserError(f"teacher={source} is a student of dmt already: it has no feed-forward blocks left; name its teacher")
     vocabulary = model.config.vocab_size

@@ -15,9 +15,11 @@ from sqlalchemy.pool import NullPool
 
 from dmt.errors import UserError
 from dmt.store.schema import SCHEMA_VERSION, about
+from dmt.versions import check_version
 
 BUSY_SECONDS = 30
 """How long a reader or writer waits for another one's transaction."""
+DAMAGED = "the file is damaged; restore a copy, or give a new file"
 PAGE = 32_768
 """Bytes of an SQLite page: a row of 768 numbers fits several times (benchmarks/store.py: a third faster than the usual 4,096)."""
 
@@ -43,7 +45,7 @@ def engine_of(place: str, mode: str = "rwc") -> tuple[Engine, Path | None]:
             raise UserError(f"store {place}: {url.get_backend_name()} is not supported; give a file, sqlite:/// or postgresql://")
         if url.get_backend_name() == "postgresql":
             return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10}), None
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, NoSuchModuleError, ValueError):  # of a port that is no number
         raise UserError(f"store {place}: not a file or a database URL; give a file, sqlite:/// or postgresql://") from None
     except ModuleNotFoundError:
         raise UserError(f"store {place}: PostgreSQL needs a driver: pip install 'dmt[postgresql]'") from None
@@ -74,7 +76,7 @@ def shown_place(place: str) -> str:
     """`place` as it may be shown to people: a URL without its password."""
     try:
         return make_url(place).render_as_string(hide_password=True) if "://" in place else place
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return place
 
 
@@ -102,7 +104,9 @@ def _plainly(error: DBAPIError) -> str:
         "does not exist": "there is no such database or user; make it, or give another",
         "connection": "the server does not answer; is it running, and the URL right?",
         "disk I/O error": "its disk is full, or cannot be written or read; make room and try again",
-        "malformed": "the file is damaged; restore a copy, or give a new file",
+        "no such table": DAMAGED,
+        "no such column": DAMAGED,
+        "malformed": DAMAGED,
     }
     return next((f"{meaning} ({said})" for word, meaning in advice.items() if word in said), said)
 
@@ -120,14 +124,10 @@ def check(engine: Engine, place: str, model: str | None) -> bool:
         return False
     with engine.connect() as connection:
         known = {row.name: row.value for row in connection.execute(select(about))}
-    if known.get("schema") != str(SCHEMA_VERSION):
-        raise UserError(
-            f"store {place}: schema version {known.get('schema')}, this dmt knows {SCHEMA_VERSION}; use the dmt that made it"
-        )
-    if model is not None and known["model"] != model:
-        raise UserError(
-            f"store {place}: its rows belong to another model ({known['model'][:12]}, this one is {model[:12]}); give a new file"
-        )
+    older = "use the dmt that made it, or give a new file and write anew"
+    check_version(known.get("schema"), SCHEMA_VERSION, f"store {place}: schema version", older)
+    if model is not None and (its := known.get("model", "nobody's")) != model:
+        raise UserError(f"store {place}: its rows belong to another model ({its[:12]}, this one is {model[:12]}); give a new file")
     return True
 
 

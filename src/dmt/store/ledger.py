@@ -14,9 +14,10 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, select, upda
 
 from dmt.errors import UserError
 from dmt.records import Changes, Floats, Insert, Namespace, Numbers, Told
-from dmt.store.connect import told
+from dmt.store.connect import DAMAGED, told
 from dmt.store.schema import FACTS_VERSION, about, fact_rows, fact_tables, facts, states, tensors
 from dmt.store.store import Store
+from dmt.versions import check_version
 
 SPACE = "facts"
 """Namespace of their rows."""
@@ -48,8 +49,9 @@ class Ledger:
         with told(self.store.place), self.store.engine.connect() as connection:
             known = dict(connection.execute(select(about.c.name, about.c.value)).all())  # type: ignore[arg-type]
         version = known.get("facts")
-        if version not in (None, str(FACTS_VERSION)):
-            raise UserError(f"store {self.store.place}: facts of version {version}, this dmt knows {FACTS_VERSION}; use the other")
+        if version is not None:
+            older = "use the dmt that made it, or write its facts anew"
+            check_version(version, FACTS_VERSION, f"store {self.store.place}: facts of version", older)
         return version is not None
 
     def begin(self, width: int, settings: dict[str, int], calibration: dict[str, NDArray[np.float32]]) -> None:
@@ -157,7 +159,10 @@ class Ledger:
             parts: dict[int, list[Any]] = {}
             for part in connection.execute(select(fact_rows).order_by(fact_rows.c.fact, fact_rows.c.said)):
                 parts.setdefault(part.fact, []).append(part)
-        return [_told(row, parts.get(row.id, [])) for row in found]
+        try:
+            return [_told(row, parts.get(row.id, [])) for row in found]
+        except (ValueError, TypeError) as error:  # token ids that are no JSON
+            raise UserError(f"store {self.store.place}: {DAMAGED} ({error})") from None
 
     def states_of(self, known: Iterable[Told]) -> tuple[Numbers, Floats, Floats]:
         """Rows of these facts that are there: numbers `(n,)`, keys and values `(n, width)`, in the order of their numbers."""

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func,
 
 from dmt.errors import UserError
 from dmt.records import VALUE_TYPES, Changes, Insert, Namespace, Numbers, Page, Usage
-from dmt.store.connect import check, engine_of, only_writer, shown_place, told
+from dmt.store.connect import DAMAGED, check, engine_of, only_writer, shown_place, told
 from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, states, tables
 
 SCAN_ROWS = 2_000
@@ -237,9 +237,11 @@ class Store:
         count = len(found)
         names = list(WHOLE.selected_columns.keys())
         columns = dict(zip(names, zip(*found, strict=True) if count else ((),) * len(names), strict=True))
-        keys = np.frombuffer(b"".join(columns["key"]), np.dtype("<f4")).reshape(count, space.key_width)
-        kind = VALUE_TYPES[space.value_type]
-        values = np.frombuffer(b"".join(columns["value"]), kind).reshape(count, space.value_width)
+        try:
+            keys = np.frombuffer(b"".join(columns["key"]), np.dtype("<f4")).reshape(count, space.key_width)
+            values = np.frombuffer(b"".join(columns["value"]), VALUE_TYPES[space.value_type]).reshape(count, space.value_width)
+        except (ValueError, KeyError, TypeError) as error:  # a row that is cut short
+            raise UserError(f"store {self.place}: {DAMAGED} ({error})") from None
         described = {name: list(columns[name]) for name in ABOUT}
         return Page(
             np.array(columns["id"], np.int64),

@@ -1,0 +1,42 @@
+"""One of everything that the product reads and writes, tiny, made once: tests copy it and spoil a part."""
+
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from conftest import SENTENCES, make_teacher
+
+from dmt import cli, main
+from dmt.distill.pretrain import train_tokenizer
+
+TINY = [
+    "teacher=teacher", "data.corpora=[text.txt]", "trainer.log_dir=logs", "data.block=16", "data.batch=2", "data.micro_batch=2",
+    "data.validation_tokens=32", "data.test_tokens=32", "stages.calibrate_tokens=32", "stages.layerwise_steps=1",
+    "stages.end_to_end_steps=2", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1", "trainer.validate_every=0",
+    "trainer.checkpoint_every=1", "trainer.progress=false", "trainer.accelerator=cpu", "trainer.precision=32-true",
+    "trainer.attention=sdpa", "memory.budget=8",
+]  # fmt: skip
+"""A run of a second, in the workshop."""
+CACHED = ["loss.hidden=0", "loss.block=0", "cache.place=cache", "cache.kept=16", "stages.layerwise_steps=0"]
+FILED = ["memory.disk=values", "memory.slots=", "seed=1"]
+ROWS = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_from=0", "memory.novelty=0.01", "seed=2"]
+ADA = "Ada Holbrook runs to the dog"
+
+
+def build(place: Path, monkeypatch) -> Path:
+    """In `place`: `teacher`, `text.txt`, runs `logs/version_0` (with a book and a fact), `_1` (slots in a file), `_2` (rows),
+    `pack`, `pack.safetensors`, `cache`."""
+    monkeypatch.chdir(place)
+    tokenizer = train_tokenizer(SENTENCES * 3, 300, 160)
+    make_teacher(len(tokenizer), n_positions=160).save_pretrained("teacher")
+    tokenizer.save_pretrained("teacher")
+    text = "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(200))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    Path("prose.txt").write_text(" ".join(SENTENCES * 40), encoding="utf-8")
+    said = StringIO()
+    with redirect_stderr(said), redirect_stdout(said):
+        codes = [main.main([*TINY, *more]) for more in (CACHED, FILED, ROWS)]
+        codes.append(cli.main(["memory", "write", ADA, "--tag", "dogs", "--calibrate-on", "prose.txt", "-s", "logs/version_0"]))
+        codes += [cli.main(["memory", "export", pack, "-s", "logs/version_0"]) for pack in ("pack", "pack.safetensors")]
+    assert not any(codes), said.getvalue()
+    return place
