@@ -124,6 +124,7 @@ OWN = {
     "store.place": ["", *PLACES],
     "cache.place": ["", *PLACES],
     "trainer.log_dir": PLACES,
+    "trainer.devices": ["-1", "0", "1", "1000", "1000000007"],  # several begin in test_processes.py: each takes seconds to start
     "pretrain.output": PLACES,
     "pretrain.start": ["", "gpt2", "llama", "nowhere", "student"],
 }
