@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
 from dmt.versions import CHECKPOINT, check_version
 
+PROCESSES = 8
+"""So many may share a CPU, however few its cores."""
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
@@ -83,6 +86,10 @@ def check_accelerator(config: Config) -> None:
     there = [*(each for each, available in has.items() if available), *(["gpu"] if any(has.values()) else [])]
     if name not in ("auto", "cpu", *there):
         raise UserError(f"trainer.accelerator={name} is not on this machine; there is {', '.join(['cpu', *there])}; use auto")
+    on_gpu = compute_device(config).type == "cuda"
+    most, what = (torch.cuda.device_count(), "GPUs") if on_gpu else (max(PROCESSES, os.cpu_count() or 1), "processes at most")
+    if config.trainer.devices > most:
+        raise UserError(f"trainer.devices={config.trainer.devices}: there are {most} {what} here; name so many or fewer")
 
 
 def keep_freed_memory() -> None:
