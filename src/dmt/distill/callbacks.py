@@ -13,16 +13,11 @@ import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from dmt.evaluate import continuations
+from dmt.distill.continuing import continued, table
 from dmt.memory.associative import Heard
 from dmt.memory.together import largest, summed
 from dmt.models.surgery import associative_of, featural_of, memories_of
-
-PROMPT_TOKENS = 24
-SAMPLE_TOKENS = 40
-SAMPLES_PER_CORPUS = 2
 
 
 def usage(reads: Tensor) -> dict[str, float]:
@@ -89,21 +84,8 @@ class Samples(Callback):
         if not (board := tensorboard(trainer)):
             return
         for corpus in trainer.datamodule.corpora:  # type: ignore[attr-defined]
-            table = samples(module.student, module.teacher, self.tokenizer, corpus.validation)  # type: ignore[arg-type]
-            board.add_text(f"samples/{corpus.name}", table, trainer.global_step)
-
-
-def samples(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, windows: Tensor) -> str:
-    """A Markdown table of prompts and both greedy continuations."""
-    length = min(PROMPT_TOKENS, windows.shape[1] // 2)
-    prompts = windows[:: max(1, len(windows) // SAMPLES_PER_CORPUS), :length][:SAMPLES_PER_CORPUS]
-    rows = ["| prompt | teacher | student |", "|---|---|---|"]
-    room = min(SAMPLE_TOKENS, student.config.max_position_embeddings - length)
-    said = [continuations(model, prompts, room) for model in (teacher, student)]
-    for row in range(len(prompts)):
-        texts = [tokenizer.decode(ids[row], skip_special_tokens=True) for ids in (prompts, *said)]
-        rows.append("| " + " | ".join(text.replace("|", "/").replace("\n", " ").strip() for text in texts) + " |")
-    return "\n".join(rows)
+            found = continued(module.student, module.teacher, self.tokenizer, corpus.validation)  # type: ignore[arg-type]
+            board.add_text(f"samples/{corpus.name}", table(found), trainer.global_step)
 
 
 class Charts(Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -130,8 +131,14 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
         **results,
     }
     partial = run / "run.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(_lines(record) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")
+
+
+def _lines(record: dict[str, Any]) -> str:
+    """JSON with a line for each thing, but for lists of numbers, which have one each: a curve is no page."""
+    # No string holds a line's end as it is, so what is matched is never inside of one.
+    return re.sub(r"\[\n[\s\d.,eE+-]*\n\s*\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=2))
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -15,15 +15,23 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distill.callbacks import usage
+from dmt.distill.continuing import Continuation
+from dmt.distill.continuing import table as continuations_table
+from dmt.distill.folder import read_record
 from dmt.distill.signals import observe
 from dmt.evaluate import Tally
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.slots import SLOTS
 from dmt.models.slots import sizes as filed_sizes
 from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
+from dmt.pages.distilled import distilled
+from dmt.pages.page import leave
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
+
+CELLS = 4_096
+"""Most numbers by which the usage of one layer's slots is written down."""
 
 console = Console()
 
@@ -83,13 +91,20 @@ def numbers(tally: Tally) -> dict[str, float]:
     return {name: getattr(tally, name) for name in names}
 
 
-def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
+def cells(reads: Tensor) -> dict[str, Any]:
+    """Reads per slot `(slots,)` as a list of at most `CELLS`, each the sum over `reads_of` slots that stand together."""
+    each = -(-len(reads) // CELLS)
+    return {"reads": [int(part.sum()) for part in reads.cpu().split(each)], "reads_of": each}
+
+
+def slots(student: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Usage of each layer's slots since counting began; stops counting."""
     found = {}
     for layer, memory in featural_of(student).items():
         assert memory.reads is not None, "count_reads was called before the text was read"
         found[str(layer)] = usage(memory.reads) | {"slots": memory.slots, "k": memory.k}
         found[str(layer)]["read"] = float(memory.reads.sum()) / memory.reads_tokens
+        found[str(layer)] |= cells(memory.reads) | {"tokens": memory.reads_tokens}
         memory.reads = None
     return found
 
@@ -175,8 +190,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return table
 
 
-def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
-    """Print the table and where everything is; write `report.md`."""
+def finish(run: Path, config: Config, results: dict[str, Any], said: dict[str, list[Continuation]]) -> None:
+    """Print the table and where everything is; write `report.md`, then `report.html`."""
     table = Table(title="teacher and student on the same test text")
     for heading in ("", "teacher", "student", ""):
         table.add_column(heading, justify="right" if heading else "left")
@@ -184,11 +199,17 @@ def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
         table.add_row(*row)
     console.print(table)
     notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
-    places = {"curves": f"tensorboard --logdir {run.parent}", "student": str(run / "student"), "report": str(run / "report.md")}
+    texts = {corpus: continuations_table(found) for corpus, found in said.items()}
+    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
+    page = leave(lambda: distilled(run, config, read_record(run)), run / "report.html")
+    places = {
+        "curves": f"tensorboard --logdir {run.parent}",
+        "student": str(run / "student"),
+        "report": f"{run / 'report.md'}; {page}",
+    }
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
 
 
 def _markdown(run: Path, results: dict[str, Any], notes: list[str], texts: dict[str, str]) -> str:

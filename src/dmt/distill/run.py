@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
+from dmt.distill.budgets import TOKENS, kl_by_budget
 from dmt.distill.cached import FILE, TeacherCache, teacher_cache
-from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows, samples
+from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows
+from dmt.distill.continuing import continued
 from dmt.distill.fitting import (
     attending,
     compute_device,
@@ -41,6 +44,7 @@ from dmt.models.loading import SAFELY
 from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
+from dmt.pages.curves import read_curves
 from dmt.store import Store
 
 
@@ -132,6 +136,7 @@ def _train(
         student = _as_saved(run, student.eval().cpu(), tokenizer)
         place = torch.device("cpu") if filed_in(student) else compute_device(config)
         results = measure(config, student.to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
+        results["budgets"] = _budgets(config, student, teacher, data)
         results |= _costs(config, data, began, prepared, trained, steps_before)
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
 
@@ -143,6 +148,12 @@ def _given_to_blocks(config: Config, teacher: Any, memories: list[MemoryConfig],
     return observe_teacher(
         teacher, data.calibration_windows(max(config.stages.calibrate_tokens, SCALE_TOKENS)), blocks=True
     ).block_inputs
+
+
+def _budgets(config: Config, student: Any, teacher: Any, data: TextData) -> dict[str, Any]:
+    """How far the student is from its teacher with other budgets than its own."""
+    tests = {corpus.name: first_windows(corpus.test, config.data.test_tokens) for corpus in data.corpora}
+    return kl_by_budget(student, teacher, tests, data.calibration_windows(TOKENS), config.data.micro_batch)
 
 
 def _costs(config: Config, data: TextData, began: float, prepared: float, trained: float, steps_before: int) -> dict[str, Any]:
@@ -165,12 +176,14 @@ def _as_saved(run: Path, student: Any, tokenizer: Any) -> Any:
 def _conclude(
     config: Config, run: Path, student: Any, teacher: Any, tokenizer: Any, data: TextData, results: dict[str, Any]
 ) -> None:
-    """Write `run.json`, HParams and `report.md`, print the table."""
+    """Write `run.json`, HParams, `report.md` and `report.html`, print the table."""
     results["bytes"] = report.sizes(teacher, student, run / "student")
-    texts = {c.name: samples(student, teacher, tokenizer, c.test) for c in data.corpora}
+    said = {c.name: continued(student, teacher, tokenizer, c.test) for c in data.corpora}
+    results["samples"] = {corpus: [asdict(each) for each in found] for corpus, found in said.items()}
+    results["curves"] = read_curves(run)
     write_record(run, config, results)
     report.hyperparameters(config, run, results)
-    report.finish(run, results, texts)
+    report.finish(run, config, results, said)
 
 
 def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextData) -> dict[str, Any]:
