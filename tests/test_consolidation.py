@@ -486,6 +486,9 @@ def test_every_objective_goes_into_every_destination(tiny, tmp_path, objective, 
     found = results(tmp_path)
     assert found["kinds"]["questions"]["questions"] == 1
     assert (newest(tmp_path) / "report.md").read_text().count("Ravenhill") >= 2
+    page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
+    check_alone(page)
+    assert page.count("Ravenhill") >= 2
     assert "consolidate/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "consolidated/share" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     with (newest(tmp_path) / "metrics.csv").open() as lines:

@@ -9,10 +9,13 @@ from io import BytesIO
 
 import pytest
 import torch
-from conftest import LAYERS, newest, weights
+from conftest import LAYERS, newest
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
+from dmt import settings
 from dmt.config import Config, MemoryConfig
+from dmt.data.blocks import TextData, first_windows
 from dmt.distill import report
 from dmt.distill.budgets import FACTORS, kl_by_budget
 from dmt.distill.continuing import apart, continued
@@ -22,6 +25,7 @@ from dmt.evaluate import compare
 from dmt.main import main
 from dmt.memory.budget import first_threshold
 from dmt.models.surgery import featural_of, transplant
+from dmt.models.teacher import load_teacher
 from dmt.pages import distilled as pages
 from dmt.pages import page as whole
 from dmt.pages.axes import axis, written
@@ -167,7 +171,7 @@ def test_axes_have_round_numbers_and_room():
         ([0.031, 0.046], False, (0.0325, 0.035, 0.0375, 0.04, 0.0425, 0.045)),
         ([0.012, 0.3], True, (0.02, 0.05, 0.1, 0.2)),
         ([1e-7, 1], True, (1e-6, 1e-4, 0.01, 1)),
-        ([0.0, 1.0], True, (0, 0.25, 0.5, 0.75, 1)),  # nought has no logarithm: drawn as it is
+        ([0.0, 1.0], True, (0, 0.2, 0.4, 0.6, 0.8, 1)),  # nought has no logarithm: drawn as it is
         ([3, 3], False, None),
         ([0], False, None),
         ([-2, -2], False, None),
@@ -304,16 +308,36 @@ def test_a_budget_of_everything_is_the_teacher(teacher, tokens):
     assert [point["factor"] for point in all_read] == [0.25, 0.5, 1.0], "more than all there are is nothing else"
 
 
-def test_budgets_leave_a_students_files_and_later_measurements_alone(run):
-    from dmt.distill.run import measure
-
+def test_what_is_saved_is_the_student_with_its_own_budget(run):
+    """And what a saved student is measured to be afterwards is what its run says."""
     record = read_record(run)
-    assert measure.__module__ == "dmt.distill.run"
-    assert len(record["budgets"]["points"]) == 5
-    state = weights(run)
-    thresholds = {float(tensor) for name, tensor in state.items() if name.endswith("threshold")}
-    assert len(thresholds) == 1
-    assert thresholds != {0.0}
+    assert [point["factor"] for point in record["budgets"]["points"]] == list(FACTORS)
+    student = AutoModelForCausalLM.from_pretrained(run / "student").eval()
+    config = settings.load(run / "config.yaml")
+    teacher, tokenizer = load_teacher(config.teacher)
+    data = TextData(config, tokenizer, 1)
+    data.setup()
+    windows = first_windows(data.corpora[0].test, config.data.test_tokens)
+    assert compare(student, teacher, windows).kl == pytest.approx(record["fidelity"]["text"]["kl"], rel=1e-5)
+    own = next(point for point in record["budgets"]["points"] if point["factor"] == 1)
+    assert own["corpora"]["text"]["kl"] == pytest.approx(record["fidelity"]["text"]["kl"], rel=1e-5), "so little text is all of it"
+
+
+def test_a_teachers_own_training_ends_in_a_page(text_file, tmp_path, capsys):
+    recipe = [
+        "task=pretrain", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16", "data.batch=4",
+        "data.validation_tokens=32", "data.test_tokens=32", "pretrain.width=16", "pretrain.layers=2", "pretrain.heads=2",
+        "pretrain.vocabulary=300", "pretrain.steps=4", "trainer.threads=1", "trainer.precision=32-true", "trainer.log_every=1",
+        "trainer.accelerator=cpu", "trainer.validate_every=2", "trainer.progress=false", f"pretrain.output={tmp_path / 'made'}",
+    ]  # fmt: skip
+    assert main(recipe) == 0
+    text = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
+    check_alone(text)
+    perplexity = read_record(newest(tmp_path))["fidelity"]["text"]["perplexity"]
+    assert f"{perplexity:.3f}" in text
+    assert "Training loss" in text
+    assert "Perplexity on validation text, text" in text
+    assert str(newest(tmp_path) / "report.html") in capsys.readouterr().out
 
 
 # Continuations.

@@ -17,7 +17,10 @@ from dmt.config import Config
 from dmt.consolidation.asking import Question
 from dmt.consolidation.hearing import after
 from dmt.consolidation.reading import Context
+from dmt.distill.folder import read_record
 from dmt.facts.states import encoded
+from dmt.pages.consolidated import consolidated
+from dmt.pages.page import leave
 
 TIMED = 12
 """Questions by which seconds are measured, one at a time."""
@@ -100,7 +103,7 @@ HEADINGS = ("questions", "", "without", "with context", "consolidated", "share k
 
 
 def finish(run: Path, config: Config, context: Context, questions: Sequence[Question], results: dict[str, Any]) -> None:
-    """Print the table and where everything is; write `report.md` and the figures for TensorBoard."""
+    """Print the table and where everything is; write `report.md`, `report.html` and the figures for TensorBoard."""
     table = Table(title="log-probability of the right answer / share that would be said")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "questions" else "right")
@@ -109,11 +112,13 @@ def finish(run: Path, config: Config, context: Context, questions: Sequence[Ques
     if questions:
         console.print(table)
     notes = _notes(results)
-    places = {"student": str(run / "student"), "report": str(run / "report.md")}
+    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
+    asked, where = [(question.prompt, question.answer) for question in questions], destination(config)
+    page = leave(lambda: consolidated(run, config, read_record(run), context.text, asked, notes, where), run / "report.html")
+    places = {"student": str(run / "student"), "report": page}
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
     kinds = results.get("kinds", {})
     metrics = {f"hparam/share_{kind}": found["share"] for kind, found in kinds.items() if found["share"] is not None}
     metrics |= {f"hparam/{corpus}_kl": found["kl"] for corpus, found in results["unrelated"].items()}

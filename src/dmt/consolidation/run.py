@@ -30,6 +30,7 @@ from dmt.facts.opening import load_student
 from dmt.models.loading import SAFELY
 from dmt.models.overlay import overlay_of
 from dmt.models.teacher import load_teacher
+from dmt.pages.curves import read_curves
 
 
 def consolidate(config: Config, run: Path | None) -> Path:
@@ -70,6 +71,7 @@ def consolidate(config: Config, run: Path | None) -> Path:
     with resumable(run, steps) if steps else nullcontext():
         results = measure(work, run, data) | {"written": found}
         results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
+        results["curves"] = read_curves(run)
         write_record(run, config, results)
         report.finish(run, config, context, questions, results)
     return run

@@ -28,7 +28,7 @@ from dmt.distill.fitting import (
     keep_freed_memory,
     resumable,
 )
-from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write_record
+from dmt.distill.folder import check_writable, new_run, newest_checkpoint, read_record, write_record
 from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
@@ -45,6 +45,8 @@ from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
 from dmt.pages.curves import read_curves
+from dmt.pages.page import leave
+from dmt.pages.pretrained import pretrained
 from dmt.store import Store
 
 
@@ -244,6 +246,8 @@ def pretrain(config: Config, run: Path | None) -> Path:
     output = Path(config.pretrain.output).expanduser()
     model.to(torch.float16).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    results["curves"] = read_curves(run)
     write_record(run, config, results)
+    print(f"report   {leave(lambda: pretrained(run, config, read_record(run)), run / 'report.html')}")
     print(f"the teacher is in {output}: teacher={output}")
     return run

@@ -20,17 +20,22 @@ def read_curves(run: Path) -> dict[str, Curve]:
     """
     found: dict[str, dict[int, float]] = {}
     for file in [*sorted(run.glob("metrics.before-*.csv")), run / "metrics.csv"]:
-        if not file.is_file():
+        try:
+            _read(file, found)
+        except (OSError, csv.Error):  # as far as it goes: a run's results do not depend on its curves
             continue
-        with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-            for line in csv.DictReader(each.replace("\0", "") for each in lines):
-                step = _number(line.get("step"))
-                if step is None:
-                    continue
-                for name, text in line.items():
-                    if name not in (None, "step", "epoch") and (value := _number(text)) is not None:
-                        found.setdefault(name, {})[int(step)] = value
     return {name: _thinned(sorted(points.items())) for name, points in found.items()}
+
+
+def _read(file: Path, found: dict[str, dict[int, float]]) -> None:
+    with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+        for line in csv.DictReader(each.replace("\0", "") for each in lines):
+            step = _number(line.get("step"))
+            if step is None:
+                continue
+            for name, text in line.items():
+                if name not in (None, "step", "epoch") and (value := _number(text)) is not None:
+                    found.setdefault(name, {})[int(step)] = value
 
 
 def _number(text: str | None) -> float | None:
