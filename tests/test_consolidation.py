@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_llama, make_teacher, newest
+from test_report import check_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmt import settings

@@ -1,4 +1,4 @@
-"""What a run says about itself: the plan at its start, the table at its end, `report.md`."""
+"""What a run says about itself at its end: what was measured, the table, `report.md`, `report.html`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
@@ -20,10 +20,9 @@ from dmt.distill.continuing import table as continuations_table
 from dmt.distill.folder import read_record
 from dmt.distill.signals import observe
 from dmt.evaluate import Tally
-from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.slots import SLOTS
 from dmt.models.slots import sizes as filed_sizes
-from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
+from dmt.models.surgery import associative_of, featural_of
 from dmt.pages.distilled import distilled
 from dmt.pages.page import leave
 
@@ -34,49 +33,6 @@ CELLS = 4_096
 """Most numbers by which the usage of one layer's slots is written down."""
 
 console = Console()
-
-
-def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[str, nn.Parameter], transfer: TransferReport) -> None:
-    """Print what is about to happen."""
-    stages, batch = config.stages, config.data.batch * config.data.block
-    steps = stages.layerwise_steps + stages.end_to_end_steps
-    weights = sum(p.numel() for p in trainable.values())
-    shape = student.config
-    table = Table.grid(padding=(0, 2))
-    table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
-    alike: dict[str, list[int]] = {}
-    for layer, memory in memories_of(student).items():
-        alike.setdefault(_what(memory), []).append(layer)
-    for what, layers in alike.items():
-        table.add_row(f"layer {ranges(layers)}", f"feed-forward block -> {what}")
-    table.add_row("tensors", transfer.summary())
-    table.add_row("trainable", f"{weights:,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
-    table.add_row("calibrate", f"{stages.calibrate_tokens:,} tokens, no gradient")
-    table.add_row("layerwise", f"{stages.layerwise_steps:,} steps, the memories alone")
-    table.add_row("end_to_end", f"{stages.end_to_end_steps:,} steps")
-    table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
-    table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
-    console.print(table)
-
-
-def _what(memory: nn.Module | None) -> str:
-    if isinstance(memory, AssociativeMemory):
-        beside = "" if memory.base is None else f", beside {_what(memory.base)}"
-        return f"{memory.k} of at most {memory.policy.capacity:,} rows read for each token ({memory.writes}){beside}"
-    assert isinstance(memory, FeaturalMemory), "there are two kinds"
-    often = "on average over layers" if memory.selection == "threshold" else "for each token"
-    return f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending whole numbers as people write them: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def untrained(tallies: dict[str, Tally]) -> None:

@@ -31,6 +31,7 @@ from dmt.distill.fitting import (
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, read_record, write_record
 from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
+from dmt.distill.planning import estimated, plan, timed
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.processes import first_alone, first_makes, rank
 from dmt.distill.signals import observe_teacher
@@ -109,24 +110,27 @@ def _train(
 ) -> None:
     """From a student in place to results in the folder."""
     student, teacher, stages = module.student, module.teacher, config.stages
-    report.plan(config, run, student, module.trainable(), transfer)
+    place, last = compute_device(config), newest_checkpoint(run)
+    module.to(place)
+    teacher.to(place)  # type: ignore[arg-type]
+    steps_before = 0 if fresh or last is None else int(last.stem[5:])
+    estimate = estimated(config, timed(config, module, data), data, fresh, steps_before)
+    plan(config, run, student, module.trainable(), transfer, estimate)
     untrained: dict[str, Tally] = {}
     if fresh:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         if module.keeper is not None:
             module.keeper.begin()
-        place = compute_device(config)
-        module.to(place)
-        teacher.to(place)  # type: ignore[arg-type]
         module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
         held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora} if rank() == 0 else {}
         untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
     if rank() == 0:
         (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
-        found = {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}}
-        write_record(run, config, found if fresh else {}, begins=True)
-    prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
+        known: dict[str, Any] = {"estimated": asdict(estimate)}
+        known |= {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}} if fresh else {}
+        write_record(run, config, known, begins=True)
+    prepared = time.perf_counter() - began
     if data.steps:
         student.train()
         with attending(config, student, teacher):
