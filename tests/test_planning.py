@@ -38,7 +38,7 @@ def test_the_estimate_is_steps_times_their_pace(data):
     slower = estimated(config, replace(PACE, reading=0.002, saying=0.5), data)
     assert (slower.measure, slower.calibrate) == (pytest.approx(2 * whole.measure), pytest.approx(2 * whole.calibrate))
     longer = estimated(replace(config, data=replace(config.data, test_tokens=32)), PACE, data)
-    assert whole.measure - longer.measure == pytest.approx(0.001 * (128 - 32))
+    assert whole.measure - longer.measure == pytest.approx(0.001 * (128 - 32) * (1 + 6 / 2)), "once, and with five budgets"
 
 
 def test_validation_counts_each_time(data):
@@ -103,10 +103,10 @@ def test_a_run_opens_with_its_plan(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "timed", lambda *_: PACE)
     assert main(words) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.index("time about 1 minute: about 10 seconds to train, the rest to calibrate and measure") < shown.index(
+    assert shown.index("time about 30 seconds: about 15 seconds to train, the rest to calibrate and measure") < shown.index(
         "before training:"
     )
-    for part in ("teacher", "layer 0-2 feed-forward block -> 8 of 64 slots", "trainable", "text: 576 tokens in steps of 64"):
+    for part in ("teacher", "layer 0-2 feed-forward block -> 8 of 64 slots", "trainable", "tokens in steps of 64"):
         assert part in shown
     record = read_record(newest(tmp_path))
     assert record["estimated"]["train"] == 12 + 3 * (2 * 0.001 * 64 + 0.25)

@@ -100,6 +100,8 @@ def check(config: Config) -> None:
             raise UserError(f"{name} must be in [0, 1), got {_value(config, name)}")
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>")
+    if config.trainer.name is not None:
+        _check_name(config.trainer.name)
     for name in ("trainer.log_dir", "pretrain.output", *(["cache.place"] if config.cache.place else [])):
         _home(_value(config, name), name)
     for corpus in config.data.corpora:
@@ -154,6 +156,15 @@ def check(config: Config) -> None:
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
             f"teacher={config.teacher}; set data.block={shape['positions']} or less"
         )
+
+
+def _check_name(name: str) -> None:
+    """Raise `UserError` where a run cannot be called that: it is one folder, and told from those that have numbers."""
+    if not re.fullmatch(r"\w[\w.+=@,-]{0,99}", name):
+        what = "letters, digits, _ . + = @ , and - (the first a letter, digit or _), 100 at most"
+        raise UserError(f"trainer.name must be the name of one folder: {what}, got {shown(name)}")
+    if re.fullmatch(r"(version_)?\d+", name):
+        raise UserError(f"trainer.name={name} is what a run without a name is called; give another, or leave it empty")
 
 
 def _check_context(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dmt.models.slots import sizes as filed_sizes
 from dmt.models.surgery import associative_of, featural_of
 from dmt.pages.distilled import distilled
 from dmt.pages.page import leave
+from dmt.wording import shown
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
@@ -101,19 +103,32 @@ def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> di
     return held | ({"student_left_on_disk": left} if left else {})
 
 
+def variant(config: Config, groups: Iterable[str]) -> dict[str, bool | int | float | str]:
+    """Settings that may tell one run from another, by dotted name; lists in words, and `default` for what is left empty."""
+    found: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
+    for group in groups:
+        for name, value in asdict(getattr(config, group)).items():
+            plain = value if isinstance(value, bool | int | float | str) else "default" if value is None else shown(value)
+            found[f"{group}.{name}"] = plain
+    return found
+
+
 def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
-    """HParams for TensorBoard, written once, with the results they led to."""
-    groups = {group: members for group, members in asdict(config).items() if group in COMPARED_SETTINGS}
-    settings: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
-    for group, members in groups.items():
-        settings |= {f"{group}.{name}": value for name, value in members.items() if isinstance(value, bool | int | float | str)}
+    """HParams for TensorBoard, written once, with the results they led to, at the step they were measured after."""
+    settings = variant(config, COMPARED_SETTINGS)
     used = results["slots"].values()
-    settings |= {f"memory.{name}": max((u[name] for u in used), default=0) for name in ("k", "slots")}
+    settings |= {f"memory.{name}": max(u[name] for u in used) for name in ("k", "slots") if used}
     metrics: dict[str, float] = {}
     for corpus, found in results["fidelity"].items():
         metrics |= {f"hparam/{corpus}_{name}": found[name] for name in ("ratio", "kl", "agreement")}
+        metrics |= {f"hparam/{corpus}_{name}": found[name]["student"] for name in ("recall", "recall_unseen") if name in found}
+    if used:
+        metrics |= {"hparam/slots_read": sum(u["read"] for u in used), "hparam/slots_dead": sum(u["dead"] for u in used)}
+    if stored := results.get("rows"):
+        metrics["hparam/rows"] = sum(kept["rows"] for kept in stored.values())
     with SummaryWriter(str(run)) as board:
-        board.add_hparams(settings, metrics, run_name=".")
+        steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
+        board.add_hparams(settings, metrics, run_name=".", global_step=steps)
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
