@@ -163,3 +163,10 @@ def test_named_runs_stand_among_numbered_ones_where_they_were_begun(tmp_path, mo
         run_folder("notes")
     os.utime(tmp_path / "lightning_logs" / "version_2" / "config.yaml", (5_000, 5_000))
     assert [run.name for run in runs_in(tmp_path / "lightning_logs")][-1] == "late", "numbers go by their number"
+
+
+def test_numbers_as_they_stand_in_a_table():
+    from dmt.pages.compared import number
+
+    shown = [number(value) for value in (None, 0.0, 1.0, 2_048, 0.03981, 123.73, 12.5)]
+    assert shown == ["-", "0", "1.0000", "2,048", "0.0398", "123.7", "12.5000"]

@@ -70,7 +70,7 @@ def differing(runs: Sequence[Compared]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs, by dotted name, with the value of each; and the commit where it differs."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in PLACES)
     found = {name: [run.settings.get(name) for run in runs] for name in names}
-    found["commit"] = [run.record.get("commit") for run in runs]
+    found["commit"] = [str(run.record.get("commit", "unknown"))[:12] for run in runs]
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
@@ -78,9 +78,9 @@ def number(value: float | None) -> str:
     """As it stands in a table."""
     if value is None:
         return "-"
-    return (
-        f"{value:,.0f}" if value == round(value) and abs(value) >= 2 else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    )
+    if value == round(value) and abs(value) != 1:  # a ratio of one is no count
+        return f"{value:,.0f}"
+    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
 def compared(runs: Sequence[Compared], shown: Mapping[str, list[str]]) -> Page:

@@ -23,7 +23,7 @@ MARKERS = (
 """What tells curves apart where colour does not: dashes, and shapes about the point."""
 WIDTH, HEIGHT = 360.0, 210.0
 """Of a picture without its legend, in units of which letters are ten high: legible on a telephone, as wide as its screen."""
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 6.0, 36.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 8.0, 6.0, 36.0
 LETTER = 5.6
 """Width of a letter, about."""
 ROW = 16.0
@@ -105,7 +105,7 @@ def _grid(canvas: _Canvas, across: str, up: str) -> None:
         canvas.put('<text class="across" x="%s" y="%s">%s</text>', at, bottom + 13, written(tick))
     canvas.put('<text class="across name" x="%s" y="%s">%s</text>', (LEFT + right) / 2, HEIGHT - 6, across)
     middle = (TOP + bottom) / 2
-    canvas.put('<text class="across name" x="9" y="%s" transform="rotate(-90 9 %s)">%s</text>', middle, middle, up)
+    canvas.put('<text class="across name" x="10" y="%s" transform="rotate(-90 10 %s)">%s</text>', middle, middle, up)
 
 
 def _line(canvas: _Canvas, each: Series) -> None:
