@@ -146,11 +146,18 @@ def test_text_of_a_corpus_is_shown_and_not_obeyed(tmp_path):
     assert "".join(read.text).count("<script>alert(1)</script>\"'&amp;") >= 12
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path):
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "page.html"
     file.write_text("before")
     with pytest.raises(Exception, match="no attribute"):
         whole.write(Page("a", "b", "c", cards=["no card"]), file)
+    assert file.read_text() == "before"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(file), "replace", full)
+    assert "no page.html (OSError" in whole.leave(lambda: Page("a", "b", "c"), file)
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
 
