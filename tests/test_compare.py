@@ -99,12 +99,13 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(inside, tmp_path, caps
 
 
 def test_what_cannot_be_compared_is_said_in_one_line(inside, tmp_path, capsys):
-    unfinished, other, broken = (inside.parent / name for name in ("unfinished", "other", "broken"))
-    for folder in (unfinished, other, broken):
+    unfinished, other, newer, broken = (inside.parent / name for name in ("unfinished", "other", "newer", "broken"))
+    for folder in (unfinished, other, newer, broken):
         if not folder.exists():
             shutil.copytree(inside / "version_0", folder, ignore=shutil.ignore_patterns("student", "checkpoints"))
     (unfinished / "run.json").write_text('{"format": 1}')
-    (other / "run.json").write_text('{"fidelity": {"text": {"recall": {"probes": 1}}}}')
+    (other / "run.json").write_text('{"format": 1, "fidelity": {"text": {"recall": {"probes": 1}}}}')
+    (newer / "run.json").write_text('{"format": 99, "fidelity": {}}')
     (broken / "config.yaml").write_text("a: [")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.html").mkdir()
@@ -118,8 +119,10 @@ def test_what_cannot_be_compared_is_said_in_one_line(inside, tmp_path, capsys):
         ),
         (["compare", "version_0", str(tmp_path / "empty")], "it is no run (no config.yaml, no run.json)"),
         (["compare", "0", "version_1", "lightning_logs/version_0"], "lightning_logs/version_0 and 0 are the same run"),
+        (["compare", "0", str(inside / "version_0")], "and 0 are the same run, "),
         (["compare", "0", str(unfinished)], "unfinished has no results yet; go on with it: python distill.py --resume"),
         (["compare", "0", str(other)], "run.json is not what this version writes"),
+        (["compare", "0", str(newer)], "use the dmt that made this run"),
         (["compare", "0", str(broken)], "config.yaml cannot be read as settings"),
         (["compare", "0", "x" * 5_000], "it cannot be looked into"),
         (["compare", "0", "~nobody/run"], "~nobody/run: no run is there"),

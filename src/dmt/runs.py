@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dmt.errors import UserError
+from dmt.wording import shown
 
 RUNS = "lightning_logs"
 """Where runs are unless `trainer.log_dir` says something else."""
@@ -33,6 +35,15 @@ def runs_in(place: Path, holding: str = "config.yaml") -> list[Path]:
             found.append(named.pop(0))
         found.append(run)
     return found + named
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` where a run cannot be called that: it is one folder, and told from those that have numbers."""
+    if not re.fullmatch(r"\w[\w.+=@,-]{0,99}", name):
+        what = "letters, digits, _ . + = @ , and - (the first a letter, digit or _), 100 at most"
+        raise UserError(f"trainer.name must be the name of one folder: {what}, got {shown(name)}")
+    if re.fullmatch(r"(version_)?\d+", name):
+        raise UserError(f"trainer.name={name} is what a run without a name is called; give another, or leave it empty")
 
 
 def run_folder(word: str) -> Path:

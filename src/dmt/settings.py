@@ -18,6 +18,7 @@ from yaml import YAMLError
 from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
 from dmt.layers import check_memory, has_slots, layer_memories
+from dmt.runs import check_name
 from dmt.versions import CONFIG, check_version
 from dmt.wording import changed, field_notes, names, shown, unknown
 
@@ -101,7 +102,7 @@ def check(config: Config) -> None:
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>")
     if config.trainer.name is not None:
-        _check_name(config.trainer.name)
+        check_name(config.trainer.name)
     for name in ("trainer.log_dir", "pretrain.output", *(["cache.place"] if config.cache.place else [])):
         _home(_value(config, name), name)
     for corpus in config.data.corpora:
@@ -156,15 +157,6 @@ def check(config: Config) -> None:
             f"data.block={config.data.block} is longer than the {shape['positions']} positions of "
             f"teacher={config.teacher}; set data.block={shape['positions']} or less"
         )
-
-
-def _check_name(name: str) -> None:
-    """Raise `UserError` where a run cannot be called that: it is one folder, and told from those that have numbers."""
-    if not re.fullmatch(r"\w[\w.+=@,-]{0,99}", name):
-        what = "letters, digits, _ . + = @ , and - (the first a letter, digit or _), 100 at most"
-        raise UserError(f"trainer.name must be the name of one folder: {what}, got {shown(name)}")
-    if re.fullmatch(r"(version_)?\d+", name):
-        raise UserError(f"trainer.name={name} is what a run without a name is called; give another, or leave it empty")
 
 
 def _check_context(config: Config) -> None:
