@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_llama, make_teacher, newest
+from test_board import charts, events
+from test_report import check_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmt import settings
@@ -486,8 +488,16 @@ def test_every_objective_goes_into_every_destination(tiny, tmp_path, objective, 
     found = results(tmp_path)
     assert found["kinds"]["questions"]["questions"] == 1
     assert (newest(tmp_path) / "report.md").read_text().count("Ravenhill") >= 2
+    page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
+    check_alone(page)
+    assert page.count("Ravenhill") >= 2
     assert "consolidate/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "consolidated/share" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
+    found = events(newest(tmp_path))
+    there = found.Tags()["scalars"]
+    assert [tag for group in charts(found).values() for tags in group.values() for tag in tags if tag not in there] == []
+    assert "epoch" not in there
+    assert {tuple(event.step for event in found.Scalars(tag)) for tag in there if tag.startswith("hparam/")} == {(4,)}
     with (newest(tmp_path) / "metrics.csv").open() as lines:
         losses = [float(line["consolidate/loss"]) for line in csv.DictReader(lines) if line["consolidate/loss"]]
     assert len(losses) == 4

@@ -7,7 +7,8 @@ import torch
 from conftest import make_teacher
 
 from dmt.data.people import Probe
-from dmt.distill.callbacks import samples, usage
+from dmt.distill.callbacks import usage
+from dmt.distill.continuing import continued, table
 from dmt.evaluate import Tally, compare, continuations, recall
 
 
@@ -78,10 +79,10 @@ def test_usage_of_slots():
 
 
 def test_samples_show_both_models(student, teacher, tokenizer, tokens):
-    table = samples(student, teacher, tokenizer, tokens).splitlines()
-    assert table[0] == "| prompt | teacher | student |"
-    assert len(table) == 4
-    assert all(line.count(" | ") == 2 for line in table[2:])
+    lines = table(continued(student, teacher, tokenizer, tokens)).splitlines()
+    assert lines[0] == "| prompt | teacher | student |"
+    assert len(lines) == 4
+    assert all(line.count(" | ") == 2 for line in lines[2:])
 
 
 def test_measuring_leaves_the_mode_alone(student, teacher, tokens, tokenizer):

@@ -1,4 +1,5 @@
-"""The `dmt` command: `memory` opens a student's memory, `ask` lets it speak, `consolidate` and `sleep` let it learn by itself.
+"""The `dmt` command: `memory` opens a student's memory, `ask` lets it speak, `consolidate` and `sleep` let it learn by itself,
+`compare` puts runs side by side.
 
 Words to a command to an exit code.
 """
@@ -117,6 +118,11 @@ def parser() -> argparse.ArgumentParser:
     _sleep(commands.add_parser("sleep", help=about, description=(
         f"{about.capitalize()}. Facts and rows of associative memory leave once slots have learnt them by distillation; what\n"
         "earlier nights have learnt is gone through again. The student of the evening stays as it is."), **raw))  # fmt: skip
+    about = "runs side by side: results, settings that differ, and with --html their curves"
+    compare = commands.add_parser("compare", help=about, description=f"{about.capitalize()}.")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more: a folder, or a name or number in lightning_logs/")
+    compare.add_argument("--html", metavar="FILE.html", help="write a page with their curves laid over each other")
+    _common(compare, ("comparing", "compare"), student=False)
     memory = commands.add_parser("memory", help="look into a student's memory, or change it", **raw, description=ABOUT)
     memory.set_defaults(parser=memory)
     verbs = memory.add_subparsers(metavar="VERB")

@@ -240,6 +240,8 @@ class PretrainConfig:
 class TrainerConfig:
     log_dir: str = "lightning_logs"
     """Each run makes a new folder `version_N` in here."""
+    name: Optional[str] = None
+    """What the run's folder is called instead, and so its curves; empty gives the next number. A resumed run keeps its own."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """What to compute on; `auto` takes what is there."""
     devices: int = 1

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dmt import settings
-from dmt.distill.folder import check_writable, open_run
+from dmt.distill.folder import check_free, check_writable, open_run
 from dmt.errors import UserError
 from dmt.texts import check_words
 
@@ -58,6 +58,7 @@ def _main(words: list[str]) -> int:
     config = open_run(resumed) if resumed else settings.load(files[0] if files else None, changes)
     if not resumed:
         check_writable(config.trainer.log_dir, "trainer.log_dir")
+        check_free(config)
     if config.task == "pretrain":
         check_writable(config.pretrain.output, "pretrain.output")
 

@@ -18,6 +18,7 @@ from yaml import YAMLError
 from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
 from dmt.layers import check_memory, has_slots, layer_memories
+from dmt.runs import check_name
 from dmt.versions import CONFIG, check_version
 from dmt.wording import changed, field_notes, names, shown, unknown
 
@@ -100,6 +101,8 @@ def check(config: Config) -> None:
             raise UserError(f"{name} must be in [0, 1), got {_value(config, name)}")
     if not config.data.corpora:
         raise UserError("data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>")
+    if config.trainer.name is not None:
+        check_name(config.trainer.name)
     for name in ("trainer.log_dir", "pretrain.output", *(["cache.place"] if config.cache.place else [])):
         _home(_value(config, name), name)
     for corpus in config.data.corpora:

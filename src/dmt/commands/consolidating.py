@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dmt import settings
 from dmt.commands.printing import Output
-from dmt.distill.folder import check_writable, read_record
+from dmt.distill.folder import check_free, check_writable, read_record
 from dmt.errors import UserError
 from dmt.facts.opening import student_folder
 from dmt.tasks import carry_out
@@ -42,6 +42,7 @@ def consolidate(given: argparse.Namespace, out: Output) -> None:
     if out.as_json:
         config = replace(config, trainer=replace(config.trainer, progress=False))
     check_writable(config.trainer.log_dir, "trainer.log_dir")
+    check_free(config)
     with out.silent():
         folder = carry_out(config)
     found = read_record(folder)

@@ -18,7 +18,8 @@ from dmt.consolidation.sleep import sleep as sleep_through
 from dmt.data.corpora import load_corpus
 from dmt.distill.folder import check_writable, new_run, write_record
 from dmt.errors import UserError
-from dmt.facts.opening import RUNS, student_folder
+from dmt.facts.opening import student_folder
+from dmt.runs import RUNS
 
 HEADINGS = ("", "evening", "morning")
 LOGGED = 10

@@ -17,12 +17,21 @@ from dmt.config import Config
 from dmt.consolidation.asking import Question
 from dmt.consolidation.hearing import after
 from dmt.consolidation.reading import Context
+from dmt.distill.folder import read_record
+from dmt.distill.report import variant
 from dmt.facts.states import encoded
+from dmt.pages.consolidated import consolidated
+from dmt.pages.page import leave
 
 TIMED = 12
 """Questions by which seconds are measured, one at a time."""
 
 console = Console()
+
+
+def trains(config: Config) -> bool:
+    """Whether there are gradient steps: not where rows are written in one pass."""
+    return config.context.into != "memory" or config.context.write == "trained"
 
 
 def destination(config: Config) -> str:
@@ -100,7 +109,7 @@ HEADINGS = ("questions", "", "without", "with context", "consolidated", "share k
 
 
 def finish(run: Path, config: Config, context: Context, questions: Sequence[Question], results: dict[str, Any]) -> None:
-    """Print the table and where everything is; write `report.md` and the figures for TensorBoard."""
+    """Print the table and where everything is; write `report.md`, `report.html` and the figures for TensorBoard."""
     table = Table(title="log-probability of the right answer / share that would be said")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "questions" else "right")
@@ -109,19 +118,19 @@ def finish(run: Path, config: Config, context: Context, questions: Sequence[Ques
     if questions:
         console.print(table)
     notes = _notes(results)
-    places = {"student": str(run / "student"), "report": str(run / "report.md")}
+    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
+    asked, where = [(question.prompt, question.answer) for question in questions], destination(config)
+    page = leave(lambda: consolidated(run, config, read_record(run), context.text, asked, notes, where), run / "report.html")
+    places = {"student": str(run / "student"), "report": page}
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
-    kinds = results.get("kinds", {})
+    kinds, steps = results.get("kinds", {}), config.stages.end_to_end_steps if trains(config) else 0
     metrics = {f"hparam/share_{kind}": found["share"] for kind, found in kinds.items() if found["share"] is not None}
     metrics |= {f"hparam/{corpus}_kl": found["kl"] for corpus, found in results["unrelated"].items()}
-    settings = {
-        f"context.{name}": value for name, value in vars(config.context).items() if isinstance(value, bool | int | float | str)
-    }
+    settings = variant(config, ("context", "stages", "loss"))
     with SummaryWriter(str(run)) as board:
-        board.add_hparams({"teacher": config.teacher, "seed": config.seed, **settings}, metrics, run_name=".")
+        board.add_hparams(settings, metrics, run_name=".", global_step=steps)
 
 
 def _notes(results: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from dmt.consolidation.asking import check_room, read_questions, share_kept
 from dmt.consolidation.destinations import check_destination, finish, prepare, student_of
 from dmt.consolidation.hearing import Hearing, after
 from dmt.consolidation.reading import read_context
+from dmt.consolidation.report import trains
 from dmt.consolidation.rows import into_memory
 from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
@@ -30,6 +31,7 @@ from dmt.facts.opening import load_student
 from dmt.models.loading import SAFELY
 from dmt.models.overlay import overlay_of
 from dmt.models.teacher import load_teacher
+from dmt.pages.curves import read_curves
 
 
 def consolidate(config: Config, run: Path | None) -> Path:
@@ -70,14 +72,10 @@ def consolidate(config: Config, run: Path | None) -> Path:
     with resumable(run, steps) if steps else nullcontext():
         results = measure(work, run, data) | {"written": found}
         results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
+        results["curves"] = read_curves(run)
         write_record(run, config, results)
         report.finish(run, config, context, questions, results)
     return run
-
-
-def trains(config: Config) -> bool:
-    """Whether there are gradient steps: not where rows are written in one pass."""
-    return config.context.into != "memory" or config.context.write == "trained"
 
 
 def opened(source: str) -> tuple[PreTrainedModel, Any]:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from dmt.config import Config
 from dmt.consolidation.asking import Answers, Question, answers, likeliest, share_kept
 from dmt.consolidation.hearing import Hearing, after
-from dmt.consolidation.module import Consolidator
+from dmt.consolidation.module import TERM, Consolidator
 from dmt.consolidation.reading import Context
 from dmt.consolidation.telling import Lesson, Lessons
 from dmt.data.blocks import TextData
+from dmt.distill.callbacks import Charts, Layout
 from dmt.distill.fitting import attending, fit
 
 
@@ -54,6 +55,18 @@ class Work:
         return likeliest([answers(hearing.signals, self.tokenizer, self.questions, self.device) for hearing in self.hearings])
 
 
+class ContextCharts(Charts):
+    """The curves of a consolidation in groups: what is learnt, what is answered, what other text notices of it."""
+
+    def charts(self, module: Any, corpora: list[str]) -> Layout:
+        terms = ("loss", TERM[module.settings.context.objective], *(["unrelated"] if module.settings.context.keep else []))
+        found: Layout = {"context": {"loss": ["Multiline", [f"consolidate/{name}" for name in terms]]}}
+        if module.ask is not None:
+            found["context"] |= {name: ["Multiline", [f"consolidated/{name}"]] for name in ("share", "recall")}
+        found["unrelated text"] = {"kl": ["Multiline", [f"{corpus}/kl" for corpus in corpora]]}
+        return found
+
+
 def train(
     work: Work,
     student: PreTrainedModel,
@@ -84,4 +97,4 @@ def train(
     if fresh:
         module.measure_scales()
     with attending(config, student):
-        fit(config, module, data, run, [])
+        fit(config, module, data, run, [ContextCharts()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,16 +14,15 @@ import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from dmt.evaluate import continuations
+from dmt.config import LOSS_TERMS, Config
+from dmt.distill.continuing import continued, table
 from dmt.memory.associative import Heard
 from dmt.memory.together import largest, summed
 from dmt.models.surgery import associative_of, featural_of, memories_of
 
-PROMPT_TOKENS = 24
-SAMPLE_TOKENS = 40
-SAMPLES_PER_CORPUS = 2
+Layout = dict[str, dict[str, list[Any]]]
+"""Groups of charts, as TensorBoard's custom scalars want them."""
 
 
 def usage(reads: Tensor) -> dict[str, float]:
@@ -44,9 +44,11 @@ class SlotUsage(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in featural_of(module.student).items():  # type: ignore[arg-type]
             assert memory.reads is not None, "counting began with the validation"
-            reads, tokens = summed(memory.reads), summed(memory.reads.new_tensor(memory.reads_tokens))
-            read = float(reads.sum()) / max(1, int(tokens))
-            for name, value in (usage(reads) | {"read": read}).items():
+            reads, tokens = summed(memory.reads), int(summed(memory.reads.new_tensor(memory.reads_tokens)))
+            if not tokens:  # nobody asked it anything: that it read nothing would be no measurement
+                memory.reads = None
+                continue
+            for name, value in (usage(reads) | {"read": float(reads.sum()) / tokens}).items():
                 trainer.logger.log_metrics({f"slots_{name}/layer_{layer}": value}, step=trainer.global_step)  # type: ignore[union-attr]
             if board := tensorboard(trainer):
                 # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
@@ -65,7 +67,8 @@ class StoredRows(Callback):
         for layer, memory in associative_of(module.student).items():  # type: ignore[arg-type]
             assert memory.heard is not None, "listening began with the validation"
             heard = memory.heard.of_all(memory.rows.keys.device)
-            trainer.logger.log_metrics({f"rows_base/layer_{layer}": heard.share}, step=trainer.global_step)  # type: ignore[union-attr]
+            if heard.tokens and len(memory.rows):  # before there are rows there is nobody to share with
+                trainer.logger.log_metrics({f"rows_base/layer_{layer}": heard.share}, step=trainer.global_step)  # type: ignore[union-attr]
             if (board := tensorboard(trainer)) and heard.nearest:
                 there = sorted(memory.rows.place_of.values())
                 known = memory.rows.histories
@@ -89,56 +92,55 @@ class Samples(Callback):
         if not (board := tensorboard(trainer)):
             return
         for corpus in trainer.datamodule.corpora:  # type: ignore[attr-defined]
-            table = samples(module.student, module.teacher, self.tokenizer, corpus.validation)  # type: ignore[arg-type]
-            board.add_text(f"samples/{corpus.name}", table, trainer.global_step)
-
-
-def samples(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, windows: Tensor) -> str:
-    """A Markdown table of prompts and both greedy continuations."""
-    length = min(PROMPT_TOKENS, windows.shape[1] // 2)
-    prompts = windows[:: max(1, len(windows) // SAMPLES_PER_CORPUS), :length][:SAMPLES_PER_CORPUS]
-    rows = ["| prompt | teacher | student |", "|---|---|---|"]
-    room = min(SAMPLE_TOKENS, student.config.max_position_embeddings - length)
-    said = [continuations(model, prompts, room) for model in (teacher, student)]
-    for row in range(len(prompts)):
-        texts = [tokenizer.decode(ids[row], skip_special_tokens=True) for ids in (prompts, *said)]
-        rows.append("| " + " | ".join(text.replace("|", "/").replace("\n", " ").strip() for text in texts) + " |")
-    return "\n".join(rows)
+            found = continued(module.student, module.teacher, self.tokenizer, corpus.validation)  # type: ignore[arg-type]
+            board.add_text(f"samples/{corpus.name}", table(found), trainer.global_step)
 
 
 class Charts(Callback):
     """Groups curves that belong together: one measure of all corpora, or of all layers, on one chart."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not (board := tensorboard(trainer)) or trainer.global_step:
-            return
-        corpora = [corpus.name for corpus in trainer.datamodule.corpora]  # type: ignore[attr-defined]
-        fidelity = {
-            measure: ["Multiline", [f"{corpus}/{measure}" for corpus in corpora]] for measure in ("kl", "ratio", "agreement")
+        if (board := tensorboard(trainer)) and not trainer.global_step:
+            corpora = [corpus.name for corpus in trainer.datamodule.corpora]  # type: ignore[attr-defined]
+            board.add_custom_scalars(self.charts(module, corpora))
+
+    def charts(self, module: Any, corpora: list[str]) -> Layout:
+        """Charts by title, in groups; of curves that will be there, and no others."""
+        measures = ("kl", "ratio", "agreement")
+        found = {
+            "losses": _stages(module.settings),
+            "student against teacher": {name: _together([f"{corpus}/{name}" for corpus in corpora]) for name in measures},
+            "layers": {"block error": _of_layers("block_error", memories_of(module.student))},
         }
-        layers = list(memories_of(module.student))  # type: ignore[arg-type]
-        per_layer = {
-            title: ["Multiline", [f"{tag}/layer_{layer}" for layer in layers]]
-            for title, tag in (
-                ("block error", "block_error"),
-                ("dead slots", "slots_dead"),
-                ("usage entropy", "slots_entropy"),
-                ("slots read per token", "slots_read"),
-            )
-        }
-        charts = {"student against teacher": fidelity, "layers": per_layer}
-        if stored := list(associative_of(module.student)):  # type: ignore[arg-type]
-            charts["rows"] = {
-                title: ["Multiline", [f"{tag}/layer_{layer}" for layer in stored]]
-                for title, tag in (
-                    ("rows", "rows"),
-                    ("inserted in a step", "rows_inserted"),
-                    ("evicted in a step", "rows_evicted"),
-                    ("merged in a step", "rows_merged"),
-                    ("share of the base", "rows_base"),
-                )
-            }
-        board.add_custom_scalars(charts)
+        if slots := featural_of(module.student):
+            titles = {"dead slots": "slots_dead", "usage entropy": "slots_entropy", "slots read per token": "slots_read"}
+            found["layers"] |= {title: _of_layers(tag, slots) for title, tag in titles.items()}
+        if stored := associative_of(module.student):
+            titles = {
+                "rows": "rows", "inserted in a step": "rows_inserted", "evicted in a step": "rows_evicted",
+                "merged in a step": "rows_merged", "share of the base": "rows_base",
+            }  # fmt: skip
+            found["rows"] = {title: _of_layers(tag, stored) for title, tag in titles.items()}
+        return found
+
+
+def _together(tags: Iterable[str]) -> list[Any]:
+    return ["Multiline", list(tags)]
+
+
+def _of_layers(tag: str, layers: Iterable[int]) -> list[Any]:
+    return _together(f"{tag}/layer_{layer}" for layer in layers)
+
+
+def _stages(config: Config) -> dict[str, list[Any]]:
+    """Loss and terms of each stage that there is."""
+    found = {}
+    if config.stages.layerwise_steps:
+        found["layer by layer"] = _together(["layerwise/loss"])
+    if config.stages.end_to_end_steps:
+        terms = [term for term in LOSS_TERMS if getattr(config.loss, term)]
+        found["end to end"] = _together(f"end_to_end/{term}" for term in ("loss", *terms))
+    return found
 
 
 class Progress(RichProgressBar):

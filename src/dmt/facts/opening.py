@@ -13,9 +13,8 @@ from dmt.models.books import BOOK
 from dmt.models.fingerprint import fingerprint
 from dmt.models.loading import load
 from dmt.models.surgery import associative_of
+from dmt.runs import RUNS, runs_in
 from dmt.store import Store
-
-RUNS = "lightning_logs"
 
 
 def student_folder(place: str | Path | None) -> Path:
@@ -25,10 +24,10 @@ def student_folder(place: str | Path | None) -> Path:
         UserError: there is none.
     """
     if place is None:
-        runs = [run for run in Path(RUNS).glob("version_*/student") if run.parent.name[8:].isdigit()]
+        runs = runs_in(Path(RUNS), holding="student")
         if not runs:
             raise UserError(f"no student is in {RUNS}/ here; run python distill.py first, or name one: --student FOLDER")
-        return max(runs, key=lambda run: int(run.parent.name[8:]))
+        return runs[-1] / "student"
     folder = Path(place).expanduser()
     for there in (folder / "student", folder):
         if (there / "config.json").is_file():
