@@ -457,11 +457,15 @@ def test_a_run_and_a_command_open_no_socket(shop, monkeypatch):
     assert opened == []
 
 
-def test_processes_of_one_run_meet_on_loopback(monkeypatch):
-    from lightning_fabric.plugins.environments import LightningEnvironment
+def test_processes_of_one_run_meet_by_a_file_and_on_loopback(tmp_path, monkeypatch):
+    from dmt.distill.processes import LOOPBACK, MEET, PLACES, _take_places
 
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert LightningEnvironment().main_address == "127.0.0.1"
+    for name in (LOOPBACK, MEET, *PLACES):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    _take_places(2, tmp_path)
+    assert os.environ[LOOPBACK] in ("lo", "lo0"), "gloo listens there alone"
+    assert Path(os.environ[MEET]).parent == tmp_path, "no port is opened to meet at"
 
 
 def test_a_book_of_hostile_sql_runs_nothing(shop, capsys):

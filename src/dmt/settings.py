@@ -89,7 +89,7 @@ def check(config: Config) -> None:
         "stages.layerwise_steps": 2**31, "stages.end_to_end_steps": 2**31,
         "context.rank": 2**14, "context.samples": 2**16, "context.asked": 2**10, "context.tokens": 2**16,
         "pretrain.width": 2**16, "pretrain.layers": 2**10, "pretrain.heads": 2**10, "pretrain.vocabulary": 2**20,
-        "pretrain.steps": 2**31, "trainer.threads": 2**10, "seed": 2**32 - 1,
+        "pretrain.steps": 2**31, "trainer.threads": 2**10, "trainer.devices": 2**8, "seed": 2**32 - 1,
     }  # fmt: skip
     for name, most in at_most.items():
         if (_value(config, name) or 0) > most:
