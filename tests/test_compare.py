@@ -122,7 +122,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(inside, tmp_path, capsys):
         (["compare", "0", str(inside / "version_0")], "and 0 are the same run, "),
         (["compare", "0", str(unfinished)], "unfinished has no results yet; go on with it: python distill.py --resume"),
         (["compare", "0", str(other)], "run.json is not what this version writes"),
-        (["compare", "0", str(newer)], "use the dmt that made this run"),
+        (["compare", "0", str(newer)], "a newer dmt made it: update dmt"),
         (["compare", "0", str(broken)], "config.yaml cannot be read as settings"),
         (["compare", "0", "x" * 5_000], "it cannot be looked into"),
         (["compare", "0", "~nobody/run"], "~nobody/run: no run is there"),
