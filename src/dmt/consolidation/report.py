@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config
 from dmt.consolidation.asking import Question
 from dmt.consolidation.hearing import after
@@ -113,7 +114,7 @@ def finish(run: Path, config: Config, context: Context, questions: Sequence[Ques
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
+    disk.write(run / "report.md", _markdown(run, config, context, questions, results, notes))
     kinds = results.get("kinds", {})
     metrics = {f"hparam/share_{kind}": found["share"] for kind, found in kinds.items() if found["share"] is not None}
     metrics |= {f"hparam/{corpus}_kl": found["kl"] for corpus, found in results["unrelated"].items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config
 from dmt.distill.callbacks import usage
 from dmt.distill.signals import observe
@@ -188,7 +189,7 @@ def finish(run: Path, results: dict[str, Any], texts: dict[str, str]) -> None:
     console.print(
         "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
-    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
+    disk.write(run / "report.md", _markdown(run, results, notes, texts))
 
 
 def _markdown(run: Path, results: dict[str, Any], notes: list[str], texts: dict[str, str]) -> str:
