@@ -5,7 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # a checkout runs without being installed
 
-from dmt.main import main
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from dmt import stopping
+
+    stopping.leave_at_once()
+    from dmt.main import main
+
+    code = main(sys.argv[1:])
+    stopping.leave_be()
+    sys.exit(code)

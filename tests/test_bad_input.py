@@ -362,7 +362,6 @@ RUNS = {
     "a run that is none": Row(["--resume", "teacher"], ["--resume teacher: no run is there (no config.yaml)"]),
     "a run that is a file": Row(["--resume", "text.txt"], ["--resume text.txt: no run is there"]),
     "a run with settings beside": Row([*RESUME, "seed=1"], ["--resume goes on with the run's own settings", "leave out seed=1"]),
-    "a run before its first checkpoint": Row(RESUME, ["it stopped before its first checkpoint", ANEW], gone(f"{V0}/checkpoints")),
     "a run with a setting of a newer dmt": Row(
         RESUME,
         ["loss.wonder is not a setting", "this run is another dmt's", "go on with that or a newer one"],

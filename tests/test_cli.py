@@ -157,14 +157,12 @@ def test_wrong_options_and_files(place, unstarted, capsys, given, message):
     assert list(place.iterdir()) == []
 
 
-def test_resume_names_the_runs_that_are_there_and_what_to_do_without_a_checkpoint(place, unstarted, capsys):
+def test_resume_names_the_runs_that_are_there(place, unstarted, capsys):
     for number in (0, 1):
         (place / "logs" / f"version_{number}").mkdir(parents=True)
         save(Config(), place / "logs" / f"version_{number}" / "config.yaml")
     message = refusal(capsys, ["--resume", "logs/version_7"])
     assert message == "--resume logs/version_7: no run is there (no config.yaml); there are: logs/version_0, logs/version_1"
-    message = refusal(capsys, ["--resume", "logs/version_1"])
-    assert message.endswith("it stopped before its first checkpoint; start anew: python distill.py logs/version_1/config.yaml")
 
 
 @pytest.mark.parametrize(

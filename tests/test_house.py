@@ -13,8 +13,8 @@ from dmt.main import main
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
-    "errors", "config", "wording", "runs", "texts", "versions", "layers", "settings", "registration", "data.encoding",
-    "data.people", "data.corpora", "data.blocks",
+    "errors", "disk", "stopping", "config", "wording", "runs", "texts", "versions", "layers", "settings", "registration",
+    "data.encoding", "data.people", "data.corpora", "data.blocks",
     "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
     "memory.together", "memory.histories", "memory.rows", "memory.admission", "memory.offers",
     "memory.products", "memory.search", "memory.finding", "memory.derived", "memory.compensation", "memory.paging", "memory.filed",
@@ -30,13 +30,14 @@ ORDER = [
     "facts.rowpacks", "facts",
     "commands.printing", "commands.changing", "commands.looking", "commands.asking", "commands.giving",
     "distill.sampling", "distill.packing", "distill.cached",
+    "distill.finite",
     "distill.outliers", "distill.pieces", "distill.losses", "evaluate", "distill.sensitivity", "distill.calibrate",
     "distill.revive", "distill.lessons", "distill.keeper",
     "pages", "pages.curves", "pages.axes", "pages.plots", "pages.maps", "pages.page", "pages.distilled", "pages.overlaid",
     "pages.consolidated", "pages.pretrained", "pages.compared",
     "distill.continuing", "distill.budgets", "distill.stepping", "distill.module", "distill.callbacks",
-    "distill.pretrain", "distill.folder", "distill.processes", "distill.fitting", "distill.timing",
-    "distill.planning", "distill.report", "distill.run",
+    "distill.pretrain", "distill.folder", "distill.processes", "distill.checkpoints", "distill.ending",
+    "distill.fitting", "distill.timing", "distill.planning", "distill.report", "distill.run",
     "consolidation", "consolidation.reading", "consolidation.hearing", "consolidation.asking", "consolidation.telling",
     "consolidation.writing", "consolidation.destinations", "consolidation.module", "consolidation.work", "consolidation.rows",
     "consolidation.report", "consolidation.run", "consolidation.dreaming", "consolidation.moving", "consolidation.rowing",

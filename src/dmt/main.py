@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
-from dmt import settings
+from dmt import disk, settings, stopping
 from dmt.distill.folder import check_free, check_writable, open_run
 from dmt.errors import UserError
 from dmt.texts import check_words
 
 USAGE = "python distill.py [CONFIG.yaml | --config CONFIG.yaml] [key=value ...]\n       python distill.py --resume RUN_FOLDER"
+RATES = ("stages.layerwise_lr", "stages.end_to_end_lr", "pretrain.lr", "optim.clip")
+"""Settings with which a run may be gone on with that are not those it began with."""
 ABOUT = """Clone a GPT-2, put memories in place of its feed-forward blocks, distil the clone from the original.
 
 Without arguments the embedded teacher is distilled with the defaults below. A config file holds differences from
@@ -33,8 +33,12 @@ def main(words: list[str]) -> int:
         print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)  # on one line, whoever worded it
         return 2
     except KeyboardInterrupt as stopped:
-        print("stopped; nothing was being trained at that moment, so there is nothing more to save", file=sys.stderr)
-        return 128 + next(iter(stopped.args), signal.SIGINT)
+        return stopping.told(stopped, "stopped; nothing was being trained at that moment, so there is nothing more to save")
+    except Exception as error:
+        if (said := disk.told(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
 
 
 def _main(words: list[str]) -> int:
@@ -53,24 +57,24 @@ def _main(words: list[str]) -> int:
     if len(files) > 1:
         raise UserError(f"one config file at most, got {', '.join(files)}")
     resumed = None if given.resume is None else Path(given.resume)
-    if resumed and (files or changes):
-        raise UserError(f"--resume goes on with the run's own settings; leave out {' '.join(files + changes)}")
-    config = open_run(resumed) if resumed else settings.load(files[0] if files else None, changes)
+    if resumed and (own := files + [word for word in changes if word.partition("=")[0] not in RATES]):
+        raise UserError(
+            f"--resume goes on with the run's own settings; leave out {' '.join(own)} (only {', '.join(RATES)} may be given)"
+        )
+    config = open_run(resumed, changes) if resumed else settings.load(files[0] if files else None, changes)
     if not resumed:
         check_writable(config.trainer.log_dir, "trainer.log_dir")
         check_free(config)
     if config.task == "pretrain":
         check_writable(config.pretrain.output, "pretrain.output")
 
-    def stop(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, stop)
     if config.trainer.devices > 1 or "RANK" in os.environ:  # DDP warns of a setting that only one of two stages needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print("loading torch and transformers ...", file=sys.stderr)
+    stopping.leave_at_once()
     from dmt.tasks import run  # heavy: only once the words are known to be right
 
+    stopping.interrupt()
     return run(config, resumed)
 
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
+from dmt import disk
 from dmt.config import LOSS_TERMS, Config
 from dmt.errors import UserError
 from dmt.layers import check_memory, has_slots, layer_memories
@@ -62,7 +63,7 @@ def load(file: str | Path | None = None, words: tuple[str, ...] | list[str] = ()
 
 def save(config: Config, path: Path) -> None:
     """Write every setting as YAML; `load(path)` gives an equal `Config`."""
-    path.write_text(HEADER.format(CONFIG) + OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+    disk.write(path, HEADER.format(CONFIG) + OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def check(config: Config) -> None:

@@ -10,10 +10,14 @@ import pytorch_lightning as pl
 
 from dmt.config import Config
 from dmt.consolidation.run import consolidate
-from dmt.distill.fitting import Interrupted, check_accelerator, check_checkpoint, quiet
-from dmt.distill.processes import counted, joined
+from dmt.distill.checkpoints import check_checkpoints
+from dmt.distill.ending import Interrupted, told_of_disks
+from dmt.distill.fitting import check_accelerator, quiet
+from dmt.distill.folder import hold_run, keep_changes, let_go_of_runs, run_in_hand
+from dmt.distill.processes import counted, joined, rank
 from dmt.distill.run import distil, pretrain
 from dmt.errors import UserError
+from dmt.stopping import Stopped, number_of
 
 TASKS = {"distill": distil, "consolidate": consolidate, "pretrain": pretrain}
 """What to call for each `task`."""
@@ -24,17 +28,25 @@ def carry_out(config: Config, folder: Path | None = None) -> Path:
 
     Raises:
         SystemExit: a signal came, by its code; how to go on has been said.
-        UserError: a mistake that a person can mend, or too little memory.
+        UserError: a mistake that a person can mend, too little memory, or another program works in the folder.
     """
     quiet()
     config = counted(config)
     check_accelerator(config)
-    if folder is not None:
-        check_checkpoint(folder)
     try:
-        with joined(config, folder):
-            pl.seed_everything(config.seed, workers=True, verbose=False)
-            return TASKS[config.task](config, folder)
+        with told_of_disks(config.trainer.log_dir):
+            if folder is not None and rank() == 0:
+                hold_run(folder)
+                check_checkpoints(folder)
+                keep_changes(folder, config)
+            try:
+                with joined(config, folder):
+                    pl.seed_everything(config.seed, workers=True, verbose=False)
+                    return TASKS[config.task](config, folder)
+            except KeyboardInterrupt as stopped:
+                if isinstance(stopped, Stopped) or (run := run_in_hand()) is None:
+                    raise
+                raise Interrupted(number_of(stopped), run) from None
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
@@ -46,6 +58,8 @@ def carry_out(config: Config, folder: Path | None = None) -> Path:
             f"there is not enough memory for this run{f' (a piece of {asked[0]} was asked for)' if asked else ''}; set a smaller "
             "data.micro_batch, data.block or memory.slots, or take a smaller teacher"
         ) from None
+    finally:
+        let_go_of_runs()
 
 
 def run(config: Config, folder: Path | None = None) -> int:

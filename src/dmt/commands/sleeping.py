@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dmt import settings
+from dmt import disk, settings
 from dmt.commands.printing import Output, check_seed
 from dmt.config import Config
 from dmt.consolidation.sleep import Evening, Night, evening
 from dmt.consolidation.sleep import sleep as sleep_through
 from dmt.data.corpora import load_corpus
-from dmt.distill.folder import check_writable, new_run, write_record
+from dmt.distill.folder import check_writable, let_go_of_runs, new_run, write_record
 from dmt.errors import UserError
 from dmt.facts.opening import student_folder
 from dmt.runs import RUNS
+from dmt.stopping import Stopped, number_of
 
 HEADINGS = ("", "evening", "morning")
 LOGGED = 10
@@ -35,14 +38,68 @@ def sleep(given: argparse.Namespace, out: Output) -> None:
         raise UserError(f"--least must be 0 or more, got {given.least}")
     folder = student_folder(given.student)
     config = _config(folder, given)
-    if given.output is not None:
-        _check_free(Path(given.output).expanduser())
-    check_writable(str(Path(given.output).expanduser().parent) if given.output else RUNS, "--output")
+    output = None if given.output is None else Path(given.output).expanduser()
+    check_writable(str(output.parent) if output else RUNS, "--output")
+    with _alone(output) if output else nullcontext():
+        _sleep(given, out, folder, config, output)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Be the only night whose student goes to `output`, which is not there yet."""
+    _check_free(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}.lock")
+    held = disk.hold(lock, f"--output {output}: another dmt sleep is about to write it; wait for that, or name another folder")
+    try:
+        _check_free(output)
+        yield
+    finally:
+        disk.let_go(held, lock)
+
+
+def _sleep(given: argparse.Namespace, out: Output, folder: Path, config: Config, output: Path | None) -> None:
     before = evening(folder, given.tag, given.least)
     corpora = [load_corpus(source) for source in config.data.corpora]
-    run = None if given.output is not None else new_run(config)
-    place = Path(given.output).expanduser() if run is None else run / "student"
+    run = new_run(config) if output is None else None
+    place = output or run / "student"  # type: ignore[operator]
+    how = f"dmt sleep --student {folder} --steps {given.steps} --lr {given.lr:g} --seed {given.seed}"
+    how += "".join(f" --{name} {value}" for name, value in (("tag", given.tag), ("least", given.least)) if value)
+    how += f" --corpora {' '.join(given.corpora)}" if given.corpora else ""
+    try:
+        night = _through(given, out, before, config, corpora, run, place, how)
+    except KeyboardInterrupt as stopped:
+        line = f"stopped; {folder} is as it was and nothing of the night was kept; sleep again with: {how}"
+        if (place / "config.json").is_file():
+            line = f"stopped while it was measured; the new student is whole: {place}"
+        raise Stopped(number_of(stopped), line) from None
+    except Exception as error:
+        if (found := disk.trouble(error)) is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{place}: {found[0]}; {found[1]}, then sleep again with: {how}; {folder} is as it was") from None
+    finally:
+        let_go_of_runs()
+        if run is not None and not (place / "config.json").is_file():
+            shutil.rmtree(run, ignore_errors=True)  # a run without a student is none
+    out.table(HEADINGS, _rows(night), "")
+    out.line(f"{night.seconds:.0f} s; student: {night.student}")
+    out.data(asdict(night))
+
+
+def _through(
+    given: argparse.Namespace,
+    out: Output,
+    before: Evening,
+    config: Config,
+    corpora: list[Any],
+    run: Path | None,
+    place: Path,
+    how: str,
+) -> Night:
+    """The night, and what it leaves in the folder of its run."""
     _plan(before, config, place, given, out)
+    if run is not None:
+        write_record(run, config, {"task": "sleep", "replay": how}, begins=True)
     with out.progress("sleeping", given.steps) as progress, _Curves(run) as curves:
 
         def heard(step: int, found: dict[str, float]) -> None:
@@ -51,14 +108,9 @@ def sleep(given: argparse.Namespace, out: Output) -> None:
 
         night = sleep_through(before, corpora, place, given.steps, given.lr, given.seed, out.note, heard)
     if run is not None:
-        how = f"dmt sleep --student {folder} --steps {given.steps} --lr {given.lr:g} --seed {given.seed}"
-        how += "".join(f" --{name} {value}" for name, value in (("tag", given.tag), ("least", given.least)) if value)
-        how += f" --corpora {' '.join(given.corpora)}" if given.corpora else ""
-        write_record(run, config, {"task": "sleep", "replay": how, "night": asdict(night)}, begins=True)
-        (run / "report.md").write_text(_markdown(run, night, how), encoding="utf-8")
-    out.table(HEADINGS, _rows(night), "")
-    out.line(f"{night.seconds:.0f} s; student: {night.student}")
-    out.data(asdict(night))
+        write_record(run, config, {"task": "sleep", "replay": how, "night": asdict(night)})
+        disk.write(run / "report.md", _markdown(run, night, how))
+    return night
 
 
 def _config(folder: Path, given: argparse.Namespace) -> Config:

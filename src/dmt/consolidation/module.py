@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config, LossConfig
 from dmt.consolidation.hearing import after
 from dmt.consolidation.telling import Lesson
+from dmt.distill.finite import check_finite, clipped
 from dmt.distill.losses import Batch, Scales, distillation_terms, next_token_mask, weighted_sum
 from dmt.distill.signals import Signals
 from dmt.distill.stepping import adamw, learning_rate
@@ -116,14 +117,19 @@ class Consolidator(pl.LightningModule):
                     self.manual_backward(self.settings.context.keep * apart)
                 kept += float(apart.detach())
             logged["unrelated"] = kept
-        if self.settings.optim.clip:
-            self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
+        norm = clipped(optimizer, self.settings.optim.clip)  # type: ignore[arg-type]
+        check_finite(step + 1, loss + logged.get("unrelated", 0.0), norm, self.student, lambda: self._again(step, windows))
         optimizer.step()  # type: ignore[union-attr]
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if step % self.settings.trainer.log_every == 0 or step == steps - 1:
             found = {"learning_rate": rate, "consolidate/loss": float(loss.detach())}
             for logger in self.loggers:
                 logger.log_metrics(found | {f"consolidate/{name}": value for name, value in logged.items()}, step)
+
+    def _again(self, step: int, windows: Tensor) -> None:
+        self._terms(self.lesson(step))
+        for part in windows.split(self.settings.data.micro_batch):
+            self._apart(part, len(windows))
 
     def _terms(self, lesson: Lesson) -> dict[str, Tensor]:
         mine = after(self.student, self.before[0], lesson.tokens, blocks=self.blocks)

@@ -15,6 +15,7 @@ from dmt.consolidation.moving import Moves
 from dmt.consolidation.rowing import RowStates
 from dmt.distill.losses import kl
 from dmt.distill.signals import observe
+from dmt.errors import UserError
 from dmt.facts.states import padded
 from dmt.memory import FeaturalMemory
 
@@ -97,6 +98,9 @@ def learn(
         teacher: has the rows, speaks; in eval mode like `student`, which does not have them.
         lr: length of the longest step, see `Moves`.
         heard: is told what the loss was at each step, in its parts.
+
+    Raises:
+        UserError: a loss or a gradient is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     new, known = _Told(teacher, matter.new, 5.0, ENOUGH), _Told(teacher, matter.known, 0.0, 0.0)
@@ -123,7 +127,13 @@ def learn(
         apart = kl(head(mine), head(wanted[chosen])).mean()
         (KEEP * apart).backward()
         moves.take_gradients()
-        torch.nn.utils.clip_grad_norm_(moves.steps, CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(moves.steps, CLIP)
+        if not math.isfinite(float(apart.detach() + norm) + sum(found.values())):
+            bad = next((name for name, loss in {**found, "prose": float(apart.detach())}.items() if not math.isfinite(loss)), None)
+            what = "the gradient" if bad is None else f"the loss of {bad}"
+            raise UserError(
+                f"step {step + 1} of the night: {what} is not finite; nothing was kept; sleep with a lower --lr than {lr:g}"
+            )
         optimizer.step()
         moves.move()
         heard(step, found | {"prose": float(apart.detach())})

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config
 from dmt.consolidation.asking import Question
 from dmt.consolidation.hearing import after
@@ -118,7 +119,7 @@ def finish(run: Path, config: Config, context: Context, questions: Sequence[Ques
     if questions:
         console.print(table)
     notes = _notes(results)
-    (run / "report.md").write_text(_markdown(run, config, context, questions, results, notes), encoding="utf-8")
+    disk.write(run / "report.md", _markdown(run, config, context, questions, results, notes))
     asked, where = [(question.prompt, question.answer) for question in questions], destination(config)
     page = leave(lambda: consolidated(run, config, read_record(run), context.text, asked, notes, where), run / "report.html")
     places = {"student": str(run / "student"), "report": page}

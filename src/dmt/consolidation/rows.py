@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,14 @@ from dmt.consolidation.telling import own, sampled, self_asked
 from dmt.consolidation.work import Work, train
 from dmt.consolidation.writing import LIKELY, SURE, Span, learnt, said_lately, spoken, stated, told_facts, write_differences
 from dmt.data.blocks import TextData, first_windows
-from dmt.errors import UserError
+from dmt.disk import whole_folder
+from dmt.errors import Refused
 from dmt.facts.book import Book
 from dmt.facts.lines import Line
 from dmt.facts.opening import open_book
 from dmt.facts.sentences import Fact
 from dmt.memory.facts import FactRows
+from dmt.models.books import put_aside
 from dmt.records import Told
 
 TRIED = 16_384
@@ -29,14 +30,18 @@ TRIED = 16_384
 
 
 def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path, fresh: bool) -> dict[str, Any]:
-    """Write what the context says into the book of a student in `run`, which is saved there first; what was written.
+    """Write what the context says into the book of a student in `run`, which is there once all is written; what was written.
 
     Raises:
         UserError: the context says nothing that could be written.
     """
-    config, folder = work.config, run / "student"
+    with whole_folder(run / "student", put_aside) as folder:  # of a run that goes on all is written again, and the same
+        return _written(work, student, data, run, fresh, folder)
+
+
+def _written(work: Work, student: PreTrainedModel, data: TextData, run: Path, fresh: bool, folder: Path) -> dict[str, Any]:
+    config = work.config
     by_gradient = config.context.write == "gradient"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that goes on: its rows are written again, the same, and trained on
     (work.base if work.base.config.model_type.startswith("dmt_") else student).save_pretrained(folder)
     work.tokenizer.save_pretrained(folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
@@ -46,7 +51,7 @@ def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path,
         spans = [([], []) if by_gradient else _spans(work, which) for which in range(len(work.hearings))]
         facts = [_facts(work, which, tag, source) if by_gradient else [] for which in range(len(work.hearings))]
         if not any(facts) and not any(map(any, spans)):
-            raise UserError("the context tells this model nothing that it would not have said anyway, so there is nothing to write")
+            raise Refused("the context tells this model nothing that it would not have said anyway, so there is nothing to write")
         book.begin([], answers=book.model.config.num_hidden_layers - 1)
         for which, hearing in enumerate(work.hearings):
             if by_gradient:

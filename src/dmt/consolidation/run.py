@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from dmt.consolidation.rows import into_memory
 from dmt.consolidation.work import Work, train
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.encoding import start_of
-from dmt.distill.fitting import compute_device, keep_freed_memory, resumable
-from dmt.distill.folder import new_run, unless_refused, write_record
+from dmt.disk import whole_folder
+from dmt.distill.fitting import compute_device, keep_freed_memory
+from dmt.distill.folder import new_run, newest_checkpoint, unless_refused, write_record
 from dmt.distill.timing import measured
 from dmt.evaluate import Tally
 from dmt.facts.opening import load_student
+from dmt.models.books import put_aside
 from dmt.models.loading import SAFELY
 from dmt.models.overlay import overlay_of
 from dmt.models.teacher import load_teacher
@@ -60,7 +61,7 @@ def consolidate(config: Config, run: Path | None) -> Path:
     elif config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     work = Work(config, base, tokenizer, before, context, questions, [Hearing(base, window.ids) for window in context.windows])
-    fresh = run is None
+    fresh = run is None or newest_checkpoint(run) is None
     run = run or new_run(config)
     facts = overlay_of(base)
     report.plan(config, run, context, questions, steps, 0 if facts is None else len(facts))
@@ -69,12 +70,11 @@ def consolidate(config: Config, run: Path | None) -> Path:
     with unless_refused(run, fresh):
         found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
     spent = {"prepare": prepared - began, "consolidate": time.perf_counter() - prepared}
-    with resumable(run, steps) if steps else nullcontext():
-        results = measure(work, run, data) | {"written": found}
-        results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
-        results["curves"] = read_curves(run)
-        write_record(run, config, results)
-        report.finish(run, config, context, questions, results)
+    results = measure(work, run, data) | {"written": found}
+    results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
+    results["curves"] = read_curves(run)
+    write_record(run, config, results)
+    report.finish(run, config, context, questions, results)
     return run
 
 
@@ -95,8 +95,9 @@ def _into_model(work: Work, student: PreTrainedModel, data: TextData, run: Path,
     train(work, student, chosen, after_all, data, run, fresh)
     weights = sum(parameter.numel() for parameter in chosen.values())
     student = finish(student.cpu())
-    student.save_pretrained(run / "student")
-    tokenizer.save_pretrained(run / "student")
+    with whole_folder(run / "student", put_aside) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return {"weights": weights, "bytes": 4 * weights}
 
 

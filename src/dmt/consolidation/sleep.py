@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from dmt.consolidation.night import Matter, learn
 from dmt.consolidation.rowing import RowStates
 from dmt.data.corpora import Corpus
 from dmt.data.encoding import start_of
+from dmt.disk import whole_folder
 from dmt.distill.signals import observe
 from dmt.errors import UserError
 from dmt.evaluate import compare
@@ -197,7 +197,7 @@ def sleep(
     told(f"{len(matter.new):,} tellings of {len(before.facts):,} facts, {len(matter.known):,} of what was learnt before")
     learn(teacher, student, {layer: slots[layer] for layer in before.memories}, matter, steps, lr, seed, heard)
     kept = {layer: states.kept() for layer, states in matter.rows.items()}
-    with _whole(output) as folder:
+    with whole_folder(output) as folder:
         student.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _pass_book_on(before, student, folder)
@@ -251,20 +251,6 @@ def _pass_book_on(before: Evening, student: PreTrainedModel, folder: Path) -> No
 
 def _numbers(ids: Sequence[int]) -> Any:
     return torch.tensor(ids).numpy()
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A folder to write to that is called `output` once all is written, and is gone where something fails."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config
 from dmt.distill.packing import on, pack, record_bytes, unpack
 from dmt.distill.sampling import Sampled, sample
@@ -82,7 +84,7 @@ def teacher_cache(config: Config, teacher: PreTrainedModel, windows: Tensor, num
             f"cache.kept must be in [16, {teacher.config.vocab_size}], the vocabulary of this teacher, got {config.cache.kept}"
         )
     if not (place / FILE).exists():
-        _write(config, teacher, windows, numbers, place, wanted)
+        _write_alone(config, teacher, windows, numbers, place, wanted)
     return _opened(config, place / FILE, wanted, windows, numbers)
 
 
@@ -92,6 +94,29 @@ def _made_of(config: Config, teacher: PreTrainedModel) -> dict[str, str]:
         "format": FORMAT, "teacher": fingerprint(teacher), "block": str(config.data.block),
         "vocabulary": str(teacher.config.vocab_size), "k": str(config.cache.kept), "temperature": str(config.loss.temperature),
     }  # fmt: skip
+
+
+def _write_alone(
+    config: Config, teacher: PreTrainedModel, windows: Tensor, numbers: Sequence[int], place: Path, made_of: dict[str, str]
+) -> None:
+    """`_write`, unless another run is about it: then that is waited for."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache.place={place} cannot be written ({error.strerror}); name another folder") from None
+    lock = place / f".{FILE}.lock"
+    held = disk.hold(
+        lock,
+        "",
+        lambda: print(f"waiting for another run that writes the teacher's answers to {place} ...", file=sys.stderr, flush=True),
+    )
+    try:
+        for left in place.glob(f"{FILE}.*.partial"):  # by a run that was killed
+            left.unlink()
+        if not (place / FILE).exists():
+            _write(config, teacher, windows, numbers, place, made_of)
+    finally:
+        disk.let_go(held, lock)
 
 
 def _write(
@@ -104,7 +129,6 @@ def _write(
     needed = len(header) + len(numbers) * (16 + config.data.block * length)
     partial = place / f"{FILE}.{os.getpid()}.partial"
     try:
-        place.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(place).free) < needed:
             raise UserError(
                 f"cache.place={place} has {free / 1e9:.1f} GB free and the teacher's answers to {len(numbers):,} windows need "

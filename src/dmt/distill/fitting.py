@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from transformers import PreTrainedModel
@@ -23,33 +22,17 @@ from transformers.utils import logging as transformers_logging
 from dmt.config import Config
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Progress, StopOnSignal
+from dmt.distill.checkpoints import Saver, WholeFiles
+from dmt.distill.ending import Interrupted, told_at_its_end
 from dmt.distill.folder import keep_metrics, newest_checkpoint
 from dmt.distill.processes import rank
 from dmt.errors import UserError
 from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
-from dmt.versions import CHECKPOINT, check_version
 
 PROCESSES = 8
 """So many may share a CPU, however few its cores."""
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-
-
-class Interrupted(Exception):
-    """A signal ended the run; everything up to `step` is in a checkpoint."""
-
-    def __init__(self, number: int, step: int, run: Path) -> None:
-        super().__init__(f"stopped after step {step}; go on with: python distill.py --resume {run}")
-        self.number = number
-
-
-@contextmanager
-def resumable(run: Path, step: int) -> Iterator[None]:
-    """Turn a signal that comes after training into `Interrupted`: the last checkpoint is there to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        raise Interrupted(next(iter(stopped.args), signal.SIGINT), step, run) from None
 
 
 def compute_device(config: Config) -> torch.device:
@@ -77,6 +60,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning about torch
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")  # a run may be moved
 
 
 def check_accelerator(config: Config) -> None:
@@ -119,21 +103,6 @@ def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
             use_attention(model, "sdpa")
 
 
-def check_checkpoint(run: Path) -> None:
-    """Raise `UserError` where the newest checkpoint of `run` is none, or of another version, before anything of it is used."""
-    if (newest := newest_checkpoint(run)) is None:
-        return
-    try:
-        found = torch.load(newest, weights_only=True, map_location="cpu", mmap=True)  # which reads no tensor yet
-    except Exception as error:  # a pickle that is more than tensors, and whatever bytes may be taken for
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:100]
-        raise UserError(f"{newest} is damaged or no checkpoint ({reason}); remove it to go on from the one before") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{newest} is damaged or no checkpoint; remove it to go on from the one before")
-    anew = f"start anew: python distill.py {run}/config.yaml, or go on with the dmt that made it"
-    check_version(found.get("dmt", 1), CHECKPOINT, f"{newest}: version", anew)
-
-
 class Board(TensorBoardLogger):
     """Curves of what was measured: not of the epoch, which Lightning adds to everything and which is always 0 here."""
 
@@ -141,28 +110,12 @@ class Board(TensorBoardLogger):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
-class Saver(ModelCheckpoint):
-    """Saves when a step has failed too, unless stored rows of that step are not where the model thinks they are.
-
-    What it saves bears a version.
-    """
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["dmt"] = CHECKPOINT
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        keeper = getattr(pl_module, "keeper", None)
-        if trainer.world_size > 1:
-            return  # saving takes all processes, and this one cannot know what became of the others
-        if keeper is None or not keeper.unsettled:
-            super().on_exception(trainer, pl_module, exception)
-
-
 def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, callbacks: list[Callback]) -> None:
     """Train to the last step, from the newest checkpoint in `run` where there is one.
 
     Raises:
-        Interrupted: a signal came; the state was saved.
+        Interrupted: a signal came; what there is to go on from was saved.
+        UserError: a step met numbers that are not finite.
     """
     settings, steps = config.trainer, data.steps
     checkpoint = newest_checkpoint(run)
@@ -178,6 +131,7 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
     saver = Saver(
         run / "checkpoints", filename="step_{step}", auto_insert_metric_name=False, every_n_train_steps=settings.checkpoint_every,
         monitor="step", mode="max", save_top_k=2, save_on_exception=True,
+        enable_version_counter=False,  # a step that is saved twice is the same
     )  # fmt: skip
     validate = settings.validate_every and min(settings.validate_every, steps)
     trainer = pl.Trainer(
@@ -202,17 +156,12 @@ def fit(config: Config, module: pl.LightningModule, data: TextData, run: Path, c
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         deterministic="warn",
+        plugins=[WholeFiles()],
     )
-    try:
+    with told_at_its_end(config, run, stop):
         trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-    except SystemExit:  # Lightning's answer to a KeyboardInterrupt, here to a second signal or one before the first step
-        number = stop.received or signal.SIGINT
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which it leaves ignored
-        if (saved := newest_checkpoint(run)) is None:
-            raise KeyboardInterrupt(number) from None
-        raise Interrupted(number, int(saved.stem[5:]), run) from None
-    last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
-    if not agreed(last.exists()):
-        trainer.save_checkpoint(last)
-    if stop.received is not None and trainer.global_step < steps:
-        raise Interrupted(stop.received, trainer.global_step, run)
+        last = run / "checkpoints" / f"step_{trainer.global_step}.ckpt"
+        if not agreed(last.exists()):
+            trainer.save_checkpoint(last)
+    if stop.received is not None:
+        raise Interrupted(stop.received, run)

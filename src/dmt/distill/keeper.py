@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dmt.config import StoreConfig
+from dmt.distill.finite import NotFinite
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.heat import cooled
@@ -50,12 +51,17 @@ class Keeper:
             for layer, memory in self.memories.items()
         }
         self.written: dict[str, float] = {}
-        self._checkpoint = 0
+        self._checkpoints = (0, 0)
         self.unsettled = False
         """Whether a step has changed the model and is not in the store to its end: nothing to go on from."""
 
     def begin(self) -> None:
-        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
+        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store.
+
+        What a run wrote that ended before its first checkpoint, and is now begun again, is taken back.
+        """
+        if not self.store.read_only:
+            self.store.rewind(self.run, 0)
         for layer, memory in self.memories.items():
             space = self.spaces[layer]
             memory.rows.rebuild(self.store.scan(space), expected=self.store.count(space))
@@ -74,7 +80,8 @@ class Keeper:
         """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction.
 
         Raises:
-            UserError: the store cannot be written, in every process, or what was offered is not finite.
+            UserError: the store cannot be written, in every process.
+            NotFinite: what was offered is not.
         """
         changes: dict[Namespace, Changes] = {}
         now = agreed(time.time())
@@ -82,10 +89,8 @@ class Keeper:
         for layer, memory in self.memories.items():
             try:
                 made = memory.settle(step, now, self.store.take_ids)
-            except ValueError as error:
-                raise UserError(
-                    f"layer {layer}, step {step}: {error}; the checkpoint before is kept, go on from it with a lower rate"
-                ) from None
+            except ValueError:
+                raise NotFinite(step, f"what the memory of layer {layer} is given to keep") from None
             usage = memory.rows.take_usage() if step % self.flush_every == 0 else None
             changes[self.spaces[layer]] = Changes(made.inserts, made.removals, usage)
             gone = {why: sum(len(ids) for ids, reason in made.removals if reason == why) for why in ("evicted", "merged")}
@@ -105,16 +110,16 @@ class Keeper:
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
 
-        Two checkpoints are kept, so what left the memories before the last one can leave the disk now.
+        Two checkpoints are kept, and this one is not yet: what left the memories before the older can leave the disk now.
 
         Raises:
             UserError: the store lacks what a step wrote, so that there is nothing to go on from here.
         """
         if self.unsettled:
             raise UserError(f"store {self.store.place}: step {step} was not written to its end; go on from the checkpoint before")
-        if step > self._checkpoint and not self.store.read_only:
-            self.store.purge(self.run, self._checkpoint, others=False)
-            self._checkpoint = step
+        if step > self._checkpoints[1] and not self.store.read_only:
+            self.store.purge(self.run, self._checkpoints[0], others=False)
+            self._checkpoints = (self._checkpoints[1], step)
         return {"run": self.run} | {str(layer): _state(memory) for layer, memory in self.memories.items()}
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
@@ -127,7 +132,7 @@ class Keeper:
         if not self.store.read_only:
             self.store.rewind(self.run, step)
         self.store.next_id = int(agreed(self.store.next_id))  # and nobody reads before that is done
-        self._checkpoint = 0  # the one before this may be there still
+        self._checkpoints = (0, 0)  # the one before this may be there still
         for layer, memory in self.memories.items():
             known = state[str(layer)]
             rows = memory.rows

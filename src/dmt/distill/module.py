@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config
 from dmt.distill.cached import TeacherCache
 from dmt.distill.calibrate import calibrate, measure_scales
+from dmt.distill.finite import check_finite, clipped
 from dmt.distill.keeper import Keeper
 from dmt.distill.lessons import teach
 from dmt.distill.losses import Batch, Scales, block_errors, distillation_terms, next_token_mask, weighted_sum
@@ -138,11 +139,10 @@ class Distiller(pl.LightningModule):
                 self.manual_backward(terms["loss"])
             for name, value in terms.items():
                 logged[name] = logged.get(name, torch.zeros_like(value)) + value.detach()
-        if self.settings.optim.clip:
-            self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
         if self.settings.loss.revive and stage == "end_to_end":
             self.count_idle()
-        done = self.global_step
+        norm, done = clipped(optimizer, self.settings.optim.clip), self.global_step  # type: ignore[arg-type]
+        check_finite(done + 1, logged["loss"], norm, self.student, lambda: self._again(stage, tokens, mask, counts))
         if self.keeper is not None:
             self.keeper.unsettled = writing
         optimizer.step()  # type: ignore[union-attr]
@@ -156,6 +156,11 @@ class Distiller(pl.LightningModule):
             means = averaged(torch.stack([value.float() for value in logged.values()]))
             found = {f"{stage}/{name}": value for name, value in zip(logged, means.tolist(), strict=True)}
             self._write({"learning_rate": rate} | found | stored, done)
+
+    def _again(self, stage: str, tokens: Tensor, mask: Tensor, counts: tuple[float, float]) -> None:
+        for rows in torch.arange(len(tokens)).split(self.settings.data.micro_batch):
+            batch = Batch(tokens[rows], mask[rows], *counts)
+            self._layerwise(batch) if stage == "layerwise" else self._end_to_end(batch)
 
     def _write(self, values: dict[str, float], step: int) -> None:
         # Not `self.log`: within one epoch that goes on writing the last value of a stage that is over.

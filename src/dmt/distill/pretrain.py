@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from dmt.config import Config
+from dmt.distill.finite import check_finite, clipped
 from dmt.distill.stepping import adamw, gradients_apart, learning_rate
 from dmt.evaluate import Tally, recall
 from dmt.memory.together import averaged
@@ -92,8 +93,10 @@ class Pretrainer(pl.LightningModule):
                 loss = self.model(piece, labels=piece, use_cache=False).loss * len(piece) / len(tokens)
                 self.manual_backward(loss)
             total += loss.detach()
-        if self.settings.optim.clip:
-            self.clip_gradients(optimizer, self.settings.optim.clip, "norm")  # type: ignore[arg-type]
+        norm = clipped(optimizer, self.settings.optim.clip)  # type: ignore[arg-type]
+        check_finite(
+            self.global_step + 1, total, norm, self.model, lambda: [self.model(piece, use_cache=False) for piece in pieces]
+        )
         optimizer.step()  # type: ignore[union-attr]
         self.log("loss", averaged(total), prog_bar=True)
         self.log("learning_rate", rate)

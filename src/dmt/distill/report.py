@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config
 from dmt.distill.callbacks import usage
 from dmt.distill.continuing import Continuation
@@ -171,7 +172,7 @@ def finish(run: Path, config: Config, results: dict[str, Any], said: dict[str, l
     console.print(table)
     notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
     texts = {corpus: continuations_table(found) for corpus, found in said.items()}
-    (run / "report.md").write_text(_markdown(run, results, notes, texts), encoding="utf-8")
+    disk.write(run / "report.md", _markdown(run, results, notes, texts))
     page = leave(lambda: distilled(run, config, read_record(run)), run / "report.html")
     places = {
         "curves": f"tensorboard --logdir {run.parent}",

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dmt import disk
 from dmt.config import Config, MemoryConfig
 from dmt.data.blocks import TextData, first_windows
 from dmt.data.corpora import load_corpus
+from dmt.disk import whole_folder
 from dmt.distill import report
 from dmt.distill.budgets import TOKENS, kl_by_budget
 from dmt.distill.cached import FILE, TeacherCache, teacher_cache
@@ -26,7 +28,6 @@ from dmt.distill.fitting import (
     compute_device,
     fit,
     keep_freed_memory,
-    resumable,
 )
 from dmt.distill.folder import check_writable, new_run, newest_checkpoint, read_record, write_record
 from dmt.distill.keeper import Keeper
@@ -40,6 +41,7 @@ from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
 from dmt.memory.associative import Heard
+from dmt.models.books import put_aside
 from dmt.models.fingerprint import fingerprint
 from dmt.models.loading import SAFELY
 from dmt.models.slots import filed_in
@@ -67,7 +69,7 @@ def distil(config: Config, run: Path | None) -> Path:
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
     config = measured(config, student, data.calibration_windows(config.data.block * -(-config.data.micro_batch // 2)))
     cache = first_alone(lambda: kept_answers(config, teacher, data))
-    fresh = run is None
+    fresh = run is None or newest_checkpoint(run) is None
     keeps = bool(associative_of(student))
     model = fingerprint(teacher) if keeps else ""
     shared = _store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
@@ -126,7 +128,7 @@ def _train(
         untrained = {name: compare(student, teacher, windows, config.data.micro_batch) for name, windows in held.items()}
         report.untrained(untrained)
     if rank() == 0:
-        (run / "transfer.txt").write_text(transfer.table() + "\n", encoding="utf-8")
+        disk.write(run / "transfer.txt", transfer.table() + "\n")
         known: dict[str, Any] = {"estimated": asdict(estimate)}
         known |= {"calibrated": {name: report.numbers(tally) for name, tally in untrained.items()}} if fresh else {}
         write_record(run, config, known, begins=True)
@@ -138,13 +140,12 @@ def _train(
     if rank():
         return  # what is left is for one
     trained = time.perf_counter() - began - prepared
-    with resumable(run, data.steps):
-        student = _as_saved(run, student.eval().cpu(), tokenizer)
-        place = torch.device("cpu") if filed_in(student) else compute_device(config)
-        results = measure(config, student.to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
-        results["budgets"] = _budgets(config, student, teacher, data)
-        results |= _costs(config, data, began, prepared, trained, steps_before)
-        _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
+    student = _as_saved(run, student.eval().cpu(), tokenizer)
+    place = torch.device("cpu") if filed_in(student) else compute_device(config)
+    results = measure(config, student.to(place), teacher.to(place), tokenizer, data)  # type: ignore[arg-type]
+    results["budgets"] = _budgets(config, student, teacher, data)
+    results |= _costs(config, data, began, prepared, trained, steps_before)
+    _conclude(config, run, student.cpu(), teacher.cpu(), tokenizer, data, results)
 
 
 def _given_to_blocks(config: Config, teacher: Any, memories: list[MemoryConfig], data: TextData) -> tuple[Tensor, ...] | None:
@@ -174,8 +175,9 @@ def _costs(config: Config, data: TextData, began: float, prepared: float, traine
 
 def _as_saved(run: Path, student: Any, tokenizer: Any) -> Any:
     """Save the student; itself, or where its slots leave RAM or lose digits the one that was saved, to be measured."""
-    student.save_pretrained(run / "student")
-    tokenizer.save_pretrained(run / "student")
+    with whole_folder(run / "student", put_aside) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32, **SAFELY) if filed_in(student) else student
 
 
@@ -248,8 +250,9 @@ def pretrain(config: Config, run: Path | None) -> Path:
         results["fidelity"][corpus.name] = found
         print(f"{corpus.name}: {found}")
     output = Path(config.pretrain.output).expanduser()
-    model.to(torch.float16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with whole_folder(output) as folder:
+        model.to(torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     results["curves"] = read_curves(run)
     write_record(run, config, results)
     print(f"report   {leave(lambda: pretrained(run, config, read_record(run)), run / 'report.html')}")

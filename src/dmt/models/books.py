@@ -95,12 +95,17 @@ def carry(model: PreTrainedModel, folder: Path) -> None:
         return
     if origin is not None and not origin.is_file():
         raise UserError(f"{origin}, the book of this model's facts, is not there any more, so they cannot be saved with it")
-    aside = f"memory.before-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000}.db"
-    for end in ("", "-wal", "-shm"):
-        if (part := folder / f"{BOOK}{end}").exists():
-            part.rename(folder / f"{aside}{end}")
+    put_aside(folder, folder)
     if origin is not None:
         copy_book(origin, there)
+
+
+def put_aside(before: Path, now: Path) -> None:
+    """Keep the book that a folder `before` has in the folder `now`, under another name."""
+    aside = f"memory.before-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000}.db"
+    for end in ("-wal", "-shm", ""):
+        if (part := before / f"{BOOK}{end}").exists():
+            part.rename(now / f"{aside}{end}")
 
 
 def copy_book(source: Path, target: Path) -> None:

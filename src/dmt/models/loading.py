@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.errors import UserError
@@ -48,8 +48,7 @@ def load(place: str, called: str) -> tuple[PreTrainedModel, Any]:
     except UserError:
         raise
     except Exception as error:  # whatever libraries make of a file that anybody may have written
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-        raise UserError(f"{called} cannot be loaded ({reason}); {NEEDED}") from None
+        raise UserError(f"{called} cannot be loaded ({why_not(Path(place), error)}); {NEEDED}") from None
     model, loading = loaded
     # What a file lacks is filled with random numbers, and one would go on with them.
     unexpected = [name for name in loading["unexpected_keys"] if not name.endswith(OLD_BUFFERS)]
@@ -60,6 +59,17 @@ def load(place: str, called: str) -> tuple[PreTrainedModel, Any]:
         )
     architecture_of(model.config.model_type)
     return model, tokenizer
+
+
+def why_not(folder: Path, error: Exception) -> str:
+    """Why a model could not be loaded from `folder`, in a few words; a file of weights that is not whole is named."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{file} is damaged: {' '.join(str(damage).split())[:120]}; get another copy"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 def check_folder(folder: Path, called: str) -> None:

@@ -56,12 +56,14 @@ def engine_of(place: str, mode: str = "rwc") -> tuple[Engine, Path | None]:
 
 def _sqlite(path: Path, mode: str) -> tuple[Engine, Path]:
     path = path.expanduser().absolute()  # once: the program may go to another folder later
-    address = f"{path.as_uri()}?mode={mode}"
-    engine = create_engine(
-        "sqlite+pysqlite://",
-        creator=lambda: sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS),
-        poolclass=NullPool,
-    )
+    log = path.with_name(f"{path.name}-wal")
+
+    def connect() -> sqlite3.Connection:
+        # What lies where nothing can be written, and nobody is writing, is read as it is: SQLite would make files beside it.
+        still = mode == "ro" and not log.exists() and not os.access(path.parent, os.W_OK)
+        return sqlite3.connect(f"{path.as_uri()}?mode={mode}{'&immutable=1' * still}", uri=True, timeout=BUSY_SECONDS)
+
+    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, _: Any) -> None:

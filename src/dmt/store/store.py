@@ -52,6 +52,7 @@ class Store:
                 raise UserError(f"store {self.place}: no store is there")
             if not read_only:
                 self._writer = only_writer(self.place, self.path, self.engine)
+                there = there or check(self.engine, self.place, model)  # whoever was writing may have made it meanwhile
                 if self.path is not None:  # readers and the writer do not wait for each other; stays with the file
                     with self.engine.connect() as connection:
                         connection.exec_driver_sql("PRAGMA journal_mode=WAL")

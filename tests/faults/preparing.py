@@ -1,0 +1,81 @@
+"""What a child of the nursery changes before it begins, by name."""
+
+import math
+
+import torch
+
+from dmt.consolidation import dreaming, night
+from dmt.consolidation import sleep as sleeping
+
+
+def short_night():
+    """As much prose and as many sentences as tiny models need."""
+    sleeping.POOL, sleeping.HELD_OUT, night.KEEP, dreaming.DREAMS = 24, 320, 1.0, 24
+
+
+def spoil(step, where):
+    """Put what is not a number into the student of a distillation in its step number `step`, counted from 1."""
+    from dmt.distill.module import Distiller
+
+    plain, hooks = Distiller.training_step, []
+
+    def spoilt(self, *given):
+        if self.global_step == step - 1 and not hooks:
+            where(self, hooks)
+        return plain(self, *given)
+
+    Distiller.training_step = spoilt
+
+
+def nan_in_the_output_of_layer_1():
+    from dmt.models.surgery import memories_of
+
+    spoil(6, lambda module, hooks: hooks.append(
+        memories_of(module.student)[1].register_forward_hook(lambda _, given, said: said * math.nan)))  # fmt: skip
+
+
+def inf_in_the_gradient_of_layer_2():
+    from dmt.models.surgery import memories_of
+
+    def where(module, hooks):
+        values = next(p for name, p in memories_of(module.student)[2].named_parameters() if "values" in name)
+        hooks.append(values.register_hook(lambda slope: slope * math.inf))
+
+    spoil(7, where)
+
+
+def nan_in_the_loss():
+    from dmt.distill import module
+
+    plain, calls = module.weighted_sum, []
+
+    def weighted(terms, weights):
+        calls.append(1)
+        return plain(terms, weights) * (math.nan if len(calls) > 4 else 1.0)
+
+    module.weighted_sum = weighted
+
+
+def overflow_in_the_weights():
+    """A step whose gradient is finite and whose result is not, as with an absurd rate; a checkpoint follows at once."""
+    from dmt.distill.module import Distiller
+
+    plain = Distiller.training_step
+
+    def spoilt(self, *given):
+        plain(self, *given)
+        if self.global_step == 6:
+            with torch.no_grad():
+                next(p for n, p in self.student.named_parameters() if "h.1." in n).fill_(math.inf)
+
+    Distiller.training_step = spoilt
+
+
+def nan_in_the_night():
+    plain, calls = night._Told.loss, []
+
+    def loss(self, *given):
+        calls.append(1)
+        return plain(self, *given) * (math.nan if len(calls) > 1 else 1.0)
+
+    night._Told.loss = loss

@@ -1,0 +1,187 @@
+"""A disk that is full, or cannot be written to: one line about it, nothing half written, and going on when that is over."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from faults.processes import ROWS, consolidation, copied, facts_in, result, small_run, some, whole_files
+from faults.test_killed import CACHE, MODULE, RUN, SLEEP, book_of, weights
+
+NOBODY = 65534
+STAGES = [
+    (f"{RUN}:new_run", 1),
+    ("dmt.distill.checkpoints:WholeFiles.save_checkpoint", 1),
+    ("dmt.distill.checkpoints:WholeFiles.save_checkpoint", 3),
+    (f"{MODULE}._write", 6),  # figures for curves
+    ("dmt.store.store:Store.commit", 2),
+    ("pytorch_lightning.loggers.csv_logs:ExperimentWriter.save", 6),
+    (f"{RUN}:_as_saved", 1),
+    (f"{RUN}:write_record", 2),
+    ("dmt.distill.report:hyperparameters", 1),
+    ("dmt.distill.report:finish", 1),
+]
+
+
+def one_line(ended, *parts):
+    """Whether a program ended as one does that a person can help: its last line."""
+    assert ended.code == 2, ended
+    assert "Traceback" not in ended.err, ended.err
+    assert ended.last.startswith("error: "), ended.err
+    for part in parts:
+        assert str(part) in ended.last, ended.last
+    return ended.last
+
+
+@pytest.mark.parametrize(
+    ("function", "nth", "do"),
+    [(*stage, "fill") for stage in STAGES] + [(*stage, "readonly") for stage in some(STAGES, 4)],
+    ids=lambda part: str(part).rpartition(":")[2],
+)
+def test_a_distillation(nursery, alone, material, small_disk, function, nth, do):
+    disk = small_disk(8)
+    words = [*small_run(material, disk / "logs"), *ROWS]
+    run = disk / "logs" / "version_0"
+    ended = nursery.run(words, moments=[{"in": function, "nth": nth, "do": do, "about": str(disk)}])
+    said = one_line(ended, disk)
+    if do == "fill":
+        assert "full" in said
+        assert "make room" in said
+        (disk / "filler").unlink()
+    else:
+        assert "writ" in said
+        one_line(nursery.run(["--resume", run] if run.exists() else words), disk)  # still so
+        subprocess.run(["umount", str(disk)], check=True)
+    whole_files(run)
+    ended = nursery.run(["--resume", run] if run.exists() else words)
+    assert ended.code == 0, ended.err
+    assert result(run) == alone(*ROWS)
+
+
+@pytest.mark.parametrize("room", some([1_000, 6_000, 60_000, 120_000], 3))
+def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
+    """What needs no root: a limit on the size of files, which stops settings, curves, checkpoints or rows."""
+    run = tmp_path / "logs" / "version_0"
+    ended = nursery.run([*words, *ROWS], limit=room)
+    one_line(ended, tmp_path)
+    whole_files(run)
+    ended = nursery.run(["--resume", run] if run.exists() else [*words, *ROWS])
+    assert ended.code == 0, ended.err
+    assert result(run) == alone(*ROWS)
+
+
+def test_the_teachers_answers(nursery, words, small_disk):
+    place = small_disk(1) / "answers"
+    given = [*words, *CACHE, f"cache.place={place}"]
+    fill = {"in": "dmt.distill.cached:_records", "nth": 5, "do": "fill", "about": str(place.parent)}
+    said = one_line(nursery.run(given, moments=[fill]), f"cache.place={place}", "name another folder")
+    assert "No space left" in said
+    assert not list(place.iterdir())
+    (place.parent / "filler").unlink()
+    assert nursery.run(given).code == 0
+
+
+@pytest.mark.parametrize(
+    ("into", "function"),
+    [("memory", "dmt.consolidation.rows:write_differences"), ("weights", "dmt.consolidation.run:finish"),
+     ("weights", "dmt.consolidation.report:finish")],
+    ids=lambda part: part.rpartition(":")[2],
+)  # fmt: skip
+def test_a_consolidation(nursery, material, small_disk, into, function):
+    disk = small_disk(8)
+    words = consolidation(material, disk, into)
+    run = disk / "logs" / "version_0"
+    ended = nursery.run(words, moments=[{"in": function, "do": "fill", "about": str(disk)}])
+    one_line(ended, run, "full", "make room")
+    assert (run / "student").exists() == function.endswith("report:finish")
+    (disk / "filler").unlink()
+    ended = nursery.run(["--resume", run])
+    assert ended.code == 0, ended.err
+    assert "written" in json.loads((run / "run.json").read_text())
+    assert not (run / "student" / "filler").exists()
+
+
+@pytest.mark.parametrize("do", ["fill", "readonly"])
+def test_facts(nursery, told, small_disk, tmp_path, do):
+    student = copied(told, small_disk(8) / "student")
+    before = book_of(student)
+    words = ["memory", "write", "--file", facts_in(tmp_path, 6), "-s", student]
+    moment = {"in": "dmt.facts.book:lines_of", "do": do, "about": str(student.parent)}
+    said = one_line(nursery.run(words, "dmt", moments=[moment]), student / "memory.db")
+    if do == "fill":
+        assert "full" in said
+        (student.parent / "filler").unlink()
+    else:
+        one_line(nursery.run(words, "dmt"), student)
+        assert nursery.run(["memory", "list", "-s", student], "dmt").code == 0, "it can be read all the same"
+        subprocess.run(["umount", str(student.parent)], check=True)
+    assert book_of(student) == before
+    assert nursery.run(words, "dmt").code == 0
+    assert len(book_of(student)[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("function", "do"),
+    some([("sleep:_pass_book_on", "fill"), ("night:Moves.move", "fill"), ("sleep:_pass_book_on", "readonly")]),
+)
+def test_a_night(nursery, material, told, small_disk, function, do):
+    disk = small_disk(4)
+    student = copied(told, disk / "student")
+    before = {file.name: file.read_bytes() for file in student.iterdir()}
+    words = ["sleep", "-s", student, "--corpora", material / "text.txt", *SLEEP, "--output", disk / "morning"]
+    moment = {"in": f"dmt.consolidation.{function}", "do": do, "about": str(disk)}
+    said = one_line(nursery.run(words, "dmt", prepare=["short_night"], moments=[moment]), disk / "morning")
+    assert "sleep again with: dmt sleep" in said
+    assert not (disk / "morning").exists()
+    if do == "fill":
+        assert not (disk / ".morning.partial").exists()
+        (disk / "filler").unlink()
+    else:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert {file.name: file.read_bytes() for file in student.iterdir() if file.name in before} == before
+    assert nursery.run(words, "dmt", prepare=["short_night"]).code == 0
+    assert weights(disk / "morning") != weights(student)
+    assert not (disk / ".morning.partial").exists()
+
+
+@pytest.fixture
+def open_place(material, told):
+    """A folder that everybody may look into, as those of pytest are not, with copies of the teacher and the student."""
+    if os.geteuid():
+        pytest.skip("another user needs root")
+    made = Path(tempfile.mkdtemp(prefix="dmt-faults-"))
+    for name, folder in (("material", material), ("student", told)):
+        shutil.copytree(folder, made / name)
+    (made / "logs").mkdir()
+    subprocess.run(["chmod", "-R", "go+rX", str(made)], check=True)
+    yield made
+    shutil.rmtree(made)
+
+
+def test_what_belongs_to_somebody_else(nursery, open_place):
+    """Before anything begins, of a user who may not write there: a new run, one to be gone on with, a student's book."""
+    logs, student = open_place / "logs", open_place / "student"
+    as_nobody = {"user": NOBODY, "cwd": str(open_place)}
+    words = small_run(open_place / "material", logs)
+    one_line(nursery.run(words, **as_nobody), f"trainer.log_dir={logs} cannot be written", "name another folder")
+    moment = {"in": f"{MODULE}.training_step", "nth": 8, "do": "SIGTERM"}
+    assert nursery.run([*words, *ROWS], moments=[moment]).code == 143
+    run = logs / "version_0"
+    ended = nursery.run(["--resume", run], **as_nobody)
+    one_line(ended, f"{run} cannot be written to (Permission denied)", "make it writable")
+    (run / "config.yaml").chmod(0o600)
+    one_line(nursery.run(["--resume", run], **as_nobody), run / "config.yaml", "Permission denied")
+    ended = nursery.run(["memory", "write", "Ada was born in Hill.", "-s", student], "dmt", **as_nobody)
+    one_line(ended, student / "memory.db", "it cannot be written to; make it writable")
+    assert nursery.run(["memory", "list", "-s", student], "dmt", **as_nobody).code == 0, "it can be read all the same"
+    place, mine = open_place / "rows.db", open_place / "mine"
+    mine.mkdir()
+    mine.chmod(0o777)
+    given = [*small_run(open_place / "material", mine), *ROWS, f"store.place={place}"]
+    assert nursery.run(given).code == 0
+    one_line(nursery.run(given, **as_nobody), f"store {place}", "cannot be written to")
+    assert not (mine / "version_1").exists()
