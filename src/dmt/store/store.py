@@ -17,9 +17,8 @@ from dmt.store.schema import SCHEMA_VERSION, about, namespaces, rows, states, ta
 
 SCAN_ROWS = 2_000
 """Rows that a scan takes from the database at once: few enough for the memory they took to be used again by the next."""
-WHOLE = select(rows, *(column for column in states.columns if column is not states.c.id)).join_from(
-    rows, states, rows.c.id == states.c.id
-)
+STATE = [column for column in states.columns if column is not states.c.id]
+WHOLE = select(rows, *STATE).join_from(rows, states, rows.c.id == states.c.id)
 """Rows with how they fare."""
 ABOUT = [name for name in WHOLE.selected_columns.keys() if name not in ("id", "namespace", "key", "value")]  # noqa: SIM118
 """What is told of a row beside its number, key and value."""
