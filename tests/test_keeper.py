@@ -1,6 +1,7 @@
 """Associative memories in a whole run: rows and checkpoints are one, the saved student is the student, nothing leaks."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_a_shared_store_is_read_by_the_next_run(words, tmp_path):
     with Store(str(tmp_path / "shared.db"), read_only=True) as store:
         runs = {run for space in store.namespaces() for page in store.scan(space) for run in page.about["run"]}
     assert {run[-9:] for run in runs} == {"version_0", "version_1"}
+
+
+def test_a_new_run_in_the_place_of_one_that_was_deleted_leaves_its_rows(words, tmp_path):
+    place = tmp_path / "shared.db"
+    assert main([*words, *ROWS, f"store.place={place}"]) == 0
+    before = {layer: set(rows) for layer, rows in rows_in_store(place).items()}
+    shutil.rmtree(tmp_path / "logs")
+    assert main([*words, *ROWS, f"store.place={place}", "memory.write_from=1"]) == 0
+    assert {layer: set(rows) for layer, rows in rows_in_store(place).items()} == before
+    assert sum(map(len, before.values())) > 10
 
 
 def test_runs_are_told_apart_however_alike_their_paths_end(tmp_path):

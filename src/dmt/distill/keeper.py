@@ -56,12 +56,7 @@ class Keeper:
         """Whether a step has changed the model and is not in the store to its end: nothing to go on from."""
 
     def begin(self) -> None:
-        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store.
-
-        What a run wrote that ended before its first checkpoint, and is now begun again, is taken back.
-        """
-        if not self.store.read_only:
-            self.store.rewind(self.run, 0)
+        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
         for layer, memory in self.memories.items():
             space = self.spaces[layer]
             memory.rows.rebuild(self.store.scan(space), expected=self.store.count(space))
@@ -69,6 +64,12 @@ class Keeper:
             known.heat[:] = cooled(known.heat, known.heat_step, int(known.heat_step.max(initial=0)), memory.policy.decay)
             known.heat_step[:] = 0
         self.store.next_id = int(agreed(self.store.next_id))  # whoever only reads counts along
+
+    def take_back(self) -> None:
+        """Drop what this run wrote before it ended without a checkpoint, to begin it again. Not for a new run: one before it,
+        whose folder is gone, may have had the same path, and its rows in a shared store are not this one's."""
+        if not self.store.read_only:
+            self.store.rewind(self.run, 0)
 
     def write(self, progress: float | None) -> bool:
         """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""

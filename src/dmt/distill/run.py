@@ -73,12 +73,14 @@ def distil(config: Config, run: Path | None) -> Path:
     keeps = bool(associative_of(student))
     model = fingerprint(teacher) if keeps else ""
     shared = _store(config.store.place, model) if keeps and config.store.place else None  # refused before a folder is made
-    run = run or first_makes(lambda: new_run(config))
+    begun_before, run = run is not None, run or first_makes(lambda: new_run(config))
     module = Distiller(config, student, teacher)
     module.cache = cache
     if keeps:
         store = shared or _store(str(run / "memory.db"), model)
         module.keeper = first_alone(lambda: Keeper(config.store, store, student, run))
+        if begun_before and fresh:
+            module.keeper.take_back()
     with closing(module):
         _train(config, run, fresh, module, tokenizer, data, transfer, began)
     return run
