@@ -5,6 +5,8 @@ has its own files, takes signals, and can be killed. An order may name a moment:
 calls made in it, and what is to happen then; so a stage is met at any point of it, on a fast machine and on a slow one.
 """
 
+import encodings.idna
+import encodings.utf_8_sig  # noqa: F401
 import json
 import os
 import resource
@@ -22,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 import dmt.cli
 import dmt.commands.changing
+import dmt.commands.looking
 import dmt.commands.sleeping
 import dmt.main
 import dmt.tasks

@@ -47,13 +47,13 @@ def inf_in_the_gradient_of_layer_2():
 def nan_in_the_loss():
     from dmt.distill import module
 
-    plain, calls = module.weighted_sum, []
+    plain = module.weighted_sum
 
-    def weighted(terms, weights):
-        calls.append(1)
-        return plain(terms, weights) * (math.nan if len(calls) > 4 else 1.0)
+    def where(_, hooks):
+        hooks.append(True)
+        module.weighted_sum = lambda terms, weights: plain(terms, weights) * math.nan
 
-    module.weighted_sum = weighted
+    spoil(7, where)
 
 
 def overflow_in_the_weights():
