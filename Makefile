@@ -1,11 +1,13 @@
-# make check | test | run | board
-.PHONY: check test run board
+# make check | test | mutants | run | board
+.PHONY: check test mutants run board
 check:  ## lint, format, types
 	ruff check .
 	ruff format --check .
 	mypy
 test:
 	python -m pytest
+mutants:  ## break chosen lines one by one; the tests should notice
+	python -m tests.mutants
 run:
 	python distill.py
 board:

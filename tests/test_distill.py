@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig, TrainerConfig
 from dmt.distill import timing
 from dmt.distill.calibrate import measure_scales
+from dmt.distill.folder import newest_checkpoint
 from dmt.distill.losses import Batch
 from dmt.distill.module import Distiller
 from dmt.distill.pretrain import Pretrainer
@@ -26,12 +27,13 @@ from dmt.models.surgery import memories_of, transplant
 
 TOGETHER = 9
 """Steps of the small run: four layer-wise, five end to end."""
+EIGHT = MemoryConfig(k=8)
 
 
-def module(teacher, **changes):
+def module(teacher, each=EIGHT, **changes):
     settings = {"data": DataConfig(block=16, batch=4, micro_batch=4)} | changes
     config = replace(Config(), **settings)
-    student, _ = transplant(teacher, [MemoryConfig(k=8)] * LAYERS)
+    student, _ = transplant(teacher, [each] * LAYERS)
     return Distiller(config, student, teacher)
 
 
@@ -181,6 +183,14 @@ def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, caps
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_the_newest_checkpoint_is_that_of_the_latest_step_whatever_its_name_sorts_like(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step_9.ckpt", "step_10.ckpt", "step_10-v1.ckpt", "step_11.ckpt.partial", "last.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert newest_checkpoint(tmp_path).name == "step_10.ckpt"
+
+
 def test_a_teachers_training_stops_and_goes_on_to_the_same_weights(text_file, tmp_path, monkeypatch):
     recipe = [
         "task=pretrain", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16", "data.batch=4",
@@ -266,8 +276,8 @@ def test_calibration_reads_as_many_tokens_as_it_is_told(teacher, monkeypatch):
     assert read == [(4, 16)]  # 64 tokens
 
 
-def steps_of(teacher, count, **changes):
-    """`count` training steps without a trainer, and the module they were made with."""
+def steps_of(teacher, count, begins=lambda made: None, **changes):
+    """`count` training steps without a trainer, and the module they were made with; `begins` is given it before the first."""
     made = module(teacher, **changes)
     optimizer = made.configure_optimizers()
     state = {"step": 0}
@@ -278,6 +288,7 @@ def steps_of(teacher, count, **changes):
     type(made).global_step = property(lambda self: state["step"])
     generator = torch.Generator().manual_seed(0)
     made.calibrate(torch.randint(1, 300, (6, 16), generator=generator))
+    begins(made)
     try:
         for _ in range(count):
             made.training_step(torch.randint(1, 300, (4, 16), generator=generator), 0)
@@ -322,6 +333,38 @@ def test_training_leaves_the_teacher_alone(teacher):
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not [name for name, _ in made.named_parameters() if not name.startswith("student.")]
+
+
+def test_while_training_a_threshold_too_high_for_the_budget_sinks_and_stays_shared(teacher):
+    before = []
+
+    def begins(made):
+        made.train()
+        made.on_fit_start()
+        for memory in memories_of(made.student).values():
+            memory.threshold.mul_(2)
+            before.append(float(memory.threshold))
+
+    made = steps_of(teacher, 3, begins, each=MemoryConfig(k="auto", budget=8), stages=stages(3, 0))
+    after = [float(memory.threshold) for memory in memories_of(made.student).values()]
+    assert len(set(before)) == len(set(after)) == 1
+    assert 0 < after[0] < 0.98 * before[0]
+
+
+def test_errors_are_those_of_each_layers_own_memory(teacher, tokens):
+    made = module(teacher, each=MemoryConfig(k=SLOTS))
+    seen = observe_teacher(teacher, tokens, blocks=True)
+    assert made._memory_errors(seen, Batch.whole(tokens)).abs().max() < 1e-6, "slots that are all read say what the block says"
+    with torch.no_grad():
+        memories_of(made.student)[1].output_bias += 1
+    assert (made._memory_errors(seen, Batch.whole(tokens)) > 1e-2).tolist() == [False, True, False]
+
+
+def test_what_a_teacher_says_is_in_no_graph_even_where_it_could_learn(teacher, tokens):
+    teacher.requires_grad_(True)
+    said = observe_teacher(teacher, tokens, blocks=True)
+    assert not any(state.requires_grad for state in (said.hidden, *said.block_inputs, *said.block_outputs, *said.streams))
+    assert observe(teacher, tokens).hidden.requires_grad
 
 
 @torch.no_grad()

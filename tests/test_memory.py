@@ -172,6 +172,14 @@ def test_a_threshold_of_zero_reads_every_slot(gated):
             torch.testing.assert_close(memory(hidden), block)
 
 
+def test_a_slot_whose_rank_is_the_threshold_is_read():
+    memory = make(ranking="centred", **BUDGETED)
+    hidden = torch.randn(20, WIDTH, dtype=torch.double)
+    rank = memory.rank(hidden)
+    memory.threshold.copy_(rank.max())
+    assert torch.equal(memory.select(hidden), rank == rank.max())
+
+
 def test_a_threshold_nothing_reaches_reads_nothing():
     memory = make(ranking="centred", **BUDGETED)
     memory.threshold.fill_(float("inf"))

@@ -7,6 +7,7 @@ from reference import gelu_tanh
 
 from dmt.config import MemoryConfig
 from dmt.distill.signals import observe_teacher
+from dmt.models.architectures import architecture_of
 from dmt.models.resize import importance, resized
 from dmt.models.surgery import memories_of, transplant
 
@@ -103,6 +104,18 @@ def test_a_student_with_fewer_slots_is_made_from_the_best(tokens):
     assert errors[1] < errors[0]
     with pytest.raises(ValueError, match="need block_inputs"):
         transplant(teacher, [MemoryConfig(slots=32)] * LAYERS)
+
+
+def test_slots_are_made_of_what_their_own_block_is_given(tokens):
+    teacher = make_teacher()
+    inputs = observe_teacher(teacher, tokens, blocks=True).block_inputs
+    student, _ = transplant(teacher, [MemoryConfig(slots=SLOTS // 4, k=1)] * LAYERS, inputs)
+    for layer, memory in memories_of(student).items():
+        parts = architecture_of("gpt2").read(teacher.transformer.h[layer].mlp)
+        weights = gelu_tanh(inputs[layer].flatten(0, 1) @ parts["keys"].T + parts["key_bias"])
+        wanted = resized(parts, weights, SLOTS // 4, MemoryConfig().fewer, "split")
+        for name in ("keys", "values", "output_bias"):
+            torch.testing.assert_close(getattr(memory, name).detach(), wanted[name].detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_importance_is_how_much_a_neuron_moves_the_answer_from_its_mean(hidden):

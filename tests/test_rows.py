@@ -140,6 +140,16 @@ def test_what_is_near_is_known_what_is_less_near_is_merged_what_is_far_is_new():
     np.testing.assert_allclose(held(rows)[1:], [(4 + 4.2 + 4.4 + 4.3) / 4, 8.9], atol=1e-3)
 
 
+def test_a_row_that_is_there_already_is_known_and_so_is_one_just_as_far_as_novelty():
+    for novelty, position in ((0.0, 4.0), (2.0, 2.0)):
+        rows, take = Rows(2, 1), numbers()
+        policy = Policy(novelty=novelty, recombine=novelty, capacity=10, decay=0.1)
+        admit(rows, torch.tensor([[4.0, 0.0]]), torch.ones(1, 1), [""], policy, 1, 5.0, take)
+        again = admit(rows, torch.tensor([[position, 0.0]]), torch.ones(1, 1), [""], policy, 2, 5.0, take)
+        assert not again.changes.inserts
+        assert len(rows) == 1
+
+
 def test_a_merged_row_keeps_the_oldest_creation_and_both_heats():
     rows, take = Rows(2, 1), numbers()
     policy = Policy(novelty=0.0, recombine=0.5, capacity=10, decay=0.5)

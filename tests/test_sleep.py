@@ -14,7 +14,7 @@ from dmt.config import MemoryConfig
 from dmt.consolidation import dreaming, night
 from dmt.consolidation import sleep as sleep_module
 from dmt.consolidation.dreaming import BESIDE, Telling, sentences_of, tellings, told, windows
-from dmt.consolidation.moving import Moves
+from dmt.consolidation.moving import DAMPING, Moves, _root
 from dmt.consolidation.rowing import RowStates
 from dmt.consolidation.sleep import evening, said, sleep
 from dmt.data.corpora import Corpus
@@ -225,6 +225,14 @@ def test_states_of_rows_are_where_rows_are_read(tokenizer):
     found, _ = memory.select(states.states(states.keys))
     assert torch.equal(found[:, 0], torch.arange(50))
     assert states.kept() == 1
+
+
+def test_what_text_notices_most_is_moved_least():
+    directions = torch.linalg.qr(torch.randn(6, 6)).Q
+    noticed = torch.tensor([3.0, 1.5, 1.0, 0.4, 0.1, 0.0])  # by text, mean 1
+    root = _root(directions @ torch.diag(noticed) @ directions.t() * 7)
+    moved = directions.t() @ root @ directions
+    torch.testing.assert_close(moved, torch.diag((noticed + DAMPING).rsqrt()), rtol=1e-3, atol=1e-2)
 
 
 def test_steps_are_gradients_in_other_coordinates(tokenizer):

@@ -29,6 +29,7 @@ def postgresql():
     lines = iter(server.stdout.readline, "")
     address = next((line.strip() for line in lines if "@" in line), None)
     if address is None:
+        server.communicate(timeout=60)  # or its open pipes fail whatever test comes later
         pytest.skip("pg_virtualenv is there and makes no server; its Debian package postgresql may be missing")
     yield f"postgresql://{address}/postgres"
     server.communicate("\n", timeout=60)
