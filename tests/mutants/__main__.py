@@ -30,7 +30,8 @@ COPIED = ("src", "tests", "configs", "examples", "benchmarks", "distill.py", "py
 LIBRARIES = ("numpy", "torch", "transformers", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
              "pytorch_lightning", "tensorboard", "torch.utils.tensorboard", "sqlalchemy", "omegaconf", "rich.progress", "faiss",
              "safetensors.numpy", "pytest")  # fmt: skip
-OPTIONS = ("-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+OPTIONS = ("-q", "--numprocesses=0", "--dist=no", "-p", "no:cacheprovider", "--no-header", "--tb=short",
+           "-W", "ignore::pytest.PytestAssertRewriteWarning")  # fmt: skip
 PATIENCE = 300
 """Seconds after which tests of one mutant are stopped: that is not noticing."""
 MANY = 5
@@ -83,7 +84,7 @@ def _check(mutants: list[Mutant], house: Path) -> int:
     print(file=sys.stderr)
     if before["code"] not in (0, 1):
         print(said.read_text(encoding="utf-8", errors="replace")[-4_000:])
-        print(f"with nothing broken the tests do not run to their end ({before['why']}), so nothing can be judged", file=sys.stderr)
+        print(f"with nothing broken the tests do not run to their end ({_why(before)}), so nothing can be judged", file=sys.stderr)
         return 2
     sick = {node.partition("[")[0] for node in before["failed"]}
     for node in before["failed"]:
@@ -110,7 +111,12 @@ def _said_of(found: dict[str, Any]) -> str:
         return f"caught by {found['failed'][0].removeprefix('tests/')}"
     if found["code"] == 0:
         return "SURVIVED"
-    return f"SURVIVED: not judged, {found['why'] or 'pytest ended with ' + str(found['code'])}"
+    return f"SURVIVED: not judged, {_why(found)}"
+
+
+def _why(found: dict[str, Any]) -> str:
+    """Why there is nothing to judge."""
+    return str(found["why"] or f"pytest ended with {found['code']}")
 
 
 def _try(mutant: Mutant, house: Path, said: Path) -> tuple[dict[str, Any], float]:
