@@ -18,7 +18,7 @@ STAGES = [
     ("SIGTERM", f"{RUN}:load_teacher", 1),
     ("SIGINT", f"{RUN}:TextData.setup", 1),
     ("SIGTERM", f"{MODULE}.calibrate", 1),
-    ("SIGTERM", "dmt.distill.fitting:TensorBoardLogger", 1),  # training is prepared
+    ("SIGTERM", "dmt.distill.fitting:StopOnSignal", 1),  # training is prepared
     ("SIGTERM", f"{MODULE}.on_fit_start", 1),  # Lightning's own answers begin
     ("SIGINT", f"{MODULE}.training_step", 1),
     ("SIGTERM", f"{MODULE}.training_step", 3),
@@ -65,9 +65,10 @@ def test_a_distillation(nursery, alone, words, tmp_path, name, function, nth):
 
 @pytest.mark.parametrize("nth", [1, 6])
 def test_a_second_signal_does_not_wait_for_the_step(nursery, alone, words, tmp_path, nth):
-    again = [{"in": f"{MODULE}.training_step", "nth": nth, "after": 0, "do": "SIGINT"},
-             {"in": f"{MODULE}._{'layerwise' if nth == 1 else 'end_to_end'}", "nth": 1 if nth == 1 else 4, "after": 30,
-              "do": "SIGTERM"}]  # fmt: skip
+    again = [
+        {"in": f"{MODULE}.training_step", "nth": nth, "after": 0, "do": "SIGINT"},
+        {"in": "dmt.distill.module:check_finite", "nth": nth, "after": 3, "do": "SIGTERM"},
+    ]
     ended = nursery.run([*words, *ROWS], moments=again)
     run = tmp_path / "logs" / "version_0"
     assert ended.code == 130, ended
