@@ -1,6 +1,7 @@
 """Tiny models, built in memory, whose logits are peaked: a fresh GPT-2 is near-uniform and hides mistakes."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -94,6 +95,23 @@ def text_file(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """One of everything that the product reads and writes."""
+    from workshop import build
+
+    with pytest.MonkeyPatch.context() as patched:
+        return build(tmp_path_factory.mktemp("workshop"), patched)
+
+
+@pytest.fixture
+def shop(workshop, tmp_path, monkeypatch):
+    """A copy of the workshop, in which one may spoil what one likes, as the current folder."""
+    shutil.copytree(workshop, tmp_path / "shop")
+    monkeypatch.chdir(tmp_path / "shop")
+    return tmp_path / "shop"
 
 
 @pytest.fixture

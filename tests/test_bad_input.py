@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from refusals import line_of, snapshot
-from workshop import ADA, CACHED, TINY, build
+from workshop import ADA, CACHED, TINY
 
 from dmt import cli, main, settings
 from dmt.data.corpora import load_corpus
@@ -563,20 +563,6 @@ ROWS = {
     }.items()
     for name, row in rows.items()
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        yield build(tmp_path_factory.mktemp("made"), patched)
-
-
-@pytest.fixture
-def shop(made, tmp_path, monkeypatch):
-    """A copy of the workshop, in which one may spoil what one likes."""
-    shutil.copytree(made, tmp_path / "shop")
-    monkeypatch.chdir(tmp_path / "shop")
-    return tmp_path / "shop"
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ import torch
 from refusals import line_of, snapshot
 from test_bad_input import CACHE, KEPT, RESUME, SLOTS, STUDENT, V0
 from test_store import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
-from workshop import ADA, CACHED, TINY, build
+from workshop import ADA, CACHED, run
 
-from dmt import cli, main
+from dmt import cli
 from dmt.records import Told
 from dmt.store import Changes, Store
 from dmt.store.ledger import Ledger
@@ -36,23 +36,6 @@ class Planted:
 
     def __reduce__(self):
         return open, (str(TRACE.absolute()), "w")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        yield build(tmp_path_factory.mktemp("made"), patched)
-
-
-@pytest.fixture
-def shop(made, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "shop")
-    monkeypatch.chdir(tmp_path / "shop")
-    return tmp_path / "shop"
-
-
-def run(words: list[str]) -> int:
-    return cli.main(words[1:]) if words[:1] == ["dmt"] else main.main(words if "--resume" in words else [*TINY, *words])
 
 
 def as_pickle(name: str) -> None:

@@ -1,7 +1,6 @@
 """Every file that is written states its version; an older one is read or refused, a newer one refused, in one clear line."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,10 @@ import torch
 from refusals import line_of, snapshot
 from safetensors import safe_open
 from test_bad_input import BOOK, CACHE, RESUME, SLOTS, STUDENT, V0, S, changed, kept, put, reheaded, sql
-from workshop import CACHED, TINY, build
+from workshop import CACHED, run
 
 import dmt
-from dmt import cli, main, versions
+from dmt import main, versions
 from dmt.settings import load
 from dmt.versions import check_version
 
@@ -54,23 +53,6 @@ KINDS = {
     "cache": (lambda version: reheaded(CACHE, format=str(version)), CACHED, "the format version"),
 }
 """How a version is altered, the words that then are refused, and what the line says before the version."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        yield build(tmp_path_factory.mktemp("made"), patched)
-
-
-@pytest.fixture
-def shop(made, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "shop")
-    monkeypatch.chdir(tmp_path / "shop")
-    return tmp_path / "shop"
-
-
-def run(words: list[str]) -> int:
-    return cli.main(words[1:]) if words[0] == "dmt" else main.main(words if "--resume" in words else [*TINY, *words])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,3 +40,8 @@ def build(place: Path, monkeypatch) -> Path:
         codes += [cli.main(["memory", "export", pack, "-s", "logs/version_0"]) for pack in ("pack", "pack.safetensors")]
     assert not any(codes), said.getvalue()
     return place
+
+
+def run(words: list[str]) -> int:
+    """The exit code of a command, `dmt` or `distill.py`, the latter's run made tiny."""
+    return cli.main(words[1:]) if words[:1] == ["dmt"] else main.main(words if "--resume" in words else [*TINY, *words])
