@@ -430,6 +430,7 @@ def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypat
     monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(timing, "quiet", lambda: True)
     decided = timing.measured(Config(), teacher, tokens)
     seconds |= {(1, False): 9.0}
     assert timing.measured(Config(), teacher, tokens) == decided, "or two runs of one command would differ"
@@ -445,6 +446,19 @@ def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypat
     assert timing.measured(Config(), teacher, tokens).trainer.threads == 2
     monkeypatch.setattr(timing, "timings", lambda: Path("/proc/nowhere/timings.json"))
     assert timing.measured(Config(), teacher, tokens).trainer.threads == 2, "a place that cannot be written is no reason to stop"
+
+
+def test_what_was_timed_on_a_busy_machine_holds_until_it_is_quiet(teacher, tokens, monkeypatch):
+    seconds = {(1, False): 1.0, (2, False): 3.0, (1, True): 0.5, (2, True): 0.1}
+    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    found = []
+    for calm in (False, False, True, True, False):
+        monkeypatch.setattr(timing, "quiet", lambda calm=calm: calm)
+        found.append(timing.measured(Config(), teacher, tokens).trainer.threads)
+        seconds[1, False] += 1.5
+    assert found == [1, 1, 2, 2, 2]
 
 
 def test_timing_a_step_leaves_no_gradient(teacher, tokens):

@@ -24,6 +24,8 @@ STEPS_TIMED = 3
 """Steps by which a way to compute is judged, the fastest of them."""
 FORMAT = 1
 DECIDED = ("threads", "precision", "attention")
+BUSY = 0.75
+"""Programs waiting for each core, of late, from which on a machine is too busy for what is timed to be kept for good."""
 
 
 def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
@@ -32,7 +34,8 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same; and in
     `timings.json` under `DMT_CACHE` (`~/.cache/dmt`), so that the same command on the same machine computes the same, too:
-    what is timed twice may come out twice, and then no digit would be equal.
+    what is timed twice may come out twice, and then no digit would be equal. What was decided on a busy machine holds until
+    it is quiet.
     """
     on_cpu = compute_device(config).type == "cpu"
     if not on_cpu or (config.trainer.threads and len(_ways(config.trainer, on_cpu)) == 1):
@@ -42,10 +45,18 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
         before = _remembered(known.get(key), config.trainer)
         trainer = before or _timed(config, model, windows)
         if before is None:
-            _remember(known | {key: {name: getattr(trainer, name) for name in DECIDED}})
+            _remember(known | {key: {name: getattr(trainer, name) for name in DECIDED} | {"quiet": quiet()}})
     trainer = as_the_first(trainer)
     torch.set_num_threads(trainer.threads)
     return replace(config, trainer=trainer)
+
+
+def quiet() -> bool:
+    """Whether little else is going on, so that timing tells of the machine and not of others' work."""
+    try:
+        return os.getloadavg()[0] < BUSY * (os.cpu_count() or 1)
+    except OSError:  # this system does not tell
+        return True
 
 
 def timings() -> Path:
@@ -75,7 +86,9 @@ def _known() -> dict[str, Any]:
 
 def _remembered(decided: Any, trainer: TrainerConfig) -> TrainerConfig | None:
     """`trainer` as it was decided before, where that is something that could be decided."""
-    if not isinstance(decided, dict) or set(decided) != set(DECIDED):
+    if not isinstance(decided, dict) or set(decided) != {*DECIDED, "quiet"}:
+        return None
+    if not decided["quiet"] and quiet():  # others were in the way then, and are not now
         return None
     threads, precision, attention = (decided[name] for name in DECIDED)
     right = type(threads) is int and threads > 0 and precision in ("32-true", "bf16-mixed") and attention in ("sdpa", "batched")
