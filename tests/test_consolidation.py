@@ -753,7 +753,7 @@ def test_a_command_that_is_stopped_says_how_to_go_on(tiny, long_folder, monkeypa
     from dmt.distill.fitting import Interrupted
 
     def stop(*_):
-        raise Interrupted(signal.SIGINT, 3, Path("runs/version_0"))
+        raise Interrupted(signal.SIGINT, Path("runs/version_0"))
 
     monkeypatch.setitem(tasks.TASKS, "consolidate", stop)
     with pytest.raises(SystemExit) as ended:

@@ -156,8 +156,8 @@ def test_what_is_wrong_with_torchrun_is_told(words, tmp_path, monkeypatch, capsy
     assert "on several machines" in capsys.readouterr().err
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
-    assert main([*words, "trainer.devices=4096", "data.batch=4096", "data.micro_batch=4096"]) == 2
-    assert re.search(r"trainer.devices=4096: there are \d+ processes at most here", capsys.readouterr().err)
+    assert main([*words, "trainer.devices=256", "data.batch=256", "data.micro_batch=256"]) == 2
+    assert re.search(r"trainer.devices=256: there are \d+ processes at most here", capsys.readouterr().err)
     assert not (tmp_path / "logs").exists()
 
 

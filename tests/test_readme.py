@@ -111,6 +111,7 @@ def test_the_two_commands_are_those_that_ci_runs():
     assert r"^    pip install -r requirements\.txt && " in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # where another test has imported it
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_a_benchmark_that_the_readme_names_takes_the_words_it_is_given(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

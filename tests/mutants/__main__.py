@@ -65,7 +65,7 @@ def main(words: list[str]) -> int:
         parser.error(f"no mutant is called {unknown[0]}; tests/mutants/chosen.toml has them all")
     if wrong := stale(mutants):
         parser.error("; ".join(wrong))
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else the copy would stay
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else the copy would stay; SIGINT may have been ignored
         signal.signal(number, _stop)
     try:
         with _house() as house:
