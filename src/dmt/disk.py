@@ -44,6 +44,8 @@ def trouble(error: BaseException) -> tuple[str, str] | None:
             number = errno.ENOSPC
         if number in ADVICE:
             what, helps = ADVICE[number]
+            if number == errno.EACCES and getattr(at, "filename", None):  # not what was asked for as a whole: one file of it
+                what = f"{at.filename} may not be opened"  # type: ignore[attr-defined]
             return f"{what} ({os.strerror(number)})", helps
         at = at.__cause__ or at.__context__
     return None
@@ -53,7 +55,7 @@ def told(error: BaseException) -> str | None:
     """The same as a line about the file in question, where there is one."""
     if (found := trouble(error)) is None:
         return None
-    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename and str(error.filename) not in found[0] else ""
     return f"{place}{found[0]}; {found[1]} and try again; what was finished is kept"
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -149,39 +147,51 @@ def test_a_night(nursery, material, told, small_disk, function, do):
 
 
 @pytest.fixture
-def open_place(material, told):
-    """A folder that everybody may look into, as those of pytest are not, with copies of the teacher and the student."""
+def anothers(material, told, tmp_path):
+    """A folder of another user, with copies of the teacher and the student, and a call that makes that so of what came since."""
     if os.geteuid():
         pytest.skip("another user needs root")
-    made = Path(tempfile.mkdtemp(prefix="dmt-faults-"))
+    made = tmp_path / "anothers"
     for name, folder in (("material", material), ("student", told)):
         shutil.copytree(folder, made / name)
     (made / "logs").mkdir()
-    subprocess.run(["chmod", "-R", "go+rX", str(made)], check=True)
-    yield made
-    shutil.rmtree(made)
+
+    def handed_over():
+        subprocess.run(["chown", "-R", str(NOBODY), str(made)], check=True)
+        return made
+
+    return handed_over
 
 
-def test_what_belongs_to_somebody_else(nursery, open_place):
-    """Before anything begins, of a user who may not write there: a new run, one to be gone on with, a student's book."""
-    logs, student = open_place / "logs", open_place / "student"
-    as_nobody = {"user": NOBODY, "cwd": str(open_place)}
-    words = small_run(open_place / "material", logs)
-    one_line(nursery.run(words, **as_nobody), f"trainer.log_dir={logs} cannot be written", "name another folder")
+def test_what_belongs_to_somebody_else(nursery, anothers, tmp_path):
+    """Before anything begins, of one who may not write there: a new run, one to be gone on with, a student's book."""
+    place = anothers()
+    logs, student = place / "logs", place / "student"
+    words = small_run(place / "material", logs)
+    one_line(nursery.run(words, powerless=True), f"trainer.log_dir={logs} cannot be written", "name another folder")
     moment = {"in": f"{MODULE}.training_step", "nth": 8, "do": "SIGTERM"}
     assert nursery.run([*words, *ROWS], moments=[moment]).code == 143
+    anothers()
     run = logs / "version_0"
-    ended = nursery.run(["--resume", run], **as_nobody)
+    ended = nursery.run(["--resume", run], powerless=True)
     one_line(ended, f"{run} cannot be written to (Permission denied)", "make it writable")
     (run / "config.yaml").chmod(0o600)
-    one_line(nursery.run(["--resume", run], **as_nobody), run / "config.yaml", "Permission denied")
-    ended = nursery.run(["memory", "write", "Ada was born in Hill.", "-s", student], "dmt", **as_nobody)
+    one_line(nursery.run(["--resume", run], powerless=True), run / "config.yaml", "Permission denied")
+    looked = ["memory", "list", "-s", student]
+    for file in ("model.safetensors", "config.json"):  # as it is written, nobody else may read the weights
+        (student / file).chmod(0o600)
+        said = one_line(nursery.run(looked, "dmt", powerless=True), student / file)
+        assert "cannot be read (Permission denied); make it readable" in said
+        (student / file).chmod(0o644)
+    ended = nursery.run(["memory", "write", "Ada was born in Hill.", "-s", student], "dmt", powerless=True)
     one_line(ended, student / "memory.db", "it cannot be written to; make it writable")
-    assert nursery.run(["memory", "list", "-s", student], "dmt", **as_nobody).code == 0, "it can be read all the same"
-    place, mine = open_place / "rows.db", open_place / "mine"
-    mine.mkdir()
-    mine.chmod(0o777)
-    given = [*small_run(open_place / "material", mine), *ROWS, f"store.place={place}"]
+    assert nursery.run(looked, "dmt", powerless=True).code == 0, "it can be read all the same"
+    store, mine = place / "rows.db", tmp_path / "mine"
+    given = [*small_run(place / "material", mine), *ROWS, f"store.place={store}"]
     assert nursery.run(given).code == 0
-    one_line(nursery.run(given, **as_nobody), f"store {place}", "cannot be written to")
+    anothers()
+    said = one_line(nursery.run(given, powerless=True), place / "material" / "teacher")  # pytest made it for its user alone
+    assert "may not be opened (Permission denied); make it readable" in said
+    subprocess.run(["chmod", "-R", "go+rX", str(place / "material")], check=True)
+    one_line(nursery.run(given, powerless=True), f"store {store}", "cannot be written to")
     assert not (mine / "version_1").exists()

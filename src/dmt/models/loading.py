@@ -62,8 +62,14 @@ def load(place: str, called: str) -> tuple[PreTrainedModel, Any]:
 
 
 def why_not(folder: Path, error: Exception) -> str:
-    """Why a model could not be loaded from `folder`, in a few words; a file of weights that is not whole is named."""
-    for file in sorted(folder.glob("*.safetensors")):
+    """Why a model could not be loaded from `folder`, in a few words; a file that may not be read, or is not whole, is named."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            file.open("rb").close()
+        except OSError as denied:
+            return f"{file} cannot be read ({denied.strerror}); make it readable"
+        if file.suffix == ".json":
+            continue
         try:
             with safe_open(file, "pt"):
                 pass
