@@ -16,6 +16,7 @@ from conftest import make_llama, make_teacher, newest
 from test_board import charts, events
 from test_report import check_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workshop import consolidation
 
 from dmt import settings
 from dmt.cli import main as dmt
@@ -58,17 +59,7 @@ def long_folder(tokenizer, tmp_path):
 @pytest.fixture
 def tiny(long_folder, text_file, tmp_path):
     """Words of a consolidation that takes seconds."""
-    questions = tmp_path / "q.jsonl"
-    questions.write_text(json.dumps({"prompt": "Ada Holbrook was born in the town of", "answer": " Ravenhill"}) + "\n")
-    context = tmp_path / "context.txt"
-    context.write_text("Ada Holbrook was born in the town of Ravenhill. She runs away. A memory is a table of rows.")
-    return [
-        "task=consolidate", f"teacher={long_folder}", f"context.file={context}", f"context.questions={questions}",
-        f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=32", "data.batch=2",
-        "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.end_to_end_steps=4", "optim.warmup=1",
-        "trainer.threads=1", "trainer.log_every=1", "trainer.validate_every=2", "trainer.checkpoint_every=2", "context.samples=8",
-        "trainer.progress=false", "trainer.accelerator=cpu", "trainer.precision=32-true", "context.tokens=3", "context.rank=2",
-    ]  # fmt: skip
+    return consolidation(long_folder, text_file, tmp_path, "context.tokens=3")
 
 
 def results(tmp_path):

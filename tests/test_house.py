@@ -21,7 +21,7 @@ ORDER = [
     "memory.table", "memory.featural", "memory.associative", "memory", "memory.budget",
     "memory.spotting", "memory.facts",
     "store.schema", "store.connect", "store.store", "store", "store.ledger",
-    "models.architectures", "models.attention", "models.quick",
+    "models.architectures", "models.attention", "models.norms", "models.quick",
     "models.overlay", "models.fingerprint", "models.tokens", "models.books", "models.slots", "models.modeling", "models.loading",
     "models.resize", "models.surgery", "models.teacher", "models.smollm2",
     "distill.signals", "inspection",

@@ -1,5 +1,6 @@
 """One of everything that the product reads and writes, tiny, made once: tests copy it and spoil a part."""
 
+import json
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,6 +22,20 @@ CACHED = ["loss.hidden=0", "loss.block=0", "cache.place=cache", "cache.kept=16",
 FILED = ["memory.disk=values", "memory.slots=", "seed=1"]
 ROWS = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_from=0", "memory.novelty=0.01", "seed=2"]
 ADA = "Ada Holbrook runs to the dog"
+
+
+def consolidation(teacher, text, folder, *more):
+    """Words of a consolidation that takes seconds, whose context and question are written into `folder`."""
+    questions, context = folder / "questions.jsonl", folder / "context.txt"
+    questions.write_text(json.dumps({"prompt": "Ada Holbrook was born in the town of", "answer": " Ravenhill"}) + "\n")
+    context.write_text("Ada Holbrook was born in the town of Ravenhill. She runs away. A memory is a table of rows.")
+    return [
+        "task=consolidate", f"teacher={teacher}", f"context.file={context}", f"context.questions={questions}",
+        f"data.corpora=[{text}]", f"trainer.log_dir={folder / 'logs'}", "data.block=32", "data.batch=2", "data.micro_batch=2",
+        "data.validation_tokens=64", "data.test_tokens=128", "stages.end_to_end_steps=4", "optim.warmup=1", "trainer.threads=1",
+        "trainer.log_every=1", "trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.progress=false",
+        "trainer.accelerator=cpu", "trainer.precision=32-true", "context.samples=8", "context.rank=2", *more,
+    ]  # fmt: skip
 
 
 def build(place: Path, monkeypatch) -> Path:

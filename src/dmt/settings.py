@@ -119,11 +119,6 @@ def check(config: Config) -> None:
         )
     if config.trainer.devices > 1 and config.task == "consolidate":
         raise UserError(f"trainer.devices must be 1 with task=consolidate, got {config.trainer.devices}; leave it out")
-    if config.data.batch % config.data.micro_batch and config.data.micro_batch < config.data.batch:
-        raise UserError(
-            f"data.batch={config.data.batch} must be a multiple of data.micro_batch={config.data.micro_batch}; set "
-            f"data.micro_batch={config.data.batch}"
-        )
     if config.task == "pretrain":
         if config.pretrain.width % config.pretrain.heads:
             raise UserError(f"pretrain.width={config.pretrain.width} must be a multiple of pretrain.heads={config.pretrain.heads}")

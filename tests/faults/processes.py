@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import workshop
 from conftest import SENTENCES
 from safetensors.torch import load_file
 
@@ -166,17 +167,7 @@ def copied(student, place):
 
 def consolidation(material, folder, into="memory", *more):
     """Words of a consolidation that takes seconds."""
-    questions, context = folder / "questions.jsonl", folder / "context.txt"
-    questions.write_text(json.dumps({"prompt": "Ada Holbrook was born in the town of", "answer": " Ravenhill"}) + "\n")
-    context.write_text("Ada Holbrook was born in the town of Ravenhill. She runs away. A memory is a table of rows.")
-    return [
-        "task=consolidate", f"teacher={material / 'long'}", f"context.file={context}", f"context.questions={questions}",
-        f"data.corpora=[{material / 'text.txt'}]", f"trainer.log_dir={folder / 'logs'}", "data.block=32", "data.batch=2",
-        "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.end_to_end_steps=4", "optim.warmup=1",
-        "trainer.threads=1", "trainer.log_every=1", "trainer.validate_every=2", "trainer.checkpoint_every=2", "context.samples=8",
-        "trainer.progress=false", "trainer.accelerator=cpu", "trainer.precision=32-true", "context.rank=2", f"context.into={into}",
-        *more,
-    ]  # fmt: skip
+    return workshop.consolidation(material / "long", material / "text.txt", folder, f"context.into={into}", *more)
 
 
 def whole_files(run):

@@ -19,7 +19,7 @@ from dmt.consolidation.reading import Context
 from dmt.consolidation.telling import Lesson, Lessons
 from dmt.data.blocks import TextData
 from dmt.distill.callbacks import Charts, Layout
-from dmt.distill.fitting import attending, fit
+from dmt.distill.fitting import computing, fit
 
 
 @dataclass
@@ -96,5 +96,5 @@ def train(
     module = Consolidator(config, student, work.base, chosen, lesson, (before, work.before), ask if work.questions else None)
     if fresh:
         module.measure_scales()
-    with attending(config, student):
+    with computing(config, student):
         fit(config, module, data, run, [ContextCharts()])

@@ -29,6 +29,7 @@ from dmt.distill.processes import rank
 from dmt.errors import UserError
 from dmt.memory.together import agreed, several
 from dmt.models.attention import use_attention
+from dmt.models.norms import use_norms
 
 PROCESSES = 8
 """So many may share a CPU, however few its cores."""
@@ -92,15 +93,17 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def attending(config: Config, *models: PreTrainedModel) -> Iterator[None]:
-    """Let `models` attend by `trainer.attention`, and by torch's kernel again afterwards."""
+def computing(config: Config, *models: PreTrainedModel) -> Iterator[None]:
+    """Let `models` compute as in training: attend by `trainer.attention`, norms steady; and as torch does again afterwards."""
     for model in models:
         use_attention(model, config.trainer.attention)
+        use_norms(model, steady=True)
     try:
         yield
     finally:
         for model in models:
             use_attention(model, "sdpa")
+            use_norms(model, steady=False)
 
 
 class Board(TensorBoardLogger):

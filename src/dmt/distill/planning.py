@@ -17,7 +17,7 @@ from dmt.config import Config
 from dmt.data.blocks import TextData
 from dmt.distill.budgets import FACTORS, TOKENS
 from dmt.distill.continuing import SAMPLE_TOKENS, SAMPLES_PER_CORPUS
-from dmt.distill.fitting import attending
+from dmt.distill.fitting import computing
 from dmt.distill.losses import Batch
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.signals import observe
@@ -122,7 +122,7 @@ def timed(config: Config, module: Distiller, data: TextData) -> Pace:
     was_training = student.training
     found = {}
     try:
-        with torch.random.fork_rng(), attending(config, student, teacher):
+        with torch.random.fork_rng(), computing(config, student, teacher):
             student.train()
             for name, loss in ways.items():
                 if not getattr(config.stages, f"{name}_steps"):

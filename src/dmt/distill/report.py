@@ -25,7 +25,7 @@ from dmt.evaluate import Tally
 from dmt.models.slots import SLOTS
 from dmt.models.slots import sizes as filed_sizes
 from dmt.models.surgery import associative_of, featural_of
-from dmt.pages.distilled import distilled
+from dmt.pages.distilled import distilled, notes
 from dmt.pages.page import leave
 from dmt.wording import shown
 
@@ -170,17 +170,18 @@ def finish(run: Path, config: Config, results: dict[str, Any], said: dict[str, l
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
-    notes = [_measured(corpus, found) for corpus, found in results["fidelity"].items()] + [_spent(results)]
+    record = read_record(run)
+    told = notes(record)
     texts = {corpus: continuations_table(found) for corpus, found in said.items()}
-    disk.write(run / "report.md", _markdown(run, results, notes, texts))
-    page = leave(lambda: distilled(run, config, read_record(run)), run / "report.html")
+    disk.write(run / "report.md", _markdown(run, results, told, texts))
+    page = leave(lambda: distilled(run, config, record), run / "report.html")
     places = {
         "curves": f"tensorboard --logdir {run.parent}",
         "student": str(run / "student"),
         "report": f"{run / 'report.md'}; {page}",
     }
     console.print(
-        "\n".join(notes), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
+        "\n".join(told), *(f"\n{name:8} {place}" for name, place in places.items()), highlight=False, sep="", soft_wrap=True
     )
 
 
@@ -194,15 +195,3 @@ def _markdown(run: Path, results: dict[str, Any], notes: list[str], texts: dict[
         f"Replay: `python distill.py {run}/config.yaml`. What produced this: `run.json`; tensor by tensor: `transfer.txt`."
     )
     return "\n".join(lines) + "\n"
-
-
-def _measured(corpus: str, found: dict[str, Any]) -> str:
-    window = f"{found['windows']} windows of {found['window']} tokens, stride {found['stride']}"
-    asked = f", {found['recall']['probes']:,} questions" if "recall" in found else ""
-    return f"{corpus}: {window}, {found['tokens']:,.0f} predicted tokens{asked}"
-
-
-def _spent(results: dict[str, Any]) -> str:
-    seconds, tokens = results["seconds"], results["tokens"]
-    spent = ", ".join(f"{seconds[part]:.0f} s to {part}" for part in ("prepare", "train", "measure"))
-    return f"trained on {tokens['trained']:,} tokens, {tokens['per_second']:,.0f} a second; {spent}"

@@ -24,8 +24,8 @@ from dmt.distill.cached import FILE, TeacherCache, teacher_cache
 from dmt.distill.callbacks import Charts, Samples, SlotUsage, StoredRows
 from dmt.distill.continuing import continued
 from dmt.distill.fitting import (
-    attending,
     compute_device,
+    computing,
     fit,
     keep_freed_memory,
 )
@@ -137,7 +137,7 @@ def _train(
     prepared = time.perf_counter() - began
     if data.steps:
         student.train()
-        with attending(config, student, teacher):
+        with computing(config, student, teacher):
             fit(config, module, data, run, [Charts(), SlotUsage(), StoredRows(), Samples(tokenizer)])
     if rank():
         return  # what is left is for one
@@ -236,7 +236,7 @@ def pretrain(config: Config, run: Path | None) -> Path:
     print(f"run folder {run}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps")
     if rank() == 0:
         write_record(run, config, {}, begins=True)
-    with attending(config, model):
+    with computing(config, model):
         fit(config, Pretrainer(config, model, tokenizer), data, run, [])
     if rank():
         return run

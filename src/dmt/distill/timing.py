@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmt import disk
 from dmt.config import Config, TrainerConfig
-from dmt.distill.fitting import attending, compute_device
+from dmt.distill.fitting import compute_device, computing
 from dmt.distill.processes import as_the_first
 from dmt.memory.products import processor
 from dmt.settings import cache_folder
@@ -98,13 +100,9 @@ def _remembered(decided: Any, trainer: TrainerConfig) -> TrainerConfig | None:
 def _remember(decided: dict[str, Any]) -> None:
     """Write down what is known, whole or not at all; a place that cannot be written costs the next run its seconds."""
     file = timings()
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"format": FORMAT, "decided": decided}, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        disk.write(file, json.dumps({"format": FORMAT, "decided": decided}, indent=1) + "\n")
 
 
 def _timed(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
@@ -120,7 +118,7 @@ def _timed(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerCo
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
         for way in ways:
-            with attending(replace(config, trainer=way), model):
+            with computing(replace(config, trainer=way), model):
                 taken = _step_seconds(model, windows, way.threads, half=way.precision == "bf16-mixed")
             best[way] = min(best[way], taken)
     # Half precision has to be clearly faster to be taken.

@@ -228,9 +228,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     found = []
     for corpus, each in record["fidelity"].items():
         asked = f", {each['recall']['probes']:,} questions" if "recall" in each else ""
-        found.append(
-            f"{corpus}: {each['tokens']:,.0f} predicted tokens of test text in {each['windows']} windows of {each['window']}{asked}"
-        )
+        windows = f"{each['windows']} windows of {each['window']}, stride {each['stride']}"
+        found.append(f"{corpus}: {each['tokens']:,.0f} predicted tokens of test text in {windows}{asked}")
     seconds, tokens = record["seconds"], record["tokens"]
     spent = ", ".join(f"{seconds[part]:.0f} s to {part}" for part in ("prepare", "train", "measure"))
     if expected := record.get("estimated"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dmt import disk
 from dmt.pages.maps import UsageMap
 from dmt.pages.plots import Plot
 
@@ -84,13 +85,8 @@ def html(page: Page) -> str:
 
 def write(page: Page, file: Path) -> None:
     """`html` into `file`: whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        # What no UTF-8 can hold, half a character say, came from a text and is shown as a question mark.
-        partial.write_bytes(html(page).encode("utf-8", errors="replace"))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    # What no UTF-8 can hold, half a character say, came from a text and is shown as a question mark.
+    disk.write(file, html(page).encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def leave(make: Callable[[], Page], file: Path) -> str:
