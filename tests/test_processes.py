@@ -111,6 +111,39 @@ def children(process):
     return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def running(number):
+    """Whether a process goes on; one that nobody has asked for its end does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
+    except OSError:
+        return False
+
+
+def gone(numbers):
+    """Wait until none of these processes is there any more."""
+    for _ in range(300):
+        if not [number for number in numbers if running(number)]:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"of {numbers} some go on for nobody")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
+def test_nobody_waits_for_a_first_process_that_was_killed_before_it_was_met(words, tmp_path):
+    started = subprocess.Popen(
+        [sys.executable, str(ROOT / "distill.py"), *words, "trainer.devices=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (left := children(started)):
+        assert started.poll() is None
+        time.sleep(0.01)
+    started.kill()
+    started.wait()
+    gone(left)
+    assert not (tmp_path / "logs" / "version_0" / "run.json").exists()
+
+
 def listening(pid):
     """Addresses on which a process listens, as the kernel writes them."""
     mine = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir() if each.exists() or each.is_symlink()}
@@ -123,7 +156,7 @@ LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
 def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_path):
-    words += ["stages.end_to_end_steps=140", *VARIANTS["associative"][2:], "trainer.devices=2", "trainer.validate_every=0"]
+    words += ["stages.end_to_end_steps=180", *VARIANTS["associative"][2:], "trainer.devices=2", "trainer.validate_every=0"]
     words += ["trainer.checkpoint_every=10", "memory.write_from=0.9"]
     started = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *words], stderr=subprocess.PIPE, text=True)
     run = tmp_path / "logs" / "version_0"
@@ -146,6 +179,14 @@ def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_pa
     assert resumed.returncode == 2
     assert said[-1].startswith("error: process 1 of 2 (0 is this one) ended")
     assert "Traceback" not in "".join(said)
+
+    steps = max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step_*.ckpt"))
+    resumed = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), "--resume", str(run)], stderr=subprocess.DEVNULL)
+    begun(run, steps - steps % 10 + 20)
+    left = children(resumed)
+    resumed.kill()
+    resumed.wait()
+    gone(left)
 
     assert main(["--resume", str(run)]) == 0
     assert main(words) == 0

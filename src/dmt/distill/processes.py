@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ def joined(config: Config, folder: Path | None) -> Iterator[None]:
         others: list[subprocess.Popen[bytes]] = []
         before = dict(os.environ)
         try:
+            if MEET in os.environ:
+                threading.Thread(target=_end_with_the_first, daemon=True).start()
             if RANK not in os.environ:
                 _take_places(count, Path(place))
                 others = [_start(config, folder, number, Path(place)) for number in range(1, count)]
@@ -94,6 +97,7 @@ def joined(config: Config, folder: Path | None) -> Iterator[None]:
             for other in others:
                 other.kill()  # which does nothing to those that have ended
                 other.wait()
+                other.stdin.close()  # type: ignore[union-attr]
             os.environ.clear()
             os.environ.update(before)
 
@@ -116,9 +120,15 @@ def _start(config: Config, folder: Path | None, number: int, place: Path) -> sub
     }  # fmt: skip
     with (place / f"said-{number}").open("wb") as said:
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, *words], env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+            [sys.executable, "-c", CHILD, *words], env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said,
             start_new_session=True,
         )  # fmt: skip
+
+
+def _end_with_the_first() -> None:
+    """End once the first process is no more, however it ended: nobody would meet this one, or take what it has."""
+    sys.stdin.buffer.read()  # nothing is ever written there, so it ends when whoever holds the other end does
+    os._exit(1)
 
 
 def _await(others: list[subprocess.Popen[bytes]]) -> None:
