@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def act(what, about):
     elif what == "readonly":
         subprocess.run(["mount", "--bind", about, about], check=True)  # what is open already stays open, as it would
         subprocess.run(["mount", "-o", "remount,bind,ro", about], check=True)
+    elif what == "take away":
+        shutil.rmtree(about)
     elif what == "wait":  # until the test says go
         open(f"{about}.there", "w").close()
         while not os.path.exists(about):

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from dmt.facts.opening import load_student
 from faults.processes import ROWS, consolidation, copied, facts_in, result, small_run, some, whole_files
 from faults.test_killed import CACHE, MODULE, RUN, SLEEP, book_of, weights
 
@@ -70,6 +71,24 @@ def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
     ended = nursery.run(["--resume", run] if run.exists() else [*words, *ROWS])
     assert ended.code == 0, ended.err
     assert result(run) == alone(*ROWS)
+
+
+@pytest.mark.parametrize(
+    ("function", "ends"),
+    [(f"{MODULE}.training_step", False), (f"{MODULE}._write", False), ("dmt.distill.report:finish", False),
+     ("dmt.distill.checkpoints:WholeFiles.save_checkpoint", True), (f"{RUN}:_as_saved", True)],
+    ids=lambda part: str(part).rpartition(":")[2],
+)  # fmt: skip
+def test_a_folder_that_is_taken_away(nursery, words, tmp_path, function, ends):
+    """Who writes whole files makes the folder anew, and the run ends; who has one open can only say so."""
+    run = tmp_path / "logs" / "version_0"
+    ended = nursery.run(words, moments=[{"in": function, "do": "take away", "about": str(run)}])
+    if ends:
+        assert ended.code == 0
+        load_student(run / "student")
+        assert "fidelity" in json.loads((run / "run.json").read_text())
+    else:
+        one_line(ended, run, "took this folder away", "begin again")
 
 
 def test_the_teachers_answers(nursery, words, small_disk):

@@ -70,7 +70,7 @@ def told_of_disks(logs: str) -> Iterator[None]:
     before = threading.excepthook
 
     def quietly(failed: Any) -> None:  # TensorBoard's writer has a thread; who waits for it is told the same
-        if failed.exc_value is None or disk.trouble(failed.exc_value) is None:
+        if failed.exc_value is None or (disk.trouble(failed.exc_value) is None and not _taken_away()):
             before(failed)
 
     threading.excepthook = quietly
@@ -79,10 +79,18 @@ def told_of_disks(logs: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        run = run_in_hand()
+        if _taken_away():
+            raise UserError(f"{run}: somebody took this folder away while the run wrote to it; begin again") from None
         if (found := disk.trouble(error)) is None:
             raise
-        (what, helps), run = found, run_in_hand()
+        what, helps = found
         then = "then begin again" if run is None else f"then go on with: {how_to_go_on(run)}"
         raise UserError(f"{run or logs}: {what}; {helps}, {then}") from None
     finally:
         threading.excepthook = before
+
+
+def _taken_away() -> bool:
+    """Whether the folder of the run in hand is no longer there."""
+    return (run := run_in_hand()) is not None and not run.exists()
