@@ -436,16 +436,33 @@ def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypat
     assert timing.measured(Config(), teacher, tokens) == decided, "or two runs of one command would differ"
     assert timing.measured(Config(), teacher, tokens[:1]).trainer.threads == 2, "another batch is another question"
     assert timing.measured(replace(Config(), trainer=TrainerConfig(precision="32-true")), teacher, tokens).trainer.threads == 2
-    for damage in ('{"format": 2, "decided": {}}', "", '{"format": 1, "decided": {"a": 1}}', "[]"):
+    for damage in ('{"format": 3, "decided": {}}', "", '{"format": 2, "decided": {"a": 1}}', "[]"):
         timing.timings().write_text(damage)
         assert timing.measured(Config(), teacher, tokens).trainer.threads == 2, "timed anew"
     known = json.loads(timing.timings().read_text())
     for key in known["decided"]:
-        known["decided"][key]["threads"] = "1; rm"
+        known["decided"][key]["threads"] = {"1": "1; rm"}
     timing.timings().write_text(json.dumps(known))
     assert timing.measured(Config(), teacher, tokens).trainer.threads == 2
     monkeypatch.setattr(timing, "timings", lambda: Path("/proc/nowhere/timings.json"))
     assert timing.measured(Config(), teacher, tokens).trainer.threads == 2, "a place that cannot be written is no reason to stop"
+
+
+def test_processes_and_threads_do_not_choose_how_digits_are_computed(teacher, tokens, monkeypatch):
+    """Or one process and two would be equal on some machines and not on others."""
+    seconds = {(1, False): 3.0, (2, False): 2.0, (4, False): 1.0, (4, True): 0.5}
+    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(timing, "quiet", lambda: True)
+    alone = timing.measured(Config(), teacher, tokens).trainer
+    assert (alone.threads, alone.precision) == (4, "bf16-mixed")
+    seconds |= {(1, True): 9.0, (2, True): 9.0}
+    for given, threads in ((TrainerConfig(devices=2), 2), (TrainerConfig(threads=1), 1), (TrainerConfig(), 4)):
+        found = timing.measured(replace(Config(), trainer=given), teacher, tokens).trainer
+        assert (found.threads, found.precision, found.attention) == (threads, alone.precision, alone.attention)
+    (kept,) = json.loads(timing.timings().read_text())["decided"].values()
+    assert kept["threads"] == {"1": 4, "2": 2}
 
 
 def test_what_was_timed_on_a_busy_machine_holds_until_it_is_quiet(teacher, tokens, monkeypatch):

@@ -104,7 +104,7 @@ def estimated(config: Config, pace: Pace, data: TextData, fresh: bool = True, do
 def timed(config: Config, module: Distiller, data: TextData) -> Pace:
     """Take a step of each stage, and some reading, by the clock; nothing has changed afterwards."""
     student, teacher, settings = module.student, module.teacher, config.data
-    rows = -(-settings.micro_batch // 2)
+    rows = min(4, settings.micro_batch)
     tokens = data.calibration_windows(rows * settings.block)[:rows].to(module.device)
     pieces = settings.batch / len(tokens) / config.trainer.devices
     numbers = None

@@ -67,7 +67,7 @@ def distil(config: Config, run: Path | None) -> Path:
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
-    config = measured(config, student, data.calibration_windows(config.data.block * -(-config.data.micro_batch // 2)))
+    config = measured(config, student, data.calibration_windows(config.data.block * min(4, config.data.micro_batch)))
     cache = first_alone(lambda: kept_answers(config, teacher, data))
     fresh = run is None or newest_checkpoint(run) is None
     keeps = bool(associative_of(student))

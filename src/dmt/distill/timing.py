@@ -24,8 +24,8 @@ from dmt.settings import cache_folder
 
 STEPS_TIMED = 3
 """Steps by which a way to compute is judged, the fastest of them."""
-FORMAT = 1
-DECIDED = ("threads", "precision", "attention")
+FORMAT = 2
+WAY = ("precision", "attention")
 BUSY = 0.75
 """Programs waiting for each core, of late, from which on a machine is too busy for what is timed to be kept for good."""
 
@@ -36,18 +36,26 @@ def measured(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same; and in
     `timings.json` under `DMT_CACHE` (`~/.cache/dmt`), so that the same command on the same machine computes the same, too:
-    what is timed twice may come out twice, and then no digit would be equal. What was decided on a busy machine holds until
-    it is quiet.
+    what is timed twice may come out twice, and then no digit would be equal. Digits depend on precision and attention, so
+    these are decided once for any number of threads and processes. What was decided on a busy machine holds until it is quiet.
     """
-    on_cpu = compute_device(config).type == "cpu"
-    if not on_cpu or (config.trainer.threads and len(_ways(config.trainer, on_cpu)) == 1):
-        trainer = _timed(config, model, windows)  # nothing is left open that would be timed
-    else:
-        key, known = _about(config, model, windows), _known()
-        before = _remembered(known.get(key), config.trainer)
-        trainer = before or _timed(config, model, windows)
+    trainer = config.trainer
+    if compute_device(config).type != "cpu":
+        trainer = replace(_ways(trainer, on_cpu=False)[-1], threads=trainer.threads or _cores(trainer))
+    elif not trainer.threads or len(_ways(trainer, on_cpu=True)) > 1:  # else nothing is left open
+        key, known, devices = _about(config, model, windows), _known(), str(trainer.devices)
+        before = _remembered(known.get(key))
+        threads = trainer.threads or (before or {"threads": {}})["threads"].get(devices) or _threads(trainer, model, windows)
+        calm, counts = quiet(), {} if trainer.threads else {devices: threads}
+        trainer = replace(trainer, threads=threads)
         if before is None:
-            _remember(known | {key: {name: getattr(trainer, name) for name in DECIDED} | {"quiet": quiet()}})
+            trainer = _way(config, trainer, model, windows)
+            made = {name: getattr(trainer, name) for name in WAY} | {"threads": counts, "quiet": calm}
+        else:
+            trainer = replace(trainer, **{name: before[name] for name in WAY})
+            made = before | {"threads": before["threads"] | counts}
+        if made != before:
+            _remember(known | {key: made})
     trainer = as_the_first(trainer)
     torch.set_num_threads(trainer.threads)
     return replace(config, trainer=trainer)
@@ -68,7 +76,7 @@ def timings() -> Path:
 
 def _about(config: Config, model: PreTrainedModel, windows: Tensor) -> str:
     """What a decision holds for, as a digest: the machine, torch, the model's tensors, the batch, and what was left open."""
-    asked: dict[str, Any] = {name: value for name, value in asdict(config.trainer).items() if name in (*DECIDED, "devices")}
+    asked: dict[str, Any] = {name: value for name, value in asdict(config.trainer).items() if name in WAY}
     device = compute_device(config)
     asked |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "torch": torch.__version__}
     asked |= {"processor": processor(), "cores": os.cpu_count(), "threads there": torch.get_num_threads()}
@@ -86,15 +94,15 @@ def _known() -> dict[str, Any]:
         return {}
 
 
-def _remembered(decided: Any, trainer: TrainerConfig) -> TrainerConfig | None:
-    """`trainer` as it was decided before, where that is something that could be decided."""
-    if not isinstance(decided, dict) or set(decided) != {*DECIDED, "quiet"}:
+def _remembered(decided: Any) -> dict[str, Any] | None:
+    """What was decided before, where that is something that could be decided, and holds still."""
+    if not isinstance(decided, dict) or set(decided) != {*WAY, "threads", "quiet"} or not isinstance(decided["threads"], dict):
         return None
     if not decided["quiet"] and quiet():  # others were in the way then, and are not now
         return None
-    threads, precision, attention = (decided[name] for name in DECIDED)
-    right = type(threads) is int and threads > 0 and precision in ("32-true", "bf16-mixed") and attention in ("sdpa", "batched")
-    return replace(trainer, threads=threads, precision=precision, attention=attention) if right else None
+    right = all(type(count) is int and count > 0 for count in decided["threads"].values())
+    right = right and decided["precision"] in ("32-true", "bf16-mixed") and decided["attention"] in ("sdpa", "batched")
+    return decided if right else None
 
 
 def _remember(decided: dict[str, Any]) -> None:
@@ -105,16 +113,22 @@ def _remember(decided: dict[str, Any]) -> None:
         disk.write(file, json.dumps({"format": FORMAT, "decided": decided}, indent=1) + "\n")
 
 
-def _timed(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
+def _cores(trainer: TrainerConfig) -> int:
+    """So many threads each process may have."""
+    return max(1, torch.get_num_threads() // trainer.devices)
+
+
+def _threads(trainer: TrainerConfig, model: PreTrainedModel, windows: Tensor) -> int:
+    """One thread or one for each core: what takes a step faster."""
+    timed = {count: _step_seconds(model, windows, count, half=False) for count in {1, _cores(trainer)}}
+    return min(timed, key=timed.__getitem__)
+
+
+def _way(config: Config, trainer: TrainerConfig, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
     """The fastest way, by steps that are taken and forgotten; of several processes each for itself."""
-    trainer, on_cpu = config.trainer, compute_device(config).type == "cpu"
-    cores = max(1, torch.get_num_threads() // trainer.devices)
-    if not trainer.threads:
-        timed = {count: _step_seconds(model, windows, count, half=False) for count in ({1, cores} if on_cpu else ())}
-        trainer = replace(trainer, threads=min(timed, key=timed.__getitem__, default=cores))
-    ways = _ways(trainer, on_cpu)
-    if len(ways) == 1 or not on_cpu:
-        return ways[-1]
+    ways = _ways(trainer, on_cpu=True)
+    if len(ways) == 1:
+        return ways[0]
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
         for way in ways:
