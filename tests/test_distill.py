@@ -416,8 +416,7 @@ def test_block_signals_are_what_the_blocks_saw_and_said(teacher, tokens):
     ],
 )
 def test_threads_and_precision_are_the_faster_ones(teacher, tokens, monkeypatch, seconds, threads, precision):
-    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    by_the_clock(monkeypatch, seconds, cores=4)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     decided = timing.measured(Config(), teacher, tokens)
@@ -425,12 +424,17 @@ def test_threads_and_precision_are_the_faster_ones(teacher, tokens, monkeypatch,
     assert timing.measured(decided, teacher, tokens) == decided
 
 
-def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypatch):
-    seconds = {(1, False): 1.0, (2, False): 3.0, (1, True): 0.5, (2, True): 0.1}
+def by_the_clock(monkeypatch, seconds, cores):
+    """A quiet machine with so many cores, on which a step takes `seconds` by threads and whether in half precision."""
     monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(timing, "quiet", lambda: True)
+
+
+def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypatch):
+    seconds = {(1, False): 1.0, (2, False): 3.0, (1, True): 0.5, (2, True): 0.1}
+    by_the_clock(monkeypatch, seconds, cores=2)
     decided = timing.measured(Config(), teacher, tokens)
     seconds |= {(1, False): 9.0}
     assert timing.measured(Config(), teacher, tokens) == decided, "or two runs of one command would differ"
@@ -451,10 +455,7 @@ def test_what_was_timed_once_is_known_on_this_machine(teacher, tokens, monkeypat
 def test_processes_and_threads_do_not_choose_how_digits_are_computed(teacher, tokens, monkeypatch):
     """Or one process and two would be equal on some machines and not on others."""
     seconds = {(1, False): 3.0, (2, False): 2.0, (4, False): 1.0, (4, True): 0.5}
-    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(timing, "quiet", lambda: True)
+    by_the_clock(monkeypatch, seconds, cores=4)
     alone = timing.measured(Config(), teacher, tokens).trainer
     assert (alone.threads, alone.precision) == (4, "bf16-mixed")
     seconds |= {(1, True): 9.0, (2, True): 9.0}
@@ -467,9 +468,7 @@ def test_processes_and_threads_do_not_choose_how_digits_are_computed(teacher, to
 
 def test_what_was_timed_on_a_busy_machine_holds_until_it_is_quiet(teacher, tokens, monkeypatch):
     seconds = {(1, False): 1.0, (2, False): 3.0, (1, True): 0.5, (2, True): 0.1}
-    monkeypatch.setattr(timing, "_step_seconds", lambda model, windows, number, half: seconds[number, half])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    by_the_clock(monkeypatch, seconds, cores=2)
     found = []
     for calm in (False, False, True, True, False):
         monkeypatch.setattr(timing, "quiet", lambda calm=calm: calm)

@@ -125,7 +125,9 @@ def gone(numbers):
         if not [number for number in numbers if running(number)]:
             return
         time.sleep(0.1)
-    raise AssertionError(f"of {numbers} some go on for nobody")
+    for number in filter(running, numbers):
+        os.kill(number, signal.SIGKILL)
+    raise AssertionError(f"of {numbers} some went on for nobody")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")

@@ -237,6 +237,8 @@ def describe() -> str:
 def _read(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except PermissionError as error:
+        raise UserError(f"config file {path} cannot be read ({error.strerror}); make it readable, or name another") from None
     except OSError as error:
         shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
         raise UserError(

@@ -195,7 +195,7 @@ def test_what_belongs_to_somebody_else(nursery, anothers, tmp_path):
     ended = nursery.run(["--resume", run], powerless=True)
     one_line(ended, f"{run} cannot be written to (Permission denied)", "make it writable")
     (run / "config.yaml").chmod(0o600)
-    one_line(nursery.run(["--resume", run], powerless=True), run / "config.yaml", "Permission denied")
+    one_line(nursery.run(["--resume", run], powerless=True), run / "config.yaml", "(Permission denied); make it readable")
     looked = ["memory", "list", "-s", student]
     for file in ("model.safetensors", "config.json"):  # as it is written, nobody else may read the weights
         (student / file).chmod(0o600)
