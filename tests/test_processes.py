@@ -64,11 +64,14 @@ def torchrun(words, folder, count=2):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys):
+def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys, monkeypatch):
     words += VARIANTS[kind]
     assert main(words) == 0
     capsys.readouterr()
+    begin, others = processes._start, []
+    monkeypatch.setattr(processes, "_start", lambda *given: others.append(begin(*given)) or others[-1])
     assert main([*words, "trainer.devices=2"]) == 0
+    assert [other.returncode for other in others] == [0]
     assert capsys.readouterr().out.count("on the same test text") == 1
     started = torchrun(words, tmp_path)
     shown, complaints = started.communicate(timeout=300)

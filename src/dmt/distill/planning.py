@@ -21,6 +21,7 @@ from dmt.distill.fitting import computing
 from dmt.distill.losses import Batch
 from dmt.distill.module import SCALE_TOKENS, Distiller
 from dmt.distill.signals import observe
+from dmt.distill.timing import WINDOWS
 from dmt.evaluate import compare
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.together import several
@@ -104,7 +105,7 @@ def estimated(config: Config, pace: Pace, data: TextData, fresh: bool = True, do
 def timed(config: Config, module: Distiller, data: TextData) -> Pace:
     """Take a step of each stage, and some reading, by the clock; nothing has changed afterwards."""
     student, teacher, settings = module.student, module.teacher, config.data
-    rows = min(4, settings.micro_batch)
+    rows = min(WINDOWS, settings.micro_batch)
     tokens = data.calibration_windows(rows * settings.block)[:rows].to(module.device)
     pieces = settings.batch / len(tokens) / config.trainer.devices
     numbers = None

@@ -127,7 +127,8 @@ def _start(config: Config, folder: Path | None, number: int, place: Path) -> sub
 
 def _end_with_the_first() -> None:
     """End once the first process is no more, however it ended: nobody would meet this one, or take what it has."""
-    sys.stdin.buffer.read()  # nothing is ever written there, so it ends when whoever holds the other end does
+    os.read(0, 1)  # nothing is ever written there: it ends when whoever holds the other end does. Not by sys.stdin, whose lock
+    # a thread that waits would hold when the program ends, and Python aborts then.
     os._exit(1)
 
 

@@ -36,7 +36,7 @@ from dmt.distill.planning import estimated, plan, timed
 from dmt.distill.pretrain import Pretrainer, fresh_gpt2, train_tokenizer
 from dmt.distill.processes import first_alone, first_makes, rank
 from dmt.distill.signals import observe_teacher
-from dmt.distill.timing import measured
+from dmt.distill.timing import WINDOWS, measured
 from dmt.errors import UserError
 from dmt.evaluate import Tally, compare, recall
 from dmt.layers import layer_memories
@@ -67,7 +67,7 @@ def distil(config: Config, run: Path | None) -> Path:
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     student, transfer = transplant(teacher, memories, _given_to_blocks(config, teacher, memories, data))
-    config = measured(config, student, data.calibration_windows(config.data.block * min(4, config.data.micro_batch)))
+    config = measured(config, student, data.calibration_windows(config.data.block * min(WINDOWS, config.data.micro_batch)))
     cache = first_alone(lambda: kept_answers(config, teacher, data))
     fresh = run is None or newest_checkpoint(run) is None
     keeps = bool(associative_of(student))

@@ -22,6 +22,8 @@ from dmt.distill.processes import as_the_first
 from dmt.memory.products import processor
 from dmt.settings import cache_folder
 
+WINDOWS = 4
+"""Of a large piece of a step so many are enough to tell how long it takes."""
 STEPS_TIMED = 3
 """Steps by which a way to compute is judged, the fastest of them."""
 FORMAT = 2
