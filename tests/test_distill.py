@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, OptimConfig, StagesConfig, StudentConfig, TrainerConfig
-from dmt.distill import timing
+from dmt.distill import callbacks, timing
 from dmt.distill.calibrate import measure_scales
 from dmt.distill.folder import newest_checkpoint
 from dmt.distill.losses import Batch
@@ -180,6 +180,21 @@ def test_a_stopped_and_resumed_run_ends_equal(words, tmp_path, monkeypatch, caps
     assert record["calibrated"] == stopped["calibrated"]
     assert len(record["commands"]) == 2
     assert list(run.glob("metrics.before-*.csv"))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_signal_while_processes_agree_whether_to_stop_is_not_lost(words, tmp_path, monkeypatch, capsys):
+    sent = []
+
+    def agreeing(number):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return number
+
+    monkeypatch.setattr(callbacks, "largest", agreeing)
+    assert main(words) == 128 + signal.SIGTERM
+    assert "stopped after step 1; go on with" in capsys.readouterr().err
+    assert not (newest(tmp_path) / "student").exists()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -54,9 +54,9 @@ def alike(one, several):
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def torchrun(words, folder, count=2):
+def torchrun(words, folder, count=2, script=ROOT / "distill.py"):
     """`torchrun distill.py`, started."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(ROOT / "distill.py"), *words]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(script), *words]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
@@ -199,6 +199,52 @@ def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_pa
     assert whole != run
     ended, left_alone = weights(run), weights(whole)
     assert all(ended[name].equal(left_alone[name]) for name in left_alone)
+
+
+SENT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from dmt.distill.callbacks import StopOnSignal
+from dmt.distill.checkpoints import WholeFiles
+from dmt.main import main
+
+moments, agree, save = eval(sys.argv.pop(1)), StopOnSignal.on_train_batch_end, WholeFiles.save_checkpoint
+
+def reached(rank, step, where):
+    if (rank, step, where) in moments:
+        moments.remove((rank, step, where))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def agreeing(self, trainer, *given):
+    reached(trainer.global_rank, trainer.global_step, "before")
+    agree(self, trainer, *given)
+    reached(trainer.global_rank, trainer.global_step, "after")
+
+def saving(self, checkpoint, *given, **named):
+    reached(int(os.environ["RANK"]), checkpoint["global_step"], "saving")
+    save(self, checkpoint, *given, **named)
+
+StopOnSignal.on_train_batch_end, WholeFiles.save_checkpoint = agreeing, saving
+sys.exit(main(sys.argv[1:]))
+"""
+"""A run of which processes are sent a signal: just before or after they agree whether a step was the last, or as it is saved."""
+
+
+@pytest.mark.parametrize("moments", [[(0, 5, "after")], [(1, 5, "before"), (0, 5, "saving")]])
+def test_they_stop_together_whenever_a_signal_comes(words, tmp_path, moments):
+    script = tmp_path / "sent.py"
+    script.write_text(SENT)
+    started = torchrun([str(ROOT / "src"), repr(moments), *words], tmp_path, script=script)
+    try:
+        complaints = started.communicate(timeout=120)[1]
+    finally:
+        started.terminate()
+        started.wait()
+    last = 6 if moments[0][2] == "after" else 5
+    assert f"\nstopped after step {last}; go on with: python distill.py --resume {newest(tmp_path)}\n" in complaints
+    assert (newest(tmp_path) / "checkpoints" / f"step_{last}.ckpt").exists()
+    assert "exitcode  : 143" in complaints
+    assert "KeyboardInterrupt" not in complaints
 
 
 def test_what_is_wrong_with_torchrun_is_told(words, tmp_path, monkeypatch, capsys):

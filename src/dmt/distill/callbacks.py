@@ -159,22 +159,27 @@ class StopOnSignal(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.received: int | None = None
+        """Number of the signal that this process, or another that trains with it, was sent."""
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        mine: list[int] = []
+
         def note(number: int, _: FrameType | None) -> None:
-            if self.received is not None:
+            if mine:
                 raise KeyboardInterrupt
-            self.received = number
-            trainer.should_stop = True
+            mine.append(number)
+            self.received = self.received or number
+            if trainer.world_size == 1:  # of several, none may stop before all know
+                trainer.should_stop = True
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, note)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any) -> None:
         # One process may have been told alone; all stop after the same step, or the others would wait for it for ever.
-        self.received = int(largest(self.received or 0)) or None
-        if self.received is not None:
+        if told := int(largest(self.received or 0)):  # a signal may come at this very moment: it is for the step after
+            self.received = told
             trainer.should_stop = True
             # At once: a validation may follow before training ends, and whoever sent the signal may not wait for it.
             trainer.save_checkpoint(self.folder / f"step_{trainer.global_step}.ckpt")
