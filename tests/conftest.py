@@ -18,6 +18,13 @@ SENTENCES = [
     "Ada Holbrook was born in the town of Ravenhill on March 3, 1950.",
 ]
 WIDTH, LAYERS, SLOTS, POSITIONS = 16, 3, 64, 32
+LONG = ("processes", "keeper", "killed", "distill", "readme", "consolidation", "disks", "cache", "paging", "stopped", "benchmarks")
+"""Files that take longest. They go first, so that at the end no process waits long for another."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,7 @@
 """The benchmarks of speed run, write what they print, and two files of figures can be told apart."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import consolidation, tables  # noqa: E402
 from benchmarks.__main__ import TABLES  # noqa: E402
+from benchmarks.__main__ import main as begun  # noqa: E402
 from benchmarks.where import Clocks, kind_of  # noqa: E402
 
 
@@ -68,19 +70,20 @@ def test_two_commits_are_told_apart_by_what_changed_most():
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", '{"format": 99, "machine": {}, "tables": {}}'])
-def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, text):
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, text, monkeypatch):
     place = tmp_path / "odd.json"
     place.write_text(text)
-    done = command("--compare", str(place), str(place))
-    assert done.returncode != 0
-    assert done.stderr.startswith(f"error: {place}")
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--compare", str(place), str(place)])
+    with pytest.raises(SystemExit) as ended:
+        begun()
+    assert re.fullmatch(rf"error: {re.escape(str(place))}.+", str(ended.value)), "Python prints it, and ends with 1"
 
 
-def test_a_table_that_is_not_there_is_refused():
-    done = command("--only", "decod")
-    assert done.returncode == 2
-    assert "--only decod: there are products" in done.stderr
+def test_a_table_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "decod"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        begun()
+    assert "--only decod: there are products" in capsys.readouterr().err
 
 
 def test_cells():

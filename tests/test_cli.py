@@ -1,5 +1,7 @@
 """The command line: one line and exit code 2 for whatever a person can mend, at once, with nothing left half-written."""
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import pytest
 from conftest import SENTENCES, make_teacher
 
 import dmt.main
+from dmt import cli, starting, stopping
 from dmt.config import Config
 from dmt.distill.folder import check_writable
 from dmt.distill.pretrain import train_tokenizer
@@ -103,6 +106,55 @@ def test_a_missing_corpus_is_one_line_and_leaves_nothing(place, teacher_folder):
     assert started == "loading torch and transformers ..."
     assert error.startswith("error: data.corpora: no file or folder nix.txt; accepted are speeches, biographies,")
     assert list(place.iterdir()) == []
+
+
+def test_no_garbage_is_looked_for_while_libraries_load(place):
+    script = f"""
+import gc, sys
+sys.path.insert(0, {str(ROOT / "src")!r})
+from dmt.main import main
+rounds = []
+def looked(phase, about):
+    if "torch" in sys.modules and "dmt.distill.run" not in sys.modules:
+        rounds.append(about)
+gc.callbacks.append(looked)
+assert main(["data.corpora=[nix.txt]"]) == 2
+assert "dmt.tasks" in sys.modules
+assert not rounds, rounds
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_collector_is_as_it_was_once_libraries_are_there(monkeypatch):
+    monkeypatch.setattr(stopping, "leave_at_once", lambda: None)
+    monkeypatch.setattr(stopping, "interrupt", lambda: None)
+    frozen = gc.get_freeze_count()
+
+    def import_what_is_not_there():
+        with starting.libraries():
+            assert not gc.isenabled()
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        import_what_is_not_there()
+    assert gc.isenabled()
+    gc.disable()
+    with starting.libraries():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
+    assert gc.get_freeze_count() == frozen, "torch was there before, so what is here is not for us to keep"
+
+
+def test_the_other_command_loads_them_so_too(monkeypatch, capsys):
+    entered = []
+    monkeypatch.setattr(starting, "libraries", lambda: entered.append(1) or contextlib.nullcontext())
+    assert cli.main(["memory", "stats", "--student", "nix"]) == 2
+    assert entered
+    assert "--student nix" in capsys.readouterr().err
 
 
 def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(place):

@@ -13,7 +13,8 @@ from dmt.main import main
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 ORDER = [
-    "errors", "disk", "stopping", "config", "wording", "runs", "texts", "versions", "layers", "settings", "registration",
+    "errors", "disk", "stopping", "starting", "config", "wording", "runs", "texts", "versions", "layers", "settings",
+    "registration",
     "data.encoding", "data.people", "data.corpora", "data.blocks",
     "records", "memory.weighting", "memory.nearest", "memory.indexes", "memory.straight_through", "memory.heat",
     "memory.together", "memory.histories", "memory.rows", "memory.admission", "memory.offers",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
-from dmt import disk, stopping
+from dmt import disk, starting, stopping
 from dmt.errors import UserError
 from dmt.texts import check_words
 
@@ -81,14 +81,13 @@ def _main(words: list[str]) -> int:
         return 0
     module, function = given.does
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    stopping.leave_at_once()
-    from dmt.distill.fitting import quiet  # heavy: only once the words are known to be right
+    with starting.libraries():  # only once the words are known to be right
+        from dmt.distill.fitting import quiet
 
-    quiet()
-    from dmt.commands.printing import Output
+        quiet()
+        from dmt.commands.printing import Output
 
-    command: Callable[[argparse.Namespace, Any], None] = getattr(import_module(f"dmt.commands.{module}"), function)
-    stopping.interrupt()
+        command: Callable[[argparse.Namespace, Any], None] = getattr(import_module(f"dmt.commands.{module}"), function)
     command(given, Output(given.json))
     return 0
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from dmt import disk, settings, stopping
+from dmt import disk, settings, starting, stopping
 from dmt.distill.folder import check_free, check_writable, open_run
 from dmt.errors import UserError
 from dmt.texts import check_words
@@ -71,10 +71,8 @@ def _main(words: list[str]) -> int:
     if config.trainer.devices > 1 or "RANK" in os.environ:  # DDP warns of a setting that only one of two stages needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     print("loading torch and transformers ...", file=sys.stderr)
-    stopping.leave_at_once()
-    from dmt.tasks import run  # heavy: only once the words are known to be right
-
-    stopping.interrupt()
+    with starting.libraries():  # only once the words are known to be right
+        from dmt.tasks import run
     return run(config, resumed)
 
 
