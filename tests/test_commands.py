@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(run, student, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("dmt.store.connect.os.open", refuse)
-    assert "it cannot be written to (Read-only file system)" in run("memory", "write", "Ben Carver reads a row", ok=False)
+    assert "or give another (Read-only file system)" in run("memory", "write", "Ben Carver reads a row", ok=False)
 
 
 def test_rows_are_given_to_another_student_of_the_same_model(run, rememberer, tmp_path, student):

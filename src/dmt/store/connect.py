@@ -97,7 +97,7 @@ def _plainly(error: DBAPIError) -> str:
     said = " ".join(str(error.orig).split())
     advice = {
         "not a database": "this file is not a store; give another, or a new file to make one",
-        "readonly": "it cannot be written to; make it writable or give another",
+        "readonly": "it cannot be written to; make it and its folder writable, or give another",
         "full": "the disk is full; nothing of this step was written; make room and resume",
         "unable to open": "it cannot be opened; its folder must exist and be writable",
         "locked": "another program is writing to it; wait for that or give another file",
@@ -146,7 +146,7 @@ def only_writer(place: str, path: Path | None, engine: Engine) -> Any:
             held = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as error:
             raise UserError(
-                f"store {place}: it cannot be written to ({error.strerror}); make its folder writable or give another"
+                f"store {place}: it cannot be written to; make it and its folder writable, or give another ({error.strerror})"
             ) from None
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
