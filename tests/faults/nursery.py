@@ -63,7 +63,8 @@ def act(what, about):
         subprocess.run(["mount", "--bind", about, about], check=True)  # what is open already stays open, as it would
         subprocess.run(["mount", "-o", "remount,bind,ro", about], check=True)
     elif what == "take away":
-        shutil.rmtree(about)
+        os.rename(about, f"{about}.taken")  # at once, whatever a thread may be writing into it
+        shutil.rmtree(f"{about}.taken", ignore_errors=True)
     elif what == "wait":  # until the test says go
         open(f"{about}.there", "w").close()
         while not os.path.exists(about):
