@@ -96,7 +96,7 @@ def test_a_distillation_again_and_again_at_any_time(nursery, alone, words, tmp_p
         program = nursery.start(["--resume", run] if round_ else [*words, *given])
         wanted = (reached[-1] if reached else 0) + drawn.randint(1, 12)
         while (steps_in(run / "memory.db") < wanted or not list(run.glob("checkpoints/*.ckpt"))) and alive(program):
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(drawn.uniform(0, 0.03))
         os.kill(program, signal.SIGKILL)
         assert nursery.end(program).code == -signal.SIGKILL, "it was over before it was killed"
