@@ -1,5 +1,6 @@
 """The plan at a run's start: how long it will take, by steps that were timed."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,17 @@ from conftest import LAYERS, newest
 from dmt import settings
 from dmt.config import LossConfig, MemoryConfig
 from dmt.data.blocks import TextData
-from dmt.distill import run
+from dmt.distill import planning, run
 from dmt.distill.folder import read_record
 from dmt.distill.module import Distiller
 from dmt.distill.planning import Pace, about, estimated, timed
 from dmt.main import main
+from dmt.memory import AssociativeMemory
+from dmt.memory.admission import Policy
 from dmt.models.surgery import featural_of, transplant
 
+TOKENS_OF_BUDGETS = 128
+"""All of the test text, as it is short."""
 PACE = Pace(layerwise=0.5, end_to_end=2.0, reading=0.001, saying=0.25)
 
 
@@ -56,6 +61,39 @@ def test_of_a_resumed_run_the_rest_is_estimated(data):
     assert {each.calibrate for each in rest} == {0.0}
 
 
+def test_rows_take_more_the_more_of_the_training_writes_them(data):
+    config = replace(data.settings, trainer=replace(data.settings.trainer, validate_every=0))
+    assert estimated(config, PACE, data).rows == 0
+
+    def rows(*searching, of=config, **how):
+        return estimated(of, replace(PACE, searching=searching), data, **how).rows
+
+    measured = 128 + TOKENS_OF_BUDGETS * (5 + 1) / 2
+    assert rows((0.0, 0.01)) == pytest.approx(0.01 * (5 * 64 * 2 + measured)), "each token reads, and may be new"
+    assert rows((0.8, 0.01)) == pytest.approx(0.01 * (1 * 64 * 2 + measured))
+    assert rows((0.8, 0.01), (0.0, 0.02)) == pytest.approx(rows((0.8, 0.01)) + rows((0.0, 0.02)))
+    assert rows((0.0, 0.01), done=6) == pytest.approx(0.01 * (3 * 64 * 2 + measured))
+    two = replace(config, trainer=replace(config.trainer, devices=2))
+    assert rows((0.0, 0.01), of=two) == pytest.approx(0.01 * (5 * 64 * 1.5 + measured)), "reads are shared, what is new is not"
+    checked = replace(config, trainer=replace(config.trainer, validate_every=2))
+    assert rows((0.0, 0.01), of=checked) == pytest.approx(rows((0.0, 0.01)) + 0.01 * 2 * 2 * 64)
+
+
+@pytest.mark.parametrize("index", ["exact", "half", "flat", "ivf", "hnsw"])
+def test_a_search_is_timed_with_rows_as_it_will_be_made(index, monkeypatch):
+    seen = []
+    monkeypatch.setattr(planning, "SEARCHED", 512)
+    monkeypatch.setattr(planning, "INDEXED", 128)
+    monkeypatch.setattr(planning, "_seconds", lambda act, device: seen.append(act()) or 0.5 * planning.QUERIES)
+    memory = AssociativeMemory(16, 4, None, "teacher", Policy(novelty=0.1, recombine=0.1, capacity=2_048, decay=0.1), index=index)
+    linear = index in ("exact", "half", "flat")
+    assert planning._search_seconds(memory) == 0.5 * (2_048 / 512 if linear else 1)
+    [found] = seen
+    assert found.places.shape == (planning.QUERIES, 4)
+    assert found.distances.isfinite().all()
+    assert len(memory.rows) == 0
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
@@ -85,6 +123,8 @@ def test_timing_takes_real_steps_and_leaves_nothing_behind(data, teacher, memory
     pace = timed(config, module, data)
     assert set(taken) == {"_layerwise", "_end_to_end"}
     assert min(pace.layerwise, pace.end_to_end, pace.reading, pace.saying) > 0
+    assert len(pace.searching) == (LAYERS if "kind" in memory else 0)
+    assert all(begins == 0.8 and taken > 0 for begins, taken in pace.searching)
     assert torch.equal(random, torch.get_rng_state())
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -110,3 +150,12 @@ def test_a_run_opens_with_its_plan(words, tmp_path, capsys, monkeypatch):
         assert part in shown
     record = read_record(newest(tmp_path))
     assert record["estimated"]["train"] == 12 + 3 * (2 * 0.001 * 64 + 0.25)
+    assert record["estimated"]["rows"] == 0
+
+
+def test_the_plan_of_a_run_with_rows_says_what_they_may_take(words, capsys, monkeypatch):
+    monkeypatch.setattr(run, "timed", lambda *_: replace(PACE, searching=((0.8, 0.1),)))
+    assert main([*words, "memory.kind=associative"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "time about 30 seconds, up to 1 minute more as rows are written: about 15 seconds to train" in shown
+    assert re.search(r"\(\d+ s to train were expected, \d+ s to measure, up to \d\d s more with rows\)", shown)

@@ -24,6 +24,7 @@ from dmt.distill.signals import observe
 from dmt.distill.timing import WINDOWS
 from dmt.evaluate import compare
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.rows import PLAIN, Rows
 from dmt.memory.together import several
 from dmt.models.surgery import TransferReport, associative_of, featural_of, memories_of
 
@@ -35,6 +36,8 @@ CALIBRATION = 4
 """Readings of a token, by teacher and student, that its calibration is worth; measured with the default settings."""
 PROBE = 12
 """Tokens of a question with its answer, about."""
+SEARCHED, INDEXED, QUERIES = 16_384, 4_096, 256
+"""Rows by which a search is timed that takes longer with each row; that hardly does; for so many tokens."""
 
 console = Console()
 
@@ -47,30 +50,34 @@ class Pace:
         layerwise, end_to_end: one optimiser step of each stage, 0 where there is none.
         reading: one token of held-out text, by teacher and student.
         saying: both going on from the prompts of one corpus.
+        searching: of each associative memory the share of the training before it writes, and what a token's search takes
+            once it is full.
     """
 
     layerwise: float
     end_to_end: float
     reading: float
     saying: float
+    searching: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that are left of a run: to calibrate, to train and to measure."""
+    """Seconds that are left of a run: to calibrate, to train and to measure; and more at most, for all rows that may be stored."""
 
     calibrate: float
     train: float
     measure: float
+    rows: float = 0.0
 
     @property
     def total(self) -> float:
-        """All together."""
+        """All together, without rows."""
         return self.calibrate + self.train + self.measure
 
-    def words(self, rows: bool = False) -> str:
-        """For a person; `rows` says that stored rows will be written, whose search takes the longer the more there are."""
-        more = ", more as rows are written" if rows else ""
+    def words(self) -> str:
+        """For a person."""
+        more = f", up to {about(self.rows).removeprefix('about ')} more as rows are written" if self.rows else ""
         return f"{about(self.total)}{more}: {about(self.train)} to train, the rest to calibrate and measure"
 
 
@@ -95,10 +102,18 @@ def estimated(config: Config, pace: Pace, data: TextData, fresh: bool = True, do
     checks = (layerwise + end_to_end) // every if every else 0
     said = pace.saying * len(data.corpora)
     calibration = max(stages.calibrate_tokens, SCALE_TOKENS) * CALIBRATION + held
+    measured = tests + PROBE * asked + min(TOKENS, tests) * (len(FACTORS) + 1) / 2
+    rows = 0.0
+    for begins, searching in pace.searching:
+        writing = min(end_to_end, (1 - begins) * stages.end_to_end_steps)
+        # Each process reads for its share of a step's tokens, and looks for all of them whether they are new.
+        searched = writing * settings.batch * settings.block * (1 / config.trainer.devices + 1) + measured
+        rows += searching * (searched + (writing // every * 2 * held if every else 0))
     return Estimate(
         pace.reading * calibration if fresh else 0.0,
         pace.layerwise * layerwise + pace.end_to_end * end_to_end + checks * (2 * pace.reading * held + said),
-        pace.reading * (tests + PROBE * asked + min(TOKENS, tests) * (len(FACTORS) + 1) / 2) + said,
+        pace.reading * measured + said,
+        rows,
     )
 
 
@@ -136,6 +151,7 @@ def timed(config: Config, module: Distiller, data: TextData) -> Pace:
                     torch.autograd.grad(value, learnt, allow_unused=True)
 
                 found[name] = _seconds(step, module.device) * pieces + _optimiser_seconds(learnt)
+            searching = tuple((memory.write_from, _search_seconds(memory)) for memory in associative_of(student).values())
         student.eval()
         reading = _seconds(lambda: compare(student, teacher, tokens), module.device) / tokens.numel()
         prompts = tokens[:1, :1].expand(SAMPLES_PER_CORPUS, 1)
@@ -146,7 +162,7 @@ def timed(config: Config, module: Distiller, data: TextData) -> Pace:
             module.get_buffer(name).copy_(buffer)
         for memory in featural_of(student).values():
             memory.reads = None
-    return Pace(found["layerwise"], found["end_to_end"], reading, saying)
+    return Pace(found["layerwise"], found["end_to_end"], reading, saying, searching)
 
 
 def _seconds(act: Callable[[], object], device: torch.device) -> float:
@@ -160,6 +176,19 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
         if best > LONG and not several():  # several take the same steps, as they may wait for each other in each
             break
     return best
+
+
+def _search_seconds(memory: AssociativeMemory) -> float:
+    """For one token among as many rows as `memory` may hold, by fewer that are made and searched in a moment."""
+    linear = memory.rows.index in (*PLAIN, "flat")
+    held = min(memory.policy.capacity, SEARCHED if linear else INDEXED)
+    rows = Rows(memory.width, 1, held, memory.rows.index).to(memory.rows.keys.device)
+    rows.keys.normal_()
+    rows.ids.copy_(torch.arange(held))
+    queries = torch.randn(QUERIES, memory.width, device=rows.keys.device)
+    rows.search(queries, memory.k)  # which builds an index
+    taken = _seconds(lambda: rows.search(queries, memory.k), rows.keys.device) / QUERIES
+    return taken * memory.policy.capacity / held if linear else taken
 
 
 def _optimiser_seconds(learnt: list[nn.Parameter]) -> float:
@@ -204,7 +233,7 @@ def plan(
     table.add_row("end_to_end", f"{stages.end_to_end_steps:,} steps")
     table.add_row("text", f"{', '.join(config.data.corpora)}: {steps * batch:,} tokens in steps of {batch:,}")
     table.add_row("folder", f"{run}; {config.trainer.threads} threads, {config.trainer.precision}")
-    table.add_row("time", estimate.words(rows=bool(associative_of(student))))
+    table.add_row("time", estimate.words())
     console.print(table)
 
 

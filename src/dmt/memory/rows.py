@@ -56,6 +56,7 @@ class Rows(nn.Module):
         self.register_buffer("keys", torch.zeros(places, key_width))
         self.register_buffer("values", torch.zeros(places, value_width))
         self.register_buffer("ids", torch.full((places,), -1))
+        self.index = index
         self._index = None if index in PLAIN else FaissIndex(index, key_width)
         self._by_halves = index == "half"
         self._halves: Tensor | None = None

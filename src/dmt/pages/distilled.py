@@ -233,6 +233,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     seconds, tokens = record["seconds"], record["tokens"]
     spent = ", ".join(f"{seconds[part]:.0f} s to {part}" for part in ("prepare", "train", "measure"))
     if expected := record.get("estimated"):
-        spent += f" ({expected['train']:.0f} s to train were expected, {expected['measure']:.0f} s to measure)"
+        more = f", up to {expected['rows']:.0f} s more with rows" if expected.get("rows") else ""
+        spent += f" ({expected['train']:.0f} s to train were expected, {expected['measure']:.0f} s to measure{more})"
     found.append(f"trained on {tokens['trained']:,} tokens, {tokens['per_second']:,.0f} a second; {spent}")
     return found
