@@ -63,7 +63,8 @@ def act(what, about):
         subprocess.run(["mount", "--bind", about, about], check=True)  # what is open already stays open, as it would
         subprocess.run(["mount", "-o", "remount,bind,ro", about], check=True)
     elif what == "take away":
-        os.rename(about, f"{about}.taken")  # at once, whatever a thread may be writing into it
+        time.sleep(0.5)  # TensorBoard's thread writes down what it was given
+        os.rename(about, f"{about}.taken")  # at once
         shutil.rmtree(f"{about}.taken", ignore_errors=True)
     elif what == "wait":  # until the test says go
         open(f"{about}.there", "w").close()

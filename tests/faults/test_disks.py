@@ -1,12 +1,16 @@
 """A disk that is full, or cannot be written to: one line about it, nothing half written, and going on when that is over."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 
+from dmt.distill import ending
+from dmt.errors import UserError
 from dmt.facts.opening import load_student
 from faults.processes import ROWS, consolidation, copied, facts_in, result, small_run, some, whole_files
 from faults.test_killed import CACHE, MODULE, RUN, SLEEP, book_of, weights
@@ -89,6 +93,29 @@ def test_a_folder_that_is_taken_away(nursery, words, tmp_path, function, ends):
         assert "fidelity" in json.loads((run / "run.json").read_text())
     else:
         one_line(ended, run, "took this folder away", "begin again")
+
+
+def test_a_folder_that_was_away_for_a_moment(tmp_path, monkeypatch):
+    """Whoever met that has lost a file, though a checkpoint has made the folder anew meanwhile."""
+    run = tmp_path / "version_0"
+    run.mkdir()
+    monkeypatch.setattr(ending, "run_in_hand", lambda: run)
+
+    def missing(place):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(place))
+
+    with pytest.raises(UserError, match=r"version_0: somebody took this folder away .* begin again"), ending.told_of_disks("logs"):
+        missing(run / "events.out")
+    with pytest.raises(FileNotFoundError), ending.told_of_disks("logs"):
+        missing(tmp_path / "version_01" / "events.out")
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: said.append(failed.exc_value.filename))
+    with ending.told_of_disks("logs"):
+        for place in (run / "events.out", tmp_path / "elsewhere"):
+            writer = threading.Thread(target=missing, args=(place,))
+            writer.start()
+            writer.join()
+    assert said == [str(tmp_path / "elsewhere")], "of the run's own file the thread that waits for it tells"
 
 
 def test_the_teachers_answers(nursery, words, small_disk):

@@ -70,7 +70,7 @@ def told_of_disks(logs: str) -> Iterator[None]:
     before = threading.excepthook
 
     def quietly(failed: Any) -> None:  # TensorBoard's writer has a thread; who waits for it is told the same
-        if failed.exc_value is None or (disk.trouble(failed.exc_value) is None and not _taken_away()):
+        if failed.exc_value is None or (disk.trouble(failed.exc_value) is None and not _taken_away(failed.exc_value)):
             before(failed)
 
     threading.excepthook = quietly
@@ -80,7 +80,7 @@ def told_of_disks(logs: str) -> Iterator[None]:
         raise
     except Exception as error:
         run = run_in_hand()
-        if _taken_away():
+        if _taken_away(error):
             raise UserError(f"{run}: somebody took this folder away while the run wrote to it; begin again") from None
         if (found := disk.trouble(error)) is None:
             raise
@@ -91,6 +91,11 @@ def told_of_disks(logs: str) -> Iterator[None]:
         threading.excepthook = before
 
 
-def _taken_away() -> bool:
-    """Whether the folder of the run in hand is no longer there."""
-    return (run := run_in_hand()) is not None and not run.exists()
+def _taken_away(error: BaseException) -> bool:
+    """Whether the folder of the run in hand is no longer there, or was not when `error` met it: a checkpoint makes it anew."""
+    if (run := run_in_hand()) is None:
+        return False
+    missing = error.filename if isinstance(error, FileNotFoundError) else None
+    if isinstance(missing, str | Path) and Path(missing).absolute().is_relative_to(run.absolute()):
+        return True
+    return not run.exists()
