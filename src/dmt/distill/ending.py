@@ -81,7 +81,7 @@ def told_of_disks(logs: str) -> Iterator[None]:
     except Exception as error:
         run = run_in_hand()
         if _taken_away(error):
-            raise UserError(f"{run}: somebody took this folder away while the run wrote to it; begin again") from None
+            raise UserError(f"{run}: somebody took this folder away while the run wrote to it ({error}); begin again") from None
         if (found := disk.trouble(error)) is None:
             raise
         what, helps = found

@@ -122,7 +122,9 @@ def _cores(trainer: TrainerConfig) -> int:
 
 def _threads(trainer: TrainerConfig, model: PreTrainedModel, windows: Tensor) -> int:
     """One thread or one for each core: what takes a step faster."""
-    timed = {count: _step_seconds(model, windows, count, half=False) for count in {1, _cores(trainer)}}
+    if _cores(trainer) == 1:
+        return 1
+    timed = {count: _step_seconds(model, windows, count, half=False) for count in (1, _cores(trainer))}
     return min(timed, key=timed.__getitem__)
 
 
