@@ -7,7 +7,7 @@ check:  ## lint, format, types
 test:
 	python -m pytest
 mutants:  ## break chosen lines one by one; the tests should notice
-	python -m tests.mutants
+	python -m tests.mutations
 run:
 	python distill.py
 board:

@@ -6,11 +6,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # a checkout runs without being installed
 
 if __name__ == "__main__":
-    from dmt import stopping
+    from dmt import signals
 
-    stopping.leave_at_once()
-    from dmt.main import main
+    signals.exit_on_signal()
+    from dmt.cli.main import distill_main
 
-    code = main(sys.argv[1:])
-    stopping.leave_be()
+    code = distill_main(sys.argv[1:])
+    signals.ignore_signals()
     sys.exit(code)

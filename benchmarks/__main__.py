@@ -37,17 +37,23 @@ def one(name: str, quick: bool, threads: int | None) -> list[Row]:
     words += ["--threads", str(threads)] if threads else []
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"error: {name} ended with {done.returncode}; python -m benchmarks.{name} shows more")
+        raise SystemExit(
+            f"error: {name} ended with {done.returncode}; python -m benchmarks.{name} shows more"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join(TABLES), help=f"some of {', '.join(TABLES)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--threads", type=int, help="as many as torch takes, if not given")
     parser.add_argument("--out", type=Path, help="the file of figures")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two such files")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two such files"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -60,21 +66,29 @@ def main() -> None:
     if given.compare:
         before, after = map(read, given.compare)
         for told, place in ((before, given.compare[0]), (after, given.compare[1])):
-            print(f"{place}: " + ", ".join(f"{name} {value}" for name, value in told["machine"].items()))
+            print(
+                f"{place}: "
+                + ", ".join(f"{name} {value}" for name, value in told["machine"].items())
+            )
         print(table(compared(before, after)) or "no figure is in both")
         return
     chosen = given.only.split(",")
     if odd := [name for name in chosen if name not in TABLES]:
         parser.error(f"--only {odd[0]}: there are {', '.join(TABLES)}")
     where = machine()
-    place = given.out or Path("lightning_logs") / "benchmarks" / f"{where['commit'].replace('+', '-')}.json"
+    place = (
+        given.out
+        or Path("lightning_logs") / "benchmarks" / f"{where['commit'].replace('+', '-')}.json"
+    )
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     made: dict[str, list[Row]] = {}
     for name in chosen:
         print(f"\n## {name}: {TABLES[name]}\n", flush=True)
         made[name] = one(name, given.quick, given.threads)
         print(table(made[name]), flush=True)
-        write(place, made, where)  # after each, so that a benchmark that fails costs none of those before
+        write(
+            place, made, where
+        )  # after each, so that a benchmark that fails costs none of those before
     print(f"\nthe figures are in {place}; python -m benchmarks --compare {place} OTHER.json")
 
 

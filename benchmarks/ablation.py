@@ -12,35 +12,47 @@ from runs import table
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "metric: plain": ("memory.metric=plain",),
+    "metric: plain": ("memory.metric=euclidean",),
     "budget: the same k for all": ("memory.k=32",),
     # What cannot share a budget is compared with the row above, or with the one that differs from it in one thing.
-    "k = 32: plain metric": ("memory.k=32", "memory.metric=plain"),
-    "k = 32, plain metric: ranking by score": ("memory.k=32", "memory.ranking=score"),
-    "k = 32, ranking by score: softmax weights": ("memory.k=32", "memory.ranking=score", "memory.weighting=softmax"),
-    "k = 32, ranking by score: distance weights": ("memory.k=32", "memory.ranking=score", "memory.weighting=distance"),
-    "k = 32, plain metric: means only": ("memory.k=32", "memory.metric=plain", "memory.linear=false"),
+    "k = 32: plain metric": ("memory.k=32", "memory.metric=euclidean"),
+    "k = 32, plain metric: ranking by score": ("memory.k=32", "memory.selection=score"),
+    "k = 32, ranking by score: softmax weights": (
+        "memory.k=32",
+        "memory.selection=score",
+        "memory.activation=softmax",
+    ),
+    "k = 32, ranking by score: distance weights": (
+        "memory.k=32",
+        "memory.selection=score",
+        "memory.activation=distance",
+    ),
+    "k = 32, plain metric: means only": (
+        "memory.k=32",
+        "memory.metric=euclidean",
+        "memory.skip_connection=false",
+    ),
     "k = 32, plain metric, means only: no calibration": (
         "memory.k=32",
-        "memory.metric=plain",
-        "memory.linear=false",
-        "stages.calibrate_tokens=0",
+        "memory.metric=euclidean",
+        "memory.skip_connection=false",
+        "stages.calibration_tokens=0",
     ),
     "init: random": ("memory.init=random",),
     "init: random, revival": ("memory.init=random", "loss.revive=0.1"),
-    "weighting: relu": ("memory.weighting=relu",),
-    "ranking: centred": ("memory.ranking=centred",),
+    "weighting: relu": ("memory.activation=relu",),
+    "ranking: centered": ("memory.selection=centered",),
     "gradient: straight-through": ("memory.gradient=straight_through",),
-    "compensation: means only": ("memory.linear=false",),
+    "compensation: means only": ("memory.skip_connection=false",),
     "layer-wise: none": ("stages.layerwise_steps=0",),
     "layer-wise: 300 steps": ("stages.layerwise_steps=300",),
     "layer-wise: raw MSE": ("stages.layerwise_loss=mse",),
-    "k schedule: from 4 k": ("stages.k_start=4",),
-    "values: a third of the rate": ("optim.values_lr=0.33",),
-    "values: three times the rate": ("optim.values_lr=3",),
-    "loss: KL alone": ("loss.hidden=0", "loss.block=0"),
-    "loss: KL and hidden": ("loss.block=0",),
-    "loss: KL and block": ("loss.hidden=0",),
+    "k schedule: from 4 k": ("stages.k_warmup_factor=4",),
+    "values: a third of the rate": ("optim.value_lr_scale=0.33",),
+    "values: three times the rate": ("optim.value_lr_scale=3",),
+    "loss: KL alone": ("loss.hidden_mse=0", "loss.block_fvu=0"),
+    "loss: KL and hidden": ("loss.block_fvu=0",),
+    "loss: KL and block": ("loss.hidden_mse=0",),
     "loss: and CE 0.3": ("loss.ce=0.3",),
     "loss: CE for KL": ("loss.kl=0", "loss.ce=1"),
     "loss: reverse KL": ("loss.kl=0", "loss.reverse_kl=1"),
@@ -52,13 +64,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default="", help="variants whose name begins with this")
-    parser.add_argument("--side-by-side", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument(
+        "--side-by-side", type=int, default=2, help="runs at a time, each on one thread"
+    )
     options = parser.parse_args()
     chosen = {name: words for name, words in VARIANTS.items() if name.startswith(options.only)}
     if not chosen:
-        parser.error(f"--only: no variant begins with {options.only}; there are {'; '.join(VARIANTS)}")
-    table(chosen, options.steps, [int(seed) for seed in options.seeds.split(",")], 1, options.side_by_side)
+        parser.error(
+            f"--only: no variant begins with {options.only}; there are {'; '.join(VARIANTS)}"
+        )
+    table(
+        chosen,
+        options.steps,
+        [int(seed) for seed in options.seeds.split(",")],
+        1,
+        options.side_by_side,
+    )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.tables import Row, table
 
-from dmt.main import main as distill
+from dmt.cli.main import distill_main as distill
 
 OBJECTIVES = ("causal_lm", "logits", "hidden_last", "hidden_all", "generated")
 TEACHERS = {"reader": "people", "embedded": "people", "smollm2": "facts"}
@@ -40,20 +40,50 @@ class Way:
 
 
 WAYS = (
-    Way("memory, difference", ("context.into=memory", "context.write=difference"), ("logits", "generated")),
-    Way("memory, gradient", ("context.into=memory", "context.write=gradient"), ("logits", "generated")),
-    Way("memory, trained", ("context.into=memory", "context.write=trained", "stages.end_to_end_lr=0.03"), OBJECTIVES[1:]),
-    Way("weights, lora", ("context.into=weights", "context.weights=lora", "stages.end_to_end_lr=2e-3")),
-    Way("weights, all", ("context.into=weights", "context.weights=all", "stages.end_to_end_lr=3e-4")),
-    Way("tokens", ("context.into=tokens", "stages.end_to_end_lr=3e-2")),
+    Way(
+        "memory, difference",
+        ("context.target=memory", "context.row_method=activation_delta"),
+        ("logits", "generated"),
+    ),
+    Way(
+        "memory, gradient",
+        ("context.target=memory", "context.row_method=gradient"),
+        ("logits", "generated"),
+    ),
+    Way(
+        "memory, trained",
+        ("context.target=memory", "context.row_method=trained", "stages.end_to_end_lr=0.03"),
+        OBJECTIVES[1:],
+    ),
+    Way(
+        "weights, lora",
+        ("context.target=weights", "context.trainable=lora", "stages.end_to_end_lr=2e-3"),
+    ),
+    Way(
+        "weights, all",
+        ("context.target=weights", "context.trainable=all", "stages.end_to_end_lr=3e-4"),
+    ),
+    Way("tokens", ("context.target=prompt", "stages.end_to_end_lr=3e-2")),
 )
 
 
-def measured(way: Way, objective: str, context: str, model: str, steps: int, more: list[str]) -> Row:
+def measured(
+    way: Way, objective: str, context: str, model: str, steps: int, more: list[str]
+) -> Row:
     """One consolidation; a row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"configs/consolidation/{context}.yaml", f"teacher={model}", f"context.objective={objective}", *way.words]
-        words += [f"trainer.log_dir={folder}", f"stages.end_to_end_steps={steps}", "trainer.progress=false", *more]
+        words = [
+            f"configs/consolidation/{context}.yaml",
+            f"teacher={model}",
+            f"context.objective={objective}",
+            *way.words,
+        ]
+        words += [
+            f"trainer.log_dir={folder}",
+            f"stages.end_to_end_steps={steps}",
+            "trainer.progress_bar=false",
+            *more,
+        ]
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             code = distill(words)
@@ -63,24 +93,46 @@ def measured(way: Way, objective: str, context: str, model: str, steps: int, mor
     row: Row = {"table": f"{model}, {context}", "into": way.name, "objective": objective}
     for kind, each in found["kinds"].items():
         share = "-" if each["share"] is None else f"{each['share']:.2f}"
-        said = " ".join(f"{each[f'recall_{who}']:.2f}" for who in ("without", "with", "consolidated"))
+        said = " ".join(
+            f"{each[f'recall_{who}']:.2f}" for who in ("without", "with", "consolidated")
+        )
         row |= {f"{kind}: share": share, f"{kind}: said": said}
     row["KL"] = f"{max(each['kl'] for each in found['unrelated'].values()):.1e}"
     cost = found["cost"]
-    row |= {"bytes": found["written"]["bytes"], "cache": cost["bytes of the cache"], "tokens saved": cost["prompt tokens saved"]}
-    row |= {f"ms, {way}": cost[f"seconds {way}"] * 1e3 for way in ("in every prompt", "in the cache", "consolidated")}
+    row |= {
+        "bytes": found["written"]["bytes"],
+        "cache": cost["bytes of the cache"],
+        "tokens saved": cost["prompt tokens saved"],
+    }
+    row |= {
+        f"ms, {way}": cost[f"seconds {way}"] * 1e3
+        for way in ("in every prompt", "in the cache", "consolidated")
+    }
     return row | {"seconds": found["seconds"]["consolidate"]}
 
 
-def figures(quick: bool = False, model: str = "reader", context: str = "", steps: int = 150, only: str = "") -> list[Row]:
+def figures(
+    quick: bool = False, model: str = "reader", context: str = "", steps: int = 150, only: str = ""
+) -> list[Row]:
     """Every way with every objective that it can have."""
     rows = []
     context = context or ("person" if quick else TEACHERS[model])
     more = (
-        ["data.test_tokens=512", "data.validation_tokens=256", "data.corpora=[biographies]", "context.samples=8"] if quick else []
+        [
+            "data.test_tokens=512",
+            "data.validation_tokens=256",
+            "data.corpora=[biographies]",
+            "context.num_samples=8",
+        ]
+        if quick
+        else []
     )
-    more += ["context.samples=32", "context.fresh_every=50"] if model != "smollm2" and not quick else []
-    more += ["trainer.validate_every=0", "trainer.threads=1", "trainer.precision=32-true"]
+    more += (
+        ["context.num_samples=32", "context.resample_every=50"]
+        if model != "smollm2" and not quick
+        else []
+    )
+    more += ["trainer.validate_every=0", "trainer.num_threads=1", "trainer.precision=32-true"]
     for way in WAYS:
         for objective in way.objectives[-1:] if quick else way.objectives:
             if only in f"{way.name} {objective}":
@@ -90,11 +142,15 @@ def figures(quick: bool = False, model: str = "reader", context: str = "", steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reader", choices=TEACHERS)
     parser.add_argument("--context", default="", help="a name in configs/consolidation")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--only", default="", help="lines that contain this, such as 'memory' or 'lora generated'")
+    parser.add_argument(
+        "--only", default="", help="lines that contain this, such as 'memory' or 'lora generated'"
+    )
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     print(table(figures(given.quick, given.model, given.context, given.steps, given.only)))

@@ -9,9 +9,16 @@ import json
 import random
 from pathlib import Path
 
-from dmt.consolidation.asking import Question
-from dmt.data.corpora import new_people
-from dmt.data.people import HELD_OUT_PHRASINGS, PHRASINGS, RELATIONS, TRAINED_PHRASINGS, Person, probe
+from dmt.data.corpora import make_unseen_people
+from dmt.data.synthetic import (
+    HELD_OUT_PHRASINGS,
+    PHRASINGS,
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    Person,
+    make_probe,
+)
+from dmt.evaluation.questions import Question
 
 PLACE = Path(__file__).parents[1] / "configs" / "consolidation"
 SEED = 7
@@ -22,13 +29,21 @@ STATED = 5
 
 def told(person: Person, draw: random.Random) -> tuple[str, dict[str, int]]:
     """A paragraph about a person, every relation once, and the phrasing of each."""
-    phrasings = {relation: draw.randrange(STATED) for relation in draw.sample(RELATIONS, len(RELATIONS))}
+    phrasings = {
+        relation: draw.randrange(STATED) for relation in draw.sample(RELATIONS, len(RELATIONS))
+    }
     sentences = []
     for relation, phrasing in phrasings.items():
         named = not sentences or not PHRASINGS[relation][phrasing].startswith(("{name}", "{Their}"))
         pronoun = person.pronoun.capitalize()
-        subject, possessive = (person.name, f"{person.name}'s") if named else (pronoun, {"She": "Her", "He": "His"}[pronoun])
-        filled = PHRASINGS[relation][phrasing].format(name=subject, Their=possessive, answer=person.facts[relation])
+        subject, possessive = (
+            (person.name, f"{person.name}'s")
+            if named
+            else (pronoun, {"She": "Her", "He": "His"}[pronoun])
+        )
+        filled = PHRASINGS[relation][phrasing].format(
+            name=subject, Their=possessive, answer=person.facts[relation]
+        )
         sentences.append(filled.replace("|", ""))
     return " ".join(sentences), phrasings
 
@@ -42,8 +57,12 @@ def page(people: list[Person], seed: int) -> tuple[str, list[Question]]:
         for relation, phrasing in phrasings.items():
             other = draw.choice([each for each in range(TRAINED_PHRASINGS) if each != phrasing])
             unseen = range(TRAINED_PHRASINGS, TRAINED_PHRASINGS + HELD_OUT_PHRASINGS)
-            for kind, which in [("as written", phrasing), ("in other words", other), *(("unseen words", each) for each in unseen)]:
-                asked = probe(person, relation, which)
+            for kind, which in [
+                ("as written", phrasing),
+                ("in other words", other),
+                *(("unseen words", each) for each in unseen),
+            ]:
+                asked = make_probe(person, relation, which)
                 questions.append(Question(asked.prompt, asked.answer, kind))
     return "\n\n".join(paragraphs), questions
 
@@ -52,11 +71,13 @@ def write(name: str, text: str, questions: list[Question]) -> None:
     """As `configs/consolidation/NAME.txt` and `.jsonl`."""
     PLACE.mkdir(parents=True, exist_ok=True)
     (PLACE / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
-    (PLACE / f"{name}.jsonl").write_text("".join(json.dumps(vars(question)) + "\n" for question in questions), encoding="utf-8")
+    (PLACE / f"{name}.jsonl").write_text(
+        "".join(json.dumps(vars(question)) + "\n" for question in questions), encoding="utf-8"
+    )
 
 
 def main() -> None:
-    people = new_people(9, seed=SEED)
+    people = make_unseen_people(9, seed=SEED)
     write("person", *page(people[:1], SEED))
     write("people", *page(people[1:], SEED))
 

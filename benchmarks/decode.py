@@ -21,16 +21,17 @@ from benchmarks.tables import Row, medians, newest_student, table
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dmt
+from dmt import ops
 from dmt.config import MemoryConfig
-from dmt.data.blocks import encode, first_windows
 from dmt.data.corpora import load_corpus
-from dmt.distill.fitting import quiet
-from dmt.distill.signals import observe
-from dmt.evaluate import compare
-from dmt.memory import featural, products
-from dmt.models.quick import quicken
-from dmt.models.surgery import featural_of, transplant
-from dmt.models.teacher import load_teacher
+from dmt.data.windows import select_first_windows, tokenize_corpus
+from dmt.evaluation.metrics import measure_fidelity
+from dmt.memory import featural
+from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.forward import forward_with_activations
+from dmt.models.loading import load_teacher
+from dmt.ops import use_onednn_linear
+from dmt.training.trainer import silence_libraries
 
 assert dmt  # makes students known to transformers
 
@@ -53,17 +54,25 @@ VARIANTS = {
 def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Any]:
     """The dense model and the students, all with the same weights."""
     torch.manual_seed(0)
-    dense = GPT2LMHeadModel(GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    dense = GPT2LMHeadModel(
+        GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ).eval()
     dense.requires_grad_(False)
     quick = GPT2LMHeadModel(dense.config)
     quick.load_state_dict(dense.state_dict())
-    found: dict[str, Any] = {"dense (transformers)": dense, "dense, oneDNN": quicken(quick).eval().requires_grad_(False)}
+    found: dict[str, Any] = {
+        "dense (transformers)": dense,
+        "dense, oneDNN": use_onednn_linear(quick).eval().requires_grad_(False),
+    }
     for name in variants:
         search, linear = VARIANTS[name]
-        memory = MemoryConfig(k=K, search=search, linear=linear, metric="plain")
-        student = transplant(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
+        memory = MemoryConfig(k=K, search=search, skip_connection=linear, metric="euclidean")
+        student = convert(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
         state = dict(dense.named_parameters())
-        for parameter, mine in student.named_parameters():  # one copy of what both have: less to hold, nothing else
+        for (
+            parameter,
+            mine,
+        ) in student.named_parameters():  # one copy of what both have: less to hold, nothing else
             if parameter in state and state[parameter].shape == mine.shape:
                 mine.data = state[parameter].data
         found[name] = student
@@ -75,47 +84,76 @@ def limit(config: Any, name: str) -> float:
     width, layers, vocabulary = config.n_embd, config.n_layer, config.vocab_size
     always = 4 * (layers * 4 * width**2 + vocabulary * width)
     block = 4 * 8 * width**2
-    read = {"exact, float32 keys": 16 * width**2, "exact, linear map": 20 * width**2, "int8 keys": 4 * width**2}
-    return (always + layers * block) / (always + layers * read.get(name, 0)) if not name.startswith("dense") else 1.0
+    read = {
+        "exact, float32 keys": 16 * width**2,
+        "exact, linear map": 20 * width**2,
+        "int8 keys": 4 * width**2,
+    }
+    return (
+        (always + layers * block) / (always + layers * read.get(name, 0))
+        if not name.startswith("dense")
+        else 1.0
+    )
 
 
 def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
     """Greedy continuation with a cache."""
     with torch.no_grad():
-        return model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        return model.generate(
+            prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        )
 
 
 def speed(shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> list[Row]:
     """A row for each variant: milliseconds a token, for a prompt, for a block alone, ratios and differences."""
     found = models(shape, variants)
     vocabulary = next(iter(found.values())).config.vocab_size
-    prompt, longer = torch.randint(0, vocabulary, (1, PROMPT)), torch.randint(0, vocabulary, (1, PREFILL))
+    prompt, longer = (
+        torch.randint(0, vocabulary, (1, PROMPT)),
+        torch.randint(0, vocabulary, (1, PREFILL)),
+    )
 
     def filled(model: Any) -> None:
         with torch.no_grad():
             model(longer, use_cache=True, logits_to_keep=1)
 
-    tokens = medians({name: lambda m=model: generate(m, prompt, NEW) for name, model in found.items()}, repeats)
-    first = medians({name: lambda m=model: generate(m, prompt, 1) for name, model in found.items()}, repeats)
+    tokens = medians(
+        {name: lambda m=model: generate(m, prompt, NEW) for name, model in found.items()}, repeats
+    )
+    first = medians(
+        {name: lambda m=model: generate(m, prompt, 1) for name, model in found.items()}, repeats
+    )
     prompts = medians({name: lambda m=model: filled(m) for name, model in found.items()}, repeats)
     hidden = torch.randn(1, found["dense (transformers)"].config.n_embd)
 
     def through(model: Any) -> None:
-        with torch.no_grad():  # one block after the other, so that none is found in the processor's cache
+        with (
+            torch.no_grad()
+        ):  # one block after the other, so that none is found in the processor's cache
             for layer in model.transformer.h:
                 layer.mlp(hidden)
 
-    blocks = medians({name: lambda m=model: through(m) for name, model in found.items()}, 10 * repeats)
+    blocks = medians(
+        {name: lambda m=model: through(m) for name, model in found.items()}, 10 * repeats
+    )
     rows = []
     dense = next(iter(found))
     each = {name: (tokens[name] - first[name]) / (NEW - 1) for name in found}
     for name, model in found.items():
-        rows.append({
-            "shape": shape, "variant": name, "ms a token": 1e3 * each[name], "times as fast": each[dense] / each[name],
-            "limit": limit(model.config, name), "ms a prompt": 1e3 * prompts[name],
-            "prompt, times as fast": prompts[dense] / prompts[name], "us a block": 1e6 * blocks[name] / model.config.n_layer,
-            "block, times as fast": blocks[dense] / blocks[name], "logits differ by": differences(model),
-        })  # fmt: skip
+        rows.append(
+            {
+                "shape": shape,
+                "variant": name,
+                "ms a token": 1e3 * each[name],
+                "times as fast": each[dense] / each[name],
+                "limit": limit(model.config, name),
+                "ms a prompt": 1e3 * prompts[name],
+                "prompt, times as fast": prompts[dense] / prompts[name],
+                "us a block": 1e6 * blocks[name] / model.config.n_layer,
+                "block, times as fast": blocks[dense] / blocks[name],
+                "logits differ by": differences(model),
+            }
+        )
     return rows
 
 
@@ -128,14 +166,20 @@ def differences(model: Any, tokens: int = 24) -> float:
             answer = model(token, past_key_values=cache, use_cache=True)
             cache = answer.past_key_values
             said.append(answer.logits)
-    before, products.library = products.library, "torch"
-    searches = {memory: memory.search for memory in featural_of(model).values()} if hasattr(model.config, "memory") else {}
+    before, ops.gemm_library = ops.gemm_library, "torch"
+    searches = (
+        {memory: memory.search for memory in get_featural_memories(model).values()}
+        if hasattr(model.config, "memory")
+        else {}
+    )
     for memory in searches:
         memory.search = "exact"
     try:
-        wanted = model(ids).logits.detach()  # with gradients enabled: every slot is scored, none is gathered
+        wanted = model(
+            ids
+        ).logits.detach()  # with gradients enabled: every slot is scored, none is gathered
     finally:
-        products.library = before
+        ops.gemm_library = before
         for memory, search in searches.items():
             memory.search = search
     return float((torch.cat(said, dim=1) - wanted).abs().max())
@@ -144,45 +188,65 @@ def differences(model: Any, tokens: int = 24) -> float:
 def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
     """A row for each search on a distilled student of the embedded teacher: recall, KL on speeches, slots looked at."""
     teacher, tokenizer = load_teacher("embedded")
-    windows = first_windows(encode(load_corpus("speeches", 0), tokenizer, 256).test, tokens)
+    windows = select_first_windows(
+        tokenize_corpus(load_corpus("speeches", 0), tokenizer, 256).test, tokens
+    )
     model = AutoModelForCausalLM.from_pretrained(student).eval().requires_grad_(False)
-    given = observe(model, windows[:8], blocks=True).block_inputs
-    together, featural.TOGETHER = featural.TOGETHER, 1 << 40  # candidates for whole windows too, as a token alone would have
+    given = forward_with_activations(model, windows[:8], capture_blocks=True).block_inputs
+    together, featural.MIN_BATCH_TOKENS = (
+        featural.MIN_BATCH_TOKENS,
+        1 << 40,
+    )  # candidates for whole windows too, as a token alone would have
     rows = []
     try:
         for search in ("exact", "int8", "ivf", "product"):
             recalls = []
-            for layer, memory in featural_of(model).items():
+            for layer, memory in get_featural_memories(model).items():
                 memory.search = search
-                recalls.append(memory.recall(given[layer].flatten(0, 1)))
-            tally = compare(model, teacher, windows, 8)
-            rows.append({"search": search, "recall": sum(recalls) / len(recalls), "KL": tally.kl, "ratio": tally.ratio})
-            for memory in featural_of(model).values():
+                recalls.append(memory.measure_recall(given[layer].flatten(0, 1)))
+            tally = measure_fidelity(model, teacher, windows, 8)
+            rows.append(
+                {
+                    "search": search,
+                    "recall": sum(recalls) / len(recalls),
+                    "KL": tally.kl,
+                    "ppl_ratio": tally.ppl_ratio,
+                }
+            )
+            for memory in get_featural_memories(model).values():
                 memory.search = "exact"
     finally:
-        featural.TOGETHER = together
+        featural.MIN_BATCH_TOKENS = together
     return rows
 
 
 def figures(quick: bool = False) -> list[Row]:
     """Both shapes; with the newest distilled student of `lightning_logs`, where there is one, what searches cost it."""
-    quiet()
+    silence_libraries()
     rows = [row for shape in (["tiny"] if quick else ["124M", "355M"]) for row in speed(shape, 3)]
     student = newest_student()
     return rows + (fidelity(student, 2_048 if quick else 16_384) if student else [])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=["124M", "355M"], choices=SHAPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--student", type=Path, help="a distilled student of the embedded teacher, for recall and KL")
+    parser.add_argument(
+        "--student",
+        type=Path,
+        help="a distilled student of the embedded teacher, for recall and KL",
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    quiet()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {products.library}")
+    silence_libraries()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {ops.gemm_library}"
+    )
     for shape in given.shapes:
         print(table(speed(shape, given.repeats, tuple(given.variants))), flush=True)
     if given.student:

@@ -32,16 +32,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dmt  # noqa: F401  registers the student
 from dmt.config import MemoryConfig
-from dmt.data.blocks import encode, first_windows
 from dmt.data.corpora import load_corpus
-from dmt.evaluate import compare
-from dmt.facts.opening import student_folder
-from dmt.memory.finding import Codes
-from dmt.memory.paging import Table, whole, write
-from dmt.models import slots
+from dmt.data.windows import select_first_windows, tokenize_corpus
+from dmt.editing.fact_store import resolve_student_folder
+from dmt.evaluation.metrics import measure_fidelity
+from dmt.memory.approximate_search import Int8Matrix
+from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
+from dmt.models import external_tensors
+from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.loading import load_teacher
 from dmt.models.modeling import MemoryGPT2Config, MemoryGPT2LMHeadModel
-from dmt.models.surgery import featural_of, transplant
-from dmt.models.teacher import load_teacher
 
 SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -57,10 +57,14 @@ SHARE, OVERHEAD = 0.6, 40_000_000
 TEST_TOKENS = 16_384
 
 
-def rows(quick: bool = False, student: Path | None = None, scratch: Path | None = None, turns: int = 2) -> list[dict[str, Any]]:
+def rows(
+    quick: bool = False, student: Path | None = None, scratch: Path | None = None, turns: int = 2
+) -> list[dict[str, Any]]:
     """Every line of the three tables; `table` says which."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        found = limited(Path(folder) / "large", quick, turns) + memory(Path(folder) / "small", quick)
+        found = limited(Path(folder) / "large", quick, turns) + memory(
+            Path(folder) / "small", quick
+        )
         return found + (fidelity(Path(folder) / "kl", student, quick) if student else [])
 
 
@@ -71,11 +75,15 @@ def limited(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
     large_student(folder, shape, slots_each)
     values = 4 * slots_each * shape["n_embd"] * shape["n_layer"]
     limit = 0 if quick else LIMIT
-    told: dict[str, list[dict[str, Any]]] = {"in RAM": [], "on the disk": [], "on the disk, within the limit": []}
+    told: dict[str, list[dict[str, Any]]] = {
+        "in RAM": [],
+        "on the disk": [],
+        "on the disk, within the limit": [],
+    }
     for _ in range(turns):
         told["in RAM"].append(child(folder, "ram"))
         told["on the disk"].append(child(folder, "disk"))
-        forget(folder / slots.SLOTS)
+        forget(folder / external_tensors.SLOTS_FILE)
         with cgroup(limit) as (group, why):
             if group is not None:
                 told["on the disk, within the limit"].append(child(folder, "disk", group))
@@ -88,22 +96,39 @@ def limited(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
         if runs:
             pairs = zip(runs, told["in RAM"], strict=True)
             seconds = statistics.median(each["seconds"] for each in runs)
-            made.append({
-                "table": "limit", "variant": name, "values, MB": values / 1e6,
-                "limit, MB": limit / 1e6 if "limit" in name else "", "ms a token": 1e3 * seconds, "slow-down": seconds / best,
-                "slow-down by turn": " ".join(f"{a['seconds'] / b['seconds']:.1f}" for a, b in pairs),
-                "major faults": statistics.median(each["faults"] for each in runs),
-                "anonymous, MB": runs[-1]["anonymous"] / 1e6, "without the model, MB": runs[-1]["bare"] / 1e6,
-                "same tokens": runs[-1]["said"] == told["in RAM"][-1]["said"],
-            })  # fmt: skip
+            made.append(
+                {
+                    "table": "limit",
+                    "variant": name,
+                    "values, MB": values / 1e6,
+                    "limit, MB": limit / 1e6 if "limit" in name else "",
+                    "ms a token": 1e3 * seconds,
+                    "slow-down": seconds / best,
+                    "slow-down by turn": " ".join(
+                        f"{a['seconds'] / b['seconds']:.1f}" for a, b in pairs
+                    ),
+                    "major faults": statistics.median(each["faults"] for each in runs),
+                    "anonymous, MB": runs[-1]["anonymous"] / 1e6,
+                    "without the model, MB": runs[-1]["bare"] / 1e6,
+                    "same tokens": runs[-1]["said"] == told["in RAM"][-1]["said"],
+                }
+            )
     return made
 
 
 def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     """A student with `count` slots a layer on the disk, made in pieces."""
     width, layers = shape["n_embd"], shape["n_layer"]
-    how = {"slots": count, "k": K, "search": "int8", "disk": "slots", "activation": "gelu_new"}
-    config = MemoryGPT2Config(**shape, memory={str(layer): how for layer in range(layers)}, slots="written below")
+    how = {
+        "num_slots": count,
+        "k": K,
+        "search": "int8",
+        "offload": "slots",
+        "activation_function": "gelu_new",
+    }
+    config = MemoryGPT2Config(
+        **shape, memory={str(layer): how for layer in range(layers)}, slots="written below"
+    )
     torch.manual_seed(0)
     with torch.device("meta"):
         model = MemoryGPT2LMHeadModel(config)
@@ -111,10 +136,12 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else parameter.normal_(std=0.02)
+            parameter.fill_(1.0) if name.endswith(
+                ("ln_1.weight", "ln_2.weight", "ln_f.weight")
+            ) else parameter.normal_(std=0.02)
     base = torch.randn(PIECE, width) / width**0.5
     lengths = base.norm(dim=-1).repeat(-(-count // PIECE))[:count]
-    codes = Codes(base)
+    codes = Int8Matrix(base)
 
     def pieces(of: Tensor, layer: int) -> Iterator[Tensor]:
         for number, begin in enumerate(range(0, count, PIECE)):
@@ -122,17 +149,27 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
             yield turned[: count - begin]
 
     tables = {}
-    for layer, name in enumerate(slots.filed_in(model)):
+    for layer, name in enumerate(external_tensors.find_mmap_memories(model)):
         for part in ("values", "keys"):
-            tables[f"{name}.{part}"] = Table(torch.float32, (count, width), pieces(base, layer + 100 * (part == "values")))
-        tables[f"{name}.key_codes"] = Table(torch.int8, (count, width), pieces(codes.rows, layer))
-        tables[f"{name}.key_scales"] = Table(torch.float32, (count,), pieces(codes.scales, layer))
-        tables[f"{name}.lengths"] = whole(lengths)
-    place = slots.positions_in(model)
-    tables[f"{place}.weight"] = whole(0.02 * torch.randn(config.n_positions, width))
+            tables[f"{name}.{part}"] = TensorSpec(
+                torch.float32, (count, width), pieces(base, layer + 100 * (part == "values"))
+            )
+        tables[f"{name}.key_codes"] = TensorSpec(
+            torch.int8, (count, width), pieces(codes.rows, layer)
+        )
+        tables[f"{name}.key_scales"] = TensorSpec(
+            torch.float32, (count,), pieces(codes.scales, layer)
+        )
+        tables[f"{name}.lengths"] = make_spec(lengths)
+    place = external_tensors.position_embedding_path(model)
+    tables[f"{place}.weight"] = make_spec(0.02 * torch.randn(config.n_positions, width))
     folder.mkdir(parents=True)
-    config.slots = model.config.slots = write(folder / slots.SLOTS, tables)
-    slots.take(model, folder / slots.SLOTS, model.config.slots)
+    config.external_tensors = model.config.external_tensors = write_tensor_file(
+        folder / external_tensors.SLOTS_FILE, tables
+    )
+    external_tensors.attach_model_file(
+        model, folder / external_tensors.SLOTS_FILE, model.config.external_tensors
+    )
     model.save_pretrained(folder)
 
 
@@ -154,7 +191,10 @@ def cgroup(limit: int) -> Iterator[tuple[Path | None, str]]:
         group.mkdir()
         (group / "memory.limit_in_bytes").write_text(str(limit))
     except OSError as error:
-        yield None, f"a memory cgroup (version 1) cannot be made in {CGROUPS} ({error.strerror}); it takes root"
+        yield (
+            None,
+            f"a memory cgroup (version 1) cannot be made in {CGROUPS} ({error.strerror}); it takes root",
+        )
         return
     try:
         yield group, ""
@@ -177,7 +217,9 @@ def child(folder: Path, way: str, group: Path | None = None) -> dict[str, Any]:
 def resident() -> dict[str, int]:
     """Bytes of this process that are in memory: anonymous, and of files."""
     text = Path("/proc/self/status").read_text()
-    return {name: 1024 * int(re.search(rf"Rss{name}:\s+(\d+)", text)[1]) for name in ("Anon", "File")}  # type: ignore[index]
+    return {
+        name: 1024 * int(re.search(rf"Rss{name}:\s+(\d+)", text)[1]) for name in ("Anon", "File")
+    }  # type: ignore[index]
 
 
 def be_child(way: str, folder: Path) -> None:
@@ -188,11 +230,11 @@ def be_child(way: str, folder: Path) -> None:
     bare = resident()
     model = AutoModelForCausalLM.from_pretrained(folder)
     if way == "ram":
-        for memory in featural_of(model).values():
-            for name in memory.away:
+        for memory in get_featural_memories(model).values():
+            for name in memory.external_names:
                 setattr(memory, name, getattr(memory, name).clone())
-            if memory.filed is not None and memory.filed.key_codes is not None:
-                memory.filed.key_codes.rows = memory.filed.key_codes.rows.clone()
+            if memory.mmap_tensors is not None and memory.mmap_tensors.key_codes is not None:
+                memory.mmap_tensors.key_codes.rows = memory.mmap_tensors.key_codes.rows.clone()
     loaded = resident()
     prompt = torch.arange(8).unsqueeze(0)
     how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -203,53 +245,84 @@ def be_child(way: str, folder: Path) -> None:
         said = model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, **how)
     seconds = (time.perf_counter() - began) / NEW
     used = resident()
-    print(json.dumps({
-        "seconds": seconds, "first": began - first, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
-        "said": said[0].tolist(), "bare": bare["Anon"], "anonymous": used["Anon"],
-        "loaded": sum(loaded.values()) - sum(bare.values()), "used": sum(used.values()) - sum(bare.values()),
-        "anonymous of the model": loaded["Anon"] - bare["Anon"],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "first": began - first,
+                "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
+                "said": said[0].tolist(),
+                "bare": bare["Anon"],
+                "anonymous": used["Anon"],
+                "loaded": sum(loaded.values()) - sum(bare.values()),
+                "used": sum(used.values()) - sum(bare.values()),
+                "anonymous of the model": loaded["Anon"] - bare["Anon"],
+            }
+        )
+    )
 
 
 def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """What the weights hold of the 124M shape, dense and with slots in RAM or in a file."""
     torch.manual_seed(0)
-    config = GPT2Config(**SHAPES["tiny" if quick else "124M"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        **SHAPES["tiny" if quick else "124M"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     dense = GPT2LMHeadModel(config).eval()
     dense.save_pretrained(folder / "dense")
-    whole_bytes, made = slots.sizes(dense)["ram"], []
+    whole_bytes, made = external_tensors.measure_bytes(dense)["ram"], []
     ways = [("dense", None)]
     for disk in ("none", "values", "slots"):
         for kind in ("float32", "int8"):
             for linear in (False, True):
                 name = f"disk={disk} value_type={kind}{' with the linear map' if linear else ''}"
-                ways.append((name, MemoryConfig(k=K, search="int8", linear=linear, metric="plain", value_type=kind, disk=disk)))
+                ways.append(
+                    (
+                        name,
+                        MemoryConfig(
+                            k=K,
+                            search="int8",
+                            skip_connection=linear,
+                            metric="euclidean",
+                            value_dtype=kind,
+                            offload=disk,
+                        ),
+                    )
+                )
     for name, settings in ways[:1] + ways[-2:-1] if quick else ways:
         place = folder / "dense"
-        held = {"ram": whole_bytes, "disk": 0}
+        held = {"ram": whole_bytes, "offload": 0}
         if settings is not None:
             place = folder / "student"
-            transplant(dense, [settings] * config.n_layer)[0].save_pretrained(place)
-            held = slots.sizes(AutoModelForCausalLM.from_pretrained(place))
+            convert(dense, [settings] * config.n_layer)[0].save_pretrained(place)
+            held = external_tensors.measure_bytes(AutoModelForCausalLM.from_pretrained(place))
         told = child(place, "disk")
         tight: dict[str, Any] = {}
         for file in place.glob("*.safetensors"):
             forget(file)  # else its pages count as another's
         room = (
             0
-            if quick or "linear" in name or (settings is not None and settings.disk != "slots")
+            if quick or "linear" in name or (settings is not None and settings.offload != "slots")
             else int(told["bare"] + OVERHEAD + SHARE * whole_bytes)
         )
         with cgroup(room) as (group, _):
             if group is not None:
                 tight = child(place, "disk", group)
-        made.append({
-            "table": "memory", "variant": name, "weights in RAM, MB": held["ram"] / 1e6, "of dense": held["ram"] / whole_bytes,
-            "left on the disk, MB": held["disk"] / 1e6, "resident after loading, MB": told["loaded"] / 1e6,
-            "anonymous of these": told["anonymous of the model"] / 1e6, f"after {NEW} tokens": told["used"] / 1e6,
-            "ms a token": 1e3 * told["seconds"], f"ms within {SHARE} of dense": 1e3 * tight["seconds"] if tight else "",
-            "faults there": tight["faults"] if tight else "",
-        })  # fmt: skip
+        made.append(
+            {
+                "table": "memory",
+                "variant": name,
+                "weights in RAM, MB": held["ram"] / 1e6,
+                "of dense": held["ram"] / whole_bytes,
+                "left on the disk, MB": held["disk"] / 1e6,
+                "resident after loading, MB": told["loaded"] / 1e6,
+                "anonymous of these": told["anonymous of the model"] / 1e6,
+                f"after {NEW} tokens": told["used"] / 1e6,
+                "ms a token": 1e3 * told["seconds"],
+                f"ms within {SHARE} of dense": 1e3 * tight["seconds"] if tight else "",
+                "faults there": tight["faults"] if tight else "",
+            }
+        )
         shutil.rmtree(folder / "student", ignore_errors=True)
     return made
 
@@ -257,13 +330,17 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
 def fidelity(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
     """KL to the embedded teacher and bytes of a distilled student, by type of values and what is left on the disk."""
     teacher, tokenizer = load_teacher("embedded")
-    windows = first_windows(encode(load_corpus("speeches"), tokenizer, 256).test, 512 if quick else TEST_TOKENS)
+    windows = select_first_windows(
+        tokenize_corpus(load_corpus("speeches"), tokenizer, 256).test, 512 if quick else TEST_TOKENS
+    )
     made = []
     for disk in ("none", "values", "slots"):
         for kind in ("float32", "float16", "int8"):
             model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-            changes = {"disk": disk, "value_type": kind} | ({"search": "int8"} if disk == "slots" else {})
-            for layer, memory in featural_of(model).items():
+            changes = {"offload": disk, "value_dtype": kind} | (
+                {"search": "int8"} if disk == "slots" else {}
+            )
+            for layer, memory in get_featural_memories(model).items():
                 told = model.config.memory[str(layer)]
                 (told.get("base") or told).update(changes)
                 for name, value in changes.items():
@@ -271,14 +348,24 @@ def fidelity(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
             place = folder / f"{disk}-{kind}"
             model.save_pretrained(place)
             loaded = AutoModelForCausalLM.from_pretrained(place)
-            tally, held = compare(loaded, teacher, windows), slots.sizes(loaded)
-            files = [place / name for name in ("model.safetensors", slots.SLOTS)]
-            made.append({
-                "table": "kl", "variant": f"disk={disk} value_type={kind}", "KL": f"{tally.kl:.5f}", "ratio": f"{tally.ratio:.5f}",
-                "same top-1": f"{tally.agreement:.4f}", "tokens": int(tally.tokens), "weights in RAM, MB": held["ram"] / 1e6,
-                "left on the disk, MB": held["disk"] / 1e6,
-                "files, MB": sum(file.stat().st_size for file in files if file.exists()) / 1e6,
-            })  # fmt: skip
+            tally, held = (
+                measure_fidelity(loaded, teacher, windows),
+                external_tensors.measure_bytes(loaded),
+            )
+            files = [place / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)]
+            made.append(
+                {
+                    "table": "kl",
+                    "variant": f"disk={disk} value_type={kind}",
+                    "KL": f"{tally.kl:.5f}",
+                    "ppl_ratio": f"{tally.ppl_ratio:.5f}",
+                    "same top-1": f"{tally.top1_agreement:.4f}",
+                    "tokens": int(tally.tokens),
+                    "weights in RAM, MB": held["ram"] / 1e6,
+                    "left on the disk, MB": held["disk"] / 1e6,
+                    "files, MB": sum(file.stat().st_size for file in files if file.exists()) / 1e6,
+                }
+            )
     return made
 
 
@@ -288,8 +375,15 @@ def figures(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", nargs="?", type=Path, help="a distilled embedded student; the newest run's where left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "student",
+        nargs="?",
+        type=Path,
+        help="a distilled embedded student; the newest run's where left out",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--scratch", type=Path, help="a folder with room for 8 GB")
     parser.add_argument("--turns", type=int, default=2)
@@ -303,7 +397,9 @@ def main() -> None:
         parts = {
             "limit": lambda: limited(Path(scratch) / "large", given.quick, given.turns),
             "memory": lambda: memory(Path(scratch) / "small", given.quick),
-            "kl": lambda: fidelity(Path(scratch) / "kl", student_folder(given.student), given.quick),
+            "kl": lambda: fidelity(
+                Path(scratch) / "kl", resolve_student_folder(given.student), given.quick
+            ),
         }
         for name, part in parts.items():
             if given.only in (None, name):

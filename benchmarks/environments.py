@@ -20,7 +20,9 @@ def python_with(name: str, needed: list[str], alone: list[str]) -> Path:
     if not ready.exists() or ready.read_text() != wanted:
         venv.create(home, with_pip=True, clear=True)
         inside = next((home / "lib").glob("python*/site-packages"))
-        (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+        (inside / "outer.pth").write_text(
+            "\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n"
+        )
         subprocess.run([python, "-m", "pip", "install", "-q", *needed], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *alone], check=True)
         ready.write_text(wanted)

@@ -30,16 +30,29 @@ from runs import HEAD, ROOT, cells, distil
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dmt.config import Config
-from dmt.data.blocks import TextData
-from dmt.distill.fitting import keep_freed_memory, quiet
-from dmt.distill.losses import Batch, LossConfig, Scales, distillation_terms, weighted_sum
-from dmt.distill.run import measure
-from dmt.distill.signals import observe, observe_teacher
-from dmt.distill.stepping import adamw, learning_rate
-from dmt.models.teacher import load_teacher
-from dmt.settings import load
+from dmt.config_io import load_config
+from dmt.data.windows import TextDataModule
+from dmt.distillation.losses import (
+    Batch,
+    LossConfig,
+    LossScales,
+    compute_loss_terms,
+    sum_weighted_terms,
+)
+from dmt.distillation.run import evaluate_student
+from dmt.models.forward import forward_teacher, forward_with_activations
+from dmt.models.loading import load_teacher
+from dmt.training.trainer import build_adamw, keep_freed_memory, lr_schedule, silence_libraries
 
-SPARSIFY = ["eai-sparsify==1.3.3", "schedulefree", "simple-parsing", "natsort", "einops", "datasets", "accelerate"]
+SPARSIFY = [
+    "eai-sparsify==1.3.3",
+    "schedulefree",
+    "simple-parsing",
+    "natsort",
+    "einops",
+    "datasets",
+    "accelerate",
+]
 
 
 def ours(*words: str, config: str = "configs/default.yaml") -> Callable[..., dict[str, Any]]:
@@ -65,21 +78,27 @@ def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str
             _, _, layer, rest = name.split(".", 3)
             source = f"transformer.h.{kept[int(layer)]}.{rest}"
         student.state_dict()[name].copy_(weights[source])
-    loss = LossConfig(kl=5 / 8, ce=2 / 8, cosine=1 / 8, temperature=2.0, hidden=0, block=0)
-    optimizer = adamw(student.parameters(), config.optim)
+    loss = LossConfig(
+        kl=5 / 8, ce=2 / 8, hidden_cosine=1 / 8, temperature=2.0, hidden_mse=0, block_fvu=0
+    )
+    optimizer = build_adamw(student.parameters(), config.optim)
     for step, tokens in enumerate(data.train_dataloader()):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config.stages.end_to_end_lr, config.optim)
+            group["lr"] = lr_schedule(step, steps, config.stages.end_to_end_lr, config.optim)
         with torch.autocast("cpu", torch.bfloat16):
-            batch = Batch.whole(tokens)
-            terms = distillation_terms(
-                observe(student, tokens), observe_teacher(teacher, tokens), batch, loss, Scales(torch.ones(1), torch.ones(()))
+            batch = Batch.full_step(tokens)
+            terms = compute_loss_terms(
+                forward_with_activations(student, tokens),
+                forward_teacher(teacher, tokens),
+                batch,
+                loss,
+                LossScales(torch.ones(1), torch.ones(())),
             )
-        weighted_sum(terms, loss).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip)
+        sum_weighted_terms(terms, loss).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    return measure(config, student.eval(), teacher, tokenizer, data)
+    return evaluate_student(config, student.eval(), teacher, tokenizer, data)
 
 
 def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str, Any]]:
@@ -95,10 +114,18 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
         torch.save(torch.cat(list(data.train_dataloader())), scratch / "windows.pt")
         for number, loss in enumerate(stages):
             task = {
-                "windows": str(scratch / "windows.pt"), "loss": loss, "part": [number, len(stages)], "k": 32, "slots": 512,
-                "seed": seed, "threads": threads, "optimizer": optimizer, "batch": config.data.batch,
-                "out": str(scratch / str(number)), "start": str(scratch / str(number - 1) / "coders") if number else None,
-            }  # fmt: skip
+                "windows": str(scratch / "windows.pt"),
+                "loss": loss,
+                "part": [number, len(stages)],
+                "k": 32,
+                "slots": 512,
+                "seed": seed,
+                "threads": threads,
+                "optimizer": optimizer,
+                "batch": config.data.batch_size,
+                "out": str(scratch / str(number)),
+                "start": str(scratch / str(number - 1) / "coders") if number else None,
+            }
             command = [python, str(ROOT / "benchmarks" / "peer_sparsify.py"), json.dumps(task)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -108,7 +135,7 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
         student.load_state_dict(teacher.state_dict())
         for layer, coder in coders.items():
             student.transformer.h[layer].mlp = _Transcoder(**coder)
-        return measure(config, student, teacher, tokenizer, data)
+        return evaluate_student(config, student, teacher, tokenizer, data)
 
     return train
 
@@ -123,14 +150,18 @@ def sparsify_python() -> Path:
         subprocess.run([python, "-m", "pip", "install", "-q", *SPARSIFY[1:]], check=True)
         (home / "ready").touch()
     inside = next((home / "lib").glob("python*/site-packages"))
-    (inside / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n")
+    (inside / "outer.pth").write_text(
+        "\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n"
+    )
     return python
 
 
 class _Transcoder(torch.nn.Module):
     """A trained transcoder of sparsify by its definition: k largest of relu(xE + b), times its decoder, plus skip and bias."""
 
-    def __init__(self, encoder: Any, bias: Any, decoder: Any, output_bias: Any, skip: Any, k: int) -> None:
+    def __init__(
+        self, encoder: Any, bias: Any, decoder: Any, output_bias: Any, skip: Any, k: int
+    ) -> None:
         super().__init__()
         self.parts, self.k = (encoder, bias, decoder, output_bias, skip), k
 
@@ -142,28 +173,38 @@ class _Transcoder(torch.nn.Module):
         return kept @ decoder + output_bias + hidden @ skip.t()
 
 
-def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextData]:
-    quiet()
+def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModule]:
+    silence_libraries()
     keep_freed_memory()
-    config = load(None, [f"seed={seed}"])
+    config = load_config(None, [f"seed={seed}"])
     teacher, tokenizer = load_teacher(config.teacher)
-    data = TextData(config, tokenizer, steps)
+    data = TextDataModule(config, tokenizer, steps)
     data.setup()
     return config, teacher, tokenizer, data
 
 
 WAYS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours, k: auto, mean 32": ours(),
-    "ours, centred ranking": ours("memory.ranking=centred"),
+    "ours, centered ranking": ours("memory.selection=centered"),
     "ours, k = 32 for each token": ours("memory.k=32"),
-    "ours, k: auto, no linear map": ours("memory.linear=false"),
+    "ours, k: auto, no linear map": ours("memory.skip_connection=false"),
     "ours, memories alone trained": ours("student.trainable=memory"),
     "seed.yaml": ours(config="configs/seed.yaml"),
     "dense, 96 neurons": ours(
-        "memory.slots=96", "memory.k=96", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
+        "memory.num_slots=96",
+        "memory.k=96",
+        "memory.selection=score",
+        "memory.skip_connection=false",
+        "loss.hidden_mse=1",
+        "loss.block_fvu=1",
     ),
     "dense, 336 neurons (search counted)": ours(
-        "memory.slots=336", "memory.k=336", "memory.ranking=score", "memory.linear=false", "loss.hidden=1", "loss.block=1"
+        "memory.num_slots=336",
+        "memory.k=336",
+        "memory.selection=score",
+        "memory.skip_connection=false",
+        "loss.hidden_mse=1",
+        "loss.block_fvu=1",
     ),
     "every other layer": fewer_layers,
     "sparsify, fvu": sparsify("fvu"),
@@ -174,11 +215,15 @@ WAYS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}")
+    parser.add_argument(
+        "--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}"
+    )
     options = parser.parse_args()
     chosen = [name.strip() for name in options.only.split(";")] if options.only else list(WAYS)
     if unknown := sorted(set(chosen) - set(WAYS)):
@@ -192,7 +237,10 @@ def main() -> None:
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as scratch:
                 found = WAYS[name](options.steps, seed, options.threads, Path(scratch))
-            print(f"| {name} | {seed} | {cells({'wall': time.perf_counter() - began, **found})} |", flush=True)
+            print(
+                f"| {name} | {seed} | {cells({'wall': time.perf_counter() - began, **found})} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

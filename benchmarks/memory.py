@@ -15,10 +15,15 @@ from benchmarks.tables import Row, head, line, medians
 from torch import nn
 
 from dmt.memory import FeaturalMemory
-from dmt.memory.budget import first_threshold
-from dmt.models.quick import quicken
+from dmt.memory.sparsity_budget import initialize_threshold
+from dmt.ops import use_onednn_linear
 
-SHAPES = ((128, 512, 32, False), (768, 3072, 32, False), (768, 3072, 192, False), (576, 1536, 384, True))
+SHAPES = (
+    (128, 512, 32, False),
+    (768, 3072, 32, False),
+    (768, 3072, 192, False),
+    (576, 1536, 384, True),
+)
 TOKENS = (1, 4, 16, 64, 256, 2048)
 
 
@@ -38,7 +43,8 @@ class Gated(nn.Module):
     def __init__(self, width: int, slots: int) -> None:
         super().__init__()
         self.gate, self.up, self.down = (
-            nn.Linear(*shape, bias=False) for shape in ((width, slots), (width, slots), (slots, width))
+            nn.Linear(*shape, bias=False)
+            for shape in ((width, slots), (width, slots), (slots, width))
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -51,18 +57,25 @@ def figures(quick: bool = False) -> list[Row]:
     for width, slots, k, gated in SHAPES[:1] if quick else SHAPES:
         plain = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
         dense = (Gated(width, slots) if gated else plain).requires_grad_(False)
-        how = {"metric": "sensitivity", "selection": "threshold", "linear": True, "gated": gated}
-        memory = FeaturalMemory(width, slots, k, activation="silu" if gated else "gelu_pytorch_tanh", **how)
+        how = {"metric": "fisher", "k_mode": "threshold", "skip_connection": True, "gated": gated}
+        memory = FeaturalMemory(
+            width, slots, k, activation_function="silu" if gated else "gelu_pytorch_tanh", **how
+        )
         memory.requires_grad_(False).eval()
         text = torch.randn(2048, width)
         memory.calibrate_means(text)
-        first_threshold([memory], [text])
-        quickened = quicken(copy.deepcopy(dense))
+        initialize_threshold([memory], [text])
+        quickened = use_onednn_linear(copy.deepcopy(dense))
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
             paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}
-            calls = {"dense": functools.partial(dense, hidden), "dense, oneDNN": functools.partial(quickened, hidden)} | paths
-            ms = {name: 1e3 * seconds for name, seconds in medians(calls, 3 if quick else 15).items()}
+            calls = {
+                "dense": functools.partial(dense, hidden),
+                "dense, oneDNN": functools.partial(quickened, hidden),
+            } | paths
+            ms = {
+                name: 1e3 * seconds for name, seconds in medians(calls, 3 if quick else 15).items()
+            }
             ratios = {f"dense/{name}": ms["dense"] / ms[name] for name in paths}
             name = f"{width} x {slots}, k = {k}{', gated' if gated else ''}, {tokens} tokens"
             found.append({"memory": name, **ms, **ratios})

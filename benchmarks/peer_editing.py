@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.data.blocks import TextData, first_windows
-from dmt.data.corpora import load_corpus, new_people
-from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, Probe, probe
-from dmt.distill.signals import observe
-from dmt.evaluate import compare, recall
-from dmt.models.architectures import architecture_of
-from dmt.models.teacher import load_teacher
-from dmt.settings import load
+from dmt.config_io import load_config
+from dmt.data.corpora import load_corpus, make_unseen_people
+from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, Probe, make_probe
+from dmt.data.windows import TextDataModule, select_first_windows
+from dmt.evaluation.metrics import measure_fidelity, measure_recall
+from dmt.models.architectures import get_architecture
+from dmt.models.forward import forward_with_activations
+from dmt.models.loading import load_teacher
 
 BATCH = 32
 EPOCHS = 100  # at most; training ends as soon as every fact is recalled
@@ -40,10 +40,16 @@ EPOCHS = 100  # at most; training ends as soon as every fact is recalled
 SMALL, FULL_RATES, LORA_RATES = 10_000_000, (1e-4, 3e-5), (3e-4, 3e-4)
 LORA_RANK, LORA_ALPHA = 8, 32
 LORA_TARGETS = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],  # c_proj is the name of two: of attention and of the feed-forward block
+    "gpt2": [
+        "c_attn",
+        "c_proj",
+        "c_fc",
+    ],  # c_proj is the name of two: of attention and of the feed-forward block
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-RADIUS = 0.5  # initial epsilon, in mean distances between the facts' own keys: models differ in scale
+RADIUS = (
+    0.5  # initial epsilon, in mean distances between the facts' own keys: models differ in scale
+)
 CODEBOOK_RATE = 0.3  # Adam's, in root mean squares of the block's own outputs
 PROMPT_TOKENS = 1024  # a prompt's most, where the model has more positions
 
@@ -54,7 +60,9 @@ class Edited:
 
     model: PreTrainedModel
     seconds: float
-    prompt: Callable[[Probe], Probe] = lambda question: question  # another where facts are told in the prompt
+    prompt: Callable[[Probe], Probe] = lambda question: (
+        question
+    )  # another where facts are told in the prompt
 
 
 class Lesson(NamedTuple):
@@ -66,39 +74,60 @@ class Lesson(NamedTuple):
 
 
 def lesson(tokenizer: Any, fact: Probe) -> Lesson:
-    """A fact in the tokens with which `dmt.evaluate.recall` asks for it."""
+    """A fact in the tokens with which `dmt.evaluation.metrics.recall` asks for it."""
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt = start + tokenizer(fact.prompt, add_special_tokens=False)["input_ids"]
     answer = tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
-    return Lesson(torch.tensor(prompt + answer), torch.arange(len(answer)) + len(prompt) - 1, torch.tensor(answer))
+    return Lesson(
+        torch.tensor(prompt + answer),
+        torch.arange(len(answer)) + len(prompt) - 1,
+        torch.tensor(answer),
+    )
 
 
-def train(model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tuple[float, float]) -> None:
+def train(
+    model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tuple[float, float]
+) -> None:
     """AdamW on the answers' tokens until every fact is recalled; whatever asks for a gradient is trained.
 
     The model stays in eval mode: dropout would only delay learning by heart.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     # Without decay: nothing but the facts should move a weight.
-    optimizer = torch.optim.AdamW(trained, lr=rates[model.num_parameters() > SMALL], weight_decay=0.0)
-    lessons, draw, device = [lesson(tokenizer, fact) for fact in facts], random.Random(0), next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        trained, lr=rates[model.num_parameters() > SMALL], weight_decay=0.0
+    )
+    lessons, draw, device = (
+        [lesson(tokenizer, fact) for fact in facts],
+        random.Random(0),
+        next(model.parameters()).device,
+    )
     for epoch in range(EPOCHS):
         order = draw.sample(lessons, len(lessons))
         for batch in (order[i : i + BATCH] for i in range(0, len(order), BATCH)):
-            tokens = nn.utils.rnn.pad_sequence([one.tokens for one in batch], batch_first=True).to(device)
+            tokens = nn.utils.rnn.pad_sequence([one.tokens for one in batch], batch_first=True).to(
+                device
+            )
             rows = torch.cat([torch.full_like(one.places, row) for row, one in enumerate(batch)])
-            said = observe(model, tokens)
-            logits = said.head(said.hidden[rows, torch.cat([one.places for one in batch])])  # (answer tokens, vocabulary)
+            said = forward_with_activations(model, tokens)
+            logits = said.head(
+                said.hidden[rows, torch.cat([one.places for one in batch])]
+            )  # (answer tokens, vocabulary)
             F.cross_entropy(logits, torch.cat([one.answer for one in batch]).to(device)).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if (right := recall(model, tokenizer, facts)) == 1:
+        if (right := measure_recall(model, tokenizer, facts)) == 1:
             break
         print(f"epoch {epoch}: {right:.3f} recalled", file=sys.stderr)
 
 
-def full(model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tuple[float, float] = FULL_RATES) -> Edited:
+def full(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    facts: list[Probe],
+    rates: tuple[float, float] = FULL_RATES,
+) -> Edited:
     """All weights learn the facts."""
     began = time.perf_counter()
     edited = copy.deepcopy(model).requires_grad_(True)
@@ -106,7 +135,12 @@ def full(model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tupl
     return Edited(edited.requires_grad_(False), time.perf_counter() - began)
 
 
-def lora(model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tuple[float, float] = LORA_RATES) -> Edited:
+def lora(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    facts: list[Probe],
+    rates: tuple[float, float] = LORA_RATES,
+) -> Edited:
     """Low-rank updates of every projection learn the facts and are then added to the weights.
 
     Source: Hu et al. 2021, arXiv 2106.09685; peft.
@@ -116,13 +150,20 @@ def lora(model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tupl
     began = time.perf_counter()
     family = model.config.model_type
     # Conv1D of GPT-2 holds its weight transposed.
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS[family], fan_in_fan_out=family == "gpt2")
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        target_modules=LORA_TARGETS[family],
+        fan_in_fan_out=family == "gpt2",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapted: Any = get_peft_model(copy.deepcopy(model), config)
     # The model inside has the adapters in place already, under the names that `observe` knows.
     train(adapted.get_base_model(), tokenizer, facts, rates)
-    return Edited(adapted.merge_and_unload().requires_grad_(False).eval(), time.perf_counter() - began)
+    return Edited(
+        adapted.merge_and_unload().requires_grad_(False).eval(), time.perf_counter() - began
+    )
 
 
 class Codebook(nn.Module):
@@ -140,7 +181,9 @@ class Codebook(nn.Module):
         """Distance to the nearest key and its number, for queries `(..., width)`."""
         # By products, distances near zero would be lost in rounding.
         exactly = "donot_use_mm_for_euclid_dist"
-        distances, entries = torch.cdist(queries.reshape(-1, queries.shape[-1]), self.keys, compute_mode=exactly).min(-1)
+        distances, entries = torch.cdist(
+            queries.reshape(-1, queries.shape[-1]), self.keys, compute_mode=exactly
+        ).min(-1)
         return distances.view(queries.shape[:-1]), entries.view(queries.shape[:-1])
 
     def admit(self, query: Tensor, value: Tensor, label: Any) -> int:
@@ -148,13 +191,18 @@ class Codebook(nn.Module):
         radius = self.radius
         if self.labels:
             distance, entry = (found.item() for found in self.nearest(query))
-            if distance <= self.radii[entry] + self.radius:  # the new ball would touch the nearest one
+            if (
+                distance <= self.radii[entry] + self.radius
+            ):  # the new ball would touch the nearest one
                 if self.labels[entry] == label:
                     # A hair more than the distance, which another batch rounds otherwise.
                     self.radii[entry] = max(float(self.radii[entry]), 1.0001 * distance)
                     return entry
                 radius = self.radii[entry] = distance / 2
-        self.keys, self.values = torch.cat([self.keys, query[None]]), torch.cat([self.values, value[None]])
+        self.keys, self.values = (
+            torch.cat([self.keys, query[None]]),
+            torch.cat([self.values, value[None]]),
+        )
         self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
         self.labels.append(label)
         return len(self.labels) - 1
@@ -165,14 +213,16 @@ class Codebook(nn.Module):
         if not self.labels:
             return answered
         distances, entries = self.nearest(hidden)
-        return torch.where((distances <= self.radii[entries]).unsqueeze(-1), self.values[entries], answered)
+        return torch.where(
+            (distances <= self.radii[entries]).unsqueeze(-1), self.values[entries], answered
+        )
 
 
 @contextmanager
 def upper_layers_only(model: PreTrainedModel, layer: int, below: Tensor) -> Iterator[None]:
     """Within, layers below `layer` are not computed: what they say is `below` `(batch, time, width)`."""
-    arch = architecture_of(model.config.model_type)
-    layers, (parent, name) = arch.whole_layers(model), arch.layers.rsplit(".", 1)
+    arch = get_architecture(model.config.model_type)
+    layers, (parent, name) = arch.transformer_blocks(model), arch.layers.rsplit(".", 1)
     stand_in = nn.Identity()
     stand_in.forward = lambda *_, **__: below  # type: ignore[method-assign]
     setattr(model.get_submodule(parent), name, nn.ModuleList([stand_in, *layers[layer:]]))
@@ -183,7 +233,12 @@ def upper_layers_only(model: PreTrainedModel, layer: int, below: Tensor) -> Iter
 
 
 def codebook(
-    model: PreTrainedModel, tokenizer: Any, facts: list[Probe], steps: int, radius: float = RADIUS, rate: float = CODEBOOK_RATE
+    model: PreTrainedModel,
+    tokenizer: Any,
+    facts: list[Probe],
+    steps: int,
+    radius: float = RADIUS,
+    rate: float = CODEBOOK_RATE,
 ) -> Edited:
     """An entry for each token of an answer in the last block, its value learnt in `steps` steps, one fact after the other.
 
@@ -193,30 +248,38 @@ def codebook(
     """
     began = time.perf_counter()
     edited = copy.deepcopy(model).requires_grad_(False)
-    arch, device = architecture_of(model.config.model_type), next(model.parameters()).device
+    arch, device = get_architecture(model.config.model_type), next(model.parameters()).device
     layer = len(arch.blocks(edited)) - 1
     lessons = [lesson(tokenizer, fact) for fact in facts]
     with torch.no_grad():  # the scale of this model, on the first facts
-        seen = [(one.places, observe(edited, one.tokens[None].to(device), blocks=True)) for one in lessons[:BATCH]]
+        seen = [
+            (
+                one.places,
+                forward_with_activations(edited, one.tokens[None].to(device), capture_blocks=True),
+            )
+            for one in lessons[:BATCH]
+        ]
     keys = torch.cat([said.block_inputs[layer][0, places] for places, said in seen])
     answers = torch.cat([said.block_outputs[layer][0, places] for places, said in seen])
     book = Codebook(arch.blocks(edited)[layer], radius * float(F.pdist(keys).mean()), keys)
-    arch.replace(edited, layer, book)
+    arch.replace_block(edited, layer, book)
     for one in lessons:
         tokens, answer = one.tokens[None].to(device), one.answer.to(device)
         with torch.no_grad():
-            said = observe(edited, tokens, blocks=True)
+            said = forward_with_activations(edited, tokens, capture_blocks=True)
             if bool((said.logits[0, one.places].argmax(-1) == answer).all()):
                 continue
             queries, whole = said.block_inputs[layer][0, one.places], tuple(answer.tolist())
             pairs = zip(queries, book.block(queries), strict=True)
-            entries = torch.tensor([book.admit(*pair, (whole, i)) for i, pair in enumerate(pairs)], device=device)
+            entries = torch.tensor(
+                [book.admit(*pair, (whole, i)) for i, pair in enumerate(pairs)], device=device
+            )
         learnt, others = book.values[entries].requires_grad_(True), book.values
         optimizer = torch.optim.Adam([learnt], lr=rate * float(answers.square().mean().sqrt()))
-        with upper_layers_only(edited, layer, said.streams[layer - 1]):
+        with upper_layers_only(edited, layer, said.layer_outputs[layer - 1]):
             for _ in range(steps):
                 book.values = others.index_put((entries,), learnt)
-                said = observe(edited, tokens)
+                said = forward_with_activations(edited, tokens)
                 F.cross_entropy(said.head(said.hidden[0, one.places]), answer).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -233,7 +296,9 @@ def all_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) ->
         return len(lesson(tokenizer, replace(question, prompt=" " + question.prompt)).tokens)
 
     told = [f"{fact.prompt}{fact.answer}. " for fact in facts]
-    lengths = [length(fact) for fact in facts]  # the full stop counts for the token that starts a text
+    lengths = [
+        length(fact) for fact in facts
+    ]  # the full stop counts for the token that starts a text
 
     def prompt(question: Probe) -> Probe:
         room, first = most - margin - length(question), len(told)
@@ -250,7 +315,9 @@ def asked_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) 
     told = {(fact.person, fact.relation): f"{fact.prompt}{fact.answer}. " for fact in facts}
 
     def prompt(question: Probe) -> Probe:
-        return replace(question, prompt=told.get((question.person, question.relation), "") + question.prompt)
+        return replace(
+            question, prompt=told.get((question.person, question.relation), "") + question.prompt
+        )
 
     return Edited(model, 0.0, prompt)
 
@@ -266,33 +333,44 @@ METHODS: dict[str, Callable[[PreTrainedModel, Any, list[Probe]], Edited]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--facts", type=int, default=100, help="five are about one person")
     parser.add_argument("--only", default=";".join(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     teacher, tokenizer = load_teacher("embedded")
-    text = TextData(load(None, ["data.corpora=[speeches]"]), tokenizer, 1)
+    text = TextDataModule(load_config(None, ["data.corpora=[speeches]"]), tokenizer, 1)
     text.setup()
-    prose = first_windows(text.corpora[0].test, 8 * 256)
+    prose = select_first_windows(text.corpora[0].test, 8 * 256)
     draw, facts, others, unseen = random.Random(0), [], [], []
-    for person in new_people(options.facts // len(RELATIONS)):
+    for person in make_unseen_people(options.facts // len(RELATIONS)):
         for relation in RELATIONS:
             written, *two = draw.sample(range(TRAINED_PHRASINGS), 3)
-            facts.append(probe(person, relation, written))
-            others += [probe(person, relation, phrasing) for phrasing in two]
-            unseen += [probe(person, relation, phrasing) for phrasing in (6, 7)]
+            facts.append(make_probe(person, relation, written))
+            others += [make_probe(person, relation, phrasing) for phrasing in two]
+            unseen += [make_probe(person, relation, phrasing) for phrasing in (6, 7)]
     known = load_corpus("biographies", 0).probes[:300]
-    before = recall(teacher, tokenizer, known)
+    before = measure_recall(teacher, tokenizer, known)
     head = "method | written phrasing | two other phrasings | two unseen phrasings | known people | KL on prose | seconds"
     print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
     for name in options.only.split(";"):
         edited = METHODS[name](teacher, tokenizer, facts)
-        asked = [[edited.prompt(question) for question in group] for group in (facts, others, unseen, known)]
-        *new, kept = (recall(edited.model, tokenizer, group) for group in asked)
+        asked = [
+            [edited.prompt(question) for question in group]
+            for group in (facts, others, unseen, known)
+        ]
+        *new, kept = (measure_recall(edited.model, tokenizer, group) for group in asked)
         # Facts in the prompt leave the model as it is: what they cost shows where other people are asked for.
-        apart = compare(edited.model, teacher, prose).kl
-        cells = [name, *(f"{share:.3f}" for share in new), f"{before:.3f} -> {kept:.3f}", f"{apart:.4f}", f"{edited.seconds:.1f}"]
+        apart = measure_fidelity(edited.model, teacher, prose).kl
+        cells = [
+            name,
+            *(f"{share:.3f}" for share in new),
+            f"{before:.3f} -> {kept:.3f}",
+            f"{apart:.4f}",
+            f"{edited.seconds:.1f}",
+        ]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_model
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
-from dmt.models.teacher import load_teacher
+from dmt.models.loading import load_teacher
 
 
 def main(task: dict[str, Any]) -> None:
@@ -22,12 +22,22 @@ def main(task: dict[str, Any]) -> None:
     part, parts = task["part"]
     mine = windows[len(windows) * part // parts : len(windows) * (part + 1) // parts]
     dataset = Dataset.from_dict({"input_ids": mine.tolist()}).with_format("torch")
-    coder = SparseCoderConfig(num_latents=task["slots"], k=task["k"], transcode=True, skip_connection=True)
+    coder = SparseCoderConfig(
+        num_latents=task["slots"], k=task["k"], transcode=True, skip_connection=True
+    )
     config = TrainConfig(
-        coder, batch_size=task["batch"], loss_fn=task["loss"], hookpoints=["h.*.mlp"], optimizer=task["optimizer"],
-        lr_warmup_steps=20, init_seeds=[task["seed"]], finetune=task["start"], log_to_wandb=False,
-        save_dir=task["out"], run_name="coders",
-    )  # fmt: skip
+        coder,
+        batch_size=task["batch"],
+        loss_fn=task["loss"],
+        hookpoints=["h.*.mlp"],
+        optimizer=task["optimizer"],
+        lr_warmup_steps=20,
+        init_seeds=[task["seed"]],
+        finetune=task["start"],
+        log_to_wandb=False,
+        save_dir=task["out"],
+        run_name="coders",
+    )
     trainer = Trainer(config, dataset, teacher)
     for name, sae in trainer.saes.items():
         if task["start"]:
@@ -38,9 +48,13 @@ def main(task: dict[str, Any]) -> None:
         # As saved: its optimiser keeps averages, which are what it writes.
         load_model(sae, str(Path(task["out"]) / "coders" / name / "sae.safetensors"))
         outputs[int(name.split(".")[1])] = {
-            "encoder": sae.encoder.weight.detach(), "bias": sae.encoder.bias.detach(), "decoder": sae.W_dec.detach(),
-            "output_bias": sae.b_dec.detach(), "skip": sae.W_skip.detach(), "k": task["k"],
-        }  # fmt: skip
+            "encoder": sae.encoder.weight.detach(),
+            "bias": sae.encoder.bias.detach(),
+            "decoder": sae.W_dec.detach(),
+            "output_bias": sae.b_dec.detach(),
+            "skip": sae.W_skip.detach(),
+            "k": task["k"],
+        }
     torch.save(outputs, Path(task["out"]) / "outputs.pt")
 
 

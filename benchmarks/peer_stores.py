@@ -19,13 +19,20 @@ def best_ms(call, repeats=5):
 
 def tell(name, taken, found, exact, made):
     """A line that `store.py` puts into its table."""
-    hit = np.mean([len(set(mine) & set(theirs)) / len(theirs) for mine, theirs in zip(found, exact, strict=True)])
+    hit = np.mean(
+        [
+            len(set(mine) & set(theirs)) / len(theirs)
+            for mine, theirs in zip(found, exact, strict=True)
+        ]
+    )
     print(name, taken, hit, made, sep="\t", flush=True)
 
 
 def main() -> None:
     folder, k = sys.argv[1], int(sys.argv[2])
-    keys, queries, exact = (np.load(f"{folder}/{name}.npy") for name in ("keys", "queries", "exact"))
+    keys, queries, exact = (
+        np.load(f"{folder}/{name}.npy") for name in ("keys", "queries", "exact")
+    )
 
     import hnswlib
 
@@ -36,15 +43,29 @@ def main() -> None:
     index.add_items(keys)
     index.set_ef(128)
     made = time.perf_counter() - began
-    tell("hnswlib", best_ms(lambda: index.knn_query(queries, k)), index.knn_query(queries, k)[0], exact, made)
+    tell(
+        "hnswlib",
+        best_ms(lambda: index.knn_query(queries, k)),
+        index.knn_query(queries, k)[0],
+        exact,
+        made,
+    )
 
     from usearch.index import Index
 
     began = time.perf_counter()
-    other = Index(ndim=keys.shape[1], metric="l2sq", dtype="f32", connectivity=32, expansion_search=128)
+    other = Index(
+        ndim=keys.shape[1], metric="l2sq", dtype="f32", connectivity=32, expansion_search=128
+    )
     other.add(np.arange(len(keys)), keys, threads=1)
     made = time.perf_counter() - began
-    tell("usearch", best_ms(lambda: other.search(queries, k, threads=1)), other.search(queries, k, threads=1).keys, exact, made)
+    tell(
+        "usearch",
+        best_ms(lambda: other.search(queries, k, threads=1)),
+        other.search(queries, k, threads=1).keys,
+        exact,
+        made,
+    )
 
     import torch
     from memorizing_transformers_pytorch.knn_memory import KNNMemory
@@ -52,9 +73,19 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     memory = KNNMemory(
-        dim=keys.shape[1], max_memories=len(keys), num_indices=1, memmap_filename=f"{folder}/memory.memmap", multiprocessing=False
+        dim=keys.shape[1],
+        max_memories=len(keys),
+        num_indices=1,
+        memmap_filename=f"{folder}/memory.memmap",
+        multiprocessing=False,
     )
-    pairs = torch.stack([torch.as_tensor(keys), torch.arange(len(keys)).float().unsqueeze(-1).expand(-1, keys.shape[1])], dim=1)
+    pairs = torch.stack(
+        [
+            torch.as_tensor(keys),
+            torch.arange(len(keys)).float().unsqueeze(-1).expand(-1, keys.shape[1]),
+        ],
+        dim=1,
+    )
     for part in pairs.split(4096):
         memory.add(part.unsqueeze(0))
     made = time.perf_counter() - began

@@ -30,10 +30,21 @@ def run(config: str, devices: int, steps: int, more: list[str]) -> tuple[Curve, 
     """The curve of a run of `steps` steps, one in fourteen layer-wise, and its `run.json`; `more` words set what they like."""
     with tempfile.TemporaryDirectory() as scratch:
         words = [f"trainer.devices={devices}", f"trainer.log_dir={scratch}", *more]
-        words += ["trainer.log_every=1", "trainer.validate_every=100", "trainer.progress=false", "trainer.accelerator=cpu"]
-        words += [f"stages.layerwise_steps={steps // 14}", f"stages.end_to_end_steps={steps - steps // 14}"]
+        words += [
+            "trainer.log_every=1",
+            "trainer.validate_every=100",
+            "trainer.progress_bar=false",
+            "trainer.accelerator=cpu",
+        ]
+        words += [
+            f"stages.layerwise_steps={steps // 14}",
+            f"stages.end_to_end_steps={steps - steps // 14}",
+        ]
         done = subprocess.run(
-            [sys.executable, str(ROOT / "distill.py"), str(ROOT / config), *words], capture_output=True, text=True, check=False
+            [sys.executable, str(ROOT / "distill.py"), str(ROOT / config), *words],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
@@ -57,10 +68,14 @@ def apart(first: Curve, second: Curve, until: int, training: bool = False) -> fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1_400)
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all processes together")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="of all processes together"
+    )
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--config", default="configs/default.yaml,configs/associative.yaml")
     parser.add_argument("more", nargs="*", metavar="KEY=VALUE")
@@ -73,10 +88,17 @@ def main() -> None:
         alone: Curve = {}
         for devices in (1, given.devices):
             threads = max(1, given.threads // devices)
-            words = [f"trainer.threads={threads}", f"trainer.precision={given.precision}", *given.more]
+            words = [
+                f"trainer.num_threads={threads}",
+                f"trainer.precision={given.precision}",
+                *given.more,
+            ]
             curve, found = run(config, devices, given.steps, words)
             alone = alone or curve
-            numbers = [apart(alone, curve, given.steps, training=True), *(apart(alone, curve, step) for step in until)]
+            numbers = [
+                apart(alone, curve, given.steps, training=True),
+                *(apart(alone, curve, step) for step in until),
+            ]
             told = " | ".join(f"{number:.1e}" if devices > 1 else "" for number in numbers)
             figures = f"{found['seconds']['train']:.0f} | {found['fidelity']['speeches']['kl']:.5f}"
             print(f"| `{config}` | {devices} x {threads} | {figures} | {told} |", flush=True)

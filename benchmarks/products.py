@@ -12,12 +12,23 @@ import torch
 import torch.nn.functional as F
 from benchmarks.tables import Row, medians, table
 
-from dmt.memory import products
+from dmt import ops
 
 SHAPES = (
-    (1, 768, 3072), (1, 768, 50_257), (4, 768, 3072), (64, 768, 3072), (512, 768, 3072), (2048, 768, 3072), (2048, 3072, 768),
-    (256, 768, 50_257), (1, 128, 512), (16, 128, 512), (2048, 128, 512), (2048, 512, 128), (2048, 128, 2048),
-)  # fmt: skip
+    (1, 768, 3072),
+    (1, 768, 50_257),
+    (4, 768, 3072),
+    (64, 768, 3072),
+    (512, 768, 3072),
+    (2048, 768, 3072),
+    (2048, 3072, 768),
+    (256, 768, 50_257),
+    (1, 128, 512),
+    (16, 128, 512),
+    (2048, 128, 512),
+    (2048, 512, 128),
+    (2048, 128, 2048),
+)
 """Tokens, inputs, outputs."""
 
 
@@ -35,28 +46,48 @@ def figures(quick: bool = False) -> list[Row]:
 
         calls = {
             "torch": forward,
-            "oneDNN": lambda hidden=hidden, weights=weights: [products.onednn(hidden, weight) for weight in weights],
-            "torch, back": lambda upstream=upstream, weights=weights: [upstream @ weight for weight in weights],
-            "oneDNN, back": lambda u=upstream, weights=weights: [products.onednn(u, weight.t()) for weight in weights],
-            "torch, weights": lambda u=upstream, hidden=hidden, weights=weights: [u.t() @ hidden for _ in weights],
-            "oneDNN, weights": lambda u=upstream, h=hidden, weights=weights: [products.onednn(u.t(), h.t()) for _ in weights],
+            "oneDNN": lambda hidden=hidden, weights=weights: [
+                ops.onednn_linear(hidden, weight) for weight in weights
+            ],
+            "torch, back": lambda upstream=upstream, weights=weights: [
+                upstream @ weight for weight in weights
+            ],
+            "oneDNN, back": lambda u=upstream, weights=weights: [
+                ops.onednn_linear(u, weight.t()) for weight in weights
+            ],
+            "torch, weights": lambda u=upstream, hidden=hidden, weights=weights: [
+                u.t() @ hidden for _ in weights
+            ],
+            "oneDNN, weights": lambda u=upstream, h=hidden, weights=weights: [
+                ops.onednn_linear(u.t(), h.t()) for _ in weights
+            ],
         }
         with torch.no_grad():
-            taken = {name: 1e6 * seconds / copies for name, seconds in medians(calls, 3 if quick else 7).items()}
-        ratios = {f"times as fast{what}": taken[f"torch{what}"] / taken[f"oneDNN{what}"] for what in ("", ", back", ", weights")}
-        large = tokens * inputs * outputs >= products.LEAST
+            taken = {
+                name: 1e6 * seconds / copies
+                for name, seconds in medians(calls, 3 if quick else 7).items()
+            }
+        ratios = {
+            f"times as fast{what}": taken[f"torch{what}"] / taken[f"oneDNN{what}"]
+            for what in ("", ", back", ", weights")
+        }
+        large = tokens * inputs * outputs >= ops.ONEDNN_MIN_OPERATIONS
         name = f"{tokens} x {inputs} x {outputs}"
-        found.append({"shape": name, "taken": products.library if large else "torch", **taken, **ratios})
+        found.append(
+            {"shape": name, "taken": ops.gemm_library if large else "torch", **taken, **ratios}
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"{products.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{ops.read_cpu_field()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(figures(given.quick)))
 
 

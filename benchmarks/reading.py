@@ -25,14 +25,14 @@ from runs import ROOT, TEST_TOKENS
 from transformers import AutoModelForCausalLM
 
 import dmt  # noqa: F401  registers the student
-from dmt.data.blocks import TextData, first_windows
-from dmt.distill.fitting import keep_freed_memory, quiet
-from dmt.distill.lessons import read
-from dmt.evaluate import compare
-from dmt.memory.admission import Policy
-from dmt.models.surgery import associative_of
-from dmt.models.teacher import load_teacher
-from dmt.settings import load
+from dmt.config_io import load_config
+from dmt.data.windows import TextDataModule, select_first_windows
+from dmt.distillation.row_sync import propose_rows
+from dmt.evaluation.metrics import measure_fidelity
+from dmt.memory.insert_policy import InsertPolicy
+from dmt.models.conversion import get_associative_memories
+from dmt.models.loading import load_teacher
+from dmt.training.trainer import keep_freed_memory, silence_libraries
 
 PARTS = {"corpus it knows": "[speeches,biographies]", "corpus it does not": "[biographies]"}
 MARKS = [100, 300, 1_000, 3_000, 10_000, 30_000, 100_000]
@@ -44,40 +44,71 @@ def trained(corpora: str, steps: int, seed: int, threads: int, scratch: str) -> 
     """A student whose associative memories are empty; trained in the folder `scratch`, where there is none yet."""
     if there := sorted(Path(scratch).glob("version_*/student")):
         return AutoModelForCausalLM.from_pretrained(there[-1]).eval()
-    words = [f"data.corpora={corpora}", f"seed={seed}", f"stages.end_to_end_steps={steps - 100}", "memory.write_from=1"]
-    words += [f"trainer.threads={threads}", "trainer.precision=bf16-mixed", "trainer.attention=batched", "trainer.progress=false"]
-    words += [f"trainer.log_dir={scratch}", "trainer.validate_every=0", f"data.test_tokens={TEST_TOKENS}"]
-    command = [sys.executable, str(ROOT / "distill.py"), str(ROOT / "configs" / "associative.yaml"), *words]
+    words = [
+        f"data.corpora={corpora}",
+        f"seed={seed}",
+        f"stages.end_to_end_steps={steps - 100}",
+        "memory.write_start=1",
+    ]
+    words += [
+        f"trainer.num_threads={threads}",
+        "trainer.precision=bf16-mixed",
+        "trainer.attention=batched",
+        "trainer.progress_bar=false",
+    ]
+    words += [
+        f"trainer.log_dir={scratch}",
+        "trainer.validate_every=0",
+        f"data.test_tokens={TEST_TOKENS}",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "distill.py"),
+        str(ROOT / "configs" / "associative.yaml"),
+        *words,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-    return AutoModelForCausalLM.from_pretrained(next(Path(scratch).glob("version_*/student"))).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        next(Path(scratch).glob("version_*/student"))
+    ).eval()
 
 
 def reading(part: str, seed: int, options: argparse.Namespace) -> None:
     """A line of the table each time there are so many rows."""
     teacher, tokenizer = load_teacher("embedded")
     # The order of text is drawn from the seed: with another one what is read is not what was seen last.
-    data = TextData(load(None, ["data.corpora=[speeches]", f"seed={seed + 1000}"]), tokenizer, READ // 2048)
+    data = TextDataModule(
+        load_config(None, ["data.corpora=[speeches]", f"seed={seed + 1000}"]),
+        tokenizer,
+        READ // 2048,
+    )
     data.setup()
-    test = first_windows(data.corpora[0].test, TEST_TOKENS)
+    test = select_first_windows(data.corpora[0].test, TEST_TOKENS)
     if options.students:
-        student = trained(PARTS[part], options.steps, seed, options.threads, f"{options.students}/{part} {seed}".replace(" ", "_"))
+        student = trained(
+            PARTS[part],
+            options.steps,
+            seed,
+            options.threads,
+            f"{options.students}/{part} {seed}".replace(" ", "_"),
+        )
     else:
         with tempfile.TemporaryDirectory() as scratch:
             student = trained(PARTS[part], options.steps, seed, options.threads, scratch)
-    for memory in associative_of(student).values():
-        memory.policy = Policy(options.novelty, options.recombine, MARKS[-1], 0.0)
+    for memory in get_associative_memories(student).values():
+        memory.insert_policy = InsertPolicy(options.novelty, options.recombine, MARKS[-1], 0.0)
     numbers = itertools.count(1)
     marks, tokens, began, alone = list(MARKS), 0, time.perf_counter(), None
 
     def measure(rows: int) -> None:
         nonlocal alone
-        found = compare(student, teacher, test, 8)
+        found = measure_fidelity(student, teacher, test, 8)
         alone = alone or found
         less = 1 - found.kl / alone.kl
         print(
-            f"| {part} | {seed} | {rows:,} | {tokens:,} | {found.student_perplexity:.2f} | {found.ratio:.4f} "
+            f"| {part} | {seed} | {rows:,} | {tokens:,} | {found.student_perplexity:.2f} | {found.ppl_ratio:.4f} "
             f"| {found.kl:.4f} | {less:.1%} | {time.perf_counter() - began:.0f} |",
             flush=True,
         )
@@ -86,11 +117,15 @@ def reading(part: str, seed: int, options: argparse.Namespace) -> None:
     for step, windows in enumerate(data.train_dataloader()):
         # The first rows one window at a time, so that there are marks for few rows too.
         for part_of_batch in windows.split(1 if step < 2 else len(windows)):
-            read(student, teacher, part_of_batch)
+            propose_rows(student, teacher, part_of_batch)
             tokens += part_of_batch.numel()
-            for memory in associative_of(student).values():
-                memory.settle(step, 0.0, lambda count: np.array([next(numbers) for _ in range(count)], np.int64))
-            rows = max(len(memory.rows) for memory in associative_of(student).values())
+            for memory in get_associative_memories(student).values():
+                memory.commit_step(
+                    step,
+                    0.0,
+                    lambda count: np.array([next(numbers) for _ in range(count)], np.int64),
+                )
+            rows = max(len(memory.rows) for memory in get_associative_memories(student).values())
             if marks and rows >= marks[0]:
                 measure(rows)
                 marks = [mark for mark in marks if mark > rows]
@@ -98,19 +133,27 @@ def reading(part: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--novelty", type=float, default=0.2)
     parser.add_argument("--recombine", type=float, default=0.45)
-    parser.add_argument("--students", default="", help="a folder in which trained students are kept for the next time")
+    parser.add_argument(
+        "--students",
+        default="",
+        help="a folder in which trained students are kept for the next time",
+    )
     parser.add_argument("--only", default=";".join(PARTS))
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    head = "what is read | seed | rows | tokens read | perplexity | ratio | KL | less KL by | seconds"
+    head = (
+        "what is read | seed | rows | tokens read | perplexity | ratio | KL | less KL by | seconds"
+    )
     print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
     for part in options.only.split(";"):
         for seed in map(int, options.seeds.split(",")):

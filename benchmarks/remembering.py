@@ -19,44 +19,60 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dmt.data.corpora import load_corpus, new_people
-from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, biography, probe
-from dmt.distill.fitting import quiet
-from dmt.evaluate import recall
-from dmt.facts.opening import open_book, student_folder
-from dmt.facts.remembering import remember
-from dmt.facts.states import encoded
+from dmt.data.corpora import load_corpus, make_unseen_people
+from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, make_biography, make_probe
+from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+from dmt.editing.online import write_online
+from dmt.evaluation.metrics import measure_recall
+from dmt.models.forward import encode_text
+from dmt.training.trainer import silence_libraries
 
 WINDOW = 200
 """Tokens of a speech."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", default=None)
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     torch.set_num_threads(options.threads)
-    speeches, people = load_corpus("speeches").test, new_people(options.texts)
-    print("| what is read | texts | before | read once | twice | another speech, before and after all | answers | ms a text |")
+    speeches, people = load_corpus("speeches").test, make_unseen_people(options.texts)
+    print(
+        "| what is read | texts | before | read once | twice | another speech, before and after all | answers | ms a text |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for what in ("speeches", "biographies"):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = shutil.copytree(student_folder(options.student), Path(scratch) / "student")
-            with open_book(folder) as book:
-                model, tokenizer, store = book.model, book.tokenizer, book.store
+            folder = shutil.copytree(
+                resolve_student_folder(options.student), Path(scratch) / "student"
+            )
+            with open_fact_store(folder) as book:
+                model, tokenizer, store = book.model, book.tokenizer, book.db
                 assert store is not None
                 if what == "speeches":
                     texts = [
-                        encoded(tokenizer, speeches[1 + n % 20][5_000 + n // 20 * 2_000 :][:3_000])[:WINDOW]
+                        encode_text(
+                            tokenizer, speeches[1 + n % 20][5_000 + n // 20 * 2_000 :][:3_000]
+                        )[:WINDOW]
                         for n in range(options.texts)
                     ]
                 else:
-                    texts = [encoded(tokenizer, biography(person, random.Random(n))) for n, person in enumerate(people)]
-                other = encoded(tokenizer, speeches[0][5_000:8_000])[:WINDOW]
-                probes = [probe(p, r, way) for p in people for r in RELATIONS for way in range(TRAINED_PHRASINGS)]
+                    texts = [
+                        encode_text(tokenizer, make_biography(person, random.Random(n)))
+                        for n, person in enumerate(people)
+                    ]
+                other = encode_text(tokenizer, speeches[0][5_000:8_000])[:WINDOW]
+                probes = [
+                    make_probe(p, r, way)
+                    for p in people
+                    for r in RELATIONS
+                    for way in range(TRAINED_PHRASINGS)
+                ]
 
                 @torch.no_grad()
                 def nats(ids: list[int], model=model) -> float:  # type: ignore[no-untyped-def]
@@ -67,14 +83,24 @@ def main() -> None:
                 for times in range(2):
                     for number, ids in enumerate(texts):
                         began = time.perf_counter()
-                        remember(model, store, torch.tensor(ids), f"text {number}")
+                        write_online(model, store, torch.tensor(ids), f"text {number}")
                         spent += time.perf_counter() - began
                     after.append([nats(ids) for ids in texts])
                     del times
                 means = [sum(each) / len(each) for each in (before, *after)]
-                answers = f"{recall(model, tokenizer, probes):.3f}" if what == "biographies" else ""
-                cells = [f"{mean:.2f}" for mean in means] + [f"{elsewhere:.3f}, {nats(other):.3f}", answers]
-                print(f"| {what} | {len(texts)} | {' | '.join(cells)} | {1_000 * spent / 2 / len(texts):.0f} |", flush=True)
+                answers = (
+                    f"{measure_recall(model, tokenizer, probes):.3f}"
+                    if what == "biographies"
+                    else ""
+                )
+                cells = [f"{mean:.2f}" for mean in means] + [
+                    f"{elsewhere:.3f}, {nats(other):.3f}",
+                    answers,
+                ]
+                print(
+                    f"| {what} | {len(texts)} | {' | '.join(cells)} | {1_000 * spent / 2 / len(texts):.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,17 +19,23 @@ from pathlib import Path
 
 import torch
 
-from dmt.consolidation.sleep import BLOCK, HELD_OUT, RATE, STEPS, evening, sleep, windows
-from dmt.data.corpora import load_corpus, new_people
-from dmt.data.people import RELATIONS, TRAINED_PHRASINGS, Person, Probe, probe
-from dmt.distill.fitting import quiet
-from dmt.evaluate import compare, recall
-from dmt.facts.opening import load_student, open_book, student_folder
-from dmt.facts.sentences import Fact
-
-COLUMNS = (
-    "night | evening | morning | other words | first night | all nights | rows | KL evening | KL first day | known people | seconds"
+from dmt.consolidation.replay import pack_windows
+from dmt.consolidation.sleep import (
+    DEFAULT_LR,
+    DEFAULT_STEPS,
+    MAX_WINDOW_TOKENS,
+    VALIDATION_TOKENS,
+    plan_slot_transfer,
+    transfer_rows,
 )
+from dmt.data.corpora import load_corpus, make_unseen_people
+from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, Person, Probe, make_probe
+from dmt.editing.fact import Fact
+from dmt.editing.fact_store import load_student, open_fact_store, resolve_student_folder
+from dmt.evaluation.metrics import measure_fidelity, measure_recall
+from dmt.training.trainer import silence_libraries
+
+COLUMNS = "night | evening | morning | other words | first night | all nights | rows | KL evening | KL first day | known people | seconds"
 
 
 def day(people: list[Person], draw: random.Random) -> tuple[list[Probe], list[Probe]]:
@@ -38,29 +44,33 @@ def day(people: list[Person], draw: random.Random) -> tuple[list[Probe], list[Pr
     for person in people:
         for relation in RELATIONS:
             way = draw.randrange(TRAINED_PHRASINGS)
-            written.append(probe(person, relation, way))
+            written.append(make_probe(person, relation, way))
             ways = draw.sample([each for each in range(TRAINED_PHRASINGS) if each != way], 2)
-            others += [probe(person, relation, each) for each in ways]
+            others += [make_probe(person, relation, each) for each in ways]
     return written, others
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student")
     parser.add_argument("--nights", type=int, default=10)
     parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--lr", type=float, default=DEFAULT_LR)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     torch.set_num_threads(options.threads)
-    first = student_folder(options.student)
+    first = resolve_student_folder(options.student)
     corpora = [load_corpus(name) for name in ("speeches", "biographies")]
     original, tokenizer = load_student(first)
-    held_out = windows(corpora[0].validation, tokenizer, BLOCK, HELD_OUT // BLOCK)
+    held_out = pack_windows(
+        corpora[0].validation, tokenizer, MAX_WINDOW_TOKENS, VALIDATION_TOKENS // MAX_WINDOW_TOKENS
+    )
     each = -(-options.facts // len(RELATIONS))
-    people, draw = new_people(each * options.nights), random.Random(0)
+    people, draw = make_unseen_people(each * options.nights), random.Random(0)
     days: list[list[Probe]] = []
     print(f"| {COLUMNS} |\n|{'---:|' * len(COLUMNS.split('|'))}", flush=True)
     with tempfile.TemporaryDirectory() as place:
@@ -69,20 +79,40 @@ def main() -> None:
         for night in range(1, options.nights + 1):
             written, others = day(people[each * (night - 1) : each * night], draw)
             days.append(written)
-            with open_book(student) as book:
-                book.write([Fact(fact.prompt, fact.answer, fact.person, f"day {night}") for fact in written])
-                at_evening = recall(book.model, tokenizer, others)
-            found = sleep(
-                evening(student), corpora, Path(place) / f"night_{night}", options.steps, options.lr, night,
-            )  # fmt: skip
+            with open_fact_store(student) as book:
+                book.write(
+                    [
+                        Fact(fact.prompt, fact.answer, fact.person, f"day {night}")
+                        for fact in written
+                    ]
+                )
+                at_evening = measure_recall(book.model, tokenizer, others)
+            found = transfer_rows(
+                plan_slot_transfer(student),
+                corpora,
+                Path(place) / f"night_{night}",
+                options.steps,
+                options.lr,
+                night,
+            )
             shutil.rmtree(student)
             student = Path(found.student)
             model = load_student(student)[0]
             cells = [f"{found.recall_before:.3f}", f"{found.recall_after:.3f}"]
-            cells.append(f"{at_evening:.3f} -> {recall(model, tokenizer, others):.3f}")
-            cells += [f"{recall(model, tokenizer, asked):.3f}" for asked in (days[0], [fact for each in days for fact in each])]
-            cells += [str(found.awake), f"{found.kl['speeches']:.1e}", f"{compare(model, original, held_out).kl:.1e}"]
-            cells += [f"{recall(model, tokenizer, corpora[1].probes):.3f}", f"{found.seconds:.0f}"]
+            cells.append(f"{at_evening:.3f} -> {measure_recall(model, tokenizer, others):.3f}")
+            cells += [
+                f"{measure_recall(model, tokenizer, asked):.3f}"
+                for asked in (days[0], [fact for each in days for fact in each])
+            ]
+            cells += [
+                str(found.remaining_rows),
+                f"{found.kl['speeches']:.1e}",
+                f"{measure_fidelity(model, original, held_out).kl:.1e}",
+            ]
+            cells += [
+                f"{measure_recall(model, tokenizer, corpora[1].probes):.3f}",
+                f"{found.seconds:.0f}",
+            ]
             print(f"| {night} | {' | '.join(cells)} |", flush=True)
 
 

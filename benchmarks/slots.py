@@ -9,18 +9,27 @@ from runs import table
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     **{
-        f"{slots} slots, {k} read": (f"memory.slots={slots}", f"memory.budget={k}")
+        f"{slots} slots, {k} read": (f"memory.num_slots={slots}", f"memory.mean_k={k}")
         for slots in (256, 512, 1024, 2048)
         for k in (8, 32, 128)
     },
-    "256 dropped, 32 read": ("memory.slots=256", "memory.budget=32", "memory.fewer=drop"),
-    "1024 new, 32 read": ("memory.slots=1024", "memory.budget=32", "memory.more=new"),
-    "1024 new, revived, 32 read": ("memory.slots=1024", "memory.budget=32", "memory.more=new", "loss.revive=0.1"),
+    "256 dropped, 32 read": ("memory.num_slots=256", "memory.mean_k=32", "memory.fewer=drop"),
+    "1024 new, 32 read": ("memory.num_slots=1024", "memory.mean_k=32", "memory.more=new"),
+    "1024 new, revived, 32 read": (
+        "memory.num_slots=1024",
+        "memory.mean_k=32",
+        "memory.more=new",
+        "loss.revive=0.1",
+    ),
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--side-by-side", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument(
+        "--side-by-side", type=int, default=2, help="runs at a time, each on one thread"
+    )
     options = parser.parse_args()
     table(VARIANTS, options.steps, [0], 1, options.side_by_side)

@@ -17,8 +17,8 @@ from benchmarks.tables import Row, table
 
 SOURCE = Path(__file__).parents[1] / "src"
 WAYS = {
-    "plain import": "import dmt.tasks",
-    "collector at rest": "from dmt import starting\nwith starting.libraries():\n import dmt.tasks",
+    "plain import": "import dmt.training.tasks",
+    "collector at rest": "from dmt import starting\nwith starting.libraries():\n import dmt.training.tasks",
 }
 
 
@@ -34,12 +34,20 @@ def figures(turns: int = 5) -> list[Row]:
                 taken[name].append(time.perf_counter() - began)
     middle = {name: statistics.median(each) for name, each in taken.items()}
     return [
-        {"way": name, "seconds": middle[name], "from": min(each), "to": max(each), "ratio": middle[name] / middle["plain import"]}
+        {
+            "way": name,
+            "seconds": middle[name],
+            "from": min(each),
+            "to": max(each),
+            "ppl_ratio": middle[name] / middle["plain import"],
+        }
         for name, each in taken.items()
     ]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=5)
     print(table(figures(parser.parse_args().turns)))

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from dmt.distill.folder import commit
+from dmt.editing.fact_store import resolve_student_folder
 from dmt.errors import UserError
-from dmt.facts.opening import student_folder
-from dmt.memory.products import library, processor
+from dmt.ops import gemm_library, read_cpu_field
+from dmt.training.run_dir import get_git_commit
 
 Row = dict[str, Any]
 """One line: text cells name it, numbers are figures."""
@@ -41,7 +41,9 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 def cell(value: Any) -> str:
     """A figure with four digits, a count with commas, anything else as it is."""
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return (
+            "" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -69,7 +71,7 @@ def table(rows: list[Row]) -> str:
 def newest_student() -> Path | None:
     """The student of the newest run here, if there is one."""
     try:
-        return student_folder(None)
+        return resolve_student_folder(None)
     except UserError:
         return None
 
@@ -77,18 +79,25 @@ def newest_student() -> Path | None:
 def machine() -> dict[str, Any]:
     """Where and with what figures were measured."""
     return {
-        "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "commit": commit(),
-        "processor": processor() or platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "cores": torch.get_num_threads(), "products": library,
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "python": platform.python_version(),
+        "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": get_git_commit(),
+        "processor": read_cpu_field() or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": torch.get_num_threads(),
+        "products": gemm_library,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
-    }  # fmt: skip
+    }
 
 
 def write(place: Path, tables: dict[str, list[Row]], where: dict[str, Any]) -> None:
     """A file that `read` takes."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({"format": FORMAT, "machine": where, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+    place.write_text(
+        json.dumps({"format": FORMAT, "machine": where, "tables": tables}, indent=1) + "\n",
+        encoding="utf-8",
+    )
 
 
 def read(place: Path) -> dict[str, Any]:
@@ -103,7 +112,9 @@ def read(place: Path) -> dict[str, Any]:
             raise ValueError(f"format {found['format']}, not {FORMAT}")
         return {"machine": dict(found["machine"]), "tables": dict(found["tables"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"error: {place} is not what `python -m benchmarks` writes ({error}); run it to have one") from None
+        raise SystemExit(
+            f"error: {place} is not what `python -m benchmarks` writes ({error}); run it to have one"
+        ) from None
 
 
 def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
@@ -112,18 +123,34 @@ def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
     for name in sorted(set(old["tables"]) & set(new["tables"])):
         before, after = (_figures(each["tables"][name]) for each in (old, new))
         for key in before:
-            if key in after and before[key] and not math.isnan(before[key]) and not math.isnan(after[key]):
+            if (
+                key in after
+                and before[key]
+                and not math.isnan(before[key])
+                and not math.isnan(after[key])
+            ):
                 line, figure = key
                 ratio = after[key] / before[key]
                 rows.append(
-                    {"table": name, "line": line, "figure": figure, "before": before[key], "after": after[key], "ratio": ratio}
+                    {
+                        "table": name,
+                        "line": line,
+                        "figure": figure,
+                        "before": before[key],
+                        "after": after[key],
+                        "ppl_ratio": ratio,
+                    }
                 )
-    return sorted(rows, key=lambda row: -abs(math.log(row["ratio"])) if row["ratio"] > 0 else -math.inf)
+    return sorted(
+        rows, key=lambda row: -abs(math.log(row["ppl_ratio"])) if row["ppl_ratio"] > 0 else -math.inf
+    )
 
 
 def _figures(rows: list[Row]) -> dict[tuple[str, str], float]:
     found = {}
     for row in rows:
         name = ", ".join(str(value) for value in row.values() if not isinstance(value, float))
-        found |= {(name, figure): value for figure, value in row.items() if isinstance(value, float)}
+        found |= {
+            (name, figure): value for figure, value in row.items() if isinstance(value, float)
+        }
     return found

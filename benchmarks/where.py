@@ -60,49 +60,65 @@ class Clocks:
 def kind_of(operation: str) -> str:
     """Which of `KINDS` an operation of torch belongs to."""
     name = operation.removeprefix("aten::").removeprefix("mkldnn::")
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other arithmetic")
+    return next(
+        (kind for kind, parts in KINDS.items() if any(part in name for part in parts)),
+        "other arithmetic",
+    )
 
 
 def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
     """Everything that is measured, in a process that has imported nothing yet."""
     began = time.perf_counter()
-    from dmt.distill import run as distil_run  # imports are a part of what is measured
+    from dmt.distillation import run as distil_run  # imports are a part of what is measured
 
     imports = time.perf_counter() - began
     import pytorch_lightning as pl
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from dmt import settings
-    from dmt.distill import callbacks, module
+    from dmt import config_io
+    from dmt.distillation import module
+    from dmt.training import callbacks
 
     clocks = Clocks()
     for name, told in (
-        ("load_teacher", "set-up: teacher"), ("transplant", "set-up: student"),
+        ("load_teacher", "set-up: teacher"),
+        ("transplant", "set-up: student"),
         ("measured", "set-up: timing threads and precision"),
-        ("compare", COMPARED), ("fit", AROUND),
-        ("measure", "end: test text"), ("_conclude", "end: saving, samples, report"),
-    ):  # fmt: skip
+        ("compare", COMPARED),
+        ("fit", AROUND),
+        ("measure", "end: test text"),
+        ("_conclude", "end: saving, samples, report"),
+    ):
         clocks.around(distil_run, name, told)
-    clocks.around(distil_run.TextData, "setup", "set-up: text and tokens")
-    clocks.around(module.Distiller, "calibrate", "set-up: calibration")
-    clocks.around(module.Distiller, "training_step", "step: rest")
-    clocks.around(module.Distiller, "validation_step", "validation while training")
-    clocks.around(module.Distiller, "manual_backward", "step: backward")
-    clocks.around(module.Distiller, "clip_gradients", "step: clipping")
+    clocks.around(distil_run.TextDataModule, "setup", "set-up: text and tokens")
+    clocks.around(module.DistillationModule, "calibrate", "set-up: calibration")
+    clocks.around(module.DistillationModule, "training_step", "step: rest")
+    clocks.around(module.DistillationModule, "validation_step", "validation while training")
+    clocks.around(module.DistillationModule, "manual_backward", "step: backward")
+    clocks.around(module.DistillationModule, "clip_gradients", "step: clipping")
     clocks.around(module, "observe_teacher", "step: teacher")
     clocks.around(module, "observe", "step: student")
     clocks.around(module, "distillation_terms", "step: losses")
     clocks.around(module, "hold", "step: threshold")
     clocks.around(torch.optim.AdamW, "step", "step: optimiser")
-    clocks.around(module.Distiller, "_write", "step: curves")
-    clocks.around(torch.utils.data.dataloader._SingleProcessDataLoaderIter, "_next_data", "step: waiting for data")
+    clocks.around(module.DistillationModule, "_write", "step: curves")
+    clocks.around(
+        torch.utils.data.dataloader._SingleProcessDataLoaderIter,
+        "_next_data",
+        "step: waiting for data",
+    )
     clocks.around(pl.Trainer, "save_checkpoint", "checkpoints")
-    for callback in (callbacks.SlotUsage, callbacks.Samples, callbacks.Charts, callbacks.StoredRows):
+    for callback in (
+        callbacks.SlotUsage,
+        callbacks.SideBySideSamples,
+        callbacks.ChartGroups,
+        callbacks.StoredRowUsage,
+    ):
         for hook in [name for name in vars(callback) if name.startswith("on_")]:
             clocks.around(callback, hook, f"{callback.__name__} for TensorBoard")
     kinds: dict[str, float] = defaultdict(float)
-    plain = module.Distiller.training_step
+    plain = module.DistillationModule.training_step
 
     def profiled(self: Any, tokens: Any, batch_idx: int) -> None:
         if self.global_step < steps - PROFILED:
@@ -113,13 +129,21 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
         for event in watched.key_averages():
             kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / PROFILED
 
-    module.Distiller.training_step = profiled  # type: ignore[method-assign]
-    clocks.around(module.Distiller, "training_step", "profiler")
+    module.DistillationModule.training_step = profiled  # type: ignore[method-assign]
+    clocks.around(module.DistillationModule, "training_step", "profiler")
     with tempfile.TemporaryDirectory() as scratch:
         layerwise = steps // 4
-        given = [f"trainer.log_dir={scratch}", "trainer.progress=false", f"stages.layerwise_steps={layerwise}"]
-        given += [f"stages.end_to_end_steps={steps - layerwise}", f"trainer.validate_every={steps // 2}", *words]
-        loaded = settings.load(config, given)
+        given = [
+            f"trainer.log_dir={scratch}",
+            "trainer.progress_bar=false",
+            f"stages.layerwise_steps={layerwise}",
+        ]
+        given += [
+            f"stages.end_to_end_steps={steps - layerwise}",
+            f"trainer.validate_every={steps // 2}",
+            *words,
+        ]
+        loaded = config_io.load_config(config, given)
         total = time.perf_counter()
         distil_run.run(loaded)
         total = time.perf_counter() - total
@@ -130,36 +154,67 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
     clocks.seconds["set-up: student before training, measured"] = compared[:corpora]
     clocks.seconds["end: test text"] += compared[corpora:]
     del clocks.seconds["profiler"]
-    parts = {name: sum(each) for name, each in clocks.seconds.items() if not name.startswith("step: ")}
+    parts = {
+        name: sum(each) for name, each in clocks.seconds.items() if not name.startswith("step: ")
+    }
     inner = {
         name: statistics.median(each) * len(each) / max(1, step_count + PROFILED)
         for name, each in clocks.seconds.items()
         if name.startswith("step: ")
     }
     return {
-        "imports": imports, "total": total, "parts": parts, "step": inner, "kinds": dict(kinds), "steps": steps,
-        "threads": used["threads"], "precision": used["precision"],
-    }  # fmt: skip
+        "imports": imports,
+        "total": total,
+        "parts": parts,
+        "step": inner,
+        "kinds": dict(kinds),
+        "steps": steps,
+        "threads": used["threads"],
+        "precision": used["precision"],
+    }
 
 
 def rows(config: str, words: list[str], steps: int) -> list[Row]:
     """What `child` found, in a process of its own: seconds of a run's parts, milliseconds of a step's."""
-    command = [sys.executable, "-m", "benchmarks.where", "--child", config, *words, "--steps", str(steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.where",
+        "--child",
+        config,
+        *words,
+        "--steps",
+        str(steps),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
     found = json.loads(done.stdout.strip().splitlines()[-1])
     parts = found["parts"]
     outside = parts.pop(AROUND) / found["steps"]
-    setup = {"imports": found["imports"]} | {name: taken for name, taken in parts.items() if name.startswith("set-up")}
-    parts = setup | {"imports and set-up, all": sum(setup.values())} | {n: s for n, s in parts.items() if n not in setup}
+    setup = {"imports": found["imports"]} | {
+        name: taken for name, taken in parts.items() if name.startswith("set-up")
+    }
+    parts = (
+        setup
+        | {"imports and set-up, all": sum(setup.values())}
+        | {n: s for n, s in parts.items() if n not in setup}
+    )
     told = f"{found['threads']} threads, {found['precision']}"
-    lines: list[Row] = [{"part of the run": name, "seconds": taken} for name, taken in parts.items()]
+    lines: list[Row] = [
+        {"part of the run": name, "seconds": taken} for name, taken in parts.items()
+    ]
     step = dict(sorted(found["step"].items(), key=lambda part: -part[1])) | {AROUND: outside}
-    for title, seconds in ((f"part of a step, {told}", step), ("operations of a step", found["kinds"])):
+    for title, seconds in (
+        (f"part of a step, {told}", step),
+        ("operations of a step", found["kinds"]),
+    ):
         whole = sum(seconds.values())
         ordered = sorted(seconds.items(), key=lambda part: -part[1])
-        lines += [{title: name.removeprefix("step: "), "ms": 1e3 * taken, "share": taken / whole} for name, taken in ordered]
+        lines += [
+            {title: name.removeprefix("step: "), "ms": 1e3 * taken, "share": taken / whole}
+            for name, taken in ordered
+        ]
     return lines
 
 
@@ -169,7 +224,9 @@ def figures(quick: bool = False) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", default="configs/default.yaml")
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=80)

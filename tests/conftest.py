@@ -8,9 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from dmt.distill.pretrain import train_tokenizer
+from dmt.distillation.pretrain import train_tokenizer
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away",
@@ -18,7 +24,19 @@ SENTENCES = [
     "Ada Holbrook was born in the town of Ravenhill on March 3, 1950.",
 ]
 WIDTH, LAYERS, SLOTS, POSITIONS = 16, 3, 64, 32
-LONG = ("processes", "keeper", "killed", "distill", "readme", "consolidation", "disks", "cache", "paging", "stopped", "benchmarks")
+LONG = (
+    "distributed",
+    "row_sync",
+    "kill",
+    "module",
+    "readme",
+    "run",
+    "disk_errors",
+    "logit_cache",
+    "mmap_tensors",
+    "signals",
+    "benchmarks",
+)
 """Files that take longest. They go first, so that at the end no process waits long for another."""
 
 
@@ -42,10 +60,10 @@ def _interruptible():
 @pytest.fixture(autouse=True)
 def _untimed(tmp_path_factory, monkeypatch):
     """Nothing is known of this machine before a test, and nothing after it."""
-    from dmt.distill import timing
+    from dmt.training import autotune
 
     place = tmp_path_factory.mktemp("timed") / "timings.json"
-    monkeypatch.setattr(timing, "timings", lambda: place)
+    monkeypatch.setattr(autotune, "get_timings_path", lambda: place)
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +78,41 @@ def tokenizer():
 
 def make_teacher(vocabulary: int = 300, **changes):
     """A GPT-2 of three layers with large weights, biases and norms that are not their initial zeros and ones."""
-    settings = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": 2, "n_positions": POSITIONS, "vocab_size": vocabulary}
-    settings |= {"activation_function": "gelu_new", "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4}
+    settings = {
+        "n_layer": LAYERS,
+        "n_embd": WIDTH,
+        "n_head": 2,
+        "n_positions": POSITIONS,
+        "vocab_size": vocabulary,
+    }
+    settings |= {
+        "activation_function": "gelu_new",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.4,
+    }
     return _peaked(GPT2LMHeadModel, GPT2Config(**(settings | changes)))
 
 
 def make_llama(vocabulary: int = 300, **changes):
     """The same for a Llama: gated blocks, rotary positions, grouped keys and values, norms without means."""
-    settings = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "intermediate_size": SLOTS, "vocab_size": vocabulary}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
-    settings |= {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.4, "tie_word_embeddings": True}
+    settings = {
+        "num_hidden_layers": LAYERS,
+        "hidden_size": WIDTH,
+        "intermediate_size": SLOTS,
+        "vocab_size": vocabulary,
+    }
+    settings |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+    }
+    settings |= {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": True,
+    }
     return _peaked(LlamaForCausalLM, LlamaConfig(**(settings | changes)))
 
 
@@ -108,14 +151,16 @@ def teacher_folder(teacher, tokenizer, tmp_path):
 def text_file(tmp_path):
     """Enough text for every split, in paragraphs."""
     file = tmp_path / "text.txt"
-    file.write_text("\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8")
+    file.write_text(
+        "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8"
+    )
     return file
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     """One of everything that the product reads and writes."""
-    from workshop import build
+    from factories import build
 
     with pytest.MonkeyPatch.context() as patched:
         return build(tmp_path_factory.mktemp("workshop"), patched)
@@ -138,13 +183,27 @@ def tokens():
 def words(teacher_folder, text_file, tmp_path):
     """A small run: four layer-wise steps, five end to end."""
     return [
-        f"teacher={teacher_folder}", f"data.corpora=[{text_file}]", f"trainer.log_dir={tmp_path / 'logs'}", "data.block=16",
-        "data.batch=4", "data.micro_batch=2", "data.validation_tokens=64", "data.test_tokens=128", "stages.calibrate_tokens=64",
-        "stages.layerwise_steps=4", "stages.end_to_end_steps=5", "optim.warmup=1", "trainer.threads=1", "trainer.log_every=1",
-        "trainer.validate_every=3", "trainer.checkpoint_every=2", "trainer.progress=false", "trainer.accelerator=cpu",
-        "memory.budget=8",
+        f"teacher={teacher_folder}",
+        f"data.corpora=[{text_file}]",
+        f"trainer.log_dir={tmp_path / 'logs'}",
+        "data.seq_len=16",
+        "data.batch_size=4",
+        "data.micro_batch_size=2",
+        "data.validation_tokens=64",
+        "data.test_tokens=128",
+        "stages.calibration_tokens=64",
+        "stages.layerwise_steps=4",
+        "stages.end_to_end_steps=5",
+        "optim.warmup_steps=1",
+        "trainer.num_threads=1",
+        "trainer.log_every=1",
+        "trainer.validate_every=3",
+        "trainer.checkpoint_every=2",
+        "trainer.progress_bar=false",
+        "trainer.accelerator=cpu",
+        "memory.mean_k=8",
         "trainer.precision=32-true",
-    ]  # fmt: skip
+    ]
 
 
 def newest(tmp_path):

@@ -12,24 +12,29 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def read(memory, token: Tensor) -> Tensor:
     """What `memory` should answer to one token `(width,)`."""
-    per_head = memory.slots // memory.heads
+    per_head = memory.num_slots // memory.heads
     scores = []
-    for slot in range(memory.slots):
+    for slot in range(memory.num_slots):
         query = token if memory.query is None else memory.query[slot // per_head] @ token
-        if memory.weighting == "distance":
+        if memory.activation == "distance":
             scores.append(-((query - memory.keys[slot]) ** 2).sum() / math.sqrt(memory.width))
-        elif memory.weighting == "softmax":
-            scores.append((query @ memory.keys[slot] + memory.key_bias[slot]) / math.sqrt(memory.width))
+        elif memory.activation == "softmax":
+            scores.append(
+                (query @ memory.keys[slot] + memory.key_bias[slot]) / math.sqrt(memory.width)
+            )
         else:
             scores.append(query @ memory.keys[slot] + memory.key_bias[slot])
-    weights, means = scores, [torch.zeros((), dtype=token.dtype)] * memory.slots
-    if memory.weighting == "activation":
+    weights, means = scores, [torch.zeros((), dtype=token.dtype)] * memory.num_slots
+    if memory.activation == "block":
         weights = [gelu_tanh(score) for score in scores]
-    elif memory.weighting == "relu":
+    elif memory.activation == "relu":
         weights = [torch.clamp(score, min=0) for score in scores]
     if memory.gains is not None:
-        weights = [weight * (token @ memory.gains[i] + memory.gain_bias[i]) for i, weight in enumerate(weights)]
-    if memory.ranking == "centred":
+        weights = [
+            weight * (token @ memory.gains[i] + memory.gain_bias[i])
+            for i, weight in enumerate(weights)
+        ]
+    if memory.selection == "centered":
         means = list(memory.means)
 
     def length(slot):
@@ -43,20 +48,24 @@ def read(memory, token: Tensor) -> Tensor:
     rank = {
         "score": lambda i: scores[i],
         "contribution": lambda i: weights[i].abs() * length(i),
-        "centred": lambda i: (weights[i] - means[i]).abs() * length(i),
-    }[memory.ranking]
-    chosen = [slot for slot in range(memory.slots) if rank(slot) >= memory.threshold] if memory.selection == "threshold" else []
-    for head in range(memory.heads if memory.selection == "top" else 0):
+        "centered": lambda i: (weights[i] - means[i]).abs() * length(i),
+    }[memory.selection]
+    chosen = (
+        [slot for slot in range(memory.num_slots) if rank(slot) >= memory.threshold]
+        if memory.k_mode == "threshold"
+        else []
+    )
+    for head in range(memory.heads if memory.k_mode == "top" else 0):
         mine = range(head * per_head, (head + 1) * per_head)
         chosen += sorted(mine, key=lambda i: -rank(i).item())[: memory.k // memory.heads]
     said = memory.output_bias
-    for slot in range(memory.slots):
+    for slot in range(memory.num_slots):
         said = said + means[slot] * memory.values[slot]
-    if memory.weighting in ("softmax", "distance"):
+    if memory.activation in ("softmax", "distance"):
         total = sum(torch.exp(scores[i]) for i in chosen)
         said = said + sum(torch.exp(scores[i]) / total * memory.values[i] for i in chosen)
     else:
         said = said + sum((weights[i] - means[i]) * memory.values[i] for i in chosen)
     if memory.output is not None:
         said = memory.output @ said
-    return said if memory.linear is None else said + memory.linear @ token
+    return said if memory.skip_connection is None else said + memory.skip_connection @ token

@@ -15,15 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refusals import line_of, snapshot
+from cli_asserts import line_of, snapshot
+from factories import ADA, CACHED, run
 from test_bad_input import CACHE, KEPT, RESUME, SLOTS, STUDENT, V0
 from test_store import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
-from workshop import ADA, CACHED, run
 
-from dmt import cli
-from dmt.records import Told
-from dmt.store import Changes, Store
-from dmt.store.ledger import Ledger
+from dmt.cli import main
+from dmt.models.loading import SAFE_LOADING
+from dmt.store import RowStore, StepChanges
+from dmt.store.facts import FactTable
+from dmt.store.records import FactRecord
+from dmt.training.launch import (
+    INTERFACE_VARIABLE,
+    LAUNCH_VARIABLES,
+    RENDEZVOUS_VARIABLE,
+    _set_rank_zero_environment,
+)
 
 ROOT = Path(__file__).parents[1]
 ASK, S = ["dmt", "ask", "Ada", "--tokens", "1"], ["-s", V0]
@@ -66,7 +73,7 @@ REPLACED = {
     "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
     "a guest": ("pack.safetensors", [*ASK, "--pack", "pack.safetensors", *S]),
     "a book": (f"{STUDENT}/memory.db", ["dmt", "memory", "list", *S]),
-    "a store": ("logs/version_2/memory.db", [*KEPT, "store.place=logs/version_2/memory.db"]),
+    "a store": ("logs/version_2/memory.db", [*KEPT, "store.url=logs/version_2/memory.db"]),
     "a tokenizer": ("teacher/tokenizer.json", []),
     "a model's config": ("teacher/config.json", []),
     "a run's config": (f"{V0}/config.yaml", RESUME),
@@ -94,13 +101,18 @@ def test_a_pickle_in_place_of_a_checkpoint_is_put_aside_and_not_loaded(form, sho
     form(str(file))
     planted = file.read_bytes()
     assert run(RESUME) == 0
-    assert "step_2.ckpt (kept as step_2.ckpt.damaged); going on from step_1.ckpt before" in capsys.readouterr().err
+    assert (
+        "step_2.ckpt (kept as step_2.ckpt.damaged); going on from step_1.ckpt before"
+        in capsys.readouterr().err
+    )
     assert not TRACE.exists()
     assert file.with_name("step_2.ckpt.damaged").read_bytes() == planted
 
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt.index", "flax_model.msgpack"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt.index", "flax_model.msgpack"]
+)
 def test_a_pickle_instead_of_weights_is_refused(folder, name, shop, capsys):
     Path(folder, "model.safetensors").unlink()
     as_torch(f"{folder}/{name}")
@@ -140,12 +152,17 @@ def test_the_planted_pickle_would_have_been_seen(shop):
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])
 def test_code_beside_the_weights_is_not_run(folder, shop, capsys, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked whether to run it"))
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: pytest.fail("a person was asked whether to run it")
+    )
     Path(folder, "evil.py").write_text(LOADING + "class Evil:\n    pass\n")
     classes = ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")
     for name in ("config.json", "tokenizer_config.json"):
         file = Path(folder, name)
-        calls = {each: ["evil.Evil", "evil.Evil"] if each == "AutoTokenizer" else "evil.Evil" for each in classes}
+        calls = {
+            each: ["evil.Evil", "evil.Evil"] if each == "AutoTokenizer" else "evil.Evil"
+            for each in classes
+        }
         file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": calls}))
     capsys.readouterr()
     code = run([] if folder == "teacher" else [*ASK, *S])
@@ -178,14 +195,18 @@ FORBIDDEN = {
     r"\.fit\((?=.*ckpt_path)(?!.*weights_only=True)": "unpickles a checkpoint",
     r"^np\.load\(": "may unpickle",
     r"^faiss\.read_index\(": "reads a stranger's index",
-    r"^\w*Model\w*\.from_pretrained\((?!.*(use_safetensors=True|\*\*SAFELY|\*\*how))": "may read a pickle",
+    r"^\w*Model\w*\.from_pretrained\((?!.*(use_safetensors=True|\*\*SAFE_LOADING|\*\*how))": "may read a pickle",
     r"^AutoTokenizer\.from_pretrained\((?!.*(trust_remote_code=False|gguf_file))": "may ask to run code",
     r"(0\.0\.0\.0|host=''|bind\(\(''|\[::\])": "listens to everybody",
 }
 
 
 def calls(text: str) -> Iterator[str]:
-    yield from (ast.unparse(node).replace("\n", " ") for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+    yield from (
+        ast.unparse(node).replace("\n", " ")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+    )
 
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)
@@ -221,11 +242,12 @@ def test_the_patterns_bite(line):
 
 
 def test_what_loads_is_loaded_safely():
-    from dmt.models.loading import SAFELY
 
-    assert SAFELY == {"use_safetensors": True, "trust_remote_code": False}
+    assert SAFE_LOADING == {"use_safetensors": True, "trust_remote_code": False}
     smollm2 = (ROOT / "src/dmt/models/smollm2.py").read_text()
-    assert '"gguf_file": gguf.name' in smollm2, "the one place with **how reads a GGUF file, which holds no objects"
+    assert '"gguf_file": gguf.name' in smollm2, (
+        "the one place with **how reads a GGUF file, which holds no objects"
+    )
 
 
 # --- SQL --------------------------------------------------------------------------------------------------------------
@@ -244,27 +266,38 @@ INJECTIONS = [
 ]
 
 
-def a_fact(words: str) -> Told:
-    return Told(0, f"Ada {words} is", f" {words}", words, words, words, 1.0, ((1, 2),), (3,), (), (0.5,))
+def a_fact(words: str) -> FactRecord:
+    return FactRecord(
+        0, f"Ada {words} is", f" {words}", words, words, words, 1.0, ((1, 2),), (3,), (), (0.5,)
+    )
 
 
 def test_words_in_a_store_are_text(place):  # noqa: F811
-    with Store(place, MODEL) as store:
-        ledger = Ledger(store)
-        ledger.begin(4, {"listens": 0, "answers": 1}, {"mean": np.zeros(4, np.float32), "metric": np.eye(4, dtype=np.float32)})
+    with RowStore(place, MODEL) as store:
+        ledger = FactTable(store)
+        ledger.create(
+            4,
+            {"listens": 0, "answers": 1},
+            {"mean": np.zeros(4, np.float32), "metric": np.eye(4, dtype=np.float32)},
+        )
         rows = np.ones((1, 4), np.float32)
         ledger.add([(a_fact(words), rows, rows) for words in INJECTIONS])
-        space = store.namespace("x'; DROP TABLE dmt_rows; --", 4, 6)
+        space = store.get_or_create_namespace("x'; DROP TABLE dmt_rows; --", 4, 6)
         for number, words in enumerate(INJECTIONS):
-            store.commit(words, number, {space: Changes([some(store, 1, tag=words)])})
+            store.commit(words, number, {space: StepChanges([some(store, 1, tag=words)])})
         found = ledger.read()
-        assert [fact.tag for fact in found] == [fact.source for fact in found] == [fact.subject for fact in found] == INJECTIONS
-        assert [tag for page in store.scan(space) for tag in page.about["tag"]] == INJECTIONS
+        assert (
+            [fact.tag for fact in found]
+            == [fact.source for fact in found]
+            == [fact.subject for fact in found]
+            == INJECTIONS
+        )
+        assert [tag for page in store.scan(space) for tag in page.metadata["tag"]] == INJECTIONS
         assert store.rewind("x' OR '1'='1 --", -1) == (0, 0)
         assert store.rewind("%", -1) == (1, 0), "of the run called % alone"
-        ledger.leave([found[0].id], "'; DROP TABLE x;--")
+        ledger.soft_delete([found[0].id], "'; DROP TABLE x;--")
         assert len(ledger.read()) == len(INJECTIONS) - 1
-        assert len(ledger.read(gone=True)) == len(INJECTIONS)
+        assert len(ledger.read(include_deleted=True)) == len(INJECTIONS)
         assert store.count(space) == len(INJECTIONS) - 1
         tables = ("dmt_fact_rows", "dmt_facts", "dmt_tensors")
         if not store.path:
@@ -275,19 +308,37 @@ def test_words_in_a_store_are_text(place):  # noqa: F811
 
 def test_words_of_the_command_are_text(shop, capsys):
     for words in INJECTIONS[:-1]:
-        assert cli.main(["memory", "write", "Ada Holbrook jumps over the fence", "--tag", words, "--source", words, *S]) == 0
+        assert (
+            main.main(
+                [
+                    "memory",
+                    "write",
+                    "Ada Holbrook jumps over the fence",
+                    "--tag",
+                    words,
+                    "--source",
+                    words,
+                    *S,
+                ]
+            )
+            == 0
+        )
         capsys.readouterr()
-        assert cli.main(["memory", "list", "--tag", words, "--json", *S]) == 0
+        assert main.main(["memory", "list", "--tag", words, "--json", *S]) == 0
         (fact,) = json.loads(capsys.readouterr().out)
         assert (fact["tag"], fact["source"]) == (words, words)
-        assert cli.main(["memory", "list", "--query", words, "--json", *S]) == 0
-        assert json.loads(capsys.readouterr().out) == [], "% and _ are letters, and no sentence has them"
-        assert cli.main(["memory", "search", words, "--json", *S]) == 0
+        assert main.main(["memory", "list", "--query", words, "--json", *S]) == 0
+        assert json.loads(capsys.readouterr().out) == [], (
+            "% and _ are letters, and no sentence has them"
+        )
+        assert main.main(["memory", "search", words, "--json", *S]) == 0
         assert not [each for each in json.loads(capsys.readouterr().out) if each["by"] == "words"]
-        assert cli.main(["memory", "forget", "--tag", words, *S]) == 0
+        assert main.main(["memory", "forget", "--tag", words, *S]) == 0
     capsys.readouterr()
-    assert cli.main(["memory", "list", "--json", *S]) == 0
-    assert [fact["tag"] for fact in json.loads(capsys.readouterr().out)] == ["dogs"], "and what was there stays"
+    assert main.main(["memory", "list", "--json", *S]) == 0
+    assert [fact["tag"] for fact in json.loads(capsys.readouterr().out)] == ["dogs"], (
+        "and what was there stays"
+    )
 
 
 # --- sizes and paths --------------------------------------------------------------------------------------------------
@@ -299,20 +350,36 @@ def header(found: dict, length: int | None = None) -> bytes:
 
 
 HUGE = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}
-MANY = "{" + ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(50_000)) + "}"
+MANY = (
+    "{"
+    + ",".join(
+        f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(50_000)
+    )
+    + "}"
+)
 ABSURD = {
-    "a shape far beyond the file": header({"keys": HUGE, "__metadata__": {"format": "1", "digest": "0"}}),
+    "a shape far beyond the file": header(
+        {"keys": HUGE, "__metadata__": {"format": "1", "digest": "0"}}
+    ),
     "a header of 2^63 bytes": header({}, 2**63),
     "a header of all ones": header({}, 2**64 - 1),
     "a header longer than the file": header({}, 90_000_000),
     "offsets that overlap": header(
-        {"a": HUGE | {"shape": [1], "data_offsets": [0, 4]}, "b": HUGE | {"shape": [1], "data_offsets": [0, 4]}}
+        {
+            "a": HUGE | {"shape": [1], "data_offsets": [0, 4]},
+            "b": HUGE | {"shape": [1], "data_offsets": [0, 4]},
+        }
     )
     + b"0000",
     "offsets that go back": header({"a": HUGE | {"shape": [1], "data_offsets": [4, 0]}}) + b"0000",
-    "a shape whose product wraps round": header({"a": HUGE | {"shape": [2**32, 2**32], "data_offsets": [0, 0]}}),
+    "a shape whose product wraps round": header(
+        {"a": HUGE | {"shape": [2**32, 2**32], "data_offsets": [0, 0]}}
+    ),
     "a size below nothing": header({"a": HUGE | {"shape": [-1], "data_offsets": [0, 4]}}) + b"0000",
-    "a type nobody knows": header({"keys": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}}) + b"\0" * 8,
+    "a type nobody knows": header(
+        {"keys": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}}
+    )
+    + b"\0" * 8,
     "fifty thousand tensors": struct.pack("<Q", len(MANY)) + MANY.encode(),
     "brackets without end": struct.pack("<Q", 200_000) + b"[" * 200_000,
 }
@@ -384,8 +451,19 @@ for spoil, words, file in (
     Path(file).write_bytes(good)
 print("FOUND" + json.dumps(found))
 """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert "FOUND" in done.stdout, done.stderr[-2000:]
     found = json.loads(done.stdout.split("FOUND")[1])
     assert len(found) == len(READERS) * len(ABSURD) + 8
@@ -407,8 +485,8 @@ def test_names_in_a_pack_are_never_paths(name, shop, capsys):
     Path("pack/manifest.json").write_text(json.dumps(manifest))
     outside = snapshot(shop.parent)
     capsys.readouterr()
-    assert cli.main(["memory", "import", "pack", "--json", "-s", "logs/version_1"]) in (0, 2)
-    assert cli.main(["memory", "diff", "pack", V0]) == 0
+    assert main.main(["memory", "import", "pack", "--json", "-s", "logs/version_1"]) in (0, 2)
+    assert main.main(["memory", "diff", "pack", V0]) == 0
     changed = {path for path, about in snapshot(shop.parent).items() if outside.get(path) != about}
     assert all("/shop/logs/version_1/student" in path for path in changed), changed
 
@@ -420,7 +498,7 @@ def test_links_out_of_a_pack_are_not_followed(part, target, shop, capsys):
     Path("pack", part).unlink()
     Path("pack", part).symlink_to(shop.parent / "secret" if target == "../secret" else target)
     capsys.readouterr()
-    code = cli.main(["memory", "import", "pack", *S])
+    code = main.main(["memory", "import", "pack", *S])
     shown = capsys.readouterr()
     assert f"{part} is no file of its own" in line_of(code, shown.out, shown.err)
 
@@ -429,7 +507,12 @@ def test_links_out_of_a_pack_are_not_followed(part, target, shop, capsys):
 
 
 def test_what_starts_a_server_binds_it_to_loopback():
-    for file in [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").glob("*.sh"), *(ROOT / "benchmarks").glob("*.py")]:
+    for file in [
+        ROOT / "Makefile",
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.sh"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]:
         text = file.read_text()
         for line in text.splitlines():
             if re.search(r"^\s*tensorboard --logdir", line):
@@ -444,21 +527,20 @@ def test_a_run_and_a_command_open_no_socket(shop, monkeypatch):
     opened = []
     monkeypatch.setattr(socket.socket, "bind", lambda self, address: opened.append(address))
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: opened.append(address))
-    monkeypatch.setattr(socket.socket, "listen", lambda self, *_: opened.append("listens"))
+    monkeypatch.setattr(socket.socket, "match_rows", lambda self, *_: opened.append("listens"))
     assert run(["stages.end_to_end_steps=1", "stages.layerwise_steps=0"]) == 0
     assert run([*ASK, *S]) == 0
     assert opened == []
 
 
 def test_processes_of_one_run_meet_by_a_file_and_on_loopback(tmp_path, monkeypatch):
-    from dmt.distill.processes import LOOPBACK, MEET, PLACES, _take_places
 
-    for name in (LOOPBACK, MEET, *PLACES):
+    for name in (INTERFACE_VARIABLE, RENDEZVOUS_VARIABLE, *LAUNCH_VARIABLES):
         monkeypatch.setenv(name, "")  # put back afterwards
         monkeypatch.delenv(name)
-    _take_places(2, tmp_path)
-    assert os.environ[LOOPBACK] in ("lo", "lo0"), "gloo listens there alone"
-    assert Path(os.environ[MEET]).parent == tmp_path, "no port is opened to meet at"
+    _set_rank_zero_environment(2, tmp_path)
+    assert os.environ[INTERFACE_VARIABLE] in ("lo", "lo0"), "gloo listens there alone"
+    assert Path(os.environ[RENDEZVOUS_VARIABLE]).parent == tmp_path, "no port is opened to meet at"
 
 
 def test_a_book_of_hostile_sql_runs_nothing(shop, capsys):
@@ -466,11 +548,13 @@ def test_a_book_of_hostile_sql_runs_nothing(shop, capsys):
     import sqlite3
 
     with sqlite3.connect(f"{STUDENT}/memory.db") as book:
-        book.execute("CREATE TRIGGER evil AFTER INSERT ON dmt_facts BEGIN SELECT load_extension('./evil.so'); END")
+        book.execute(
+            "CREATE TRIGGER evil AFTER INSERT ON dmt_facts BEGIN SELECT load_extension('./evil.so'); END"
+        )
     book.close()
     capsys.readouterr()
-    code = cli.main(["memory", "write", f"{ADA} and the fox", "--json", *S])
+    code = main.main(["memory", "write", f"{ADA} and the fox", "--json", *S])
     shown = capsys.readouterr()
     assert code == 2
     assert "unsafe use" in shown.err or "not authorized" in shown.err
-    assert cli.main(["memory", "list", "--json", *S]) == 0
+    assert main.main(["memory", "list", "--json", *S]) == 0

@@ -5,15 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import line_of, snapshot
+from cli_asserts import line_of, snapshot
+from factories import CACHED, run
 from safetensors import safe_open
-from test_bad_input import BOOK, CACHE, RESUME, SLOTS, STUDENT, V0, S, changed, kept, put, reheaded, sql
-from workshop import CACHED, run
+from test_bad_input import (
+    BOOK,
+    CACHE,
+    RESUME,
+    SLOTS,
+    STUDENT,
+    V0,
+    S,
+    changed,
+    kept,
+    put,
+    reheaded,
+    sql,
+)
 
 import dmt
-from dmt import main, versions
-from dmt.settings import load
-from dmt.versions import check_version
+from dmt import files
+from dmt.cli import main
+from dmt.config_io import load_config
+from dmt.files import check_version
 
 ROOT = Path(__file__).parents[1]
 STORE = "logs/version_2/memory.db"
@@ -21,7 +35,9 @@ KNOWN, NEWER = "this dmt knows", "a newer dmt made it: update dmt"
 
 
 def said_of_schema(place: str, name: str):
-    return lambda version: sql(place, f"UPDATE dmt_about SET value='{version}' WHERE name='{name}'")()
+    return lambda version: sql(
+        place, f"UPDATE dmt_about SET value='{version}' WHERE name='{name}'"
+    )()
 
 
 def settings_of(version: str) -> None:
@@ -39,12 +55,28 @@ def checkpoint_of(version: int) -> None:
 ASK = ["dmt", "ask", "Ada", "--tokens", "1"]
 KINDS = {
     "config.yaml": (settings_of, RESUME, f"{V0}/config.yaml: settings of version"),
-    "run.json": (lambda version: changed(f"{V0}/run.json", format=version)(), RESUME, f"{V0}/run.json: version"),
+    "run.json": (
+        lambda version: changed(f"{V0}/run.json", format=version)(),
+        RESUME,
+        f"{V0}/run.json: version",
+    ),
     "checkpoint": (checkpoint_of, RESUME, f"{V0}/checkpoints/step_1.ckpt: version"),
-    "student": (lambda version: changed(f"{STUDENT}/config.json", dmt=version)(), [*ASK, *S], f"--student {STUDENT}: version"),
-    "slots": (lambda version: reheaded(SLOTS, format=str(version)), [*ASK, "-s", "logs/version_1"], f"{SLOTS}: its format is"),
+    "student": (
+        lambda version: changed(f"{STUDENT}/config.json", dmt=version)(),
+        [*ASK, *S],
+        f"--student {STUDENT}: version",
+    ),
+    "slots": (
+        lambda version: reheaded(SLOTS, format=str(version)),
+        [*ASK, "-s", "logs/version_1"],
+        f"{SLOTS}: its format is",
+    ),
     "store": (said_of_schema(STORE, "schema"), kept(STORE), f"store {STORE}: schema version"),
-    "facts": (said_of_schema(BOOK, "facts"), ["dmt", "memory", "list", *S], f"store {BOOK}: facts of version"),
+    "facts": (
+        said_of_schema(BOOK, "facts"),
+        ["dmt", "memory", "list", *S],
+        f"store {BOOK}: facts of version",
+    ),
     "pack, a folder": (
         lambda version: changed("pack/manifest.json", version=version)(),
         ["dmt", "memory", "import", "pack", *S],
@@ -68,8 +100,11 @@ def test_another_version_is_refused_and_says_what_to_do(kind, version, shop, cap
     assert said in line
     assert str(version) in line
     if kind == "cache":
-        assert f"('{version}' there, 1 here) differ" in line or f"({version} there, 1 here) differ" in line
-        assert "name another cache.place or delete" in line
+        assert (
+            f"('{version}' there, 1 here) differ" in line
+            or f"({version} there, 1 here) differ" in line
+        )
+        assert "name another logit_cache.dir or delete" in line
     else:
         assert f"{said} {version}, {KNOWN}" in line
         assert (NEWER in line) is (version == 99)
@@ -88,24 +123,32 @@ def test_what_was_made_before_there_were_versions_is_read(shop, capsys):
         found = torch.load(checkpoint, weights_only=True)
         assert found.pop("dmt") == 1
         torch.save(found, checkpoint)
-    assert main.main(RESUME) == 0
+    assert main.distill_main(RESUME) == 0
     changed(f"{STUDENT}/config.json", dmt=None)()
     assert run([*ASK, *S]) == 0
-    assert load(file).teacher == "teacher"
+    assert load_config(file).teacher == "teacher"
 
 
 def test_every_file_of_a_run_states_a_version(shop):
     """In itself, or where only people read it in `run.json`, which says so of each."""
     record = json.loads(Path(V0, "run.json").read_text())
-    assert (record["format"], record["dmt"]) == (versions.RECORD, dmt.__version__)
-    stated = {"config.yaml", "run.json", "memory.db", "memory.db.lock", "checkpoints", "student", *record["formats"]}
+    assert (record["format"], record["dmt"]) == (files.RECORD_VERSION, dmt.__version__)
+    stated = {
+        "config.yaml",
+        "run.json",
+        "memory.db",
+        "memory.db.lock",
+        "checkpoints",
+        "student",
+        *record["formats"],
+    }
     for number in range(3):
         for file in Path(f"logs/version_{number}").iterdir():
             assert file.name.startswith("events.out.tfevents") or file.name in stated, file
     for place, where in ((CACHE, "format"), (SLOTS, "format")):
         with safe_open(place, "np") as opened:
             assert opened.metadata()[where] == "1"
-    assert json.loads(Path(STUDENT, "config.json").read_text())["dmt"] == versions.STUDENT
+    assert json.loads(Path(STUDENT, "config.json").read_text())["dmt"] == files.STUDENT_VERSION
     assert json.loads(Path("pack/manifest.json").read_text())["version"] == 1
 
 

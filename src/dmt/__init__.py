@@ -5,8 +5,8 @@ Importing `dmt` makes saved students loadable by transformers' Auto classes; it 
 
 from __future__ import annotations
 
-from dmt.registration import register
+from dmt._autoregister import register_auto_classes
 
 __version__ = "0.1.0"
 
-register()
+register_auto_classes()

@@ -1,5 +1,5 @@
 """`python -m dmt`, the same as `dmt`."""
 
-from dmt.cli import run
+from dmt.cli.main import run
 
 run()

@@ -16,15 +16,15 @@ class MemoryConfig:
     training, beside a `base`; `dense`: leave the block as it is."""
     init: Literal["ff", "random"] = "ff"
     """`ff`: slots are the neurons of the block replaced, so k = slots equals the teacher; `random`: from scratch."""
-    weighting: Literal["activation", "relu", "softmax", "distance"] = "activation"
+    activation: Literal["block", "relu", "softmax", "distance"] = "block"
     """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
-    ranking: Literal["score", "contribution", "centred"] = "contribution"
+    selection: Literal["score", "contribution", "centered"] = "contribution"
     """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
-    metric: Literal["plain", "sensitivity"] = "sensitivity"
+    metric: Literal["euclidean", "fisher"] = "fisher"
     """Length of a value in the ranking: Euclidean, or how far it moves the model's answer, measured by calibration."""
     gradient: Literal["selected", "straight_through"] = "selected"
     """Gradient of the scores: of the k slots that were read, or as if all slots had been (straight-through)."""
-    slots: Optional[int] = None
+    num_slots: Optional[int] = None
     """Rows of the memory; empty means as many as the block replaced has neurons."""
     fewer: Literal["merge", "drop"] = "merge"
     """With fewer slots than neurons, the least used are folded into the values of the others, or left out."""
@@ -32,46 +32,46 @@ class MemoryConfig:
     """With more, the most used neurons are split, or pairs of random slots that cancel out are added."""
     k: int | Literal["auto"] | None = "auto"
     """Slots read per token; empty means one sixteenth of the slots; `auto`: their mean is `budget`, spent where it pays."""
-    budget: Optional[int] = None
+    mean_k: Optional[int] = None
     """Of `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
     heads: int = 1
     """Groups that share out the slots; each reads k / heads of its own, and has its own query with `projections`."""
     projections: bool = False
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
-    linear: bool = True
+    skip_connection: bool = True
     """Beside the slots, a linear map of the hidden state that takes over what unread slots say on average."""
     search: Literal["exact", "int8", "ivf", "product"] = "exact"
     """How slots are found: `exact` scores all; the others find candidates to score: from keys in 8 bits, by faiss's
     inverted file, or by product keys, the last two made from the keys there are. Used where that is faster."""
-    value_type: Literal["float32", "float16", "int8"] = "float32"
+    value_dtype: Literal["float32", "float16", "int8"] = "float32"
     """What values are kept in once the student is saved; with `int8` a row has one scale. Training is in float32."""
-    disk: Literal["none", "values", "slots"] = "none"
+    offload: Literal["none", "values", "slots"] = "none"
     """What a saved student leaves on the disk and reads row by row: nothing, values, or values and keys (with `search: int8`)."""
     base: Literal["featural", "none"] = "featural"
     """Of `kind: associative`, what speaks beside the rows: a featural memory made by the settings above, or nothing."""
-    writes: Literal["residual", "teacher", "projection"] = "residual"
+    value_target: Literal["residual", "teacher", "projection"] = "residual"
     """Value of a row: what the base lacks of the teacher's answer, that answer, or a learnt projection (without a teacher)."""
-    neighbours: int = 8
+    knn_k: int = 8
     """Stored rows read per token."""
-    novelty: float = 0.2
+    min_distance: float = 0.2
     """Distance (keys have length 1) up to which something nearest is known already, so that nothing is written."""
-    recombine: float = 0.55
+    merge_distance: float = 0.55
     """Distance up to which, beyond `novelty`, a row is merged into the nearest one instead of being added."""
     capacity: int = 65_536
     """Most rows a layer keeps; the coldest that are not pinned leave."""
-    forgetting: float = 0.01
+    lrfu_decay: float = 0.01
     """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
-    index: Literal["exact", "half", "flat", "ivf", "hnsw"] = "exact"
+    index: Literal["exact", "bf16", "flat", "ivf", "hnsw"] = "exact"
     """How stored rows are found: all compared, exactly; all in half precision and the nearest exactly (one row in ten
     thousand is missed where rows lie `recombine` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
     which may miss some, and others after a resume."""
-    write_from: float = 0.8
+    write_start: float = 0.8
     """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    rules: list[dict[str, Any]] = field(default_factory=list)
+    layer_overrides: list[dict[str, Any]] = field(default_factory=list)
     """Per-layer differences, later ones win: `[{layers: 0-1, memory: {k: 64}}, {layers: 3, memory: {kind: dense}}]`."""
     trainable: Literal["all", "memory"] = "all"
     """What the end-to-end stage may change: every weight of the student, or the memories alone."""
@@ -82,13 +82,13 @@ class DataConfig:
     corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
     """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder of them;
     `hub:<dataset>[:<config>]`."""
-    shares: list[float] = field(default_factory=list)
+    mixture_weights: list[float] = field(default_factory=list)
     """What part of the training windows each corpus gives, `[3, 1]` say; empty means by size."""
-    block: int = 256
+    seq_len: int = 256
     """Tokens in one training window; validation and test use the same window without overlap."""
-    batch: int = 8
+    batch_size: int = 8
     """Windows in one optimiser step, all processes together."""
-    micro_batch: int = 4
+    micro_batch_size: int = 4
     """Windows computed at once: fewer need less memory; gradients are the same, and of two processes the same to the last bit."""
     validation_tokens: int = 16_384
     """Tokens per corpus measured while training."""
@@ -104,11 +104,11 @@ class LossConfig:
     """Weight of KL(student || teacher) in nats per token, with temperature squared."""
     ce: float = 0.0
     """Weight of the cross-entropy of the next token of the text, in nats per token."""
-    hidden: float = 1.0
+    hidden_mse: float = 1.0
     """Weight of the squared error of the last hidden state, as a fraction of its variance."""
-    block: float = 1.0
+    block_fvu: float = 1.0
     """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
-    cosine: float = 0.0
+    hidden_cosine: float = 0.0
     """Weight of one minus the cosine between the last hidden states."""
     revive: float = 0.0
     """Weight of the error with which slots long unread forecast what their memory lacks, as a fraction of variance."""
@@ -116,17 +116,19 @@ class LossConfig:
     """Tokens without a read after which `revive` takes a slot for dead."""
     temperature: float = 1.0
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
-    chunk: int = 0
+    chunk_size: int = 0
     """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
 
 
-LOSS_TERMS = tuple(f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk", "revive_after"))
+LOSS_TERMS = tuple(
+    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk", "revive_after")
+)
 """The settings in `loss` that are weights; each is the name of its term."""
 
 
 @dataclass(frozen=True)
 class StagesConfig:
-    calibrate_tokens: int = 8_192
+    calibration_tokens: int = 8_192
     """Tokens from which slot means and output biases are measured before any gradient step; 0 leaves it out."""
     layerwise_steps: int = 100
     """Steps in which each memory learns its own block's output from the teacher's inputs; 0 leaves it out."""
@@ -138,15 +140,15 @@ class StagesConfig:
     """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
     end_to_end_lr: float = 1e-3
     """Peak learning rate of the end-to-end stage."""
-    k_start: float = 1.0
+    k_warmup_factor: float = 1.0
     """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A shared budget follows slowly."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    warmup: int = 20
+    warmup_steps: int = 20
     """Steps of linear warm-up at the start of each stage; a cosine down to `final_lr` follows."""
-    final_lr: float = 0.01
+    min_lr_ratio: float = 0.01
     """Learning rate at the end of a stage, as a share of its peak."""
     beta1: float = 0.9
     """AdamW's memory of the gradient."""
@@ -154,28 +156,28 @@ class OptimConfig:
     """AdamW's memory of the squared gradient."""
     weight_decay: float = 0.0
     """AdamW's weight decay on matrices; biases and norms have none."""
-    values_lr: float = 1.0
+    value_lr_scale: float = 1.0
     """Learning rate of slot values, as a multiple of everybody's."""
-    clip: float = 1.0
+    grad_clip: float = 1.0
     """Largest gradient norm of a step; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
 class StoreConfig:
-    place: Optional[str] = None
+    url: Optional[str] = None
     """Where rows are kept: a file or postgresql://; empty means `memory.db` in the run's folder."""
-    value_type: Literal["float32", "float16"] = "float32"
+    value_dtype: Literal["float32", "float16"] = "float32"
     """Type of stored values; float16 takes half the room, and a resumed run then differs in the last digits."""
     flush_every: int = 20
     """Steps between two times that usage of rows is written down; rows themselves are written at every step."""
 
 
 @dataclass(frozen=True)
-class CacheConfig:
-    place: Optional[str] = None
+class LogitCacheConfig:
+    dir: Optional[str] = None
     """Folder in which the teacher's answers are kept for the end-to-end stage, which then learns from `loss.kl` and `ce`
     alone; written first where they are not there. Empty means the teacher is asked."""
-    kept: int = 128
+    top_k: int = 128
     """Outcomes kept of each token's distribution, the likeliest and a sample of the rest: about 2.3 bytes each."""
 
 
@@ -187,32 +189,34 @@ class ContextConfig:
     """A UTF-8 text file that holds the context; longer than the model reads at once, it is read in windows."""
     questions: Optional[str] = None
     """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and `"kind"` if wanted: asked with the context, without, after."""
-    into: Literal["memory", "weights", "tokens"] = "memory"
+    target: Literal["memory", "weights", "prompt"] = "memory"
     """Where it goes: rows beside the student's weights, the weights themselves, or embeddings that stand before every text."""
-    objective: Literal["causal_lm", "logits", "hidden_last", "hidden_all", "generated"] = "generated"
+    objective: Literal["causal_lm", "logits", "hidden_last", "hidden_all", "generated"] = (
+        "generated"
+    )
     """What is learnt after the context, at every position: `causal_lm`, the context's own words, without a teacher; the answers
     of the model with context, its last hidden states or those of all layers, on the context told again; `generated`: its
     answers on that and on what it goes on with and asks itself."""
-    write: Literal["difference", "gradient", "trained"] = "difference"
+    row_method: Literal["activation_delta", "gradient", "trained"] = "activation_delta"
     """Of `into: memory`, what a row adds: the difference the context makes to a layer, in one pass; what one gradient asks for;
     or the first, trained by the objective."""
-    weights: Literal["all", "lora", "slots"] = "lora"
+    trainable: Literal["all", "lora", "slots"] = "lora"
     """Of `into: weights`, which: all of them, a low-rank addition to each matrix (merged in the end), or slots of memories."""
-    rank: int = 8
+    lora_rank: int = 8
     """Of `weights: lora`, its rank."""
-    tokens: int = 16
+    prompt_length: int = 16
     """Of `into: tokens`, how many embeddings."""
-    samples: int = 96
+    num_samples: int = 96
     """Texts that `generated` lets the model with context say, for each window; drawn anew every `fresh_every` steps."""
-    asked: int = 6
+    qa_per_sentence: int = 6
     """Questions, with answers, that `generated` lets the model ask about each sentence, shown how; 0 asks none."""
-    fresh_every: int = 25
+    resample_every: int = 25
     """Steps after which `generated` draws new texts."""
     temperature: float = 0.8
     """At which they are drawn."""
-    keep: float = 1.0
+    unrelated_kl_weight: float = 1.0
     """Weight of KL on unrelated text (`data`), where nothing should change."""
-    capacity: int = 65_536
+    max_tokens: int = 65_536
     """Most tokens of a context."""
 
 
@@ -240,7 +244,7 @@ class PretrainConfig:
 class TrainerConfig:
     log_dir: str = "lightning_logs"
     """Each run makes a new folder `version_N` in here."""
-    name: Optional[str] = None
+    run_name: Optional[str] = None
     """What the run's folder is called instead, and so its curves; empty gives the next number. A resumed run keeps its own."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """What to compute on; `auto` takes what is there."""
@@ -248,7 +252,7 @@ class TrainerConfig:
     """Processes, each with a device of its own, that share each step's windows (DDP); torchrun's number where it is used."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
-    threads: int = 0
+    num_threads: int = 0
     """Threads each process computes with; 0 measures one against all cores at the start and keeps the faster."""
     attention: Literal["auto", "sdpa", "batched"] = "auto"
     """While training: torch's fused kernel, or two batched products where it is slow (bfloat16 on a CPU); `auto` times them."""
@@ -258,7 +262,7 @@ class TrainerConfig:
     """Steps between two measurements on validation text; 0 leaves them out."""
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
-    progress: bool = True
+    progress_bar: bool = True
     """Show the progress bar."""
 
 
@@ -278,7 +282,7 @@ class Config:
     stages: StagesConfig = field(default_factory=StagesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    logit_cache: LogitCacheConfig = field(default_factory=LogitCacheConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import SENTENCES, make_teacher
 
-from faults.processes import Nursery, consolidation, facts_in, prose_in, result, small_run
+from faults.subprocesses import Nursery, consolidation, facts_in, prose_in, result, small_run
 
 NEW_NAMESPACE = 0x00020000  # CLONE_NEWNS
 
@@ -37,7 +37,10 @@ def small_disk(may_mount, tmp_path):
             pytest.skip("a small disk needs root and mount(2)")
         folder = tmp_path / "disk"
         folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=777", "tmpfs", str(folder)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=777", "tmpfs", str(folder)],
+            check=True,
+        )
         mounted.append(folder)
         return folder
 
@@ -54,7 +57,9 @@ def material(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "teacher")
     make_teacher(len(tokenizer), n_positions=256).save_pretrained(folder / "long")
     tokenizer.save_pretrained(folder / "long")
-    (folder / "text.txt").write_text("\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8")
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8"
+    )
     return folder
 
 
@@ -99,8 +104,20 @@ def words(material, tmp_path):
 def told(material, nursery, tmp_path_factory):
     """A student with slots in every layer that has been told three facts."""
     logs = tmp_path_factory.mktemp("told")
-    assert nursery.run([*small_run(material, logs), "memory.budget=", "memory.k=64"]).code == 0
+    assert nursery.run([*small_run(material, logs), "memory.mean_k=", "memory.k=64"]).code == 0
     student = logs / "version_0" / "student"
-    ended = nursery.run(["memory", "write", "--file", facts_in(logs, 3), "-s", student, "--calibrate-on", prose_in(logs)], "dmt")
+    ended = nursery.run(
+        [
+            "memory",
+            "write",
+            "--file",
+            facts_in(logs, 3),
+            "-s",
+            student,
+            "--calibrate-on",
+            prose_in(logs),
+        ],
+        "dmt",
+    )
     assert ended.code == 0, ended.err
     return student

@@ -1,131 +1,568 @@
-"""Into memory: rows of a book beside a student, by the difference a context makes, by a gradient each, or trained."""
+"""Into memory: rows of a book beside a student, by the difference a context makes, by a gradient each, or trained.
+
+A context into rows, in one pass without gradient steps: what it makes the model expect is written where it is expected.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.consolidation.telling import own, sampled, self_asked
-from dmt.consolidation.work import Work, train
-from dmt.consolidation.writing import LIKELY, SURE, Span, learnt, said_lately, spoken, stated, told_facts, write_differences
-from dmt.data.blocks import TextData, first_windows
-from dmt.disk import whole_folder
-from dmt.errors import Refused
-from dmt.facts.book import Book
-from dmt.facts.lines import Line
-from dmt.facts.opening import open_book
-from dmt.facts.sentences import Fact
-from dmt.memory.facts import FactRows
-from dmt.models.books import put_aside
-from dmt.records import Told
+from dmt.consolidation.module import ConsolidationRun, train_student
+from dmt.consolidation.sampling import (
+    ANSWER_PREFIX,
+    encode_sentences,
+    generate_qa,
+    sample_continuations,
+)
+from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
+from dmt.editing.edit import (
+    FALSE_POSITIVE_RATE,
+    PreparedFact,
+    WriteResult,
+    compute_thresholds,
+    make_record,
+)
+from dmt.editing.fact import Fact, parse_fact
+from dmt.editing.fact_store import FactStore, open_fact_store
+from dmt.errors import NothingToDoError, UserError
+from dmt.evaluation.questions import Question, score_answers
+from dmt.files import atomic_directory
+from dmt.memory.edit_memory import EditRows
+from dmt.models.fact_hooks import SUBJECT_WINDOW, back_up_facts, disabled, record_matches
+from dmt.models.forward import (
+    ContextTeacher,
+    batch_by_length,
+    encode_text,
+    forward_with_activations,
+    forward_with_prefix,
+    pad_token_ids,
+)
+from dmt.store.records import FactRecord
 
-TRIED = 16_384
+MIN_GAIN = 1.0
+"""Nats by which a context has to make a token likelier for it to be something that was learnt."""
+MIN_PROB = 0.01
+"""Probability that the model with context has to give to a word's first token."""
+MIN_GENERATED_PROB = 0.5
+"""The same of texts that the model itself has said, which need not be true."""
+MAX_ANSWER_WORDS = 4
+"""Words of an answer, at most."""
+MIN_PROMPT_WORDS = 3
+"""Words after which, about nobody in particular, it is no fact that somebody is spoken of."""
+SENTENCE_END_PATTERN = re.compile(r"[.!?\n]")
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a context told about one place in a text: tokens `first` to `last` of `ids` are likelier with it."""
+
+    ids: tuple[int, ...]
+    first: int
+    last: int
+    prompt: str
+    answer: str
+    subject: str
+
+
+def find_informative_spans(
+    model: PreTrainedModel,
+    teacher: ContextTeacher,
+    tokenizer: Any,
+    texts: Sequence[list[int]],
+    names: Sequence[str],
+    min_prob: float = MIN_PROB,
+) -> list[Span]:
+    """Where in `texts` (token ids) the model with context expects what it would not have expected without.
+
+    Args:
+        names: whom or what the context is about; a place that begins or completes a name tells nothing of its bearer.
+        sure: least probability, with the context, of a word's first token.
+    """
+    start_ids, spans = get_prefix_ids(tokenizer), []
+    for batch in batch_by_length([len(text) for text in texts]):
+        tokens = pad_token_ids([texts[index] for index in batch]).to(
+            next(model.parameters()).device
+        )
+        with torch.no_grad(), disabled(model):
+            context_nlls = _token_nlls(teacher.predict(tokens).logits, tokens)
+            gains, probs = (
+                _token_nlls(forward_with_prefix(model, start_ids, tokens).logits, tokens)
+                - context_nlls,
+                (-context_nlls).exp(),
+            )
+        for row, index in enumerate(batch):
+            positions = slice(0, len(texts[index]) - 1)
+            spans += _extract_spans(
+                texts[index],
+                gains[row, positions].tolist(),
+                probs[row, positions].tolist(),
+                tokenizer,
+                names,
+                min_prob,
+            )
+    return spans
+
+
+def _token_nlls(logits: Tensor, tokens: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
+
+
+def _extract_spans(
+    ids: list[int],
+    gains: list[float],
+    probs: list[float],
+    tokenizer: Any,
+    names: Sequence[str],
+    min_prob: float,
+) -> list[Span]:
+    """Words that the context made likely, each with those after it that it did too; `gains[i]` is about token `i + 1`."""
+    words = _group_words(
+        [tokenizer.decode(ids[position : position + 1]) for position in range(len(ids))]
+    )
+    is_informative = [
+        max(gains[word[0] - 1 : word[-1]]) >= MIN_GAIN and probs[word[0] - 1] >= min_prob
+        for word in words
+    ]
+    spans = []
+    for index, word in enumerate(words):
+        prompt, last = tokenizer.decode(ids[: word[0]]), index
+        if not is_informative[index] or _completes_name(
+            prompt, tokenizer.decode(ids[word[0] : word[-1] + 1]), names
+        ):
+            continue
+        while (
+            last + 1 < min(len(words), index + MAX_ANSWER_WORDS)
+            and words[last][-1] + 1 == words[last + 1][0]
+        ):
+            first_char = tokenizer.decode(
+                ids[words[last + 1][0] : words[last + 1][-1] + 1]
+            ).strip()[:1]
+            is_atomic = (
+                first_char.isupper() or first_char.isdigit()
+            )  # names and dates are said as a whole
+            if not is_atomic and (min_prob > MIN_PROB or not is_informative[last + 1]):
+                break
+            last += 1
+        answer, subject = (
+            tokenizer.decode(ids[word[0] : words[last][-1] + 1]),
+            _find_subject(prompt, names),
+        )
+        if (
+            subject
+            or len(prompt.split()) > MIN_PROMPT_WORDS
+            or not answer.strip().startswith(tuple(names))
+        ):
+            spans.append(Span(tuple(ids), word[0], words[last][-1], prompt, answer, subject))
+    return spans
+
+
+def _group_words(token_strings: Sequence[str]) -> list[list[int]]:
+    """Numbers of the tokens of each word but the first, without what ends a sentence."""
+    words: list[list[int]] = []
+    for position, token_string in enumerate(token_strings[1:], 1):
+        if SENTENCE_END_PATTERN.search(token_string):
+            words.append([])
+        elif token_string[:1].isspace() or not words:
+            words.append([position])
+        elif words[-1]:
+            words[-1].append(position)
+    return [word for word in words if word and token_strings[word[0]][:1].isspace()]
+
+
+def _completes_name(prompt: str, word: str, names: Sequence[str]) -> bool:
+    """Whether a word is the rest of a name: that somebody of this name is there is no fact about anybody."""
+    return any(
+        prompt.endswith(name[:cut]) and name[cut:].startswith(word.rstrip(",;:'’s"))
+        for name in names
+        for cut in range(1, len(name))
+        if name[cut].isspace()
+    )
+
+
+def _find_subject(prompt: str, names: Sequence[str]) -> str:
+    """Whom a place is about: of the context's names the one said last, else nobody."""
+    mentions = [(prompt.rfind(name), len(name), name) for name in names if name in prompt]
+    return max(mentions)[2] if mentions else ""
+
+
+@torch.no_grad()
+def write_activation_deltas(
+    fact_store: FactStore,
+    teacher: ContextTeacher,
+    spans: Sequence[Span],
+    tag: str,
+    source: str,
+    overwrite: bool = True,
+    false_positive_rate: float = FALSE_POSITIVE_RATE,
+) -> list[WriteResult]:
+    """Write rows for `spans` into a book that has begun: each adds the difference that the context makes after a layer.
+
+    In the last layer that gives what the model with the context says, exactly, wherever a row is read in the state in which
+    it was written.
+
+    Args:
+        wins, rate: as in `Book.take`, `Calibration.reach`.
+    """
+    model, tokenizer, key_layer, value_layer = (
+        fact_store.model,
+        fact_store.tokenizer,
+        fact_store.hooks.key_layer,
+        fact_store.hooks.value_layer,
+    )
+    spans_by_text: dict[tuple[int, ...], list[Span]] = {}
+    for span in spans:
+        spans_by_text.setdefault(span.ids, []).append(span)
+    texts, prepared = sorted(spans_by_text), []
+    for batch in batch_by_length([len(text) for text in texts]):
+        tokens = pad_token_ids([texts[index] for index in batch]).to(
+            next(model.parameters()).device
+        )
+        with disabled(model):
+            base_signals = forward_with_prefix(
+                model, get_prefix_ids(tokenizer), tokens, blocks=True
+            )
+            context_signals = teacher.predict(tokens, blocks=True)
+        deltas = (
+            context_signals.layer_outputs[value_layer] - base_signals.layer_outputs[value_layer]
+        ).float()
+        key_states = base_signals.block_inputs[key_layer].float()
+        probs_after, probs_before = (
+            torch.exp(-_token_nlls(signals.logits, tokens))
+            for signals in (context_signals, base_signals)
+        )
+        for row, index in enumerate(batch):
+            for span in spans_by_text[texts[index]]:
+                positions = slice(span.first - 1, span.last)
+                keys = key_states[row, positions].cpu()
+                thresholds = compute_thresholds(
+                    fact_store.calibration, keys, false_positive_rate, bool(span.subject)
+                )
+                fact = Fact(span.prompt, span.answer, span.subject, tag, source)
+                record = make_record(
+                    tokenizer, fact, span.ids[span.first : span.last + 1], thresholds
+                )
+                query = fact_store.calibration.whiten(keys[:1])[0]
+                prepared.append(
+                    PreparedFact(
+                        record,
+                        keys,
+                        deltas[row, positions].cpu(),
+                        query,
+                        *(
+                            float(probs[row, positions].prod())
+                            for probs in (probs_before, probs_after)
+                        ),
+                    )
+                )
+    return fact_store.write_prepared(prepared, overwrite)
+
+
+def extract_qa_facts(
+    model: PreTrainedModel,
+    teacher: ContextTeacher,
+    tokenizer: Any,
+    texts: Sequence[list[int]],
+    names: Sequence[str],
+    tag: str,
+    source: str,
+) -> list[Fact]:
+    """Questions with answers (`telling.self_asked`) as facts: those that name whom they are about, and whose answer the model
+    finds likelier with the context than without."""
+    qa_parts = [tokenizer.decode(text).partition(ANSWER_PREFIX) for text in texts]
+    facts = [
+        Fact(
+            question + ANSWER_PREFIX.rstrip(),
+            " " + answer.strip(),
+            _find_subject(question, names),
+            tag,
+            source,
+        )
+        for question, _, answer in qa_parts
+        if answer.strip()
+    ]
+    facts = [fact for fact in facts if fact.subject or not names]
+    if not facts:
+        return []
+    questions, device = (
+        [Question(fact.prompt, fact.answer) for fact in facts],
+        next(model.parameters()).device,
+    )
+    with disabled(model):
+        base_scores = score_answers(
+            partial(forward_with_prefix, model, get_prefix_ids(tokenizer)),
+            tokenizer,
+            questions,
+            device,
+        )
+        context_scores = score_answers(teacher.predict, tokenizer, questions, device)
+    return [
+        fact
+        for fact, base_nll, context_nll in zip(
+            facts, base_scores.nlls, context_scores.nlls, strict=True
+        )
+        if base_nll - context_nll >= MIN_GAIN
+    ]
+
+
+def extract_stated_facts(
+    sentences: Sequence[str], names: Sequence[str], tag: str, source: str
+) -> list[Fact]:
+    """What sentences state, of those that state something: a name, a number or the last word, as the answer to what precedes."""
+    facts = []
+    for sentence in sentences:
+        try:
+            fact = parse_fact(sentence, tag=tag, source=source)
+        except UserError:
+            continue
+        facts.append(replace(fact, subject=_find_subject(fact.prompt, names)))
+    return facts
+
+
+def is_subject_recent(tokenizer: Any, prompt: str, subject: str) -> bool:
+    """Whether a row that answers a prompt would still know whom it is about: named not too long before."""
+    return (
+        not subject
+        or len(encode_text(tokenizer, prompt[prompt.rfind(subject) :], add_prefix=False))
+        < SUBJECT_WINDOW
+    )
+
+
+@torch.no_grad()
+def find_false_triggers(
+    fact_store: FactStore, windows: Sequence[Tensor], fact_ids: set[int]
+) -> set[int]:
+    """Which of the facts `ids` answer in unrelated text, windows of token ids `(batch, time)`, where nobody asked for them."""
+    row_ids = fact_store.hooks.memory.rows.ids
+    fired_rows: set[int] = set()
+    for tokens in windows:
+        with record_matches(fact_store.model) as matches:
+            forward_with_activations(fact_store.model, tokens)
+        fired_rows |= {int(row_ids[row]) for match in matches for row in match.rows}
+    return {fact_id for fact_id in fact_ids if fired_rows & set(fact_store.records[fact_id].rows)}
+
+
+FALSE_TRIGGER_TOKENS = 16_384
 """Tokens of each corpus in which rows are listened for: one that answers there is taken out again."""
 
 
-def into_memory(work: Work, student: PreTrainedModel, data: TextData, run: Path, fresh: bool) -> dict[str, Any]:
+def write_context(
+    run_state: ConsolidationRun,
+    student: PreTrainedModel,
+    data: TextDataModule,
+    run_dir: Path,
+    from_scratch: bool,
+) -> dict[str, Any]:
     """Write what the context says into the book of a student in `run`, which is there once all is written; what was written.
 
     Raises:
         UserError: the context says nothing that could be written.
     """
-    with whole_folder(run / "student", put_aside) as folder:  # of a run that goes on all is written again, and the same
-        return _written(work, student, data, run, fresh, folder)
+    with atomic_directory(
+        run_dir / "student", back_up_facts
+    ) as folder:  # of a run that goes on all is written again, and the same
+        return _write_to_folder(run_state, student, data, run_dir, from_scratch, folder)
 
 
-def _written(work: Work, student: PreTrainedModel, data: TextData, run: Path, fresh: bool, folder: Path) -> dict[str, Any]:
-    config = work.config
-    by_gradient = config.context.write == "gradient"
-    (work.base if work.base.config.model_type.startswith("dmt_") else student).save_pretrained(folder)
-    work.tokenizer.save_pretrained(folder)
+def _write_to_folder(
+    run_state: ConsolidationRun,
+    student: PreTrainedModel,
+    data: TextDataModule,
+    run_dir: Path,
+    from_scratch: bool,
+    folder: Path,
+) -> dict[str, Any]:
+    config = run_state.config
+    by_gradient = config.context.row_method == "gradient"
+    (
+        run_state.base if run_state.base.config.model_type.startswith("dmt_") else student
+    ).save_pretrained(folder)
+    run_state.tokenizer.save_pretrained(folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
     source = config.context.file or "context.text"
-    with closing(open_book(folder)) as book:
-        there = set(book.known)
-        spans = [([], []) if by_gradient else _spans(work, which) for which in range(len(work.hearings))]
-        facts = [_facts(work, which, tag, source) if by_gradient else [] for which in range(len(work.hearings))]
+    with closing(open_fact_store(folder)) as fact_store:
+        existing_ids = set(fact_store.records)
+        spans = [
+            ([], []) if by_gradient else _collect_spans(run_state, chunk_index)
+            for chunk_index in range(len(run_state.teachers))
+        ]
+        facts = [
+            _collect_facts(run_state, chunk_index, tag, source) if by_gradient else []
+            for chunk_index in range(len(run_state.teachers))
+        ]
         if not any(facts) and not any(map(any, spans)):
-            raise Refused("the context tells this model nothing that it would not have said anyway, so there is nothing to write")
-        book.begin([], answers=book.model.config.num_hidden_layers - 1)
-        for which, hearing in enumerate(work.hearings):
+            raise NothingToDoError(
+                "the context tells this model nothing that it would not have said anyway, so there is nothing to write"
+            )
+        fact_store.initialize([], value_layer=fact_store.model.config.num_hidden_layers - 1)
+        for chunk_index, teacher in enumerate(run_state.teachers):
             if by_gradient:
-                book.write(facts[which])
+                fact_store.write(facts[chunk_index])
             else:
-                for each, wins in zip(spans[which], (True, False), strict=True):
-                    write_differences(book, hearing, each, tag, source, wins)
-        loose = spoken(book, _unrelated(work, data), set(book.known) - there)
-        book.forget(sorted(loose), "evicted")
-        mine = [fact for number, fact in book.known.items() if number not in there]
-        if config.context.write == "trained" and mine:
-            mine = _trained(work, book, data, run, fresh, mine)
-    rows = sum(len(fact.rows) for fact in mine)
-    size = rows * 2 * 4 * student.config.hidden_size
-    return {"facts": len(mine), "rows": rows, "loose": len(loose), "bytes": size, "tag": tag}
+                for span_group, overwrite in zip(spans[chunk_index], (True, False), strict=True):
+                    write_activation_deltas(fact_store, teacher, span_group, tag, source, overwrite)
+        false_triggers = find_false_triggers(
+            fact_store, _unrelated_batches(run_state, data), set(fact_store.records) - existing_ids
+        )
+        fact_store.forget(sorted(false_triggers), "evicted")
+        new_facts = [
+            fact for fact_id, fact in fact_store.records.items() if fact_id not in existing_ids
+        ]
+        if config.context.row_method == "trained" and new_facts:
+            new_facts = _train_rows(run_state, fact_store, data, run_dir, from_scratch, new_facts)
+    num_rows = sum(len(fact.rows) for fact in new_facts)
+    num_bytes = num_rows * 2 * 4 * student.config.hidden_size
+    return {
+        "facts": len(new_facts),
+        "rows": num_rows,
+        "loose": len(false_triggers),
+        "bytes": num_bytes,
+        "tag": tag,
+    }
 
 
-def _names(work: Work) -> list[str]:
+def _context_names(run_state: ConsolidationRun) -> list[str]:
     """Whom or what the context is about."""
-    return [name for window in work.context.windows for name in window.names]
+    return [name for chunk in run_state.context.chunks for name in chunk.names]
 
 
-def _spans(work: Work, which: int) -> tuple[list[Span], list[Span]]:
+def _collect_spans(run_state: ConsolidationRun, chunk_index: int) -> tuple[list[Span], list[Span]]:
     """What one window told about places in its own sentences, and in what the model asked itself and went on with."""
-    window, settings, names = work.context.windows[which], work.config.context, _names(work)
-    seed, said, asked = work.config.seed * 101 + which, [], []
+    chunk, settings, names = (
+        run_state.context.chunks[chunk_index],
+        run_state.config.context,
+        _context_names(run_state),
+    )
+    seed, continuations, qa_texts = run_state.config.seed * 101 + chunk_index, [], []
     if settings.objective == "generated":
-        said = sampled(work.hearings[which], window, work.tokenizer, settings, seed)
-        asked = self_asked(work.base, window, work.tokenizer, settings, seed)
-    found = []
-    for texts, sure in ((own(window, work.tokenizer), LIKELY), (asked, LIKELY), (said, SURE)):
-        spans = learnt(work.base, work.hearings[which], work.tokenizer, texts, names, sure)
-        found.append([span for span in spans if said_lately(work.tokenizer, span.prompt, span.subject)])
-    more = [span for span in found[1] if span.subject or not names]
-    return found[0], more + [span for span in found[2] if (span.subject or not names) and _stands(work, span)]
+        continuations = sample_continuations(
+            run_state.teachers[chunk_index], chunk, run_state.tokenizer, settings, seed
+        )
+        qa_texts = generate_qa(run_state.base, chunk, run_state.tokenizer, settings, seed)
+    span_lists = []
+    for texts, min_prob in (
+        (encode_sentences(chunk, run_state.tokenizer), MIN_PROB),
+        (qa_texts, MIN_PROB),
+        (continuations, MIN_GENERATED_PROB),
+    ):
+        spans = find_informative_spans(
+            run_state.base,
+            run_state.teachers[chunk_index],
+            run_state.tokenizer,
+            texts,
+            names,
+            min_prob,
+        )
+        span_lists.append(
+            [
+                span
+                for span in spans
+                if is_subject_recent(run_state.tokenizer, span.prompt, span.subject)
+            ]
+        )
+    generated_spans = [span for span in span_lists[1] if span.subject or not names]
+    return span_lists[0], generated_spans + [
+        span
+        for span in span_lists[2]
+        if (span.subject or not names) and _is_stated(run_state, span)
+    ]
 
 
-def _stands(work: Work, span: Span) -> bool:
+def _is_stated(run_state: ConsolidationRun, span: Span) -> bool:
     """Whether the context says so, in a sentence about the same: a model that goes on from it may say anything of anybody."""
-    sentences = (sentence for window in work.context.windows for sentence in window.sentences)
-    return any(span.subject in sentence and span.answer.strip(" ,;") in sentence for sentence in sentences)
+    sentences = (sentence for chunk in run_state.context.chunks for sentence in chunk.sentences)
+    return any(
+        span.subject in sentence and span.answer.strip(" ,;") in sentence for sentence in sentences
+    )
 
 
-def _facts(work: Work, which: int, tag: str, source: str) -> list[Fact]:
+def _collect_facts(
+    run_state: ConsolidationRun, chunk_index: int, tag: str, source: str
+) -> list[Fact]:
     """What a gradient each makes the model sure of: what it asked itself and could answer, and what sentences state."""
-    window, settings, seed = work.context.windows[which], work.config.context, work.config.seed * 101 + which
-    facts = stated(window.sentences, _names(work), tag, source)
+    chunk, settings, seed = (
+        run_state.context.chunks[chunk_index],
+        run_state.config.context,
+        run_state.config.seed * 101 + chunk_index,
+    )
+    facts = extract_stated_facts(chunk.sentences, _context_names(run_state), tag, source)
     if settings.objective == "generated":
-        asked = self_asked(work.base, window, work.tokenizer, settings, seed)
-        facts = told_facts(work.base, work.hearings[which], work.tokenizer, asked, _names(work), tag, source) + facts
-    return [fact for fact in facts if said_lately(work.tokenizer, fact.prompt, fact.subject)]
+        qa_texts = generate_qa(run_state.base, chunk, run_state.tokenizer, settings, seed)
+        facts = (
+            extract_qa_facts(
+                run_state.base,
+                run_state.teachers[chunk_index],
+                run_state.tokenizer,
+                qa_texts,
+                _context_names(run_state),
+                tag,
+                source,
+            )
+            + facts
+        )
+    return [
+        fact for fact in facts if is_subject_recent(run_state.tokenizer, fact.prompt, fact.subject)
+    ]
 
 
-def _unrelated(work: Work, data: TextData) -> list[torch.Tensor]:
+def _unrelated_batches(run_state: ConsolidationRun, data: TextDataModule) -> list[torch.Tensor]:
     """Training windows of every corpus, in which rows of a context should stay silent."""
-    windows = [first_windows(corpus.train, TRIED) for corpus in data.corpora]
-    return [part.to(work.device) for each in windows for part in each.split(work.config.data.micro_batch)]
+    windows_by_corpus = [
+        select_first_windows(corpus.train, FALSE_TRIGGER_TOKENS) for corpus in data.corpora
+    ]
+    return [
+        batch.to(run_state.device)
+        for corpus_windows in windows_by_corpus
+        for batch in corpus_windows.split(run_state.config.data.micro_batch_size)
+    ]
 
 
-def _trained(work: Work, book: Book, data: TextData, run: Path, fresh: bool, facts: list[Told]) -> list[Told]:
+def _train_rows(
+    run_state: ConsolidationRun,
+    fact_store: FactStore,
+    data: TextDataModule,
+    run_dir: Path,
+    from_scratch: bool,
+    facts: list[FactRecord],
+) -> list[FactRecord]:
     """Train what rows of these facts add; in the end they are written anew."""
-    memory = book.overlay.memory
+    memory = fact_store.hooks.memory
     values = nn.Parameter(memory.rows.values.clone())
-    own_rows = {row for fact in facts for row in fact.rows}
-    mine = torch.tensor([int(row) in own_rows for row in memory.rows.ids])
-    values.register_hook(lambda slope: slope * mine.unsqueeze(1))
-    memory.rows = FactRows(**{**vars(memory.rows), "values": values})
-    train(work, book.model, {"rows": values}, work.before, data, run, fresh)
-    at = {int(row): place for place, row in enumerate(memory.rows.ids)}
-    lines = []
+    row_ids = {row for fact in facts for row in fact.rows}
+    row_mask = torch.tensor([int(row) in row_ids for row in memory.rows.ids])
+    values.register_hook(lambda grad: grad * row_mask.unsqueeze(1))
+    memory.rows = EditRows(**{**vars(memory.rows), "values": values})
+    train_student(
+        run_state, fact_store.model, {"rows": values}, run_state.prefix, data, run_dir, from_scratch
+    )
+    row_index = {int(row): index for index, row in enumerate(memory.rows.ids)}
+    prepared = []
     for fact in facts:
-        parts = book.parts(fact.id)
-        trained = torch.stack([values[at[part.row]].detach().cpu() for part in parts])
-        keys = torch.stack([part.key for part in parts])
-        lines.append(Line(replace(fact, id=0, rows=()), keys, trained, book.calibration.compared(keys[:1])[0], 0.0, 1.0))
-    book.forget([fact.id for fact in facts], "replaced")
-    return [outcome.fact for outcome in book.take(lines)]
+        fact_rows = fact_store.get_rows(fact.id)
+        trained = torch.stack(
+            [values[row_index[fact_row.row_id]].detach().cpu() for fact_row in fact_rows]
+        )
+        keys = torch.stack([fact_row.key for fact_row in fact_rows])
+        prepared.append(
+            PreparedFact(
+                replace(fact, id=0, rows=()),
+                keys,
+                trained,
+                fact_store.calibration.whiten(keys[:1])[0],
+                0.0,
+                1.0,
+            )
+        )
+    fact_store.forget([fact.id for fact in facts], "replaced")
+    return [result.fact for result in fact_store.write_prepared(prepared)]

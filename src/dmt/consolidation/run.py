@@ -12,121 +12,190 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dmt.config import Config
-from dmt.consolidation import report
-from dmt.consolidation.asking import check_room, read_questions, share_kept
-from dmt.consolidation.destinations import check_destination, finish, prepare, student_of
-from dmt.consolidation.hearing import Hearing, after
-from dmt.consolidation.reading import read_context
-from dmt.consolidation.report import trains
-from dmt.consolidation.rows import into_memory
-from dmt.consolidation.work import Work, train
-from dmt.data.blocks import TextData, first_windows
-from dmt.data.encoding import start_of
-from dmt.disk import whole_folder
-from dmt.distill.fitting import compute_device, keep_freed_memory
-from dmt.distill.folder import new_run, newest_checkpoint, unless_refused, write_record
-from dmt.distill.timing import measured
-from dmt.evaluate import Tally
-from dmt.facts.opening import load_student
-from dmt.models.books import put_aside
-from dmt.models.loading import SAFELY
-from dmt.models.overlay import overlay_of
-from dmt.models.teacher import load_teacher
-from dmt.pages.curves import read_curves
+from dmt.consolidation.context import read_context
+from dmt.consolidation.module import ConsolidationRun, train_student
+from dmt.consolidation.rows import write_context
+from dmt.consolidation.targets import check_target, make_student, merge_adapters, prepare_student
+from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
+from dmt.editing.fact_store import load_student
+from dmt.evaluation.metrics import FidelityMetrics
+from dmt.evaluation.questions import benefit_retained, check_question_lengths, load_questions
+from dmt.files import atomic_directory
+from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
+from dmt.models.forward import ContextTeacher, forward_with_prefix
+from dmt.models.loading import SAFE_LOADING, load_teacher
+from dmt.report import consolidation
+from dmt.report.compare import read_curves
+from dmt.report.consolidation import needs_training
+from dmt.training.autotune import autotune
+from dmt.training.run_dir import create_run_dir, newest_checkpoint, remove_if_refused, write_record
+from dmt.training.trainer import keep_freed_memory, select_device
 
 
-def consolidate(config: Config, run: Path | None) -> Path:
+def consolidate(config: Config, run_dir: Path | None) -> Path:
     """Read the context, put it where the config says, save and measure; the run's folder."""
-    began = time.perf_counter()
-    base, tokenizer = opened(config.teacher)
-    check_destination(config.context, base)
-    positions, more = base.config.max_position_embeddings, config.context.tokens if config.context.into == "tokens" else 0
-    context = read_context(config.context, tokenizer, positions, more)
-    questions = read_questions(config.context.questions) if config.context.questions else []
-    longest = max(len(window.ids) for window in context.windows)
-    check_room(questions, config.context.questions, tokenizer, positions - longest - more)
-    steps = config.stages.end_to_end_steps if trains(config) else 0
-    block = min(config.data.block, positions - len(start_of(tokenizer)) - more)
+    start_time = time.perf_counter()
+    base, tokenizer = load_base(config.teacher)
+    check_target(config.context, base)
+    max_positions, num_memory_tokens = (
+        base.config.max_position_embeddings,
+        config.context.prompt_length if config.context.target == "prompt" else 0,
+    )
+    context = read_context(config.context, tokenizer, max_positions, num_memory_tokens)
+    questions = load_questions(config.context.questions) if config.context.questions else []
+    max_chunk_len = max(len(chunk.ids) for chunk in context.chunks)
+    check_question_lengths(
+        questions,
+        config.context.questions,
+        tokenizer,
+        max_positions - max_chunk_len - num_memory_tokens,
+    )
+    steps = config.stages.end_to_end_steps if needs_training(config) else 0
+    seq_len = min(
+        config.data.seq_len, max_positions - len(get_prefix_ids(tokenizer)) - num_memory_tokens
+    )
     # Books are read where the processor is; weights and tokens are trained wherever there is something to compute on.
-    accelerator = "cpu" if config.context.into == "memory" else config.trainer.accelerator
-    config = replace(config, data=replace(config.data, block=block), trainer=replace(config.trainer, accelerator=accelerator))
-    base.to(compute_device(config))  # type: ignore[arg-type]
-    data = TextData(config, tokenizer, steps)
+    accelerator = "cpu" if config.context.target == "memory" else config.trainer.accelerator
+    config = replace(
+        config,
+        data=replace(config.data, seq_len=seq_len),
+        trainer=replace(config.trainer, accelerator=accelerator),
+    )
+    base.to(select_device(config))  # type: ignore[arg-type]
+    data = TextDataModule(config, tokenizer, steps)
     data.setup()
     keep_freed_memory()
-    before = start_of(tokenizer)
-    student = student_of(base)
+    prefix = get_prefix_ids(tokenizer)
+    student = make_student(base)
     if steps:
-        config = measured(config, student, data.calibration_windows(block * config.data.micro_batch))
-    elif config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    work = Work(config, base, tokenizer, before, context, questions, [Hearing(base, window.ids) for window in context.windows])
-    fresh = run is None or newest_checkpoint(run) is None
-    run = run or new_run(config)
-    facts = overlay_of(base)
-    report.plan(config, run, context, questions, steps, 0 if facts is None else len(facts))
-    write_record(run, config, {}, begins=True)
-    prepared = time.perf_counter()
-    with unless_refused(run, fresh):
-        found = (into_memory if config.context.into == "memory" else _into_model)(work, student, data, run, fresh)
-    spent = {"prepare": prepared - began, "consolidate": time.perf_counter() - prepared}
-    results = measure(work, run, data) | {"written": found}
-    results["seconds"] = spent | {"measure": time.perf_counter() - began - sum(spent.values())}
-    results["curves"] = read_curves(run)
-    write_record(run, config, results)
-    report.finish(run, config, context, questions, results)
-    return run
+        config = autotune(
+            config, student, data.calibration_windows(seq_len * config.data.micro_batch_size)
+        )
+    elif config.trainer.num_threads:
+        torch.set_num_threads(config.trainer.num_threads)
+    run_state = ConsolidationRun(
+        config,
+        base,
+        tokenizer,
+        prefix,
+        context,
+        questions,
+        [ContextTeacher(base, chunk.ids) for chunk in context.chunks],
+    )
+    from_scratch = run_dir is None or newest_checkpoint(run_dir) is None
+    run_dir = run_dir or create_run_dir(config)
+    fact_overlay = get_fact_hooks(base)
+    consolidation.print_plan(
+        config, run_dir, context, questions, steps, 0 if fact_overlay is None else len(fact_overlay)
+    )
+    write_record(run_dir, config, {}, is_start=True)
+    prepare_end = time.perf_counter()
+    with remove_if_refused(run_dir, from_scratch):
+        write_stats = (write_context if config.context.target == "memory" else _train_into_model)(
+            run_state, student, data, run_dir, from_scratch
+        )
+    durations = {
+        "prepare": prepare_end - start_time,
+        "consolidate": time.perf_counter() - prepare_end,
+    }
+    results = evaluate_student(run_state, run_dir, data) | {"written": write_stats}
+    results["seconds"] = durations | {
+        "measure": time.perf_counter() - start_time - sum(durations.values())
+    }
+    results["curves"] = read_curves(run_dir)
+    write_record(run_dir, config, results)
+    consolidation.write_report(run_dir, config, context, questions, results)
+    return run_dir
 
 
-def opened(source: str) -> tuple[PreTrainedModel, Any]:
+def load_base(source: str) -> tuple[PreTrainedModel, Any]:
     """A teacher, or a saved student with its facts; in eval mode, without gradients."""
     folder = Path(source).expanduser()
-    for place in (folder / "student", folder):
-        if (place / "config.json").is_file() and '"dmt_' in (place / "config.json").read_text(encoding="utf-8", errors="replace"):
-            return load_student(place, f"teacher={source}")
+    for candidate in (folder / "student", folder):
+        if (candidate / "config.json").is_file() and '"dmt_' in (
+            candidate / "config.json"
+        ).read_text(encoding="utf-8", errors="replace"):
+            return load_student(candidate, f"teacher={source}")
     return load_teacher(source)
 
 
-def _into_model(work: Work, student: PreTrainedModel, data: TextData, run: Path, fresh: bool) -> dict[str, Any]:
+def _train_into_model(
+    run_state: ConsolidationRun,
+    student: PreTrainedModel,
+    data: TextDataModule,
+    run_dir: Path,
+    from_scratch: bool,
+) -> dict[str, Any]:
     """Train weights or memory tokens, save the student; what was trained."""
-    config, tokenizer = work.config, work.tokenizer
-    student, chosen = prepare(config, student, tokenizer, work.context.text)
-    after_all = start_of(tokenizer)
-    train(work, student, chosen, after_all, data, run, fresh)
-    weights = sum(parameter.numel() for parameter in chosen.values())
-    student = finish(student.cpu())
-    with whole_folder(run / "student", put_aside) as folder:
+    config, tokenizer = run_state.config, run_state.tokenizer
+    student, trainable = prepare_student(config, student, tokenizer, run_state.context.text)
+    prefix = get_prefix_ids(tokenizer)
+    train_student(run_state, student, trainable, prefix, data, run_dir, from_scratch)
+    num_weights = sum(parameter.numel() for parameter in trainable.values())
+    student = merge_adapters(student.cpu())
+    with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return {"weights": weights, "bytes": 4 * weights}
+    return {"weights": num_weights, "bytes": 4 * num_weights}
 
 
 @torch.no_grad()
-def measure(work: Work, run: Path, data: TextData) -> dict[str, Any]:
+def evaluate_student(
+    run_state: ConsolidationRun, run_dir: Path, data: TextDataModule
+) -> dict[str, Any]:
     """What the student answers that was saved, loaded anew; what unrelated text has become for it; what it costs."""
-    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32, **SAFELY).eval().to(work.device)
-    tokenizer = AutoTokenizer.from_pretrained(run / "student", trust_remote_code=False)
-    before = start_of(tokenizer)
+    student = (
+        AutoModelForCausalLM.from_pretrained(
+            run_dir / "student", dtype=torch.float32, **SAFE_LOADING
+        )
+        .eval()
+        .to(run_state.device)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "student", trust_remote_code=False)
+    prefix = get_prefix_ids(tokenizer)
     results: dict[str, Any] = {"unrelated": {}}
     for corpus in data.corpora:
-        tally = Tally()
-        for windows in first_windows(corpus.test, work.config.data.test_tokens).split(work.config.data.micro_batch):
-            windows = windows.to(work.device)
-            tally.add(after(student, before, windows).logits, after(work.base, work.before, windows).logits, windows)
-        results["unrelated"][corpus.name] = {"kl": tally.kl, "ratio": tally.ratio, "tokens": tally.tokens}
-    if work.questions:
-        said = {"with": work.known(), "without": work.asked(work.base, work.before), "consolidated": work.asked(student, before)}
-        results["answers"] = {name: {"nats": each.nats, "right": each.right} for name, each in said.items()}
-        kinds = {question.kind: None for question in work.questions}
+        metrics = FidelityMetrics()
+        for windows in select_first_windows(corpus.test, run_state.config.data.test_tokens).split(
+            run_state.config.data.micro_batch_size
+        ):
+            windows = windows.to(run_state.device)
+            metrics.update(
+                forward_with_prefix(student, prefix, windows).logits,
+                forward_with_prefix(run_state.base, run_state.prefix, windows).logits,
+                windows,
+            )
+        results["unrelated"][corpus.name] = {
+            "kl": metrics.kl,
+            "ppl_ratio": metrics.ppl_ratio,
+            "tokens": metrics.tokens,
+        }
+    if run_state.questions:
+        scores = {
+            "with": run_state.score_with_context(),
+            "without": run_state.score_questions(run_state.base, run_state.prefix),
+            "consolidated": run_state.score_questions(student, prefix),
+        }
+        results["answers"] = {
+            name: {"nats": score.nlls, "right": score.correct} for name, score in scores.items()
+        }
+        kinds = {question.kind: None for question in run_state.questions}
         for kind in kinds:
-            chosen = [i for i, question in enumerate(work.questions) if question.kind == kind]
-            some = {name: each.of(chosen) for name, each in said.items()}
-            share = share_kept(some["with"], some["without"], some["consolidated"])
+            indices = [
+                index for index, question in enumerate(run_state.questions) if question.kind == kind
+            ]
+            kind_scores = {name: score.select(indices) for name, score in scores.items()}
+            retained = benefit_retained(
+                kind_scores["with"], kind_scores["without"], kind_scores["consolidated"]
+            )
             results.setdefault("kinds", {})[kind] = {
-                "questions": len(chosen),
-                "share": None if math.isnan(share) else share,
-                **{f"log_probability_{name}": each.mean for name, each in some.items()},
-                **{f"recall_{name}": each.recall for name, each in some.items()},
+                "questions": len(indices),
+                "share": None if math.isnan(retained) else retained,
+                **{
+                    f"log_probability_{name}": score.mean_log_prob
+                    for name, score in kind_scores.items()
+                },
+                **{f"recall_{name}": score.recall for name, score in kind_scores.items()},
             }
-        results["cost"] = report.cost(work, student, before)
+        results["cost"] = consolidation.measure_cost(run_state, student, prefix)
     return results

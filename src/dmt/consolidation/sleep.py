@@ -1,4 +1,7 @@
-"""Sleep: what rows say moves into the slots of a new student, and the rows leave; the student of the evening stays as it is."""
+"""Sleep: what rows say moves into the slots of a new student, and the rows leave; the student of the evening stays as it is.
+
+What is gone through in a night: facts told in several ways, and prose. All of it is text, and the model's own answers to it.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +17,39 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmt.consolidation.asking import Question, answers
-from dmt.consolidation.dreaming import sentences_of, tellings, windows
-from dmt.consolidation.hearing import after
-from dmt.consolidation.night import Matter, learn
-from dmt.consolidation.rowing import RowStates
+from dmt.consolidation.replay import build_replay_set, pack_windows, sample_sentences
+from dmt.consolidation.slot_training import RowQueries, TransferData, train_slots
 from dmt.data.corpora import Corpus
-from dmt.data.encoding import start_of
-from dmt.disk import whole_folder
-from dmt.distill.signals import observe
+from dmt.data.windows import get_prefix_ids
+from dmt.editing.fact_store import FactStore, has_fact_store, load_student, open_fact_store
+from dmt.editing.online import describe_rows
 from dmt.errors import UserError
-from dmt.evaluate import compare
-from dmt.facts.book import Book
-from dmt.facts.opening import has_book, load_student, open_book
-from dmt.facts.remembering import rows_about
-from dmt.models.books import BOOK, copy_book
-from dmt.models.fingerprint import fingerprint
-from dmt.models.overlay import lift, overlay_of, silence
-from dmt.models.surgery import associative_of, featural_of
-from dmt.records import Changes, Told
-from dmt.store import Store
-from dmt.store.ledger import SLEPT, Ledger, pass_on
+from dmt.evaluation.metrics import measure_fidelity
+from dmt.evaluation.questions import Question, score_answers
+from dmt.files import atomic_directory
+from dmt.models.conversion import get_associative_memories, get_featural_memories
+from dmt.models.fact_hooks import FACTS_FILE, copy_database, detach, disabled, get_fact_hooks
+from dmt.models.fingerprint import hash_model
+from dmt.models.forward import (
+    forward_with_activations,
+    forward_with_prefix,
+)
+from dmt.store import RowStore
+from dmt.store.facts import CONSOLIDATED, FactTable, rebind_model
+from dmt.store.records import FactRecord, StepChanges
 
-STEPS, RATE = 200, 0.03
+DEFAULT_STEPS, DEFAULT_LR = 200, 0.03
 """Of a night, unless something else is asked for."""
-BLOCK = 256
+MAX_WINDOW_TOKENS = 256
 """Tokens in a window of prose, or as many as the model reads."""
-POOL = 384
+NUM_PROSE_WINDOWS = 384
 """Windows of training text that a night goes through."""
-HELD_OUT = 16_384
+VALIDATION_TOKENS = 16_384
 """Tokens of each corpus's validation text by which it is measured what else has changed."""
 
 
 @dataclass
-class Evening:
+class SlotTransferPlan:
     """A student before it sleeps, and what of its rows is to go into slots.
 
     Attributes:
@@ -59,32 +61,32 @@ class Evening:
     """
 
     folder: Path
-    book: Book
-    facts: list[Told]
-    known: list[Told]
+    fact_store: FactStore
+    facts: list[FactRecord]
+    retained_facts: list[FactRecord]
     rows: dict[int, list[int]]
-    memories: list[int]
+    layers: list[int]
 
 
 @dataclass
-class Night:
+class SlotTransferResult:
     """What became of it."""
 
     facts: int
     rows: int
-    awake: int
+    remaining_rows: int
     recall_before: float
     recall_after: float
-    known: int
-    known_before: float
-    known_after: float
-    rows_kept: dict[int, float]
+    retained: int
+    retained_before: float
+    retained_after: float
+    row_explained_share: dict[int, float]
     kl: dict[str, float]
     seconds: float
     student: str
 
 
-def evening(folder: Path, tag: str | None = None, least: int = 0) -> Evening:
+def plan_slot_transfer(folder: Path, tag: str | None = None, min_hits: int = 0) -> SlotTransferPlan:
     """What is to sleep of a student.
 
     Args:
@@ -94,87 +96,128 @@ def evening(folder: Path, tag: str | None = None, least: int = 0) -> Evening:
     Raises:
         UserError: the student has no slots that may change, or there is nothing like that.
     """
-    book = open_book(folder, read_only=True) if has_book(folder) else Book(*load_student(folder), None)
-    model = book.model
-    memories = _may_change(model)
-    ledger = Ledger(book.store) if book.store is not None else None
-    written = ledger is not None and ledger.exists
-    uses = ledger.uses() if ledger is not None and written and least else {}
+    fact_store = (
+        open_fact_store(folder, read_only=True)
+        if has_fact_store(folder)
+        else FactStore(*load_student(folder), None)
+    )
+    model = fact_store.model
+    layers = _find_trainable_layers(model)
+    fact_table = FactTable(fact_store.db) if fact_store.db is not None else None
+    has_facts = fact_table is not None and fact_table.exists
+    hit_counts = (
+        fact_table.read_usage() if fact_table is not None and has_facts and min_hits else {}
+    )
     facts = [
-        fact for fact in book.known.values()
-        if (tag is None or fact.tag == tag) and (not least or max(uses[row][0] for row in fact.rows) >= least)
-    ]  # fmt: skip
-    rows, memories = _rows(model, memories, tag, least)
+        fact
+        for fact in fact_store.records.values()
+        if (tag is None or fact.tag == tag)
+        and (not min_hits or max(hit_counts[row][0] for row in fact.rows) >= min_hits)
+    ]
+    rows, layers = _select_rows(model, layers, tag, min_hits)
     if not facts and not rows:
-        like = "" if tag is None and not least else " like that"
+        qualifier = "" if tag is None and not min_hits else " like that"
         raise UserError(
-            f"{folder} has no rows{like} to sleep on; write facts with dmt memory write, or see dmt memory list for what there is"
+            f"{folder} has no rows{qualifier} to sleep on; write facts with dmt memory write, or see dmt memory list for what there is"
         )
-    history = [] if ledger is None or not written else [fact for fact in ledger.read(gone=True) if fact.gone == SLEPT]
-    known = _last(history, list(book.known.values()))
-    known = [fact for fact, right in zip(known, said(model, book.tokenizer, known), strict=True) if right]
-    return Evening(folder, book, facts, known, rows, memories)
+    history = (
+        []
+        if fact_table is None or not has_facts
+        else [
+            fact
+            for fact in fact_table.read(include_deleted=True)
+            if fact.deleted_reason == CONSOLIDATED
+        ]
+    )
+    retained = _latest_facts(history, list(fact_store.records.values()))
+    retained = [
+        fact
+        for fact, is_correct in zip(
+            retained, check_facts(model, fact_store.tokenizer, retained), strict=True
+        )
+        if is_correct
+    ]
+    return SlotTransferPlan(folder, fact_store, facts, retained, rows, layers)
 
 
-def _rows(model: PreTrainedModel, memories: Sequence[int], tag: str | None, least: int) -> tuple[dict[int, list[int]], list[int]]:
+def _select_rows(
+    model: PreTrainedModel, layers: Sequence[int], tag: str | None, min_hits: int
+) -> tuple[dict[int, list[int]], list[int]]:
     """Numbers of rows of associative memories that are to go, by layer, and which of `memories` may change for the others."""
-    chosen: dict[int, list[int]] = {}
-    lowest = 0
-    for row in rows_about(model):
-        if row["layer"] in memories and (tag is None or row["tag"] == tag) and row["reads"] >= least:
-            chosen.setdefault(row["layer"], []).append(row["row"])
+    selected: dict[int, list[int]] = {}
+    min_layer = 0
+    for row in describe_rows(model):
+        if (
+            row["layer"] in layers
+            and (tag is None or row["tag"] == tag)
+            and row["reads"] >= min_hits
+        ):
+            selected.setdefault(row["layer"], []).append(row["row"])
         else:
-            lowest = max(lowest, row["layer"])
-    return {layer: ids for layer, ids in chosen.items() if layer >= lowest}, [layer for layer in memories if layer >= lowest]
+            min_layer = max(min_layer, row["layer"])
+    return {layer: row_ids for layer, row_ids in selected.items() if layer >= min_layer}, [
+        layer for layer in layers if layer >= min_layer
+    ]
 
 
-def _may_change(model: PreTrainedModel) -> list[int]:
+def _find_trainable_layers(model: PreTrainedModel) -> list[int]:
     """Layers whose slots may change.
 
     Raises:
         UserError: there are none.
     """
-    found = featural_of(model)
-    if not found:
-        raise UserError("this student has no featural memory, so it has no slots to learn; distil one with python distill.py")
-    if getattr(model.config, "slots", None) or any(memory.is_filed for memory in found.values()):
+    memories = get_featural_memories(model)
+    if not memories:
+        raise UserError(
+            "this student has no featural memory, so it has no slots to learn; distil one with python distill.py"
+        )
+    if getattr(model.config, "external_tensors", None) or any(
+        memory.has_external_tensors for memory in memories.values()
+    ):
         raise UserError(
             "the slots of this student are in a file or in few bits and do not change; sleep on a student distilled with "
-            "memory.disk=none memory.value_type=float32"
+            "memory.offload=none memory.value_dtype=float32"
         )
-    overlay = overlay_of(model)
-    lowest = 0 if overlay is None else overlay.listens
-    if not (chosen := [layer for layer in found if layer >= lowest]):
+    overlay = get_fact_hooks(model)
+    min_layer = 0 if overlay is None else overlay.key_layer
+    if not (layers := [layer for layer in memories if layer >= min_layer]):
         raise UserError(
-            f"facts are heard in layer {lowest}, and the slots of this student are all below it, so they cannot learn them; "
+            f"facts are heard in layer {min_layer}, and the slots of this student are all below it, so they cannot learn them; "
             "distil a student with featural memory in its upper layers"
         )
-    return chosen
+    return layers
 
 
-def _last(history: Sequence[Told], awake: Sequence[Told]) -> list[Told]:
+def _latest_facts(
+    history: Sequence[FactRecord], active_facts: Sequence[FactRecord]
+) -> list[FactRecord]:
     """Of facts in the same words the one told last, unless a row that is awake says something else by now."""
-    asked = {(fact.subject, fact.prompt) for fact in awake}
-    last = {(fact.subject, fact.prompt): fact for fact in history}
-    return [fact for what, fact in last.items() if what not in asked]
+    active_keys = {(fact.subject, fact.prompt) for fact in active_facts}
+    latest = {(fact.subject, fact.prompt): fact for fact in history}
+    return [fact for key, fact in latest.items() if key not in active_keys]
 
 
-def said(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told]) -> list[bool]:
+def check_facts(model: PreTrainedModel, tokenizer: Any, facts: Sequence[FactRecord]) -> list[bool]:
     """Whether each fact is what the model would say."""
     questions = [Question(fact.prompt, fact.answer) for fact in facts]
-    return answers(partial(after, model, start_of(tokenizer)), tokenizer, questions, next(model.parameters()).device).right
+    return score_answers(
+        partial(forward_with_prefix, model, get_prefix_ids(tokenizer)),
+        tokenizer,
+        questions,
+        next(model.parameters()).device,
+    ).correct
 
 
-def sleep(
-    before: Evening,
+def transfer_rows(
+    plan: SlotTransferPlan,
     corpora: Sequence[Corpus],
     output: Path,
-    steps: int = STEPS,
-    lr: float = RATE,
+    steps: int = DEFAULT_STEPS,
+    lr: float = DEFAULT_LR,
     seed: int = 0,
-    told: Callable[[str], None] = lambda _: None,
-    heard: Callable[[int, dict[str, float]], None] = lambda step, found: None,
-) -> Night:
+    on_message: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, found: None,
+) -> SlotTransferResult:
     """Learn, write the new student to `output`, load it and measure it.
 
     Args:
@@ -183,92 +226,164 @@ def sleep(
         told: is given lines about what is going on.
         heard: as in `night.learn`.
     """
-    began = time.perf_counter()
-    book, tokenizer = before.book, before.book.tokenizer
-    teacher = book.model
-    if overlay_of(teacher) is not None:
-        book.overlay.hold([part for fact in before.facts for part in book.parts(fact.id)])  # others are to stay rows
-    student = load_student(before.folder)[0]
-    lift(student)
-    slots = featural_of(student)
-    told("collecting what is to be learnt, and what is to stay ...")
-    drop(student, before.rows)
-    matter = _matter(before, teacher, student, corpora, seed)
-    told(f"{len(matter.new):,} tellings of {len(before.facts):,} facts, {len(matter.known):,} of what was learnt before")
-    learn(teacher, student, {layer: slots[layer] for layer in before.memories}, matter, steps, lr, seed, heard)
-    kept = {layer: states.kept() for layer, states in matter.rows.items()}
-    with whole_folder(output) as folder:
+    start_time = time.perf_counter()
+    fact_store, tokenizer = plan.fact_store, plan.fact_store.tokenizer
+    teacher = fact_store.model
+    if get_fact_hooks(teacher) is not None:
+        fact_store.hooks.set_rows(
+            [fact_row for fact in plan.facts for fact_row in fact_store.get_rows(fact.id)]
+        )  # others are to stay rows
+    student = load_student(plan.folder)[0]
+    detach(student)
+    memories = get_featural_memories(student)
+    on_message("collecting what is to be learnt, and what is to stay ...")
+    drop_rows(student, plan.rows)
+    data = _build_transfer_data(plan, teacher, student, corpora, seed)
+    on_message(
+        f"{len(data.new_examples):,} tellings of {len(plan.facts):,} facts, {len(data.retained_examples):,} of what was learnt before"
+    )
+    train_slots(
+        teacher,
+        student,
+        {layer: memories[layer] for layer in plan.layers},
+        data,
+        steps,
+        lr,
+        seed,
+        on_step,
+    )
+    explained_shares = {
+        layer: queries.explained_share() for layer, queries in data.row_queries.items()
+    }
+    with atomic_directory(output) as folder:
         student.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _pass_book_on(before, student, folder)
-    found = _measure(before, output, corpora)
-    rows = sum(len(fact.rows) for fact in before.facts) + sum(map(len, before.rows.values()))
-    return Night(len(before.facts), rows, rows_kept=kept, seconds=time.perf_counter() - began, student=str(output), **found)
+        _copy_fact_store(plan, student, folder)
+    metrics = _evaluate_transfer(plan, output, corpora)
+    num_rows = sum(len(fact.rows) for fact in plan.facts) + sum(map(len, plan.rows.values()))
+    return SlotTransferResult(
+        len(plan.facts),
+        num_rows,
+        row_explained_share=explained_shares,
+        seconds=time.perf_counter() - start_time,
+        student=str(output),
+        **metrics,
+    )
 
 
-def drop(student: PreTrainedModel, rows: dict[int, list[int]]) -> None:
+def drop_rows(student: PreTrainedModel, rows: dict[int, list[int]]) -> None:
     """Take rows out of a model's associative memories, by layer."""
-    for layer, numbers in rows.items():
-        associative_of(student)[layer].rows.drop(numbers)
+    for layer, row_ids in rows.items():
+        get_associative_memories(student)[layer].rows.delete_rows(row_ids)
 
 
-def _matter(before: Evening, teacher: PreTrainedModel, student: PreTrainedModel, corpora: Sequence[Corpus], seed: int) -> Matter:
-    tokenizer = before.book.tokenizer
-    sentences = sentences_of(corpora, seed)
-    new = tellings(teacher, tokenizer, before.facts, sentences, seed)
-    known = tellings(teacher, tokenizer, before.known, sentences, seed + 1)
-    block = min(BLOCK, teacher.config.max_position_embeddings)
-    texts = [windows(corpus.train, tokenizer, block, POOL // len(corpora), seed) for corpus in corpora]
-    prose = torch.cat(texts)[torch.randperm(sum(map(len, texts)), generator=torch.Generator().manual_seed(seed))]
-    states = _row_states(before, teacher, student, prose)
-    return Matter(new, known, prose, states)
+def _build_transfer_data(
+    plan: SlotTransferPlan,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    corpora: Sequence[Corpus],
+    seed: int,
+) -> TransferData:
+    tokenizer = plan.fact_store.tokenizer
+    sentences = sample_sentences(corpora, seed)
+    new_examples = build_replay_set(teacher, tokenizer, plan.facts, sentences, seed)
+    retained_examples = build_replay_set(
+        teacher, tokenizer, plan.retained_facts, sentences, seed + 1
+    )
+    seq_len = min(MAX_WINDOW_TOKENS, teacher.config.max_position_embeddings)
+    windows_by_corpus = [
+        pack_windows(corpus.train, tokenizer, seq_len, NUM_PROSE_WINDOWS // len(corpora), seed)
+        for corpus in corpora
+    ]
+    prose = torch.cat(windows_by_corpus)[
+        torch.randperm(
+            sum(map(len, windows_by_corpus)), generator=torch.Generator().manual_seed(seed)
+        )
+    ]
+    row_queries = _build_row_queries(plan, teacher, student, prose)
+    return TransferData(new_examples, retained_examples, prose, row_queries)
 
 
-def _row_states(before: Evening, teacher: PreTrainedModel, student: PreTrainedModel, prose: Tensor) -> dict[int, RowStates]:
-    if not before.rows:
+def _build_row_queries(
+    plan: SlotTransferPlan, teacher: PreTrainedModel, student: PreTrainedModel, prose: Tensor
+) -> dict[int, RowQueries]:
+    if not plan.rows:
         return {}
     with torch.no_grad():
-        inputs = observe(student, prose[:8].to(next(student.parameters()).device), blocks=True).block_inputs
-    one, other = associative_of(teacher), associative_of(student)
+        inputs = forward_with_activations(
+            student, prose[:8].to(next(student.parameters()).device), capture_blocks=True
+        ).block_inputs
+    teacher_memories, student_memories = (
+        get_associative_memories(teacher),
+        get_associative_memories(student),
+    )
     return {
-        layer: RowStates(one[layer], other[layer], numbers, inputs[layer].flatten(0, 1)) for layer, numbers in before.rows.items()
+        layer: RowQueries(
+            teacher_memories[layer], student_memories[layer], row_ids, inputs[layer].flatten(0, 1)
+        )
+        for layer, row_ids in plan.rows.items()
     }
 
 
-def _pass_book_on(before: Evening, student: PreTrainedModel, folder: Path) -> None:
+def _copy_fact_store(plan: SlotTransferPlan, student: PreTrainedModel, folder: Path) -> None:
     """Give the new student what was in the evening's book, without the rows that slept; the history says where they are."""
-    if before.book.store is None:
+    if plan.fact_store.db is None:
         return
-    copy_book(before.folder / BOOK, folder / BOOK)
-    with closing(Store(str(folder / BOOK))) as store:
-        ledger = Ledger(store)
-        ledger.leave([fact.id for fact in before.facts], SLEPT)
-        there = {space.name: space for space in store.namespaces()}
-        gone = {there[f"layer_{layer}"]: ids for layer, ids in before.rows.items() if f"layer_{layer}" in there}
-        store.commit("dmt", 0, {space: Changes(removals=[(_numbers(ids), SLEPT)]) for space, ids in gone.items()})
-        pass_on(store, fingerprint(student))
+    copy_database(plan.folder / FACTS_FILE, folder / FACTS_FILE)
+    with closing(RowStore(str(folder / FACTS_FILE))) as store:
+        fact_table = FactTable(store)
+        fact_table.soft_delete([fact.id for fact in plan.facts], CONSOLIDATED)
+        namespaces = {namespace.name: namespace for namespace in store.list_namespaces()}
+        removed = {
+            namespaces[f"layer_{layer}"]: row_ids
+            for layer, row_ids in plan.rows.items()
+            if f"layer_{layer}" in namespaces
+        }
+        store.commit(
+            "dmt",
+            0,
+            {
+                namespace: StepChanges(removals=[(_to_numpy(row_ids), CONSOLIDATED)])
+                for namespace, row_ids in removed.items()
+            },
+        )
+        rebind_model(store, hash_model(student))
 
 
-def _numbers(ids: Sequence[int]) -> Any:
-    return torch.tensor(ids).numpy()
+def _to_numpy(row_ids: Sequence[int]) -> Any:
+    return torch.tensor(row_ids).numpy()
 
 
 @torch.no_grad()
-def _measure(before: Evening, output: Path, corpora: Sequence[Corpus]) -> dict[str, Any]:
+def _evaluate_transfer(
+    plan: SlotTransferPlan, output: Path, corpora: Sequence[Corpus]
+) -> dict[str, Any]:
     """What the student says that was saved, loaded anew, beside the student of the evening."""
-    teacher, tokenizer = load_student(before.folder)
+    teacher, tokenizer = load_student(plan.folder)
     student = load_student(output)[0]
-    block = min(BLOCK, teacher.config.max_position_embeddings)
-    apart = {}
-    with silence(student):
-        alone = [_recall(model, tokenizer, each) for each in (before.facts, before.known) for model in (teacher, student)]
+    seq_len = min(MAX_WINDOW_TOKENS, teacher.config.max_position_embeddings)
+    kl = {}
+    with disabled(student):
+        recalls = [
+            _compute_recall(model, tokenizer, facts)
+            for facts in (plan.facts, plan.retained_facts)
+            for model in (teacher, student)
+        ]
     for corpus in corpora:
-        apart[corpus.name] = compare(student, teacher, windows(corpus.validation, tokenizer, block, HELD_OUT // block)).kl
-    overlay = overlay_of(student)
-    awake = (0 if overlay is None else len(overlay)) + len(rows_about(student))
-    names = ("recall_before", "recall_after", "known_before", "known_after")
-    return dict(zip(names, alone, strict=True)) | {"kl": apart, "awake": awake, "known": len(before.known)}
+        kl[corpus.name] = measure_fidelity(
+            student,
+            teacher,
+            pack_windows(corpus.validation, tokenizer, seq_len, VALIDATION_TOKENS // seq_len),
+        ).kl
+    overlay = get_fact_hooks(student)
+    num_remaining = (0 if overlay is None else len(overlay)) + len(describe_rows(student))
+    recall_names = ("recall_before", "recall_after", "known_before", "known_after")
+    return dict(zip(recall_names, recalls, strict=True)) | {
+        "kl": kl,
+        "awake": num_remaining,
+        "known": len(plan.retained_facts),
+    }
 
 
-def _recall(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Told]) -> float:
-    return sum(said(model, tokenizer, facts)) / len(facts) if facts else 1.0
+def _compute_recall(model: PreTrainedModel, tokenizer: Any, facts: Sequence[FactRecord]) -> float:
+    return sum(check_facts(model, tokenizer, facts)) / len(facts) if facts else 1.0

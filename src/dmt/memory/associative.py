@@ -1,30 +1,143 @@
-"""Associative memory: a layer that remembers. What a token finds among stored rows is added to what a base says."""
+"""Associative memory: a layer that remembers. What a token finds among stored rows is added to what a base says.
+
+Gradients through a search, which has none: straight through, from what came back to what was asked and what was kept.
+
+What a pass through an associative memory leaves behind: what it would like to write, what its reads came to.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmt.memory.admission import Policy, admit
-from dmt.memory.offers import Heard, Offer
-from dmt.memory.rows import Rows
-from dmt.memory.straight_through import returned
-from dmt.memory.together import gathered, gathered_words
-from dmt.records import Changes, Numbers
+from dmt.distributed import all_gather, all_gather_strings, all_reduce_sum
+from dmt.memory.insert_policy import InsertPolicy, apply_insert_policy
+from dmt.memory.row_table import RowTable
+from dmt.store.records import IntArray, StepChanges
 
-WRITES = ("projection", "teacher", "residual")
+
+class _StraightThroughRetrieval(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        recent_keys: Tensor,
+        recent_values: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        origins: Tensor,
+    ) -> Any:
+        ctx.save_for_backward(origins)
+        ctx.kept = recent_keys.shape, recent_values.shape
+        return keys.clone(), values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (origins,) = ctx.saved_tensors
+        grad_keys, grad_values = grad_outputs
+        has_origin = origins >= 0
+        recent_grads = []
+        for shape, grad in zip(ctx.kept, grad_outputs, strict=True):
+            recent_grads.append(
+                grad.new_zeros(shape).index_add(0, origins[has_origin], grad[has_origin])
+            )
+        return grad_keys.sum(1), recent_grads[0], recent_grads[1], grad_keys, grad_values, None
+
+
+def straight_through_rows(
+    queries: Tensor,
+    recent_keys: Tensor,
+    recent_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    origins: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`keys` and `values` as they came out of a store, with a gradient for those who had a part in them.
+
+    A search cannot be differentiated. A key that comes back is the query plus noise, and also the key once inserted
+    plus noise; so each query receives the sum of the gradients of the keys returned to it, an inserted key the gradient
+    of the key it came back as, an inserted value that of the value.
+
+    Args:
+        queries: what was asked, `(n, key width)`.
+        kept_keys, kept_values: what has been inserted, `(m, key width)` and `(m, value width)`, computed once more with
+            the weights of now.
+        keys, values: what came back, `(n, k, key width)` and `(n, k, value width)`.
+        origin: `(n, k)`, which of the m each came from; -1 where it is none of them.
+
+    Source: straight-through estimation, Bengio et al. 2013, arXiv 1308.3432, applied to a store that is searched.
+    """
+    return _StraightThroughRetrieval.apply(
+        queries, recent_keys, recent_values, keys, values, origins
+    )  # type: ignore[no-any-return,no-untyped-call]
+
+
+@dataclass
+class PendingWrites:
+    """What one forward pass would like to write."""
+
+    hidden: Tensor
+    keys: Tensor
+    values: Tensor | None  # where they are taught: not yet
+    base_output: Tensor | None
+    tag: str
+
+    def select_tokens(self, mask: Tensor) -> PendingWrites:
+        """Of the tokens in a mask `(tokens,)`."""
+        values, base_output = (
+            None if tensor is None else tensor[mask] for tensor in (self.values, self.base_output)
+        )
+        return PendingWrites(self.hidden[mask], self.keys[mask], values, base_output, self.tag)
+
+
+@dataclass
+class RetrievalStats:
+    """What reads came to, of all tokens since it was asked for."""
+
+    num_tokens: int = 0
+    null_weight: float = 0.0  # weight that was the base's, summed over tokens
+    nearest_distances: list[Tensor] = field(
+        default_factory=list
+    )  # distance of each token's nearest row
+
+    def all_reduce(self, device: torch.device) -> RetrievalStats:
+        """What this and those of all other processes that train together add up to; all have to ask."""
+        num_tokens, null_weight = all_reduce_sum(
+            torch.tensor([self.num_tokens, self.null_weight], dtype=torch.double)
+        ).tolist()
+        nearest_distances = all_gather(
+            torch.cat(
+                [
+                    torch.zeros(0, device=device),
+                    *(distances.float() for distances in self.nearest_distances),
+                ]
+            )
+        )
+        return RetrievalStats(
+            int(num_tokens), null_weight, [nearest_distances] if len(nearest_distances) else []
+        )
+
+    @property
+    def mean_null_weight(self) -> float:
+        """Of the base in what was said, from 0 to 1."""
+        return self.null_weight / self.num_tokens if self.num_tokens else 1.0
+
+
+VALUE_TARGETS = ("projection", "teacher", "residual")
 """What an inserted value is: learnt from the hidden state, the teacher's answer, or what the base lacks of that."""
-DOUBT = 0.7
+INITIAL_NULL_LOGIT = 0.7
 """Cosine at which a row has, to begin with, the weight of the base: where training led it (EXPERIMENTS.md)."""
-DOUBTS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.2)
+NULL_LOGIT_CANDIDATES = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.2)
 """What `weigh` chooses from; with the last, rows are hardly heard."""
-LATELY = 0.8
+ERROR_DECAY = 0.8
 """Share of what `weigh` knew that still counts after another pass."""
-TAPE = 4_096
+MAX_RECENT_ROWS = 4_096
 """Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
 
 
@@ -57,38 +170,49 @@ class AssociativeMemory(nn.Module):
         width: int,
         k: int,
         base: nn.Module | None,
-        writes: str,
-        policy: Policy,
-        places: int = 0,
+        value_target: str,
+        insert_policy: InsertPolicy,
+        allocated_rows: int = 0,
         index: str = "exact",
-        write_from: float = 0.0,
+        write_start: float = 0.0,
         sharpness: float = 20.0,
     ) -> None:
         super().__init__()
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if writes not in WRITES:
-            raise ValueError(f"writes must be one of {', '.join(WRITES)}, got {writes}")
-        if writes == "residual" and base is None:
-            raise ValueError("writes=residual is what a base lacks; without a base use writes=teacher or projection")
-        self.width, self.k, self.writes, self.policy = width, k, writes, policy
+        if value_target not in VALUE_TARGETS:
+            raise ValueError(
+                f"writes must be one of {', '.join(VALUE_TARGETS)}, got {value_target}"
+            )
+        if value_target == "residual" and base is None:
+            raise ValueError(
+                "writes=residual is what a base lacks; without a base use writes=teacher or projection"
+            )
+        self.width, self.k, self.value_target, self.insert_policy = (
+            width,
+            k,
+            value_target,
+            insert_policy,
+        )
         self.base = base
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value = nn.Linear(width, width) if writes == "projection" else None
+        self.value = nn.Linear(width, width) if value_target == "projection" else None
         self.output = nn.Linear(width, width, bias=False)
         self.log_sharpness = nn.Parameter(torch.empty(()))
-        self.doubt = nn.Parameter(torch.empty(()))
-        self.rows = Rows(width, width, places, index)
-        self.sharpness, self.write_from = sharpness, write_from
+        self.null_logit = nn.Parameter(torch.empty(()))
+        self.rows = RowTable(width, width, allocated_rows, index)
+        self.sharpness, self.write_start = sharpness, write_start
         self.writing = False
         self.tag = ""
-        self.heard: Heard | None = None
-        self._offers: list[Offer] = []
-        self._reads: list[tuple[Tensor, Tensor]] = []
-        self._last_read: tuple[Tensor, Tensor] | None = None
-        self._tried: Tensor | None = None  # squared error of late for each of `DOUBTS`
-        self._tape: Tensor | None = None  # hidden states (m, width) of rows that were written last
-        self._tape_ids: Tensor | None = None  # and their numbers
+        self.retrieval_stats: RetrievalStats | None = None
+        self._pending_writes: list[PendingWrites] = []
+        self._pending_reads: list[tuple[Tensor, Tensor]] = []
+        self._last_retrieval: tuple[Tensor, Tensor] | None = None
+        self._null_logit_errors: Tensor | None = None  # squared error of late for each of `DOUBTS`
+        self._recent_hidden: Tensor | None = (
+            None  # hidden states (m, width) of rows that were written last
+        )
+        self._recent_ids: Tensor | None = None  # and their numbers
         self.reset()
 
     @torch.no_grad()
@@ -100,11 +224,11 @@ class AssociativeMemory(nn.Module):
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
         self.log_sharpness.fill_(math.log(self.sharpness))
-        self.doubt.fill_(DOUBT)
+        self.null_logit.fill_(INITIAL_NULL_LOGIT)
         self.rows.reset()
 
     @torch.no_grad()
-    def centre(self, hidden: Tensor) -> None:
+    def center(self, hidden: Tensor) -> None:
         """Let queries and keys be about the mean of `hidden` `(tokens, width)`: what all have in common tells nobody apart."""
         for projection in (self.query, self.key):
             projection.bias.copy_(-projection.weight @ hidden.mean(0))
@@ -114,121 +238,183 @@ class AssociativeMemory(nn.Module):
         flat = hidden.reshape(-1, self.width)
         base = None if self.base is None else self.base(hidden).reshape(-1, self.width)
         if self.writing:
-            self._offer(flat, None if base is None else base.detach())
-        if self.heard is not None:
-            self.heard.tokens += len(flat)
-            self.heard.of_base += 0 if len(self.rows) else len(flat)
+            self._queue_writes(flat, None if base is None else base.detach())
+        if self.retrieval_stats is not None:
+            self.retrieval_stats.num_tokens += len(flat)
+            self.retrieval_stats.null_weight += 0 if len(self.rows) else len(flat)
         if len(self.rows):
-            return self._read(flat, base).view_as(hidden)
-        return (self.output(torch.zeros_like(flat)) if base is None else base).view_as(hidden)  # in the graph like an answer
+            return self._read_rows(flat, base).view_as(hidden)
+        return (self.output(torch.zeros_like(flat)) if base is None else base).view_as(
+            hidden
+        )  # in the graph like an answer
 
-    def _read(self, hidden: Tensor, base: Tensor | None) -> Tensor:
+    def _read_rows(self, hidden: Tensor, base: Tensor | None) -> Tensor:
         queries = F.normalize(self.query(hidden), dim=-1)
-        found = self.rows.search(queries, self.k)
-        there = found.distances.isfinite()
-        kept_keys, kept_values, origin = self._kept(found.places, there)
-        keys, values = returned(
-            queries, kept_keys, kept_values, self.rows.keys[found.places], self.rows.values[found.places], origin
+        matches = self.rows.search(queries, self.k)
+        valid = matches.distances.isfinite()
+        recent_keys, recent_values, origins = self._project_recent_rows(matches.indices, valid)
+        keys, values = straight_through_rows(
+            queries,
+            recent_keys,
+            recent_values,
+            self.rows.keys[matches.indices],
+            self.rows.values[matches.indices],
+            origins,
         )
-        scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype)).masked_fill(~there, -torch.inf)
-        weights = self._weights(scores)
-        if self.heard is not None:
-            self.heard.of_base += len(weights) - float(weights.detach().sum())
-            self.heard.nearest.append(found.distances[:, 0].sqrt())
+        scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype)).masked_fill(
+            ~valid, -torch.inf
+        )
+        weights = self._compute_weights(scores)
+        if self.retrieval_stats is not None:
+            self.retrieval_stats.null_weight += len(weights) - float(weights.detach().sum())
+            self.retrieval_stats.nearest_distances.append(matches.distances[:, 0].sqrt())
         if self.writing:
-            self._reads.append((found.places[there], weights.detach()[there]))
+            self._pending_reads.append((matches.indices[valid], weights.detach()[valid]))
             if not torch.is_grad_enabled():  # whoever trains does not weigh
-                self._last_read = scores, found.places
-        return self._answer(base, weights, values)
+                self._last_retrieval = scores, matches.indices
+        return self._combine_outputs(base, weights, values)
 
-    def _answer(self, base: Tensor | None, weights: Tensor, values: Tensor) -> Tensor:
+    def _combine_outputs(self, base: Tensor | None, weights: Tensor, values: Tensor) -> Tensor:
         """What rows say and what the base says: all of it beside what it lacks, its share beside whole answers."""
-        said: Tensor = self.output(torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype)))
+        retrieved: Tensor = self.output(
+            torch.einsum("nk,nkw->nw", weights, values.to(weights.dtype))
+        )
         if base is None:
-            return said
-        return said + (base if self.writes != "teacher" else base * (1 - weights.sum(-1, keepdim=True)))
+            return retrieved
+        return retrieved + (
+            base if self.value_target != "teacher" else base * (1 - weights.sum(-1, keepdim=True))
+        )
 
-    def _weights(self, cosines: Tensor, doubt: Tensor | None = None) -> Tensor:
+    def _compute_weights(self, cosines: Tensor, null_logit: Tensor | None = None) -> Tensor:
         """Of rows, `(n, k)`, beside a base that counts like a row of cosine `doubt`, in which training has its say."""
-        doubt = self.doubt if doubt is None else doubt
-        cosines = torch.cat([cosines, doubt.to(cosines.dtype).expand(len(cosines), 1)], dim=1)
+        null_logit = self.null_logit if null_logit is None else null_logit
+        cosines = torch.cat([cosines, null_logit.to(cosines.dtype).expand(len(cosines), 1)], dim=1)
         return (cosines * self.log_sharpness.exp()).softmax(-1)[:, :-1]
 
     @torch.no_grad()
-    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def select_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows are read for `hidden` `(tokens, width)`: places and weights `(tokens, k)`; weight 0 where there was none."""
         queries = F.normalize(self.query(hidden), dim=-1)
-        found = self.rows.search(queries, self.k)
-        cosines = torch.einsum("nd,nkd->nk", queries, self.rows.keys[found.places].to(queries.dtype))
-        return found.places, self._weights(cosines.masked_fill(found.distances.isinf(), -torch.inf))
+        matches = self.rows.search(queries, self.k)
+        cosines = torch.einsum(
+            "nd,nkd->nk", queries, self.rows.keys[matches.indices].to(queries.dtype)
+        )
+        return matches.indices, self._compute_weights(
+            cosines.masked_fill(matches.distances.isinf(), -torch.inf)
+        )
 
-    def _kept(self, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_recent_rows(self, indices: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values last written, made anew by the projections of now, and which of them each place holds."""
-        nobody = torch.full_like(places, -1)
-        if self._tape is None or self._tape_ids is None or not len(self._tape) or not torch.is_grad_enabled():
-            nothing = self.rows.keys.new_zeros(0, self.width)
-            return nothing, nothing, nobody
-        self._tape, self._tape_ids = self._tape.to(places.device), self._tape_ids.to(places.device)
-        ids = self.rows.ids[places]
-        order = self._tape_ids.argsort()
-        at = torch.searchsorted(self._tape_ids[order], ids).clamp_max(len(order) - 1)
-        origin = torch.where((self._tape_ids[order][at] == ids) & there, order[at], nobody)
-        keys = F.normalize(self.key(self._tape), dim=-1)
-        values = torch.zeros_like(keys).detach() if self.value is None else self.value(self._tape)
-        return keys, values, origin
+        no_origin = torch.full_like(indices, -1)
+        if (
+            self._recent_hidden is None
+            or self._recent_ids is None
+            or not len(self._recent_hidden)
+            or not torch.is_grad_enabled()
+        ):
+            no_rows = self.rows.keys.new_zeros(0, self.width)
+            return no_rows, no_rows, no_origin
+        self._recent_hidden, self._recent_ids = (
+            self._recent_hidden.to(indices.device),
+            self._recent_ids.to(indices.device),
+        )
+        row_ids = self.rows.ids[indices]
+        order = self._recent_ids.argsort()
+        sorted_positions = torch.searchsorted(self._recent_ids[order], row_ids).clamp_max(
+            len(order) - 1
+        )
+        origins = torch.where(
+            (self._recent_ids[order][sorted_positions] == row_ids) & valid,
+            order[sorted_positions],
+            no_origin,
+        )
+        keys = F.normalize(self.key(self._recent_hidden), dim=-1)
+        values = (
+            torch.zeros_like(keys).detach()
+            if self.value is None
+            else self.value(self._recent_hidden)
+        )
+        return keys, values, origins
 
     @torch.no_grad()
-    def _offer(self, hidden: Tensor, base: Tensor | None) -> None:
+    def _queue_writes(self, hidden: Tensor, base: Tensor | None) -> None:
         keys = F.normalize(self.key(hidden), dim=-1)
         values = None if self.value is None else self.value(hidden).float()
-        self._offers.append(Offer(hidden.detach(), keys.float(), values, base, self.tag))
+        self._pending_writes.append(
+            PendingWrites(hidden.detach(), keys.float(), values, base, self.tag)
+        )
 
     @torch.no_grad()
-    def teach(self, wanted: Tensor, where: Tensor | None = None) -> None:
+    def set_targets(self, targets: Tensor, mask: Tensor | None = None) -> None:
         """Say what the last pass, which wrote, should have answered: `(..., width)`; nothing where values are projections.
 
         Args:
             where: a mask `(...)` of the tokens that are worth a row; all where it is None.
         """
-        if not self._offers:
+        if not self._pending_writes:
             raise ValueError("teach after a pass that writes")
-        if where is not None:
-            self._offers[-1], wanted = self._offers[-1].only(where.flatten()), wanted.reshape(-1, self.width)[where.flatten()]
-        offer = self._offers[-1]
+        if mask is not None:
+            self._pending_writes[-1], targets = (
+                self._pending_writes[-1].select_tokens(mask.flatten()),
+                targets.reshape(-1, self.width)[mask.flatten()],
+            )
+        pending = self._pending_writes[-1]
         if self.value is None:
-            values = wanted.reshape(-1, self.width).float()
-            offer.values = values if self.writes == "teacher" or offer.base is None else values - offer.base.float()
+            values = targets.reshape(-1, self.width).float()
+            pending.values = (
+                values
+                if self.value_target == "teacher" or pending.base_output is None
+                else values - pending.base_output.float()
+            )
 
     @torch.no_grad()
-    def weigh(self) -> None:
+    def calibrate_null_logit(self) -> None:
         """Set `doubt` to what would have served best lately, on text whose own rows were not there yet; after `teach`.
 
         For whoever reads without training. Few rows then do no harm and many are heard.
         """
-        offers, self._last_read, read = self._offers, None, self._last_read
-        if not offers or offers[-1].values is None or self.value is not None:
+        pending_writes, self._last_retrieval, retrieval = (
+            self._pending_writes,
+            None,
+            self._last_retrieval,
+        )
+        if not pending_writes or pending_writes[-1].values is None or self.value is not None:
             return
-        if read is None:
+        if retrieval is None:
             if not len(self.rows):  # the first ones are hardly heard before they have been judged
-                self.doubt.fill_(DOUBTS[-1])
+                self.null_logit.fill_(NULL_LOGIT_CANDIDATES[-1])
             return
-        offer, (cosines, places) = offers[-1], read
-        values = self.rows.values[places]
-        wanted = offer.values if self.writes == "teacher" or offer.base is None else offer.values + offer.base
+        pending, (cosines, indices) = pending_writes[-1], retrieval
+        values = self.rows.values[indices]
+        targets = (
+            pending.values
+            if self.value_target == "teacher" or pending.base_output is None
+            else pending.values + pending.base_output
+        )
         errors = []
-        for doubt in DOUBTS:
-            weights = self._weights(cosines, torch.tensor(doubt, device=cosines.device))
-            errors.append((wanted - self._answer(offer.base, weights, values).float()).square().sum())
-        tried = torch.stack(errors)
-        self._tried = tried if self._tried is None else LATELY * self._tried.to(tried) + tried
-        self.doubt.fill_(DOUBTS[int(self._tried.argmin())])
+        for candidate in NULL_LOGIT_CANDIDATES:
+            weights = self._compute_weights(cosines, torch.tensor(candidate, device=cosines.device))
+            errors.append(
+                (targets - self._answer(pending.base_output, weights, values).float())
+                .square()
+                .sum()
+            )
+        candidate_errors = torch.stack(errors)
+        self._null_logit_errors = (
+            candidate_errors
+            if self._null_logit_errors is None
+            else ERROR_DECAY * self._null_logit_errors.to(candidate_errors) + candidate_errors
+        )
+        self.null_logit.fill_(NULL_LOGIT_CANDIDATES[int(self._null_logit_errors.argmin())])
 
-    def discard(self) -> None:
+    def drop_pending(self) -> None:
         """Forget what passes since the last step have read and offered: something went wrong in one of them."""
-        self._offers, self._reads, self._last_read = [], [], None
+        self._pending_writes, self._pending_reads, self._last_retrieval = [], [], None
 
     @torch.no_grad()
-    def settle(self, step: int, now: float, take_ids: Callable[[int], Numbers]) -> Changes:
+    def commit_step(
+        self, step: int, now: float, allocate_ids: Callable[[int], IntArray]
+    ) -> StepChanges:
         """End a step: reads are noted, offers come in by the policy; what is to be written down, usage aside.
 
         Of several processes that train together each sees what all read and offer, so all end with the same rows; `now`
@@ -239,38 +425,74 @@ class AssociativeMemory(nn.Module):
             now: seconds since 1970.
             take_ids: gives out numbers that no row has or had.
         """
-        nothing, nowhere = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
-        offers, reads, self._offers, self._reads, self._last_read = self._offers, self._reads, [], [], None
-        if any(each.values is None for each in offers):
-            raise ValueError(f"writes={self.writes} needs the teacher's answer: call `teach` after each pass that writes")
-        places = gathered(torch.cat([nowhere, *(place for place, _ in reads)]))
-        weights = gathered(torch.cat([nothing.new_zeros(0), *(weight.float() for _, weight in reads)]))
-        self.rows.use(places.cpu().numpy(), weights.double().cpu().numpy(), step, now, self.policy.decay)
+        no_states, no_indices = self.rows.keys.new_zeros(0, self.width), self.rows.ids.new_zeros(0)
+        pending_writes, reads, self._pending_writes, self._pending_reads, self._last_retrieval = (
+            self._pending_writes,
+            self._pending_reads,
+            [],
+            [],
+            None,
+        )
+        if any(pending.values is None for pending in pending_writes):
+            raise ValueError(
+                f"writes={self.value_target} needs the teacher's answer: call `teach` after each pass that writes"
+            )
+        indices = all_gather(torch.cat([no_indices, *(read_indices for read_indices, _ in reads)]))
+        weights = all_gather(
+            torch.cat([no_states.new_zeros(0), *(weight.float() for _, weight in reads)])
+        )
+        self.rows.record_reads(
+            indices.cpu().numpy(),
+            weights.double().cpu().numpy(),
+            step,
+            now,
+            self.insert_policy.decay,
+        )
         keys, values, hidden = (
-            gathered(torch.cat([nothing, *(getattr(each, name).float() for each in offers)]))
+            all_gather(
+                torch.cat(
+                    [no_states, *(getattr(pending, name).float() for pending in pending_writes)]
+                )
+            )
             for name in ("keys", "values", "hidden")
         )
-        tags = gathered_words([each.tag for each in offers for _ in range(len(each.keys))])
-        admitted = admit(self.rows, keys, values, tags, self.policy, step, now, take_ids)
-        self._remember(hidden[torch.as_tensor(admitted.offers, device=hidden.device)], admitted.alone)
-        return admitted.changes
+        tags = all_gather_strings(
+            [pending.tag for pending in pending_writes for _ in range(len(pending.keys))]
+        )
+        result = apply_insert_policy(
+            self.rows, keys, values, tags, self.insert_policy, step, now, allocate_ids
+        )
+        self._record_recent_rows(
+            hidden[torch.as_tensor(result.unmerged_candidates, device=hidden.device)],
+            result.unmerged_ids,
+        )
+        return result.changes
 
-    def _remember(self, hidden: Tensor, ids: Numbers) -> None:
+    def _record_recent_rows(self, hidden: Tensor, ids: IntArray) -> None:
         """Keep the hidden states `(n, width)` that the rows numbered `ids` `(n,)` were made from, the last `TAPE` of all."""
-        numbers = torch.as_tensor(ids, device=hidden.device)
-        if self._tape is not None and self._tape_ids is not None:
-            hidden, numbers = torch.cat([self._tape.to(hidden), hidden]), torch.cat([self._tape_ids.to(numbers), numbers])
-        self._tape, self._tape_ids = hidden[-TAPE:], numbers[-TAPE:]
+        row_ids = torch.as_tensor(ids, device=hidden.device)
+        if self._recent_hidden is not None and self._recent_ids is not None:
+            hidden, row_ids = (
+                torch.cat([self._recent_hidden.to(hidden), hidden]),
+                torch.cat([self._recent_ids.to(row_ids), row_ids]),
+            )
+        self._recent_hidden, self._recent_ids = (
+            hidden[-MAX_RECENT_ROWS:],
+            row_ids[-MAX_RECENT_ROWS:],
+        )
 
-    def tape(self) -> tuple[Tensor, Tensor]:
+    def recent_hidden(self) -> tuple[Tensor, Tensor]:
         """Hidden states `(m, width)` that the rows written last were made from, and the rows' numbers `(m,)`."""
-        if self._tape is None or self._tape_ids is None:
+        if self._recent_hidden is None or self._recent_ids is None:
             return torch.zeros(0, self.width), torch.zeros(0, dtype=torch.long)
-        return self._tape.cpu().clone(), self._tape_ids.cpu().clone()
+        return self._recent_hidden.cpu().clone(), self._recent_ids.cpu().clone()
 
-    def set_tape(self, hidden: Tensor, ids: Tensor) -> None:
+    def set_recent_hidden(self, hidden: Tensor, ids: Tensor) -> None:
         """Go on with what `tape` gave."""
-        self._tape, self._tape_ids = hidden.to(self.rows.keys.device), ids.to(self.rows.keys.device)
+        self._recent_hidden, self._recent_ids = (
+            hidden.to(self.rows.keys.device),
+            ids.to(self.rows.keys.device),
+        )
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, k={self.k}, writes={self.writes}, rows={len(self.rows)} of {self.policy.capacity}"
+        return f"width={self.width}, k={self.k}, writes={self.value_target}, rows={len(self.rows)} of {self.insert_policy.capacity}"

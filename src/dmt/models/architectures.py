@@ -29,36 +29,41 @@ class Architecture:
 
     layers: str
     block: str
-    tensors: dict[str, str]
+    tensor_names: dict[str, str]
     transposed: tuple[str, ...]
     activation: str
     backbone: str
-    norm: str
+    final_norm: str
     no_dropout: dict[str, float]
-    positions: str = ""
+    position_embedding: str = ""
 
     @property
     def gated(self) -> bool:
         """Whether a neuron is the product of an activation and a second, linear score."""
-        return "gains" in self.tensors
+        return "gains" in self.tensor_names
 
-    def read(self, block: nn.Module) -> dict[str, Tensor]:
+    def read_tensors(self, block: nn.Module) -> dict[str, Tensor]:
         """A feed-forward block's tensors under the names of a memory's parameters, sharing storage."""
-        there = block.state_dict(keep_vars=True)
-        found = {part: there[name] for part, name in self.tensors.items() if name in there}
-        return {part: tensor.t() if part in self.transposed else tensor for part, tensor in found.items()}
+        state = block.state_dict(keep_vars=True)
+        tensors = {
+            parameter: state[name] for parameter, name in self.tensor_names.items() if name in state
+        }
+        return {
+            parameter: tensor.t() if parameter in self.transposed else tensor
+            for parameter, tensor in tensors.items()
+        }
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Feed-forward blocks of `model` in order, or the memories that stand in their places."""
-        return [layer.get_submodule(self.block) for layer in self.whole_layers(model)]
+        return [layer.get_submodule(self.block) for layer in self.transformer_blocks(model)]
 
-    def whole_layers(self, model: nn.Module) -> nn.ModuleList:
+    def transformer_blocks(self, model: nn.Module) -> nn.ModuleList:
         """Transformer blocks of `model` in order: attention, feed-forward block and what is around them."""
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList), f"{self.layers} is a list of layers"
         return layers
 
-    def replace(self, model: nn.Module, layer: int, block: nn.Module) -> None:
+    def replace_block(self, model: nn.Module, layer: int, block: nn.Module) -> None:
         """Put `block` where layer `layer` has its feed-forward block."""
         setattr(model.get_submodule(f"{self.layers}.{layer}"), self.block, block)
 
@@ -72,18 +77,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         layers="transformer.h",
         block="mlp",
         # Conv1D holds its weight as (in, out): neuron i is column i of the first and row i of the second.
-        tensors={"keys": "c_fc.weight", "key_bias": "c_fc.bias", "values": "c_proj.weight", "output_bias": "c_proj.bias"},
+        tensor_names={
+            "keys": "c_fc.weight",
+            "key_bias": "c_fc.bias",
+            "values": "c_proj.weight",
+            "output_bias": "c_proj.bias",
+        },
         transposed=("keys",),
         activation="activation_function",
         backbone="transformer",
-        norm="transformer.ln_f",
+        final_norm="transformer.ln_f",
         no_dropout={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-        positions="transformer.wpe",
+        position_embedding="transformer.wpe",
     ),
     "llama": Architecture(
         layers="model.layers",
         block="mlp",
-        tensors={
+        tensor_names={
             "keys": "gate_proj.weight",
             "gains": "up_proj.weight",
             "values": "down_proj.weight",
@@ -94,13 +104,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         transposed=("values",),
         activation="hidden_act",
         backbone="model",
-        norm="model.norm",
+        final_norm="model.norm",
         no_dropout={"attention_dropout": 0.0},
     ),
 }
 
 
-def architecture_of(model_type: str) -> Architecture:
+def get_architecture(model_type: str) -> Architecture:
     """The entry of a transformers `model_type`, for a teacher or for a student made from it.
 
     Raises:
@@ -108,5 +118,7 @@ def architecture_of(model_type: str) -> Architecture:
     """
     family = model_type.removeprefix("dmt_")
     if family not in ARCHITECTURES:
-        raise UserError(f"teacher: a model of type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"teacher: a model of type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[family]

@@ -1,4 +1,7 @@
-"""Students as transformers models: `import dmt`, then the Auto classes save, load and generate them as any other."""
+"""Students as transformers models: `import dmt`, then the Auto classes save, load and generate them as any other.
+
+Memory tokens: embeddings that stand before every text and are no words. A model reads them and never says them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,16 +25,69 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from dmt.files import STUDENT_VERSION, check_version
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.memory.admission import Policy
-from dmt.models import slots
-from dmt.models.architectures import architecture_of
-from dmt.models.books import BOOK, attach, carry
-from dmt.models.quick import quicken
-from dmt.models.tokens import MemoryTokens
-from dmt.versions import STUDENT, check_version
+from dmt.memory.insert_policy import InsertPolicy
+from dmt.models import external_tensors
+from dmt.models.architectures import get_architecture
+from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
+from dmt.ops import use_onednn_linear
 
-HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+class MemoryTokenEmbedding(nn.Embedding):
+    """A model's table of embeddings, whose rows the head may share, and `count` more that it does not.
+
+    Args:
+        vocabulary, width: of the table `(vocabulary, width)`.
+        count: memory tokens, `memory` `(count, width)`.
+        first: token id of the first of them, at least as large as that of any word.
+    """
+
+    def __init__(self, vocab_size: int, width: int, count: int, first: int) -> None:
+        super().__init__(vocab_size, width)
+        self.first = first
+        self.memory = nn.Parameter(torch.empty(count, width).normal_(std=0.02))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `(...)` to `(..., width)`."""
+        memory_ids = ids - self.first
+        embeddings = super().forward(ids.clamp_max(min(self.first, self.num_embeddings) - 1))
+        return torch.where(
+            (memory_ids >= 0).unsqueeze(-1),
+            self.memory[memory_ids.clamp_min(0)].to(embeddings.dtype),
+            embeddings,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, memory={len(self.memory)}"
+
+
+def get_memory_tokens(model: PreTrainedModel) -> MemoryTokenEmbedding | None:
+    """A model's memory tokens, where it has any."""
+    embedding = model.get_input_embeddings()
+    return embedding if isinstance(embedding, MemoryTokenEmbedding) else None
+
+
+@torch.no_grad()
+def init_memory_tokens(model: PreTrainedModel, token_ids: Tensor) -> None:
+    """Let memory tokens begin as the embeddings of words with these ids `(n,)`, repeated as often as needed."""
+    embedding = get_memory_tokens(model)
+    assert embedding is not None, "the model has memory tokens"
+    embedding.memory.copy_(
+        embedding.weight[
+            token_ids.repeat(-(-len(embedding.memory) // len(token_ids)))[: len(embedding.memory)]
+        ]
+    )
+
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+)
 """What `from_pretrained` is told about where files come from."""
 
 
@@ -45,9 +101,9 @@ class MemoryGPT2Config(GPT2Config):
     """
 
     model_type = "dmt_gpt2"
-    dmt: int = STUDENT
+    dmt: int = STUDENT_VERSION
     memory: dict | None = None
-    slots: str | None = None
+    external_tensors: str | None = None
     memory_tokens: dict | None = None
 
 
@@ -55,13 +111,13 @@ class MemoryLlamaConfig(LlamaConfig):
     """A Llama's config and its memories, as in `MemoryGPT2Config`."""
 
     model_type = "dmt_llama"
-    dmt: int = STUDENT
+    dmt: int = STUDENT_VERSION
     memory: dict | None = None
-    slots: str | None = None
+    external_tensors: str | None = None
     memory_tokens: dict | None = None
 
 
-class _WithMemories(PreTrainedModel):
+class _MemoryModelMixin(PreTrainedModel):
     # On the inner and the outer model alike: loading asks the one that holds a module how to initialise it.
 
     @torch.no_grad()
@@ -70,65 +126,94 @@ class _WithMemories(PreTrainedModel):
             module.reset()
             return
         super()._init_weights(module)
-        if isinstance(module, MemoryTokens):
+        if isinstance(module, MemoryTokenEmbedding):
             module.memory.normal_(std=0.02)
 
-    def plant(self) -> None:
+    def install_memories(self) -> None:
         """Put the memories that the config names where the feed-forward blocks are."""
         config: Any = self.config
-        check_version(config.dmt, STUDENT, "this student is of version", "distil it anew, or use the dmt that made it")
-        arch = architecture_of(config.model_type)
+        check_version(
+            config.dmt,
+            STUDENT_VERSION,
+            "this student is of version",
+            "distil it anew, or use the dmt that made it",
+        )
+        arch = get_architecture(config.model_type)
         for layer, arguments in (config.memory or {}).items():
-            arch.replace(self, int(layer), _memory(config.hidden_size, arch.gated, arguments))
+            arch.replace_block(
+                self, int(layer), _build_memory(config.hidden_size, arch.gated, arguments)
+            )
         if config.memory_tokens:
-            self.set_input_embeddings(MemoryTokens(config.vocab_size, config.hidden_size, **config.memory_tokens))
-        if config.slots:
-            slots.leave(self)
-        quicken(self)
+            self.set_input_embeddings(
+                MemoryTokenEmbedding(config.vocab_size, config.hidden_size, **config.memory_tokens)
+            )
+        if config.external_tensors:
+            external_tensors.release_model_tensors(self)
+        use_onednn_linear(self)
 
     @classmethod
-    def from_pretrained(cls, place: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As ever; slots in a file of their own, and what a book beside the weights says, facts and rows, are there too."""
-        loaded = super().from_pretrained(place, *given, **named)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.slots:
-            how = {name: named[name] for name in HUB if name in named}
-            file = cached_file(str(place), slots.SLOTS, _raise_exceptions_for_missing_entries=False, **how)
-            slots.take(model, Path(file or Path(str(place)) / slots.SLOTS), model.config.slots)
-        if (book := Path(str(place)) / BOOK).is_file():
-            attach(model, book)
+        if model.config.external_tensors:
+            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            file = cached_file(
+                str(pretrained_model_name_or_path),
+                external_tensors.SLOTS_FILE,
+                _raise_exceptions_for_missing_entries=False,
+                **hub_kwargs,
+            )
+            external_tensors.attach_model_file(
+                model,
+                Path(
+                    file or Path(str(pretrained_model_name_or_path)) / external_tensors.SLOTS_FILE
+                ),
+                model.config.external_tensors,
+            )
+        if (facts_path := Path(str(pretrained_model_name_or_path)) / FACTS_FILE).is_file():
+            load_facts(model, facts_path)
         return loaded
 
-    def save_pretrained(self, place: Any, *given: Any, **named: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As ever; slots in a file of their own, stored rows and facts go along, and the config says what there is of them."""
-        for layer, block in enumerate(architecture_of(self.config.model_type).blocks(self)):
+        for layer, block in enumerate(get_architecture(self.config.model_type).blocks(self)):
             if isinstance(block, AssociativeMemory):
-                self.config.memory[str(layer)]["rows"]["places"] = block.rows.places
-        before, self._keys_to_ignore_on_save = self.config.slots, slots.away(self)
-        self.config.slots = slots.put(self, Path(str(place)))
+                self.config.memory[str(layer)]["rows"]["allocated_rows"] = block.rows.allocated_rows
+        slots_digest, self._keys_to_ignore_on_save = (
+            self.config.external_tensors,
+            external_tensors.external_tensor_names(self),
+        )
+        self.config.external_tensors = external_tensors.save_model_tensors(self, Path(str(save_directory)))
         try:
-            super().save_pretrained(place, *given, **named)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.slots = before  # what is in RAM goes on without the file
-        carry(self, Path(str(place)))
+            self.config.external_tensors = slots_digest  # what is in RAM goes on without the file
+        copy_facts(self, Path(str(save_directory)))
 
 
-def _memory(width: int, gated: bool, arguments: dict[str, Any]) -> nn.Module:
+def _build_memory(width: int, gated: bool, arguments: dict[str, Any]) -> nn.Module:
     """The memory that these arguments of a config describe."""
     if "rows" not in arguments:
         return FeaturalMemory(width=width, gated=gated, **arguments)
     rows = dict(arguments["rows"])
-    base = None if arguments["base"] is None else FeaturalMemory(width=width, gated=gated, **arguments["base"])
-    return AssociativeMemory(width, base=base, policy=Policy(**rows.pop("policy")), **rows)
+    base = (
+        None
+        if arguments["base"] is None
+        else FeaturalMemory(width=width, gated=gated, **arguments["base"])
+    )
+    return AssociativeMemory(
+        width, base=base, insert_policy=InsertPolicy(**rows.pop("insert_policy")), **rows
+    )
 
 
-class MemoryGPT2Model(_WithMemories, GPT2Model):
+class MemoryGPT2Model(_MemoryModelMixin, GPT2Model):
     """The backbone of a student made from a GPT-2."""
 
     config_class = MemoryGPT2Config
 
 
-class MemoryGPT2LMHeadModel(_WithMemories, GPT2LMHeadModel):
+class MemoryGPT2LMHeadModel(_MemoryModelMixin, GPT2LMHeadModel):
     """A GPT-2 with memories in the layers its config names; what `AutoModelForCausalLM` gives for a saved student."""
 
     config_class = MemoryGPT2Config
@@ -137,17 +222,17 @@ class MemoryGPT2LMHeadModel(_WithMemories, GPT2LMHeadModel):
         GPT2PreTrainedModel.__init__(self, config)
         self.transformer = MemoryGPT2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.plant()
+        self.install_memories()
         self.post_init()
 
 
-class MemoryLlamaModel(_WithMemories, LlamaModel):
+class MemoryLlamaModel(_MemoryModelMixin, LlamaModel):
     """The backbone of a student made from a Llama."""
 
     config_class = MemoryLlamaConfig
 
 
-class MemoryLlamaForCausalLM(_WithMemories, LlamaForCausalLM):
+class MemoryLlamaForCausalLM(_MemoryModelMixin, LlamaForCausalLM):
     """A Llama with memories in the layers its config names."""
 
     config_class = MemoryLlamaConfig
@@ -157,24 +242,28 @@ class MemoryLlamaForCausalLM(_WithMemories, LlamaForCausalLM):
         self.model = MemoryLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.plant()
+        self.install_memories()
         self.post_init()
 
 
-STUDENTS: dict[str, tuple[Any, Any]] = {
+STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {
     "gpt2": (MemoryGPT2Config, MemoryGPT2LMHeadModel),
     "llama": (MemoryLlamaConfig, MemoryLlamaForCausalLM),
 }
 """Config and model of a student by the teacher's `model_type`."""
 
-for _config, _model in STUDENTS.values():
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForCausalLM.register(_config, _model)
+for _config_class, _model_class in STUDENT_CLASSES.values():
+    AutoConfig.register(_config_class.model_type, _config_class)
+    AutoModelForCausalLM.register(_config_class, _model_class)
 
 
-def build_student(teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]) -> PreTrainedModel:
+def build_student(
+    teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]
+) -> PreTrainedModel:
     """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
-    config, model = STUDENTS[teacher_config.model_type.removeprefix("dmt_")]
-    left = ("model_type", "architectures", "memory", "dtype", "slots", "dmt")
-    settings = {name: value for name, value in teacher_config.to_dict().items() if name not in left}
-    return model(config(**{**settings, **no_dropout}, memory=memory))
+    config_class, model_class = STUDENT_CLASSES[teacher_config.model_type.removeprefix("dmt_")]
+    excluded = ("model_type", "architectures", "memory", "dtype", "external_tensors", "dmt")
+    settings = {
+        name: value for name, value in teacher_config.to_dict().items() if name not in excluded
+    }
+    return model_class(config_class(**{**settings, **no_dropout}, memory=memory))

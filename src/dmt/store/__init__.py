@@ -1,6 +1,6 @@
 """Where an associative memory keeps its rows: SQL behind a small, batched interface."""
 
-from dmt.records import Changes, Insert, Namespace, Page, Usage
-from dmt.store.store import Store
+from dmt.store.records import Namespace, RowBatch, RowInsert, RowUsage, StepChanges
+from dmt.store.rows import RowStore
 
-__all__ = ["Changes", "Insert", "Namespace", "Page", "Store", "Usage"]
+__all__ = ["StepChanges", "RowInsert", "Namespace", "RowBatch", "RowStore", "RowUsage"]

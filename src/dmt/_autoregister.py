@@ -1,0 +1,44 @@
+"""Make saved students known to transformers' Auto classes without importing transformers.
+
+`import dmt` has to be enough for `AutoModelForCausalLM.from_pretrained(".../student")`, and it must not cost the
+seconds that torch and transformers take, or a misspelled setting would be answered late. So dmt's model classes are
+imported, and register themselves, right after whoever imports transformers has done so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+TRIGGER_MODULE, MODELING_MODULE = "transformers", "dmt.models.modeling"
+
+
+class _RegisteringFinder(MetaPathFinder):
+    """Finds transformers as usual and imports our classes once it is complete."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name == TRIGGER_MODULE else None
+        if spec is None or spec.loader is None:
+            return None
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module: ModuleType) -> None:
+            exec_module(module)
+            import_module(MODELING_MODULE)
+
+        spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_auto_classes() -> None:
+    """Register now where transformers is imported already, else as soon as it is."""
+    if TRIGGER_MODULE in sys.modules:
+        import_module(MODELING_MODULE)
+    elif not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisteringFinder())

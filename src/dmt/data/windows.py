@@ -1,0 +1,274 @@
+"""Documents to windows of token ids, and the order in which training reads them.
+
+What a text begins with, for a model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dmt.config import Config
+from dmt.data.corpora import Corpus, load_corpus
+from dmt.data.synthetic import Probe
+from dmt.errors import UserError
+
+MEMORY_TOKEN_FORMAT = "<|memory_{}|>"
+"""How memory tokens (`models/tokens.py`) are written."""
+
+
+def get_prefix_ids(tokenizer: Any) -> list[int]:
+    """Token ids that stand before a document: the one that ends the document before it, where a tokenizer has one, and memory."""
+    eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    count = getattr(tokenizer, "init_kwargs", {}).get("memory_tokens", 0)
+    return eos_ids + [
+        tokenizer.convert_tokens_to_ids(MEMORY_TOKEN_FORMAT.format(number))
+        for number in range(count)
+    ]
+
+
+TOKENIZE_BATCH_SIZE = 1_000
+"""Documents tokenised at once."""
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """One corpus as windows of token ids `(windows, block)` by split."""
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    probes: list[Probe]
+    unseen_probes: list[Probe]
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCorpus:
+    """Tokenise; documents follow each other with the end-of-text token before each, cut into windows without overlap.
+
+    Raises:
+        UserError: a split is shorter than one window.
+    """
+    splits = {}
+    for split in ("train", "validation", "test"):
+        stream = _token_stream(getattr(corpus, split), tokenizer)
+        if len(stream) < seq_len:
+            raise UserError(
+                f"data.corpora: the {split} part of {corpus.name} has {len(stream)} tokens, fewer than data.seq_len={seq_len}; "
+                "give it more text or set a smaller data.seq_len"
+            )
+        splits[split] = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
+    return TokenizedCorpus(
+        corpus.name, probes=corpus.probes, unseen_probes=corpus.unseen_probes, **splits
+    )
+
+
+def _token_stream(documents: list[str], tokenizer: Any) -> Tensor:
+    start = torch.tensor(get_prefix_ids(tokenizer), dtype=torch.long)
+    chunks = [
+        chunk
+        for ids in _tokenize_documents(documents, tokenizer)
+        for chunk in (start, torch.tensor(ids, dtype=torch.long))
+    ]
+    return torch.cat([torch.empty(0, dtype=torch.long), *chunks])
+
+
+def _tokenize_documents(documents: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document, some documents at a time."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for start in range(0, len(documents), TOKENIZE_BATCH_SIZE):
+        batch = documents[start : start + TOKENIZE_BATCH_SIZE]
+        if backend is None:
+            yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            continue
+        backend.no_truncation()
+        backend.no_padding()
+        # Without the place of each token in the text, which nobody asks for, this takes two thirds of the time.
+        yield from (
+            encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
+        )
+
+
+def select_first_windows(windows: Tensor, tokens: int) -> Tensor:
+    """As many of `windows` `(windows, block)` as `tokens` fill, at least one."""
+    return windows[: max(1, tokens // windows.shape[1])]
+
+
+class WindowDataset(Dataset):
+    """Windows of all corpora one after the other; `numbered`, each comes with its number."""
+
+    def __init__(self, windows: list[Tensor], with_index: bool = False) -> None:
+        self.windows, self.with_index = torch.cat(windows), with_index
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, int]:
+        return (self.windows[index], index) if self.with_index else self.windows[index]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Window numbers of each step: a function of seed and step alone, so a resumed run reads on where it stopped.
+
+    Corpora take turns so that after any number of windows each has had its share to within one window; within a
+    corpus an epoch visits every window once, in an order of its own.
+
+    Args:
+        sizes: windows of each corpus, numbered one after the other.
+        shares: what part of the windows each corpus gives; they sum to one.
+        batch: windows in a step, all processes together.
+        steps: number of steps of the whole run.
+        start: asked for the first step when iteration begins.
+        rank, world: this process takes one of `world` equal parts of a step, so that parts in order are the step.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        mixture_weights: list[float],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        get_first_step: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sizes, self.mixture_weights, self.batch_size, self.steps, self.seed = (
+            sizes,
+            mixture_weights,
+            batch_size,
+            steps,
+            seed,
+        )
+        self.get_first_step, self.rank, self.world_size = get_first_step, rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps  # of the whole run: Lightning counts the steps before a resume as fetched
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first_step = self.get_first_step()
+        offsets = [sum(self.sizes[:c]) for c in range(len(self.sizes))]
+        counts = [0] * len(self.sizes)
+        permutations: dict[int, tuple[int, Tensor]] = {}
+        for step in range(self.steps):
+            indices = []
+            for window_number in range(step * self.batch_size, (step + 1) * self.batch_size):
+                corpus = max(
+                    range(len(self.sizes)),
+                    key=lambda c: self.mixture_weights[c] * (window_number + 1) - counts[c],
+                )
+                epoch, position = divmod(counts[corpus], self.sizes[corpus])
+                counts[corpus] += 1
+                if step < first_step:
+                    continue
+                if permutations.get(corpus, (-1,))[0] != epoch:
+                    generator = torch.Generator().manual_seed(
+                        (self.seed * 1009 + corpus) * 100_003 + epoch
+                    )
+                    permutations[corpus] = (
+                        epoch,
+                        torch.randperm(self.sizes[corpus], generator=generator),
+                    )
+                indices.append(offsets[corpus] + int(permutations[corpus][1][position]))
+            if step >= first_step:
+                rank_size = len(indices) // self.world_size
+                yield indices[self.rank * rank_size : (self.rank + 1) * rank_size]
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Training windows of every corpus mixed by share; validation windows of each corpus apart."""
+
+    def __init__(self, config: Config, tokenizer: Any, steps: int) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.steps = config, tokenizer, steps
+        self.corpora: list[TokenizedCorpus] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.corpora:
+            data = self.config.data
+            self.corpora = [
+                tokenize_corpus(load_corpus(source, self.config.seed), self.tokenizer, data.seq_len)
+                for source in data.corpora
+            ]
+            name_counts = Counter(corpus.name for corpus in self.corpora)
+            if duplicates := [name for name, count in name_counts.items() if count > 1]:
+                raise UserError(
+                    f"data.corpora: two are called {duplicates[0]}, and results are told by name; rename a file or folder"
+                )
+
+    @property
+    def mixture_weights(self) -> list[float]:
+        """What part of the training windows each corpus gives."""
+        weights = self.config.data.mixture_weights or [len(corpus.train) for corpus in self.corpora]
+        return [weight / sum(weights) for weight in weights]
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        sampler = self._make_sampler(
+            get_first_step=lambda: trainer.global_step if trainer else 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+        return DataLoader(
+            self.training_dataset(
+                with_index=self.config.task == "distill" and bool(self.config.logit_cache.dir)
+            ),
+            batch_sampler=sampler,
+        )
+
+    def _make_sampler(self, **kwargs: Any) -> StepSampler:
+        sizes = [len(corpus.train) for corpus in self.corpora]
+        return StepSampler(
+            sizes,
+            self.mixture_weights,
+            self.config.data.batch_size,
+            self.steps,
+            self.config.seed,
+            **kwargs,
+        )
+
+    def training_dataset(self, with_index: bool = False) -> WindowDataset:
+        """Training windows of all corpora."""
+        return WindowDataset([corpus.train for corpus in self.corpora], with_index)
+
+    def window_indices_from(self, step: int) -> list[int]:
+        """Numbers of the training windows that are read from `step` to the last step, each once, ascending."""
+        total = sum(
+            len(corpus.train)
+            for corpus, weight in zip(self.corpora, self.mixture_weights, strict=True)
+            if weight
+        )
+        indices: set[int] = set()
+        for batch in self._make_sampler(get_first_step=lambda: step):
+            indices.update(batch)
+            if len(indices) == total:  # there may be very many steps
+                break
+        return sorted(indices)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        data, trainer = self.config.data, self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        loaders = []
+        for corpus in self.corpora:
+            windows = select_first_windows(corpus.validation, data.validation_tokens)
+            rank_windows = (
+                windows[rank::world_size] if len(windows) >= world_size else windows
+            )  # sums are over processes: means stay right
+            loaders.append(
+                DataLoader(WindowDataset([rank_windows]), batch_size=data.micro_batch_size)
+            )  # type: ignore[arg-type]
+        return loaders
+
+    def calibration_windows(self, tokens: int) -> Tensor:
+        """Training windows `(windows, block)` of at least `tokens` tokens, mixed by share; the same for every process."""
+        count = max(1, -(-tokens // self.config.data.seq_len))
+        sizes = [len(corpus.train) for corpus in self.corpora]
+        sampler = StepSampler(sizes, self.mixture_weights, count, 1, self.config.seed + 1)
+        return self.training_dataset().windows[next(iter(sampler))]

@@ -1,0 +1,156 @@
+"""Before any gradient: measure what dropped slots would have said on average, and keep it in the biases.
+
+How much a model's answer moves when the output of a feed-forward block does: what slots are worth, in nats.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dmt.distillation.losses import LossScales, inlier_mask, outlier_threshold
+from dmt.memory import FeaturalMemory
+from dmt.memory.sparsity_budget import (
+    initialize_threshold,
+    reset_counts,
+    select_thresholded,
+    update_threshold,
+)
+from dmt.models.architectures import get_architecture
+from dmt.models.conversion import get_associative_memories, get_featural_memories
+from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
+
+
+def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> Tensor:
+    """Fisher information of each block's output, `(layers, width, width)`, over token ids `(windows, time)`.
+
+    A small change d of one block's output at one token moves the model's distributions, of that token and those after
+    it, by a KL of about `d F d / 2` nats in all. Sampled: next tokens are drawn from the model itself, and F is the mean
+    outer product of the gradient of their log-probability.
+
+    Source: Amari 1998, section 4 (the metric); Kunstner et al. 2019, arXiv 1905.12558 (why to draw, not take the text's own).
+    """
+    arch = get_architecture(model.config.model_type)
+    total, num_tokens = torch.zeros(()), 0
+    generator = torch.Generator().manual_seed(0)
+    for tokens in windows.split(batch_size):
+        perturbations: list[Tensor] = []
+
+        def perturb(
+            _: nn.Module,
+            __: tuple[Tensor, ...],
+            output: Tensor,
+            perturbations: list[Tensor] = perturbations,
+        ) -> Tensor:
+            perturbations.append(torch.zeros_like(output, requires_grad=True))
+            return output + perturbations[-1]
+
+        hooks = [block.register_forward_hook(perturb) for block in arch.blocks(model)]
+        try:
+            with torch.enable_grad():
+                logits = forward_with_activations(model, tokens).logits.flatten(0, 1).float()
+                # Drawn on the CPU, so that a seed means the same on every device.
+                sampled = torch.multinomial(
+                    logits.detach().softmax(-1).cpu(), 1, generator=generator
+                ).to(logits.device)
+                gradients = torch.autograd.grad(
+                    F.cross_entropy(logits, sampled.flatten(), reduction="sum"), perturbations
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        flat_grads = torch.stack([gradient.flatten(0, -2).float() for gradient in gradients])
+        total, num_tokens = (
+            total.to(flat_grads) + flat_grads.transpose(1, 2) @ flat_grads,
+            num_tokens + tokens.numel(),
+        )
+    return total / num_tokens
+
+
+def symmetric_root(metric: Tensor) -> Tensor:
+    """R with R Rᵀ = `metric`, a symmetric matrix without negative eigenvalues but for rounding: |xR|² is x metric x."""
+    eigenvalues, vectors = torch.linalg.eigh(metric.cpu().double())  # not every device has doubles
+    return (vectors * eigenvalues.clamp(min=0).sqrt()).to(metric)
+
+
+BUDGET_PASSES = 3
+"""Passes through the calibration text in which the shared threshold is moved to where the budget is met."""
+
+
+@torch.no_grad()
+def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> LossScales:
+    """Variances of the teacher's block outputs and last hidden states over token ids `(windows, time)`, outliers left out."""
+    teacher_outputs = forward_teacher(teacher, windows, capture_blocks=True)
+    block_outputs = teacher_outputs.block_outputs
+    return LossScales(
+        torch.stack([_variance(states) for states in block_outputs]),
+        _variance(teacher_outputs.hidden),
+        torch.stack([outlier_threshold(states) for states in block_outputs]),
+    )
+
+
+@torch.no_grad()
+def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
+    """Set slot means and output biases so that each memory's output has the teacher's mean, lowest layer first.
+
+    First the metric that ranks slots and the threshold that memories share, from the teacher's own inputs. Then passes
+    through the student: each memory is set when its input arrives, so the layers above already see its corrected output.
+
+    Source: the bias correction of data-free quantisation (Nagel et al. 2019, arXiv 1906.04721, section 4.2), here for
+        slots that are not read; ranking by deviation from the mean is ours (EXPERIMENTS.md).
+    """
+    teacher_outputs: ForwardOutputs = forward_teacher(teacher, windows, capture_blocks=True)
+    memories = get_featural_memories(student)
+    if any(memory.metric is not None for memory in memories.values()):
+        for layer, metric in enumerate(measure_fisher(teacher, windows)):
+            if layer in memories and memories[layer].metric is not None:
+                memories[layer].metric.copy_(symmetric_root(metric))
+    block_inputs = [
+        teacher_outputs.block_inputs[layer][inlier_mask(teacher_outputs.block_outputs[layer])]
+        for layer in memories
+    ]
+    for memory, hidden in zip(memories.values(), block_inputs, strict=True):
+        memory.calibrate_means(hidden)
+    for layer, associative in get_associative_memories(student).items():
+        associative.center(
+            teacher_outputs.block_inputs[layer][inlier_mask(teacher_outputs.block_outputs[layer])]
+        )
+    initialize_threshold(memories.values(), block_inputs)
+    _calibrate_outputs(student, teacher_outputs, windows)
+    if select_thresholded(memories.values()):
+        reset_counts(memories.values())
+        for _ in range(BUDGET_PASSES):
+            student.train()
+            forward_with_activations(student, windows)
+            student.eval()
+            update_threshold(memories.values(), rate=0.5)
+        _calibrate_outputs(student, teacher_outputs, windows)
+
+
+def _calibrate_outputs(
+    student: PreTrainedModel, teacher_outputs: ForwardOutputs, windows: Tensor
+) -> None:
+    hooks = []
+    for layer, memory in get_featural_memories(student).items():
+
+        def calibrate_memory(
+            memory: nn.Module, args: tuple[Tensor, ...], layer: int = layer
+        ) -> None:
+            assert isinstance(memory, FeaturalMemory), "hooked below"
+            inliers = inlier_mask(teacher_outputs.block_outputs[layer])
+            hidden, target = args[0][inliers], teacher_outputs.block_outputs[layer][inliers]
+            memory.calibrate_means(hidden)
+            memory.compensate(hidden, target - memory.forward(hidden))
+
+        hooks.append(memory.register_forward_pre_hook(calibrate_memory))
+    try:
+        forward_with_activations(student, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _variance(states: Tensor) -> Tensor:
+    return states[inlier_mask(states)].float().var(0, correction=0).sum()

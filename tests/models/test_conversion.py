@@ -1,0 +1,254 @@
+"""Surgery: the clone is the teacher until k is small, and every tensor is accounted for."""
+
+import pytest
+import torch
+from conftest import LAYERS, SLOTS, WIDTH, make_llama, make_teacher
+from transformers import AutoModelForCausalLM
+
+from dmt.config import MemoryConfig
+from dmt.config_io import EMBEDDED_TEACHER_DIR
+from dmt.data.corpora import load_corpus, make_unseen_people
+from dmt.data.synthetic import RELATIONS, make_probe
+from dmt.errors import UserError
+from dmt.evaluation.metrics import measure_recall
+from dmt.memory import FeaturalMemory
+from dmt.models.architectures import get_architecture
+from dmt.models.conversion import convert, get_memories
+from dmt.models.loading import load_teacher
+
+ALL = MemoryConfig(k=SLOTS)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("ranking", ["score", "contribution", "centered"])
+@pytest.mark.parametrize("projections", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])
+def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activation):
+    teacher = make_teacher(activation_function=activation)
+    student, _ = convert(
+        teacher,
+        [MemoryConfig(k=SLOTS, selection=ranking, projections=projections, heads=heads)] * LAYERS,
+    )
+    wanted = logits(teacher, tokens)
+    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [MemoryConfig(k=SLOTS), MemoryConfig(selection="score", k=SLOTS), MemoryConfig()],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mlp_bias": True, "tie_word_embeddings": False}, {"hidden_act": "gelu"}],
+    ids=str,
+)
+def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
+    teacher = make_llama(
+        **changes
+    )  # with the default, k=auto, no slot is left unread before calibration
+    student, report = convert(teacher, [memory] * LAYERS)
+    wanted = logits(teacher, tokens)
+    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+    parts = 6 if "mlp_bias" in changes else 3
+    assert sum(t.status == "memory" for t in report.transfers) == LAYERS * parts
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+def test_any_family_with_random_slots_and_fewer(tokens, family):
+    student, report = convert(
+        family(),
+        [MemoryConfig(init="random", num_slots=32), MemoryConfig(k=4), MemoryConfig(kind="dense")],
+    )
+    assert logits(student, tokens).isfinite().all()
+    assert {t.status for t in report.transfers} == {"copied", "memory", "new", "dropped"}
+
+
+def test_all_slots_equal_the_embedded_teacher():
+    teacher, _ = load_teacher("embedded")
+    student, _ = convert(
+        teacher, [MemoryConfig(k=teacher.config.n_embd * 4)] * teacher.config.n_layer
+    )
+    tokens = torch.randint(0, teacher.config.vocab_size, (2, 128))
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
+
+
+def test_fewer_slots_are_not_the_teacher(teacher, tokens):
+    student, _ = convert(teacher, [MemoryConfig(k=SLOTS // 16)] * LAYERS)
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{"n_inner": 40}, {"tie_word_embeddings": False}], ids=str)
+def test_other_shapes_of_gpt2(tokens, changes, tmp_path):
+    teacher = make_teacher(**changes)
+    slots = changes.get("n_inner", SLOTS)
+    student, _ = convert(teacher, [MemoryConfig(k=slots)] * LAYERS)
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
+    student.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits(student, tokens)
+    )
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("part", ["mlp.values", "mlp.keys", "attn.c_proj.weight"])
+def test_every_layer_matters(teacher, tokens, layer, part):
+    student, _ = convert(teacher, [ALL] * LAYERS)
+    before = logits(student, tokens)
+    with torch.no_grad():
+        student.get_parameter(f"transformer.h.{layer}.{part}").mul_(1.5)
+    assert (logits(student, tokens) - before).abs().max() > 1e-3
+
+
+def test_student_shares_no_storage_with_the_teacher(teacher):
+    student, _ = convert(teacher, [ALL, MemoryConfig(kind="dense"), ALL])
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    assert not theirs & {p.data_ptr() for p in student.parameters()}
+
+
+def test_rules_choose_layers(teacher, tokens):
+    student, report = convert(
+        teacher, [MemoryConfig(kind="dense"), MemoryConfig(k=8), MemoryConfig(k=SLOTS)]
+    )
+    assert {layer: memory.k for layer, memory in get_memories(student).items()} == {1: 8, 2: SLOTS}
+    assert "transformer.h.0.mlp.c_fc.weight" in {
+        t.source for t in report.transfers if t.status == "copied"
+    }
+
+
+def test_report_accounts_for_every_tensor_once(teacher):
+    memories = [
+        MemoryConfig(kind="dense"),
+        MemoryConfig(projections=True),
+        MemoryConfig(init="random", num_slots=32, k=2),
+    ]
+    student, report = convert(teacher, memories)
+    taken = [t.source for t in report.transfers if t.source != "-"]
+    filled = [t.target for t in report.transfers if t.target != "-"]
+    assert sorted(taken) == sorted(teacher.state_dict())
+    assert sorted(filled) == sorted(student.state_dict())
+    fate = {t.source: t.status for t in report.transfers} | {
+        t.target: t.status for t in report.transfers
+    }
+    assert fate["transformer.h.1.mlp.c_fc.weight"] == "memory"
+    assert fate["transformer.h.2.mlp.c_fc.weight"] == "dropped"
+    assert fate["transformer.h.2.mlp.keys"] == "new"
+    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.linear"] == "new"
+    assert fate["lm_head.weight"] == "copied"
+    assert sum(t.elements for t in report.transfers if t.status != "new") == sum(
+        v.numel() for v in teacher.state_dict().values()
+    )
+    copied = [t.elements for t in report.transfers if t.status == "copied"]
+    assert f"{len(copied)} copied ({sum(copied):,} weights)" in report.summary()
+    assert len(report.format_table().splitlines()) == len(report.transfers)
+
+
+def test_a_tensor_without_a_place_is_an_error(teacher):
+    teacher.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(RuntimeError, match="surprise"):
+        convert(teacher, [ALL] * LAYERS)
+
+
+def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
+    monkeypatch.setattr(
+        FeaturalMemory,
+        "state_dict",
+        lambda self, *a, **k: torch.nn.Module.state_dict(self, *a, **k) if a or k else {},
+    )
+    with pytest.raises(RuntimeError, match=r"linear"):
+        convert(teacher, [MemoryConfig(k=4)] * LAYERS)
+
+
+def test_default_k_is_a_sixteenth(teacher):
+    student, _ = convert(
+        teacher, [MemoryConfig(), MemoryConfig(init="random", num_slots=128), MemoryConfig(heads=8)]
+    )
+    assert [memory.k for memory in get_memories(student).values()] == [4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (MemoryConfig(k=SLOTS + 1), rf"memory\.k must be in \[1, {SLOTS}\].*got {SLOTS + 1}"),
+        (MemoryConfig(heads=3, k=3), "heads=3"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
+    with pytest.raises(UserError, match=message):
+        convert(teacher, [memory] * LAYERS)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(UserError, match=r"gelu_fast.*memory\.weighting=relu"):
+        convert(make_teacher(activation_function="gelu_fast"), [MemoryConfig()] * LAYERS)
+
+
+def test_a_student_is_no_teacher(teacher, tokenizer, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="student of dmt already"):
+        load_teacher(str(tmp_path))
+
+
+def test_the_embedded_teacher_knows_its_people():
+    teacher, tokenizer = load_teacher("embedded")
+    assert measure_recall(teacher, tokenizer, load_corpus("biographies").probes[::12]) >= 0.9
+    assert (
+        measure_recall(
+            teacher,
+            tokenizer,
+            [make_probe(p, r, 0) for p in make_unseen_people(4) for r in RELATIONS],
+        )
+        <= 0.1
+    )
+
+
+class _Planted:
+    """A pickle that would make a file where it is loaded."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return open, (str(self.place), "w")
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_pickled_weights_are_never_read(teacher, teacher_folder, tmp_path, planted):
+    trace = tmp_path / "trace"
+    (teacher_folder / "model.safetensors").unlink()
+    torch.save(
+        _Planted(trace) if planted else teacher.state_dict(), teacher_folder / "pytorch_model.bin"
+    )
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_teacher(str(teacher_folder))
+    assert not trace.exists()
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(UserError, match=r"'bert'.*gpt2"):
+        get_architecture("bert")
+
+
+def test_random_memories_differ_from_each_other_and_are_finite(teacher, tokens):
+    student, _ = convert(teacher, [MemoryConfig(init="random", projections=True)] * LAYERS)
+    first, second, _ = get_memories(student).values()
+    assert not torch.equal(first.keys, second.keys)
+    assert logits(student, tokens).isfinite().all()
+    assert first.width == WIDTH
+
+
+def test_teacher_is_frozen_float32_and_embedded_assets_are_small():
+    teacher, _ = load_teacher("embedded")
+    assert not teacher.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in teacher.parameters())
+    assert sum(f.stat().st_size for f in EMBEDDED_TEACHER_DIR.iterdir()) <= 10e6
+    assert not list(EMBEDDED_TEACHER_DIR.glob("*.bin"))

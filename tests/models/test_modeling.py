@@ -1,0 +1,192 @@
+"""The saved student is a transformers model like any other, causal, and equal to the one in memory."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import LAYERS, SLOTS, make_llama, make_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dmt.config import MemoryConfig
+from dmt.models.conversion import convert, get_memories
+from dmt.ops import batched_attention, set_attention
+
+VARIANTS = {
+    "default": MemoryConfig(),
+    "softmax": MemoryConfig(
+        k=None, activation="softmax", selection="score", init="random", projections=True
+    ),
+    "top": MemoryConfig(k=None),
+    "heads": MemoryConfig(heads=2, k=8, selection="contribution", projections=True),
+    "all": MemoryConfig(k=SLOTS),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def student(request, any_teacher):
+    memory = VARIANTS[request.param]
+    if memory.activation == "softmax" and any_teacher.config.model_type == "llama":
+        memory = replace(memory, activation="relu")  # softmax knows no gains
+    model, _ = convert(any_teacher, [memory, MemoryConfig(kind="dense"), memory])
+    with torch.no_grad():  # nothing may be left at a value that a fresh model has too
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        for memory in get_memories(model).values():
+            for buffer in memory.buffers():
+                buffer.copy_(torch.rand_like(buffer) * 0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_equal(student, tokenizer, tokens, tmp_path):
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    assert list(get_memories(loaded)) == [0, 2]
+    names = {file.name for file in tmp_path.iterdir()}
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".ckpt"))]
+    assert AutoTokenizer.from_pretrained(tmp_path)("fox").input_ids == tokenizer("fox").input_ids
+
+
+@torch.no_grad()
+def test_the_future_never_leaks(student, tokens):
+    for position in range(1, tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, position] = (tokens[:, position] + 1) % 300
+        before, after = student(tokens).logits, student(changed).logits
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@torch.no_grad()
+def test_one_sequence_never_sees_another(student, tokens):
+    changed = tokens.clone()
+    changed[1] = (tokens[1] + 1) % 300
+    assert torch.equal(student(tokens).logits[[0, 2]], student(changed).logits[[0, 2]])
+
+
+@torch.no_grad()
+def test_generation_with_and_without_cache_is_equal(student, tokens):
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompts = tokens[:, :8]
+    cached, plain = (
+        student.generate(prompts, attention_mask=torch.ones_like(prompts), use_cache=u, **how)
+        for u in (True, False)
+    )
+    assert torch.equal(cached, plain)
+    assert cached.shape[1] == 20
+
+
+def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer, tmp_path):
+    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    script = (
+        "import sys, dmt; assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, pipeline\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)\n"
+        f"print(AutoConfig.from_pretrained({str(tmp_path)!r}).model_type)\n"
+        f"print(len(pipeline('text-generation', {str(tmp_path)!r})('the fox', max_new_tokens=3)[0]['generated_text']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    name, kind, length = done.stdout.split()
+    assert (name, kind) == ("MemoryGPT2LMHeadModel", "dmt_gpt2")
+    assert int(length) > len("the fox")
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(student, tokens):
+    student.train()
+    plain = torch.autograd.grad(
+        student(tokens, labels=tokens).loss, get_memories(student)[0].values
+    )[0]
+    student.activation_checkpointing_enable({"use_reentrant": False})
+    again = torch.autograd.grad(
+        student(tokens, labels=tokens, use_cache=False).loss, get_memories(student)[0].values
+    )[0]
+    torch.testing.assert_close(again, plain)
+
+
+def test_pipeline_in_process(student, tokenizer):
+    said = pipeline("text-generation", model=student, tokenizer=tokenizer)(
+        "the quick", max_new_tokens=4, do_sample=False
+    )
+    assert said[0]["generated_text"].startswith("the quick")
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+def test_batched_attention_is_the_librarys_in_value_and_gradient(family, tokens):
+    model = family().to(torch.bfloat16).requires_grad_(True)
+    found = {}
+    for name in ("sdpa", "batched"):
+        set_attention(model, name)
+        output = model(tokens, output_hidden_states=True, use_cache=False)
+        gradient = torch.autograd.grad(
+            output.logits.float().square().mean(), model.get_input_embeddings().weight
+        )[0]
+        found[name] = (output.hidden_states[1].float(), gradient.float())
+    exact = family().requires_grad_(True)
+    wanted = exact(tokens, output_hidden_states=True, use_cache=False)
+    gradient = torch.autograd.grad(
+        wanted.logits.square().mean(), exact.get_input_embeddings().weight
+    )[0]
+    for mine, theirs, truth in zip(
+        found["batched"], found["sdpa"], (wanted.hidden_states[1], gradient), strict=True
+    ):
+        assert not torch.equal(mine, theirs), "the other path was taken"
+        assert (mine - truth).norm() <= 1.5 * (theirs - truth).norm()
+
+
+def test_batched_attention_leaves_what_it_is_not_for_to_the_library(teacher, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    for changes in ({}, {"attention_mask": mask}):
+        plain = teacher(tokens, **changes).logits
+        set_attention(teacher, "batched")
+        assert torch.equal(teacher(tokens, **changes).logits, plain)
+        half = teacher.to(torch.bfloat16)
+        if changes:
+            batched = half(tokens, **changes).logits
+            set_attention(teacher, "sdpa")
+            assert torch.equal(half(tokens, **changes).logits, batched)
+        teacher.float()
+        set_attention(teacher, "sdpa")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=str
+)
+def test_batched_attention_scales_as_the_model_says(changes, tokens):
+    found, wanted = make_teacher(**changes).to(torch.bfloat16), make_teacher(**changes)
+    set_attention(found, "batched")
+    given, exact = (
+        model(tokens, output_hidden_states=True).hidden_states[-2].float()
+        for model in (found, wanted)
+    )
+    assert (given - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("longest", "past", "how", "same"),
+    [(6, 0, {}, False), (5, 0, {}, True), (6, 4, {}, True), (6, 0, {"dropout": 0.5}, True)],
+)
+def test_batched_attention_is_for_whole_short_windows_without_dropout(
+    longest, past, how, same, monkeypatch
+):
+    monkeypatch.setattr("dmt.ops.MAX_BATCHED_TOKENS", longest)
+    query, key, value = (
+        torch.randn(2, 4, 6 + more, 8, dtype=torch.bfloat16) for more in (0, past, past)
+    )
+    answers = []
+    for attend in (batched_attention, sdpa_attention_forward):
+        torch.manual_seed(0)
+        answers.append(attend(torch.nn.Module(), query, key, value, None, is_causal=True, **how)[0])
+    assert torch.equal(*answers) == same
+    torch.testing.assert_close(*answers, rtol=0.05, atol=0.05)

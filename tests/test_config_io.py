@@ -1,0 +1,770 @@
+"""Whatever is typed ends in a checked `Config` or in one line that says what to type instead."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+
+import dmt
+from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, StudentConfig
+from dmt.config_io import (
+    EMBEDDED_TEACHER_DIR,
+    check_config,
+    describe_settings,
+    load_config,
+    read_teacher_shape,
+    resolve_layer_memories,
+    save_config,
+    select_layers,
+)
+from dmt.errors import UserError
+
+SHAPE = {"n_layer": 4, "n_embd": 128, "n_positions": 256}  # so 512 neurons in a block
+KEYS = [
+    f"{group.name}.{member.name}" if member else group.name
+    for group in fields(Config)
+    for member in (
+        fields(getattr(Config(), group.name))
+        if is_dataclass(getattr(Config(), group.name))
+        else (None,)
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    """A teacher that is only a config.json: settings need no more of it."""
+    folder = tmp_path_factory.mktemp("shaped")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return f"teacher={folder}"
+
+
+def refusal(*words, file=None) -> str:
+    """The one line that `words` are refused with."""
+    with pytest.raises(UserError) as refused:
+        load_config(file, words)
+    message = str(refused.value)
+    assert message.isprintable(), f"not one line: {message!r}"
+    assert len(message) < 400, "nobody reads more"
+    return message
+
+
+def written(folder: Path, content: str | bytes) -> Path:
+    file = folder / "differences.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+# --- wrong words ------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    # types
+    ("memory.k=three", "memory.k must be a whole number, auto or empty, got three"),
+    ("memory.k=3.5", "memory.k must be a whole number, auto or empty, got 3.5"),
+    ("memory.k=nan", "memory.k must be a whole number, auto or empty, got nan"),
+    ("memory.k=true", "memory.k must be a whole number, auto or empty, got true"),
+    ("memory.k=[3]", "memory.k must be a whole number, auto or empty, got [3]"),
+    ("memory.k=???", "memory.k must be a whole number, auto or empty, got ???"),
+    ("seed=", "seed must be a whole number, got nothing"),
+    ("seed=null", "seed must be a whole number, got nothing"),
+    ("seed=1e3", "seed must be a whole number, got 1000.0; write 1000"),
+    (
+        "seed=99999999999999999999",
+        "seed must be a whole number, got 99999999999999999999; it is too large",
+    ),
+    ("loss.kl=much", "loss.kl must be a number, got much"),
+    ("loss.kl=1,5", "loss.kl must be a number, got 1,5"),
+    ("loss.kl=true", "loss.kl must be a number, got true"),
+    ("loss.kl=nan", "loss.kl must be a number, got nan; it must be finite"),
+    ("loss.kl=inf", "loss.kl must be a number, got inf; it must be finite"),
+    ("optim.grad_clip=.inf", "optim.grad_clip must be a number, got inf; it must be finite"),
+    ("memory.projections=maybe", "memory.projections must be true or false, got maybe"),
+    ("memory.projections=3", "memory.projections must be true or false, got 3"),
+    ("teacher=", "teacher must be text, got nothing"),
+    ("teacher=''", "teacher must be text, got ''"),
+    ("teacher=[gpt2]", "teacher must be text, got [gpt2]"),
+    ("teacher=1.5", "teacher must be text, got 1.5; put it in quotes"),
+    ('teacher="a\\nb"', "teacher must be text, got 'a\\nb'"),
+    (
+        "teacher=${oc.env:HOME}",
+        "teacher must be text, got ${oc.env:HOME}; ${...} is not filled in here, write the value itself",
+    ),
+    (
+        "loss.kl=${loss.ce}",
+        "loss.kl must be a number, got ${loss.ce}; ${...} is not filled in here, write the value itself",
+    ),
+    ("teacher=${", "cannot read teacher=${: ${...} is not filled in here, write the value itself"),
+    # choices
+    (
+        "memory.activation=sofmax",
+        "memory.activation must be one of activation, relu, softmax, distance, got sofmax",
+    ),
+    (
+        "memory.activation=3",
+        "memory.activation must be one of activation, relu, softmax, distance, got 3",
+    ),
+    (
+        "memory.search=approximate",
+        "memory.search must be one of exact, int8, ivf, product, got approximate",
+    ),
+    ("task=", "task must be one of distill, consolidate, pretrain, got nothing"),
+    # lists
+    (
+        "data.corpora=speeches",
+        "data.corpora must be a list such as [speeches, biographies], got speeches; write data.corpora=[speeches]",
+    ),
+    ("data.corpora=", "data.corpora must be a list such as [speeches, biographies], got nothing"),
+    (
+        "data.corpora=[]",
+        "data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>",
+    ),
+    ("data.corpora=[speeches,[a]]", "data.corpora[1] must be text, got [a]"),
+    (
+        "data.mixture_weights=3",
+        "data.mixture_weights must be a list of numbers such as [3, 1], got 3",
+    ),
+    ("data.mixture_weights=[1,a]", "data.mixture_weights[1] must be a number, got a"),
+    (
+        "data.mixture_weights=[1,inf]",
+        "data.mixture_weights[1] must be a number, got inf; it must be finite",
+    ),
+    (
+        "data.mixture_weights=[1]",
+        "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got [1.0]",
+    ),
+    (
+        "data.mixture_weights=[1,-1]",
+        "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got [1.0, -1.0]",
+    ),
+    (
+        "data.mixture_weights=[0,0]",
+        "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got [0.0, 0.0]",
+    ),
+    (
+        "student.layer_overrides={k: 3}",
+        "student.layer_overrides must be a list of rules such as [{layers: 0-1, memory: {k: 64}}], got {k: 3}",
+    ),
+    (
+        "student.layer_overrides=[3]",
+        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got 3",
+    ),
+    # keys
+    ("memory.wieghting=relu", "memory.wieghting is not a setting; did you mean memory.activation?"),
+    ("memry.k=3", "memry.k is not a setting; did you mean memory.k?"),
+    ("k=3", "k is not a setting; did you mean memory.k?"),
+    ("memory.k.x=3", "memory.k.x is not a setting; did you mean memory.k"),
+    ("data.corpora[0]=x", "data.corpora[0] is not a setting; did you mean data.corpora"),
+    ("memory..k=3", "memory..k is not a setting; did you mean memory.k?"),
+    (".=3", ". is not a setting; --help lists them"),
+    ("colour=3", "colour is not a setting; --help lists them"),
+    ("a\nb=3", "'a\\nb' is not a setting; --help lists them"),
+    ("memory=3", "memory is a group of settings such as memory.kind, got 3; --help lists them"),
+    (
+        "memory=",
+        "memory is a group of settings such as memory.kind, got nothing; --help lists them",
+    ),
+    ("memory={kk: 3}", "memory.kk is not a setting; did you mean memory.k?"),
+    (
+        "memory.k",
+        "cannot read memory.k: a setting is written key=value, as in memory.k=64; --help lists them",
+    ),
+    ("=3", "cannot read =3: a setting is written key=value, as in memory.k=64; --help lists them"),
+    ("", "cannot read '': a setting is written key=value, as in memory.k=64; --help lists them"),
+    # YAML inside a word
+    (
+        "memory.k=[",
+        "cannot read memory.k=[: not valid YAML (did not find expected node content); mend or quote it",
+    ),
+    (
+        "teacher=a: b: c",
+        "cannot read teacher=a: b: c: not valid YAML (mapping values are not allowed in this context)",
+    ),
+    (
+        "teacher=!!python/name:os.system x",
+        "cannot read teacher=!!python/name:os.system x: not valid YAML",
+    ),
+    ("teacher=\0", "cannot read teacher='\\x00': not valid YAML"),
+    ("data.corpora=" + "[" * 3000, "not valid YAML"),
+    ("data.corpora=" + "[" * 3000 + "]" * 3000, "not valid YAML"),
+    ("seed=" + "9" * 5000, "cannot read seed=999"),
+    # ranges
+    ("memory.k=0", "memory.k must be at least 1, got 0"),
+    ("stages.k_warmup_factor=0.5", "stages.k_warmup_factor must be at least 1, got 0.5"),
+    ("optim.value_lr_scale=-1", "optim.value_lr_scale must be at least 0, got -1.0"),
+    ("memory.mean_k=0", "memory.mean_k must be at least 1, got 0"),
+    ("memory.k=-3", "memory.k must be at least 1, got -3"),
+    ("memory.heads=0", "memory.heads must be at least 1, got 0"),
+    ("seed=-1", "seed must be at least 0, got -1"),
+    ("seed=4294967296", "seed must be in [0, 4294967295], got 4294967296"),
+    ("loss.kl=-0.5", "loss.kl must be at least 0, got -0.5"),
+    ("loss.temperature=0", "loss.temperature must be a positive number, got 0.0"),
+    ("stages.end_to_end_lr=-1e-3", "stages.end_to_end_lr must be a positive number, got -0.001"),
+    ("optim.beta2=1", "optim.beta2 must be in [0, 1), got 1.0"),
+    ("optim.beta1=-0.1", "optim.beta1 must be in [0, 1), got -0.1"),
+    ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be in [0, 1], a share of the peak, got 2.0"),
+    ("data.seq_len=1", "data.seq_len must be at least 2, got 1"),
+    ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
+    ("trainer.devices=0", "trainer.devices must be at least 1, got 0"),
+    ("pretrain.vocabulary=100", "pretrain.vocabulary must be at least 257, got 100"),
+    (
+        "trainer.log_dir=~no-such-person/x",
+        "trainer.log_dir=~no-such-person/x begins with a home folder that is not there",
+    ),
+    (
+        "data.corpora=[~no-such-person]",
+        "data.corpora=~no-such-person begins with a home folder that is not there",
+    ),
+    (
+        "teacher=~no-such-person",
+        "teacher=~no-such-person begins with a home folder that is not there",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    WRONG,
+    ids=[word[:40].encode("unicode_escape").decode() for word, _ in WRONG],
+)
+def test_a_wrong_word_is_refused_in_one_line_that_says_what_is_accepted(word, message):
+    assert message in refusal(word)
+
+
+CONTRADICTIONS = [
+    (["memory.k=600"], "memory.k must be in [1, memory.num_slots=512], got 600"),
+    (
+        ["memory.num_slots=32", "memory.k=33", "memory.init=random"],
+        "memory.k must be in [1, memory.num_slots=32], got 33",
+    ),
+    (["memory.heads=3"], "memory.num_slots=512 must be a multiple of memory.heads=3"),
+    (["memory.heads=2"], "memory.heads=2 share out k, which memory.k=auto does not"),
+    (["loss.revive=1", "memory.projections=true"], "loss.revive would move projections"),
+    (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
+    (
+        ["memory.num_slots=256", "memory.k=300"],
+        "memory.k must be in [1, memory.num_slots=256], got 300",
+    ),
+    (
+        ["loss.revive=1", "memory.activation=softmax", "memory.selection=score", "memory.k="],
+        "loss.revive needs a weight per slot",
+    ),
+    (["memory.mean_k=600"], "memory.mean_k must be in [1, memory.num_slots=512], got 600"),
+    (
+        ["memory.k=8", "memory.mean_k=8"],
+        "memory.mean_k is spent by memory.k=auto alone, got memory.k=8",
+    ),
+    (
+        ["memory.selection=score"],
+        "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k to a number",
+    ),
+    (
+        ["stages.calibration_tokens=0"],
+        "memory.k=auto is settled by calibration, got stages.calibration_tokens=0",
+    ),
+    (
+        ["memory.activation=softmax"],
+        "memory.selection=contribution needs a weight per slot, which memory.activation=softmax has not",
+    ),
+    (
+        [
+            "memory.activation=distance",
+            "memory.selection=score",
+            "memory.gradient=straight_through",
+        ],
+        "memory.gradient=straight_through needs memory.activation=block or relu, got distance",
+    ),
+    (["data.seq_len=257"], "data.seq_len=257 is longer than the 256 positions of teacher="),
+    (
+        ["data.batch_size=7", "trainer.devices=2"],
+        "data.batch_size=7 must be a multiple of trainer.devices=2",
+    ),
+    (
+        ["task=consolidate", "context.text=a", "trainer.devices=2"],
+        "trainer.devices must be 1 with task=consolidate, got 2",
+    ),
+    (
+        ["loss.kl=0", "loss.hidden_mse=0", "loss.block_fvu=0"],
+        "every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1",
+    ),
+    (
+        ["stages.calibration_tokens=0", "stages.layerwise_steps=0", "stages.end_to_end_steps=0"],
+        "every stage is 0, nothing would happen; set stages.end_to_end_steps, say",
+    ),
+    (
+        ["task=pretrain", "pretrain.heads=3"],
+        "pretrain.width=128 must be a multiple of pretrain.heads=3",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), CONTRADICTIONS, ids=[" ".join(words) for words, _ in CONTRADICTIONS]
+)
+def test_settings_that_contradict_each_other_are_refused(shaped, words, message):
+    assert message in refusal(shaped, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["memory.k=512"],
+        ["memory.num_slots=32", "memory.k=32", "memory.init=random"],
+        ["memory.heads=4", "memory.k=8"],
+        ["memory.heads=2", "memory.projections=true"],
+        ["memory.mean_k=8", "student.layer_overrides=[{layers: 1, memory: {k: 4}}]"],
+        ["student.layer_overrides=[{layers: 0, memory: {kind: dense, mean_k: 8}}]"],
+        ["student.layer_overrides=[{layers: 0, memory: {k: 8, selection: score, metric: plain}}]"],
+        ["memory.activation=softmax", "memory.selection=score", "memory.k="],
+        ["data.seq_len=256"],
+        ["data.batch_size=8", "data.micro_batch_size=4"],
+        ["data.batch_size=6"],
+        ["data.batch_size=2", "data.micro_batch_size=8"],
+        ["loss.kl=0", "loss.hidden_cosine=1"],
+        ["loss.kl=0", "stages.end_to_end_steps=0"],
+        ["optim.min_lr_ratio=1"],
+        ["seed=4294967295"],
+    ],
+    ids=" ".join,
+)
+def test_the_edge_of_what_is_allowed_is_allowed(shaped, words):
+    load_config(None, [shaped, *words])
+
+
+# --- right words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("memory.k=64", 64),
+        ("memory.k=", None),
+        ("memory.k=null", None),
+        ("memory.projections=yes", True),
+        ("memory.projections=off", False),
+        ("memory.activation=relu", "relu"),
+        ("loss.kl=2", 2.0),
+        ("loss.kl=3e-3", 0.003),
+        ("seed=0x10", 16),
+        ("teacher=gpt2", "gpt2"),
+        ("teacher='1.5'", "1.5"),
+        ("teacher=a=b", "a=b"),
+        ("trainer.log_dir=2026", "2026"),
+        ("trainer.log_dir=2026-10-01", "2026-10-01"),
+        (
+            "data.corpora=[hub:wikitext:wikitext-2-raw-v1, ./a b.txt]",
+            ["hub:wikitext:wikitext-2-raw-v1", "./a b.txt"],
+        ),
+        ("data.mixture_weights=[3, 1]", [3.0, 1.0]),
+    ],
+)
+def test_a_right_word_becomes_a_value_of_the_fields_type(word, value):
+    config = load_config(None, [word])
+    found = config
+    for part in word.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+    assert load_config() == Config(), "the defaults are left alone"
+
+
+def test_files_change_the_defaults_words_change_files_and_the_last_word_wins(tmp_path, shaped):
+    file = written(tmp_path, "memory: {k: 32, projections: true}\nloss: {kl: 2}\n")
+    config = load_config(file, [shaped, "memory.k=64", "seed=1", "memory.k=16"])
+    assert config.memory == MemoryConfig(k=16, projections=True)
+    assert config.loss == LossConfig(kl=2.0)
+    assert config.seed == 1
+    assert config.data == DataConfig()
+
+
+def test_a_group_can_be_given_in_one_word(shaped):
+    config = load_config(None, [shaped, "memory.projections=true", "memory={k: 8, heads: 2}"])
+    assert config.memory == MemoryConfig(k=8, heads=2, projections=True)
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "memory: {}\n"])
+def test_a_file_without_differences_is_the_defaults(tmp_path, content):
+    assert load_config(written(tmp_path, content)) == Config()
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda file: file.name
+)
+def test_every_shipped_config_loads(file):
+    load_config(file)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+WRONG_FILES = [
+    (
+        "memory:\n\tk: 3\n",
+        "line 2: not valid YAML (found character that cannot start any token); indent with spaces, not tabs",
+    ),
+    (
+        "memory: {k: 3\n",
+        "line 2: not valid YAML (did not find expected ',' or '}'); mend or quote it",
+    ),
+    ("a: 1\n--- \nb: 2\n", "not valid YAML"),
+    ("- memory\n- k\n", "must hold settings such as `memory: {k: 64}`, got [memory, k]"),
+    ("64\n", "must hold settings such as `memory: {k: 64}`, got 64"),
+    ("hello\n", "hello is not a setting; --help lists them"),
+    (b"\x80\x00\xff", "is not UTF-8 text; a config file is YAML such as `memory: {k: 64}`"),
+    (b"a: \x00\x01", "not valid YAML"),
+    ("seed: 1\nseed: 2\n", "line 2: not valid YAML (found duplicate key seed); mend or quote it"),
+    (
+        "memory.k: 3\n",
+        "memory.k with a dot is for the command line; in a file write memory: {k: 3}",
+    ),
+    ("memroy: {k: 3}\n", "memroy is not a setting; did you mean memory?"),
+    ("memory: {kay: 3, k: 3}\n", "memory.kay is not a setting; did you mean memory.k?"),
+    ("k: 3\n", "k is not a setting; did you mean memory.k?"),
+    ("3: 4\n", "3 is not a setting; --help lists them"),
+    ("memory: 3\n", "memory is a group of settings such as memory.kind, got 3; --help lists them"),
+    ("memory: {k: three}\n", "memory.k must be a whole number, auto or empty, got three"),
+    ("data: {corpora: speeches}\n", "got speeches; write data.corpora=[speeches]"),
+    (
+        "data: {corpora: !!binary aGk=}\n",
+        "data.corpora must be a list such as [speeches, biographies], got b'hi'",
+    ),
+    ("teacher: ${oc.env:HOME}\n", "${...} is not filled in here, write the value itself"),
+    ("teacher: ${\n", "${...} is not filled in here, write the value itself"),
+    ("a: &a [*a]\n", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), WRONG_FILES, ids=[repr(content)[:30] for content, _ in WRONG_FILES]
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path, content, message):
+    file = written(tmp_path, content)
+    refused = refusal(file=file)
+    assert message in refused
+    assert str(file) in refused
+
+
+def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        "cannot read config file nix.yaml (No such file or directory); there are: none here"
+        in refusal(file="nix.yaml")
+    )
+    (tmp_path / "configs").mkdir()
+    written(tmp_path / "configs", "")
+    assert "there are: configs/differences.yaml" in refusal(file="nix.yaml")
+    assert "cannot read config file configs (Is a directory)" in refusal(file="configs")
+
+
+# --- rules per layer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("all", [0, 1, 2, 3]),
+        ("3", [3]),
+        ("0-2", [0, 1, 2]),
+        ("2-", [2, 3]),
+        ("2-2", [2]),
+        ("3, 0-1", [0, 1, 3]),
+        ("1,1,0-1", [0, 1]),
+        ("all,2", [0, 1, 2, 3]),
+        ("last", [3]),
+        ("0, last", [0, 3]),
+        ("1-last", [1, 2, 3]),
+    ],
+)
+def test_layers_are_chosen_by_all_number_range_or_list(text, layers):
+    assert select_layers(text, 4, "layers") == layers
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "-1", "1-x", "1-2-3", "1,", "all-", "None", "1.5", "a\nb"]
+)
+def test_layers_in_no_known_spelling_are_refused(text):
+    with pytest.raises(
+        UserError,
+        match=r"^here must be `all`, `last`, a layer, a range such as 0-2 or 2-, or a list; got .*$",
+    ):
+        select_layers(text, 4, "here")
+
+
+@pytest.mark.parametrize("text", ["4", "0-4", "3-1", "4-", "0,9", "0--1"])
+def test_layers_that_are_not_there_are_refused(text):
+    with pytest.raises(UserError, match=rf"^here must name layers in \[0, 3\], got {text}$"):
+        select_layers(text, 4, "here")
+
+
+def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
+    rules = "[{layers: all, memory: {k: 64}}, {layers: 1-, memory: {heads: 2}}, {layers: [0, 3], memory: {kind: dense, k: 8}}]"
+    base = MemoryConfig(projections=True)
+    config = load_config(
+        None, [shaped, f"student.layer_overrides={rules}", "memory.projections=true"]
+    )
+    assert resolve_layer_memories(config, 4, 512) == [
+        replace(base, k=8, kind="dense"),
+        replace(base, k=64, heads=2),
+        replace(base, k=64, heads=2),
+        replace(base, k=8, heads=2, kind="dense"),
+    ]
+    assert resolve_layer_memories(Config(), 3) == [MemoryConfig()] * 3
+
+
+WRONG_RULES = [
+    (
+        "[{layers: 0, memory: {kk: 3}}]",
+        "student.layer_overrides[0].memory.kk is not a setting; did you mean student.layer_overrides[0].memory.k?",
+    ),
+    (
+        "[{layers: 0, memory: {k: three}}]",
+        "student.layer_overrides[0].memory.k must be a whole number, auto or empty, got three",
+    ),
+    (
+        "[{layers: 0, memory: {kind: sparse}}]",
+        "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, got sparse",
+    ),
+    (
+        "[{layers: 0, memory: {k: 0}}]",
+        "student.layer_overrides[0].memory.k must be at least 1, got 0",
+    ),
+    (
+        "[{layers: 0, memory: {}}, {layers: 1, memory: {num_slots: 32, k: 64, init: random}}]",
+        "student.layer_overrides[1].memory.k must be in [1, student.layer_overrides[1].memory.slots=32], got 64",
+    ),
+    (
+        "[{layers: 0, memory: {mean_k: 8}}]",
+        "memory.mean_k must be the same in all layers with memory.k=auto, which share one budget, got 8 and nothing",
+    ),
+    (
+        "[{layers: 1, memory: {selection: centered}}]",
+        "memory.selection must be the same in all layers with memory.k=auto",
+    ),
+    (
+        "[{layers: 0, memory: {heads: 0}}]",
+        "student.layer_overrides[0].memory.heads must be at least 1, got 0",
+    ),
+    (
+        "[{layers: 1, memory: {metric: plain}}]",
+        "memory.metric must be the same in all layers with memory.k=auto",
+    ),
+    (
+        "[{memory: {k: 3}}]",
+        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {memory: {k: 3}}",
+    ),
+    (
+        "[{layers: 0}]",
+        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0}",
+    ),
+    (
+        "[{layers: 0, memory: }]",
+        "must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0, memory: nothing}",
+    ),
+    (
+        "[{layers: 0, memory: {k: 3}, k: 3}]",
+        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got",
+    ),
+    (
+        "[{layers: true, memory: {k: 3}}]",
+        "student.layer_overrides[0].layers must be `all`, `last`, a layer, a range",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rules", "message"), WRONG_RULES, ids=[rules for rules, _ in WRONG_RULES])
+@pytest.mark.parametrize("known", [True, False], ids=["known-teacher", "hub-teacher"])
+def test_a_wrong_rule_is_refused_whether_or_not_the_teacher_is_here(shaped, known, rules, message):
+    assert message in refusal(
+        shaped if known else "teacher=somewhere/else", f"student.layer_overrides={rules}"
+    )
+
+
+def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
+    assert "student.layer_overrides[0].layers must name layers in [0, 3], got 2-4" in refusal(
+        shaped, "student.layer_overrides=[{layers: 2-4, memory: {k: 3}}]"
+    )
+    assert (
+        "student.layer_overrides[0].memory.k must be in [1, student.layer_overrides[0].memory.slots=512], got 600"
+        in refusal(shaped, "student.layer_overrides=[{layers: 2, memory: {k: 600}}]")
+    )
+    load_config(
+        None,
+        ["teacher=somewhere/else", "student.layer_overrides=[{layers: 2-40, memory: {k: 600}}]"],
+    )
+
+
+def test_nothing_heavy_is_imported_to_refuse_a_rule():
+    script = (
+        "import sys; from dmt.settings import load; from dmt.errors import UserError\n"
+        "try: load(None, ['student.layer_overrides=[{layers: 0, memory: {kk: 3}}]'])\n"
+        "except UserError: print(*{'torch', 'transformers', 'pytorch_lightning', 'pandas'} & set(sys.modules), 'refused')"
+    )
+    environment = {"PYTHONPATH": str(Path(dmt.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["refused"], done.stderr
+
+
+# --- the teacher's shape ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "shape"),
+    [
+        (json.dumps(SHAPE), {"layers": 4, "slots": 512, "positions": 256}),
+        (json.dumps(SHAPE | {"n_inner": 96}), {"layers": 4, "slots": 96, "positions": 256}),
+        (json.dumps(SHAPE | {"n_inner": None}), {"layers": 4, "slots": 512, "positions": 256}),
+        (json.dumps(SHAPE | {"n_layer": "4"}), None),
+        (json.dumps(SHAPE | {"n_layer": 0}), None),
+        (json.dumps({"hidden_size": 128}), None),
+        (json.dumps(SHAPE | {"n_embd": None}), None),
+        ("[1]", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_the_shape_comes_from_config_json_or_is_left_to_the_loader(tmp_path, content, shape):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert read_teacher_shape(str(tmp_path)) == shape
+
+
+@pytest.mark.skipif(
+    not (EMBEDDED_TEACHER_DIR / "config.json").exists(),
+    reason="the embedded teacher is not made yet",
+)
+def test_the_embedded_teacher_fits_the_defaults():
+    check_config(Config())
+    assert read_teacher_shape("embedded") is not None
+
+
+# --- to a file and back -----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_config_loads_as_itself(tmp_path, shaped):
+    words = [
+        shaped,
+        "memory.k=64",
+        "student.layer_overrides=[{layers: 0-2, memory: {k: 8}}, {layers: '3', memory: {num_slots: null}}]",
+        "data.corpora=[./1.txt, 'on', '1e3', 'null', '~/x: y # z', 'ümläut', '2026-10-01', '012', '???']",
+        "loss.kl=3e-05",
+        "trainer.progress_bar=no",
+        "trainer.log_dir=2026",
+    ]
+    config = load_config(None, words)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    save_config(Config(), tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == Config()
+
+
+# --- --help -----------------------------------------------------------------------------------------------------------
+
+
+def every_field():
+    for cls in {Config, *(type(getattr(Config(), item.name)) for item in fields(Config))}:
+        if is_dataclass(cls):
+            for name, kind in get_type_hints(cls).items():
+                if not is_dataclass(kind):
+                    yield cls, name, kind
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "kind"),
+    sorted(every_field(), key=str),
+    ids=lambda part: getattr(part, "__name__", ""),
+)
+def test_help_prints_every_field_with_default_choices_and_docstring(cls, name, kind):
+    group = next(
+        (item.name for item in fields(Config) if type(getattr(Config(), item.name)) is cls), None
+    )
+    key = f"{group}.{name}" if group else name
+    entry = re.search(rf"^{re.escape(key)}=(.*)\n    (\S.*)$", describe_settings(), re.MULTILINE)
+    assert entry, f"{key} is not in --help"
+    default, _, choices = entry[1].partition("   ")
+    assert len(entry[2]) > 10, f"{key} has no docstring"
+    if get_origin(kind) is Literal:
+        assert choices == f"[{', '.join(get_args(kind))}]"
+    else:
+        assert not choices
+    assert load_config(None, [f"{key}={default}"]) == Config(), "what is printed can be typed"
+
+
+def test_help_prints_nothing_twice():
+    lines = [line for line in describe_settings().splitlines() if not line.startswith(" ")]
+    assert [line.partition("=")[0] for line in lines] == KEYS
+    assert {
+        "data.corpora=[speeches, biographies]",
+        "memory.k=auto",
+        "memory.projections=false",
+    } <= set(lines), "as they are typed"
+
+
+# --- anything at all --------------------------------------------------------------------------------------------------
+
+ODDITIES = [
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "[1, {a: [b]}]",
+    "${x}",
+    "${a:${b}}",
+    "???",
+    "!!set {a}",
+    "&a",
+    "*a",
+    "<<: 3",
+    "~x",
+    "2026-10-01",
+]
+anything = strategies.text(max_size=30)
+values = strategies.one_of(
+    anything,
+    strategies.integers().map(str),
+    strategies.floats().map(str),
+    strategies.sampled_from(ODDITIES),
+    strategies.sampled_from(["", "all", "2-"]).map(
+        lambda layers: f"[{{layers: '{layers}', memory: {{k: 3}}}}]"
+    ),
+    strategies.lists(anything, max_size=3).map(json.dumps),
+    strategies.dictionaries(anything, anything, max_size=3).map(json.dumps),
+)
+known = strategies.tuples(
+    strategies.sampled_from([*KEYS, "memory", "data", "student"]), values
+).map("=".join)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    strategies.lists(strategies.one_of(known, known, anything), max_size=3),
+    strategies.one_of(strategies.none(), anything),
+)
+def test_whatever_is_typed_loads_and_replays_or_is_refused_in_one_line(tmp_path, words, content):
+    file = None if content is None else written(tmp_path, content.encode("utf-8", "surrogatepass"))
+    try:
+        config = load_config(file, words)
+    except UserError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        save_config(config, tmp_path / "config.yaml")
+        assert load_config(tmp_path / "config.yaml") == config
+    assert not refused or refused.isprintable(), f"not one line: {refused!r}"
+
+
+def test_a_config_made_in_code_is_checked_as_one_that_is_typed():
+    with pytest.raises(UserError, match=r"memory\.k must be at least 1, got -1"):
+        check_config(Config(memory=MemoryConfig(k=-1)))
+    with pytest.raises(UserError, match=r"student.layer_overrides\[0\] must be a rule"):
+        check_config(Config(student=StudentConfig(layer_overrides=[{"layers": "all"}])))
