@@ -17,8 +17,8 @@ import pytest
 import torch
 from cli_asserts import line_of, snapshot
 from factories import ADA, CACHED, run
-from test_bad_input import CACHE, KEPT, RESUME, SLOTS, STUDENT, V0
-from test_store import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
+from test_error_messages import CACHE, KEPT, RESUME, SLOTS, STUDENT, V0
+from test_rows import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
 
 from dmt.cli import main
 from dmt.models.loading import SAFE_LOADING

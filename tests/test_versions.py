@@ -8,7 +8,7 @@ import torch
 from cli_asserts import line_of, snapshot
 from factories import CACHED, run
 from safetensors import safe_open
-from test_bad_input import (
+from test_error_messages import (
     BOOK,
     CACHE,
     RESUME,

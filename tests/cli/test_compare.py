@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from test_report import Read, check_alone
+from test_distillation import Read, check_alone
 
 from dmt.cli.main import distill_main as distill
 from dmt.cli.main import main

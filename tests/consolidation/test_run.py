@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import make_llama, make_teacher, newest
 from factories import consolidation
-from test_board import charts, events
-from test_report import check_alone
+from test_tensorboard import charts, events
+from test_distillation import check_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmt import config_io

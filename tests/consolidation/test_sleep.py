@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import LAYERS, SENTENCES, make_teacher
-from test_book import WIDE, speaker
+from test_fact_store import WIDE, speaker
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main

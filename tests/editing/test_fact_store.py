@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
-from test_facts import heard
+from test_edit_memory import heard
 
 from dmt.config import MemoryConfig
 from dmt.editing import calibration as calibration_module
@@ -811,7 +811,7 @@ def line_of(prompt, subject, asks):
 
 
 def blank_told():
-    from test_facts import told
+    from test_edit_memory import told
 
     return told()
 

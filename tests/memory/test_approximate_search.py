@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_llama, make_teacher
 from reference import read
-from test_memory import BUDGETED, KINDS, SLOTS, WIDTH, K, make
+from test_featural import BUDGETED, KINDS, SLOTS, WIDTH, K, make
 from transformers import AutoModelForCausalLM
 
 import dmt

@@ -13,7 +13,7 @@ import torch
 from conftest import POSITIONS, WIDTH, make_llama, make_teacher, newest
 from conftest import SLOTS as NEURONS
 from safetensors import safe_open
-from test_memory import KINDS
+from test_featural import KINDS
 from transformers import AutoModelForCausalLM
 
 import dmt

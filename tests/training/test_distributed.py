@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import newest, weights
-from test_keeper import rows_in
+from test_row_sync import rows_in
 
 from dmt import config_io
 from dmt.cli.main import distill_main
