@@ -1,12 +1,54 @@
-"""Discrete memory transformers: a GPT-2 whose feed-forward blocks are memory you can open.
+"""Discrete memory transformers: GPT-2 and Llama whose feed-forward blocks are memories.
 
-Importing `dmt` makes saved students loadable by transformers' Auto classes; it costs nothing until they are imported.
+`import dmt` is cheap: the names below import their module (and torch) when they are first used.
+It also lets transformers' Auto classes load saved students.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from dmt._autoregister import register_auto_classes
 
 __version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "AssociativeConfig": "dmt.config",
+    "AssociativeMemory": "dmt.memory.associative",
+    "Config": "dmt.config",
+    "ConsolidationResult": "dmt.consolidation.run",
+    "DenseConfig": "dmt.config",
+    "DistillResult": "dmt.distillation.run",
+    "FeaturalConfig": "dmt.config",
+    "FeaturalMemory": "dmt.memory.featural",
+    "InsertPolicy": "dmt.memory.insert_policy",
+    "Memory": "dmt.editing.fact_store",
+    "UserError": "dmt.errors",
+    "consolidate": "dmt.consolidation.run",
+    "convert": "dmt.models.conversion",
+    "distill": "dmt.distillation.run",
+    "evaluate": "dmt.evaluation.metrics",
+    "load": "dmt.models.loading",
+    "register_memory": "dmt.memory.registry",
+    "trace": "dmt.evaluation.trace",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'dmt' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
 
 register_auto_classes()

@@ -1,8 +1,8 @@
-"""Make saved students known to transformers' Auto classes without importing transformers.
+"""Register saved students with transformers' Auto classes, without importing transformers.
 
-`import dmt` has to be enough for `AutoModelForCausalLM.from_pretrained(".../student")`, and it must not cost the
-seconds that torch and transformers take, or a misspelled setting would be answered late. So dmt's model classes are
-imported, and register themselves, right after whoever imports transformers has done so.
+`import dmt` has to be enough for `AutoModelForCausalLM.from_pretrained(".../student")`, and it must
+not cost the seconds that torch and transformers take. So dmt's model classes are imported, and
+register themselves, right after transformers has been imported by anybody.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 TRIGGER_MODULE, MODELING_MODULE = "transformers", "dmt.models.modeling"
+# What dmt.models.modeling is built on. Each of these is imported after transformers, or the import
+# of the model classes would meet it half imported.
+FOUNDATIONS = ("dmt.memory", "dmt.models", "dmt.ops", "dmt.store")
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finds transformers as usual and imports our classes once it is complete."""
+    """Finds transformers as usual and imports dmt's model classes once it is complete."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name in FOUNDATIONS and TRIGGER_MODULE not in sys.modules:
+            import_module(TRIGGER_MODULE)
         spec = PathFinder.find_spec(name, path) if name == TRIGGER_MODULE else None
         if spec is None or spec.loader is None:
             return None

@@ -121,7 +121,7 @@ class LossConfig:
 
 
 LOSS_TERMS = tuple(
-    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk", "revive_after")
+    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size", "revive_after")
 )
 """The settings in `loss` that are weights; each is the name of its term."""
 

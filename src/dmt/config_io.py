@@ -29,7 +29,7 @@ from yaml import YAMLError
 import dmt.config as schema
 from dmt import files
 from dmt.config import LOSS_TERMS, Config, MemoryConfig
-from dmt.errors import UserError, format_value
+from dmt.errors import UnknownSettingError, UserError, format_value
 from dmt.files import CONFIG_VERSION, check_version
 from dmt.paths import check_run_name
 
@@ -115,7 +115,7 @@ def describe_type(annotation: Any) -> str:
 
 def unknown_setting_error(
     name: str, siblings: Iterable[str], all_names: Iterable[str]
-) -> UserError:
+) -> UnknownSettingError:
     """The error for a key that is not there: the closest of `near`, failing that of `others`, are proposed."""
     siblings, all_names = list(siblings), list(all_names)
     leaf = name.rpartition(".")[2]
@@ -126,7 +126,7 @@ def unknown_setting_error(
         or get_close_matches(name, all_names, 3, 0.7)
     )
     hint = f"did you mean {' or '.join(suggestions)}?" if suggestions else "--help lists them"
-    return UserError(f"{format_value(name)} is not a setting; {hint}")
+    return UnknownSettingError(f"{format_value(name)} is not a setting; {hint}")
 
 
 def list_setting_names() -> list[str]:
@@ -416,7 +416,7 @@ def load_config(
         try:
             config = merge(config, file_values)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:

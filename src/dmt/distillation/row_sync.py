@@ -172,6 +172,8 @@ class RowStoreSync:
         for layer, memory in self.memories.items():
             try:
                 result = memory.commit_step(step, now, self.store.reserve_ids)
+            except UserError:
+                raise
             except ValueError:
                 raise NonFiniteError(
                     step, f"what the memory of layer {layer} is given to keep"

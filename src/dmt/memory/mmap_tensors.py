@@ -156,6 +156,8 @@ class MmapTensorFile:
             raise UserError(
                 f"{path} is not there: the memory's rows are in it; put it back beside model.safetensors"
             ) from None
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (
                 f"{type(error).__name__} {error}" if isinstance(error, KeyError) else f"{error}"

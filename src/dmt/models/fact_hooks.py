@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dmt.errors import UserError
+from dmt.errors import UserError, WrongModelError
 from dmt.memory import AssociativeMemory
 from dmt.memory.edit_memory import (
     ANSWER_WINDOW,
@@ -362,9 +362,7 @@ def load_facts(model: PreTrainedModel, path: Path) -> None:
     is_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     try:
         store = RowStore(str(path), hash_model(model) if is_float32 else None, read_only=True)
-    except UserError as error:
-        if "another model" not in str(error) and "something else" not in str(error):
-            raise
+    except WrongModelError as error:
         raise UserError(
             f"{error}; {path} is not this model's book: move it elsewhere to load the model without"
         ) from None

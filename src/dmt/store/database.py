@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from dmt.errors import UserError
+from dmt.errors import UserError, WrongModelError
 from dmt.files import check_version
 
 
@@ -187,6 +187,8 @@ def create_store_engine(store_url: str, mode: str = "rwc") -> tuple[Engine, Path
             return create_engine(
                 url, poolclass=NullPool, connect_args={"connect_timeout": 10}
             ), None
+    except UserError:
+        raise
     except (ArgumentError, NoSuchModuleError, ValueError):  # of a port that is no number
         raise UserError(
             f"store {store_url}: not a file or a database URL; give a file, sqlite:/// or postgresql://"
@@ -282,7 +284,7 @@ def check_store(engine: Engine, store_url: str, model_hash: str | None) -> bool:
     table_names = set(inspect(engine).get_table_names())
     if meta_table.name not in table_names:
         if other_tables := sorted(table_names):
-            raise UserError(
+            raise WrongModelError(
                 f"store {store_url}: a database of something else (tables {', '.join(other_tables[:3])}); give a new file"
             )
         return False
@@ -293,7 +295,7 @@ def check_store(engine: Engine, store_url: str, model_hash: str | None) -> bool:
         metadata.get("schema"), SCHEMA_VERSION, f"store {store_url}: schema version", remedy
     )
     if model_hash is not None and (stored_hash := metadata.get("model", "nobody's")) != model_hash:
-        raise UserError(
+        raise WrongModelError(
             f"store {store_url}: its rows belong to another model ({stored_hash[:12]}, this one is {model_hash[:12]}); give a new file"
         )
     return True

@@ -95,6 +95,8 @@ def distributed_context(config: Config, resume_dir: Path | None) -> Iterator[Non
             with _process_group():
                 yield
             _wait_for_exit(workers)
+        except UserError:
+            raise
         except (RuntimeError, ValueError) as error:
             _wait_for_exit(workers)
             if failed_ranks := [

@@ -21,7 +21,7 @@ from typing import Any
 import dmt
 from dmt import config_io, files
 from dmt.config import Config
-from dmt.errors import NothingToDoError, UserError
+from dmt.errors import NothingToDoError, UnknownSettingError, UserError
 from dmt.files import RECORD_VERSION, check_version
 from dmt.paths import list_runs, parse_run_number
 
@@ -183,9 +183,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     run_version = record.get("dmt", "an earlier version")
     try:
         return config_io.load_config(run_dir / "config.yaml", list(overrides))
-    except UserError as error:
-        if "is not a setting" not in str(error):
-            raise
+    except UnknownSettingError as error:
         message = str(error).split(";")[0]
         raise UserError(
             f"{message}: this run is another dmt's ({run_version}; this is {dmt.__version__}); go on with that or a newer one"
