@@ -238,3 +238,96 @@ def use_onednn_linear(model: ModelT) -> ModelT:
         elif type(module) is Conv1D:
             module.__class__ = OneDNNConv1D
     return model
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute KL(teacher || student) per token in nats, times temperature squared.
+
+    Args:
+        student_logits: logits `(..., vocabulary)`.
+        teacher_logits: logits of the same shape.
+        temperature: divides both logits.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the square keeps gradients comparable).
+    """
+    teacher_log_probs = _tempered_log_probs(teacher_logits, temperature)
+    student_log_probs = _tempered_log_probs(student_logits, temperature)
+    divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
+    return divergence.sum(-1) * temperature**2
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute KL(student || teacher) per token in nats, times temperature squared."""
+    return kl(teacher_logits, student_logits, temperature)
+
+
+def _tempered_log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def kl_with_grad(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `kl` per token and its gradient in `student_logits` without a graph.
+
+    Both logits `(tokens, vocabulary)` are overwritten.
+    """
+    student_logits = divide_by_temperature(student_logits, temperature)
+    teacher_logits = divide_by_temperature(teacher_logits, temperature)
+    teacher_probs, teacher_lse = softmax_and_logsumexp(teacher_logits)
+    value = torch.linalg.vecdot(teacher_probs, teacher_logits.sub_(student_logits))
+    student_probs, student_lse = softmax_and_logsumexp(student_logits, student_logits)
+    grad = multiply_by_temperature(student_probs.sub_(teacher_probs), temperature)
+    return (value + student_lse - teacher_lse) * temperature**2, grad
+
+
+def reverse_kl_with_grad(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `reverse_kl` per token and its gradient in `student_logits` without a graph.
+
+    Both logits `(tokens, vocabulary)` are overwritten.
+    """
+    student_logits = divide_by_temperature(student_logits, temperature)
+    teacher_logits = divide_by_temperature(teacher_logits, temperature)
+    student_probs, student_lse = softmax_and_logsumexp(student_logits)
+    log_ratio = student_logits.sub_(teacher_logits)
+    _, teacher_lse = softmax_and_logsumexp(teacher_logits, teacher_logits)
+    value = torch.linalg.vecdot(student_probs, log_ratio)
+    grad = log_ratio.sub_(value.unsqueeze(-1)).mul_(student_probs)
+    grad = multiply_by_temperature(grad, temperature)
+    return (value - student_lse + teacher_lse) * temperature**2, grad
+
+
+def ce_with_grad(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the cross-entropy of `targets` `(tokens,)` and its gradient in `student_logits`.
+
+    Teacher and temperature are ignored. `student_logits` `(tokens, vocabulary)` are overwritten.
+    """
+    student_logits = divide_by_temperature(student_logits, 1.0)
+    target_index = targets.unsqueeze(-1)
+    target_logits = student_logits.gather(-1, target_index).squeeze(-1)
+    student_probs, student_lse = softmax_and_logsumexp(student_logits, student_logits)
+    minus_one = torch.full_like(target_index, -1, dtype=student_probs.dtype)
+    return student_lse - target_logits, student_probs.scatter_add_(-1, target_index, minus_one)
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by the temperature in float32, in place where they are float32 already."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def multiply_by_temperature(grad: Tensor, temperature: float) -> Tensor:
+    """Multiply a gradient by the temperature in place."""
+    return grad if temperature == 1 else grad.mul_(temperature)
+
+
+def softmax_and_logsumexp(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute probabilities, written to `out` if it is set, and the log-sum-exp per token."""
+    top = logits.max(-1, keepdim=True)
+    max_logits = top.values.clone()
+    probs = torch.softmax(logits, dim=-1) if out is None else torch.softmax(logits, dim=-1, out=out)
+    return probs, (max_logits - probs.gather(-1, top.indices).log()).squeeze(-1)

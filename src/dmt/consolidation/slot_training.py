@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.consolidation.replay import ReplayExample, batch_examples
-from dmt.distillation.losses import kl
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.models.forward import forward_with_activations, pad_token_ids
+from dmt.models.forward import capture, forward_with_activations, pad_token_ids
+from dmt.ops import kl
 
 DAMPING = 0.001
 """Added to every direction's share of what text notices, mean 1: none is taken to be free."""
@@ -172,30 +172,18 @@ def _collect_inputs_and_gradients(
     generator: torch.Generator,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """What each memory is given, and how its answer changes the log-probability of a word the model might say."""
-    inputs: dict[int, Tensor] = {}
     perturbations: dict[int, Tensor] = {}
-    hooks = []
-    for layer, memory in memories.items():
 
-        def add_perturbation(
-            _: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: int = layer
-        ) -> Tensor:
-            inputs[layer] = args[0].detach()
-            perturbations[layer] = torch.zeros_like(output, requires_grad=True)
-            return output + perturbations[layer]
+    def add_perturbation(layer: int, output: Tensor) -> Tensor:
+        perturbations[layer] = torch.zeros_like(output, requires_grad=True)
+        return output + perturbations[layer]
 
-        hooks.append(memory.register_forward_hook(add_perturbation))
-    try:
-        with torch.enable_grad():
-            logits = forward_with_activations(model, tokens).logits.float().flatten(0, 1)[flat_mask]
-            sampled_ids = torch.multinomial(
-                logits.detach().softmax(-1), 1, generator=generator
-            ).squeeze(1)
-            loss = F.cross_entropy(logits, sampled_ids, reduction="sum")
-            gradients = torch.autograd.grad(loss, [perturbations[layer] for layer in memories])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.enable_grad(), capture(memories, on_output=add_perturbation) as activations:
+        logits = forward_with_activations(model, tokens).logits.float().flatten(0, 1)[flat_mask]
+        sampled_ids = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        loss = F.cross_entropy(logits, sampled_ids.squeeze(1), reduction="sum")
+        gradients = torch.autograd.grad(loss, [perturbations[layer] for layer in memories])
+    inputs = {layer: hidden.detach() for layer, hidden in activations.inputs.items()}
     return inputs, dict(zip(memories, gradients, strict=True))
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.distillation.losses import LossScales, inlier_mask, outlier_threshold
-from dmt.memory import FeaturalMemory
 from dmt.memory.sparsity_budget import (
     initialize_threshold,
     reset_counts,
@@ -20,7 +19,12 @@ from dmt.memory.sparsity_budget import (
 )
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import get_associative_memories, get_featural_memories
-from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
+from dmt.models.forward import (
+    ForwardOutputs,
+    capture,
+    forward_teacher,
+    forward_with_activations,
+)
 
 
 def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> Tensor:
@@ -36,31 +40,23 @@ def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4)
     total, num_tokens = torch.zeros(()), 0
     generator = torch.Generator().manual_seed(0)
     for tokens in windows.split(batch_size):
-        perturbations: list[Tensor] = []
+        perturbations: dict[int, Tensor] = {}
 
         def perturb(
-            _: nn.Module,
-            __: tuple[Tensor, ...],
-            output: Tensor,
-            perturbations: list[Tensor] = perturbations,
+            layer: int, output: Tensor, perturbations: dict[int, Tensor] = perturbations
         ) -> Tensor:
-            perturbations.append(torch.zeros_like(output, requires_grad=True))
-            return output + perturbations[-1]
+            perturbations[layer] = torch.zeros_like(output, requires_grad=True)
+            return output + perturbations[layer]
 
-        hooks = [block.register_forward_hook(perturb) for block in arch.blocks(model)]
-        try:
-            with torch.enable_grad():
-                logits = forward_with_activations(model, tokens).logits.flatten(0, 1).float()
-                # Drawn on the CPU, so that a seed means the same on every device.
-                sampled = torch.multinomial(
-                    logits.detach().softmax(-1).cpu(), 1, generator=generator
-                ).to(logits.device)
-                gradients = torch.autograd.grad(
-                    F.cross_entropy(logits, sampled.flatten(), reduction="sum"), perturbations
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        blocks = dict(enumerate(arch.blocks(model)))
+        with torch.enable_grad(), capture(blocks, on_output=perturb):
+            logits = forward_with_activations(model, tokens).logits.flatten(0, 1).float()
+            # Sampled on the CPU, so that a seed gives the same tokens on every device.
+            sampled = torch.multinomial(
+                logits.detach().softmax(-1).cpu(), 1, generator=generator
+            ).to(logits.device)
+            loss = F.cross_entropy(logits, sampled.flatten(), reduction="sum")
+            gradients = torch.autograd.grad(loss, list(perturbations.values()))
         flat_grads = torch.stack([gradient.flatten(0, -2).float() for gradient in gradients])
         total, num_tokens = (
             total.to(flat_grads) + flat_grads.transpose(1, 2) @ flat_grads,
@@ -132,24 +128,17 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
 def _calibrate_outputs(
     student: PreTrainedModel, teacher_outputs: ForwardOutputs, windows: Tensor
 ) -> None:
-    hooks = []
-    for layer, memory in get_featural_memories(student).items():
+    memories = get_featural_memories(student)
 
-        def calibrate_memory(
-            memory: nn.Module, args: tuple[Tensor, ...], layer: int = layer
-        ) -> None:
-            assert isinstance(memory, FeaturalMemory), "hooked below"
-            inliers = inlier_mask(teacher_outputs.block_outputs[layer])
-            hidden, target = args[0][inliers], teacher_outputs.block_outputs[layer][inliers]
-            memory.calibrate_means(hidden)
-            memory.compensate(hidden, target - memory.forward(hidden))
+    def calibrate_memory(layer: int, block_input: Tensor) -> None:
+        memory, target = memories[layer], teacher_outputs.block_outputs[layer]
+        inliers = inlier_mask(target)
+        hidden = block_input[inliers]
+        memory.calibrate_means(hidden)
+        memory.compensate(hidden, target[inliers] - memory.forward(hidden))
 
-        hooks.append(memory.register_forward_pre_hook(calibrate_memory))
-    try:
+    with capture(memories, on_input=calibrate_memory):
         forward_with_activations(student, windows)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _variance(states: Tensor) -> Tensor:

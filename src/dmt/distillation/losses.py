@@ -32,7 +32,18 @@ from torch import Tensor, nn
 from dmt.config import LossConfig
 from dmt.distillation.logit_cache import SparseDistribution, control_variate_weight, sampled_kl
 from dmt.models.forward import ForwardOutputs
-from dmt.ops import OneDNNLinear, linear
+from dmt.ops import (
+    OneDNNLinear,
+    ce_with_grad,
+    divide_by_temperature,
+    kl,
+    kl_with_grad,
+    linear,
+    multiply_by_temperature,
+    reverse_kl,
+    reverse_kl_with_grad,
+    softmax_and_logsumexp,
+)
 
 OUTLIER_FACTOR = 10.0
 """A state longer than this many times the median is an outlier."""
@@ -61,60 +72,13 @@ ChunkTerms = Callable[[Tensor, slice], Iterator[tuple[Tensor, Tensor]]]
 """For a piece's logits, which it may overwrite, and its place: each term, a scalar, and its gradient in the logits."""
 
 
-def kl_with_grad(
-    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """KL(wanted || given) per token, as `losses.kl`, and its gradient in `given`; logits `(tokens, vocabulary)`, overwritten."""
-    student_logits, teacher_logits = (
-        _divide_by_temperature(student_logits, temperature),
-        _divide_by_temperature(teacher_logits, temperature),
-    )
-    teacher_probs, teacher_lse = _softmax_and_logsumexp(teacher_logits)
-    value = torch.linalg.vecdot(teacher_probs, teacher_logits.sub_(student_logits))
-    student_probs, student_lse = _softmax_and_logsumexp(student_logits, student_logits)
-    return (value + student_lse - teacher_lse) * temperature**2, _scale_grad(
-        student_probs.sub_(teacher_probs), temperature
-    )
-
-
-def reverse_kl_with_grad(
-    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """KL(given || wanted) per token, as `losses.reverse_kl`, and its gradient in `given`; logits are overwritten."""
-    student_logits, teacher_logits = (
-        _divide_by_temperature(student_logits, temperature),
-        _divide_by_temperature(teacher_logits, temperature),
-    )
-    student_probs, student_lse = _softmax_and_logsumexp(student_logits)
-    log_ratio = student_logits.sub_(teacher_logits)
-    _, teacher_lse = _softmax_and_logsumexp(teacher_logits, teacher_logits)
-    value = torch.linalg.vecdot(student_probs, log_ratio)
-    grad = _scale_grad(log_ratio.sub_(value.unsqueeze(-1)).mul_(student_probs), temperature)
-    return (value - student_lse + teacher_lse) * temperature**2, grad
-
-
-def ce_with_grad(
-    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `targets` `(tokens,)` per token and its gradient in `given`; knows no teacher, no temperature."""
-    student_logits, target_index = (
-        _divide_by_temperature(student_logits, 1.0),
-        targets.unsqueeze(-1),
-    )
-    target_logits = student_logits.gather(-1, target_index).squeeze(-1)
-    student_probs, student_lse = _softmax_and_logsumexp(student_logits, student_logits)
-    return student_lse - target_logits, student_probs.scatter_add_(
-        -1, target_index, torch.full_like(target_index, -1, dtype=student_probs.dtype)
-    )
-
-
 def sampled_kl_with_grad(
     student_logits: Tensor, teacher: SparseDistribution, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`sampled_kl` per token and its gradient in `given` `(tokens, vocabulary)`, which is overwritten."""
-    student_logits = _divide_by_temperature(student_logits, temperature)
+    student_logits = divide_by_temperature(student_logits, temperature)
     student_log_probs = student_logits.gather(-1, teacher.ids)
-    student_probs, student_lse = _softmax_and_logsumexp(student_logits, student_logits)
+    student_probs, student_lse = softmax_and_logsumexp(student_logits, student_logits)
     student_log_probs -= student_lse.unsqueeze(-1)
     weights, control_weight = (
         teacher.weights,
@@ -127,7 +91,7 @@ def sampled_kl_with_grad(
     grad = student_probs.mul_((weights - control).sum(-1, keepdim=True)).scatter_add_(
         -1, teacher.ids, control - weights
     )
-    return value * temperature**2, _scale_grad(grad, temperature)
+    return value * temperature**2, multiply_by_temperature(grad, temperature)
 
 
 TERMS_WITH_GRAD: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
@@ -217,24 +181,6 @@ def _is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
-def _divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature in float32, in the same memory where they are that already."""
-    logits = logits.float()
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-def _scale_grad(grad: Tensor, temperature: float) -> Tensor:
-    return grad if temperature == 1 else grad.mul_(temperature)
-
-
-def _softmax_and_logsumexp(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Probabilities, in `out` where that is given, and the log of what `logits` sum to as exponents, per token."""
-    top = logits.max(-1, keepdim=True)
-    max_logits = top.values.clone()
-    probs = torch.softmax(logits, dim=-1) if out is None else torch.softmax(logits, dim=-1, out=out)
-    return probs, (max_logits - probs.gather(-1, top.indices).log()).squeeze(-1)
-
-
 @dataclass(frozen=True)
 class LossScales:
     """Variances that turn squared errors into fractions: summed over the width, one per layer and one for the last hidden.
@@ -273,30 +219,6 @@ class Batch:
 def next_token_mask(mask: Tensor) -> Tensor:
     """Positions whose next token counts: `(batch, time)`, false at the last position."""
     return F.pad(mask[:, :-1] & mask[:, 1:], (0, 1))
-
-
-def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) per token in nats, times temperature squared; logits `(..., vocabulary)` to `(...)`.
-
-    Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (the square keeps gradients comparable).
-    """
-    teacher_log_probs, student_log_probs = (
-        _tempered_log_probs(teacher_logits, temperature),
-        _tempered_log_probs(student_logits, temperature),
-    )
-    return (
-        F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(-1)
-        * temperature**2
-    )
-
-
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) per token in nats, times temperature squared."""
-    return kl(teacher_logits, student_logits, temperature)
-
-
-def _tempered_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
 def compute_loss_terms(

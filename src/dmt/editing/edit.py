@@ -26,6 +26,7 @@ from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import SUBJECT_WINDOW
 from dmt.models.forward import (
     batch_by_length,
+    capture,
     check_length,
     encode_text,
     forward_with_activations,
@@ -262,14 +263,11 @@ def _make_inner_layer_logits(
     block = get_architecture(model.config.model_type).blocks(model)[layer]
 
     def logits(delta: Tensor) -> Tensor:
-        def add_delta(_: Any, __: Any, output: Tensor) -> Tensor:
+        def add_delta(_: int, output: Tensor) -> Tensor:
             return output.index_put((rows, columns), delta.to(output.dtype), accumulate=True)
 
-        hook = block.register_forward_hook(add_delta)
-        try:
+        with capture({layer: block}, on_output=add_delta):
             return forward_with_activations(model, tokens).logits[rows, columns].float()
-        finally:
-            hook.remove()
 
     return logits
 

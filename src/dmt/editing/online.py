@@ -18,6 +18,7 @@ from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.row_table import eviction_order
 from dmt.models.conversion import get_associative_memories
+from dmt.models.forward import capture
 from dmt.store import RowStore
 from dmt.store.facts import NO_RUN, imported_namespaces, mark_imported
 from dmt.store.records import IntArray, Namespace, RowInsert, StepChanges
@@ -104,20 +105,17 @@ def _queue_writes(
         write_mask[0, :-1] = solution.prob_before < MAX_WRITE_PROB
         targets = torch.zeros(*tokens.shape, memory.width, device=tokens.device)
         targets[0, :-1] = solution.values
-    outputs: list[Tensor] = []
-    hook = memory.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
     memory.writing, memory.tag = True, tag
     try:
-        with torch.no_grad():
+        with torch.no_grad(), capture({layer: memory}) as activations:
             model(tokens, use_cache=False)
             if targets is not None:
-                memory.set_targets(outputs[-1].float() + targets, write_mask)
+                memory.set_targets(activations.outputs[layer].float() + targets, write_mask)
     except BaseException:
         memory.drop_pending()
         raise
     finally:
         memory.writing, memory.tag = False, ""
-        hook.remove()
 
 
 def ensure_namespaces(model: PreTrainedModel, store: RowStore | None) -> dict[int, Namespace]:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from dmt.data.synthetic import Probe
 from dmt.data.windows import get_prefix_ids
-from dmt.distillation.losses import kl
 from dmt.distributed import all_reduce_sum
 from dmt.models.forward import forward_with_activations
+from dmt.ops import kl
 
 
 def _safe_exp(log_value: float) -> float:

@@ -8,9 +8,10 @@ Hidden states of a model at the places that matter to facts, in padded batches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from dmt.data.windows import get_prefix_ids
 from dmt.errors import UserError
 from dmt.models.architectures import get_architecture
+
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,70 @@ class ForwardOutputs:
         return self.head(self.hidden)
 
 
+@dataclass
+class Activations(Generic[KeyT]):
+    """Activations of modules, by the key under which each module was passed to `capture`.
+
+    Attributes:
+        inputs: first positional argument of each module's last call.
+        outputs: output of each module's last call, of a tuple its first element.
+    """
+
+    inputs: dict[KeyT, Tensor] = field(default_factory=dict)
+    outputs: dict[KeyT, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def capture(
+    modules: Mapping[KeyT, nn.Module],
+    *,
+    on_input: Callable[[KeyT, Tensor], None] | None = None,
+    on_output: Callable[[KeyT, Tensor], Tensor | None] | None = None,
+) -> Iterator[Activations[KeyT]]:
+    """Record inputs and outputs of `modules` while the context is open; the hooks are removed after.
+
+    Args:
+        modules: modules by any key, such as blocks by layer.
+        on_input: called with key and input before a module runs.
+        on_output: called with key and output after a module ran; a tensor that it returns
+            replaces the output.
+
+    Yields:
+        The activations; dictionaries are in the order of the first call.
+    """
+    activations: Activations[KeyT] = Activations()
+
+    def pre_hook(key: KeyT) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                activations.inputs[key] = args[0]
+                if on_input is not None:
+                    on_input(key, args[0])
+
+        return record
+
+    def post_hook(key: KeyT) -> Callable[..., Any]:
+        def record(_: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = None if on_output is None else on_output(key, hidden)
+            activations.outputs[key] = hidden if edited is None else edited
+            if edited is None or not isinstance(output, tuple):
+                return edited
+            return (edited, *output[1:])
+
+        return record
+
+    handles = []
+    try:
+        for key, module in modules.items():
+            handles.append(module.register_forward_pre_hook(pre_hook(key)))
+            handles.append(module.register_forward_hook(post_hook(key)))
+        yield activations
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def forward_with_activations(
     model: PreTrainedModel,
     tokens: Tensor,
@@ -53,53 +120,37 @@ def forward_with_activations(
     capture_blocks: bool = False,
     past_key_values: Cache | None = None,
 ) -> ForwardOutputs:
-    """Run `model` on token ids `(batch, time)`; with `blocks`, record what enters and leaves feed-forward blocks and layers.
-
-    Gradients flow where the caller allows them; hooks are gone when it returns.
+    """Run `model` on token ids `(batch, time)`; gradients flow where the caller allows them.
 
     Args:
-        past: what the model has read before, of the same batch; it grows by these tokens.
+        model: a causal language model of a supported architecture.
+        tokens: token ids `(batch, time)`.
+        attention_mask: as transformers has it.
+        capture_blocks: whether to record the inputs and outputs of feed-forward blocks and the
+            outputs of layers.
+        past_key_values: cache of the same batch; it grows by these tokens.
     """
     arch = get_architecture(model.config.model_type)
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
-    layer_outputs: dict[int, Tensor] = {}
-    hooks = []
-    if capture_blocks:
-        for layer, (block, layer_module) in enumerate(
-            zip(arch.blocks(model), arch.transformer_blocks(model), strict=True)
-        ):
-
-            def record_block(
-                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: int = layer
-            ) -> None:
-                inputs[layer], outputs[layer] = args[0], output
-
-            def record_layer(
-                _: nn.Module, args: tuple[Tensor, ...], output: Any, layer: int = layer
-            ) -> None:
-                layer_outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-            hooks += [
-                block.register_forward_hook(record_block),
-                layer_module.register_forward_hook(record_layer),
-            ]
-    try:
-        backbone = model.get_submodule(arch.backbone)
-        cache_kwargs: dict[str, Any] = (
-            {"use_cache": False}
-            if past_key_values is None
-            else {"use_cache": True, "past_key_values": past_key_values}
-        )
+    backbone = model.get_submodule(arch.backbone)
+    cache_kwargs: dict[str, Any] = (
+        {"use_cache": False}
+        if past_key_values is None
+        else {"use_cache": True, "past_key_values": past_key_values}
+    )
+    block_modules: list[Any] = list(arch.blocks(model)) if capture_blocks else []
+    layer_modules: list[Any] = list(arch.transformer_blocks(model)) if capture_blocks else []
+    with (
+        capture(dict(enumerate(block_modules))) as blocks,
+        capture(dict(enumerate(layer_modules))) as layers,
+    ):
         hidden = backbone(tokens, attention_mask=attention_mask, **cache_kwargs).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
-    activations = [
-        tuple(captured[layer] for layer in sorted(captured))
-        for captured in (inputs, outputs, layer_outputs)
-    ]
-    return ForwardOutputs(hidden, model.get_output_embeddings(), *activations)
+    return ForwardOutputs(
+        hidden,
+        model.get_output_embeddings(),
+        tuple(blocks.inputs.values()),
+        tuple(blocks.outputs.values()),
+        tuple(layers.outputs.values()),
+    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from dmt.distributed import all_reduce_mean
 from dmt.errors import UserError
 from dmt.files import CHECKPOINT_VERSION, check_version, fsync_path
 from dmt.models.architectures import get_architecture
+from dmt.models.forward import capture
 from dmt.training.run_dir import list_checkpoints, newest_checkpoint
 
 
@@ -83,39 +84,24 @@ def _find_nonfinite_output(
     model: PreTrainedModel, recompute_losses: Callable[[], Any]
 ) -> str | None:
     """The first thing in the order of computing whose output is not finite."""
-    arch, nonfinite_names, hooks = get_architecture(model.config.model_type), list[str](), []
+    arch, nonfinite_names = get_architecture(model.config.model_type), list[str]()
 
-    def make_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def check_output(_: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, Tensor) and not bool(hidden.isfinite().all()):
-                nonfinite_names.append(name)
+    def check_output(name: str, output: Tensor) -> None:
+        if not bool(output.isfinite().all()):
+            nonfinite_names.append(name)
 
-        return check_output
-
+    modules: dict[str, nn.Module] = {
+        "the output of the embeddings": model.get_input_embeddings(),
+        "the output of the last linear map": model.get_output_embeddings(),
+    }
     for layer, (block, layer_module) in enumerate(
         zip(arch.blocks(model), arch.transformer_blocks(model), strict=True)
     ):
-        hooks.append(block.register_forward_hook(make_hook(f"the output of layer {layer}'s block")))
-        hooks.append(layer_module.register_forward_hook(make_hook(f"the output of layer {layer}")))
-    hooks.append(
-        model.get_input_embeddings().register_forward_hook(
-            make_hook("the output of the embeddings")
-        )
-    )
-    hooks.append(
-        model.get_output_embeddings().register_forward_hook(
-            make_hook("the output of the last linear map")
-        )
-    )
-    try:
-        with suppress(
-            Exception
-        ):  # what is not finite may fail in many a way; what was found before is found
-            recompute_losses()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        modules[f"the output of layer {layer}'s block"] = block
+        modules[f"the output of layer {layer}"] = layer_module
+    # Values that are not finite may make any later operation fail; outputs up to there are checked.
+    with capture(modules, on_output=check_output), suppress(Exception):
+        recompute_losses()
     return next(iter(nonfinite_names), None)
 
 
