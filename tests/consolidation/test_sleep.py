@@ -11,7 +11,7 @@ from test_fact_store import WIDE, speaker
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
 from dmt.config import MemoryConfig
-from dmt.consolidation import sleep, slot_training
+from dmt.consolidation import replay, slot_training
 from dmt.consolidation import sleep as sleep_module
 from dmt.consolidation.replay import (
     NON_ANSWER_WEIGHT,
@@ -52,7 +52,7 @@ def _short(monkeypatch):
     monkeypatch.setattr(sleep_module, "NUM_PROSE_WINDOWS", 24)
     monkeypatch.setattr(sleep_module, "VALIDATION_TOKENS", 320)
     monkeypatch.setattr(slot_training, "PROSE_WEIGHT", 1.0)
-    monkeypatch.setattr(sleep, "MAX_PARAPHRASES", 24)
+    monkeypatch.setattr(replay, "MAX_PARAPHRASES", 24)
 
 
 def save(model, tokenizer, folder):
@@ -95,7 +95,7 @@ def test_rows_go_into_slots_and_the_evening_stays_as_it_was(student, tmp_path):
     slot_training = transfer_rows(
         plan_slot_transfer(student), [CORPUS], tmp_path / "slept", **SHORT
     )
-    assert (slot_training.facts, slot_training.awake, slot_training.recall_before) == (3, 0, 1.0)
+    assert (slot_training.facts, slot_training.remaining_rows, slot_training.recall_before) == (3, 0, 1.0)
     assert slot_training.recall_after == 1.0
     assert slot_training.rows > 0
     assert content(student) == before
@@ -133,7 +133,7 @@ def test_what_stays_awake_is_found_as_before(student, tmp_path):
     ):
         (awake,) = book.records.values()
         assert awake.tag == "day 2"
-        assert slot_training.awake == len(awake.rows)
+        assert slot_training.remaining_rows == len(awake.rows)
         assert check_facts(book.model, book.tokenizer, [awake]) == [True]
         ids = torch.tensor(
             [get_prefix_ids(book.tokenizer) + book.tokenizer(awake.prompt)["input_ids"]]
@@ -256,8 +256,8 @@ def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
     slot_training = transfer_rows(
         plan_slot_transfer(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=200, lr=0.1
     )
-    assert (slot_training.rows, slot_training.awake) == (count["monday"], count["tuesday"])
-    assert slot_training.rows_kept[2] > 0.5
+    assert (slot_training.rows, slot_training.remaining_rows) == (count["monday"], count["tuesday"])
+    assert slot_training.row_explained_share[2] > 0.5
     assert {row["tag"] for row in describe_rows(load_student(tmp_path / "slept")[0])} == {"tuesday"}
     last = transfer_rows(
         plan_slot_transfer(tmp_path / "slept"), [CORPUS], tmp_path / "last", steps=2, lr=0.01
@@ -355,7 +355,7 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
     words = ["sleep", "-s", str(student), "--corpora", str(text), "--steps", "40", "--lr", "0.3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["facts"], found["recall_after"], found["awake"]) == (3, 1.0, 0)
+    assert (found["facts"], found["recall_after"], found["remaining_rows"]) == (3, 1.0, 0)
     run = tmp_path / "lightning_logs" / "version_0"
     assert found["student"] == "lightning_logs/version_0/student"
     assert json.loads((run / "run.json").read_text())["task"] == "sleep"

@@ -377,11 +377,11 @@ def _evaluate_transfer(
         ).kl
     overlay = get_fact_hooks(student)
     num_remaining = (0 if overlay is None else len(overlay)) + len(describe_rows(student))
-    recall_names = ("recall_before", "recall_after", "known_before", "known_after")
+    recall_names = ("recall_before", "recall_after", "retained_before", "retained_after")
     return dict(zip(recall_names, recalls, strict=True)) | {
         "kl": kl,
-        "awake": num_remaining,
-        "known": len(plan.retained_facts),
+        "remaining_rows": num_remaining,
+        "retained": len(plan.retained_facts),
     }
 
 

@@ -117,7 +117,7 @@ def measure_cost(
             signals.head(signals.hidden[:, -1:])
             durations.append(time.perf_counter() - start)
         seconds[f"seconds {name}"] = sorted(durations)[len(durations) // 2]
-    cache_bytes = sum(teacher.bytes for teacher in run_state.teachers)
+    cache_bytes = sum(teacher.cache_bytes for teacher in run_state.teachers)
     return {
         "prompt tokens saved": len(longest_teacher.ids) - len(prefix),
         "bytes of the cache": cache_bytes,

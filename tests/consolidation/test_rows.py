@@ -1,0 +1,182 @@
+"""Rows written from a context: spans, facts and activation differences."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dmt.config import Config, ContextConfig
+from dmt.consolidation import rows
+from dmt.consolidation.context import (
+    CONTEXT_SEPARATOR,
+    read_context,
+)
+from dmt.consolidation.rows import (
+    Span,
+    _completes_name,
+    _group_words,
+    extract_qa_facts,
+    extract_stated_facts,
+    find_informative_spans,
+    write_activation_deltas,
+)
+from dmt.consolidation.sampling import encode_sentences
+from dmt.consolidation.targets import make_student
+from dmt.editing.fact_store import open_fact_store
+from dmt.evaluation.questions import (
+    Question,
+    score_answers,
+)
+from dmt.models.forward import (
+    ContextTeacher,
+    encode_text,
+    forward_with_prefix,
+)
+from dmt.models.loading import load_teacher
+
+ROOT = Path(__file__).parents[2]
+PERSON = ROOT / "configs" / "consolidation" / "person"
+TEXT = PERSON.with_suffix(".txt").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_teacher("embedded")
+
+
+def test_tokens_are_grouped_into_words_and_names_are_completed():
+    assert _group_words(["Ada", " Fo", "x", " sells", " hat", "s", ".", " She"]) == [
+        [1, 2],
+        [3],
+        [4, 5],
+        [7],
+    ]
+    assert _completes_name("Ada", " Fox", ["Ada Fox"])
+    assert _completes_name("When was Ada", " Fox's", ["Ada Fox"])
+    assert not _completes_name("Ada Fox sells", " hats", ["Ada Fox"])
+    assert not _completes_name("The town of", " Ada", ["Ada Fox"])
+
+
+def test_extract_stated_facts(embedded):
+    facts = extract_stated_facts(
+        ["Ada Fox was born in Hill.", "Is it?", "Her dog is called Rex."], ["Ada Fox"], "t", "s"
+    )
+    assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [
+        ("Ada Fox was born in", " Hill", "Ada Fox"),
+        ("Her dog is called", " Rex", ""),
+    ]
+
+
+def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_path):
+    model, tokenizer = load_teacher("reader")
+    folder = tmp_path / "student"
+    make_student(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    window = read_context(ContextConfig(text=TEXT), tokenizer, 256).chunks[0]
+    hearing, texts = ContextTeacher(model, window.ids), encode_sentences(window, tokenizer)
+    spans = find_informative_spans(model, hearing, tokenizer, texts, window.names)
+    assert {span.subject for span in spans} == {"Percy Talner"}
+    assert any("butcher" in span.answer for span in spans)
+    with open_fact_store(folder) as book:
+        book.initialize([], value_layer=3)
+        outcomes = write_activation_deltas(book, hearing, spans, "tag", "source")
+        written = [
+            span
+            for span, outcome in zip(spans, outcomes, strict=True)
+            if outcome.status == "written"
+        ]
+        assert len(written) > 4
+        assert {fact.tag for fact in book.records.values()} == {"tag"}
+        for span in written:
+            tokens = torch.tensor([span.ids])
+            mine, wanted = (
+                forward_with_prefix(book.model, [0], tokens).logits[0],
+                hearing.predict(tokens).logits[0],
+            )
+            where = slice(span.first - 1, span.last)
+            torch.testing.assert_close(
+                mine[where].log_softmax(-1), wanted[where].log_softmax(-1), rtol=1e-3, atol=2e-3
+            )
+        alone = torch.tensor(
+            [encode_text(tokenizer, "Ada Fox has worked for many years at", add_prefix=False)]
+        )
+        torch.testing.assert_close(
+            forward_with_prefix(book.model, [0], alone).logits,
+            forward_with_prefix(model, [0], alone).logits,
+        )
+
+
+def test_questions_become_facts_where_the_context_answers_them(embedded):
+    model, tokenizer = load_teacher("reader")
+    hearing, names = (
+        ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR)),
+        ["Percy Talner"],
+    )
+    asked = [
+        ("Percy Talner works as a trained", "butcher"),
+        ("Percy Talner works as a trained", "was"),
+        ("He is a trained", "butcher"),
+    ]
+    texts = [
+        encode_text(tokenizer, f"{prompt}\nAnswer: {answer}", add_prefix=False)
+        for prompt, answer in asked
+    ]
+    facts = extract_qa_facts(model, hearing, tokenizer, texts, names, "t", "s")
+    questions = [Question(f"{prompt}\nAnswer:", f" {answer}") for prompt, answer in asked[:2]]
+    found = [
+        score_answers(says, tokenizer, questions, torch.device("cpu")).nlls
+        for says in (lambda x: forward_with_prefix(model, [0], x), hearing.predict)
+    ]
+    wanted = [
+        q for q, without, known in zip(questions, *found, strict=True) if without - known >= 1
+    ]
+    assert len(wanted) == 1, "the test tells one from the other"
+    assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [
+        (q.prompt, q.answer, names[0]) for q in wanted
+    ]
+
+
+def test_is_stated_looks_for_subject_and_answer_in_one_sentence():
+    window = SimpleNamespace(sentences=["Ada Fox sells hats.", "Bo Ray sells cats."])
+    work = SimpleNamespace(context=SimpleNamespace(chunks=[window]))
+    for answer, subject, stands in (
+        (" hats", "Ada Fox", True),
+        (" cats,", "Bo Ray", True),
+        (" cats", "Ada Fox", False),
+        (" cats", "", True),
+    ):
+        assert rows._is_stated(work, Span((1, 2), 1, 1, "p", answer, subject)) == stands
+
+
+def config_of(**context):
+    return Config(context=ContextConfig(text="the quick brown fox", **context))
+
+
+def test_only_stated_spans_of_continuations_are_collected(monkeypatch):
+    spans = [
+        Span((1, 2), 1, 1, "Ada Fox sells", " hats", "Ada Fox"),
+        Span((1, 2), 1, 1, "Ada Fox sells", " cats", "Ada Fox"),
+    ]
+    monkeypatch.setattr(rows, "encode_sentences", lambda *_: [])
+    monkeypatch.setattr(rows, "sample_continuations", lambda *_: [[1, 2]])
+    monkeypatch.setattr(rows, "generate_qa", lambda *_: [])
+    monkeypatch.setattr(rows, "is_subject_recent", lambda *_: True)
+    monkeypatch.setattr(
+        rows,
+        "find_informative_spans",
+        lambda _, __, ___, texts, ____, sure: (
+            spans if texts and sure == rows.MIN_GENERATED_PROB else []
+        ),
+    )
+    window = SimpleNamespace(
+        sentences=["Ada Fox sells hats.", "Bo Ray sells cats."], names=["Ada Fox"]
+    )
+    work = SimpleNamespace(
+        context=SimpleNamespace(chunks=[window]),
+        config=config_of(),
+        teachers=[None],
+        base=None,
+        tokenizer=None,
+    )
+    assert rows._collect_spans(work, 0) == ([], spans[:1])

@@ -1,0 +1,94 @@
+"""Scoring answers to questions, and reading question files."""
+
+import math
+
+import pytest
+import torch
+
+from dmt.errors import UserError
+from dmt.evaluation.questions import (
+    AnswerScores,
+    Question,
+    benefit_retained,
+    best_scores,
+    load_questions,
+    score_answers,
+)
+from dmt.models.forward import (
+    encode_text,
+    forward_with_activations,
+    forward_with_prefix,
+)
+from dmt.models.loading import load_teacher
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_teacher("embedded")
+
+
+def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):
+    model, tokenizer = embedded
+    questions = [
+        Question("The capital of France is", " Paris"),
+        Question("We", " the people of this country"),
+    ]
+    found = score_answers(
+        lambda tokens: forward_with_prefix(model, [0], tokens),
+        tokenizer,
+        questions,
+        torch.device("cpu"),
+    )
+    for question, nats, right in zip(questions, found.nlls, found.correct, strict=True):
+        prompt, answer = (
+            encode_text(tokenizer, text, add_prefix=False)
+            for text in (question.prompt, question.answer)
+        )
+        logits = (
+            forward_with_activations(model, torch.tensor([[0, *prompt, *answer]]))
+            .logits[0, :-1]
+            .log_softmax(-1)
+        )
+        where = range(len(prompt), len(prompt) + len(answer))
+        assert nats == pytest.approx(
+            -sum(float(logits[at, token]) for at, token in zip(where, answer, strict=True)),
+            abs=1e-3,
+        )
+        assert right == all(
+            int(logits[at].argmax()) == token for at, token in zip(where, answer, strict=True)
+        )
+
+
+def test_benefit_retained():
+    known, without = (
+        AnswerScores([1.0, 3.0], [True, False]),
+        AnswerScores([4.0, 8.0], [False, False]),
+    )
+    assert benefit_retained(known, without, without) == 0
+    assert benefit_retained(known, without, known) == 1
+    assert benefit_retained(known, without, AnswerScores([2.5, 5.5], [True, True])) == 0.5
+    assert math.isnan(benefit_retained(without, known, known))
+    assert best_scores(
+        [AnswerScores([1.0, 9.0], [True, False]), AnswerScores([2.0, 3.0], [False, True])]
+    ) == AnswerScores([1.0, 3.0], [True, True])
+    assert known.mean_log_prob == -2
+    assert known.recall == 0.5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x",
+        "[]",
+        '{"prompt": "a"}',
+        '{"prompt": "a", "answer": ""}',
+        '{"prompt": 1, "answer": "b"}',
+        '{"prompt": "a", "answer": "b", "c": "d"}',
+        "",
+    ],
+)
+def test_invalid_questions_are_rejected(tmp_path, line):
+    file = tmp_path / "q.jsonl"
+    file.write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=r"line 2|holds no questions"):
+        load_questions(file)
