@@ -15,12 +15,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     },
     "256 dropped, 32 read": ("memory.num_slots=256", "memory.mean_k=32", "memory.fewer=drop"),
     "1024 new, 32 read": ("memory.num_slots=1024", "memory.mean_k=32", "memory.more=new"),
-    "1024 new, revived, 32 read": (
-        "memory.num_slots=1024",
-        "memory.mean_k=32",
-        "memory.more=new",
-        "loss.revive=0.1",
-    ),
 }
 
 if __name__ == "__main__":

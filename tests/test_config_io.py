@@ -244,15 +244,10 @@ CONTRADICTIONS = [
     ),
     (["memory.heads=3"], "memory.num_slots=512 must be a multiple of memory.heads=3"),
     (["memory.heads=2"], "memory.heads=2 share out k, which memory.k=auto does not"),
-    (["loss.revive=1", "memory.projections=true"], "loss.revive would move projections"),
     (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
     (
         ["memory.num_slots=256", "memory.k=300"],
         "memory.k must be in [1, memory.num_slots=256], got 300",
-    ),
-    (
-        ["loss.revive=1", "memory.activation=softmax", "memory.selection=score", "memory.k="],
-        "loss.revive needs a weight per slot",
     ),
     (["memory.mean_k=600"], "memory.mean_k must be in [1, memory.num_slots=512], got 600"),
     (

@@ -110,10 +110,6 @@ class LossConfig:
     """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
     hidden_cosine: float = 0.0
     """Weight of one minus the cosine between the last hidden states."""
-    revive: float = 0.0
-    """Weight of the error with which slots long unread forecast what their memory lacks, as a fraction of variance."""
-    revive_after: int = 65_536
-    """Tokens without a read after which `revive` takes a slot for dead."""
     temperature: float = 1.0
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
     chunk_size: int = 0
@@ -121,7 +117,7 @@ class LossConfig:
 
 
 LOSS_TERMS = tuple(
-    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size", "revive_after")
+    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size")
 )
 """The settings in `loss` that are weights; each is the name of its term."""
 

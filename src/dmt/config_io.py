@@ -463,8 +463,6 @@ def check_config(config: Config) -> None:
         "loss.hidden_mse": 0,
         "loss.block_fvu": 0,
         "loss.hidden_cosine": 0,
-        "loss.revive": 0,
-        "loss.revive_after": 1,
         "loss.chunk_size": 0,
         "stages.calibration_tokens": 0,
         "stages.layerwise_steps": 0,
@@ -609,16 +607,6 @@ def check_config(config: Config) -> None:
     if config.stages.layerwise_steps and not any(map(has_slots, memories)) and associative:
         raise UserError(
             "memory.base=none in every layer has nothing to learn layer by layer; set stages.layerwise_steps=0"
-        )
-    if config.loss.revive and any(
-        memory.activation in ("softmax", "distance") for memory in memories if has_slots(memory)
-    ):
-        raise UserError(
-            "loss.revive needs a weight per slot; set memory.activation=block or relu, or loss.revive=0"
-        )
-    if config.loss.revive and any(memory.projections for memory in memories if has_slots(memory)):
-        raise UserError(
-            "loss.revive would move projections, which living slots share; set memory.projections=false or loss.revive=0"
         )
     if config.logit_cache.dir:
         _check_cache(config, bool(associative))

@@ -236,17 +236,17 @@ def kept(words, place):
 @pytest.fixture
 def no_teacher(monkeypatch):
     """In the end-to-end stage nobody may ask the teacher, but to validate."""
-    original = DistillationModule._end_to_end_terms
+    original = DistillationModule.end_to_end_loss
 
-    def alone(self, batch, numbers=None):
+    def alone(self, batch):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "dmt.distillation.module.forward_teacher",
                 lambda *_, **__: pytest.fail("the teacher was asked"),
             )
-            return original(self, batch, numbers)
+            return original(self, batch)
 
-    monkeypatch.setattr(DistillationModule, "_end_to_end_terms", alone)
+    monkeypatch.setattr(DistillationModule, "end_to_end_loss", alone)
 
 
 def same(first, second):
@@ -289,9 +289,9 @@ def test_micro_batches_change_nothing(kept, tmp_path, chunk):
         with (newest(tmp_path) / "metrics.csv").open() as file:
             found.append(
                 [
-                    float(row["end_to_end/kl"])
+                    float(row["train/kl"])
                     for row in csv.DictReader(file)
-                    if row.get("end_to_end/kl")
+                    if row.get("train/kl")
                 ]
             )
     assert found[0] == pytest.approx(found[1], rel=1e-3)
@@ -509,7 +509,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(kept, place, capsys):
                 ["loss.hidden_mse=0", "loss.block_fvu=0", f"loss.{term}=0.5"],
                 f"loss.{term} needs more of the teacher",
             )
-            for term in ("reverse_kl", "cosine", "revive")
+            for term in ("reverse_kl", "hidden_cosine")
         ),
         (
             ["loss.hidden_mse=0", "loss.block_fvu=0", "loss.kl=0", "loss.ce=1"],

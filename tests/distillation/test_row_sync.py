@@ -89,7 +89,7 @@ def taught(made, tokens, step=1):
     """One step's passes, without an optimiser: writes are offered and settled."""
     made.row_sync.enable_writes(1.0)
     for rows in tokens.split(2):
-        made._end_to_end_terms(Batch.full_step(rows))
+        made.end_to_end_loss(Batch.full_step(rows))
     made.row_sync.enable_writes(None)
     made.row_sync.commit_step(step)
 
@@ -124,7 +124,7 @@ def test_what_comes_later_moves_nothing_before_it_while_writing(teacher, tmp_pat
     said = []
     for given in (tokens, other):
         made.row_sync.enable_writes(1.0)
-        made._end_to_end_terms(Batch.full_step(given))
+        made.end_to_end_loss(Batch.full_step(given))
         said.append(forward_with_activations(made.student, given).logits)
         made.row_sync.enable_writes(None)
         for memory in get_associative_memories(made.student).values():
@@ -162,7 +162,7 @@ def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, toke
         made = small(teacher, tmp_path / str(parts))
         made.row_sync.enable_writes(1.0)
         for rows in tokens.split(parts):
-            made._end_to_end_terms(Batch.full_step(rows))
+            made.end_to_end_loss(Batch.full_step(rows))
         made.row_sync.commit_step(1)
         written.append(
             [
@@ -201,14 +201,14 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
     )
     assert not [name for name in checkpoint["state_dict"] if ".rows." in name]
     head = (run / "metrics.csv").read_text().splitlines()[0]
-    assert "rows_inserted/layer_0" in head
+    assert "knn/inserted/layer_0" in head
     assert "rows of layer 0" in (run / "report.md").read_text()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     for layer in range(LAYERS):
-        for tag in ("rows", "rows_inserted", "rows_evicted", "rows_merged", "rows_base"):
+        for tag in ("rows", "inserted", "evicted", "merged", "null_weight"):
             assert f"{tag}/layer_{layer}" in events.Tags()["scalars"]
-        for tag in ("rows_distance", "rows_age_seconds", "rows_reads_log10"):
+        for tag in ("nearest_distance", "row_age_seconds", "log10_row_reads"):
             assert f"{tag}/layer_{layer}" in events.Tags()["histograms"]
     found = json.loads((run / "run.json").read_text())["rows"]
     assert {layer: kept["rows"] for layer, kept in found.items()} == {
@@ -431,7 +431,7 @@ def _one_of_two(rank, folder):
             self.student = made.student
 
         def forward(self, tokens):
-            return made._end_to_end_terms(Batch.full_step(tokens))["loss"]
+            return made.end_to_end_loss(Batch.full_step(tokens))[0]
 
     step = torch.nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
     optimizer = torch.optim.SGD(made.student.parameters(), lr=0.01)

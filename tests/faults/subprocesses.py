@@ -137,8 +137,6 @@ def small_run(material, logs):
         "trainer.accelerator=cpu",
         "memory.mean_k=8",
         "trainer.precision=32-true",
-        "loss.revive=0.1",
-        "loss.revive_after=100",
     ]
 
 

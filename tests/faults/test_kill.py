@@ -45,7 +45,7 @@ TRAINING = [
     (f"{RUN}:_as_saved", 1),
     (f"{RUN}:_conclude", 1),
 ]
-CACHE = ["loss.hidden_mse=0", "loss.block_fvu=0", "loss.revive=0", "logit_cache.top_k=16"]
+CACHE = ["loss.hidden_mse=0", "loss.block_fvu=0", "logit_cache.top_k=16"]
 
 
 def drawn(function, nth):

@@ -21,7 +21,7 @@ from dmt.training import launch
 ROOT = Path(__file__).parents[2]
 RUN = ["stages.layerwise_steps=6", "stages.end_to_end_steps=18"]
 VARIANTS = {
-    "featural": [*RUN, "loss.revive=0.1", "loss.revive_after=64", "stages.k_warmup_factor=2"],
+    "featural": [*RUN, "stages.k_warmup_factor=2"],
     "associative": [
         *RUN,
         "memory.kind=associative",
@@ -55,7 +55,7 @@ def alike(one, several):
         {
             at: value
             for at, value in curve(run).items()
-            if at[1].startswith(("layerwise/", "end_to_end/"))
+            if at[1].startswith("train/")
         }
         for run in (one, several)
     )

@@ -60,7 +60,6 @@ def build_loss_config(config: Config) -> LossConfig:
         "hidden_mse": 0.0,
         "block_fvu": 0.0,
         "hidden_cosine": 0.0,
-        "revive": 0.0,
     }
     return replace(config.loss, **(zeros | {term: getattr(config.loss, term) or 1.0}))
 

@@ -202,12 +202,14 @@ class Batch:
     Attributes:
         tokens_in_step: valid tokens of the step, over all pieces and processes: the divisor of `kl` and the like.
         targets_in_step: valid next tokens of the step: the divisor of `ce`.
+        window_ids: indices of the windows in the training data `(batch,)`, for the logit cache.
     """
 
     tokens: Tensor
     mask: Tensor
     tokens_in_step: float
     targets_in_step: float
+    window_ids: Tensor | None = None
 
     @staticmethod
     def full_step(tokens: Tensor, mask: Tensor | None = None) -> Batch:

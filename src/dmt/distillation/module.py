@@ -1,14 +1,11 @@
-"""The LightningModule: a student, the stages it goes through, and a teacher that stands beside it, not in it.
-
-Slots that nothing reads get no gradient, so they stay unread. This gives them some: they are asked for what is missing.
-"""
+"""The LightningModule that distills a teacher into a student."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,106 +19,85 @@ from dmt.distillation.losses import (
     block_fvu,
     compute_loss_terms,
     next_token_mask,
-    outlier_weights,
     sum_weighted_terms,
 )
 from dmt.distillation.row_sync import RowStoreSync, set_row_targets
-from dmt.distributed import all_reduce_mean, all_reduce_sum
+from dmt.distributed import all_reduce_sum
+from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
-from dmt.memory import FeaturalMemory
-from dmt.memory.featural import ids_to_mask
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
 from dmt.models.conversion import get_associative_memories, get_featural_memories, get_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
-from dmt.training.checkpoints import check_finite, clip_gradients
-from dmt.training.trainer import build_adamw, k_schedule, lr_schedule, no_sync
+from dmt.training.module import TrainingModule
+from dmt.training.trainer import build_adamw, k_schedule, lr_schedule
 
-
-def auxk_error(
-    memory: FeaturalMemory,
-    dead_slots: Tensor,
-    hidden: Tensor,
-    residual: Tensor,
-    token_weights: Tensor,
-) -> Tensor:
-    """Squared error, summed over width and tokens, of the dead slots' own forecast of what the memory lacks.
-
-    Args:
-        dead: which slots have not been read for long, `(slots,)`.
-        hidden: what the memory was given, `(tokens, width)`.
-        missing: what its answer lacked, same shape, without gradient. Of the dead slots the k ranked highest are asked.
-        counts: what each token counts, `(tokens,)`, see `outliers.share`.
-
-    Source: the auxiliary loss of Gao et al. 2024, arXiv 2406.04093, section 2.4.
-    """
-    dead_ids = dead_slots.nonzero().flatten()
-    if not len(dead_ids):
-        return hidden.new_zeros(())
-    weights = memory.compute_weights(hidden, memory.compute_scores(hidden))[:, dead_ids]
-    ranks = weights.detach().abs() * memory.value_norms()[dead_ids]
-    selected = ids_to_mask(
-        ranks.topk(min(memory.k, len(dead_ids)), dim=-1, sorted=False).indices, len(dead_ids)
-    )
-    prediction = (weights * selected) @ memory.values[dead_ids]
-    return ((residual - prediction).float().square().sum(-1) * token_weights).sum()
-
-
-@torch.no_grad()
-def update_idle_tokens(memory: FeaturalMemory, idle_tokens: Tensor) -> None:
-    """Bring `idle` `(slots,)`, tokens since each slot was read, up to date with `memory.reads`."""
-    if memory.read_counts is not None:
-        idle_tokens.add_(
-            all_reduce_sum(idle_tokens.new_tensor(memory.counted_tokens))
-        ).masked_fill_(all_reduce_sum(memory.read_counts) > 0, 0)
-
-
-SCALE_TOKENS = 4_096
-"""Least number of tokens from which the teacher's variances are measured."""
+SCALE_TOKENS = 4_096  # minimum number of tokens from which the teacher's variances are measured
+# Rate at which a shared threshold follows the slots read: too many by a factor f raise it by f to
+# the power of this rate in each step.
 THRESHOLD_RATE = 0.1
-"""How fast a shared threshold follows the slots read: too many by a factor f raise it by f to this power a step."""
+FIDELITY_METRICS = (
+    "kl",
+    "ppl_ratio",
+    "top1_agreement",
+    "student_perplexity",
+    "teacher_perplexity",
+)
 
 
-class DistillationModule(pl.LightningModule):
-    """Trains a student to say what its teacher says: `calibrate`, then `layerwise`, then `end_to_end`.
+class DistillationModule(TrainingModule):
+    """Train a student to predict what its teacher predicts, layer by layer, then end to end.
 
-    One training step is one optimiser step. Its batch is computed in pieces of `data.micro_batch_size` windows whose
-    gradients add up to that of the whole, so memory is a setting and the result is not.
+    Works in any Lightning `Trainer`: with `dmt.data.windows.TextDataModule` or with data loaders of
+    your own, any logger and any callbacks. A training batch is token ids `(windows, time)`, a pair
+    of token ids and window indices (see `LogitCache`), or a dict with `input_ids`; texts are packed
+    into windows of equal length, without padding. One training step is one optimizer step, computed
+    in micro-batches of `data.micro_batch_size` windows. Call `calibrate` once before the first step
+    and train for `total_steps` steps:
+
+        student, _ = dmt.models.conversion.convert(teacher, memories)
+        module = DistillationModule(config, student, teacher)
+        module.calibrate(windows)
+        trainer = pl.Trainer(max_steps=module.total_steps, logger=my_logger)
+        trainer.fit(module, train_loader, {"news": val_loader})
+
+    Validation metrics are logged as `val/<corpus>/<metric>`: the corpora of a `TextDataModule`, the
+    keys of a dict of loaders, or `data` (`data_0`, `data_1`, ... of several).
 
     Args:
-        config: every setting of the run.
-        student: a model from `transplant`.
-        teacher: in eval mode; kept out of the module tree, so it is in no checkpoint and `.train()` never reaches it.
+        config: settings of the run; `stages`, `loss`, `optim`, `student`, `data.micro_batch_size`
+            and `trainer.log_every` are read here.
+        student: a model whose feed-forward blocks were replaced by `convert`.
+        teacher: the model to imitate, in eval mode. It is kept outside the module tree: no
+            checkpoint contains it and `.train()` does not reach it.
     """
 
     def __init__(self, config: Config, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        super().__init__()
-        self.save_hyperparameters({"config": asdict(config)})
-        self.automatic_optimization = False
-        self.settings = config
+        super().__init__(config)
         self.student = student
         self._teacher_ref = (teacher,)  # a tuple hides it from the module tree
         layers = student.config.num_hidden_layers
         self.register_buffer("block_scales", torch.ones(layers))
         self.register_buffer("block_limits", torch.full((layers,), torch.inf))
         self.register_buffer("hidden_scale", torch.ones(()))
-        if config.loss.revive:
-            for layer, memory in get_featural_memories(student).items():
-                self.register_buffer(
-                    f"idle_{layer}", torch.zeros(memory.num_slots, dtype=torch.long)
-                )
         self.row_sync: RowStoreSync | None = None
         self.logit_cache: LogitCache | None = None
         self.val_metrics: list[FidelityMetrics] = []
         self.val_errors: list[Tensor] = []
         self.num_val_windows = 0
+        self._writes_rows = False
         trainable = self.trainable_parameters()
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in trainable)
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The model to be imitated."""
+        """The model to imitate."""
         return self._teacher_ref[0]
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The student."""
+        return self.student
 
     @property
     def scales(self) -> LossScales:
@@ -130,23 +106,22 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of all stages."""
+        """Optimizer steps of all stages."""
         return self.settings.stages.layerwise_steps + self.settings.stages.end_to_end_steps
 
     def stage_at(self, step: int) -> tuple[str, int, int, float]:
-        """Name, step within, length and peak learning rate of the stage that a step belongs to."""
+        """Return the stage of a step: its name, the step within it, its length, its peak rate."""
         stages = self.settings.stages
         if step < stages.layerwise_steps:
             return "layerwise", step, stages.layerwise_steps, stages.layerwise_lr
-        return (
-            "end_to_end",
-            step - stages.layerwise_steps,
-            stages.end_to_end_steps,
-            stages.end_to_end_lr,
-        )
+        step -= stages.layerwise_steps
+        return "end_to_end", step, stages.end_to_end_steps, stages.end_to_end_lr
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the end-to-end stage may change, by name; the layer-wise stage only ever reaches memories."""
+        """Return the parameters that the end-to-end stage changes, by name.
+
+        The layerwise stage changes the memories only.
+        """
         memory_ids = {
             id(parameter)
             for memory in get_memories(self.student).values()
@@ -168,228 +143,183 @@ class DistillationModule(pl.LightningModule):
         self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
-        """The first stage, without gradient: measure the teacher's variances, then set means, biases and linear maps.
+        """Measure the teacher's variances, then set means, biases and linear maps of the memories.
 
-        All of `windows` are for the variances, the first `stages.calibration_tokens` tokens of them for the rest.
-        Called once before the first step of a new run; a resumed run finds the results in its checkpoint.
+        This stage needs no gradient. Call it once before the first step of a new run; a resumed run
+        reads the results from its checkpoint.
+
+        Args:
+            windows: token ids `(windows, time)`. All of them are used for the variances, the first
+                `stages.calibration_tokens` tokens for the rest.
         """
         scales = measure_scales(self.teacher, windows)
         self.block_scales.copy_(scales.block_variances)  # type: ignore[operator]
         self.block_limits.copy_(scales.outlier_norms)  # type: ignore[operator,arg-type]
         self.hidden_scale.copy_(scales.hidden_variance)  # type: ignore[operator]
         if tokens := self.settings.stages.calibration_tokens:
-            calibrate_memories(
-                self.student, self.teacher, windows[: -(-tokens // windows.shape[1])]
-            )
+            num_windows = -(-tokens // windows.shape[1])
+            calibrate_memories(self.student, self.teacher, windows[:num_windows])
 
-    def training_step(self, batch: Tensor | list[Tensor], batch_idx: int) -> None:
-        tokens, window_ids = batch if isinstance(batch, list | tuple) else (batch, None)
-        stage, step, stage_steps, peak_lr = self.stage_at(self.global_step)
-        optimizer = self.optimizers()
-        lr = lr_schedule(step, stage_steps, peak_lr, self.settings.optim)
-        for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = lr * group["share"]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        writes_rows = self.row_sync is not None and self.row_sync.enable_writes(
-            step / stage_steps if stage == "end_to_end" else None
+    def get_lr(self, step: int) -> float:
+        """Return the learning rate of a step in the schedule of its stage."""
+        _, stage_step, stage_steps, peak_lr = self.stage_at(step)
+        return lr_schedule(stage_step, stage_steps, peak_lr, self.settings.optim)
+
+    def before_step(self, step: int) -> None:
+        """Set how many slots are read and whether rows are written in this step."""
+        stage, stage_step, stage_steps, _ = self.stage_at(step)
+        end_to_end = stage == "end_to_end"
+        self._writes_rows = self.row_sync is not None and self.row_sync.enable_writes(
+            stage_step / stage_steps if end_to_end else None
         )
+        k_warmup_factor = self.settings.stages.k_warmup_factor
         for memory in get_featural_memories(self.student).values():
             memory.k_multiplier = (
-                k_schedule(step, stage_steps, self.settings.stages.k_warmup_factor)
-                if stage == "end_to_end"
-                else 1.0
+                k_schedule(stage_step, stage_steps, k_warmup_factor) if end_to_end else 1.0
             )
-        totals: dict[str, Tensor] = {}
+
+    def split_batch(self, batch: Any) -> Sequence[Batch]:
+        """Split token ids into micro-batches that count the tokens of the whole step."""
+        tokens, window_ids = _unpack_batch(batch)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         # Processes average their gradients, so each divides by its own share of the step's tokens.
         token_counts = float(mask.sum()), float(next_token_mask(mask).sum())
-        for indices in torch.arange(len(tokens)).split(self.settings.data.micro_batch_size):
-            micro_batch = Batch(tokens[indices], mask[indices], *token_counts)
-            micro_batch_ids = None if window_ids is None else window_ids[indices]
-            with no_sync(self, is_last=int(indices[-1]) + 1 == len(tokens)):
-                terms = (
-                    self._layerwise_terms(micro_batch)
-                    if stage == "layerwise"
-                    else self._end_to_end_terms(micro_batch, micro_batch_ids)
-                )
-                self.manual_backward(terms["loss"])
-            for name, value in terms.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-        if self.settings.loss.revive and stage == "end_to_end":
-            self.update_idle_counters()
-        grad_norm, steps_done = (
-            clip_gradients(optimizer, self.settings.optim.grad_clip),
-            self.global_step,
-        )  # type: ignore[arg-type]
-        check_finite(
-            steps_done + 1,
-            totals["loss"],
-            grad_norm,
-            self.student,
-            lambda: self._replay_forward(stage, tokens, mask, token_counts),
-        )
+        return [
+            Batch(
+                tokens[indices],
+                mask[indices],
+                *token_counts,
+                window_ids=None if window_ids is None else window_ids[indices],
+            )
+            for indices in torch.arange(len(tokens)).split(self.settings.data.micro_batch_size)
+        ]
+
+    def compute_terms(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute loss and terms of the stage that the current step belongs to."""
+        if self.stage_at(self.global_step)[0] == "layerwise":
+            return self.layerwise_loss(micro_batch)
+        return self.end_to_end_loss(micro_batch)
+
+    def before_update(self, step: int) -> None:
+        """Mark the row store as incomplete until the step is committed."""
         if self.row_sync is not None:
-            self.row_sync.dirty = writes_rows
-        optimizer.step()  # type: ignore[union-attr]
+            self.row_sync.dirty = self._writes_rows
+
+    def after_update(self, step: int) -> None:
+        """Move the shared threshold and commit the rows of the step."""
         update_threshold(get_featural_memories(self.student).values(), rate=THRESHOLD_RATE)
-        if self.row_sync is not None and writes_rows:
-            self.row_sync.enable_writes(
-                None
-            )  # what measures the student between steps leaves nothing behind
-            self.row_sync.commit_step(steps_done + 1)
-        self.log("loss", totals["loss"], prog_bar=True, logger=False)
-        if steps_done % self.settings.trainer.log_every == 0 or steps_done == self.total_steps - 1:
-            row_metrics = (
-                self.row_sync.step_metrics if writes_rows and self.row_sync is not None else {}
-            )
-            means = all_reduce_mean(torch.stack([value.float() for value in totals.values()]))
-            train_metrics = {
-                f"{stage}/{name}": value for name, value in zip(totals, means.tolist(), strict=True)
-            }
-            self._log_metrics({"learning_rate": lr} | train_metrics | row_metrics, steps_done)
+        if self.row_sync is not None and self._writes_rows:
+            self.row_sync.enable_writes(None)  # measurements between steps write no rows
+            self.row_sync.commit_step(step + 1)
 
-    def _replay_forward(
-        self, stage: str, tokens: Tensor, mask: Tensor, token_counts: tuple[float, float]
-    ) -> None:
-        for indices in torch.arange(len(tokens)).split(self.settings.data.micro_batch_size):
-            micro_batch = Batch(tokens[indices], mask[indices], *token_counts)
-            self._layerwise_terms(micro_batch) if stage == "layerwise" else self._end_to_end_terms(
-                micro_batch
-            )
+    def extra_metrics(self) -> dict[str, float]:
+        """Return what the step wrote to the row store."""
+        if self.row_sync is None or not self._writes_rows:
+            return {}
+        return self.row_sync.step_metrics
 
-    def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        # Not `self.log`: within one epoch that goes on writing the last value of a stage that is over.
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step)
-
-    def _layerwise_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Each memory on the teacher's own block inputs, against the teacher's own block outputs."""
+    def layerwise_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare every memory with its block, both on the teacher's block inputs."""
         teacher = forward_teacher(self.teacher, batch.tokens, capture_blocks=True)
-        memory_fvu = self._memory_fvu(teacher, batch)
+        errors = self._memory_fvu(teacher, batch)
         if self.settings.stages.layerwise_loss == "mse":
-            memory_fvu = memory_fvu * self.scales.block_variances[list(get_memories(self.student))]
-        return {"loss": memory_fvu.sum()}
+            errors = errors * self.scales.block_variances[list(get_memories(self.student))]
+        loss = errors.sum()
+        return loss, {"layerwise_loss": loss}
 
-    def _end_to_end_terms(
-        self, batch: Batch, window_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def end_to_end_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare the student with the teacher, or with the cached distributions of its windows."""
         weights = self.settings.loss
-        if self.logit_cache is not None and window_ids is not None:
-            cached = self.logit_cache.read(window_ids, self.device)
-            terms = compute_loss_terms(
-                forward_with_activations(self.student, batch.tokens),
-                cached,
-                batch,
-                weights,
-                self.scales,
+        if self.logit_cache is not None and batch.window_ids is not None:
+            cached = self.logit_cache.read(batch.window_ids, self.device)
+            student = forward_with_activations(self.student, batch.tokens)
+            terms = compute_loss_terms(student, cached, batch, weights, self.scales)
+        else:
+            capture_blocks = bool(weights.block_fvu or self.row_sync)
+            teacher = forward_teacher(self.teacher, batch.tokens, capture_blocks=capture_blocks)
+            student = forward_with_activations(
+                self.student, batch.tokens, capture_blocks=capture_blocks
             )
-            return {"loss": sum_weighted_terms(terms, weights), **terms}
-        capture_blocks = bool(weights.block_fvu or weights.revive or self.row_sync)
-        teacher = forward_teacher(self.teacher, batch.tokens, capture_blocks=capture_blocks)
-        if weights.revive:
-            for memory in get_featural_memories(self.student).values():
-                if memory.read_counts is None:  # else an earlier piece of this step began
-                    memory.count_reads()
-        student = forward_with_activations(
-            self.student, batch.tokens, capture_blocks=capture_blocks
-        )
-        set_row_targets(self.student, self.teacher, student, teacher)
-        terms = compute_loss_terms(
-            student, teacher, batch, weights, self.scales, list(get_memories(self.student))
-        )
-        if weights.revive:
-            terms["revive"] = self._auxk_loss(student, teacher, batch)
-        return {"loss": sum_weighted_terms(terms, weights), **terms}
+            set_row_targets(self.student, self.teacher, student, teacher)
+            layers = list(get_memories(self.student))
+            terms = compute_loss_terms(student, teacher, batch, weights, self.scales, layers)
+        loss = sum_weighted_terms(terms, weights)
+        return loss, {"loss": loss, **terms}
 
-    def _auxk_loss(self, student: ForwardOutputs, teacher: ForwardOutputs, batch: Batch) -> Tensor:
-        """Mean over memories of how badly their dead slots forecast what they lack, a fraction of variance."""
-        errors = []
-        for layer, memory in get_featural_memories(self.student).items():
-            idle_tokens = self.get_buffer(f"idle_{layer}")
-            # Without gradient, so that nobody but the dead is moved by it.
-            hidden, outputs = (
-                states[layer][batch.mask].detach()
-                for states in (student.block_inputs, student.block_outputs)
+    def _memory_fvu(self, teacher: ForwardOutputs, batch: Batch) -> Tensor:
+        """Return each memory's error on the teacher's block inputs, a fraction of variance."""
+        memories = get_memories(self.student)
+        layers = list(memories)
+        with self._without_read_counts():
+            outputs = tuple(
+                memory(teacher.block_inputs[layer]) for layer, memory in memories.items()
             )
-            residual = teacher.block_outputs[layer][batch.mask] - outputs
-            token_weights = outlier_weights(
-                teacher.block_outputs[layer][batch.mask], self.scales.outlier_norms[layer]
-            )  # type: ignore[index]
-            error = auxk_error(
-                memory,
-                idle_tokens >= self.settings.loss.revive_after,
-                hidden,
-                residual,
-                token_weights,
-            )
-            errors.append(error / batch.tokens_in_step / self.scales.block_variances[layer])
-        return torch.stack(errors).mean()
+        targets = tuple(teacher.block_outputs[layer] for layer in layers)
+        scales = self.scales
+        assert scales.outlier_norms is not None, "registered in the constructor"
+        layer_scales = LossScales(
+            scales.block_variances[layers], scales.hidden_variance, scales.outlier_norms[layers]
+        )
+        return block_fvu(outputs, targets, batch.mask, batch.tokens_in_step, layer_scales)
 
-    def update_idle_counters(self) -> None:
-        """End a step of revival: slots that none of its pieces read have been idle for longer. In all processes at once."""
-        for layer, memory in get_featural_memories(self.student).items():
-            update_idle_tokens(memory, self.get_buffer(f"idle_{layer}"))
+    @contextmanager
+    def _without_read_counts(self) -> Iterator[None]:
+        """Count no reads of slots: usage is counted in the student's own forward pass."""
+        memories = get_featural_memories(self.student).values()
+        counts = [memory.read_counts for memory in memories]
+        for memory in memories:
             memory.read_counts = None
+        try:
+            yield
+        finally:
+            for memory, read_counts in zip(memories, counts, strict=True):
+                memory.read_counts = read_counts
+
+    def _val_names(self) -> list[str]:
+        """Return the names of the validation loaders."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if corpora := getattr(datamodule, "corpora", None):
+            return [corpus.name for corpus in corpora]
+        loaders = self.trainer.val_dataloaders
+        if isinstance(loaders, dict):
+            return list(loaders)
+        if isinstance(loaders, list | tuple) and len(loaders) > 1:
+            return [f"data_{index}" for index in range(len(loaders))]
+        return ["data"]
 
     def on_validation_start(self) -> None:
-        self.val_metrics = [FidelityMetrics() for _ in self.trainer.datamodule.corpora]  # type: ignore[attr-defined]
+        self.teacher.to(self.device)  # type: ignore[arg-type]
+        self.val_metrics = [FidelityMetrics() for _ in self._val_names()]
         self.val_errors, self.num_val_windows = [], 0
 
-    def validation_step(self, tokens: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        tokens, _ = _unpack_batch(batch)
         teacher = forward_teacher(self.teacher, tokens, capture_blocks=True)
-        self.val_metrics[dataloader_idx].update(
-            forward_with_activations(self.student, tokens).logits, teacher.logits, tokens
-        )
+        student = forward_with_activations(self.student, tokens)
+        self.val_metrics[dataloader_idx].update(student.logits, teacher.logits, tokens)
         self.val_errors.append(self._memory_fvu(teacher, Batch.full_step(tokens)) * len(tokens))
         self.num_val_windows += len(tokens)
 
-    def _memory_fvu(self, teacher: ForwardOutputs, batch: Batch) -> Tensor:
-        """Error of each memory on the teacher's own block inputs, a fraction of variance, `(memories,)`."""
-        memories = get_memories(self.student)
-        layers = list(memories)
-        outputs = []
-        for layer, memory in memories.items():
-            slot_memory = get_featural_memories(self.student).get(layer)
-            saved_reads = None if slot_memory is None else slot_memory.read_counts
-            if slot_memory is not None:
-                slot_memory.read_counts = (
-                    None  # usage is counted in the student's own pass, not in this one
-                )
-            outputs.append(memory(teacher.block_inputs[layer]))
-            if slot_memory is not None:
-                slot_memory.read_counts = saved_reads
-        targets = tuple(teacher.block_outputs[layer] for layer in layers)
-        scales = LossScales(
-            self.scales.block_variances[layers],
-            self.scales.hidden_variance,
-            self.scales.outlier_norms[layers],
-        )  # type: ignore[index]
-        return block_fvu(tuple(outputs), targets, batch.mask, batch.tokens_in_step, scales)
-
     def on_validation_epoch_end(self) -> None:
-        for corpus, rank_metrics in zip(
-            self.trainer.datamodule.corpora, self.val_metrics, strict=True
-        ):  # type: ignore[attr-defined]
+        for corpus, rank_metrics in zip(self._val_names(), self.val_metrics, strict=True):
             metrics = rank_metrics.all_reduce()
-            for name in ("kl", "ppl_ratio", "top1_agreement", "student_perplexity", "teacher_perplexity"):
-                self.log(f"{corpus.name}/{name}", getattr(metrics, name), sync_dist=True)
-        errors = all_reduce_sum(torch.stack(self.val_errors).sum(0)) / all_reduce_sum(
-            torch.tensor(self.num_val_windows)
-        ).to(self.device)
+            for name in FIDELITY_METRICS:
+                self.log(f"val/{corpus}/{name}", getattr(metrics, name), sync_dist=True)
+        num_windows = all_reduce_sum(torch.tensor(self.num_val_windows)).to(self.device)
+        errors = all_reduce_sum(torch.stack(self.val_errors).sum(0)) / num_windows
         for layer, error in zip(get_memories(self.student), errors, strict=True):
-            self.log(f"block_error/layer_{layer}", error, sync_dist=True)
+            self.log(f"val/fvu/layer_{layer}", error, sync_dist=True)
 
     def close(self) -> None:
-        """Let go of the store, where there is one."""
+        """Close the row store, if there is one."""
         if self.row_sync is not None:
             self.row_sync.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         teacher_keys = [name for name in checkpoint["state_dict"] if "teacher" in name]
-        assert not teacher_keys, f"the teacher must be in no checkpoint, found {teacher_keys[:3]}"
-        if (
-            self.row_sync is not None
-        ):  # rows are in the store; the checkpoint says which of them, and where they lie
+        assert not teacher_keys, f"no checkpoint may contain the teacher, got {teacher_keys[:3]}"
+        if self.row_sync is not None:
+            # Rows are in the store; the checkpoint holds their ids and their order.
             for name in self._row_state_keys():
                 del checkpoint["state_dict"][name]
             checkpoint["rows"] = self.row_sync.checkpoint_state(self.global_step)
@@ -401,7 +331,7 @@ class DistillationModule(pl.LightningModule):
             checkpoint["state_dict"] |= {name: own_state[name] for name in self._row_state_keys()}
 
     def _row_state_keys(self) -> list[str]:
-        """Names, in the state, of the tensors that hold stored rows."""
+        """Return the names of the tensors in the state that hold stored rows."""
         row_tensors = [
             tensor
             for memory in get_associative_memories(self.student).values()
@@ -412,3 +342,28 @@ class DistillationModule(pl.LightningModule):
             for name, tensor in self.state_dict(keep_vars=True).items()
             if any(tensor is row_tensor for row_tensor in row_tensors)
         ]
+
+
+def _unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return token ids `(windows, time)` and, where the batch has them, window indices.
+
+    Raises:
+        UserError: a dict without `input_ids`, or with an attention mask that masks tokens.
+    """
+    if isinstance(batch, list | tuple):
+        tokens, *window_ids = batch
+        return tokens, window_ids[0] if window_ids else None
+    if isinstance(batch, Tensor):
+        return batch, None
+    if "input_ids" not in batch:
+        raise UserError(
+            f"a batch needs the key input_ids, got {', '.join(map(str, batch))}; "
+            "pass token ids (windows, time)"
+        )
+    attention_mask = batch.get("attention_mask")
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UserError(
+            "attention_mask masks tokens of the batch; pack texts into windows of equal length "
+            "without padding (dmt.data.windows.TextDataModule does)"
+        )
+    return batch["input_ids"], None

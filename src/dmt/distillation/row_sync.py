@@ -186,12 +186,12 @@ class RowStoreSync:
                 )
                 for reason in ("evicted", "merged")
             }
-            self.step_metrics |= {f"rows/layer_{layer}": len(memory.rows)}
+            self.step_metrics |= {f"knn/rows/layer_{layer}": len(memory.rows)}
             self.step_metrics |= {
-                f"rows_inserted/layer_{layer}": sum(len(batch.ids) for batch in result.inserts)
+                f"knn/inserted/layer_{layer}": sum(len(batch.ids) for batch in result.inserts)
             }
             self.step_metrics |= {
-                f"rows_{reason}/layer_{layer}": count for reason, count in removed_counts.items()
+                f"knn/{reason}/layer_{layer}": count for reason, count in removed_counts.items()
             }
         commit_error: UserError | None = None
         if not self.store.read_only:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,23 +164,18 @@ def measure_step_times(
         module.device
     )
     num_micro_batches = data_config.batch_size / len(tokens) / config.trainer.devices
-    window_numbers = None
+    window_ids = None
     if module.logit_cache is not None:
         first_numbers = data.window_indices_from(config.stages.layerwise_steps)[: len(tokens)]
-        tokens, window_numbers = (
-            data.training_dataset().windows[first_numbers].to(module.device),
-            torch.tensor(first_numbers),
-        )
-    batch = Batch.full_step(tokens)
+        tokens = data.training_dataset().windows[first_numbers].to(module.device)
+        window_ids = torch.tensor(first_numbers)
+    batch = replace(Batch.full_step(tokens), window_ids=window_ids)
     losses: dict[str, Callable[[], Tensor]] = {
-        "layerwise": lambda: module._layerwise_terms(batch)["loss"],
-        "end_to_end": lambda: module._end_to_end_terms(batch, window_numbers)["loss"],
+        "layerwise": lambda: module.layerwise_loss(batch)[0],
+        "end_to_end": lambda: module.end_to_end_loss(batch)[0],
     }
     parameters = list(module.trainable_parameters().values())
     half = config.trainer.precision == "bf16-mixed"
-    buffers = {
-        name: buffer.clone() for name, buffer in module.named_buffers() if name.startswith("idle_")
-    }
     was_training = student.training
     seconds_by_stage = {}
     try:
@@ -215,8 +210,6 @@ def measure_step_times(
         )
     finally:
         student.train(was_training)
-        for name, buffer in buffers.items():
-            module.get_buffer(name).copy_(buffer)
         for memory in get_featural_memories(student).values():
             memory.read_counts = None
     return StepTimes(

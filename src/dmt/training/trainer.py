@@ -73,7 +73,7 @@ def build_adamw(
             (optim.weight_decay if parameter.dim() > 1 else 0.0, lr_scale), []
         ).append(parameter)
     param_groups = [
-        {"params": params, "weight_decay": weight_decay, "share": lr_scale}
+        {"params": params, "weight_decay": weight_decay, "lr_scale": lr_scale}
         for (weight_decay, lr_scale), params in groups.items()
     ]
     return torch.optim.AdamW(param_groups, lr=0.0, betas=(optim.beta1, optim.beta2))
