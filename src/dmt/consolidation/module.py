@@ -142,7 +142,7 @@ class ContextDistillationModule(pl.LightningModule):
         optimizer = self.optimizers()
         lr = lr_schedule(step, steps, self.settings.stages.end_to_end_lr, self.settings.optim)
         for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = lr * group["share"]
+            group["lr"] = lr * group["lr_scale"]
         optimizer.zero_grad()  # type: ignore[union-attr]
         terms = self._compute_loss_terms(self.get_batch(step))
         loss = sum_weighted_terms(terms, self.loss_config)
