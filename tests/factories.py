@@ -110,15 +110,15 @@ def build(place: Path, monkeypatch) -> Path:
                     ADA,
                     "--tag",
                     "dogs",
-                    "--calibrate-on",
+                    "--calibration-text",
                     "prose.txt",
-                    "-s",
+                    "-m",
                     "logs/version_0",
                 ]
             )
         )
         codes += [
-            main.main(["memory", "export", pack, "-s", "logs/version_0"])
+            main.main(["memory", "export", pack, "-m", "logs/version_0"])
             for pack in ("pack", "pack.safetensors")
         ]
     assert not any(codes), said.getvalue()

@@ -90,13 +90,13 @@ def told(line, place):
             "context.num_samples=4",
             "context.qa_per_sentence=1",
         ] * (words[1] == "consolidate")
-        if "--remember" in words:
+        if "--write-memory" in words:
             made = next(
                 file
                 for file in (place / "lightning_logs").glob("*/config.yaml")
                 if "kind: associative" in file.read_text()
             )
-            small += ["-s", str(made.parent)]
+            small += ["-m", str(made.parent)]
         return ["embedded" if word == "smollm2" else word for word in words] + small
     if any("consolidation" in word for word in words):
         return [
@@ -124,7 +124,7 @@ def told(line, place):
     "line",
     sorted(
         (line for line in LINES if not line.startswith("pip")),
-        key=lambda line: "--remember" in line,
+        key=lambda line: "--write-memory" in line,
     ),  # which needs rows
     ids=lambda line: line.split("  #")[0].strip(),
 )

@@ -33,7 +33,7 @@ from dmt.training.launch import (
 )
 
 ROOT = Path(__file__).parents[1]
-ASK, S = ["dmt", "ask", "Ada", "--tokens", "1"], ["-s", V0]
+ASK, S = ["dmt", "generate", "Ada", "--max-new-tokens", "1"], ["-m", V0]
 TRACE = Path("touched")
 LOADING = "TRACE = open('touched', 'w')\n"
 
@@ -67,7 +67,7 @@ TENSORS = f"{STUDENT}/model.safetensors"
 REPLACED = {
     "a teacher's weights": ("teacher/model.safetensors", []),
     "a student's weights": (TENSORS, [*ASK, *S]),
-    "slots": (SLOTS, [*ASK, "-s", "logs/version_1"]),
+    "slots": (SLOTS, [*ASK, "-m", "logs/version_1"]),
     "a cache": (CACHE, CACHED),
     "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *S]),
     "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
@@ -388,7 +388,7 @@ READERS = {
     "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
     "a teacher": ("teacher/model.safetensors", []),
     "a student": (TENSORS, [*ASK, *S]),
-    "slots": (SLOTS, [*ASK, "-s", "logs/version_1"]),
+    "slots": (SLOTS, [*ASK, "-m", "logs/version_1"]),
     "a cache": (CACHE, CACHED),
 }
 
@@ -485,7 +485,7 @@ def test_names_in_a_pack_are_never_paths(name, shop, capsys):
     Path("pack/manifest.json").write_text(json.dumps(manifest))
     outside = snapshot(shop.parent)
     capsys.readouterr()
-    assert main.main(["memory", "import", "pack", "--json", "-s", "logs/version_1"]) in (0, 2)
+    assert main.main(["memory", "import", "pack", "--json", "-m", "logs/version_1"]) in (0, 2)
     assert main.main(["memory", "diff", "pack", V0]) == 0
     changed = {path for path, about in snapshot(shop.parent).items() if outside.get(path) != about}
     assert all("/shop/logs/version_1/student" in path for path in changed), changed

@@ -52,7 +52,7 @@ def checkpoint_of(version: int) -> None:
         torch.save(found | {"dmt": version}, file)
 
 
-ASK = ["dmt", "ask", "Ada", "--tokens", "1"]
+ASK = ["dmt", "generate", "Ada", "--max-new-tokens", "1"]
 KINDS = {
     "config.yaml": (settings_of, RESUME, f"{V0}/config.yaml: settings of version"),
     "run.json": (
@@ -64,11 +64,11 @@ KINDS = {
     "student": (
         lambda version: changed(f"{STUDENT}/config.json", dmt=version)(),
         [*ASK, *S],
-        f"--student {STUDENT}: version",
+        f"--model {STUDENT}: version",
     ),
     "slots": (
         lambda version: reheaded(SLOTS, format=str(version)),
-        [*ASK, "-s", "logs/version_1"],
+        [*ASK, "-m", "logs/version_1"],
         f"{SLOTS}: its format is",
     ),
     "store": (said_of_schema(STORE, "schema"), kept(STORE), f"store {STORE}: schema version"),

@@ -1,4 +1,4 @@
-"""`python -m dmt`, the same as `dmt`."""
+"""Run `dmt` as `python -m dmt`."""
 
 from dmt.cli.main import run
 

@@ -29,6 +29,7 @@ from yaml import YAMLError
 import dmt.config as schema
 from dmt import files
 from dmt.config import LOSS_TERMS, Config, MemoryConfig
+from dmt.config_files import resolve_context_files
 from dmt.errors import UnknownSettingError, UserError, format_value
 from dmt.files import CONFIG_VERSION, check_version
 from dmt.paths import check_run_name
@@ -442,11 +443,14 @@ def load_config(
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every setting as YAML; `load(path)` gives an equal `Config`."""
-    files.atomic_write(
-        path,
-        CONFIG_HEADER.format(CONFIG_VERSION) + OmegaConf.to_yaml(OmegaConf.create(asdict(config))),
-    )
+    """Write every setting as YAML; `load_config(path)` gives an equal `Config`."""
+    files.atomic_write(path, format_config(config))
+
+
+def format_config(config: Config) -> str:
+    """Return every setting as YAML, with the version of the file in its first line."""
+    yaml = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    return CONFIG_HEADER.format(CONFIG_VERSION) + yaml
 
 
 def check_config(config: Config) -> None:
@@ -764,7 +768,10 @@ def _read_config_file(path: Path) -> dict[Any, Any]:
         raise UserError(
             f"{path} must hold settings such as `memory: {{k: 64}}`, got {format_value(values)}"
         )
-    return _get_record_config(values, path) if path.name == "run.json" else values
+    if path.name == "run.json":
+        values = _get_record_config(values, path)
+    resolve_context_files(values, path)
+    return values
 
 
 def _get_record_config(record: dict[Any, Any], path: Path) -> dict[Any, Any]:

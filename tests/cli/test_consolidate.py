@@ -43,14 +43,14 @@ def test_options_become_settings(tiny, long_folder, tmp_path, capsys):
         str(long_folder),
         "--file",
         file.partition("=")[2],
-        "--into",
-        "tokens",
-        "--tokens",
+        "--target",
+        "prompt",
+        "--prompt-length",
         "3",
     ]
     assert dmt([*words, "--steps", "2", "--lr", "0.01", "--json", *rest]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert Path(found["folder"]) == newest(tmp_path)
+    assert Path(found["run_dir"]) == newest(tmp_path)
     config = config_io.load_config(newest(tmp_path) / "config.yaml")
     assert (
         config.context.prompt_length,
@@ -64,7 +64,7 @@ def test_options_become_settings(tiny, long_folder, tmp_path, capsys):
                 "Ada Holbrook: 5 = five",
                 "--model",
                 str(long_folder),
-                "--write",
+                "--row-method",
                 "gradient",
                 *rest,
             ]
@@ -85,7 +85,5 @@ def test_an_interrupted_command_prints_how_to_resume(tiny, long_folder, monkeypa
         raise RunInterrupted(signal.SIGINT, Path("runs/version_0"))
 
     monkeypatch.setitem(tasks.TASKS, "consolidate", stop)
-    with pytest.raises(SystemExit) as ended:
-        dmt(["consolidate", "Ada Fox sells hats.", "--model", str(long_folder)])
-    assert ended.value.code == 130
+    assert dmt(["consolidate", "Ada Fox sells hats.", "--model", str(long_folder)]) == 130
     assert "distill.py --resume runs/version_0" in capsys.readouterr().err

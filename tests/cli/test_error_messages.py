@@ -92,7 +92,7 @@ class Row:
     spoil: Spoil = nothing
 
 
-S, V0 = ["-s", "logs/version_0"], "logs/version_0"
+S, V0 = ["-m", "logs/version_0"], "logs/version_0"
 FLOOD = "9" * 40
 DEEP = "[" * 100_000
 TEXT = "data.corpora=[a.txt]"
@@ -566,16 +566,16 @@ RUNS = {
         RESUME, ["data.corpora: no file or folder text.txt"], gone("text.txt")
     ),
     "no student": Row(
-        ["dmt", "ask", "x", "-s", "nowhere"],
-        ["--student nowhere: nothing is there", "give a run's folder"],
+        ["dmt", "generate", "x", "-m", "nowhere"],
+        ["--model nowhere: nothing is there", "give a run's folder"],
     ),
     "no student here": Row(
-        ["dmt", "ask", "x"],
+        ["dmt", "generate", "x"],
         ["no student is in lightning_logs/ here", "run python distill.py first"],
     ),
     "a student of a newer version": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
         changed(f"{STUDENT}/config.json", dmt=9),
     ),
     "settings of a newer version": Row(
@@ -592,61 +592,63 @@ RUNS = {
         changed(f"{V0}/run.json", format=9),
     ),
     "a student's config that is a list": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT} cannot be loaded"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
         put(f"{STUDENT}/config.json", "[]"),
     ),
     "a student of another memory": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT} cannot be loaded"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
         lambda: memory_of(wonder=1),
     ),
     "a student of slots by the billion": Row(
-        ["dmt", "ask", "x", *S], [f"--student {STUDENT}"], lambda: memory_of(slots=10**12)
+        ["dmt", "generate", "x", *S], [f"--model {STUDENT}"], lambda: memory_of(slots=10**12)
     ),
     "a student with a layer too many": Row(
-        ["dmt", "ask", "x", *S], [f"--student {STUDENT} cannot be loaded"], lambda: memory_of("7")
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
+        lambda: memory_of("7"),
     ),
     "a student whose layer is a word": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT} cannot be loaded"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
         lambda: memory_of("first"),
     ),
     "a student without weights": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT} cannot be loaded"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
         gone(f"{STUDENT}/model.safetensors"),
     ),
     "a student's weights cut short": Row(
-        ["dmt", "ask", "x", *S],
-        [f"--student {STUDENT} cannot be loaded"],
+        ["dmt", "generate", "x", *S],
+        [f"--model {STUDENT} cannot be loaded"],
         cut(f"{STUDENT}/model.safetensors", 999),
     ),
     "a student whose weights are another's": Row(
-        ["dmt", "ask", "x", *S],
-        ["--student", "its weights are not those"],
+        ["dmt", "generate", "x", *S],
+        ["--model", "its weights are not those"],
         lambda: (
             gone(BOOK)(),
             shutil.copy("teacher/model.safetensors", f"{STUDENT}/model.safetensors"),
         ),
     ),
     "a student without its slots": Row(
-        ["dmt", "ask", "x", "-s", "logs/version_1"],
+        ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not there", "put it back"],
         gone(SLOTS),
     ),
     "slots cut short": Row(
-        ["dmt", "ask", "x", "-s", "logs/version_1"],
+        ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not a whole file", "copy it"],
         cut(SLOTS, 9000),
     ),
     "slots of another format": Row(
-        ["dmt", "ask", "x", "-s", "logs/version_1"],
+        ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors: its format is 99", "a newer dmt made it", "update"],
         lambda: reheaded(SLOTS, format="99"),
     ),
     "slots of absurd size": Row(
-        ["dmt", "ask", "x", "-s", "logs/version_1"],
+        ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not a whole file"],
         put(SLOTS, (2**63).to_bytes(8, "little") + b"{}"),
     ),
@@ -702,14 +704,15 @@ COMMANDS = {
         ["dmt", "fly"], ["invalid choice: 'fly'", "--help lists what there is"]
     ),
     "an option of dmt that is none": Row(
-        ["dmt", "ask", "x", "--fly", *S], ["unrecognized arguments: --fly"]
+        ["dmt", "generate", "x", "--fly", *S], ["unrecognized arguments: --fly"]
     ),
-    "nothing to ask": Row(["dmt", "ask", "", *S], ["the prompt is empty"]),
+    "nothing to ask": Row(["dmt", "generate", "", *S], ["the prompt is empty"]),
     "half a character asked": Row(
-        ["dmt", "ask", "\udcff", *S], ["'\\udcff' is not UTF-8 text", "type it in UTF-8"]
+        ["dmt", "generate", "\udcff", *S], ["'\\udcff' is not UTF-8 text", "type it in UTF-8"]
     ),
     "half a character as a student": Row(
-        ["dmt", "ask", "x", "-s", "\udcff"], ["'\\udcff' is not UTF-8 text", "rename what it names"]
+        ["dmt", "generate", "x", "-m", "\udcff"],
+        ["'\\udcff' is not UTF-8 text", "rename what it names"],
     ),
     "half a character as a tag": Row(
         ["dmt", "memory", "write", ADA, "--tag", "\udcff", *S], ["\\udcff"]
@@ -721,14 +724,14 @@ COMMANDS = {
         ["dmt", "consolidate", "Ada \udcff", "--model", "teacher"], ["\\udcff"]
     ),
     "an endless temperature": Row(
-        ["dmt", "ask", "x", "--temperature", "inf", *S], ["--temperature", "got"]
+        ["dmt", "generate", "x", "--temperature", "inf", *S], ["--temperature", "got"]
     ),
     "a temperature that is none": Row(
-        ["dmt", "ask", "x", "--temperature", "nan", *S], ["--temperature", "got"]
+        ["dmt", "generate", "x", "--temperature", "nan", *S], ["--temperature", "got"]
     ),
-    "a seed below nothing": Row(["dmt", "ask", "x", "--seed", "-1", *S], ["--seed", "got -1"]),
+    "a seed below nothing": Row(["dmt", "generate", "x", "--seed", "-1", *S], ["--seed", "got -1"]),
     "a seed of forty digits": Row(
-        ["dmt", "ask", "x", "--temperature", "1", "--seed", FLOOD, *S], ["--seed", "got"]
+        ["dmt", "generate", "x", "--temperature", "1", "--seed", FLOOD, *S], ["--seed", "got"]
     ),
     "a fact of forty digits": Row(["dmt", "memory", "show", FLOOD, *S], ["was never there"]),
     "a fact of forty digits brought back": Row(
@@ -741,7 +744,7 @@ COMMANDS = {
         ["dmt", "memory", "show", "--slot", "²:1", *S], ["--slot must be LAYER:NUMBER"]
     ),
     "a rate that is none": Row(
-        ["dmt", "memory", "write", ADA, "--rate", "nan", *S],
+        ["dmt", "memory", "write", ADA, "--false-positive-rate", "nan", *S],
         ["--rate must be in (0, 0.5], got nan"],
     ),
     "facts of another shape": Row(
@@ -763,13 +766,13 @@ COMMANDS = {
     "no facts": Row(FACTS, ["a.jsonl holds no facts"], put("a.jsonl", "")),
     "facts in a folder": Row(FACTS, ["a.jsonl cannot be read (Is a directory)"], folder("a.jsonl")),
     "text of two words to measure on": Row(
-        ["dmt", "memory", "write", ADA, "--calibrate-on", "a.txt", *S],
-        ["--calibrate-on a.txt", "give 2,000 or more"],
+        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *S],
+        ["--calibration-text a.txt", "give 2,000 or more"],
         put("a.txt", "two words"),
     ),
     "text in UTF-16 to measure on": Row(
-        ["dmt", "memory", "write", ADA, "--calibrate-on", "a.txt", *S],
-        ["--calibrate-on a.txt is not UTF-8 text"],
+        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *S],
+        ["--calibration-text a.txt is not UTF-8 text"],
         put("a.txt", "two words " * 500, "utf-16"),
     ),
     "an address as a pack": Row(
@@ -814,7 +817,7 @@ COMMANDS = {
         lambda: put("pack/manifest.json", Path("pack/manifest.json").read_text(), "utf-16")(),
     ),
     "a pack of words that are none": Row(
-        ["dmt", "ask", "x", "--pack", "pack", *S],
+        ["dmt", "generate", "x", "--pack", "pack", *S],
         ["pack pack: fact 0 of its manifest is not one", "get another copy"],
         changed("pack/manifest.json", facts="x"),
     ),
@@ -833,18 +836,18 @@ COMMANDS = {
         ["context.file=nowhere.txt cannot be read"],
     ),
     "what is no destination": Row(
-        ["dmt", "consolidate", ADA, "--model", "teacher", "--into", "heaven"],
+        ["dmt", "consolidate", ADA, "--model", "teacher", "--target", "heaven"],
         ["context.target must be one of memory, weights, tokens, got heaven"],
     ),
     "a night without facts": Row(
-        ["dmt", "sleep", "--tag", "none", "--corpora", "text.txt", *S],
+        ["dmt", "sleep", "--tag", "none", "--replay-data", "text.txt", *S],
         ["has no rows like that to sleep on", "write facts with dmt memory write"],
     ),
     "a night of endless steps": Row(
         ["dmt", "sleep", "--lr", "nan", *S], ["--lr must be in (0, 1], got nan"]
     ),
     "a night on nothing": Row(
-        ["dmt", "sleep", "--corpora", "nowhere.txt", "--output", "new", *S],
+        ["dmt", "sleep", "--replay-data", "nowhere.txt", "--output", "new", *S],
         ["no file or folder nowhere.txt"],
     ),
     "a night on a run of a newer dmt": Row(
@@ -879,7 +882,7 @@ def words_of(row: Row) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_it_is_refused_in_one_line_that_names_the_thing_and_nothing_is_written(name, shop, capsys):
+def test_a_wrong_input_is_one_line_and_writes_nothing(name, shop, capsys):
     row = ROWS[name]
     row.spoil()
     before = snapshot(shop)
@@ -904,7 +907,7 @@ def test_it_is_refused_in_one_line_that_names_the_thing_and_nothing_is_written(n
         "command: a pack cut short",
     ],
 )
-def test_the_same_as_a_program_of_its_own(name, shop):
+def test_a_wrong_input_in_a_process_of_its_own(name, shop):
     row = ROWS[name]
     row.spoil()
     before = snapshot(shop)
@@ -925,7 +928,7 @@ def test_the_same_as_a_program_of_its_own(name, shop):
     assert snapshot(shop) == before
 
 
-def test_a_mark_at_the_beginning_of_a_text_is_no_part_of_it(shop, capsys):
+def test_a_byte_order_mark_is_ignored(shop, capsys):
     """What Windows' editors put before UTF-8 is taken for what it is."""
     for name, content in {
         "a.yaml": "seed: 3\n",
@@ -941,6 +944,6 @@ def test_a_mark_at_the_beginning_of_a_text_is_no_part_of_it(shop, capsys):
     assert [fact.prompt for fact in read_facts(Path("a.jsonl"))] == ["Ada lives in"]
 
 
-def test_there_are_at_least_eighty():
+def test_the_table_has_at_least_eighty_cases():
     assert len(ROWS) >= 80
     assert all(row.says for row in ROWS.values())

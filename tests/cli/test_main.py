@@ -1,29 +1,52 @@
-"""The command line: one line and exit code 2 for whatever a person can mend, at once, with nothing left half-written."""
+"""`dmt` itself: parsing, help, exit codes, and mistakes in the arguments of `dmt distill`."""
 
+import argparse
 import contextlib
+import errno
 import gc
 import json
+import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import SENTENCES, make_teacher
 
-import dmt.cli.main
+import dmt
 from dmt import signals
 from dmt.cli import main
 from dmt.cli.main import distill_main
 from dmt.config import Config
-from dmt.config_io import list_setting_names, save_config
+from dmt.config_files import find_config, list_configs
+from dmt.config_io import list_setting_names, load_config, save_config
 from dmt.distillation.pretrain import train_tokenizer
 from dmt.errors import UserError
+from dmt.files import RECORD_VERSION
 from dmt.training.run_dir import check_writable
 
 ROOT = Path(__file__).parents[2]
+MESSAGES = ["debug", "info", "warning"]
+MEMORY_COMMANDS = [
+    "stats",
+    "list",
+    "show",
+    "search",
+    "trace",
+    "write",
+    "forget",
+    "restore",
+    "prune",
+    "export",
+    "import",
+    "merge",
+    "diff",
+]
 HEAVY = {
     "torch",
     "transformers",
@@ -36,32 +59,30 @@ HEAVY = {
 
 
 @pytest.fixture(autouse=True)
-def _signals_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+def _restore_signals():
+    handler = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty working directory, so that what a refused run leaves behind is seen."""
-    folder = tmp_path / "place"
+def workdir(tmp_path, monkeypatch):
+    """An empty working directory, so that a test sees every file that is left behind."""
+    folder = tmp_path / "workdir"
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
 
 
 @pytest.fixture
-def unstarted(monkeypatch):
-    """No run may begin: a mistake that is no longer refused shall not cost minutes of training."""
-    monkeypatch.setattr(
-        "dmt.training.tasks.run_task_as_command", lambda *_: pytest.fail("a run began")
-    )
+def no_run(monkeypatch):
+    """Fail as soon as a run starts: an undetected mistake must not cost minutes of training."""
+    monkeypatch.setattr("dmt.training.tasks.run_task", lambda *_: pytest.fail("a run started"))
 
 
 @pytest.fixture
-def words(teacher_folder, text_file):
-    """A run that would start at once and end at once."""
+def tiny_run(teacher_folder, text_file):
+    """Arguments of a run that takes a moment."""
     return [
         f"teacher={teacher_folder}",
         f"data.corpora=[{text_file}]",
@@ -75,8 +96,8 @@ def words(teacher_folder, text_file):
     ]
 
 
-def distill(*given: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "distill.py"), *given]
+def run_script(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "distill.py"), *args]
     return subprocess.run(
         command,
         cwd=cwd,
@@ -88,89 +109,254 @@ def distill(*given: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-def refusal(capsys, given: list[str]) -> str:
-    """The line that `main` ends with, its prefix left out."""
-    capsys.readouterr()  # what the fixtures said
-    assert distill_main(given) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    *before, last = shown.err.splitlines()
-    assert [line for line in before if line != "loading torch and transformers ..."] == []
+def get_error(capsys, args: list[str]) -> str:
+    """Return the error message of `dmt distill` without its prefix."""
+    capsys.readouterr()  # discard the output of fixtures
+    assert distill_main(args) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    *notes, last = printed.err.splitlines()
+    assert [line for line in notes if line != "loading torch and transformers ..."] == []
     assert last.startswith("error: ")
     return last.removeprefix("error: ")
 
 
-# --- as a person starts it --------------------------------------------------------------------------------------------
+# As a process of its own
 
 
-def test_help_lists_every_setting(place):
-    done = distill("--help", cwd=place)
-    assert (done.returncode, done.stderr) == (0, "")
-    listed = re.findall(r"^([a-z_0-9.]+)=", done.stdout, re.MULTILINE)
+@pytest.mark.parametrize("command", ["--help", "distill --help", "memory write --help"])
+def test_help_fits_a_screen_and_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as exit_info:
+        main.main(command.split())
+    assert exit_info.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("  dmt ") for line in lines)
+
+
+def list_commands(parser=None, prefix=()):
+    """Yield the name and the parser of each command that does something."""
+    parser = parser or main.build_parser()
+    subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in subparsers:
+        for name, subparser in action.choices.items():
+            yield from list_commands(subparser, (*prefix, name))
+    if not subparsers:
+        yield " ".join(prefix), parser
+
+
+def test_every_command_has_help_that_fits_a_screen_and_a_working_example(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    commands = dict(list_commands())
+    assert {"distill", "generate", "consolidate", "sleep", "compare", "config"} < set(commands)
+    assert {f"memory {name}" for name in MEMORY_COMMANDS} < set(commands)
+    for name, parser in commands.items():
+        lines = parser.format_help().splitlines()
+        assert len(lines) <= 50, name
+        assert max(map(len, lines)) <= 110, name
+        examples = [line.strip() for line in lines if line.startswith(f"  dmt {name}")]
+        assert examples, f"{name} --help shows no example"
+        for example in examples:
+            args = shlex.split(example.partition("  #")[0].partition(" > ")[0])[1:]
+            parsed, extra = main.build_parser().parse_known_args(args)
+            assert parsed.parser.prog == f"dmt {name}"
+            assert not [arg for arg in extra if arg.startswith("-")], example
+
+
+def test_every_option_has_help():
+    for name, parser in list_commands():
+        for action in parser._actions:
+            assert action.help, f"{name}: {action.dest}"
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main.main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"dmt {dmt.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_scripts_name_commands_and_options(capsys, shell):
+    with pytest.raises(SystemExit) as exit_info:
+        main.main(["--print-completion", shell])
+    assert exit_info.value.code == 0
+    script = capsys.readouterr().out
+    assert "consolidate" in script
+    assert "--false-positive-rate" in script
+
+
+def test_config_list_shows_every_setting(capsys):
+    assert main.main(["config", "--list"]) == 0
+    listed = re.findall(r"^([a-z_0-9.]+)=", capsys.readouterr().out, re.MULTILINE)
     groups = {name.partition(".")[0] for name in list_setting_names() if "." in name}
     assert listed == [name for name in list_setting_names() if name not in groups]
-    assert "--resume RUN_FOLDER" in done.stdout
-    assert list(place.iterdir()) == []
 
 
-def test_a_typo_is_one_line_and_leaves_nothing(place):
-    done = distill("memory.wieghting=relu", cwd=place)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert (
-        done.stderr == "error: memory.wieghting is not a setting; did you mean memory.activation?\n"
+def test_config_explains_a_setting_or_a_group(capsys):
+    assert main.main(["config", "--explain", "memory.mean_k", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["memory.mean_k"]
+    assert main.main(["config", "--explain", "optim", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert "optim.grad_clip" in settings
+    assert all(name.startswith("optim.") for name in settings)
+    assert main.main(["config", "--explain", "memory.meank"]) == 2
+    assert "did you mean memory.mean_k?" in capsys.readouterr().err
+
+
+def test_config_shows_a_config_that_can_be_used_as_a_file(workdir, capsys):
+    assert main.main(["config", "--show", "seed"]) == 0
+    (workdir / "my.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    seed_config = load_config(find_config("seed"))
+    assert load_config("my.yaml") == seed_config
+    assert main.main(["config", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(list_configs())
+
+
+def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
     )
-    assert list(place.iterdir()) == []
+    assert distill_main(["seed", "memory.k=4"]) == 0
+    assert started[0].memory.init == "random"
+    assert started[0].memory.k == 4
+    assert distill_main(["consolidation/people"]) == 0
+    assert Path(started[1].context.file).is_file()
+    assert Path(started[1].context.questions).is_file()
 
 
-def test_a_missing_corpus_is_one_line_and_leaves_nothing(place, teacher_folder):
-    done = distill(
-        f"teacher={teacher_folder}", "data.seq_len=16", "data.corpora=[nix.txt]", cwd=place
+def test_a_file_is_preferred_to_a_config_of_that_name(workdir, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    started, error = done.stderr.splitlines()
+    (workdir / "seed").write_text("seed: 7\n")
+    assert distill_main(["seed"]) == 0
+    assert started[0].seed == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sed", "did you mean seed?"),
+        ("people", "did you mean consolidation/people?"),
+        ("fly", "dmt config lists those that come with dmt"),
+    ],
+)
+def test_an_unknown_config_name_gets_a_hint(workdir, no_run, capsys, name, hint):
+    message = get_error(capsys, [name])
+    assert message.startswith(f"cannot read config file {name} (No such file or directory)")
+    assert hint in message
+
+
+def test_distill_prints_json(workdir, capsys, monkeypatch):
+    def run_task(config, resume_dir):
+        print("a table for people")
+        (workdir / "run.json").write_text(
+            json.dumps({"format": RECORD_VERSION, "fidelity": {"text": {"kl": 0.5}}})
+        )
+        return workdir
+
+    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    assert distill_main(["--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "run_dir": str(workdir),
+        "fidelity": {"text": {"kl": 0.5}},
+    }
+    assert "a table for people" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("option", "messages"),
+    [([], ["info", "warning"]), (["--quiet"], ["warning"]), (["--verbose"], MESSAGES)],
+)
+def test_quiet_and_verbose_choose_what_is_logged(workdir, capsys, monkeypatch, option, messages):
+    def run_task(config, resume_dir):
+        logger = logging.getLogger("dmt.training")
+        for level in MESSAGES:
+            getattr(logger, level)(level)
+        return workdir
+
+    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    assert distill_main(option) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line in MESSAGES] == messages
+    assert not logging.getLogger("dmt").handlers
+
+
+def test_a_full_disk_is_a_failure_and_not_a_mistake(workdir, capsys, monkeypatch):
+    def run_task(config, resume_dir):
+        raise OSError(errno.ENOSPC, "No space left on device", "logs/run.json")
+
+    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    assert distill_main([]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_typo_is_one_line_and_leaves_nothing(workdir):
+    start = time.perf_counter()
+    process = run_script("memory.skip_conection=false", cwd=workdir)
+    seconds = time.perf_counter() - start
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == (
+        "error: memory.skip_conection is not a setting; did you mean memory.skip_connection?\n"
+    )
+    assert list(workdir.iterdir()) == []
+    assert seconds < 5  # 0.3 on an idle machine
+
+
+def test_a_missing_corpus_is_one_line_and_leaves_nothing(workdir, teacher_folder):
+    process = run_script(
+        f"teacher={teacher_folder}", "data.seq_len=16", "data.corpora=[nix.txt]", cwd=workdir
+    )
+    assert process.returncode == 2
+    assert process.stdout == ""
+    started, error = process.stderr.splitlines()
     assert started == "loading torch and transformers ..."
     assert error.startswith(
         "error: data.corpora: no file or folder nix.txt; accepted are speeches, biographies,"
     )
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_no_garbage_is_looked_for_while_libraries_load(place):
+def test_the_garbage_collector_rests_while_libraries_load(workdir):
     script = f"""
 import gc, sys
 sys.path.insert(0, {str(ROOT / "src")!r})
 from dmt.cli.main import distill_main as main
 rounds = []
-def looked(phase, about):
+def record(phase, info):
     if "torch" in sys.modules and "dmt.distillation.run" not in sys.modules:
-        rounds.append(about)
-gc.callbacks.append(looked)
+        rounds.append(info)
+gc.callbacks.append(record)
 assert main(["data.corpora=[nix.txt]"]) == 2
 assert "dmt.training.tasks" in sys.modules
 assert not rounds, rounds
 assert gc.isenabled()
 assert gc.get_freeze_count() > 100_000
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=workdir, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
-def test_the_collector_is_as_it_was_once_libraries_are_there(monkeypatch):
+def test_fast_imports_restores_the_garbage_collector(monkeypatch):
     monkeypatch.setattr(signals, "exit_on_signal", lambda: None)
     monkeypatch.setattr(signals, "raise_on_signal", lambda: None)
     frozen = gc.get_freeze_count()
 
-    def import_what_is_not_there():
+    def import_missing_module():
         with signals.fast_imports():
             assert not gc.isenabled()
             raise ImportError
 
     with pytest.raises(ImportError):
-        import_what_is_not_there()
+        import_missing_module()
     assert gc.isenabled()
     gc.disable()
     with signals.fast_imports():
@@ -178,80 +364,81 @@ def test_the_collector_is_as_it_was_once_libraries_are_there(monkeypatch):
     assert not gc.isenabled()
     gc.enable()
     assert gc.get_freeze_count() == frozen, (
-        "torch was there before, so what is here is not for us to keep"
+        "torch was imported before, so these objects are not frozen"
     )
 
 
-def test_the_other_command_loads_them_so_too(monkeypatch, capsys):
+def test_other_commands_use_fast_imports(monkeypatch, capsys):
     entered = []
     monkeypatch.setattr(
         signals, "fast_imports", lambda: entered.append(1) or contextlib.nullcontext()
     )
-    assert main.main(["memory", "stats", "--student", "nix"]) == 2
+    assert main.main(["memory", "stats", "--model", "nix"]) == 2
     assert entered
-    assert "--student nix" in capsys.readouterr().err
+    assert "--model nix" in capsys.readouterr().err
 
 
-def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(place):
-    """What takes the seconds is the import of torch and transformers; without it an answer is there at once."""
+def test_help_and_mistakes_need_no_heavy_imports(workdir):
+    """Importing torch and transformers takes seconds; without them an answer takes a fraction."""
     script = f"""
 import sys
+import time
 sys.path.insert(0, {str(ROOT / "src")!r})
 sys.modules["dmt.training.tasks"] = None  # no run may begin
 from dmt.cli.main import distill_main as main
 try:
     main(["--help"])
-except SystemExit as end:
-    assert end.code == 0
-for words in (["memory.kk=3"], ["memory.k=x"], ["memory.k=600", "memory.num_slots=512"], ["nix.yaml"], ["--nix"], ["--resume", "nix"],
+except SystemExit as help_exit:
+    assert help_exit.code == 0
+for args in (["memory.kk=3"], ["memory.k=x"], ["memory.k=600", "memory.num_slots=512"], ["nix.yaml"], ["--nix"], ["--resume", "nix"],
               ["student.layer_overrides=[{{layers: 0, memory: {{kk: 3}}}}]"], ["trainer.log_dir=/dev/null/x"], ["data.corpora=[]"]):
-    assert main(words) == 2, words
+    assert main(args) == 2, args
     imported = {HEAVY!r} & set(sys.modules)
-    assert not imported, (words, imported)
+    assert not imported, (args, imported)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=workdir, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == 9
-    assert list(place.iterdir()) == []
+    assert process.returncode == 0, process.stderr
+    assert len(process.stderr.splitlines()) == 9
+    assert list(workdir.iterdir()) == []
 
 
-# --- options and files ------------------------------------------------------------------------------------------------
+# Options and files
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("args", "message"),
     [
         (["a.yaml", "b.yaml"], "one config file at most, got a.yaml, b.yaml"),
         (["--config", "b.yaml", "a.yaml"], "one config file at most, got a.yaml, b.yaml"),
         (["memory.k", "64"], "one config file at most, got memory.k, 64"),
         (
             ["nix.yaml"],
-            "cannot read config file nix.yaml (No such file or directory); there are: none here",
+            "cannot read config file nix.yaml (No such file or directory)",
         ),
         (
             ["--config", "nix.yaml"],
-            "cannot read config file nix.yaml (No such file or directory); there are: none here",
+            "cannot read config file nix.yaml (No such file or directory)",
         ),
         (["--config="], "cannot read config file . (Is a directory)"),
         (
             ["--config"],
-            "argument --config: expected one argument; python distill.py --help lists what there is",
+            "argument --config: expected one argument; see dmt distill --help",
         ),
         (
             ["--seed=3"],
-            "unrecognized arguments: --seed=3; a setting is written key=value, without dashes; python",
+            "unrecognized arguments: --seed=3; a setting is written key=value, without dashes; see",
         ),
         (["--conf", "a.yaml"], "unrecognized arguments: --conf"),
         (["-k", "memory.k=3"], "unrecognized arguments: -k"),
         (
             ["--resume", "nix", "memory.k=3"],
-            "--resume goes on with the run's own settings; leave out memory.k=3",
+            "--resume uses the run's own settings; leave out memory.k=3",
         ),
         (
             ["--resume", "nix", "a.yaml"],
-            "--resume goes on with the run's own settings; leave out a.yaml",
+            "--resume uses the run's own settings; leave out a.yaml",
         ),
         (
             ["--resume", "nix"],
@@ -262,16 +449,16 @@ for words in (["memory.kk=3"], ["memory.k=x"], ["memory.k=600", "memory.num_slot
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
-def test_wrong_options_and_files(place, unstarted, capsys, given, message):
-    assert message in refusal(capsys, given)
-    assert list(place.iterdir()) == []
+def test_wrong_options_and_files(workdir, no_run, capsys, args, message):
+    assert message in get_error(capsys, args)
+    assert list(workdir.iterdir()) == []
 
 
-def test_resume_names_the_runs_that_are_there(place, unstarted, capsys):
+def test_resume_names_the_existing_runs(workdir, no_run, capsys):
     for number in (0, 1):
-        (place / "logs" / f"version_{number}").mkdir(parents=True)
-        save_config(Config(), place / "logs" / f"version_{number}" / "config.yaml")
-    message = refusal(capsys, ["--resume", "logs/version_7"])
+        (workdir / "logs" / f"version_{number}").mkdir(parents=True)
+        save_config(Config(), workdir / "logs" / f"version_{number}" / "config.yaml")
+    message = get_error(capsys, ["--resume", "logs/version_7"])
     assert (
         message
         == "--resume logs/version_7: no run is there (no config.yaml); there are: logs/version_0, logs/version_1"
@@ -279,7 +466,7 @@ def test_resume_names_the_runs_that_are_there(place, unstarted, capsys):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "args",
     [
         ["{file}"],
         ["--config", "{file}"],
@@ -287,72 +474,72 @@ def test_resume_names_the_runs_that_are_there(place, unstarted, capsys):
         ["--config={file}", "memory.k=32"],
     ],
 )
-def test_both_ways_to_name_a_config_and_any_order_of_words(place, monkeypatch, given):
-    (place / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
+def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
+    (workdir / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task_as_command", lambda config, folder: started.append(config) or 0
+        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
     )
-    assert distill_main([word.format(file="some.yaml") for word in given]) == 0
+    assert distill_main([arg.format(file="some.yaml") for arg in args]) == 0
     assert started[0].seed == 5
-    assert started[0].memory.k == (32 if "memory.k=32" in given else 64), (
-        "words change what the file says"
+    assert started[0].memory.k == (32 if "memory.k=32" in args else 64), (
+        "arguments override the file"
     )
 
 
-def test_no_words_start_a_run_with_the_defaults(place, monkeypatch):
+def test_no_arguments_start_a_run_with_the_defaults(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task_as_command", lambda config, folder: started.append(config) or 0
+        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
     )
     assert distill_main([]) == 0
     assert started == [Config()]
 
 
-def test_an_error_of_several_lines_is_shown_on_one(capsys, monkeypatch):
+def test_an_error_of_several_lines_is_printed_on_one(capsys, monkeypatch):
     def fail(*_):
         raise UserError("first\n  second\n")
 
-    monkeypatch.setattr(dmt.cli.main.config_io, "load_config", fail)
-    assert refusal(capsys, []) == "first second"
+    monkeypatch.setattr("dmt.config_io.load_config", fail)
+    assert get_error(capsys, []) == "first second"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_outside_training_ends_in_its_exit_code(place, capsys, monkeypatch, number, code):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_training_sets_the_exit_code(workdir, capsys, monkeypatch, signum, code):
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task_as_command",
-        lambda config, folder: os.kill(os.getpid(), number),
+        "dmt.training.tasks.run_task",
+        lambda config, folder: os.kill(os.getpid(), signum),
     )
-    before = signal.signal(
+    handler = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background jobs ignore it
     try:
         assert distill_main([]) == code
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; ")
 
 
-# --- where the run would write ----------------------------------------------------------------------------------------
+# Where the run writes
 
 
 @pytest.mark.parametrize("below", ["", "/deep/er"])
 @pytest.mark.parametrize("task", ["distill", "pretrain"])
-def test_a_log_folder_that_is_a_file(place, unstarted, capsys, task, below):
-    (place / "taken").write_text("mine")
+def test_a_log_folder_that_is_a_file(workdir, no_run, capsys, task, below):
+    (workdir / "taken").write_text("old")
     setting = "pretrain.output" if task == "pretrain" else "trainer.log_dir"
-    message = refusal(capsys, [f"task={task}", f"{setting}=taken{below}"])
+    message = get_error(capsys, [f"task={task}", f"{setting}=taken{below}"])
     assert (
         message
         == f"{setting}=taken{below} cannot be written (Not a directory); name another folder, as in {setting}=/tmp/dmt"
     )
-    assert (place / "taken").read_text() == "mine"
+    assert (workdir / "taken").read_text() == "old"
 
 
-def test_a_folder_without_permission_is_refused_and_a_new_one_is_not_made_yet(place, monkeypatch):
+def test_check_writable_rejects_a_folder_without_permission_and_creates_none(workdir, monkeypatch):
     check_writable("new/er")
-    check_writable(str(place))
-    assert list(place.iterdir()) == []
+    check_writable(str(workdir))
+    assert list(workdir.iterdir()) == []
 
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
@@ -365,77 +552,77 @@ def test_a_folder_without_permission_is_refused_and_a_new_one_is_not_made_yet(pl
         check_writable("new")
 
 
-# --- the teacher ------------------------------------------------------------------------------------------------------
+# The teacher
 
 
 @pytest.mark.parametrize("source", ["./nix", "/nix/nowhere", "a/b/c"])
-def test_a_teacher_that_is_not_there(place, capsys, words, source):
-    message = refusal(capsys, [*words, f"teacher={source}"])
+def test_a_missing_teacher(workdir, capsys, tiny_run, source):
+    message = get_error(capsys, [*tiny_run, f"teacher={source}"])
     accepted = "accepted are embedded, reader, a local directory, or a hub name such as gpt2"
     assert message == f"teacher={source}: no such directory; {accepted}"
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_teacher_on_a_hub_that_does_not_answer(place, capsys, words):
-    message = refusal(capsys, [*words, "teacher=nobody/nothing"])
+def test_a_teacher_on_an_unreachable_hub(workdir, capsys, tiny_run):
+    message = get_error(capsys, [*tiny_run, "teacher=nobody/nothing"])
     assert message.startswith(
         "teacher=nobody/nothing is neither a local directory nor in the cache, and the hub does not answer;"
     )
     assert message.endswith("set teacher=<that folder>, or use teacher=embedded")
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_teacher_of_which_a_file_is_missing(place, capsys, words, teacher_folder, missing):
+def test_a_teacher_with_a_missing_file(workdir, capsys, tiny_run, teacher_folder, missing):
     (teacher_folder / missing).unlink()
-    message = refusal(capsys, words)
+    message = get_error(capsys, tiny_run)
     assert message.startswith(f"teacher={teacher_folder}")
     assert "it needs config.json, model.safetensors and tokenizer.json" in message
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_teacher_of_which_a_file_is_broken(place, capsys, words, teacher_folder, broken):
+def test_a_teacher_with_a_broken_file(workdir, capsys, tiny_run, teacher_folder, broken):
     (teacher_folder / broken).write_text("{")
-    assert refusal(capsys, words).startswith(f"teacher={teacher_folder} cannot be loaded (")
-    assert list(place.iterdir()) == []
+    assert get_error(capsys, tiny_run).startswith(f"teacher={teacher_folder} cannot be loaded (")
+    assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.parametrize("changes", [{"n_layer": 5}, {"n_layer": 2}, {"n_embd": 32}], ids=str)
-def test_a_teacher_whose_weights_are_not_those_of_its_config(
-    place, capsys, words, teacher_folder, changes
+def test_a_teacher_whose_weights_do_not_match_its_config(
+    workdir, capsys, tiny_run, teacher_folder, changes
 ):
     file = teacher_folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    assert refusal(capsys, words).startswith(f"teacher={teacher_folder}")
-    assert list(place.iterdir()) == []
+    assert get_error(capsys, tiny_run).startswith(f"teacher={teacher_folder}")
+    assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.parametrize("source", ["a b", "nix/", "a--b"])
-def test_a_teacher_that_cannot_be_a_name_on_a_hub(place, capsys, words, source):
-    assert refusal(capsys, [*words, f"teacher={source}"]).startswith(f"teacher={source}")
-    assert list(place.iterdir()) == []
+def test_a_teacher_with_an_invalid_hub_name(workdir, capsys, tiny_run, source):
+    assert get_error(capsys, [*tiny_run, f"teacher={source}"]).startswith(f"teacher={source}")
+    assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["gpuu", "tpu"])
-def test_an_accelerator_that_is_not_there(place, capsys, words, name):
-    assert "trainer.accelerator" in refusal(capsys, [*words, f"trainer.accelerator={name}"])
-    assert list(place.iterdir()) == []
+def test_a_missing_accelerator(workdir, capsys, tiny_run, name):
+    assert "trainer.accelerator" in get_error(capsys, [*tiny_run, f"trainer.accelerator={name}"])
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_tokenizer_of_another_vocabulary(place, capsys, words, teacher_folder):
+def test_a_tokenizer_with_another_vocabulary(workdir, capsys, tiny_run, teacher_folder):
     make_teacher(600).save_pretrained(teacher_folder)
-    message = refusal(capsys, words)
+    message = get_error(capsys, tiny_run)
     assert message.startswith(
         f"teacher={teacher_folder}: its tokenizer has 300 tokens, its model 600; they belong to different models"
     )
     train_tokenizer([str(i) * 3 for i in range(10, 400)], 500, 32).save_pretrained(teacher_folder)
     make_teacher(300).save_pretrained(teacher_folder)
-    assert ", its model 300; they belong to different models" in refusal(capsys, words)
-    assert list(place.iterdir()) == []
+    assert ", its model 300; they belong to different models" in get_error(capsys, tiny_run)
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_teacher_of_another_family(place, capsys, words, teacher_folder):
+def test_a_teacher_of_an_unsupported_family(workdir, capsys, tiny_run, teacher_folder):
     from transformers import OPTConfig, OPTForCausalLM
 
     shape = {
@@ -448,26 +635,28 @@ def test_a_teacher_of_another_family(place, capsys, words, teacher_folder):
     OPTForCausalLM(OPTConfig(vocab_size=300, max_position_embeddings=32, **shape)).save_pretrained(
         teacher_folder
     )
-    assert "a model of type 'opt' is not supported; supported are gpt2" in refusal(capsys, words)
-    assert list(place.iterdir()) == []
+    assert "a model of type 'opt' is not supported; supported are gpt2" in get_error(
+        capsys, tiny_run
+    )
+    assert list(workdir.iterdir()) == []
 
 
-def test_settings_that_the_teacher_contradicts(place, capsys, words):
-    assert "memory.k must be in [1, memory.num_slots=64], got 65" in refusal(
-        capsys, [*words, "memory.k=65"]
+def test_settings_that_the_teacher_contradicts(workdir, capsys, tiny_run):
+    assert "memory.k must be in [1, memory.num_slots=64], got 65" in get_error(
+        capsys, [*tiny_run, "memory.k=65"]
     )
-    assert "data.seq_len=33 is longer than the 32 positions" in refusal(
-        capsys, [*words, "data.seq_len=33"]
+    assert "data.seq_len=33 is longer than the 32 positions" in get_error(
+        capsys, [*tiny_run, "data.seq_len=33"]
     )
-    message = refusal(capsys, [*words, "memory.kind=dense"])
+    message = get_error(capsys, [*tiny_run, "memory.kind=dense"])
     assert (
         message
         == "every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural"
     )
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-# --- the text ---------------------------------------------------------------------------------------------------------
+# The text
 
 
 @pytest.mark.parametrize(
@@ -492,38 +681,38 @@ def test_settings_that_the_teacher_contradicts(place, capsys, words):
     ],
     ids=lambda part: part if isinstance(part, str) and len(part) < 12 else "",
 )
-def test_text_that_cannot_be_used(place, tmp_path, capsys, words, name, content, message):
+def test_unusable_text(workdir, tmp_path, capsys, tiny_run, name, content, message):
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused = refusal(capsys, [*words, f"data.corpora=[{file}]"])
-    assert message.format(file=file) in refused
-    assert list(place.iterdir()) == []
+    error = get_error(capsys, [*tiny_run, f"data.corpora=[{file}]"])
+    assert message.format(file=file) in error
+    assert list(workdir.iterdir()) == []
 
 
-def test_missing_text_for_a_new_teacher(place, capsys, words):
-    message = refusal(
-        capsys, [*words, "task=pretrain", "data.corpora=[nix.txt]", "pretrain.output=new"]
+def test_missing_text_for_pretraining(workdir, capsys, tiny_run):
+    message = get_error(
+        capsys, [*tiny_run, "task=pretrain", "data.corpora=[nix.txt]", "pretrain.output=new"]
     )
     assert message.startswith(
         "data.corpora: no file or folder nix.txt; accepted are speeches, biographies,"
     )
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_corpus_shorter_than_a_window(place, tmp_path, capsys, words):
+def test_a_corpus_shorter_than_a_window(workdir, tmp_path, capsys, tiny_run):
     file = tmp_path / "short.txt"
     file.write_text("\n\n".join(SENTENCES))
-    message = refusal(capsys, [*words, f"data.corpora=[{file}]", "data.seq_len=32"])
+    message = get_error(capsys, [*tiny_run, f"data.corpora=[{file}]", "data.seq_len=32"])
     assert re.search(
-        r"part of short has \d+ tokens, fewer than data\.block=32; give it more text or set a smaller data\.block",
+        r"part of short has \d+ tokens, fewer than data\.seq_len=32; give it more text or set a smaller data\.seq_len",
         message,
     )
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_an_empty_folder_of_text(place, tmp_path, capsys, words):
+def test_an_empty_folder_of_text(workdir, tmp_path, capsys, tiny_run):
     (tmp_path / "nothing").mkdir()
-    assert "has no train text" in refusal(
-        capsys, [*words, f"data.corpora=[{tmp_path / 'nothing'}]"]
+    assert "has no train text" in get_error(
+        capsys, [*tiny_run, f"data.corpora=[{tmp_path / 'nothing'}]"]
     )
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []

@@ -295,7 +295,7 @@ def told(tiny, long_folder, text_file, tmp_path):
     ]
     assert distill_main(distilled) == 0
     run = newest(tmp_path)
-    assert dmt(["memory", "write", "Bo Ray was born in Hill.", "-s", str(run)]) == 0
+    assert dmt(["memory", "write", "Bo Ray was born in Hill.", "-m", str(run)]) == 0
     return run
 
 

@@ -352,7 +352,7 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS), encoding="utf-8")
-    words = ["sleep", "-s", str(student), "--corpora", str(text), "--steps", "40", "--lr", "0.3"]
+    words = ["sleep", "-m", str(student), "--replay-data", str(text), "--steps", "40", "--lr", "0.3"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["facts"], found["recall_after"], found["remaining_rows"]) == (3, 1.0, 0)
@@ -360,9 +360,9 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
     assert found["student"] == "lightning_logs/version_0/student"
     assert json.loads((run / "run.json").read_text())["task"] == "sleep"
     assert list(run.glob("events.*"))
-    assert main(["memory", "list", "--all", "-s", str(run)]) == 0
+    assert main(["memory", "list", "--all", "-m", str(run)]) == 0
     assert capsys.readouterr().out.count("slept") == 3
-    assert main(["memory", "restore", "1", "-s", str(run)]) == 2
+    assert main(["memory", "restore", "1", "-m", str(run)]) == 2
     assert "has slept" in capsys.readouterr().err
     assert main([*words, "--output", str(tmp_path / "mine"), "--tag", "day 1"]) == 0
     said_of_it = capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
         (["--output", str(student)], "is there already"),
         (["--tag", "nobody"], "no rows like that"),
         (["--lr", "0"], "--lr must be in"),
-        (["--least", "-1"], "--least must be"),
+        (["--min-hits", "-1"], "--min-hits must be"),
         (["--steps", "0"], "is not 1 or more"),
     ):
         assert main([*words, *wrong]) == 2

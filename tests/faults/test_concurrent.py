@@ -90,14 +90,14 @@ def test_two_that_write_one_students_book(nursery, told, tmp_path, held):
     start, release = held
     student, alone = (copied(told, tmp_path / name) for name in ("student", "alone"))
     words = ["memory", "write", "--file", facts_in(tmp_path, 6)]
-    assert nursery.run([*words, "-s", alone], "dmt").code == 0
-    first = start([*words, "-s", student], "dmt.editing.fact_store:lines_of", "dmt")
+    assert nursery.run([*words, "-m", alone], "dmt").code == 0
+    first = start([*words, "-m", student], "dmt.editing.fact_store:lines_of", "dmt")
     for other in (["memory", "write", "Ada was born in Hill."], ["memory", "forget", "--id", "1"]):
         one_line(
-            nursery.run([*other, "-s", student], "dmt"),
+            nursery.run([*other, "-m", student], "dmt"),
             f"store {student / 'memory.db'}: another program is writing to it",
         )
-    assert nursery.run(["memory", "list", "-s", student], "dmt").code == 0, (
+    assert nursery.run(["memory", "list", "-m", student], "dmt").code == 0, (
         "who reads does not wait"
     )
     assert release(first).code == 0
@@ -115,7 +115,7 @@ def test_two_runs_that_write_one_store(nursery, words, tmp_path, held):
 
 def test_two_nights_to_one_folder(nursery, material, told, tmp_path, held):
     start, release = held
-    words = ["sleep", "-s", told, "--corpora", material / "text.txt", *SLEEP, "--output"]
+    words = ["sleep", "-m", told, "--replay-data", material / "text.txt", *SLEEP, "--output"]
     order = {"prepare": ["short_night"]}
     assert nursery.run([*words, tmp_path / "alone"], "dmt", **order).code == 0
     place = tmp_path / "morning"

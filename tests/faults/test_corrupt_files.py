@@ -161,7 +161,7 @@ def test_a_student(nursery, told, tmp_path, file, damage):
         "noise": ["memory", "stats"],
     }
     for words in (commands[damage.__name__],):
-        one_line(nursery.run([*words, "-s", student], "dmt", cwd=str(tmp_path)), student / file)
+        one_line(nursery.run([*words, "-m", student], "dmt", cwd=str(tmp_path)), student / file)
     assert (student / file).read_bytes() == spoilt
     assert not (tmp_path / "lightning_logs").exists()
 
@@ -182,7 +182,7 @@ def test_slots_in_a_file_of_their_own(nursery, words, tmp_path, damage):
     )
     student = tmp_path / "logs" / "version_0" / "student"
     damage(student / "slots.safetensors")
-    one_line(nursery.run(["ask", "Ada", "-s", student], "dmt"), student / "slots.safetensors")
+    one_line(nursery.run(["generate", "Ada", "-m", student], "dmt"), student / "slots.safetensors")
 
 
 @pytest.mark.parametrize("damage", some([cut, emptied, noise], 3))
@@ -232,6 +232,6 @@ def test_a_book_in_the_middle(nursery, told, tmp_path):
         content[page * 32_768 : page * 32_768 + 64] = b"\x7f" * 64
     (student / "memory.db").write_bytes(content)
     one_line(
-        nursery.run(["memory", "list", "-s", student], "dmt"), student / "memory.db", "damaged"
+        nursery.run(["memory", "list", "-m", student], "dmt"), student / "memory.db", "damaged"
     )
     assert len(known[0]) == 3

@@ -184,7 +184,7 @@ def test_a_consolidation(nursery, material, small_disk, into, function):
 def test_facts(nursery, told, small_disk, tmp_path, do):
     student = copied(told, small_disk(8) / "student")
     before = book_of(student)
-    words = ["memory", "write", "--file", facts_in(tmp_path, 6), "-s", student]
+    words = ["memory", "write", "--file", facts_in(tmp_path, 6), "-m", student]
     moment = {"in": "dmt.editing.fact_store:lines_of", "do": do, "about": str(student.parent)}
     said = one_line(nursery.run(words, "dmt", moments=[moment]), student / "memory.db")
     if do == "fill":
@@ -192,7 +192,7 @@ def test_facts(nursery, told, small_disk, tmp_path, do):
         (student.parent / "filler").unlink()
     else:
         one_line(nursery.run(words, "dmt"), student)
-        assert nursery.run(["memory", "list", "-s", student], "dmt").code == 0, (
+        assert nursery.run(["memory", "list", "-m", student], "dmt").code == 0, (
             "it can be read all the same"
         )
         subprocess.run(["umount", str(student.parent)], check=True)
@@ -217,9 +217,9 @@ def test_a_night(nursery, material, told, small_disk, function, do):
     before = {file.name: file.read_bytes() for file in student.iterdir()}
     words = [
         "sleep",
-        "-s",
+        "-m",
         student,
-        "--corpora",
+        "--replay-data",
         material / "text.txt",
         *SLEEP,
         "--output",
@@ -283,7 +283,7 @@ def test_what_belongs_to_somebody_else(nursery, anothers, tmp_path):
         run / "config.yaml",
         "(Permission denied); make it readable",
     )
-    looked = ["memory", "list", "-s", student]
+    looked = ["memory", "list", "-m", student]
     for file in (
         "model.safetensors",
         "config.json",
@@ -300,7 +300,7 @@ def test_what_belongs_to_somebody_else(nursery, anothers, tmp_path):
     ):  # whoever only looks leaves SQLite's files beside the store, by which others may open it
         assert bool(list(student.glob("memory.db-*"))) == left
         ended = nursery.run(
-            ["memory", "write", "Ada was born in Hill.", "-s", student], "dmt", powerless=True
+            ["memory", "write", "Ada was born in Hill.", "-m", student], "dmt", powerless=True
         )
         one_line(
             ended, student / "memory.db", "it cannot be written to; make it and its folder writable"

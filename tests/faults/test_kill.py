@@ -220,11 +220,11 @@ def test_facts_being_written(nursery, told, tmp_path):
     few = {"dmt.editing.fact_store:AT_ONCE": 2}
     assert (
         nursery.run(
-            ["memory", "write", "--file", facts_in(tmp_path, 8), "-s", one], "dmt", set=few
+            ["memory", "write", "--file", facts_in(tmp_path, 8), "-m", one], "dmt", set=few
         ).code
         == 0
     )
-    words = ["memory", "write", "--file", facts_in(tmp_path, 8), "-s", other]
+    words = ["memory", "write", "--file", facts_in(tmp_path, 8), "-m", other]
     killed(
         nursery,
         words,
@@ -253,9 +253,9 @@ def test_a_first_fact_being_written(nursery, told, tmp_path):
         "write",
         "--file",
         facts_in(tmp_path, 3),
-        "-s",
+        "-m",
         student,
-        "--calibrate-on",
+        "--calibration-text",
         prose_in(tmp_path),
     ]
     killed(nursery, words, "dmt.store.facts:Ledger.begin", 1, int(drawn("first", 1) * 300), "dmt")
@@ -274,7 +274,7 @@ SLEEP = ["--steps", "6", "--lr", "0.1"]
 def test_a_night(nursery, material, told, tmp_path, function):
     student = copied(told, tmp_path / "student")
     before = {file.name: file.read_bytes() for file in student.iterdir()}
-    words = ["sleep", "-s", student, "--corpora", material / "text.txt", *SLEEP, "--output"]
+    words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP, "--output"]
     assert nursery.run([*words, tmp_path / "whole"], "dmt", prepare=["short_night"]).code == 0
     place = tmp_path / "morning"
     killed(

@@ -129,9 +129,9 @@ def test_a_consolidation(nursery, material, tmp_path):
 def test_a_night(nursery, material, told, tmp_path):
     words = [
         "sleep",
-        "-s",
+        "-m",
         told,
-        "--corpora",
+        "--replay-data",
         material / "text.txt",
         "--steps",
         "6",

@@ -132,7 +132,7 @@ def test_a_night(nursery, material, told, tmp_path, name, function, where):
         if where == "a folder"
         else tmp_path / "lightning_logs" / "version_0" / "student"
     )
-    words = ["sleep", "-s", student, "--corpora", material / "text.txt", *SLEEP]
+    words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP]
     words += ["--output", place] if where == "a folder" else []
     order = {"prepare": ["short_night"], "cwd": str(tmp_path)}
     said = stopped(nursery, words, name, f"dmt.consolidation.{function}", 1, program="dmt", **order)
@@ -154,7 +154,7 @@ def test_facts_being_written(nursery, told, tmp_path):
         "memory",
         "write",
         "Ada Winterbourne was born in the town of Ravenhill.",
-        "-s",
+        "-m",
         copied(told, tmp_path / "student"),
     ]
     said = stopped(nursery, words, "SIGTERM", "dmt.editing.fact_store:lines_of", 1, program="dmt")

@@ -1,0 +1,1 @@
+"""The command line: `dmt distill | consolidate | sleep | memory | generate | compare | config`."""

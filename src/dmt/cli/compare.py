@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dmt.cli.arguments import add_command
 from dmt.cli.output import Output, escape_control_chars
 from dmt.config import Config
 from dmt.errors import UserError, format_value
@@ -28,6 +29,27 @@ from dmt.report.compare import (
 )
 from dmt.report.html import write_page
 from dmt.training.run_dir import read_record
+
+
+def add_parser(commands: Any) -> None:
+    """Add `dmt compare` to the commands."""
+    parser = add_command(
+        commands,
+        "compare",
+        run_compare,
+        "Compare runs: their results, and the settings that differ",
+        examples=("dmt compare version_0 version_1", "dmt compare 0 1 2 --html curves.html"),
+        needs_torch=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="two or more: a folder, or a name or number in lightning_logs/",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE.html", help="write a page with the curves of all runs"
+    )
 
 
 def run_compare(args: argparse.Namespace, out: Output) -> None:

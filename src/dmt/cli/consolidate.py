@@ -1,7 +1,4 @@
-"""`dmt sleep`: from a student with rows to one that knows without them.
-
-`dmt consolidate`: from a context to rows, weights or memory tokens of a student; the words of a command to a config.
-"""
+"""`dmt consolidate`: distill a context into a student; `dmt sleep`: distill its facts into slots."""
 
 from __future__ import annotations
 
@@ -11,18 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dmt import config_io, files
-from dmt.cli.output import Output, check_seed
-from dmt.config import Config
+from dmt.cli.arguments import (
+    add_command,
+    add_model_argument,
+    add_seed_argument,
+    learning_rate,
+    non_negative_int,
+    positive_int,
+)
+from dmt.config import Config, ContextConfig
 from dmt.config_io import list_setting_names
-from dmt.consolidation.sleep import SlotTransferPlan, SlotTransferResult, plan_slot_transfer
-from dmt.consolidation.sleep import transfer_rows as sleep_through
-from dmt.data.corpora import load_corpus
-from dmt.editing.fact_store import resolve_student_folder
 from dmt.errors import UserError
 from dmt.paths import RUNS_DIR
 from dmt.signals import SignalInterrupt, get_signal_number
@@ -34,32 +32,133 @@ from dmt.training.run_dir import (
     unlock_runs,
     write_record,
 )
-from dmt.training.tasks import run_task
+
+if TYPE_CHECKING:
+    from dmt.cli.output import Output
+    from dmt.consolidation.sleep import SlotTransferPlan, SlotTransferResult
 
 DEFAULT_STEPS, DEFAULT_LR = 200, 2e-3
-"""Of what is trained, unless something else is asked for."""
 SETTING_BY_OPTION = {
     "file": "context.file",
     "questions": "context.questions",
-    "into": "context.target",
+    "target": "context.target",
     "objective": "context.objective",
-    "write": "context.row_method",
-    "weights": "context.trainable",
-    "rank": "context.lora_rank",
-    "tokens": "context.prompt_length",
+    "row_method": "context.row_method",
+    "trainable": "context.trainable",
+    "lora_rank": "context.lora_rank",
+    "prompt_length": "context.prompt_length",
     "steps": "stages.end_to_end_steps",
     "lr": "stages.end_to_end_lr",
     "temperature": "loss.temperature",
     "seed": "seed",
 }
-"""Options of the command and the settings that they are."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `dmt consolidate` and `dmt sleep` to the commands."""
+    _add_consolidate(commands)
+    _add_sleep(commands)
+
+
+def _add_consolidate(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "consolidate",
+        run_consolidate,
+        "Distill a context into a model, so that it answers without the context as with it",
+        "The result is a new run; the model itself is not changed.",
+        (
+            "dmt consolidate --file page.txt --questions page.jsonl",
+            "dmt consolidate --file page.txt --target weights --trainable slots",
+            'dmt consolidate "Ada keeps seven geese." --model smollm2 --row-method gradient',
+        ),
+    )
+    parser.add_argument("text", nargs="?", help="the context; or use --file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any other setting")
+    parser.add_argument("--file", metavar="TEXT.txt", help="a text file with the context")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE.jsonl",
+        help='questions to evaluate: one {"prompt": ..., "answer": ...} per line',
+    )
+    _add_choice(parser, "target", "where it is stored (default: memory)")
+    _add_choice(parser, "row_method", "how rows are computed (default: activation_delta)")
+    _add_choice(parser, "trainable", "which weights are trained (default: lora)")
+    _add_choice(parser, "objective", "what is distilled (default: generated)")
+    for option, number_type, metavar, help_text in (
+        ("--lora-rank", int, "N", "rank of LoRA (default: 8)"),
+        ("--prompt-length", int, "N", "embeddings of --target prompt (default: 16)"),
+        ("--steps", int, "N", f"training steps (default: {DEFAULT_STEPS})"),
+        ("--lr", float, "X", f"peak learning rate (default: {DEFAULT_LR:g})"),
+        ("--temperature", float, "T", "temperature of the KL divergence (default: 1)"),
+        ("--seed", int, "N", "random seed (default: 0)"),
+    ):
+        parser.add_argument(option, type=number_type, metavar=metavar, help=help_text)
+    add_model_argument(
+        parser, "a run, a saved student, embedded, smollm2 or a hub name (default: the newest run)"
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser, setting: str, help_text: str) -> None:
+    """Add an option that takes the choices of a setting in `context`."""
+    choices = get_args(get_type_hints(ContextConfig)[setting])
+    parser.add_argument(f"--{setting.replace('_', '-')}", choices=choices, help=help_text)
+
+
+def _add_sleep(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "sleep",
+        run_sleep,
+        "Distill stored facts and rows into the slots of a new student, and delete them there",
+        "Facts that earlier runs have moved are replayed. The model itself is not changed.",
+        (
+            "dmt sleep --model lightning_logs/version_0",
+            "dmt sleep --tag family --min-hits 3 --steps 400",
+        ),
+    )
+    parser.add_argument("--tag", help="only facts and rows with this tag")
+    parser.add_argument(
+        "--min-hits",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="only facts that fired at least N times (default: 0)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="training steps (default: 200)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=learning_rate,
+        default=0.03,
+        metavar="X",
+        help="peak learning rate, in preconditioned units (default: 0.03)",
+    )
+    add_seed_argument(parser)
+    parser.add_argument(
+        "--replay-data",
+        nargs="+",
+        metavar="CORPUS",
+        help="corpora on which the student shall not change (default: its training data)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="folder of the new student (default: a new run in lightning_logs/)",
+    )
+    add_model_argument(parser)
 
 
 def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     """Put a context into a student; the result is a run of its own, the student it began with stays as it is."""
-    if args.student is not None and args.model is not None:
-        raise UserError("--student and --model both name what learns; give one of them")
-    source = args.model or str(resolve_student_folder(args.student))
+    from dmt.training.tasks import run_task
+
+    source = _resolve_model(args.model)
     overrides = [
         "task=consolidate",
         f"teacher={source}",
@@ -92,8 +191,16 @@ def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     record = read_record(folder)
     reported = ("written", "kinds", "unrelated", "cost", "seconds")
     out.print_json(
-        {"folder": str(folder), **{name: record[name] for name in reported if name in record}}
+        {"run_dir": str(folder), **{name: record[name] for name in reported if name in record}}
     )
+
+
+def _resolve_model(model: str | None) -> str:
+    """Return the folder of the student that `--model` names, or the name of another model."""
+    from dmt.editing.fact_store import resolve_student_folder
+
+    is_run = model is not None and (Path(model).expanduser() / "student").is_dir()
+    return str(resolve_student_folder(model)) if model is None or is_run else model
 
 
 REPORT_COLUMNS = ("", "evening", "morning")
@@ -103,12 +210,9 @@ LOG_EVERY = 10
 
 def run_sleep(args: argparse.Namespace, out: Output) -> None:
     """Sleep, and tell what was learnt, what stayed and where the new student is."""
-    if not 0 < args.lr <= 1:
-        raise UserError(f"--lr must be in (0, 1], got {args.lr:g}")
-    check_seed(args.seed)
-    if args.least < 0:
-        raise UserError(f"--least must be 0 or more, got {args.least}")
-    folder = resolve_student_folder(args.student)
+    from dmt.editing.fact_store import resolve_student_folder
+
+    folder = resolve_student_folder(args.model)
     config = _build_config(folder, args)
     output = None if args.output is None else Path(args.output).expanduser()
     check_writable(str(output.parent) if output else RUNS_DIR, "--output")
@@ -136,17 +240,20 @@ def _lock_output(output: Path) -> Iterator[None]:
 def _run_locked(
     args: argparse.Namespace, out: Output, folder: Path, config: Config, output: Path | None
 ) -> None:
-    plan = plan_slot_transfer(folder, args.tag, args.least)
+    from dmt.consolidation.sleep import plan_slot_transfer
+    from dmt.data.corpora import load_corpus
+
+    plan = plan_slot_transfer(folder, args.tag, args.min_hits)
     corpora = [load_corpus(source) for source in config.data.corpora]
     run_folder = create_run_dir(config) if output is None else None
     student_path = output or run_folder / "student"  # type: ignore[operator]
-    command = (
-        f"dmt sleep --student {folder} --steps {args.steps} --lr {args.lr:g} --seed {args.seed}"
-    )
+    command = f"dmt sleep --model {folder} --steps {args.steps} --lr {args.lr:g} --seed {args.seed}"
     command += "".join(
-        f" --{name} {value}" for name, value in (("tag", args.tag), ("least", args.least)) if value
+        f" --{name} {value}"
+        for name, value in (("tag", args.tag), ("min-hits", args.min_hits))
+        if value
     )
-    command += f" --corpora {' '.join(args.corpora)}" if args.corpora else ""
+    command += f" --replay-data {' '.join(args.replay_data)}" if args.replay_data else ""
     try:
         result = _run_transfer(args, out, plan, config, corpora, run_folder, student_path, command)
     except KeyboardInterrupt as interrupt:
@@ -179,7 +286,9 @@ def _run_transfer(
     student_path: Path,
     command: str,
 ) -> SlotTransferResult:
-    """The night, and what it leaves in the folder of its run."""
+    """Transfer rows to slots, and write the run folder."""
+    from dmt.consolidation.sleep import transfer_rows
+
     _print_plan(plan, config, student_path, args, out)
     if run_folder is not None:
         write_record(run_folder, config, {"task": "sleep", "replay": command}, is_start=True)
@@ -189,7 +298,7 @@ def _run_transfer(
             progress(1)
             curves(step, metrics)
 
-        result = sleep_through(
+        result = transfer_rows(
             plan, corpora, student_path, args.steps, args.lr, args.seed, out.print_note, on_step
         )
     if run_folder is not None:
@@ -210,8 +319,8 @@ def _build_config(folder: Path, args: argparse.Namespace) -> Config:
     )
     config = replace(config, seed=args.seed, trainer=replace(config.trainer, log_dir=RUNS_DIR))
     return (
-        replace(config, data=replace(config.data, corpora=args.corpora, mixture_weights=[]))
-        if args.corpora
+        replace(config, data=replace(config.data, corpora=args.replay_data, mixture_weights=[]))
+        if args.replay_data
         else config
     )
 
@@ -294,6 +403,8 @@ class _StepLogger:
     """Figures of each step for TensorBoard, where there is a run."""
 
     def __init__(self, run_folder: Path | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = None if run_folder is None else SummaryWriter(str(run_folder))
 
     def __enter__(self) -> Callable[[int, dict[str, float]], None]:

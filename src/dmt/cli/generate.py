@@ -1,117 +1,183 @@
-"""`dmt ask`: let a student speak, say which rows answered, let it remember what was said."""
+"""`dmt generate`: continue a prompt, show what was read, store what was generated."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text
 
-from dmt.cli.memory import fact_to_dict, make_fact_lookup, open_student
-from dmt.cli.output import Output, check_seed, escape_control_chars
-from dmt.editing.fact_store import FactStore
-from dmt.editing.fact_store import generate_tokens as said_by
-from dmt.editing.online import ensure_namespaces, write_online
-from dmt.editing.packs import load_fact_pack as load_pack
-from dmt.editing.packs import load_packs
+from dmt.cli.arguments import (
+    add_command,
+    add_model_argument,
+    add_seed_argument,
+    add_trace_arguments,
+    positive_int,
+    temperature,
+)
+from dmt.cli.facts import fact_to_dict, make_fact_lookup, open_student
 from dmt.errors import UserError
-from dmt.evaluation import trace
-from dmt.models.fact_hooks import FACTS_FILE, record_matches
-from dmt.models.fingerprint import hash_model
-from dmt.store import RowStore
-from dmt.store.facts import FactTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from dmt.cli.output import Output
+    from dmt.editing.fact_store import FactStore
+
+
+def add_parser(commands: Any) -> None:
+    """Add `dmt generate` to the commands."""
+    parser = add_command(
+        commands,
+        "generate",
+        run_generate,
+        "Continue a prompt with a student",
+        examples=[
+            'dmt generate "The birthplace of Ada Winterbourne is" --trace',
+            'dmt generate "Ada keeps geese and" --write-memory --tag monday',
+        ],
+    )
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=30,
+        metavar="N",
+        help="tokens to generate at most (default: 30)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="0 takes the most likely token (default), more samples",
+    )
+    add_seed_argument(parser)
+    parser.add_argument(
+        "--trace", action="store_true", help="show the slots, rows and facts that each token read"
+    )
+    add_trace_arguments(parser)
+    parser.add_argument(
+        "--pack",
+        action="append",
+        metavar="PACK",
+        help="use the facts of this pack for this call only; repeatable",
+    )
+    parser.add_argument(
+        "--write-memory",
+        action="store_true",
+        help="write prompt and answer into the student's associative memory",
+    )
+    parser.add_argument(
+        "--tag",
+        default="conversation",
+        help="tag of the rows of --write-memory (default: conversation)",
+    )
+    add_model_argument(parser)
 
 
 def run_generate(args: argparse.Namespace, out: Output) -> None:
-    """Let a student go on from a prompt; with `--trace` say what answered each token, with `--remember` keep it."""
-    if args.tokens < 1 or not 0 <= args.temperature < math.inf:
-        raise UserError(
-            f"--tokens must be at least 1 and --temperature at least 0, got {args.tokens} and {args.temperature:g}"
-        )
-    check_seed(args.seed)
-    fact_store, folder = open_student(args, writable=args.remember)
-    if args.remember:
-        ensure_namespaces(
-            fact_store.model, fact_store.db
-        )  # refused, where it cannot be, before anything is said
+    """Continue a prompt and print it token by token."""
+    from dmt.cli.output import escape_control_chars
+    from dmt.editing.fact_store import generate_tokens
+    from dmt.editing.online import ensure_namespaces
+    from dmt.editing.packs import load_fact_pack, load_packs
+    from dmt.models.fact_hooks import record_matches
+    from dmt.models.fingerprint import hash_model
+
+    def print_token(text: str) -> None:
+        print(escape_control_chars(text, "\n\t"), end="", flush=True)
+
+    fact_store, folder = open_student(args.model, writable=args.write_memory)
+    model, tokenizer = fact_store.model, fact_store.tokenizer
+    if args.write_memory:
+        ensure_namespaces(model, fact_store.db)  # fails before anything is generated
     if args.pack:
-        load_packs(
-            fact_store, [load_pack(Path(path)) for path in args.pack], hash_model(fact_store.model)
-        )
+        packs = [load_fact_pack(Path(path)) for path in args.pack]
+        load_packs(fact_store, packs, hash_model(model))
     if not out.as_json:
         print(args.prompt, end="", flush=True)
-    with record_matches(fact_store.model) as matches:
-        on_text = (
-            None
-            if out.as_json
-            else (lambda text: print(escape_control_chars(text, "\n\t"), end="", flush=True))
-        )
-        output_ids = said_by(
-            fact_store.model,
-            fact_store.tokenizer,
+    with record_matches(model) as matches:
+        output_ids = generate_tokens(
+            model,
+            tokenizer,
             args.prompt,
-            args.tokens,
+            args.max_new_tokens,
             args.temperature,
             args.seed,
-            on_text,
+            None if out.as_json else print_token,
         )
     out.print_line("")
-    text = fact_store.tokenizer.decode(output_ids, skip_special_tokens=True)
-    payload: dict[str, Any] = {
-        "prompt": args.prompt,
-        "text": text,
-        "answer": text[len(args.prompt) :],
-    }
+    text = tokenizer.decode(output_ids, skip_special_tokens=True)
     row_ids = [
-        int(fact_store.hooks.memory.rows.ids[row_id]) for match in matches for row_id in match.rows
+        int(fact_store.hooks.memory.rows.ids[row]) for match in matches for row in match.rows
     ]
     facts = {fact.id: fact for fact in map(fact_store.find_fact_by_row, row_ids)}
-    payload["facts"] = [fact_to_dict(fact) for fact in facts.values()]
+    result: dict[str, Any] = {
+        "prompt": args.prompt,
+        "text": text,
+        "completion": text[len(args.prompt) :],
+        "facts": [fact_to_dict(fact) for fact in facts.values()],
+    }
     if args.trace:
-        start = len(fact_store.tokenizer(args.prompt, add_special_tokens=False)["input_ids"])
-        activations = trace.trace_activations(
-            fact_store.model,
-            fact_store.tokenizer,
-            output_ids,
-            args.most,
-            args.lens,
-            resolve_row=make_fact_lookup(fact_store),
-        )
-        activations = activations[
-            max(0, start) : -1
-        ]  # what was read where each token of the answer was chosen
-        out.print_line("")
-        out.print_renderable(trace.format_table(activations))
+        result["trace"] = _print_trace(args, fact_store, output_ids, out)
         for fact in facts.values():
             out.print_renderable(Text(f"fact {fact.id}, {fact.tag or 'no tag'}: {fact.sentence}"))
-        payload["trace"] = trace.to_json(activations)
-    if args.remember:
-        payload["remembered"] = _write_memory(args, fact_store, output_ids, out)
+    if args.write_memory:
+        result["written"] = _write_memory(args.tag, fact_store, output_ids, out)
     fact_store.close()
-    _count_uses(folder, row_ids)
-    out.print_json(payload)
+    _count_hits(folder, row_ids)
+    out.print_json(result)
 
 
-def _count_uses(folder: Path, row_ids: list[int]) -> None:
-    """Count the answers of facts, where nobody else is writing."""
-    use_counts = {row_id: row_ids.count(row_id) for row_id in set(row_ids) if row_id > 0}
-    if not use_counts:
+def _print_trace(
+    args: argparse.Namespace, fact_store: FactStore, output_ids: torch.Tensor, out: Output
+) -> list[dict[str, Any]]:
+    """Print what was read at each position that predicted a generated token."""
+    from dmt.evaluation import trace
+
+    num_prompt_tokens = len(
+        fact_store.tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
+    )
+    traces = trace.trace_activations(
+        fact_store.model,
+        fact_store.tokenizer,
+        output_ids,
+        args.top_reads,
+        args.top_tokens,
+        resolve_row=make_fact_lookup(fact_store),
+    )[num_prompt_tokens:-1]
+    out.print_line("")
+    out.print_renderable(trace.format_table(traces))
+    return trace.to_json(traces)
+
+
+def _count_hits(folder: Path, row_ids: list[int]) -> None:
+    """Count how often facts fired, unless another program is writing to the store."""
+    from dmt.models.fact_hooks import FACTS_FILE
+    from dmt.store import RowStore
+    from dmt.store.facts import FactTable
+
+    hits = {row_id: row_ids.count(row_id) for row_id in set(row_ids) if row_id > 0}
+    if not hits:
         return
     try:
         with RowStore(str(folder / FACTS_FILE)) as store:
-            FactTable(store).record_usage(use_counts)
+            FactTable(store).record_usage(hits)
     except UserError:
-        pass  # somebody writes, or the place is read-only: an answer is not refused for a count
+        pass  # locked or read-only: the answer matters more than the count
 
 
 def _write_memory(
-    args: argparse.Namespace, fact_store: FactStore, output_ids: torch.Tensor, out: Output
+    tag: str, fact_store: FactStore, output_ids: torch.Tensor, out: Output
 ) -> dict[str, int]:
+    from dmt.editing.online import write_online
+
     assert fact_store.db is not None, "opened for writing"
-    result = write_online(fact_store.model, fact_store.db, output_ids, args.tag)
-    counts = f"{result.added} rows more, {result.merged} merged, {result.evicted} evicted; {result.rows:,} rows"
-    out.print_line(f"remembered: {counts}, tag {args.tag!r}")
+    result = write_online(fact_store.model, fact_store.db, output_ids, tag)
+    out.print_line(
+        f"written with tag {tag!r}: {result.added} rows added, {result.merged} merged, "
+        f"{result.evicted} evicted; {result.rows:,} rows now"
+    )
     return vars(result)

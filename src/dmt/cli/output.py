@@ -1,10 +1,10 @@
-"""How commands answer: tables for people, one JSON document for programs."""
+"""How commands print: tables for people or one JSON document for programs, messages to stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
@@ -14,21 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dmt.errors import UserError, format_value
-
-DEFAULT_WIDTH = 160
-"""Columns of text where it does not go to a terminal."""
+DEFAULT_WIDTH = 160  # columns where the output is not a terminal
+MIN_PROGRESS_TOTAL = 100  # a shorter task shows no progress bar
 
 
 class Output:
-    """Where commands print to.
+    """What a command prints.
 
     Args:
-        as_json: one JSON document at the end, on standard output, and nothing else there.
+        as_json: print one JSON document at the end and nothing else on stdout.
+        quiet: print no notes and no progress bars.
     """
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json
+        self.quiet = quiet
         self.console = Console(
             width=None if sys.stdout.isatty() else DEFAULT_WIDTH,
             highlight=False,
@@ -38,57 +38,62 @@ class Output:
         self.stderr_console = Console(stderr=True, highlight=False, markup=False)
 
     def print_note(self, text: str) -> None:
-        """A line about what is going on; for people only."""
-        if not self.as_json:
+        """Print a line about progress to stderr."""
+        if not self.as_json and not self.quiet:
             self.stderr_console.print(text, style="dim")
 
     def print_line(self, text: str) -> None:
-        """A line of the answer."""
+        """Print a line of the result."""
         if not self.as_json:
             self.console.print(escape_control_chars(text))
+
+    def print_text(self, text: str) -> None:
+        """Print text as it is, without wrapping it."""
+        if not self.as_json:
+            print(text)
 
     def print_table(
         self, columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str
     ) -> None:
-        """Rows under the names of columns; the line `empty` where there are none."""
+        """Print rows under the names of columns; the line `empty` if there are none."""
         if self.as_json:
             return
         if not rows:
             self.console.print(empty)
             return
-        rendered = Table(box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for index, name in enumerate(columns):
             is_numeric = all(isinstance(row[index], int | float) for row in rows)
-            rendered.add_column(name, justify="right" if is_numeric else "left", overflow="fold")
+            table.add_column(name, justify="right" if is_numeric else "left", overflow="fold")
         for row in rows:
-            rendered.add_row(
+            table.add_row(
                 *(
                     Text(f"{cell:,}" if isinstance(cell, int) else escape_control_chars(str(cell)))
                     for cell in row
                 )
             )
-        self.console.print(rendered)
+        self.console.print(table)
 
     def print_renderable(self, renderable: Any) -> None:
-        """Something that rich can print."""
+        """Print anything that rich can print."""
         if not self.as_json:
             self.console.print(renderable)
 
     def print_json(self, payload: Any) -> None:
-        """The whole answer, for programs."""
+        """Print the whole result as JSON if `--json` was passed."""
         if self.as_json:
             json.dump(payload, sys.stdout, ensure_ascii=False, indent=1)
             print()
 
     @contextmanager
     def stdout_to_stderr(self) -> Iterator[None]:
-        """What others print goes to standard error, where standard output is for one document."""
+        """Send what libraries print to stderr, if stdout is for one JSON document."""
         with redirect_stdout(sys.stderr) if self.as_json else nullcontext():
             yield
 
     @contextmanager
     def progress_bar(self, description: str, total: int) -> Iterator[Any]:
-        """A bar, on standard error, for work that takes a while; gives what tells it of progress."""
+        """Show a progress bar on stderr; yield a function that advances it by a count."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -98,27 +103,36 @@ class Output:
         with Progress(
             *columns,
             console=self.stderr_console,
-            disable=self.as_json or total < 100,
+            disable=self.as_json or self.quiet or total < MIN_PROGRESS_TOTAL,
             transient=True,
         ) as bar:
             task = bar.add_task(description, total=total)
             yield lambda count: bar.advance(task, count)
 
 
-def check_seed(seed: int) -> None:
-    """Raise `UserError` for a `--seed` that no generator of random numbers takes."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed must be in [0, {2**32 - 1}], got {format_value(seed)}")
+@contextmanager
+def log_to_stderr(quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Print the messages of the logger `dmt` to stderr: warnings if `quiet`, all if `verbose`."""
+    logger = logging.getLogger("dmt")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    previous = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False  # libraries may have configured the root logger too
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = previous
 
 
 def escape_control_chars(text: str, allowed: str = "") -> str:
-    """Text whose control characters, but for those in `keep`, are seen and not obeyed: a tag may come from anywhere."""
+    """Escape control characters except `allowed`, so that a terminal shows and does not obey them.
+
+    Tags and texts may come from a pack that somebody else made.
+    """
     return "".join(
         char if char.isprintable() or char in allowed else char.encode("unicode_escape").decode()
         for char in text
     )
-
-
-def format_time(seconds: float) -> str:
-    """A moment as people write it; empty for never."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""

@@ -465,7 +465,7 @@ def generate_tokens(
     prompt_ids = encode_text(tokenizer, prompt)
     if not prompt.strip():
         raise UserError(
-            "the prompt is empty; ask something, as in dmt ask 'The capital of France is'"
+            "the prompt is empty; ask something, as in dmt generate 'The capital of France is'"
         )
     check_length(model, [*prompt_ids, 0], "the prompt, with room for an answer,")
     free_positions = model.config.max_position_embeddings - len(prompt_ids)
@@ -551,7 +551,7 @@ def resolve_student_folder(path: str | Path | None) -> Path:
         runs = list_runs(Path(RUNS_DIR), required_name="student")
         if not runs:
             raise UserError(
-                f"no student is in {RUNS_DIR}/ here; run python distill.py first, or name one: --student FOLDER"
+                f"no student is in {RUNS_DIR}/ here; run python distill.py first, or name one: --model FOLDER"
             )
         return runs[-1] / "student"
     folder = Path(path).expanduser()
@@ -562,7 +562,7 @@ def resolve_student_folder(path: str | Path | None) -> Path:
         "nothing is there" if not folder.exists() else "it holds no saved student (no config.json)"
     )
     raise UserError(
-        f"--student {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made by save_pretrained"
+        f"--model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made by save_pretrained"
     )
 
 
@@ -570,12 +570,12 @@ def load_student(folder: Path, label: str | None = None) -> tuple[PreTrainedMode
     """A saved student, or a plain GPT-2 or Llama, in eval mode and full precision, and its tokenizer.
 
     Args:
-        called: what a refusal calls it, `--student` and the folder where nothing else is said.
+        called: what a refusal calls it, `--model` and the folder where nothing else is said.
 
     Raises:
         UserError: what is there cannot be loaded, or is of a family that is not supported.
     """
-    model, tokenizer = load_model(str(folder), label or f"--student {folder}")
+    model, tokenizer = load_model(str(folder), label or f"--model {folder}")
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -435,7 +435,7 @@ def list_run_locations(run_dir: Path, record: Mapping[str, Any]) -> list[tuple[s
     """Where everything of a run is, and how to do it again."""
     return [
         ("student", str(run_dir / "student")),
-        ("ask it", f"dmt ask 'Once' --student {run_dir}"),
+        ("ask it", f"dmt generate 'Once' --model {run_dir}"),
         ("replay", str(record.get("replay", f"python distill.py {run_dir}/config.yaml"))),
         ("compare", f"dmt compare {run_dir} ANOTHER_RUN --html compared.html"),
         ("curves", f"tensorboard --logdir {run_dir.parent}"),

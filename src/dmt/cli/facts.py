@@ -1,0 +1,166 @@
+"""What the commands about facts share: options that select them, opening a student, output."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmt.cli.arguments import positive_int
+from dmt.errors import UserError
+
+if TYPE_CHECKING:
+    from dmt.cli.output import Output
+    from dmt.editing.edit import WriteResult
+    from dmt.editing.fact_store import FactStore
+    from dmt.store.records import FactRecord
+
+MAX_SHOWN = 20  # facts of a long list in the output of one command
+NO_MATCH_HINT = "dmt memory list shows the facts"
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add options that select facts or rows."""
+    parser.add_argument("--id", type=int, action="append", metavar="N", help="fact ID; repeatable")
+    parser.add_argument("--tag", help="facts with this tag")
+    parser.add_argument(
+        "--query", metavar="WORDS", help="facts whose sentence or subject has all these words"
+    )
+
+
+def add_rows_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--rows`."""
+    parser.add_argument(
+        "--rows", action="store_true", help="rows of associative memory instead of facts"
+    )
+
+
+def add_limit_argument(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add `--limit` with a default."""
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help=f"maximum number shown (default: {default})",
+    )
+
+
+def check_row_selection(args: argparse.Namespace) -> None:
+    """Raise `UserError` for `--rows` with `--query`, which must not mean all rows."""
+    if args.rows and args.query is not None:
+        raise UserError(
+            "--query selects facts, and rows of associative memory have no text; "
+            "use --id or --tag with --rows"
+        )
+
+
+def select_facts(fact_store: FactStore, args: argparse.Namespace) -> list[FactRecord]:
+    """Return the stored facts that `--id`, `--tag` and `--query` select; all without any.
+
+    Raises:
+        UserError: an ID is not stored.
+    """
+    missing = sorted(set(args.id or ()) - set(fact_store.records))
+    if missing:
+        raise UserError(
+            f"fact {missing[0]} is not stored; dmt memory list shows the "
+            f"{len(fact_store.records):,} that are"
+        )
+    return filter_facts(fact_store.records.values(), args.id, args.tag, args.query)
+
+
+def filter_facts(
+    facts: Iterable[FactRecord],
+    ids: Iterable[int] | None = None,
+    tag: str | None = None,
+    query: str | None = None,
+) -> list[FactRecord]:
+    """Return the facts with one of the IDs, the tag and all words of the query; None is all."""
+    selected_ids, terms = set(ids or ()), (query or "").lower().split()
+    return [
+        fact
+        for fact in facts
+        if (not selected_ids or fact.id in selected_ids)
+        and (tag is None or fact.tag == tag)
+        and all(term in f"{fact.sentence} {fact.subject}".lower() for term in terms)
+    ]
+
+
+def open_student(model: str | None, writable: bool = False) -> tuple[FactStore, Path]:
+    """Open the facts of a student, read-only unless `writable`; return them and its folder."""
+    from dmt.editing.fact_store import (
+        FactStore,
+        has_fact_store,
+        load_student,
+        open_fact_store,
+        resolve_student_folder,
+    )
+
+    folder = resolve_student_folder(model)
+    if writable:
+        return open_fact_store(folder), folder
+    if has_fact_store(folder):
+        return open_fact_store(folder, read_only=True), folder
+    return FactStore(*load_student(folder), None), folder
+
+
+def load_fact_records(name: str) -> list[FactRecord]:
+    """Return the facts of a pack, a student or a run, without loading a model.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    from dmt.editing.fact_store import resolve_student_folder
+    from dmt.editing.packs import is_pack, load_fact_pack
+    from dmt.models.fact_hooks import FACTS_FILE
+    from dmt.store import RowStore
+    from dmt.store.facts import FactTable
+
+    path = Path(name)
+    if is_pack(path):
+        return load_fact_pack(path).facts
+    db_path = resolve_student_folder(path) / FACTS_FILE
+    if not db_path.is_file():
+        return []
+    fact_table = FactTable(RowStore(str(db_path), read_only=True))
+    return fact_table.read() if fact_table.exists else []
+
+
+def fact_to_dict(fact: FactRecord) -> dict[str, Any]:
+    """Return a fact as JSON shows it, without what only the matcher needs."""
+    excluded = ("subject_ids", "answer_ids", "reach", "thresholds", "rows")
+    return {name: value for name, value in asdict(fact).items() if name not in excluded} | {
+        "rows": list(fact.rows)
+    }
+
+
+def print_omitted(count: int, limit: int, out: Output) -> None:
+    """Print how many of a list are not shown."""
+    if count > limit:
+        out.print_note(f"{count - limit:,} more; --limit {count} shows all")
+
+
+def print_counts(results: list[WriteResult], out: Output) -> dict[str, int]:
+    """Print and return how many facts were written, replaced and unchanged."""
+    statuses = Counter(result.status for result in results)
+    written, replaced = statuses["written"], statuses["replaced"]
+    unchanged = len(results) - written - replaced
+    out.print_line(
+        f"{written:,} written, {replaced:,} written and replacing a contradicted fact, "
+        f"{unchanged:,} stored already"
+    )
+    return {"num_written": written, "num_replaced": replaced, "num_unchanged": unchanged}
+
+
+def make_fact_lookup(fact_store: FactStore) -> Callable[[int], tuple[int, str]]:
+    """Return a function from a row's ID to the ID and the tag of its fact."""
+
+    def lookup(row_id: int) -> tuple[int, str]:
+        fact = fact_store.find_fact_by_row(row_id)
+        return fact.id, fact.tag
+
+    return lookup
