@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dmt
 from dmt import ops
-from dmt.config import MemoryConfig
+from dmt.config import FeaturalConfig
 from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.evaluation.metrics import measure_fidelity
@@ -66,7 +66,7 @@ def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str,
     }
     for name in variants:
         search, linear = VARIANTS[name]
-        memory = MemoryConfig(k=K, search=search, skip_connection=linear, metric="euclidean")
+        memory = FeaturalConfig(k=K, search=search, skip_connection=linear, metric="euclidean")
         student = convert(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
         state = dict(dense.named_parameters())
         for (

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dmt  # noqa: F401  registers the student
-from dmt.config import MemoryConfig
+from dmt.config import FeaturalConfig
 from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.editing.fact_store import resolve_student_folder
@@ -279,7 +279,7 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
                 ways.append(
                     (
                         name,
-                        MemoryConfig(
+                        FeaturalConfig(
                             k=K,
                             search="int8",
                             skip_connection=linear,

@@ -13,8 +13,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         for slots in (256, 512, 1024, 2048)
         for k in (8, 32, 128)
     },
-    "256 dropped, 32 read": ("memory.num_slots=256", "memory.mean_k=32", "memory.fewer=drop"),
-    "1024 new, 32 read": ("memory.num_slots=1024", "memory.mean_k=32", "memory.more=new"),
 }
 
 if __name__ == "__main__":

@@ -31,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dmt.config import Config, DataConfig, LogitCacheConfig, LossConfig, MemoryConfig, TrainerConfig
+from dmt.config import (
+    Config,
+    DataConfig,
+    FeaturalConfig,
+    LogitCacheConfig,
+    LossConfig,
+    MemoryConfig,
+    TrainerConfig,
+)
 from dmt.distillation.calibration import calibrate_memories
 from dmt.distillation.logit_cache import (
     open_logit_cache,
@@ -112,7 +120,7 @@ def settings_of(name: str, place: Path, chunk: int = CHUNK) -> Config:
 
 def memory_of(way: str, name: str) -> MemoryConfig:
     """The memory of a line: the default's, or the same few slots for every token."""
-    return MemoryConfig(k=32 if name == "full" else 4) if "k=32" in way else MemoryConfig()
+    return FeaturalConfig(k=32 if name == "full" else 4) if "k=32" in way else FeaturalConfig()
 
 
 def prepare(name: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as draw
 
 from dmt.cli.main import distill_main
-from dmt.config import Config, MemoryConfig
+from dmt.config import Config, FeaturalConfig, MemoryConfig
 from dmt.distillation.pretrain import train_tokenizer
 from dmt.models.conversion import convert
 
@@ -259,10 +259,9 @@ words = draw.tuples(draw.sampled_from(GROUPS), draw.lists(draw.one_of(one, shape
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
     """A folder with what words may name."""
-    from dmt.config import MemoryConfig
 
     folder = tmp_path_factory.mktemp("fuzz")
-    student, _ = convert(make_teacher(len(tokenizer), n_positions=160), [MemoryConfig(k=8)] * 3)
+    student, _ = convert(make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3)
     made = {
         "gpt2": make_teacher(len(tokenizer)),
         "llama": make_llama(len(tokenizer)),

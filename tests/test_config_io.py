@@ -12,7 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 import dmt
-from dmt.config import Config, DataConfig, LossConfig, MemoryConfig, StudentConfig
+from dmt.config import (
+    AssociativeConfig,
+    Config,
+    DataConfig,
+    DenseConfig,
+    FeaturalConfig,
+    LossConfig,
+    StudentConfig,
+)
 from dmt.config_io import (
     EMBEDDED_TEACHER_DIR,
     check_config,
@@ -26,14 +34,15 @@ from dmt.config_io import (
 from dmt.errors import UserError
 
 SHAPE = {"n_layer": 4, "n_embd": 128, "n_positions": 256}  # so 512 neurons in a block
+GROUPS = {
+    item.name: AssociativeConfig if item.name == "memory" else type(getattr(Config(), item.name))
+    for item in fields(Config)
+    if is_dataclass(getattr(Config(), item.name))
+}
 KEYS = [
-    f"{group.name}.{member.name}" if member else group.name
-    for group in fields(Config)
-    for member in (
-        fields(getattr(Config(), group.name))
-        if is_dataclass(getattr(Config(), group.name))
-        else (None,)
-    )
+    f"{item.name}.{member.name}" if member else item.name
+    for item in fields(Config)
+    for member in (fields(GROUPS[item.name]) if item.name in GROUPS else (None,))
 ]
 
 
@@ -103,11 +112,11 @@ WRONG = [
     # choices
     (
         "memory.activation=sofmax",
-        "memory.activation must be one of activation, relu, softmax, distance, got sofmax",
+        "memory.activation must be one of block, relu, softmax, distance, got sofmax",
     ),
     (
         "memory.activation=3",
-        "memory.activation must be one of activation, relu, softmax, distance, got 3",
+        "memory.activation must be one of block, relu, softmax, distance, got 3",
     ),
     (
         "memory.search=approximate",
@@ -155,7 +164,10 @@ WRONG = [
         "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got 3",
     ),
     # keys
-    ("memory.wieghting=relu", "memory.wieghting is not a setting; did you mean memory.activation?"),
+    (
+        "memory.activatoin=relu",
+        "memory.activatoin is not a setting; did you mean memory.activation?",
+    ),
     ("memry.k=3", "memry.k is not a setting; did you mean memory.k?"),
     ("k=3", "k is not a setting; did you mean memory.k?"),
     ("memory.k.x=3", "memory.k.x is not a setting; did you mean memory.k"),
@@ -179,7 +191,7 @@ WRONG = [
     # YAML inside a word
     (
         "memory.k=[",
-        "cannot read memory.k=[: not valid YAML (did not find expected node content); mend or quote it",
+        "cannot read memory.k=[: not valid YAML (did not find expected node content); fix or quote it",
     ),
     (
         "teacher=a: b: c",
@@ -207,22 +219,22 @@ WRONG = [
     ("stages.end_to_end_lr=-1e-3", "stages.end_to_end_lr must be a positive number, got -0.001"),
     ("optim.beta2=1", "optim.beta2 must be in [0, 1), got 1.0"),
     ("optim.beta1=-0.1", "optim.beta1 must be in [0, 1), got -0.1"),
-    ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be in [0, 1], a share of the peak, got 2.0"),
+    ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be in [0, 1], got 2.0"),
     ("data.seq_len=1", "data.seq_len must be at least 2, got 1"),
     ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
     ("trainer.devices=0", "trainer.devices must be at least 1, got 0"),
     ("pretrain.vocabulary=100", "pretrain.vocabulary must be at least 257, got 100"),
     (
         "trainer.log_dir=~no-such-person/x",
-        "trainer.log_dir=~no-such-person/x begins with a home folder that is not there",
+        "trainer.log_dir=~no-such-person/x begins with a home folder that does not exist",
     ),
     (
         "data.corpora=[~no-such-person]",
-        "data.corpora=~no-such-person begins with a home folder that is not there",
+        "data.corpora=~no-such-person begins with a home folder that does not exist",
     ),
     (
         "teacher=~no-such-person",
-        "teacher=~no-such-person begins with a home folder that is not there",
+        "teacher=~no-such-person begins with a home folder that does not exist",
     ),
 ]
 
@@ -242,8 +254,8 @@ CONTRADICTIONS = [
         ["memory.num_slots=32", "memory.k=33", "memory.init=random"],
         "memory.k must be in [1, memory.num_slots=32], got 33",
     ),
-    (["memory.heads=3"], "memory.num_slots=512 must be a multiple of memory.heads=3"),
-    (["memory.heads=2"], "memory.heads=2 share out k, which memory.k=auto does not"),
+    (["memory.heads=3", "memory.k=3"], "memory.num_slots=512 must be a multiple of memory.heads=3"),
+    (["memory.heads=2"], "memory.heads=2 divide k, which memory.k=auto does not"),
     (["memory.heads=2", "memory.k=7"], "memory.k=7 must be a multiple of memory.heads=2"),
     (
         ["memory.num_slots=256", "memory.k=300"],
@@ -252,7 +264,7 @@ CONTRADICTIONS = [
     (["memory.mean_k=600"], "memory.mean_k must be in [1, memory.num_slots=512], got 600"),
     (
         ["memory.k=8", "memory.mean_k=8"],
-        "memory.mean_k is spent by memory.k=auto alone, got memory.k=8",
+        "memory.mean_k is used with memory.k=auto alone, got memory.k=8",
     ),
     (
         ["memory.selection=score"],
@@ -260,11 +272,11 @@ CONTRADICTIONS = [
     ),
     (
         ["stages.calibration_tokens=0"],
-        "memory.k=auto is settled by calibration, got stages.calibration_tokens=0",
+        "memory.k=auto is set by calibration, got stages.calibration_tokens=0",
     ),
     (
         ["memory.activation=softmax"],
-        "memory.selection=contribution needs a weight per slot, which memory.activation=softmax has not",
+        "memory.selection=contribution needs a weight per slot, which memory.activation=softmax does not have",
     ),
     (
         [
@@ -289,7 +301,7 @@ CONTRADICTIONS = [
     ),
     (
         ["stages.calibration_tokens=0", "stages.layerwise_steps=0", "stages.end_to_end_steps=0"],
-        "every stage is 0, nothing would happen; set stages.end_to_end_steps, say",
+        "every stage is 0, nothing would happen; set for example stages.end_to_end_steps=100",
     ),
     (
         ["task=pretrain", "pretrain.heads=3"],
@@ -313,8 +325,10 @@ def test_settings_that_contradict_each_other_are_refused(shaped, words, message)
         ["memory.heads=4", "memory.k=8"],
         ["memory.heads=2", "memory.projections=true"],
         ["memory.mean_k=8", "student.layer_overrides=[{layers: 1, memory: {k: 4}}]"],
-        ["student.layer_overrides=[{layers: 0, memory: {kind: dense, mean_k: 8}}]"],
-        ["student.layer_overrides=[{layers: 0, memory: {k: 8, selection: score, metric: plain}}]"],
+        ["memory.mean_k=8", "student.layer_overrides=[{layers: 0, memory: {kind: dense}}]"],
+        [
+            "student.layer_overrides=[{layers: 0, memory: {k: 8, selection: score, metric: euclidean}}]"
+        ],
         ["memory.activation=softmax", "memory.selection=score", "memory.k="],
         ["data.seq_len=256"],
         ["data.batch_size=8", "data.micro_batch_size=4"],
@@ -371,7 +385,7 @@ def test_a_right_word_becomes_a_value_of_the_fields_type(word, value):
 def test_files_change_the_defaults_words_change_files_and_the_last_word_wins(tmp_path, shaped):
     file = written(tmp_path, "memory: {k: 32, projections: true}\nloss: {kl: 2}\n")
     config = load_config(file, [shaped, "memory.k=64", "seed=1", "memory.k=16"])
-    assert config.memory == MemoryConfig(k=16, projections=True)
+    assert config.memory == FeaturalConfig(k=16, projections=True)
     assert config.loss == LossConfig(kl=2.0)
     assert config.seed == 1
     assert config.data == DataConfig()
@@ -379,7 +393,7 @@ def test_files_change_the_defaults_words_change_files_and_the_last_word_wins(tmp
 
 def test_a_group_can_be_given_in_one_word(shaped):
     config = load_config(None, [shaped, "memory.projections=true", "memory={k: 8, heads: 2}"])
-    assert config.memory == MemoryConfig(k=8, heads=2, projections=True)
+    assert config.memory == FeaturalConfig(k=8, heads=2, projections=True)
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "memory: {}\n"])
@@ -403,7 +417,7 @@ WRONG_FILES = [
     ),
     (
         "memory: {k: 3\n",
-        "line 2: not valid YAML (did not find expected ',' or '}'); mend or quote it",
+        "line 2: not valid YAML (did not find expected ',' or '}'); fix or quote it",
     ),
     ("a: 1\n--- \nb: 2\n", "not valid YAML"),
     ("- memory\n- k\n", "must hold settings such as `memory: {k: 64}`, got [memory, k]"),
@@ -411,7 +425,7 @@ WRONG_FILES = [
     ("hello\n", "hello is not a setting; --help lists them"),
     (b"\x80\x00\xff", "is not UTF-8 text; a config file is YAML such as `memory: {k: 64}`"),
     (b"a: \x00\x01", "not valid YAML"),
-    ("seed: 1\nseed: 2\n", "line 2: not valid YAML (found duplicate key seed); mend or quote it"),
+    ("seed: 1\nseed: 2\n", "line 2: not valid YAML (found duplicate key seed); fix or quote it"),
     (
         "memory.k: 3\n",
         "memory.k with a dot is for the command line; in a file write memory: {k: 3}",
@@ -455,6 +469,41 @@ def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path, monk
     assert "cannot read config file configs (Is a directory)" in refusal(file="configs")
 
 
+# --- kinds of memory ---
+
+
+def test_the_settings_of_a_memory_are_those_of_its_kind():
+    message = refusal("memory.kind=dense", "memory.k=8")
+    assert message == (
+        "memory.k is not a setting of memory.kind=dense (it is one of featural and associative); "
+        "leave it out, or set memory.kind=featural"
+    )
+    assert "memory.knn_k is not a setting of memory.kind=featural" in refusal("memory.knn_k=4")
+    assert load_config(None, ["memory.knn_k=4", "memory.kind=associative"]).memory.knn_k == 4
+
+
+def test_another_kind_ignores_what_a_file_says_of_the_first(tmp_path):
+    path = written(tmp_path, "memory: {kind: associative, k: 64, knn_k: 4}\n")
+    assert load_config(path, ["memory.kind=featural"]).memory == FeaturalConfig(k=64)
+    assert load_config(path, ["memory.kind=dense"]).memory == DenseConfig()
+
+
+def test_an_override_that_switches_back_to_slots_has_the_settings_of_the_run(shaped):
+    rules = "[{layers: all, memory: {kind: dense}}, {layers: 1, memory: {kind: featural}}]"
+    config = load_config(None, [shaped, "memory.k=64", f"student.layer_overrides={rules}"])
+    memories = resolve_layer_memories(config, 4)
+    assert memories == [DenseConfig(), FeaturalConfig(k=64), DenseConfig(), DenseConfig()]
+
+
+def test_a_wrong_argument_is_named_as_in_the_call():
+    with pytest.raises(UserError, match=r"^k must be in \[1, num_slots=32\], got 33$"):
+        FeaturalConfig(num_slots=32, k=33)
+    with pytest.raises(UserError, match=r"^activation must be one of block, relu, softmax, "):
+        FeaturalConfig(activation="sofmax")
+    with pytest.raises(ValueError, match=r"^kl must be at least 0, got -1\.0$"):
+        LossConfig(kl=-1)
+
+
 # --- rules per layer --------------------------------------------------------------------------------------------------
 
 
@@ -496,18 +545,18 @@ def test_layers_that_are_not_there_are_refused(text):
 
 
 def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
-    rules = "[{layers: all, memory: {k: 64}}, {layers: 1-, memory: {heads: 2}}, {layers: [0, 3], memory: {kind: dense, k: 8}}]"
-    base = MemoryConfig(projections=True)
+    rules = "[{layers: all, memory: {k: 64}}, {layers: 1-, memory: {heads: 2}}, {layers: [0, 3], memory: {kind: dense}}]"
+    base = FeaturalConfig(projections=True)
     config = load_config(
         None, [shaped, f"student.layer_overrides={rules}", "memory.projections=true"]
     )
     assert resolve_layer_memories(config, 4, 512) == [
-        replace(base, k=8, kind="dense"),
+        DenseConfig(),
         replace(base, k=64, heads=2),
         replace(base, k=64, heads=2),
-        replace(base, k=8, heads=2, kind="dense"),
+        DenseConfig(),
     ]
-    assert resolve_layer_memories(Config(), 3) == [MemoryConfig()] * 3
+    assert resolve_layer_memories(Config(), 3) == [FeaturalConfig()] * 3
 
 
 WRONG_RULES = [
@@ -521,7 +570,7 @@ WRONG_RULES = [
     ),
     (
         "[{layers: 0, memory: {kind: sparse}}]",
-        "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, got sparse",
+        "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, or a class such as my_package.my_module:MyMemory, got sparse",
     ),
     (
         "[{layers: 0, memory: {k: 0}}]",
@@ -529,7 +578,7 @@ WRONG_RULES = [
     ),
     (
         "[{layers: 0, memory: {}}, {layers: 1, memory: {num_slots: 32, k: 64, init: random}}]",
-        "student.layer_overrides[1].memory.k must be in [1, student.layer_overrides[1].memory.slots=32], got 64",
+        "student.layer_overrides[1].memory.k must be in [1, student.layer_overrides[1].memory.num_slots=32], got 64",
     ),
     (
         "[{layers: 0, memory: {mean_k: 8}}]",
@@ -544,7 +593,7 @@ WRONG_RULES = [
         "student.layer_overrides[0].memory.heads must be at least 1, got 0",
     ),
     (
-        "[{layers: 1, memory: {metric: plain}}]",
+        "[{layers: 1, memory: {metric: euclidean}}]",
         "memory.metric must be the same in all layers with memory.k=auto",
     ),
     (
@@ -583,7 +632,7 @@ def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
         shaped, "student.layer_overrides=[{layers: 2-4, memory: {k: 3}}]"
     )
     assert (
-        "student.layer_overrides[0].memory.k must be in [1, student.layer_overrides[0].memory.slots=512], got 600"
+        "student.layer_overrides[0].memory.k must be in [1, student.layer_overrides[0].memory.num_slots=512], got 600"
         in refusal(shaped, "student.layer_overrides=[{layers: 2, memory: {k: 600}}]")
     )
     load_config(
@@ -594,8 +643,8 @@ def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
 
 def test_nothing_heavy_is_imported_to_refuse_a_rule():
     script = (
-        "import sys; from dmt.settings import load; from dmt.errors import UserError\n"
-        "try: load(None, ['student.layer_overrides=[{layers: 0, memory: {kk: 3}}]'])\n"
+        "import sys; from dmt.config_io import load_config; from dmt.errors import UserError\n"
+        "try: load_config(None, ['student.layer_overrides=[{layers: 0, memory: {kk: 3}}]'])\n"
         "except UserError: print(*{'torch', 'transformers', 'pytorch_lightning', 'pandas'} & set(sys.modules), 'refused')"
     )
     environment = {"PYTHONPATH": str(Path(dmt.__file__).parents[1])}
@@ -661,33 +710,32 @@ def test_a_saved_config_loads_as_itself(tmp_path, shaped):
 # --- --help -----------------------------------------------------------------------------------------------------------
 
 
-def every_field():
-    for cls in {Config, *(type(getattr(Config(), item.name)) for item in fields(Config))}:
-        if is_dataclass(cls):
-            for name, kind in get_type_hints(cls).items():
-                if not is_dataclass(kind):
-                    yield cls, name, kind
+def list_fields():
+    for group, config_class in {"": Config, **GROUPS}.items():
+        annotations = get_type_hints(config_class)
+        for item in fields(config_class):
+            if item.name not in GROUPS:
+                yield f"{group}.{item.name}".lstrip("."), annotations[item.name]
 
 
-@pytest.mark.parametrize(
-    ("cls", "name", "kind"),
-    sorted(every_field(), key=str),
-    ids=lambda part: getattr(part, "__name__", ""),
-)
-def test_help_prints_every_field_with_default_choices_and_docstring(cls, name, kind):
-    group = next(
-        (item.name for item in fields(Config) if type(getattr(Config(), item.name)) is cls), None
-    )
-    key = f"{group}.{name}" if group else name
+@pytest.mark.parametrize(("key", "annotation"), list(list_fields()), ids=lambda part: str(part)[:40])
+def test_help_prints_every_field_with_default_choices_and_docstring(key, annotation):
     entry = re.search(rf"^{re.escape(key)}=(.*)\n    (\S.*)$", describe_settings(), re.MULTILINE)
     assert entry, f"{key} is not in --help"
     default, _, choices = entry[1].partition("   ")
     assert len(entry[2]) > 10, f"{key} has no docstring"
-    if get_origin(kind) is Literal:
-        assert choices == f"[{', '.join(get_args(kind))}]"
+    if key == "memory.kind":
+        assert choices == "[featural, associative, dense]"
+    elif get_origin(annotation) is Literal:
+        assert choices == f"[{', '.join(get_args(annotation))}]"
     else:
         assert not choices
-    assert load_config(None, [f"{key}={default}"]) == Config(), "what is printed can be typed"
+    group, _, leaf = key.partition(".")
+    own = group != "memory" or leaf in {item.name for item in fields(FeaturalConfig)}
+    kind = [] if own else ["memory.kind=associative"]
+    assert load_config(None, [*kind, f"{key}={default}"]) == load_config(None, kind), (
+        "what is printed can be typed"
+    )
 
 
 def test_help_prints_nothing_twice():
@@ -759,7 +807,7 @@ def test_whatever_is_typed_loads_and_replays_or_is_refused_in_one_line(tmp_path,
 
 
 def test_a_config_made_in_code_is_checked_as_one_that_is_typed():
-    with pytest.raises(UserError, match=r"memory\.k must be at least 1, got -1"):
-        check_config(Config(memory=MemoryConfig(k=-1)))
+    with pytest.raises(UserError, match=r"^k must be at least 1, got -1"):
+        check_config(Config(memory=FeaturalConfig(k=-1)))
     with pytest.raises(UserError, match=r"student.layer_overrides\[0\] must be a rule"):
         check_config(Config(student=StudentConfig(layer_overrides=[{"layers": "all"}])))

@@ -1,278 +1,509 @@
 """Every setting, its default and its meaning. The text under a field is what `--help` prints.
 
-Nothing here imports torch or transformers: a misspelled setting is answered at once.
+Each dataclass checks itself when it is made: types, choices, ranges and contradictions between
+its own fields. Nothing here imports torch or transformers, so a misspelled setting is answered
+at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
+
+from dmt.errors import format_value
+from dmt.validation import ARG, ArgumentError, bounded, check_fields
+
+MAX_SLOTS_PER_LAYER = 2**26  # more do not fit in any machine
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    kind: Literal["featural", "associative", "dense"] = "featural"
-    """`featural`: a learnt top-k memory in place of the feed-forward block; `associative`: stored rows, written while
-    training, beside a `base`; `dense`: leave the block as it is."""
+    """Settings of one memory. Each kind of memory has a subclass of this with its own fields.
+
+    A kind of your own: subclass this, give the fields, and register it with
+    `dmt.register_memory` (docs/guides/own-memory.md).
+    """
+
+    kind: str = field(default="", init=False)
+    """`featural`: a top-k key-value layer in place of the feed-forward block; `associative`: kNN attention over
+    stored rows, beside a `base`; `dense`: keep the block; or a class of your own, `my_package.my_module:MyMemory`."""
+
+    kind_name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check every field, then what fields say together."""
+        object.__setattr__(self, "kind", type(self).kind_name)
+        check_fields(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace a block of `num_neurons` neurons."""
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the layer gets slots."""
+        return False
+
+    @property
+    def copies_block(self) -> bool:
+        """Whether the memory begins as a copy of the block it replaces."""
+        return True
+
+
+@dataclass(frozen=True)
+class DenseConfig(MemoryConfig):
+    """No memory: the layer keeps its feed-forward block."""
+
+    kind_name: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True)
+class FeaturalConfig(MemoryConfig):
+    """Settings of a featural memory: a top-k key-value layer in place of the feed-forward block."""
+
+    kind_name: ClassVar[str] = "featural"
+
     init: Literal["ff", "random"] = "ff"
-    """`ff`: slots are the neurons of the block replaced, so k = slots equals the teacher; `random`: from scratch."""
+    """`ff`: slots are the neurons of the replaced block, so k = num_slots equals the teacher; `random`: from scratch."""
     activation: Literal["block", "relu", "softmax", "distance"] = "block"
     """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
     selection: Literal["score", "contribution", "centered"] = "contribution"
     """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
     metric: Literal["euclidean", "fisher"] = "fisher"
-    """Length of a value in the ranking: Euclidean, or how far it moves the model's answer, measured by calibration."""
+    """Norm of a value in `selection`: Euclidean, or how far it moves the model's output, measured by calibration."""
     gradient: Literal["selected", "straight_through"] = "selected"
-    """Gradient of the scores: of the k slots that were read, or as if all slots had been (straight-through)."""
-    num_slots: Optional[int] = None
-    """Rows of the memory; empty means as many as the block replaced has neurons."""
-    fewer: Literal["merge", "drop"] = "merge"
-    """With fewer slots than neurons, the least used are folded into the values of the others, or left out."""
-    more: Literal["split", "new"] = "split"
-    """With more, the most used neurons are split, or pairs of random slots that cancel out are added."""
-    k: int | Literal["auto"] | None = "auto"
-    """Slots read per token; empty means one sixteenth of the slots; `auto`: their mean is `budget`, spent where it pays."""
-    mean_k: Optional[int] = None
-    """Of `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
-    heads: int = 1
-    """Groups that share out the slots; each reads k / heads of its own, and has its own query with `projections`."""
+    """Gradient of the scores: of the k slots that are read, or as if all slots were (straight-through)."""
+    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Slots of the memory; empty means one for each neuron of the replaced block."""
+    k: int | Literal["auto"] | None = bounded("auto", minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Slots read per token; empty means one sixteenth of the slots; `auto`: `mean_k` on average, more where it pays."""
+    mean_k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """With `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
+    heads: int = bounded(1, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Groups that share the slots; each reads k / heads of its own, and has its own query with `projections`."""
     projections: bool = False
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
     skip_connection: bool = True
-    """Beside the slots, a linear map of the hidden state that takes over what unread slots say on average."""
+    """Add a linear map of the hidden state that replaces the mean output of slots that are not read."""
     search: Literal["exact", "int8", "ivf", "product"] = "exact"
-    """How slots are found: `exact` scores all; the others find candidates to score: from keys in 8 bits, by faiss's
-    inverted file, or by product keys, the last two made from the keys there are. Used where that is faster."""
+    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits, by faiss's
+    inverted file, or by product keys. Used where that is faster."""
     value_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """What values are kept in once the student is saved; with `int8` a row has one scale. Training is in float32."""
+    """Type of the values in a saved student; `int8` has one scale per row. Training is in float32."""
     offload: Literal["none", "values", "slots"] = "none"
-    """What a saved student leaves on the disk and reads row by row: nothing, values, or values and keys (with `search: int8`)."""
-    base: Literal["featural", "none"] = "featural"
-    """Of `kind: associative`, what speaks beside the rows: a featural memory made by the settings above, or nothing."""
-    value_target: Literal["residual", "teacher", "projection"] = "residual"
-    """Value of a row: what the base lacks of the teacher's answer, that answer, or a learnt projection (without a teacher)."""
-    knn_k: int = 8
-    """Stored rows read per token."""
-    min_distance: float = 0.2
-    """Distance (keys have length 1) up to which something nearest is known already, so that nothing is written."""
-    merge_distance: float = 0.55
-    """Distance up to which, beyond `novelty`, a row is merged into the nearest one instead of being added."""
-    capacity: int = 65_536
-    """Most rows a layer keeps; the coldest that are not pinned leave."""
-    lrfu_decay: float = 0.01
-    """What leaves first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
-    index: Literal["exact", "bf16", "flat", "ivf", "hnsw"] = "exact"
-    """How stored rows are found: all compared, exactly; all in half precision and the nearest exactly (one row in ten
-    thousand is missed where rows lie `recombine` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
-    which may miss some, and others after a resume."""
-    write_start: float = 0.8
-    """Share of the end-to-end stage after which rows are written and read; before it the base learns alone."""
+    """What a saved student reads from disk row by row: nothing, values, or values and keys (with `search: int8`)."""
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the layer gets slots."""
+        return True
+
+    @property
+    def copies_block(self) -> bool:
+        """Whether the slots begin as the neurons of the replaced block."""
+        return self.init == "ff" and self.has_slots
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+        if self.num_slots is not None:
+            self.check_block(self.num_slots)
+        if self.mean_k is not None and self.k != "auto":
+            raise ArgumentError(
+                f"{ARG}mean_k is used with {ARG}k=auto alone, got {ARG}k={format_value(self.k)}; "
+                "leave one of them out"
+            )
+        if isinstance(self.k, int) and self.k % self.heads:
+            raise ArgumentError(f"{ARG}k={self.k} must be a multiple of {ARG}heads={self.heads}")
+        if self.activation in ("softmax", "distance"):
+            if self.selection != "score":
+                raise ArgumentError(
+                    f"{ARG}selection={self.selection} needs a weight per slot, which "
+                    f"{ARG}activation={self.activation} does not have; set {ARG}selection=score"
+                )
+            if self.gradient == "straight_through":
+                raise ArgumentError(
+                    f"{ARG}gradient=straight_through needs {ARG}activation=block or relu, got "
+                    f"{self.activation}"
+                )
+        self._check_search()
+        if self.k == "auto" and self.selection == "score":
+            raise ArgumentError(
+                f"{ARG}k=auto compares slots of all layers, which scores do not allow; set {ARG}k "
+                f"to a number or {ARG}selection=contribution, got {ARG}selection=score"
+            )
+        if self.k == "auto" and self.heads > 1 and not self.projections:
+            raise ArgumentError(
+                f"{ARG}heads={self.heads} divide k, which {ARG}k=auto does not; set {ARG}k to a "
+                f"number, or {ARG}projections=true to give each head a query of its own"
+            )
+
+    def _check_search(self) -> None:
+        if self.offload == "slots" and self.search != "int8":
+            raise ArgumentError(
+                f"{ARG}offload=slots leaves keys on disk, where only their 8-bit codes can be "
+                f"searched; set {ARG}search=int8 or {ARG}offload=values, got "
+                f"{ARG}search={self.search}"
+            )
+        if self.offload == "slots" and self.activation == "distance":
+            raise ArgumentError(
+                f"{ARG}activation=distance needs the length of every key, which "
+                f"{ARG}offload=slots leaves on disk; set {ARG}offload=values"
+            )
+        if self.search == "exact":
+            return
+        if self.heads > 1:
+            raise ArgumentError(
+                f"{ARG}search={self.search} searches for one head, got {ARG}heads={self.heads}; "
+                f"set {ARG}search=exact"
+            )
+        if self.gradient == "straight_through":
+            raise ArgumentError(
+                f"{ARG}gradient=straight_through reaches every slot, {ARG}search={self.search} "
+                f"does not score all of them; set {ARG}search=exact"
+            )
+        if self.search != "int8" and self.selection == "centered":
+            raise ArgumentError(
+                f"{ARG}search={self.search} finds large weights, not unusual ones; set "
+                f"{ARG}selection=contribution or {ARG}search=int8, got {ARG}selection=centered"
+            )
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace a block of `num_neurons` neurons."""
+        num_slots = self.num_slots or num_neurons
+        for name, count in (("k", self.k), ("mean_k", self.mean_k)):
+            if isinstance(count, int) and count > num_slots:
+                raise ArgumentError(
+                    f"{ARG}{name} must be in [1, {ARG}num_slots={num_slots}], got {count}"
+                )
+        if num_slots % self.heads:
+            raise ArgumentError(
+                f"{ARG}num_slots={num_slots} must be a multiple of {ARG}heads={self.heads}"
+            )
+        if not gated:
+            return
+        if self.activation in ("softmax", "distance"):
+            raise ArgumentError(
+                f"{ARG}activation={self.activation} has no gains, and the blocks of this model are "
+                f"gated; set {ARG}activation=block or relu"
+            )
+        if self.search in ("ivf", "product"):
+            raise ArgumentError(
+                f"{ARG}search={self.search} searches one key per slot, and the blocks of this "
+                f"model are gated, with two; set {ARG}search=exact or int8"
+            )
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class AssociativeConfig(FeaturalConfig):
+    """Settings of an associative memory: kNN attention over stored rows, beside a featural `base`.
+
+    The fields of `FeaturalConfig` are those of the base.
+    """
+
+    kind_name: ClassVar[str] = "associative"
+
+    base: Literal["featural", "none"] = "featural"
+    """What is added to the rows: a featural memory made by the settings above, or nothing."""
+    value_target: Literal["residual", "teacher", "projection"] = "residual"
+    """Value of a row: the teacher's output minus the base's, the teacher's output, or a learned projection (without a teacher)."""
+    knn_k: int = bounded(8, minimum=1)
+    """Stored rows read per token."""
+    min_distance: float = bounded(0.2, minimum=0, maximum=2)
+    """A state is not stored where the nearest row is at most this far (keys have length 1)."""
+    merge_distance: float = bounded(0.55, minimum=0, maximum=2)
+    """A state beyond `min_distance` is merged into the nearest row up to this distance, and added beyond it."""
+    capacity: int = bounded(65_536, minimum=1)
+    """Most rows of a layer; the coldest that are not pinned are evicted."""
+    lrfu_decay: float = bounded(0.01, minimum=0, maximum=1)
+    """What is evicted first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
+    index: Literal["exact", "bf16", "flat", "ivf", "hnsw"] = "exact"
+    """How rows are searched: all compared, exactly; all in bfloat16 and the nearest exactly (one row in ten thousand
+    is missed where rows lie `merge_distance` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
+    which may miss some, and others after a resume."""
+    write_start: float = bounded(0.8, minimum=0, maximum=1)
+    """Fraction of the end-to-end stage after which rows are written and read; before it the base learns alone."""
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the layer gets slots."""
+        return self.base == "featural"
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+        super().check()
+        if self.base == "none" and self.value_target == "residual":
+            raise ArgumentError(
+                f"{ARG}value_target=residual is the difference to a base, and {ARG}base=none; set "
+                f"{ARG}value_target=teacher or projection"
+            )
+
+
+# Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
+MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
+    "featural": FeaturalConfig,
+    "associative": AssociativeConfig,
+    "dense": DenseConfig,
+}
+
+
+@dataclass(frozen=True)
+class _CheckedConfig:
+    """A group of settings that checks its fields when it is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class StudentConfig(_CheckedConfig):
+    """Which layers differ, and what is trained."""
+
     layer_overrides: list[dict[str, Any]] = field(default_factory=list)
     """Per-layer differences, later ones win: `[{layers: 0-1, memory: {k: 64}}, {layers: 3, memory: {kind: dense}}]`."""
     trainable: Literal["all", "memory"] = "all"
-    """What the end-to-end stage may change: every weight of the student, or the memories alone."""
+    """What the end-to-end stage trains: every weight of the student, or the memories alone."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_CheckedConfig):
+    """Text, and how it is cut into windows."""
+
     corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
     """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder of them;
     `hub:<dataset>[:<config>]`."""
     mixture_weights: list[float] = field(default_factory=list)
-    """What part of the training windows each corpus gives, `[3, 1]` say; empty means by size."""
-    seq_len: int = 256
+    """Share of the training windows that each corpus gets, for example `[3, 1]`; empty means by size."""
+    seq_len: int = bounded(256, minimum=2, limit=2**20)
     """Tokens in one training window; validation and test use the same window without overlap."""
-    batch_size: int = 8
-    """Windows in one optimiser step, all processes together."""
-    micro_batch_size: int = 4
+    batch_size: int = bounded(8, minimum=1, limit=2**20)
+    """Windows in one optimizer step, all processes together."""
+    micro_batch_size: int = bounded(4, minimum=1, limit=2**20)
     """Windows computed at once: fewer need less memory; gradients are the same, and of two processes the same to the last bit."""
-    validation_tokens: int = 16_384
+    validation_tokens: int = bounded(16_384, minimum=1)
     """Tokens per corpus measured while training."""
-    test_tokens: int = 65_536
+    test_tokens: int = bounded(65_536, minimum=1)
     """Tokens per corpus measured at the end; fewer where the corpus has fewer."""
+
+    def __post_init__(self) -> None:
+        """Check every field, then what fields say together."""
+        super().__post_init__()
+        if not self.corpora:
+            raise ArgumentError(
+                f"{ARG}corpora is empty; name at least one of speeches, biographies, a file, a "
+                "folder, hub:<dataset>"
+            )
+        weights = self.mixture_weights
+        if weights and (
+            len(weights) != len(self.corpora) or min(weights) < 0 or not sum(weights) > 0
+        ):
+            raise ArgumentError(
+                f"{ARG}mixture_weights must be one number >= 0 for each of the "
+                f"{len(self.corpora)} {ARG}corpora, got {format_value(weights)}"
+            )
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    kl: float = 1.0
+class LossConfig(_CheckedConfig):
+    """Weights of the loss terms."""
+
+    kl: float = bounded(1.0, minimum=0)
     """Weight of KL(teacher || student) in nats per token, with temperature squared."""
-    reverse_kl: float = 0.0
+    reverse_kl: float = bounded(0.0, minimum=0)
     """Weight of KL(student || teacher) in nats per token, with temperature squared."""
-    ce: float = 0.0
+    ce: float = bounded(0.0, minimum=0)
     """Weight of the cross-entropy of the next token of the text, in nats per token."""
-    hidden_mse: float = 1.0
+    hidden_mse: float = bounded(1.0, minimum=0)
     """Weight of the squared error of the last hidden state, as a fraction of its variance."""
-    block_fvu: float = 1.0
+    block_fvu: float = bounded(1.0, minimum=0)
     """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
-    hidden_cosine: float = 0.0
+    hidden_cosine: float = bounded(0.0, minimum=0)
     """Weight of one minus the cosine between the last hidden states."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, above=0)
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
-    chunk_size: int = 0
+    chunk_size: int = bounded(0, minimum=0)
     """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
 
 
+# The settings in `loss` that are weights; each is the name of its term.
 LOSS_TERMS = tuple(
     f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size")
 )
-"""The settings in `loss` that are weights; each is the name of its term."""
 
 
 @dataclass(frozen=True)
-class StagesConfig:
-    calibration_tokens: int = 8_192
-    """Tokens from which slot means and output biases are measured before any gradient step; 0 leaves it out."""
-    layerwise_steps: int = 100
-    """Steps in which each memory learns its own block's output from the teacher's inputs; 0 leaves it out."""
-    layerwise_lr: float = 2e-3
+class StagesConfig(_CheckedConfig):
+    """Length and learning rate of each stage of a distillation."""
+
+    calibration_tokens: int = bounded(8_192, minimum=0, limit=2**24)
+    """Tokens from which slot means and output biases are measured before any gradient step; 0 skips it."""
+    layerwise_steps: int = bounded(100, minimum=0, limit=2**31)
+    """Steps in which each memory learns its own block's output from the teacher's inputs; 0 skips them."""
+    layerwise_lr: float = bounded(2e-3, above=0)
     """Peak learning rate of the layer-wise stage."""
     layerwise_loss: Literal["fvu", "mse"] = "fvu"
-    """Squared error of each memory as a fraction of its block's variance, or as it is (later layers then count for more)."""
-    end_to_end_steps: int = 1_300
-    """Steps in which the whole student learns the teacher's distribution; 0 leaves it out."""
-    end_to_end_lr: float = 1e-3
+    """Squared error of each memory as a fraction of its block's variance, or unscaled (later layers then weigh more)."""
+    end_to_end_steps: int = bounded(1_300, minimum=0, limit=2**31)
+    """Steps in which the whole student learns the teacher's distribution; 0 skips them."""
+    end_to_end_lr: float = bounded(1e-3, above=0)
     """Peak learning rate of the end-to-end stage."""
-    k_warmup_factor: float = 1.0
+    k_warmup_factor: float = bounded(1.0, minimum=1)
     """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A shared budget follows slowly."""
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    warmup_steps: int = 20
-    """Steps of linear warm-up at the start of each stage; a cosine down to `final_lr` follows."""
-    min_lr_ratio: float = 0.01
-    """Learning rate at the end of a stage, as a share of its peak."""
-    beta1: float = 0.9
-    """AdamW's memory of the gradient."""
-    beta2: float = 0.98
-    """AdamW's memory of the squared gradient."""
-    weight_decay: float = 0.0
+class OptimConfig(_CheckedConfig):
+    """AdamW and its schedule."""
+
+    warmup_steps: int = bounded(20, minimum=0)
+    """Steps of linear warm-up at the start of each stage; a cosine down to `min_lr_ratio` follows."""
+    min_lr_ratio: float = bounded(0.01, minimum=0, maximum=1)
+    """Learning rate at the end of a stage, as a fraction of its peak."""
+    beta1: float = bounded(0.9, minimum=0, below=1)
+    """AdamW's decay of the mean gradient."""
+    beta2: float = bounded(0.98, minimum=0, below=1)
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = bounded(0.0, minimum=0)
     """AdamW's weight decay on matrices; biases and norms have none."""
-    value_lr_scale: float = 1.0
-    """Learning rate of slot values, as a multiple of everybody's."""
-    grad_clip: float = 1.0
-    """Largest gradient norm of a step; 0 leaves it out."""
+    value_lr_scale: float = bounded(1.0, minimum=0)
+    """Learning rate of slot values, as a multiple of the others'."""
+    grad_clip: float = bounded(1.0, minimum=0)
+    """Largest gradient norm of a step; 0 means no clipping."""
 
 
 @dataclass(frozen=True)
-class StoreConfig:
+class StoreConfig(_CheckedConfig):
+    """The database of stored rows."""
+
     url: Optional[str] = None
-    """Where rows are kept: a file or postgresql://; empty means `memory.db` in the run's folder."""
+    """Where rows are stored: a file or postgresql://; empty means `memory.db` in the run's folder."""
     value_dtype: Literal["float32", "float16"] = "float32"
-    """Type of stored values; float16 takes half the room, and a resumed run then differs in the last digits."""
-    flush_every: int = 20
-    """Steps between two times that usage of rows is written down; rows themselves are written at every step."""
+    """Type of stored values; float16 takes half the space, and a resumed run then differs in the last digits."""
+    flush_every: int = bounded(20, minimum=1)
+    """Steps between two writes of row usage; rows themselves are written at every step."""
 
 
 @dataclass(frozen=True)
-class LogitCacheConfig:
+class LogitCacheConfig(_CheckedConfig):
+    """The teacher's distributions, stored on disk."""
+
     dir: Optional[str] = None
-    """Folder in which the teacher's answers are kept for the end-to-end stage, which then learns from `loss.kl` and `ce`
-    alone; written first where they are not there. Empty means the teacher is asked."""
-    top_k: int = 128
-    """Outcomes kept of each token's distribution, the likeliest and a sample of the rest: about 2.3 bytes each."""
+    """Folder of the teacher's distributions for the end-to-end stage, which then learns from `loss.kl` and `loss.ce`
+    alone; made first where it is missing. Empty means that the teacher runs at every step."""
+    top_k: int = bounded(128, minimum=16)
+    """Outcomes stored of each token's distribution, the likeliest and a sample of the rest: about 2.3 bytes each."""
 
 
 @dataclass(frozen=True)
-class ContextConfig:
+class ContextConfig(_CheckedConfig):
+    """A context to be consolidated into a model (task: consolidate)."""
+
     text: Optional[str] = None
     """The context (task: consolidate), on one line; or name a `file`."""
     file: Optional[str] = None
-    """A UTF-8 text file that holds the context; longer than the model reads at once, it is read in windows."""
+    """A UTF-8 text file that holds the context; where it is longer than the model reads at once, it is cut into chunks."""
     questions: Optional[str] = None
-    """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and `"kind"` if wanted: asked with the context, without, after."""
+    """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and optionally `"kind"`: asked with the context, without, and after."""
     target: Literal["memory", "weights", "prompt"] = "memory"
-    """Where it goes: rows beside the student's weights, the weights themselves, or embeddings that stand before every text."""
+    """Where it goes: rows beside the student's weights, the weights themselves, or embeddings before every text."""
     objective: Literal["causal_lm", "logits", "hidden_last", "hidden_all", "generated"] = (
         "generated"
     )
-    """What is learnt after the context, at every position: `causal_lm`, the context's own words, without a teacher; the answers
-    of the model with context, its last hidden states or those of all layers, on the context told again; `generated`: its
-    answers on that and on what it goes on with and asks itself."""
+    """What is learned after the context, at every position: `causal_lm`: the context's own tokens, without a teacher; `logits`,
+    `hidden_last`, `hidden_all`: what the model with context computes on the repeated context; `generated`: its distributions on
+    that, on its continuations and on questions it asks itself."""
     row_method: Literal["activation_delta", "gradient", "trained"] = "activation_delta"
-    """Of `into: memory`, what a row adds: the difference the context makes to a layer, in one pass; what one gradient asks for;
+    """With `target: memory`, what a row adds: the difference that the context makes to a layer, in one pass; one gradient step;
     or the first, trained by the objective."""
     trainable: Literal["all", "lora", "slots"] = "lora"
-    """Of `into: weights`, which: all of them, a low-rank addition to each matrix (merged in the end), or slots of memories."""
-    lora_rank: int = 8
-    """Of `weights: lora`, its rank."""
-    prompt_length: int = 16
-    """Of `into: tokens`, how many embeddings."""
-    num_samples: int = 96
-    """Texts that `generated` lets the model with context say, for each window; drawn anew every `fresh_every` steps."""
-    qa_per_sentence: int = 6
-    """Questions, with answers, that `generated` lets the model ask about each sentence, shown how; 0 asks none."""
-    resample_every: int = 25
-    """Steps after which `generated` draws new texts."""
-    temperature: float = 0.8
-    """At which they are drawn."""
-    unrelated_kl_weight: float = 1.0
-    """Weight of KL on unrelated text (`data`), where nothing should change."""
-    max_tokens: int = 65_536
+    """With `target: weights`, which: all of them, a low-rank addition to each matrix (merged at the end), or slots of memories."""
+    lora_rank: int = bounded(8, minimum=1, limit=2**14)
+    """With `trainable: lora`, its rank."""
+    prompt_length: int = bounded(16, minimum=1, limit=2**16)
+    """With `target: prompt`, how many embeddings."""
+    num_samples: int = bounded(96, minimum=1, limit=2**16)
+    """Texts that `generated` samples from the model with context, for each chunk; drawn again every `resample_every` steps."""
+    qa_per_sentence: int = bounded(6, minimum=0, limit=2**10)
+    """Questions with answers that `generated` lets the model write about each sentence, few-shot; 0 means none."""
+    resample_every: int = bounded(25, minimum=1)
+    """Steps after which `generated` samples new texts."""
+    temperature: float = bounded(0.8, above=0)
+    """Sampling temperature."""
+    unrelated_kl_weight: float = bounded(1.0, minimum=0)
+    """Weight of the KL on unrelated text (`data`), where nothing should change."""
+    max_tokens: int = bounded(65_536, minimum=1)
     """Most tokens of a context."""
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(_CheckedConfig):
+    """A small GPT-2 to be trained as a teacher (task: pretrain)."""
+
     start: Optional[str] = None
-    """Teacher to go on from, with its shape and tokenizer; empty means from scratch, by the settings below."""
-    width: int = 128
+    """Teacher to continue from, with its shape and tokenizer; empty means from scratch, by the settings below."""
+    width: int = bounded(128, minimum=1, limit=2**16)
     """Hidden size of the teacher to train (task: pretrain)."""
-    layers: int = 4
+    layers: int = bounded(4, minimum=1, limit=2**10)
     """Transformer blocks."""
-    heads: int = 4
+    heads: int = bounded(4, minimum=1, limit=2**10)
     """Attention heads."""
-    vocabulary: int = 2_048
+    vocabulary: int = bounded(2_048, minimum=257, limit=2**20)
     """Tokens of the byte-level BPE vocabulary, trained on the training text."""
-    steps: int = 6_000
-    """Optimiser steps."""
-    lr: float = 3e-3
+    steps: int = bounded(6_000, minimum=1, limit=2**31)
+    """Optimizer steps."""
+    lr: float = bounded(3e-3, above=0)
     """Peak learning rate."""
     output: str = "teacher"
-    """Folder the finished teacher is written to; the embedded one lies in `src/dmt/assets`."""
+    """Folder the finished teacher is written to; the embedded one is in `src/dmt/assets`."""
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(_CheckedConfig):
+    """Where a run is written, and what it is computed on."""
+
     log_dir: str = "lightning_logs"
     """Each run makes a new folder `version_N` in here."""
     run_name: Optional[str] = None
-    """What the run's folder is called instead, and so its curves; empty gives the next number. A resumed run keeps its own."""
+    """Name of the run's folder, and so of its curves; empty gives the next number. A resumed run keeps its own."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    """What to compute on; `auto` takes what is there."""
-    devices: int = 1
+    """What to compute on; `auto` takes what is available."""
+    devices: int = bounded(1, minimum=1, limit=2**8)
     """Processes, each with a device of its own, that share each step's windows (DDP); torchrun's number where it is used."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
-    num_threads: int = 0
-    """Threads each process computes with; 0 measures one against all cores at the start and keeps the faster."""
+    num_threads: int = bounded(0, minimum=0, limit=2**10)
+    """Threads each process computes with; 0 measures one against all cores at the start and takes the faster."""
     attention: Literal["auto", "sdpa", "batched"] = "auto"
     """While training: torch's fused kernel, or two batched products where it is slow (bfloat16 on a CPU); `auto` times them."""
-    log_every: int = 10
+    log_every: int = bounded(10, minimum=1)
     """Steps between two points of the loss curves."""
-    validate_every: int = 200
-    """Steps between two measurements on validation text; 0 leaves them out."""
-    checkpoint_every: int = 200
+    validate_every: int = bounded(200, minimum=0)
+    """Steps between two measurements on validation text; 0 skips them."""
+    checkpoint_every: int = bounded(200, minimum=1)
     """Steps between two checkpoints."""
     progress_bar: bool = True
     """Show the progress bar."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_CheckedConfig):
+    """All settings of a run."""
+
     task: Literal["distill", "consolidate", "pretrain"] = "distill"
     """`distill` a student from a teacher, `consolidate` a context into a model, or `pretrain` a small GPT-2 to be a teacher."""
-    seed: int = 0
+    seed: int = bounded(0, minimum=0, limit=2**32 - 1)
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
-    """`embedded` (ships with dmt), `reader` (the same, taught to use what it reads), `smollm2`, a hub name such as `gpt2`, or a
-    local directory made by `save_pretrained`; of `task: consolidate` also a saved student."""
+    """`embedded` (ships with dmt), `reader` (the same, trained to use what it reads), `smollm2`, a hub name such as `gpt2`, or a
+    local folder made by `save_pretrained`; with `task: consolidate` also a saved student."""
     student: StudentConfig = field(default_factory=StudentConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig = field(default_factory=FeaturalConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)

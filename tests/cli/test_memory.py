@@ -1,7 +1,6 @@
 """The `dmt` command, as people and programs use it: on a saved student, in one process."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from conftest import SENTENCES, make_teacher
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
-from dmt.config import MemoryConfig
+from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.editing.fact_store import load_student, open_fact_store
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces, write_online
 from dmt.editing.packs import LayerRows, RowPack, import_rows
@@ -23,7 +22,7 @@ from dmt.models.conversion import convert, get_associative_memories
 from dmt.models.fingerprint import hash_model
 from dmt.store import RowStore
 
-ROWS = MemoryConfig(kind="associative", k=8, min_distance=0.05, merge_distance=0.0, capacity=40)
+ROWS = AssociativeConfig(k=8, min_distance=0.05, merge_distance=0.0, capacity=40)
 ADA = "Ada Holbrook runs to the dog"
 PROMPT = "Ada Holbrook runs to the"
 
@@ -39,7 +38,7 @@ def save_student(folder, tokenizer, memories):
 def student_with_fact(tokenizer, tmp_path_factory):
     """A student with calibration and one fact, which takes a second; copied for each test."""
     folder = save_student(
-        tmp_path_factory.mktemp("student") / "student", tokenizer, [MemoryConfig(k=8)] * 3
+        tmp_path_factory.mktemp("student") / "student", tokenizer, [FeaturalConfig(k=8)] * 3
     )
     prose = folder.parent / "prose.txt"
     prose.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
@@ -208,7 +207,7 @@ def test_packs_are_exported_compared_merged_and_imported(
     assert run("memory", "import", str(pack))["num_replaced"] == 1
     assert run("memory", "diff", str(pack), str(student_with_fact), model=None)["num_same"] == 1
     stranger = save_student(
-        tmp_path / "stranger", tokenizer, [MemoryConfig(k=4)] * 3
+        tmp_path / "stranger", tokenizer, [FeaturalConfig(k=4)] * 3
     )  # the same weights, of which it reads fewer
     assert "belongs to another model" in run(
         "generate", PROMPT, "--pack", str(pack), model=stranger, ok=False
@@ -219,7 +218,7 @@ def test_packs_are_exported_compared_merged_and_imported(
 @pytest.fixture
 def associative_student(tokenizer, tmp_path):
     return save_student(
-        tmp_path / "remembers", tokenizer, [MemoryConfig(k=8), MemoryConfig(k=8), ROWS]
+        tmp_path / "remembers", tokenizer, [FeaturalConfig(k=8), FeaturalConfig(k=8), ROWS]
     )
 
 
@@ -339,7 +338,7 @@ def test_rows_saved_with_the_weights_survive_an_interrupted_migration(
 
 
 def test_imported_rows_are_limited_by_the_capacity_of_their_layer(tokenizer, tmp_path):
-    memories = [MemoryConfig(k=8), replace(ROWS, capacity=50), replace(ROWS, capacity=5)]
+    memories = [FeaturalConfig(k=8), replace(ROWS, capacity=50), replace(ROWS, capacity=5)]
     folder = save_student(tmp_path / "two", tokenizer, memories)
     with open_fact_store(folder) as fact_store:
         rng = np.random.default_rng(0)

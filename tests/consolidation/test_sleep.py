@@ -10,7 +10,7 @@ from test_fact_store import WIDE, speaker
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
-from dmt.config import MemoryConfig
+from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
 from dmt.consolidation import replay, slot_training
 from dmt.consolidation import sleep as sleep_module
 from dmt.consolidation.replay import (
@@ -64,7 +64,7 @@ def save(model, tokenizer, folder):
 @pytest.fixture(scope="module")
 def written(tokenizer, tmp_path_factory):
     """A featural student with three facts in rows."""
-    student, _ = convert(speaker(make_teacher, tokenizer), [MemoryConfig(k=64)] * LAYERS)
+    student, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)
     folder = save(student, tokenizer, tmp_path_factory.mktemp("written") / "student")
     with open_fact_store(folder) as book:
         book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
@@ -205,11 +205,11 @@ def test_what_is_rarely_read_may_stay_awake(student):
 def test_who_cannot_sleep_is_told_why(tokenizer, tmp_path):
     teacher = speaker(make_teacher, tokenizer)
     plain = save(
-        convert(teacher, [MemoryConfig(kind="dense")] * LAYERS)[0], tokenizer, tmp_path / "plain"
+        convert(teacher, [DenseConfig()] * LAYERS)[0], tokenizer, tmp_path / "plain"
     )
     with pytest.raises(UserError, match="no featural memory, so it has no slots"):
         plan_slot_transfer(plain)
-    low = [MemoryConfig(k=64), MemoryConfig(kind="dense"), MemoryConfig(kind="dense")]
+    low = [FeaturalConfig(k=64), DenseConfig(), DenseConfig()]
     low_folder = save(convert(teacher, low)[0], tokenizer, tmp_path / "low")
     with open_fact_store(low_folder) as book:
         book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
@@ -217,7 +217,7 @@ def test_who_cannot_sleep_is_told_why(tokenizer, tmp_path):
     with pytest.raises(UserError, match="facts are heard in layer 1"):
         plan_slot_transfer(low_folder)
     filed = save(
-        convert(teacher, [MemoryConfig(k=64, offload="values")] * LAYERS)[0],
+        convert(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0],
         tokenizer,
         tmp_path / "filed",
     )
@@ -235,10 +235,10 @@ def test_a_failure_leaves_nothing_half_made(student, tmp_path, monkeypatch):
 
 
 def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
-    rows = MemoryConfig(
-        kind="associative", k=256, min_distance=0.05, merge_distance=0.0, capacity=64
+    rows = AssociativeConfig(
+        k=256, min_distance=0.05, merge_distance=0.0, capacity=64
     )
-    model, _ = convert(speaker(make_teacher, tokenizer), [MemoryConfig(k=64)] * 2 + [rows])
+    model, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * 2 + [rows])
     folder = save(model, tokenizer, tmp_path / "student")
     with open_fact_store(folder) as book:
         for tag, text in (
@@ -268,7 +268,7 @@ def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
 
 def test_states_of_rows_are_where_rows_are_read(tokenizer):
     model, _ = convert(
-        speaker(make_teacher, tokenizer), [MemoryConfig(kind="associative", k=4)] * LAYERS
+        speaker(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS
     )
     memory = get_associative_memories(model)[2]
     torch.nn.init.normal_(memory.key.weight, std=0.1)
@@ -297,7 +297,7 @@ def test_what_text_notices_most_is_moved_least():
 
 
 def test_steps_are_gradients_in_other_coordinates(tokenizer):
-    model, _ = convert(speaker(make_teacher, tokenizer), [MemoryConfig(k=256)] * LAYERS)
+    model, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS)
     memories = {2: get_featural_memories(model)[2]}
     tokens = torch.randint(1, 300, (4, 12))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -382,7 +382,7 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
 
 def test_a_book_without_a_store_has_nothing_to_sleep(tokenizer, tmp_path):
     folder = save(
-        convert(speaker(make_teacher, tokenizer), [MemoryConfig(k=64)] * LAYERS)[0],
+        convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0],
         tokenizer,
         tmp_path / "new",
     )

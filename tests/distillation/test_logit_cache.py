@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dmt import config_io
 from dmt.cli.main import distill_main
-from dmt.config import Config, LossConfig, MemoryConfig
+from dmt.config import Config, FeaturalConfig, LossConfig
 from dmt.data.windows import StepSampler, TextDataModule
 from dmt.distillation import logit_cache
 from dmt.distillation.calibration import calibrate_memories
@@ -197,7 +197,7 @@ def prose():
 @pytest.mark.parametrize(("budget", "near"), [(60, 0.04), (8, 0.5)])
 def test_it_agrees_with_the_live_teacher_on_prose(prose, budget, near):
     teacher, calibration, windows = prose
-    student, _ = convert(teacher, [MemoryConfig(mean_k=budget)] * 4)
+    student, _ = convert(teacher, [FeaturalConfig(mean_k=budget)] * 4)
     calibrate_memories(student, teacher, calibration)
     with torch.no_grad():
         live, mine = (model(windows).logits.flatten(0, 1) for model in (teacher, student.eval()))
@@ -521,7 +521,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(kept, place, capsys):
         ),
         (
             ["loss.hidden_mse=0", "loss.block_fvu=0", "memory.kind=associative"],
-            "memory.kind=associative is taught by the teacher's states",
+            "memory.kind=associative learns from the teacher's hidden states",
         ),
         (
             [
@@ -529,7 +529,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(kept, place, capsys):
                 "loss.block_fvu=0",
                 "student.layer_overrides=[{layers: last, memory: {kind: associative}}]",
             ],
-            "memory.kind=associative is taught by",
+            "memory.kind=associative learns from",
         ),
         (
             ["loss.hidden_mse=0", "loss.block_fvu=0", "logit_cache.top_k=15"],

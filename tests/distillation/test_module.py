@@ -17,7 +17,7 @@ from dmt.cli.main import distill_main
 from dmt.config import (
     Config,
     DataConfig,
-    MemoryConfig,
+    FeaturalConfig,
     OptimConfig,
     StagesConfig,
     StudentConfig,
@@ -35,7 +35,7 @@ from dmt.training.trainer import k_schedule, lr_schedule
 
 TOGETHER = 9
 """Steps of the small run: four layer-wise, five end to end."""
-EIGHT = MemoryConfig(k=8)
+EIGHT = FeaturalConfig(k=8)
 
 
 def module(teacher, each=EIGHT, **changes):
@@ -446,14 +446,14 @@ def test_while_training_a_threshold_too_high_for_the_budget_sinks_and_stays_shar
             memory.threshold.mul_(2)
             before.append(float(memory.threshold))
 
-    made = steps_of(teacher, 3, begins, each=MemoryConfig(k="auto", mean_k=8), stages=stages(3, 0))
+    made = steps_of(teacher, 3, begins, each=FeaturalConfig(k="auto", mean_k=8), stages=stages(3, 0))
     after = [float(memory.threshold) for memory in get_memories(made.student).values()]
     assert len(set(before)) == len(set(after)) == 1
     assert 0 < after[0] < 0.98 * before[0]
 
 
 def test_errors_are_those_of_each_layers_own_memory(teacher, tokens):
-    made = module(teacher, each=MemoryConfig(k=SLOTS))
+    made = module(teacher, each=FeaturalConfig(k=SLOTS))
     seen = forward_teacher(teacher, tokens, capture_blocks=True)
     assert made._memory_fvu(seen, Batch.full_step(tokens)).abs().max() < 1e-6, (
         "slots that are all read say what the block says"
@@ -491,7 +491,7 @@ def test_calibration_gives_every_memory_the_teachers_mean(teacher):
 
 @torch.no_grad()
 def test_calibration_of_all_slots_changes_nothing(teacher, tokens):
-    student, _ = convert(teacher, [MemoryConfig(k=SLOTS)] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS)] * LAYERS)
     DistillationModule(replace(Config(), stages=stages(1, 1)), student, teacher).calibrate(
         torch.randint(1, 300, (6, 16))
     )

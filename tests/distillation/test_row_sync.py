@@ -14,7 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from dmt.cli.main import distill_main
-from dmt.config import Config, DataConfig, MemoryConfig, StagesConfig, StoreConfig
+from dmt.config import (
+    AssociativeConfig,
+    Config,
+    DataConfig,
+    DenseConfig,
+    FeaturalConfig,
+    StagesConfig,
+    StoreConfig,
+)
 from dmt.distillation.losses import Batch
 from dmt.distillation.module import DistillationModule
 from dmt.distillation.row_sync import RowStoreSync, _run_label
@@ -65,9 +73,7 @@ def rows_in_store(place):
 
 
 def small(teacher, tmp_path, read_only=False, run=None, **changes):
-    memory = MemoryConfig(
-        **{"kind": "associative", "k": 8, "write_start": 0.0, "min_distance": 0.01} | changes
-    )
+    memory = AssociativeConfig(**{"k": 8, "write_start": 0.0, "min_distance": 0.01} | changes)
     config = replace(
         Config(),
         memory=memory,
@@ -96,7 +102,7 @@ def taught(made, tokens, step=1):
 
 def test_a_student_with_empty_memories_is_its_base(teacher, tmp_path, tokens):
     made = small(teacher, tmp_path)
-    plain, _ = convert(teacher, [MemoryConfig(k=8)] * LAYERS)
+    plain, _ = convert(teacher, [FeaturalConfig(k=8)] * LAYERS)
     assert torch.equal(made.student(tokens).logits, plain(tokens).logits)
     taught(made, tokens)
     assert not torch.equal(made.student(tokens).logits, plain(tokens).logits)
@@ -105,7 +111,7 @@ def test_a_student_with_empty_memories_is_its_base(teacher, tmp_path, tokens):
 def test_every_tensor_is_accounted_for(teacher):
     student, report = convert(
         teacher,
-        [MemoryConfig(kind="associative", k=8), MemoryConfig(k=8), MemoryConfig(kind="dense")],
+        [AssociativeConfig(k=8), FeaturalConfig(k=8), DenseConfig()],
     )
     assert list(get_associative_memories(student)) == [0]
     assert list(get_featural_memories(student)) == list(get_memories(student)) == [0, 1]
@@ -386,7 +392,7 @@ def test_usage_is_written_down(words, tmp_path):
     [
         (
             ["memory.kind=associative", "memory.base=none"],
-            "memory.value_target=residual is what a base lacks",
+            "memory.value_target=residual is the difference to a base",
         ),
         (
             ["memory.kind=associative", "memory.capacity=0"],

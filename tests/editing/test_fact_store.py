@@ -12,7 +12,7 @@ from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
 from test_edit_memory import heard
 
-from dmt.config import MemoryConfig
+from dmt.config import FeaturalConfig
 from dmt.editing import calibration as calibration_module
 from dmt.editing import edit
 from dmt.editing import fact_store as book_module
@@ -1281,7 +1281,7 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
     folder = tmp_path / "lightning_logs" / "version_10" / "student"
     with pytest.raises(UserError, match="cannot be loaded"):
         load_student(folder)
-    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert resolve_student_folder(folder) == resolve_student_folder(folder.parent) == folder

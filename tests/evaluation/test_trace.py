@@ -10,7 +10,7 @@ import torch
 from conftest import LAYERS, POSITIONS, SENTENCES, SLOTS, WIDTH, make_llama, make_teacher
 from rich.console import Console
 
-from dmt.config import MemoryConfig
+from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
 from dmt.distillation.row_sync import propose_rows as write
 from dmt.errors import UserError
 from dmt.evaluation.trace import (
@@ -28,24 +28,23 @@ from dmt.models.forward import forward_with_activations
 
 EVERYTHING = 10**6
 VARIANTS = {
-    "number": MemoryConfig(k=8),
-    "auto": MemoryConfig(),
-    "centered": MemoryConfig(selection="centered"),
-    "relu": MemoryConfig(k=8, activation="relu", selection="score"),
-    "softmax": MemoryConfig(k=8, activation="softmax", selection="score"),
-    "distance": MemoryConfig(
+    "number": FeaturalConfig(k=8),
+    "auto": FeaturalConfig(),
+    "centered": FeaturalConfig(selection="centered"),
+    "relu": FeaturalConfig(k=8, activation="relu", selection="score"),
+    "softmax": FeaturalConfig(k=8, activation="softmax", selection="score"),
+    "distance": FeaturalConfig(
         k=8, activation="distance", selection="score", heads=2, projections=True
     ),
-    "projections": MemoryConfig(k=8, heads=2, projections=True, selection="centered"),
-    "rows": MemoryConfig(kind="associative", k=8, min_distance=0.0, merge_distance=0.0, knn_k=5),
-    "rows and projections": MemoryConfig(
-        kind="associative", projections=True, min_distance=0.0, merge_distance=0.0
+    "projections": FeaturalConfig(k=8, heads=2, projections=True, selection="centered"),
+    "rows": AssociativeConfig(k=8, min_distance=0.0, merge_distance=0.0, knn_k=5),
+    "rows and projections": AssociativeConfig(
+        projections=True, min_distance=0.0, merge_distance=0.0
     ),
-    "whole answers": MemoryConfig(
-        kind="associative", k=8, value_target="teacher", min_distance=0.0, merge_distance=0.0
+    "whole answers": AssociativeConfig(
+        k=8, value_target="teacher", min_distance=0.0, merge_distance=0.0
     ),
-    "rows alone": MemoryConfig(
-        kind="associative",
+    "rows alone": AssociativeConfig(
         base="none",
         value_target="teacher",
         min_distance=0.0,
@@ -90,15 +89,13 @@ def student(request, any_teacher, tokens):
     memory = VARIANTS[request.param]
     if memory.activation in ("softmax", "distance") and any_teacher.config.model_type == "llama":
         memory = replace(memory, activation="relu")  # those know no gains
-    return stirred(any_teacher, tokens, [memory, MemoryConfig(kind="dense"), memory])
+    return stirred(any_teacher, tokens, [memory, DenseConfig(), memory])
 
 
 @pytest.fixture
 def plain(any_teacher):
     """A student of eight slots a token and a dense block in the middle."""
-    student, _ = convert(
-        any_teacher, [MemoryConfig(k=8), MemoryConfig(kind="dense"), MemoryConfig(k=8)]
-    )
+    student, _ = convert(any_teacher, [FeaturalConfig(k=8), DenseConfig(), FeaturalConfig(k=8)])
     return student
 
 
@@ -205,7 +202,7 @@ def test_each_slot_is_told_with_its_own_weight(student, tokenizer):
 def test_each_row_is_told_with_its_own_weight(family, tokens, tokenizer):
     """A softmax over the nearest rows and the base; what they say is what the memory adds to its base."""
     student = stirred(
-        family(len(tokenizer)), tokens, [MemoryConfig(k=8), VARIANTS["rows"], VARIANTS["rows"]]
+        family(len(tokenizer)), tokens, [FeaturalConfig(k=8), VARIANTS["rows"], VARIANTS["rows"]]
     )
     seen = forward_with_activations(
         student, torch.tensor([as_ids(tokenizer, TEXT)]), capture_blocks=True
@@ -424,7 +421,7 @@ def test_a_read_pushes_what_weight_times_value_pushes(student, tokenizer):
 
 
 def test_a_slot_that_says_nothing_pushes_nothing(teacher, tokenizer):
-    student, _ = convert(teacher, [MemoryConfig(k=SLOTS, activation="relu")] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS, activation="relu")] * LAYERS)
     reads = [
         one
         for each in trace_activations(student, tokenizer, TEXT, top_reads=EVERYTHING)
@@ -437,7 +434,7 @@ def test_a_slot_that_says_nothing_pushes_nothing(teacher, tokenizer):
 
 
 def test_nobody_is_told_where_nothing_was_read(teacher, tokenizer):
-    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
     for memory in get_featural_memories(student).values():
         memory.threshold.fill_(1e6)
     assert not any(each.activations for each in trace_activations(student, tokenizer, TEXT))

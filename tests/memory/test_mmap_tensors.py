@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import dmt
 from dmt.cli.main import distill_main
-from dmt.config import MemoryConfig
+from dmt.config import MEMORY_CONFIGS, DenseConfig
 from dmt.config_io import load_config
 from dmt.editing.edit import solve_value
 from dmt.errors import UserError
@@ -44,17 +44,13 @@ DISKS = ["values", "slots"]
 
 def make(family=make_teacher, threshold=0.3, **changes):
     """A student with nothing left at a value that a fresh model has too."""
-    memory = MemoryConfig(
-        **(
-            {
-                "k": "auto",
-                "budget": 8,
-                "search": "int8" if changes.get("disk") == "slots" else "exact",
-            }
-            | changes
-        )
-    )
-    student, _ = convert(family(), [memory, MemoryConfig(kind="dense"), memory])
+    settings = {
+        "mean_k": None if "k" in changes else 8,
+        "search": "int8" if changes.get("offload") == "slots" else "exact",
+    } | changes
+    config_class = MEMORY_CONFIGS[settings.pop("kind", "featural")]
+    memory = config_class(**settings)
+    student, _ = convert(family(), [memory, DenseConfig(), memory])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -298,7 +294,10 @@ def test_a_student_in_ram_goes_on_after_it_was_saved(tokens, tmp_path):
     student = make(offload="values")
     loaded = saved(student, tmp_path)
     assert student.config.external_tensors is None
-    assert loaded.config.external_tensors == json.loads((tmp_path / "config.json").read_text())["slots"]
+    assert (
+        loaded.config.external_tensors
+        == json.loads((tmp_path / "config.json").read_text())["slots"]
+    )
     student.train()
     student(tokens, labels=tokens).loss.backward()
     assert get_featural_memories(student)[0].values.grad is not None

@@ -5,7 +5,7 @@ import torch
 from conftest import LAYERS, SLOTS, WIDTH, make_llama, make_teacher
 from transformers import AutoModelForCausalLM
 
-from dmt.config import MemoryConfig
+from dmt.config import DenseConfig, FeaturalConfig
 from dmt.config_io import EMBEDDED_TEACHER_DIR
 from dmt.data.corpora import load_corpus, make_unseen_people
 from dmt.data.synthetic import RELATIONS, make_probe
@@ -16,7 +16,7 @@ from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert, get_memories
 from dmt.models.loading import load_teacher
 
-ALL = MemoryConfig(k=SLOTS)
+ALL = FeaturalConfig(k=SLOTS)
 
 
 def logits(model, tokens):
@@ -32,7 +32,7 @@ def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activa
     teacher = make_teacher(activation_function=activation)
     student, _ = convert(
         teacher,
-        [MemoryConfig(k=SLOTS, selection=ranking, projections=projections, heads=heads)] * LAYERS,
+        [FeaturalConfig(k=SLOTS, selection=ranking, projections=projections, heads=heads)] * LAYERS,
     )
     wanted = logits(teacher, tokens)
     assert wanted.std() > 1, "near-uniform logits would hide mistakes"
@@ -41,7 +41,7 @@ def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activa
 
 @pytest.mark.parametrize(
     "memory",
-    [MemoryConfig(k=SLOTS), MemoryConfig(selection="score", k=SLOTS), MemoryConfig()],
+    [FeaturalConfig(k=SLOTS), FeaturalConfig(selection="score", k=SLOTS), FeaturalConfig()],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
 def test_any_family_with_random_slots_and_fewer(tokens, family):
     student, report = convert(
         family(),
-        [MemoryConfig(init="random", num_slots=32), MemoryConfig(k=4), MemoryConfig(kind="dense")],
+        [FeaturalConfig(init="random", num_slots=32), FeaturalConfig(k=4), DenseConfig()],
     )
     assert logits(student, tokens).isfinite().all()
     assert {t.status for t in report.transfers} == {"copied", "memory", "new", "dropped"}
@@ -74,14 +74,14 @@ def test_any_family_with_random_slots_and_fewer(tokens, family):
 def test_all_slots_equal_the_embedded_teacher():
     teacher, _ = load_teacher("embedded")
     student, _ = convert(
-        teacher, [MemoryConfig(k=teacher.config.n_embd * 4)] * teacher.config.n_layer
+        teacher, [FeaturalConfig(k=teacher.config.n_embd * 4)] * teacher.config.n_layer
     )
     tokens = torch.randint(0, teacher.config.vocab_size, (2, 128))
     assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
 
 
 def test_fewer_slots_are_not_the_teacher(teacher, tokens):
-    student, _ = convert(teacher, [MemoryConfig(k=SLOTS // 16)] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS // 16)] * LAYERS)
     assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() > 0.1
 
 
@@ -89,7 +89,7 @@ def test_fewer_slots_are_not_the_teacher(teacher, tokens):
 def test_other_shapes_of_gpt2(tokens, changes, tmp_path):
     teacher = make_teacher(**changes)
     slots = changes.get("n_inner", SLOTS)
-    student, _ = convert(teacher, [MemoryConfig(k=slots)] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(k=slots)] * LAYERS)
     assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
     student.save_pretrained(tmp_path)
     assert torch.equal(
@@ -108,14 +108,14 @@ def test_every_layer_matters(teacher, tokens, layer, part):
 
 
 def test_student_shares_no_storage_with_the_teacher(teacher):
-    student, _ = convert(teacher, [ALL, MemoryConfig(kind="dense"), ALL])
+    student, _ = convert(teacher, [ALL, DenseConfig(), ALL])
     theirs = {p.data_ptr() for p in teacher.parameters()}
     assert not theirs & {p.data_ptr() for p in student.parameters()}
 
 
 def test_rules_choose_layers(teacher, tokens):
     student, report = convert(
-        teacher, [MemoryConfig(kind="dense"), MemoryConfig(k=8), MemoryConfig(k=SLOTS)]
+        teacher, [DenseConfig(), FeaturalConfig(k=8), FeaturalConfig(k=SLOTS)]
     )
     assert {layer: memory.k for layer, memory in get_memories(student).items()} == {1: 8, 2: SLOTS}
     assert "transformer.h.0.mlp.c_fc.weight" in {
@@ -125,9 +125,9 @@ def test_rules_choose_layers(teacher, tokens):
 
 def test_report_accounts_for_every_tensor_once(teacher):
     memories = [
-        MemoryConfig(kind="dense"),
-        MemoryConfig(projections=True),
-        MemoryConfig(init="random", num_slots=32, k=2),
+        DenseConfig(),
+        FeaturalConfig(projections=True),
+        FeaturalConfig(init="random", num_slots=32, k=2),
     ]
     student, report = convert(teacher, memories)
     taken = [t.source for t in report.transfers if t.source != "-"]
@@ -140,7 +140,7 @@ def test_report_accounts_for_every_tensor_once(teacher):
     assert fate["transformer.h.1.mlp.c_fc.weight"] == "memory"
     assert fate["transformer.h.2.mlp.c_fc.weight"] == "dropped"
     assert fate["transformer.h.2.mlp.keys"] == "new"
-    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.linear"] == "new"
+    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.skip_connection"] == "new"
     assert fate["lm_head.weight"] == "copied"
     assert sum(t.elements for t in report.transfers if t.status != "new") == sum(
         v.numel() for v in teacher.state_dict().values()
@@ -162,13 +162,14 @@ def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
         "state_dict",
         lambda self, *a, **k: torch.nn.Module.state_dict(self, *a, **k) if a or k else {},
     )
-    with pytest.raises(RuntimeError, match=r"linear"):
-        convert(teacher, [MemoryConfig(k=4)] * LAYERS)
+    with pytest.raises(RuntimeError, match=r"skip_connection"):
+        convert(teacher, [FeaturalConfig(k=4)] * LAYERS)
 
 
 def test_default_k_is_a_sixteenth(teacher):
     student, _ = convert(
-        teacher, [MemoryConfig(), MemoryConfig(init="random", num_slots=128), MemoryConfig(heads=8)]
+        teacher,
+        [FeaturalConfig(), FeaturalConfig(init="random", num_slots=128), FeaturalConfig(heads=8, k=None)],
     )
     assert [memory.k for memory in get_memories(student).values()] == [4, 8, 8]
 
@@ -176,8 +177,8 @@ def test_default_k_is_a_sixteenth(teacher):
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (MemoryConfig(k=SLOTS + 1), rf"memory\.k must be in \[1, {SLOTS}\].*got {SLOTS + 1}"),
-        (MemoryConfig(heads=3, k=3), "heads=3"),
+        (FeaturalConfig(k=SLOTS + 1), rf"k must be in \[1, num_slots={SLOTS}\], got {SLOTS + 1}"),
+        (FeaturalConfig(heads=3, k=3), "heads=3"),
     ],
 )
 def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
@@ -186,12 +187,12 @@ def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(UserError, match=r"gelu_fast.*memory\.weighting=relu"):
-        convert(make_teacher(activation_function="gelu_fast"), [MemoryConfig()] * LAYERS)
+    with pytest.raises(UserError, match=r"gelu_fast.*set activation=relu"):
+        convert(make_teacher(activation_function="gelu_fast"), [FeaturalConfig()] * LAYERS)
 
 
 def test_a_student_is_no_teacher(teacher, tokenizer, tmp_path):
-    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="student of dmt already"):
@@ -239,7 +240,7 @@ def test_an_unknown_family_is_refused():
 
 
 def test_random_memories_differ_from_each_other_and_are_finite(teacher, tokens):
-    student, _ = convert(teacher, [MemoryConfig(init="random", projections=True)] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(init="random", projections=True)] * LAYERS)
     first, second, _ = get_memories(student).values()
     assert not torch.equal(first.keys, second.keys)
     assert logits(student, tokens).isfinite().all()

@@ -10,18 +10,18 @@ from conftest import LAYERS, SLOTS, make_llama, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dmt.config import MemoryConfig
+from dmt.config import DenseConfig, FeaturalConfig
 from dmt.models.conversion import convert, get_memories
 from dmt.ops import batched_attention, set_attention
 
 VARIANTS = {
-    "default": MemoryConfig(),
-    "softmax": MemoryConfig(
+    "default": FeaturalConfig(),
+    "softmax": FeaturalConfig(
         k=None, activation="softmax", selection="score", init="random", projections=True
     ),
-    "top": MemoryConfig(k=None),
-    "heads": MemoryConfig(heads=2, k=8, selection="contribution", projections=True),
-    "all": MemoryConfig(k=SLOTS),
+    "top": FeaturalConfig(k=None),
+    "heads": FeaturalConfig(heads=2, k=8, selection="contribution", projections=True),
+    "all": FeaturalConfig(k=SLOTS),
 }
 
 
@@ -30,7 +30,7 @@ def student(request, any_teacher):
     memory = VARIANTS[request.param]
     if memory.activation == "softmax" and any_teacher.config.model_type == "llama":
         memory = replace(memory, activation="relu")  # softmax knows no gains
-    model, _ = convert(any_teacher, [memory, MemoryConfig(kind="dense"), memory])
+    model, _ = convert(any_teacher, [memory, DenseConfig(), memory])
     with torch.no_grad():  # nothing may be left at a value that a fresh model has too
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -83,7 +83,7 @@ def test_generation_with_and_without_cache_is_equal(student, tokens):
 
 
 def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer, tmp_path):
-    student, _ = convert(teacher, [MemoryConfig()] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     script = (

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dmt import config_io
 from dmt.cli.main import distill_main
-from dmt.config import Config, MemoryConfig
+from dmt.config import Config, FeaturalConfig
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.samples import (
@@ -312,7 +312,7 @@ def test_a_million_slots_are_added_up():
 
 
 def _student(teacher, **memory):
-    student, _ = convert(teacher, [replace(MemoryConfig(k=8, mean_k=None), **memory)] * LAYERS)
+    student, _ = convert(teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS)
     return student.eval()
 
 

@@ -9,7 +9,7 @@ from conftest import LAYERS, newest
 
 from dmt import config_io
 from dmt.cli.main import distill_main
-from dmt.config import MemoryConfig
+from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.data.windows import TextDataModule
 from dmt.distillation import run
 from dmt.distillation.module import DistillationModule
@@ -144,11 +144,11 @@ def test_a_length_of_time_as_people_say_it(seconds, said):
 
 
 @pytest.mark.parametrize(
-    "memory", [{"k": 8}, {"k": "auto", "budget": 8}, {"kind": "associative", "k": 8}], ids=str
+    "memory", [FeaturalConfig(k=8), FeaturalConfig(mean_k=8), AssociativeConfig(k=8)], ids=str
 )
 def test_timing_takes_real_steps_and_leaves_nothing_behind(data, teacher, memory, monkeypatch):
     config = data.settings
-    student, _ = convert(teacher, [replace(MemoryConfig(), **memory)] * LAYERS)
+    student, _ = convert(teacher, [memory] * LAYERS)
     module = DistillationModule(config, student.eval(), teacher)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     random = torch.get_rng_state()
@@ -163,7 +163,7 @@ def test_timing_takes_real_steps_and_leaves_nothing_behind(data, teacher, memory
     pace = measure_step_times(config, module, data)
     assert set(taken) == {"_layerwise", "_end_to_end"}
     assert min(pace.layerwise, pace.end_to_end, pace.evaluation, pace.generation) > 0
-    assert len(pace.row_search) == (LAYERS if "kind" in memory else 0)
+    assert len(pace.row_search) == (LAYERS if isinstance(memory, AssociativeConfig) else 0)
     assert all(begins == 0.8 and taken > 0 for begins, taken in pace.row_search)
     assert torch.equal(random, torch.get_rng_state())
     for name, tensor in module.state_dict().items():
@@ -178,7 +178,7 @@ def test_timing_takes_real_steps_and_leaves_nothing_behind(data, teacher, memory
 
 def test_a_stage_that_is_left_out_takes_no_time(data, teacher):
     config = replace(data.settings, stages=replace(data.settings.stages, layerwise_steps=0))
-    student, _ = convert(teacher, [MemoryConfig(k=8)] * LAYERS)
+    student, _ = convert(teacher, [FeaturalConfig(k=8)] * LAYERS)
     assert (
         measure_step_times(config, DistillationModule(config, student, teacher), data).layerwise
         == 0

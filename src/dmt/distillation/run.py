@@ -55,6 +55,7 @@ from dmt.training.run_dir import (
 )
 from dmt.training.time_estimate import estimate_duration, measure_step_times, print_plan
 from dmt.training.trainer import fit, keep_freed_memory, select_device, use_training_kernels
+from dmt.validation import ArgumentError
 
 
 def distill(config: Config, run_dir: Path | None) -> Path:
@@ -74,9 +75,12 @@ def distill(config: Config, run_dir: Path | None) -> Path:
     data = TextDataModule(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
-    student, transfer_report = convert(
-        teacher, memories, _collect_block_inputs(config, teacher, memories, data)
-    )
+    try:
+        student, transfer_report = convert(
+            teacher, memories, _collect_block_inputs(config, teacher, memories, data)
+        )
+    except ArgumentError as error:
+        raise error.with_prefix("memory.") from None
     config = autotune(
         config,
         student,
@@ -212,7 +216,7 @@ def _collect_block_inputs(
     config: Config, teacher: Any, memories: list[MemoryConfig], data: TextDataModule
 ) -> tuple[Tensor, ...] | None:
     """The teacher's block inputs on calibration text, where a memory with other slots than its block is to be made."""
-    if all(memory.num_slots is None or memory.init == "random" for memory in memories):
+    if not any(memory.copies_block and getattr(memory, "num_slots", None) for memory in memories):
         return None
     return forward_teacher(
         teacher,

@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmt.config import MemoryConfig
-from dmt.config_io import has_slots
-from dmt.errors import UserError
+from dmt.config import AssociativeConfig, FeaturalConfig, MemoryConfig
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.memory.approximate_search import INDEX_BUILDERS
 from dmt.memory.slot_table import ACTIVATIONS
 from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.modeling import build_student
+from dmt.validation import ARG, ArgumentError
 
-RIDGE = 1e-3
-"""Ridge of `merge`, as a share of the mean variance of a weight."""
 NOISE_SCALE = 0.1
 """How far the copies of a split slot differ, as a share of the value's size; small values of new slots, of the mean one's."""
 SLOT_PARAMETERS = ("keys", "key_bias", "gains", "gain_bias", "values")
@@ -36,23 +32,23 @@ BlockTensors = dict[str, Tensor]
 
 
 def resize_neurons(
-    tensors: Mapping[str, Tensor],
-    activations: Tensor,
-    num_slots: int,
-    shrink: str,
-    grow: str,
-    seed: int = 0,
+    tensors: Mapping[str, Tensor], activations: Tensor, num_slots: int, seed: int = 0
 ) -> BlockTensors:
-    """`parts` of a block with `slots` neurons: `fewer` is `drop` or `merge`, `more` is `split` or `new`."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return the tensors of a block with `num_slots` neurons.
+
+    Fewer: the least important are left out, and the output bias takes over their mean. More:
+    pairs of random neurons are added whose values cancel out.
+
+    Args:
+        tensors: the block's tensors by parameter of a memory.
+        activations: of its neurons on calibration text, `(tokens, neurons)`.
+        num_slots: neurons wanted.
+        seed: of the random neurons.
+    """
     if num_slots < len(tensors["keys"]):
-        return _drop_neurons(tensors, activations, num_slots, merge=shrink == "merge")
+        return _drop_neurons(tensors, activations, num_slots)
     if num_slots > len(tensors["keys"]):
-        return (
-            _split_neurons(tensors, activations, num_slots, generator)
-            if grow == "split"
-            else _add_neurons(tensors, num_slots, generator)
-        )
+        return _add_neurons(tensors, num_slots, torch.Generator().manual_seed(seed))
     return dict(tensors)
 
 
@@ -77,52 +73,13 @@ def _output_bias(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _drop_neurons(
-    tensors: Mapping[str, Tensor], activations: Tensor, num_slots: int, merge: bool
+    tensors: Mapping[str, Tensor], activations: Tensor, num_slots: int
 ) -> BlockTensors:
-    """The most important neurons; with `merge`, what they can foretell of the others is folded into their values."""
     order = neuron_importance(tensors, activations).argsort(descending=True)
     retained_ids, dropped_ids = order[:num_slots].sort().values, order[num_slots:]
-    means, dropped_values = activations.mean(0), tensors["values"][dropped_ids]
     result = _select_neurons(tensors, retained_ids)
-    bias = _output_bias(tensors) + means[dropped_ids] @ dropped_values
-    if merge:
-        # On the CPU, for not every device has doubles. Least squares: each lost weight as a sum of kept ones.
-        centered = (activations - means).cpu().double()
-        gram = centered[:, retained_ids].t() @ centered[:, retained_ids]
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(num_slots, dtype=torch.double)
-        coefficients = torch.linalg.solve(
-            gram + ridge, centered[:, retained_ids].t() @ centered[:, dropped_ids]
-        ).to(dropped_values)
-        result["values"] = result["values"] + coefficients @ dropped_values
-        bias = bias - means[retained_ids] @ coefficients @ dropped_values
-    return result | {"output_bias": bias}
-
-
-def _split_neurons(
-    tensors: Mapping[str, Tensor], activations: Tensor, num_slots: int, generator: torch.Generator
-) -> BlockTensors:
-    """The most important neurons several times over, their values shared out unevenly, so that training tells them apart."""
-    scores = neuron_importance(tensors, activations)
-    copies = torch.ones(len(scores), dtype=torch.long)
-    for _ in range(num_slots - len(scores)):
-        copies[(scores / copies.square()).argmax()] += (
-            1  # the value of each copy shrinks with their number
-        )
-    source_ids = torch.repeat_interleave(torch.arange(len(scores)), copies)
-    result = _select_neurons(tensors, source_ids)
-    values = result["values"] / copies[source_ids].unsqueeze(-1)
-    noise = (
-        torch.randn(values.shape, generator=generator).to(values)
-        * values.norm(dim=-1, keepdim=True)
-        / values.shape[1] ** 0.5
-    )
-    mean = torch.zeros_like(tensors["values"]).index_add_(0, source_ids, noise) / copies.unsqueeze(
-        -1
-    )
-    result["values"] = values + NOISE_SCALE * (noise - mean[source_ids]) * (
-        copies[source_ids] > 1
-    ).unsqueeze(-1)
-    return result
+    dropped_mean = activations.mean(0)[dropped_ids] @ tensors["values"][dropped_ids]
+    return result | {"output_bias": _output_bias(tensors) + dropped_mean}
 
 
 def _add_neurons(
@@ -221,11 +178,11 @@ def convert(
     slot_arguments = {
         layer: _slot_arguments(layer, memory_config, arch, teacher)
         for layer, memory_config in replaced.items()
-        if has_slots(memory_config)
+        if memory_config.has_slots
     }
     memory_arguments = {
         str(layer): {"rows": _row_arguments(memory_config), "base": slot_arguments.get(layer)}
-        if memory_config.kind == "associative"
+        if isinstance(memory_config, AssociativeConfig)
         else slot_arguments[layer]
         for layer, memory_config in replaced.items()
     }
@@ -271,38 +228,20 @@ def get_associative_memories(student: PreTrainedModel) -> dict[int, AssociativeM
 
 
 def _slot_arguments(
-    layer: int, memory_config: MemoryConfig, arch: Architecture, teacher: PreTrainedModel
+    layer: int, memory_config: FeaturalConfig, arch: Architecture, teacher: PreTrainedModel
 ) -> dict[str, Any]:
     activation = getattr(teacher.config, arch.activation)
-    if memory_config.activation == "block" and activation not in ACTIVATIONS:
-        raise UserError(
-            f"teacher: its blocks use {activation!r}; memories know {', '.join(ACTIVATIONS)}; set memory.activation=relu"
-        )
-    if arch.gated and memory_config.activation in ("softmax", "distance"):
-        raise UserError(
-            f"memory.activation={memory_config.activation} knows no gains, and the blocks of this teacher are gated; use activation or relu"
-        )
-    if arch.gated and memory_config.search in INDEX_BUILDERS:
-        raise UserError(
-            f"memory.search={memory_config.search} knows one key for each slot, and the blocks of this teacher are gated, with two; "
-            "use exact or int8"
-        )
     num_neurons = len(arch.read_tensors(arch.blocks(teacher)[layer])["keys"])
-    num_slots = memory_config.num_slots or num_neurons
+    if memory_config.activation == "block" and activation not in ACTIVATIONS:
+        raise ArgumentError(
+            f"the blocks of this model use {activation!r}; memories have "
+            f"{', '.join(ACTIVATIONS)}; set {ARG}activation=relu"
+        )
+    memory_config.check_block(num_neurons, gated=arch.gated)
+    num_slots, heads = memory_config.num_slots or num_neurons, memory_config.heads
     auto_k = memory_config.k == "auto"
     requested_k = memory_config.mean_k if memory_config.k == "auto" else memory_config.k
-    k = requested_k or max(
-        memory_config.heads,
-        num_slots // DEFAULT_K_DIVISOR // memory_config.heads * memory_config.heads,
-    )
-    if k > num_slots:
-        raise UserError(
-            f"memory.{'mean_k' if auto_k else 'k'} must be in [1, {num_slots}] for layer {layer} of this teacher, got {k}"
-        )
-    if num_slots % memory_config.heads:
-        raise UserError(
-            f"memory.heads={memory_config.heads} must divide the {num_slots} slots of layer {layer}"
-        )
+    k = requested_k or max(heads, num_slots // DEFAULT_K_DIVISOR // heads * heads)
     return {
         "num_slots": num_slots,
         "k": k,
@@ -321,7 +260,7 @@ def _slot_arguments(
     }
 
 
-def _row_arguments(memory_config: MemoryConfig) -> dict[str, Any]:
+def _row_arguments(memory_config: AssociativeConfig) -> dict[str, Any]:
     """Arguments of an `AssociativeMemory` but for its width and base, as they stand in a student's config."""
     policy = {
         "min_distance": memory_config.min_distance,
@@ -342,7 +281,7 @@ def _row_arguments(memory_config: MemoryConfig) -> dict[str, Any]:
 @torch.no_grad()
 def _read_block_tensors(
     layer: int,
-    memory_config: MemoryConfig,
+    memory_config: FeaturalConfig,
     arch: Architecture,
     teacher: PreTrainedModel,
     arguments: dict[str, Any],
@@ -373,8 +312,6 @@ def _read_block_tensors(
         tensors,
         activations,
         arguments["num_slots"],
-        memory_config.fewer,
-        memory_config.more,
         seed=layer,
     )
 
