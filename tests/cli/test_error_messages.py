@@ -106,7 +106,7 @@ ASKED = ["task=consolidate", "context.text=Ada has a dog.", "context.questions=a
 KEPT = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_start=0"]
 NEEDS = "it needs config.json, model.safetensors and tokenizer.json"
 RESUME = ["--resume", V0]
-CACHE = "cache/logits.safetensors"
+CACHE = "cache/logits.npy"
 ANEW = "start anew: python distill.py logs/version_0/config.yaml"
 SLOTS = "logs/version_1/student/slots.safetensors"
 STUDENT, BOOK = f"{V0}/student", f"{V0}/student/memory.db"
@@ -512,12 +512,12 @@ STORES = {
     ),
     "a cache cut short": Row(
         CACHED,
-        ["logit_cache.dir=cache: its logits.safetensors is damaged", "delete"],
+        ["logit_cache.dir=cache: its logits.npy is damaged", "delete"],
         cut(CACHE, 2000),
     ),
     "a cache of other settings": Row(
         [*CACHED, "logit_cache.top_k=32"],
-        ["logit_cache.top_k (16 there, 32 here) differ", "name another logit_cache.dir or delete"],
+        ["logit_cache.top_k (16 in the cache, 32 in this run) differ", "name another logit_cache.dir or delete"],
     ),
     "a cache of absurd size": Row(
         CACHED,

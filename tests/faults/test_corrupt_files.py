@@ -205,8 +205,8 @@ def test_a_teachers_answers(nursery, words, tmp_path, damage):
         "stages.end_to_end_steps=2",
     ]
     assert nursery.run(given).code == 0
-    damage(place / "logits.safetensors")
-    one_line(nursery.run(given), f"logit_cache.dir={place}", "logits.safetensors")
+    damage(place / "logits.npy")
+    one_line(nursery.run(given), f"logit_cache.dir={place}", "logits.npy")
     assert not (tmp_path / "logs" / "version_1").exists()
 
 

@@ -143,7 +143,7 @@ def test_the_teachers_answers(nursery, words, small_disk):
     place = small_disk(1) / "answers"
     given = [*words, *CACHE, f"logit_cache.dir={place}"]
     fill = {
-        "in": "dmt.distillation.logit_cache:_records",
+        "in": "dmt.distillation.logit_cache:_sample_window",
         "nth": 5,
         "do": "fill",
         "about": str(place.parent),

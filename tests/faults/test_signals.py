@@ -90,7 +90,7 @@ def test_the_teachers_answers_being_written(nursery, words, tmp_path):
         nursery,
         [*words, *CACHE, f"logit_cache.dir={tmp_path / 'answers'}"],
         "SIGTERM",
-        "dmt.distillation.logit_cache:_records",
+        "dmt.distillation.logit_cache:_sample_window",
         5,
     )
     assert "nothing more to save" in said
