@@ -10,7 +10,7 @@ from factories import CACHED, run
 from safetensors import safe_open
 from test_error_messages import (
     BOOK,
-    CACHE,
+    CACHE_METADATA,
     RESUME,
     SLOTS,
     STUDENT,
@@ -27,6 +27,7 @@ import dmt
 from dmt import files
 from dmt.cli import main
 from dmt.config_io import load_config
+from dmt.distillation.logit_cache import FORMAT_VERSION
 from dmt.files import check_version
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,11 @@ KINDS = {
         ["dmt", "memory", "import", "pack", *S],
         "pack pack: version",
     ),
-    "cache": (lambda version: reheaded(CACHE, format=str(version)), CACHED, "the format version"),
+    "cache": (
+        lambda version: changed(CACHE_METADATA, version=version)(),
+        CACHED,
+        "the format version",
+    ),
 }
 """How a version is altered, the words that then are refused, and what the line says before the version."""
 
@@ -100,10 +105,7 @@ def test_another_version_is_refused_and_says_what_to_do(kind, version, shop, cap
     assert said in line
     assert str(version) in line
     if kind == "cache":
-        assert (
-            f"('{version}' there, 1 here) differ" in line
-            or f"({version} there, 1 here) differ" in line
-        )
+        assert f"({version} in the cache, {FORMAT_VERSION} in this run) differ" in line
         assert "name another logit_cache.dir or delete" in line
     else:
         assert f"{said} {version}, {KNOWN}" in line
@@ -145,9 +147,9 @@ def test_every_file_of_a_run_states_a_version(shop):
     for number in range(3):
         for file in Path(f"logs/version_{number}").iterdir():
             assert file.name.startswith("events.out.tfevents") or file.name in stated, file
-    for place, where in ((CACHE, "format"), (SLOTS, "format")):
-        with safe_open(place, "np") as opened:
-            assert opened.metadata()[where] == "1"
+    with safe_open(SLOTS, "np") as opened:
+        assert opened.metadata()["format"] == "1"
+    assert json.loads(Path(CACHE_METADATA).read_text())["version"] == FORMAT_VERSION
     assert json.loads(Path(STUDENT, "config.json").read_text())["dmt"] == files.STUDENT_VERSION
     assert json.loads(Path("pack/manifest.json").read_text())["version"] == 1
 
@@ -163,7 +165,7 @@ def test_the_readme_lists_every_kind():
         "slots.safetensors",
         "memory.db",
         "a pack",
-        "logits.safetensors",
+        "logits.npy",
         "metrics.csv",
         "transfer.txt",
         "report.md",

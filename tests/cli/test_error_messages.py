@@ -107,6 +107,7 @@ KEPT = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_sta
 NEEDS = "it needs config.json, model.safetensors and tokenizer.json"
 RESUME = ["--resume", V0]
 CACHE = "cache/logits.npy"
+CACHE_METADATA = "cache/logits.json"
 ANEW = "start anew: python distill.py logs/version_0/config.yaml"
 SLOTS = "logs/version_1/student/slots.safetensors"
 STUDENT, BOOK = f"{V0}/student", f"{V0}/student/memory.db"
@@ -508,7 +509,7 @@ STORES = {
     "a cache of another format": Row(
         CACHED,
         ["logit_cache.dir=cache", "format", "name another logit_cache.dir"],
-        lambda: reheaded(CACHE, format="99"),
+        changed(CACHE_METADATA, version=99),
     ),
     "a cache cut short": Row(
         CACHED,
