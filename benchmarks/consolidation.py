@@ -91,22 +91,22 @@ def measured(
             raise SystemExit(f"{' '.join(words)}: {quiet.getvalue().splitlines()[-1]}")
         found = json.loads((Path(folder) / "version_0" / "run.json").read_text(encoding="utf-8"))
     row: Row = {"table": f"{model}, {context}", "into": way.name, "objective": objective}
-    for kind, each in found["kinds"].items():
-        share = "-" if each["share"] is None else f"{each['share']:.2f}"
+    for kind, each in found["question_types"].items():
+        share = "-" if each["benefit_retained"] is None else f"{each['benefit_retained']:.2f}"
         said = " ".join(
-            f"{each[f'recall_{who}']:.2f}" for who in ("without", "with", "consolidated")
+            f"{each[f'recall_{who}']:.2f}" for who in ("without_context", "with_context", "consolidated")
         )
         row |= {f"{kind}: share": share, f"{kind}: said": said}
     row["KL"] = f"{max(each['kl'] for each in found['unrelated'].values()):.1e}"
     cost = found["cost"]
     row |= {
-        "bytes": found["written"]["bytes"],
-        "cache": cost["bytes of the cache"],
-        "tokens saved": cost["prompt tokens saved"],
+        "bytes": found["rows_written"]["bytes"],
+        "cache": cost["kv_cache_bytes"],
+        "tokens saved": cost["prompt_tokens_saved"],
     }
     row |= {
-        f"ms, {way}": cost[f"seconds {way}"] * 1e3
-        for way in ("in every prompt", "in the cache", "consolidated")
+        f"ms, {way}": cost[f"seconds_{way}"] * 1e3
+        for way in ("context_in_prompt", "kv_cache", "consolidated")
     }
     return row | {"seconds": found["seconds"]["consolidate"]}
 

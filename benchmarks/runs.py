@@ -59,7 +59,7 @@ def cells(found: dict[str, Any]) -> str:
     """A run's figures in the order of `HEAD`."""
     prose, facts = found["fidelity"]["speeches"], found["fidelity"]["biographies"]
     used = found.get("slots", {}).values()
-    read = f"{sum(u['read'] for u in used) / len(used):.1f}" if used else ""
+    read = f"{sum(u['active_per_token'] for u in used) / len(used):.1f}" if used else ""
     dead = f"{sum(u['dead'] for u in used):.0f}" if used else ""
     numbers = [
         f"{prose['ppl_ratio']:.4f}",

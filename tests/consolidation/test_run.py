@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_teacher, newest
 from factories import consolidation
-from test_distillation import check_alone
+from page_checks import check_self_contained
 from test_tensorboard import charts, events
 from transformers import AutoModelForCausalLM
 
@@ -64,10 +64,10 @@ def results(tmp_path):
 def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
     assert distill_main([*tiny, f"context.objective={objective}", *where.split()]) == 0
     found = results(tmp_path)
-    assert found["kinds"]["questions"]["questions"] == 1
+    assert found["question_types"]["questions"]["num_questions"] == 1
     assert (newest(tmp_path) / "report.md").read_text().count("Ravenhill") >= 2
     page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
-    check_alone(page)
+    check_self_contained(page)
     assert page.count("Ravenhill") >= 2
     assert "consolidate/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "consolidated/share" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
@@ -145,8 +145,8 @@ def test_weights_learn_the_context_and_change_little_else(tmp_path, capsys):
     for keep in (0, 1):
         assert distill_main([*words, f"context.unrelated_kl_weight={keep}"]) == 0
         found = results(tmp_path)
-        assert found["kinds"]["as written"]["log_probability_consolidated"] > -1.5
-        assert found["kinds"]["as written"]["log_probability_without"] < -5
+        assert found["question_types"]["as written"]["log_prob_consolidated"] > -1.5
+        assert found["question_types"]["as written"]["log_prob_without_context"] < -5
         kept[keep] = found["unrelated"]["biographies"]["kl"]
     assert kept[1] < kept[0] / 2
 
@@ -169,19 +169,19 @@ def test_a_context_is_written_to_memory(tmp_path, write):
     ]
     assert distill_main(words) == 0
     found, run = results(tmp_path), newest(tmp_path)
-    assert found["kinds"]["as written"]["share"] >= 0.9
+    assert found["question_types"]["as written"]["benefit_retained"] >= 0.9
     assert found["unrelated"]["biographies"]["kl"] <= 1e-3
-    assert found["written"]["rows"] > 3
+    assert found["rows_written"]["num_rows"] > 3
     with open_fact_store(run / "student", read_only=True) as book:
         assert {fact.tag for fact in book.records.values()} == {"person"}
-        assert sum(len(fact.rows) for fact in book.records.values()) == found["written"]["rows"]
+        assert sum(len(fact.rows) for fact in book.records.values()) == found["rows_written"]["num_rows"]
     base = load_teacher("reader")[0].state_dict()
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in base.items()), (
         "no weight changes"
     )
     if write == "gradient":
-        assert found["kinds"]["as written"]["recall_consolidated"] == 1
+        assert found["question_types"]["as written"]["recall_consolidated"] == 1
 
 
 def test_training_rows_changes_their_values_alone(tmp_path):
@@ -265,7 +265,7 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
         assert set(again) == set(whole)
         assert len(whole) > 3
         assert all(torch.equal(again[prompt], whole[prompt]) for prompt in whole)
-    assert results(tmp_path)["written"]["facts"] == len(whole)
+    assert results(tmp_path)["rows_written"]["num_facts"] == len(whole)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -332,16 +332,16 @@ def test_rows_that_fire_in_unrelated_text_are_removed(tiny, tmp_path):
         distill_main([*tiny, "context.row_method=gradient"]) == 0
     )  # the unrelated text says the same sentences
     found = results(tmp_path)
-    assert found["written"]["loose"] >= 1
-    assert "taken out again" in (newest(tmp_path) / "report.md").read_text()
+    assert found["rows_written"]["false_triggers"] >= 1
+    assert "removed: " in (newest(tmp_path) / "report.md").read_text()
     with open_fact_store(newest(tmp_path) / "student", read_only=True) as book:
-        assert len(book.records) == found["written"]["facts"]
+        assert len(book.records) == found["rows_written"]["num_facts"]
         gone = [
             fact
             for fact in book.fact_table.read(include_deleted=True)
             if fact.deleted_reason == "evicted"
         ]
-        assert len(gone) == found["written"]["loose"]
+        assert len(gone) == found["rows_written"]["false_triggers"]
 
 
 def test_a_stopped_run_resumes_to_equal_weights(tiny, tmp_path):

@@ -66,7 +66,7 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     assert record["tokens"]["trained"] == TOGETHER * 4 * 16
     assert record["libraries"]["torch"] == torch.__version__
     assert set(record["slots"]) == {str(layer) for layer in range(LAYERS)}
-    assert "ppl_ratio" in (run / "report.md").read_text()
+    assert "perplexity" in (run / "report.md").read_text()
 
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -133,7 +133,7 @@ def test_a_llama_goes_the_same_way(words, tokenizer, tmp_path, changes, capsys):
     assert type(student).__name__ == "MemoryLlamaForCausalLM"
     record = json.loads((run / "run.json").read_text())
     assert record["fidelity"]["text"]["kl"] > 0
-    assert all(0 < used["read"] <= used["slots"] for used in record["slots"].values())
+    assert all(0 < used["active_per_token"] <= used["num_slots"] for used in record["slots"].values())
 
 
 def curves(run):
@@ -211,7 +211,7 @@ def test_a_stopped_and_resumed_run_ends_equal(
     assert f"python distill.py --resume {run}" in capsys.readouterr().err
     stopped = json.loads((run / "run.json").read_text())
     assert "fidelity" not in stopped
-    assert stopped["calibrated"]["text"]["ppl_ratio"] > 0
+    assert stopped["before_training"]["text"]["ppl_ratio"] > 0
     assert f"step_{stop_at + 1}.ckpt" in {p.name for p in (run / "checkpoints").iterdir()}
     assert not (run / "student").exists()
     assert distill_main(["--resume", str(run)]) == 0
@@ -219,7 +219,7 @@ def test_a_stopped_and_resumed_run_ends_equal(
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
     record = json.loads((run / "run.json").read_text())
-    assert record["calibrated"] == stopped["calibrated"]
+    assert record["before_training"] == stopped["before_training"]
     assert len(record["commands"]) == 2
     assert list(run.glob("metrics.before-*.csv"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -325,7 +325,7 @@ def test_resuming_a_finished_run_changes_nothing(words, tmp_path):
     for name, value in before.items():
         assert torch.equal(value, weights(run)[name]), name
     after = json.loads((run / "run.json").read_text())
-    assert (after["fidelity"], after["calibrated"]) == (record["fidelity"], record["calibrated"])
+    assert (after["fidelity"], after["before_training"]) == (record["fidelity"], record["before_training"])
     assert len(after["commands"]) == 2
     assert (run / "metrics.csv").read_text() == metrics
 

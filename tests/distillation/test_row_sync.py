@@ -208,7 +208,7 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
     assert not [name for name in checkpoint["state_dict"] if ".rows." in name]
     head = (run / "metrics.csv").read_text().splitlines()[0]
     assert "knn/inserted/layer_0" in head
-    assert "rows of layer 0" in (run / "report.md").read_text()
+    assert "stored rows, layer 0" in (run / "report.md").read_text()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     for layer in range(LAYERS):
@@ -216,11 +216,11 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
             assert f"{tag}/layer_{layer}" in events.Tags()["scalars"]
         for tag in ("nearest_distance", "row_age_seconds", "log10_row_reads"):
             assert f"{tag}/layer_{layer}" in events.Tags()["histograms"]
-    found = json.loads((run / "run.json").read_text())["rows"]
-    assert {layer: kept["rows"] for layer, kept in found.items()} == {
+    found = json.loads((run / "run.json").read_text())["knn"]
+    assert {layer: kept["num_rows"] for layer, kept in found.items()} == {
         str(layer): len(stored[f"layer_{layer}"]) for layer in get_associative_memories(student)
     }
-    assert all(0 < kept["base"] < 1 for kept in found.values())
+    assert all(0 < kept["null_weight"] < 1 for kept in found.values())
     assert "rows read for each token" in capsys.readouterr().out
 
 
@@ -506,7 +506,7 @@ def test_the_shipped_variants_run_like_the_default(variant, words, tmp_path):
         f"layer_{layer}": len(memory.rows)
         for layer, memory in get_associative_memories(student).items()
     } == {name: len(found) for name, found in rows.items()}
-    assert json.loads((run / "run.json").read_text())["rows"]
+    assert json.loads((run / "run.json").read_text())["knn"]
 
 
 def test_a_store_that_cannot_be_written_stops_the_run_with_its_reason(teacher, tokens, tmp_path):

@@ -34,8 +34,8 @@ STAGES = [
     ("pytorch_lightning.loggers.csv_logs:ExperimentWriter.save", 6),
     (f"{RUN}:_as_saved", 1),
     (f"{RUN}:write_record", 2),
-    ("dmt.report.distillation:hyperparameters", 1),
-    ("dmt.report.distillation:finish", 1),
+    (f"{RUN}:log_hparams", 1),
+    ("dmt.report.distillation:write_report", 1),
 ]
 
 
@@ -91,7 +91,7 @@ def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
     [
         (f"{MODULE}.training_step", False),
         (f"{MODULE}._write", False),
-        ("dmt.report.distillation:finish", False),
+        ("dmt.report.distillation:write_report", False),
         ("dmt.training.checkpoints:WholeFiles.save_checkpoint", True),
         (f"{RUN}:_as_saved", True),
     ],
@@ -162,7 +162,7 @@ def test_the_teachers_answers(nursery, words, small_disk):
     [
         ("memory", "dmt.consolidation.rows:write_differences"),
         ("weights", "dmt.consolidation.run:finish"),
-        ("weights", "dmt.report.consolidation:finish"),
+        ("weights", "dmt.report.consolidation:write_report"),
     ],
     ids=lambda part: part.rpartition(":")[2],
 )

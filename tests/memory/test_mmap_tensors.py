@@ -35,7 +35,7 @@ from dmt.memory.mmap_tensors import (
 from dmt.models import external_tensors
 from dmt.models.conversion import convert, get_associative_memories, get_featural_memories
 from dmt.models.fingerprint import hash_model
-from dmt.report.distillation import measure_sizes as reported
+from dmt.evaluation.metrics import measure_sizes as reported
 
 assert dmt
 GENERATED = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -360,7 +360,7 @@ def test_sizes_are_counted_where_they_are(tmp_path):
         )
     table = 2 * NEURONS * WIDTH
     assert numbers["none"][0]["disk"] == 0
-    assert "student_left_on_disk" not in numbers["none"][1]
+    assert "student_offloaded" not in numbers["none"][1]
     assert numbers["values"][0]["disk"] == table + 2 * 4 * WIDTH**2
     positions = 4 * POSITIONS * WIDTH
     assert numbers["slots"][0]["disk"] == table + 2 * 4 * WIDTH**2 + 4 * table + positions
@@ -371,7 +371,7 @@ def test_sizes_are_counted_where_they_are(tmp_path):
         == positions + 4 * table - table - 2 * 4 * NEURONS
     )
     for disk, (mine, said) in numbers.items():
-        assert said.get("student_left_on_disk", 0) == mine["disk"]
+        assert said.get("student_offloaded", 0) == mine["disk"]
         files = [
             tmp_path / disk / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)
         ]
@@ -688,10 +688,10 @@ def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeyp
         memory.mmap_tensors is not None for memory in get_featural_memories(measured[0]).values()
     )
     record = json.loads((folder / "run.json").read_text())
-    assert record["bytes"]["student_left_on_disk"] == external_tensors.measure_bytes(loaded)["disk"]
+    assert record["bytes"]["student_offloaded"] == external_tensors.measure_bytes(loaded)["disk"]
     assert "stay there" in (folder / "report.md").read_text()
-    assert all(0.9 < used["recall"] <= 1 for used in record["slots"].values())
-    assert "found of what an exact search reads" in (folder / "report.md").read_text()
+    assert all(0.9 < used["search_recall"] <= 1 for used in record["slots"].values())
+    assert "recall of the slot search" in (folder / "report.md").read_text()
 
 
 def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monkeypatch):

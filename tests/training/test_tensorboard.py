@@ -119,12 +119,11 @@ def test_without_slots_no_number_of_slots_is_made_up(words, tmp_path):
     bare = [*ROWS, "memory.base=none", "memory.value_target=teacher", "stages.layerwise_steps=0"]
     assert distill_main([*words, *bare]) == 0
     found = events(newest(tmp_path))
-    assert "hparam/slots_read" not in found.Tags()["scalars"]
-    assert "hparam/rows" in found.Tags()["scalars"]
+    assert "hparam/active_slots" not in found.Tags()["scalars"]
+    assert "hparam/knn_rows" in found.Tags()["scalars"]
     assert variant(found)["memory.num_slots"] == "default"
     page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
-    assert "Stored rows" in page
-    assert "Which slots are read" not in page
+    assert "stored rows, layer" in page
     assert read_record(newest(tmp_path))["budgets"] == {}
 
 

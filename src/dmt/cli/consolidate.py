@@ -189,7 +189,7 @@ def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     with out.stdout_to_stderr():
         folder = run_task(config)
     record = read_record(folder)
-    reported = ("written", "kinds", "unrelated", "cost", "seconds")
+    reported = ("rows_written", "question_types", "unrelated", "cost", "seconds")
     out.print_json(
         {"run_dir": str(folder), **{name: record[name] for name in reported if name in record}}
     )

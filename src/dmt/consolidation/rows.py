@@ -424,9 +424,9 @@ def _write_to_folder(
     num_rows = sum(len(fact.rows) for fact in new_facts)
     num_bytes = num_rows * 2 * 4 * student.config.hidden_size
     return {
-        "facts": len(new_facts),
-        "rows": num_rows,
-        "loose": len(false_triggers),
+        "num_facts": len(new_facts),
+        "num_rows": num_rows,
+        "false_triggers": len(false_triggers),
         "bytes": num_bytes,
         "tag": tag,
     }

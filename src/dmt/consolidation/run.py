@@ -25,7 +25,7 @@ from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
 from dmt.models.forward import ContextTeacher, forward_with_prefix
 from dmt.models.loading import SAFE_LOADING, load_teacher
 from dmt.report import consolidation
-from dmt.report.compare import read_curves
+from dmt.report.curves import read_curves
 from dmt.report.consolidation import needs_training
 from dmt.training.autotune import autotune
 from dmt.training.run_dir import create_run_dir, newest_checkpoint, remove_if_refused, write_record
@@ -98,7 +98,7 @@ def consolidate(config: Config, run_dir: Path | None) -> Path:
         "prepare": prepare_end - start_time,
         "consolidate": time.perf_counter() - prepare_end,
     }
-    results = evaluate_student(run_state, run_dir, data) | {"written": write_stats}
+    results = evaluate_student(run_state, run_dir, data) | {"rows_written": write_stats}
     results["seconds"] = durations | {
         "measure": time.perf_counter() - start_time - sum(durations.values())
     }
@@ -136,7 +136,7 @@ def _train_into_model(
     with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return {"weights": num_weights, "bytes": 4 * num_weights}
+    return {"num_weights": num_weights, "bytes": 4 * num_weights}
 
 
 @torch.no_grad()
@@ -172,30 +172,30 @@ def evaluate_student(
         }
     if run_state.questions:
         scores = {
-            "with": run_state.score_with_context(),
-            "without": run_state.score_questions(run_state.base, run_state.prefix),
+            "with_context": run_state.score_with_context(),
+            "without_context": run_state.score_questions(run_state.base, run_state.prefix),
             "consolidated": run_state.score_questions(student, prefix),
         }
         results["answers"] = {
-            name: {"nats": score.nlls, "right": score.correct} for name, score in scores.items()
+            name: {"nlls": score.nlls, "correct": score.correct} for name, score in scores.items()
         }
-        kinds = {question.kind: None for question in run_state.questions}
-        for kind in kinds:
+        for question_type in dict.fromkeys(question.kind for question in run_state.questions):
             indices = [
-                index for index, question in enumerate(run_state.questions) if question.kind == kind
+                index
+                for index, question in enumerate(run_state.questions)
+                if question.kind == question_type
             ]
-            kind_scores = {name: score.select(indices) for name, score in scores.items()}
+            type_scores = {name: score.select(indices) for name, score in scores.items()}
             retained = benefit_retained(
-                kind_scores["with"], kind_scores["without"], kind_scores["consolidated"]
+                type_scores["with_context"],
+                type_scores["without_context"],
+                type_scores["consolidated"],
             )
-            results.setdefault("kinds", {})[kind] = {
-                "questions": len(indices),
-                "share": None if math.isnan(retained) else retained,
-                **{
-                    f"log_probability_{name}": score.mean_log_prob
-                    for name, score in kind_scores.items()
-                },
-                **{f"recall_{name}": score.recall for name, score in kind_scores.items()},
+            results.setdefault("question_types", {})[question_type] = {
+                "num_questions": len(indices),
+                "benefit_retained": None if math.isnan(retained) else retained,
+                **{f"log_prob_{name}": score.mean_log_prob for name, score in type_scores.items()},
+                **{f"recall_{name}": score.recall for name, score in type_scores.items()},
             }
         results["cost"] = consolidation.measure_cost(run_state, student, prefix)
     return results

@@ -58,7 +58,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
     """
     splits = {}
     for split in ("train", "validation", "test"):
-        stream = _token_stream(getattr(corpus, split), tokenizer)
+        stream = token_stream(getattr(corpus, split), tokenizer)
         if len(stream) < seq_len:
             raise UserError(
                 f"data.corpora: the {split} part of {corpus.name} has {len(stream)} tokens, fewer than data.seq_len={seq_len}; "
@@ -70,7 +70,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
     )
 
 
-def _token_stream(documents: list[str], tokenizer: Any) -> Tensor:
+def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
     start = torch.tensor(get_prefix_ids(tokenizer), dtype=torch.long)
     chunks = [
         chunk

@@ -23,7 +23,15 @@ from dmt.distillation.module import SCALE_TOKENS, DistillationModule
 from dmt.distillation.pretrain import PretrainingModule, create_gpt2, train_tokenizer
 from dmt.distillation.row_sync import RowStoreSync
 from dmt.errors import UserError
-from dmt.evaluation.metrics import FidelityMetrics, measure_fidelity, measure_recall
+from dmt.evaluation.metrics import (
+    FidelityMetrics,
+    collect_row_stats,
+    collect_slot_usage,
+    measure_fidelity,
+    measure_recall,
+    measure_search_recall,
+    measure_sizes,
+)
 from dmt.evaluation.samples import SWEEP_TOKENS, paired_samples, sparsity_sweep
 from dmt.files import atomic_directory
 from dmt.memory.associative import RetrievalStats
@@ -39,9 +47,8 @@ from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, load_teacher
 from dmt.report import distillation
-from dmt.report.compare import read_curves
-from dmt.report.distillation import build_pretraining_page
-from dmt.report.html import write_report_safely
+from dmt.report.curves import read_curves
+from dmt.report.hparams import SETTING_GROUPS, log_hparams
 from dmt.store import RowStore
 from dmt.training.autotune import TIMED_WINDOWS, autotune
 from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, StoredRowUsage
@@ -50,7 +57,6 @@ from dmt.training.run_dir import (
     check_writable,
     create_run_dir,
     newest_checkpoint,
-    read_record,
     write_record,
 )
 from dmt.training.time_estimate import estimate_duration, measure_step_times, print_plan
@@ -179,9 +185,8 @@ def _train_and_evaluate(
         record: dict[str, Any] = {"estimated": asdict(run_estimate)}
         record |= (
             {
-                "calibrated": {
-                    name: distillation.metrics_to_dict(metrics)
-                    for name, metrics in initial_metrics.items()
+                "before_training": {
+                    name: metrics.to_dict() for name, metrics in initial_metrics.items()
                 }
             }
             if is_new
@@ -286,7 +291,7 @@ def _write_results(
     results: dict[str, Any],
 ) -> None:
     """Write `run.json`, HParams, `report.md` and `report.html`, print the table."""
-    results["bytes"] = distillation.measure_sizes(teacher, student, run_dir / "student")
+    results["bytes"] = measure_sizes(teacher, student, run_dir / "student")
     samples = {
         corpus.name: paired_samples(student, teacher, tokenizer, corpus.test)
         for corpus in data.corpora
@@ -297,7 +302,8 @@ def _write_results(
     }
     results["curves"] = read_curves(run_dir)
     write_record(run_dir, config, results)
-    distillation.log_hyperparameters(config, run_dir, results)
+    steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
+    log_hparams(config, run_dir, results, SETTING_GROUPS["distill"], steps)
     distillation.write_report(run_dir, config, results, samples)
 
 
@@ -312,28 +318,31 @@ def evaluate_student(
     fidelity: dict[str, Any] = {}
     for corpus in data.corpora:
         windows = select_first_windows(corpus.test, config.data.test_tokens)
-        fidelity[corpus.name] = distillation.metrics_to_dict(
-            measure_fidelity(student, teacher, windows, config.data.micro_batch_size)
-        )
+        fidelity[corpus.name] = measure_fidelity(
+            student, teacher, windows, config.data.micro_batch_size
+        ).to_dict()
         fidelity[corpus.name] |= {
             "window": config.data.seq_len,
             "stride": config.data.seq_len,
-            "windows": len(windows),
+            "num_windows": len(windows),
         }
-    slots, rows = distillation.collect_slot_usage(student), distillation.collect_row_stats(student)
-    for layer, search_recall in distillation.measure_search_recall(
+    slots, rows = collect_slot_usage(student), collect_row_stats(student)
+    for layer, search_recall in measure_search_recall(
         student, data.corpora[0].test[: config.data.micro_batch_size]
     ).items():
-        slots[layer]["recall"] = search_recall
+        slots[layer]["search_recall"] = search_recall
     for corpus in data.corpora:
-        for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
+        for name, probes in (
+            ("recall", corpus.probes),
+            ("recall_paraphrased", corpus.unseen_probes),
+        ):
             if probes:
                 recalls = {
                     "teacher": measure_recall(teacher, tokenizer, probes),
                     "student": measure_recall(student, tokenizer, probes),
                 }
-                fidelity[corpus.name][name] = recalls | {"probes": len(probes)}
-    return {"fidelity": fidelity, "slots": slots} | ({"rows": rows} if rows else {})
+                fidelity[corpus.name][name] = recalls | {"num_probes": len(probes)}
+    return {"fidelity": fidelity, "slots": slots} | ({"knn": rows} if rows else {})
 
 
 def pretrain(config: Config, run_dir: Path | None) -> Path:
@@ -379,11 +388,14 @@ def pretrain(config: Config, run_dir: Path | None) -> Path:
             "tokens": metrics.tokens,
             "window": config.data.seq_len,
         }
-        for name, probes in (("recall", corpus.probes), ("recall_unseen", corpus.unseen_probes)):
+        for name, probes in (
+            ("recall", corpus.probes),
+            ("recall_paraphrased", corpus.unseen_probes),
+        ):
             if probes:
                 entry[name] = {
                     "teacher": measure_recall(model, tokenizer, probes),
-                    "probes": len(probes),
+                    "num_probes": len(probes),
                 }
         results["fidelity"][corpus.name] = entry
         print(f"{corpus.name}: {entry}")
@@ -393,8 +405,5 @@ def pretrain(config: Config, run_dir: Path | None) -> Path:
         tokenizer.save_pretrained(folder)
     results["curves"] = read_curves(run_dir)
     write_record(run_dir, config, results)
-    print(
-        f"report   {write_report_safely(lambda: build_pretraining_page(run_dir, config, read_record(run_dir)), run_dir / 'report.html')}"
-    )
     print(f"the teacher is in {output_dir}: teacher={output_dir}")
     return run_dir

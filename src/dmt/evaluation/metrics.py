@@ -1,40 +1,71 @@
-"""Teacher and student side by side: the same code, the same held-out tokens."""
+"""How close a student is to its teacher, and what its memories do, on held-out text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dmt.data.corpora import Corpus, load_corpus
 from dmt.data.synthetic import Probe
-from dmt.data.windows import get_prefix_ids
+from dmt.data.windows import get_prefix_ids, select_first_windows, token_stream
 from dmt.distributed import all_reduce_sum
+from dmt.errors import UserError
+from dmt.models.conversion import get_associative_memories, get_featural_memories
+from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
 from dmt.models.forward import forward_with_activations
 from dmt.ops import kl
 
+METRIC_NAMES = (
+    "teacher_perplexity",
+    "student_perplexity",
+    "ppl_ratio",
+    "kl",
+    "top1_agreement",
+    "tokens",
+)
+
 
 def _safe_exp(log_value: float) -> float:
-    """`math.exp`, infinite where the number would be too large."""
+    """Return `math.exp`, infinite where the result is too large."""
     return math.exp(log_value) if log_value < 700 else math.inf
 
 
-@dataclass
+@dataclass(repr=False)
 class FidelityMetrics:
-    """Sums over tokens, to be added up over batches and read as means."""
+    """How close the predictions of a student are to those of its teacher.
 
-    tokens: float = 0  # that have a next token
+    The fields are sums over tokens, so that batches and processes can be added; the properties
+    are the means.
+
+    Attributes:
+        tokens: predicted tokens.
+        teacher_nll, student_nll: sums of negative log-likelihoods of the text, in nats.
+        kl_sum: sum of KL(teacher || student), in nats.
+        top1_matches: tokens for which both models have the same most likely next token.
+    """
+
+    tokens: float = 0
     teacher_nll: float = 0
     student_nll: float = 0
     kl_sum: float = 0
     top1_matches: float = 0
 
     def update(self, student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> None:
-        """Count one batch: logits `(batch, time, vocabulary)` of both for token ids `(batch, time)`."""
+        """Add a batch.
+
+        Args:
+            student_logits, teacher_logits: `(batch, time, vocabulary)`.
+            tokens: token ids `(batch, time)`.
+        """
         student_shifted, teacher_shifted, targets = (
             student_logits[:, :-1].float(),
             teacher_logits[:, :-1].float(),
@@ -51,53 +82,177 @@ class FidelityMetrics:
         self.top1_matches += float((student_shifted.argmax(-1) == teacher_shifted.argmax(-1)).sum())
 
     def all_reduce(self) -> FidelityMetrics:
-        """What this and those of all other processes that train together add up to; all have to ask."""
+        """Return the sum over all processes; every process must call it."""
         return FidelityMetrics(
             *all_reduce_sum(torch.tensor(astuple(self), dtype=torch.double)).tolist()
         )
 
     @property
     def teacher_perplexity(self) -> float:
-        """Perplexity of the text for the teacher."""
+        """Perplexity of the teacher on the text."""
         return _safe_exp(self.teacher_nll / self.tokens)
 
     @property
     def student_perplexity(self) -> float:
-        """Perplexity of the text for the student."""
+        """Perplexity of the student on the text."""
         return _safe_exp(self.student_nll / self.tokens)
 
     @property
     def ppl_ratio(self) -> float:
-        """Student's perplexity over the teacher's."""
+        """Perplexity of the student divided by that of the teacher."""
         return _safe_exp((self.student_nll - self.teacher_nll) / self.tokens)
 
     @property
     def kl(self) -> float:
-        """KL(teacher || student), nats per token."""
+        """KL(teacher || student), mean in nats per token."""
         return self.kl_sum / self.tokens
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens for which both find the same next token most likely."""
+        """Share of tokens for which both have the same most likely next token."""
         return self.top1_matches / self.tokens
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the means, and the number of tokens, by name."""
+        return {name: getattr(self, name) for name in METRIC_NAMES}
+
+    def __repr__(self) -> str:
+        if not self.tokens:
+            return "FidelityMetrics(tokens=0)"
+        return (
+            f"FidelityMetrics(ppl_ratio={self.ppl_ratio:.4f}, kl={self.kl:.4f}, "
+            f"top1_agreement={self.top1_agreement:.4f}, "
+            f"student_perplexity={self.student_perplexity:.3f}, "
+            f"teacher_perplexity={self.teacher_perplexity:.3f}, tokens={self.tokens:,.0f})"
+        )
+
+
+def evaluate(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    data: Tensor | Corpus | str | Path | Sequence[str | Path],
+    tokenizer: Any = None,
+    *,
+    seq_len: int = 256,
+    max_tokens: int = 65_536,
+    batch_size: int = 8,
+) -> FidelityMetrics:
+    """Compare a student with its teacher on test text.
+
+        metrics = dmt.evaluate(student, teacher, "speeches", tokenizer)
+        metrics.ppl_ratio, metrics.kl, metrics.top1_agreement
+
+    Both models are evaluated without dropout, and are left as they were.
+
+    Args:
+        student: the model to evaluate; any causal language model with the teacher's vocabulary.
+        teacher: the model to compare with, on the same device.
+        data: token ids `(windows, time)`; or text: a built-in corpus, a file, a folder or
+            `hub:<dataset>`, one or several, or a `Corpus`, of which the test split is read.
+        tokenizer: tokenizer of both models; needed for text.
+        seq_len: tokens in a window of text; windows do not overlap.
+        max_tokens: maximum number of tokens of each text.
+        batch_size: windows computed at once.
+
+    Returns:
+        The metrics over all windows.
+
+    Raises:
+        UserError: an argument is not accepted, or there is no text.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    devices = [next(model.parameters()).device for model in (student, teacher)]
+    if devices[0] != devices[1]:
+        raise UserError(
+            f"student and teacher must be on one device, got {devices[0]} and {devices[1]}; "
+            "move one of them with .to(device)"
+        )
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UserError(
+            "student and teacher must have the same vocabulary, got "
+            f"{student.config.vocab_size:,} and {teacher.config.vocab_size:,} tokens"
+        )
+    max_positions = min(
+        getattr(model.config, "max_position_embeddings", None) or seq_len
+        for model in (student, teacher)
+    )
+    if isinstance(data, Tensor):
+        windows_by_text = [data]
+        if data.dim() != 2 or not data.numel() or not 1 < data.shape[1] <= max_positions:
+            raise UserError(
+                "data must have token ids of shape (windows, time), with at least one window of 2 "
+                f"to {max_positions:,} tokens, got shape {tuple(data.shape)}"
+            )
+    else:
+        windows_by_text = _read_test_windows(
+            data, tokenizer, min(seq_len, max_positions), max_tokens
+        )
+    metrics = FidelityMetrics()
+    for windows in windows_by_text:
+        totals = measure_fidelity(student, teacher, windows, batch_size)
+        metrics = FidelityMetrics(
+            *(a + b for a, b in zip(astuple(metrics), astuple(totals), strict=True))
+        )
+    return metrics
+
+
+def _read_test_windows(
+    data: Corpus | str | Path | Sequence[str | Path], tokenizer: Any, seq_len: int, max_tokens: int
+) -> list[Tensor]:
+    """Return token ids `(windows, seq_len)` of the test text of each corpus."""
+    if tokenizer is None:
+        raise UserError("tokenizer is needed where data is text; dmt.load returns it with a model")
+    if seq_len < 2:
+        raise UserError(f"seq_len must be at least 2, got {seq_len}")
+    sources = [data] if isinstance(data, Corpus | str | Path) else list(data)
+    if not sources:
+        raise UserError("data is empty; name at least one corpus or file")
+    windows_by_text = []
+    for source in sources:
+        corpus = source if isinstance(source, Corpus) else load_corpus(str(source))
+        stream = token_stream(corpus.test, tokenizer)
+        if len(stream) < seq_len:
+            raise UserError(
+                f"data: the test text of {corpus.name} has {len(stream)} tokens, fewer than "
+                f"seq_len={seq_len}; give more text or a smaller seq_len"
+            )
+        windows = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
+        windows_by_text.append(select_first_windows(windows, max_tokens))
+    return windows_by_text
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
 def measure_fidelity(
     student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, batch_size: int = 8
 ) -> FidelityMetrics:
-    """Both models on token ids `(windows, time)`; each window on its own, so stride equals the window."""
-    was_training = student.training
-    student.eval()
+    """Measure both models on windows that do not share context.
+
+    Args:
+        student, teacher: the models; the teacher has to be in eval mode.
+        windows: token ids `(windows, time)`.
+        batch_size: windows computed at once.
+    """
     metrics, device = FidelityMetrics(), next(student.parameters()).device
-    for tokens in windows.split(batch_size):
-        tokens = tokens.to(device)
-        metrics.update(
-            forward_with_activations(student, tokens).logits,
-            forward_with_activations(teacher, tokens).logits,
-            tokens,
-        )
-    student.train(was_training)
+    with eval_mode(student), eval_mode(teacher):
+        for tokens in windows.split(batch_size):
+            tokens = tokens.to(device)
+            metrics.update(
+                forward_with_activations(student, tokens).logits,
+                forward_with_activations(teacher, tokens).logits,
+                tokens,
+            )
     return metrics
 
 
@@ -105,9 +260,7 @@ def measure_fidelity(
 def measure_recall(
     model: PreTrainedModel, tokenizer: Any, probes: list[Probe], batch_size: int = 128
 ) -> float:
-    """Share of probes whose whole answer is what greedy decoding would say."""
-    was_training = model.training
-    model.eval()
+    """Return the share of probes whose complete answer greedy decoding generates."""
     correct, device = 0, next(model.parameters()).device
     prefix = get_prefix_ids(tokenizer)
     prompts = [
@@ -115,32 +268,134 @@ def measure_recall(
     ]
     answers = [tokenizer(probe.answer, add_special_tokens=False)["input_ids"] for probe in probes]
     order = sorted(range(len(probes)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        sequences = [torch.tensor(prompts[i] + answers[i]) for i in indices]
-        # Padding stands on the right, where a causal model cannot see it.
-        tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
-        predicted = forward_with_activations(model, tokens).logits[:, :-1].argmax(-1)
-        matches = predicted == tokens[:, 1:]
-        for row, i in enumerate(indices):
-            end = len(prompts[i]) + len(answers[i]) - 1
-            correct += bool(matches[row, len(prompts[i]) - 1 : end].all())
-    model.train(was_training)
+    with eval_mode(model):
+        for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            sequences = [torch.tensor(prompts[i] + answers[i]) for i in indices]
+            # Padding is on the right, where a causal model does not see it.
+            tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
+            predicted = forward_with_activations(model, tokens).logits[:, :-1].argmax(-1)
+            matches = predicted == tokens[:, 1:]
+            for row, i in enumerate(indices):
+                end = len(prompts[i]) + len(answers[i]) - 1
+                correct += bool(matches[row, len(prompts[i]) - 1 : end].all())
     return correct / len(probes)
 
 
 @torch.no_grad()
 def generate_greedy(model: PreTrainedModel, prompts: Tensor, max_new_tokens: int) -> Tensor:
-    """Greedy continuations `(prompts, tokens)` of token ids `(prompts, time)`."""
-    was_training = model.training
-    model.eval()
+    """Return greedy continuations `(prompts, max_new_tokens)` of token ids `(prompts, time)`."""
     prompts = prompts.to(next(model.parameters()).device)
-    generated = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )  # type: ignore[operator]
-    model.train(was_training)
+    with eval_mode(model):
+        generated = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )  # type: ignore[operator]
     return generated[:, prompts.shape[1] :]
+
+
+def compute_slot_usage(read_counts: Tensor) -> dict[str, float]:
+    """Return how evenly slots are used.
+
+    Args:
+        read_counts: how often each slot was active, `(slots,)`.
+
+    Returns:
+        `used_fraction`: share of slots that were active at all; `dead`: number of the others;
+        `usage_entropy`: entropy of the counts as a share of its maximum.
+    """
+    read_counts = read_counts.cpu()
+    fractions = read_counts.double() / read_counts.sum().clamp(min=1)
+    entropy = (
+        -(fractions * fractions.clamp(min=1e-300).log()).sum()
+        / torch.tensor(float(max(2, len(read_counts)))).log()
+    )
+    dead = int((read_counts == 0).sum())
+    return {
+        "used_fraction": 1 - dead / len(read_counts),
+        "dead": float(dead),
+        "usage_entropy": float(entropy),
+    }
+
+
+def collect_slot_usage(student: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Return the usage of each layer's slots since counting began, and stop counting."""
+    usage_by_layer = {}
+    for layer, memory in get_featural_memories(student).items():
+        assert memory.read_counts is not None, "count_reads was called before the text was read"
+        usage_by_layer[str(layer)] = compute_slot_usage(memory.read_counts) | {
+            "num_slots": memory.num_slots,
+            "k": memory.k,
+            "active_per_token": float(memory.read_counts.sum()) / memory.counted_tokens,
+        }
+        memory.read_counts = None
+    return usage_by_layer
+
+
+@torch.no_grad()
+def measure_search_recall(student: PreTrainedModel, windows: Tensor) -> dict[str, float]:
+    """Return for each layer the share of an exact search's slots that an approximate one finds.
+
+    Tokens are searched one at a time, as in generation. Windows are scored exactly where that is
+    faster, so metrics on windows do not show what the search misses.
+
+    Args:
+        student: the model; layers with an exact search are left out.
+        windows: token ids `(windows, time)`.
+    """
+    approximate = {
+        layer: memory
+        for layer, memory in get_featural_memories(student).items()
+        if memory.search != "exact"
+    }
+    if not approximate:
+        return {}
+    outputs = forward_with_activations(student, windows, capture_blocks=True)
+    return {
+        str(layer): memory.measure_recall(outputs.block_inputs[layer].flatten(0, -2))
+        for layer, memory in approximate.items()
+    }
+
+
+def collect_row_stats(student: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """Return the stored rows of each layer and their use since statistics began; stop these."""
+    stats_by_layer = {}
+    for layer, memory in get_associative_memories(student).items():
+        assert memory.retrieval_stats is not None, "statistics began before the text was read"
+        width = memory.rows.keys.shape[1] + memory.rows.values.shape[1]
+        stats_by_layer[str(layer)] = {
+            "num_rows": len(memory.rows),
+            "null_weight": memory.retrieval_stats.mean_null_weight,
+            "bytes": 4 * width * len(memory.rows),
+        }
+        memory.retrieval_stats = None
+    return stats_by_layer
+
+
+def measure_sizes(
+    teacher: PreTrainedModel, student: PreTrainedModel, student_dir: Path
+) -> dict[str, int]:
+    """Return bytes of weights: in memory, of the saved student on disk, and of what stays there.
+
+    Args:
+        teacher, student: the models.
+        student_dir: folder of the saved student.
+    """
+    models = {"teacher": teacher, "student": student}
+    sizes = {
+        name: sum(p.numel() * p.element_size() for p in model.parameters())
+        for name, model in models.items()
+    }
+    external = [
+        memory
+        for memory in get_featural_memories(student).values()
+        if memory.mmap_tensors is not None
+    ]
+    sizes["student"] += sum(memory.external_sizes()["ram"] for memory in external)
+    file_names = ["model.safetensors", *([SLOTS_FILE] if external else [])]
+    sizes["student_on_disk"] = sum((student_dir / name).stat().st_size for name in file_names)
+    offloaded = measure_bytes(student)["disk"]
+    return sizes | ({"student_offloaded": offloaded} if offloaded else {})

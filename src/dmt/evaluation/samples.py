@@ -5,7 +5,7 @@ How teacher and student go on from the same prompts, with what the one says and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -25,18 +25,18 @@ PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
 SAMPLES_PER_CORPUS = 2
 
-TextSpan = tuple[str, bool]
-"""Some text, and whether the other model says something else in its place."""
+TextSpan = tuple[str, bool]  # some text, and whether only this model generates it here
 
 
 @dataclass(frozen=True)
 class SamplePair:
-    """One prompt and both greedy continuations.
+    """A prompt and the greedy continuations of teacher and student.
 
     Attributes:
-        teacher, student: what each says, in pieces that put together are its text.
-        differing: tokens of the student's that the teacher does not say there.
-        tokens: that each says.
+        prompt: the prompt.
+        teacher, student: the continuations as spans; joined they are the text.
+        differing: number of the student's tokens that the teacher does not generate there.
+        tokens: number of generated tokens.
     """
 
     prompt: str
@@ -49,7 +49,13 @@ class SamplePair:
 def paired_samples(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, windows: Tensor
 ) -> list[SamplePair]:
-    """Both models from the beginnings of some of the `windows` `(windows, time)` of token ids."""
+    """Continue the first tokens of some windows with both models.
+
+    Args:
+        student, teacher: the models.
+        tokenizer: the tokenizer of both.
+        windows: token ids `(windows, time)`.
+    """
     prompt_tokens = min(PROMPT_TOKENS, windows.shape[1] // 2)
     prompts = windows[:: max(1, len(windows) // SAMPLES_PER_CORPUS), :prompt_tokens][
         :SAMPLES_PER_CORPUS
@@ -79,7 +85,10 @@ def paired_samples(
 
 
 def diff_tokens(teacher: list[int], student: list[int]) -> tuple[list[bool], list[bool]]:
-    """Of each token, whether it is the one side's alone: what both say in the same order is matched, even if shifted."""
+    """Return for each token of both sequences whether it is missing from the other.
+
+    Tokens that both have in the same order match, even if shifted.
+    """
     unmatched = [True] * len(teacher), [True] * len(student)
     for match in SequenceMatcher(None, teacher, student, autojunk=False).get_matching_blocks():
         unmatched[0][match.a : match.a + match.size] = [False] * match.size
@@ -87,8 +96,8 @@ def diff_tokens(teacher: list[int], student: list[int]) -> tuple[list[bool], lis
     return unmatched
 
 
-def format_samples_table(samples: list[SamplePair]) -> str:
-    """A Markdown table of prompts and both continuations."""
+def format_samples_table(samples: Sequence[SamplePair]) -> str:
+    """Return a Markdown table of prompts and both continuations."""
     rows = ["| prompt | teacher | student |", "|---|---|---|"]
     for sample in samples:
         texts = (
@@ -104,7 +113,10 @@ def format_samples_table(samples: list[SamplePair]) -> str:
 
 
 def _split_spans(tokenizer: Any, ids: list[int], differs: list[bool]) -> list[TextSpan]:
-    """The text of `ids`, cut where marks change: cut by length, as some tokenizers decode parts unlike the whole."""
+    """Return the text of `ids`, split where `differs` changes.
+
+    The complete text is split by length, as some tokenizers decode a part differently alone.
+    """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     spans: list[TextSpan] = []
     start = 0

@@ -1,1 +1,1 @@
-"""Pages that a run leaves for people: HTML in one file, from what lies in the run's folder and nothing else."""
+"""Reports of runs: tables, HTML pages, comparisons."""

@@ -1,127 +1,50 @@
-"""Runs side by side: what each came to, which settings differ, and their curves in the same plots.
+"""Runs side by side: results grouped over seeds, the settings that differ, and their curves.
 
-The curves of a run from its `metrics.csv` and from what was put aside when it was resumed.
-
-Curves of one run or of several in the same plots, whatever its task was.
+comparison = dmt.compare(["version_0", "version_1", "version_2"], by="memory.k")
+print(comparison.to_markdown())
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from dmt.report.html import HtmlRow, HtmlTable, Page
+from dmt.config import Config
+from dmt.errors import UserError, format_value
+from dmt.paths import find_run
+from dmt.report.curves import (
+    Curve,
+    choose_layer_ticks,
+    get_layer_errors,
+    overlay_curves,
+    read_curves,
+)
+from dmt.report.html import Page
+from dmt.report.results import Result, collect_metrics, collect_results, format_number, has_results
 from dmt.report.svg import Plot, Series, draw_plot
+from dmt.report.tables import Row, Table
+from dmt.training.run_dir import read_record
 
-Curve = tuple[list[int], list[float]]
-"""Steps, ascending, and what was logged at each."""
-MAX_POINTS = 240
-"""Points of a curve that are kept: as many as a plot of this size can show."""
-
-
-def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """Every curve of a run by its name, thinned to `POINTS`; none where nothing was logged.
-
-    What a resumed run wrote counts more than what was written before it stopped. Values that are no finite numbers, and
-    a line that was cut off, are left out.
-    """
-    values_by_name: dict[str, dict[int, float]] = {}
-    for path in [*sorted(run_dir.glob("metrics.before-*.csv")), run_dir / "metrics.csv"]:
-        try:
-            _read_metrics_file(path, values_by_name)
-        except (
-            OSError,
-            csv.Error,
-        ):  # as far as it goes: a run's results do not depend on its curves
-            continue
-    return {name: _thin_points(sorted(points.items())) for name, points in values_by_name.items()}
-
-
-def _read_metrics_file(path: Path, values_by_name: dict[str, dict[int, float]]) -> None:
-    with path.open(encoding="utf-8", errors="replace", newline="") as csv_file:
-        for record in csv.DictReader(csv_line.replace("\0", "") for csv_line in csv_file):
-            step = _parse_finite(record.get("step"))
-            if step is None:
-                continue
-            for name, text in record.items():
-                if (
-                    name not in (None, "step", "epoch")
-                    and (value := _parse_finite(text)) is not None
-                ):
-                    values_by_name.setdefault(name, {})[int(step)] = value
-
-
-def _parse_finite(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _thin_points(points: list[tuple[int, float]]) -> Curve:
-    """Every so-manieth point, the last always: it is what the run came to."""
-    stride = -(-len(points) // MAX_POINTS)
-    thinned = points[::-1][::stride][::-1]
-    return [step for step, _ in thinned], [value for _, value in thinned]
-
-
-CURVE_PLOTS = {
-    "layerwise/loss": ("First stage: layer by layer", "loss", "y"),
-    "end_to_end/loss": ("Second stage: end to end", "loss", "y"),
-    "consolidate/loss": ("What is learnt of the context", "loss", "y"),
-    "consolidate/unrelated": ("What other text notices of it", "KL, nats per token", "y"),
-    "consolidated/share": ("Share of the context's benefit that is kept", "share", ""),
-    "loss": ("Training loss", "nats per token", "y"),
-    "*/kl": ("Distance from the teacher, {}", "KL, nats per token", "y"),
-    "*/perplexity": ("Perplexity on validation text, {}", "perplexity", "y"),
-}
-"""Curves that are worth a plot, by name or pattern: its title, what stands beside it, and which axes are logarithmic."""
-MAX_TIPS = 60
-"""Points up to which each says what it is."""
-
-
-def overlay_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Plot]:
-    """A plot for each known curve that any run has; `runs` gives a run's curves by its name, `""` where there is but one."""
-    plots = []
-    for pattern, (title, y_label, log_axes) in CURVE_PLOTS.items():
-        names = dict.fromkeys(
-            name for curves in runs.values() for name in curves if fnmatchcase(name, pattern)
-        )
-        for name in (
-            name
-            for name in names
-            if not (pattern == "*/kl" and name.startswith(("end_to_end/", "consolidate/")))
-        ):
-            series = []
-            for index, (run_name, curves) in enumerate(runs.items()):
-                if name not in curves:
-                    continue
-                x, y = curves[name]
-                tips = (
-                    [
-                        f"{run_name} step {step}: {value:.4f}".strip()
-                        for step, value in zip(x, y, strict=True)
-                    ]
-                    if len(x) <= MAX_TIPS
-                    else ()
-                )
-                series.append(Series(run_name, x, y, tips, index, index))
-            plots.append(
-                draw_plot(
-                    title.format(name.partition("/")[0]), "step", y_label, series, log_axes=log_axes
-                )
-            )
-    return plots
-
-
-IGNORED_SETTINGS = ("trainer.log_dir", "trainer.progress_bar", "pretrain.output")
-"""Settings that say where a run is and how it is watched, not what it does."""
+# Settings that say where a run is stored and how it is watched, not what it does.
+IGNORED_SETTINGS = frozenset(
+    {
+        "trainer.log_dir",
+        "trainer.run_name",
+        "trainer.progress_bar",
+        "trainer.loggers",
+        "pretrain.output",
+    }
+)
+SEED = "seed"
+# Settings that change on what text a run is measured.
+TEST_SETTINGS = ("data.corpora", "data.test_tokens", "data.seq_len")
+NOT_COMPARABLE = "†"
+PERPLEXITY_TOLERANCE = 1e-3  # relative; more means that the teacher read other text
 
 
 @dataclass(frozen=True)
@@ -129,11 +52,11 @@ class ComparedRun:
     """One of several runs.
 
     Attributes:
-        name: by which it is told from the others.
-        folder: where it is.
-        record: what `run.json` says.
-        settings: all of them, by dotted name.
-        curves: those in its `metrics.csv`.
+        name: a name that no other of the runs has.
+        run_dir: its folder.
+        record: contents of its `run.json`.
+        settings: all settings by dotted name.
+        curves: the curves in its `metrics.csv`.
     """
 
     name: str
@@ -142,58 +65,353 @@ class ComparedRun:
     settings: Mapping[str, Any]
     curves: Mapping[str, Curve]
 
-
-def has_results(record: Mapping[str, Any]) -> bool:
-    """Whether a run came to its end."""
-    return any(record.get(name) for name in ("fidelity", "unrelated", "night"))
-
-
-def collect_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """What a run came to, by name; of whatever task, what was not measured is not there."""
-    metrics: dict[str, float] = {}
-    for corpus, entry in record.get("fidelity", {}).items():
-        titles = {
-            "ppl_ratio": "perplexity ratio",
-            "kl": "KL, nats/token",
-            "top1_agreement": "same top-1 token",
-            "perplexity": "perplexity",
+    @cached_property
+    def results(self) -> dict[str, Result]:
+        """What the run measured, by key."""
+        return {
+            result.key: result
+            for result in collect_results(self.record)
+            if result.only_in != "run" and isinstance(result.value, int | float)
         }
-        metrics |= {
-            f"{corpus}: {title}": entry[name] for name, title in titles.items() if name in entry
-        }
-        for name, title in (("recall", "facts recalled"), ("recall_unseen", "in unseen phrasings")):
-            if recall := entry.get(name):
-                metrics[f"{corpus}: {title}"] = recall.get("student", recall["teacher"])
-    if slot_usage := list(record.get("slots", {}).values()):
-        num_read, num_slots, num_dead = (
-            sum(layer_usage[name] for layer_usage in slot_usage)
-            for name in ("read", "slots", "dead")
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The numbers that the run measured, by key."""
+        return collect_metrics(self.record)
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ only by their seed, or that agree in the settings of `by`.
+
+    Attributes:
+        name: name of the only run, or the settings that tell the group from the others.
+        runs: the runs.
+        is_comparable: whether they are measured on the same text as the first group.
+    """
+
+    name: str
+    runs: tuple[ComparedRun, ...]
+    is_comparable: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name, with the number of runs and a mark where results are not comparable."""
+        seeds = f" ({len(self.runs)} runs)" if len(self.runs) > 1 else ""
+        return f"{self.name}{seeds}{'' if self.is_comparable else f' {NOT_COMPARABLE}'}"
+
+    def values(self, key: str) -> list[float]:
+        """Return the values of a metric in the runs that have it."""
+        return [run.metrics[key] for run in self.runs if key in run.metrics]
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a metric over the runs; None if none has it."""
+        values = self.values(key)
+        return mean(values) if values else None
+
+    def std(self, key: str) -> float | None:
+        """Return the sample standard deviation of a metric; None with fewer than two runs."""
+        values = self.values(key)
+        return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs compared; what `dmt.compare` returns.
+
+    Attributes:
+        runs: the runs, in the given order.
+        groups: the runs in groups, over which means and standard deviations are taken.
+        config_diff: settings that differ between runs, by dotted name, with the value in each run;
+            the commit among them where it differs.
+        warnings: why results are not comparable, one sentence each.
+    """
+
+    runs: tuple[ComparedRun, ...]
+    groups: tuple[RunGroup, ...]
+    config_diff: Mapping[str, Sequence[Any]]
+    warnings: Sequence[str] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, Result]:
+        """The metrics that any run has, by key, with an example of each."""
+        examples: dict[str, Result] = {}
+        for run in self.runs:
+            examples |= {key: value for key, value in run.results.items() if key not in examples}
+        return examples
+
+    def results_table(self, metrics: Sequence[str] | None = None) -> Table:
+        """Return a table with a row for each group and a column for each metric.
+
+        Args:
+            metrics: keys of the metrics; None means all.
+
+        Raises:
+            UserError: no run has such a metric.
+        """
+        examples = self.metrics
+        keys = list(examples) if metrics is None else list(metrics)
+        for key in keys:
+            if key not in examples:
+                raise UserError(f"metrics: no run has {key}; accepted are {', '.join(examples)}")
+        best = {key: self._best_groups(examples[key]) for key in keys}
+        rows = [
+            Row(
+                group.label,
+                tuple(_format_cell(group, examples[key]) for key in keys),
+                values=tuple(group.mean(key) for key in keys),
+                best=frozenset(column for column, key in enumerate(keys) if index in best[key]),
+            )
+            for index, group in enumerate(self.groups)
+        ]
+        caption = " ".join(
+            [
+                *(
+                    ["Mean ± sample standard deviation over runs."]
+                    if any(len(group.runs) > 1 for group in self.groups)
+                    else []
+                ),
+                *self.warnings,
+            ]
         )
-        metrics |= {"slots": num_slots, "slots read per token": num_read, "dead slots": num_dead}
-    if rows_by_layer := record.get("rows"):
-        metrics["stored rows"] = sum(layer_rows["rows"] for layer_rows in rows_by_layer.values())
-    for kind, entry in record.get("kinds", {}).items():
-        metrics |= {f"{kind}: share kept": entry["share"]} if entry["share"] is not None else {}
-        metrics[f"{kind}: answered rightly"] = entry["recall_consolidated"]
-    metrics |= {
-        f"{corpus}: KL of unrelated text": entry["kl"]
-        for corpus, entry in record.get("unrelated", {}).items()
-    }
-    if sleep_metrics := record.get("night"):
-        metrics |= {
-            f"night: {name}": value
-            for name, value in sleep_metrics.items()
-            if isinstance(value, int | float)
+        return Table("", tuple(examples[key].name for key in keys), rows, caption, "run")
+
+    def paper_table(self, metrics: Sequence[str] | None = None) -> Table:
+        """Return `results_table` with the metrics for a paper: without times and slot counts."""
+        keys = metrics
+        if keys is None:
+            keys = [
+                key
+                for key in self.metrics
+                if not key.startswith(("seconds/", "num_slots", "slot_transfer/seconds"))
+            ]
+        return self.results_table(keys)
+
+    def settings_table(self) -> Table:
+        """Return a table with a row for each setting that differs and a column for each run."""
+        rows = [
+            Row(name, tuple(map(format_value, values)), values=tuple(values), is_different=True)
+            for name, values in self.config_diff.items()
+        ]
+        return Table(
+            "Settings that differ",
+            tuple(run.name for run in self.runs),
+            rows,
+            "" if rows else "None: the runs have the same settings.",
+            "setting",
+        )
+
+    def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
+        """Return the results as a Markdown table, the best value of each column in bold."""
+        return self.paper_table(metrics).to_markdown()
+
+    def to_latex(self, metrics: Sequence[str] | None = None) -> str:
+        """Return the results as a LaTeX table (booktabs), the best of each column in bold."""
+        return self.paper_table(metrics).to_latex()
+
+    def to_csv(self) -> str:
+        """Return a line for each run: group, name, settings that differ, unrounded metrics."""
+        group_names = {run.name: group.name for group in self.groups for run in group.runs}
+        settings, metrics = list(self.config_diff), list(self.metrics)
+        rows = [
+            Row(
+                run.name,
+                (),
+                values=(
+                    group_names[run.name],
+                    *(format_value(self.config_diff[name][index]) for name in settings),
+                    *(run.metrics.get(key) for key in metrics),
+                ),
+            )
+            for index, run in enumerate(self.runs)
+        ]
+        return Table("", ("group", *settings, *metrics), rows, label_column="run").to_csv()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return runs and groups as dictionaries and lists that JSON can hold."""
+        runs = [
+            {
+                "name": run.name,
+                "run_dir": run.run_dir,
+                "metrics": run.metrics,
+                "config_diff": {name: values[index] for name, values in self.config_diff.items()},
+            }
+            for index, run in enumerate(self.runs)
+        ]
+        groups = [
+            {
+                "name": group.name,
+                "runs": [run.name for run in group.runs],
+                "is_comparable": group.is_comparable,
+                "metrics": {
+                    key: {"mean": group.mean(key), "std": group.std(key)}
+                    for key in self.metrics
+                    if group.values(key)
+                },
+            }
+            for group in self.groups
+        ]
+        return {"runs": runs, "groups": groups, "warnings": list(self.warnings)}
+
+    def to_page(self) -> Page:
+        """Return the HTML page: tables, and the curves of all runs in the same plots."""
+        varied = ", ".join(name for name in self.config_diff if name not in (SEED, "commit"))
+        title = f"Comparison by {varied}" if varied else "Runs with the same settings"
+        steps = sorted({_count_steps(run.settings) for run in self.runs})
+        teachers = dict.fromkeys(str(run.settings.get("teacher")) for run in self.runs)
+        summary = (
+            f"{len(self.runs)} runs: {', '.join(run.name for run in self.runs)}. Teacher "
+            f"{', '.join(teachers)}; {' or '.join(f'{count:,}' for count in steps)} steps."
+        )
+        page = Page(title, summary, "comparison", notes=list(self.warnings))
+        results = self.results_table()
+        page.tables = [
+            Table("Results", *_transposed_fields(results)),
+            self.settings_table(),
+        ]
+        page.plots = [
+            *overlay_curves({run.name: run.curves for run in self.runs}),
+            *plot_final_layer_errors(self.runs),
+        ]
+        page.locations = [(run.name, run.run_dir) for run in self.runs]
+        page.provenance = f"by dmt compare {' '.join(run.run_dir for run in self.runs)}"
+        return page
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({len(self.runs)} runs in {len(self.groups)} groups)\n"
+            f"{self.results_table().transpose().to_text()}"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return str(self.results_table().transpose().to_html())
+
+    def _best_groups(self, result: Result) -> set[int]:
+        """Return which groups have the best mean; none where there is nothing to choose."""
+        means = {
+            index: value
+            for index, group in enumerate(self.groups)
+            if group.is_comparable and (value := group.mean(result.key)) is not None
         }
-    if sizes := record.get("bytes"):
-        metrics["student in memory, MB"] = sizes["student"] / 1e6
-    if seconds := record.get("seconds"):
-        metrics |= {f"seconds to {phase}": value for phase, value in seconds.items()}
-    return metrics
+        if not result.goal or len(set(means.values())) < 2:
+            return set()
+        best = (min if result.goal == "min" else max)(means.values())
+        return {index for index, value in means.items() if value == best}
+
+
+def compare(runs: Sequence[str | Path], by: str | Sequence[str] | None = None) -> Comparison:
+    """Compare finished runs.
+
+    Runs that differ only by their seed form a group, over which mean and standard deviation are
+    taken. Groups that are measured on other test text than the first are marked with `†`.
+
+    Args:
+        runs: folders of runs, or names or numbers of runs in `lightning_logs`; two or more.
+        by: settings by which runs are grouped instead, such as `memory.k`; whatever else differs
+            counts as repetition.
+
+    Raises:
+        UserError: there are fewer than two runs, one has no results, two are the same, or `by`
+            names no setting.
+    """
+    loaded = _load_runs([str(run) for run in runs])
+    keys = [by] if isinstance(by, str) else list(by or ())
+    for key in keys:
+        if not any(key in run.settings for run in loaded):
+            raise UserError(f"by={key} is not a setting; dmt config --list shows all settings")
+    return _group_runs(loaded, keys)
+
+
+def _group_runs(runs: Sequence[ComparedRun], by: Sequence[str]) -> Comparison:
+    config_diff = find_differing_settings(runs)
+    keys = list(by) or [name for name in config_diff if name not in (SEED, "commit")]
+    members: dict[tuple[str, ...], list[ComparedRun]] = {}
+    for run in runs:
+        setting_texts = tuple(format_value(run.settings.get(key)) for key in keys)
+        members.setdefault(setting_texts, []).append(run)
+    reference = runs[0]
+    groups, warnings = [], []
+    for setting_texts, group_runs in members.items():
+        if len(group_runs) == 1 and not by:
+            name = group_runs[0].name
+        else:
+            name = (
+                ", ".join(f"{key}={text}" for key, text in zip(keys, setting_texts, strict=True))
+                or "all runs"
+            )
+        problem = next(filter(None, (_explain_mismatch(reference, run) for run in group_runs)), "")
+        if problem:
+            warnings.append(f"{NOT_COMPARABLE} {name} is not comparable with the first: {problem}.")
+        groups.append(RunGroup(name, tuple(group_runs), not problem))
+    warnings += _find_test_differences(runs)
+    return Comparison(tuple(runs), tuple(groups), config_diff, warnings)
+
+
+def _explain_mismatch(reference: ComparedRun, run: ComparedRun) -> str:
+    """Return why results of the two are not comparable; empty if they are."""
+    differing = [
+        f"{name} {format_value(run.settings.get(name))} instead of "
+        f"{format_value(reference.settings.get(name))}"
+        for name in TEST_SETTINGS
+        if run.settings.get(name) != reference.settings.get(name)
+    ]
+    if differing:
+        return "measured on other test text (" + "; ".join(differing) + ")"
+    return ""
+
+
+def _find_test_differences(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return notes on teachers and test text that differ although the settings agree."""
+    teachers = {format_value(run.settings.get("teacher")) for run in runs}
+    if len(teachers) > 1:
+        return ["KL, agreement and ratio are relative to the teacher of each run; teachers differ."]
+    perplexities: dict[tuple[Any, ...], list[float]] = {}
+    for run in runs:
+        test_settings = tuple(format_value(run.settings.get(name)) for name in TEST_SETTINGS)
+        for corpus, scores in run.record.get("fidelity", {}).items():
+            if "teacher_perplexity" in scores:
+                key = (corpus, *test_settings)
+                perplexities.setdefault(key, []).append(scores["teacher_perplexity"])
+    differing = dict.fromkeys(
+        key[0]
+        for key, values in perplexities.items()
+        if max(values) - min(values) > PERPLEXITY_TOLERANCE * min(values)
+    )
+    return [
+        f"The test text of {corpus} differs between runs, as the teacher's perplexity shows: "
+        "files are split by the seed."
+        for corpus in differing
+    ]
+
+
+def _format_cell(group: RunGroup, result: Result) -> str:
+    value, deviation = group.mean(result.key), group.std(result.key)
+    if value is None:
+        return "-"
+    spec = result.spec
+    if deviation is not None and spec == ",.0f" and value < 100:
+        spec = ",.1f"
+    text = format_number(value, spec)
+    return text if deviation is None else f"{text} ± {format_number(deviation, spec)}"
+
+
+def _transposed_fields(table: Table) -> tuple[tuple[str, ...], Sequence[Row], str]:
+    transposed = table.transpose()
+    return transposed.columns, transposed.rows, transposed.caption
+
+
+def _count_steps(settings: Mapping[str, Any]) -> int:
+    return sum(
+        int(settings.get(f"stages.{name}") or 0) for name in ("layerwise_steps", "end_to_end_steps")
+    )
 
 
 def find_differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs, by dotted name, with the value of each; and the commit where it differs."""
+    """Return the settings that are not the same in all runs, with the value in each run.
+
+    `commit` is among them where it differs. Names of files and of the run are not.
+    """
     names = dict.fromkeys(
         name for run in runs for name in run.settings if name not in IGNORED_SETTINGS
     )
@@ -206,127 +424,87 @@ def find_differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]
     }
 
 
-def format_number(value: float | None) -> str:
-    """As it stands in a table."""
-    if value is None:
-        return "-"
-    if value == round(value) and abs(value) != 1:  # a ratio of one is no count
-        return f"{value:,.0f}"
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def build_comparison_page(
-    runs: Sequence[ComparedRun], setting_texts: Mapping[str, list[str]]
-) -> Page:
-    """The page of several runs; `shown` has the differing settings as words."""
-    names = tuple(run.name for run in runs)
-    rows = [
-        HtmlRow(
-            name,
-            "",
-            tuple(format_number(metrics.get(name)) for metrics in map(_get_run_metrics, runs)),
-        )
-        for name in dict.fromkeys(name for run in runs for name in _get_run_metrics(run))
-    ]
-    settings = [
-        HtmlRow(name, "", tuple(values), is_different=True)
-        for name, values in setting_texts.items()
-    ]
-    summary = f"{len(runs)} runs side by side: what each came to, which settings differ, and their curves in the same plots."
-    page = Page(" · ".join(names), summary, "comparison")
-    page.tables = [HtmlTable("What each came to", names, rows)]
-    page.tables.append(
-        HtmlTable(
-            "Settings that differ",
-            names,
-            settings,
-            "" if settings else "None: it is the same run over again.",
-        )
-    )
-    page.plots = [
-        *overlay_curves({run.name: run.curves for run in runs}),
-        *plot_budgets(runs),
-        *plot_final_layer_errors(runs),
-    ]
-    page.locations = [(run.name, run.run_dir) for run in runs]
-    page.provenance = f"by dmt compare {' '.join(run.run_dir for run in runs)}"
-    return page
-
-
-def _get_run_metrics(run: ComparedRun) -> dict[str, float]:
-    return collect_metrics(run.record)
-
-
-def plot_budgets(runs: Sequence[ComparedRun]) -> list[Plot]:
-    """KL against slots read, a plot for each corpus."""
-    points_by_run = [
-        (index, run, (run.record.get("budgets") or {}).get("points", []))
-        for index, run in enumerate(runs)
-    ]
-    corpora = dict.fromkeys(
-        corpus for _, _, points in points_by_run for point in points for corpus in point["corpora"]
-    )
-    plots = []
-    for corpus in corpora:
-        series = []
-        for index, run, points in points_by_run:
-            corpus_points = [
-                (entry["read"], entry["corpora"][corpus]["kl"], entry["factor"])
-                for entry in points
-                if corpus in entry["corpora"]
-            ]
-            tips = [
-                f"{run.name}: {factor:g} × k, {num_read:.1f} slots read, KL {kl:.4f}"
-                for num_read, kl, factor in corpus_points
-            ]
-            series += (
-                [
-                    Series(
-                        run.name,
-                        [x for x, _, _ in corpus_points],
-                        [kl for _, kl, _ in corpus_points],
-                        tips,
-                        index,
-                        index,
-                    )
-                ]
-                if corpus_points
-                else []
-            )
-        caption = "Each finished student, read with other budgets than it was trained for."
-        x_label = "slots read per token and layer"
-        plots.append(
-            draw_plot(
-                f"What reading more, or less, would give, {corpus}",
-                x_label,
-                "KL, nats per token",
-                series,
-                caption,
-                log_axes="xy",
-            )
-        )
-    return plots
-
-
 def plot_final_layer_errors(runs: Sequence[ComparedRun]) -> list[Plot]:
-    """The last measured error of each layer."""
-    series = []
+    """Return a plot of the last measured error of each layer; none if no run has measured it."""
+    series: list[Series] = []
+    all_layers: set[int] = set()
     for index, run in enumerate(runs):
-        curve_by_layer = {
-            int(name.rpartition("_")[2]): curve
-            for name, curve in run.curves.items()
-            if name.startswith("block_error/layer_")
-        }
-        if curve_by_layer:
-            layers = sorted(curve_by_layer)
-            final_errors = [curve_by_layer[layer][1][-1] for layer in layers]
+        errors_by_layer = get_layer_errors(run.curves)
+        if errors_by_layer:
+            layers = list(errors_by_layer)
+            all_layers.update(layers)
+            final_errors = [errors_by_layer[layer][1][-1] for layer in layers]
             tips = [
                 f"{run.name}, layer {layer}: {error:.4f}"
                 for layer, error in zip(layers, final_errors, strict=True)
             ]
             series.append(Series(run.name, layers, final_errors, tips, index, index))
-    return (
-        [draw_plot("Error of each layer at the end", "layer", "share of variance", series)]
-        if series
-        else []
+    if not series:
+        return []
+    ticks = choose_layer_ticks(sorted(all_layers))
+    title = "Error of each layer after training"
+    return [draw_plot(title, "layer", "fraction of variance unexplained", series, ticks=ticks)]
+
+
+def _load_runs(names: Sequence[str]) -> list[ComparedRun]:
+    if len(names) < 2:
+        raise UserError(
+            f"compare takes two runs or more, got {len(names)}; for example: "
+            "dmt compare version_0 version_1"
+        )
+    folders = [find_run(name) for name in names]
+    names_by_folder: dict[Path, str] = {}
+    for name, folder in zip(names, folders, strict=True):
+        if (resolved := folder.resolve()) in names_by_folder:
+            raise UserError(
+                f"{name} and {names_by_folder[resolved]} are the same run, {folder}; "
+                "name different runs"
+            )
+        names_by_folder[resolved] = name
+    is_ambiguous = len({folder.name for folder in folders}) < len(folders)
+    return [_load_run(folder, str(folder) if is_ambiguous else folder.name) for folder in folders]
+
+
+def _load_run(folder: Path, name: str) -> ComparedRun:
+    record = read_record(folder)
+    if not isinstance(record, dict) or not has_results(record):
+        raise UserError(f"{folder} has no results yet; resume it: dmt distill --resume {folder}")
+    try:
+        collect_results(record)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(
+            f"{folder / 'run.json'} does not have the fields of this version of dmt; repeat the "
+            f"run: dmt distill {folder}/config.yaml"
+        ) from None
+    return ComparedRun(
+        name, str(folder), record, _load_settings(folder / "config.yaml"), read_curves(folder)
     )
+
+
+def _load_settings(path: Path) -> dict[str, Any]:
+    """Return every setting by dotted name; defaults for those that the file does not have."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    raw_settings: Any = {}
+    try:
+        if path.is_file():
+            raw_settings = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        raise UserError(
+            f"{path} is not valid YAML; the run wrote it at its start, restore it"
+        ) from None
+    settings = flatten(asdict(Config()))
+    return settings | (flatten(raw_settings) if isinstance(raw_settings, dict) else {})
+
+
+def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

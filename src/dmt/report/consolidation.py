@@ -1,7 +1,4 @@
-"""The page of a consolidation: what is answered without the context, with it and after, from its record and its curves.
-
-What a consolidation says about itself: the plan, the table with context, without and consolidated, `report.md`.
-"""
+"""The report of a consolidation: the plan, the results table, `report.md` and `report.html`."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from rich.table import Table as RichTable
 from transformers import PreTrainedModel
 
 from dmt import files
@@ -21,34 +17,40 @@ from dmt.config import Config
 from dmt.consolidation.context import Context
 from dmt.evaluation.questions import Question
 from dmt.models.forward import encode_text, forward_with_prefix
-from dmt.report.compare import overlay_curves
-from dmt.report.distillation import (
-    flatten_settings,
-    format_percent,
-    format_provenance,
-    list_run_locations,
-)
-from dmt.report.html import Card, HtmlRow, HtmlTable, Page, write_report_safely
+from dmt.report.curves import overlay_curves
+from dmt.report.distillation import format_percent, format_provenance, list_run_locations
+from dmt.report.hparams import SETTING_GROUPS, log_hparams
+from dmt.report.html import Card, Page, write_report_safely
+from dmt.report.results import build_results_table, collect_results
+from dmt.report.tables import Row, Table
 from dmt.training.run_dir import read_record
 
-NUM_TIMED_QUESTIONS = 12
-"""Questions by which seconds are measured, one at a time."""
+NUM_TIMED_QUESTIONS = 12  # questions that are timed, one at a time
+CONDITIONS = ("without_context", "with_context", "consolidated")
+COLUMNS = ("without context", "with context", "consolidated")
+TABLE_CAPTION = (
+    "Log-probability of the correct answer, and share of answers that greedy decoding generates. "
+    "Benefit: how much of the context's effect on the log-probability is retained without it."
+)
 
 console = Console()
 
 
 def needs_training(config: Config) -> bool:
-    """Whether there are gradient steps: not where rows are written in one pass."""
+    """Return whether there are gradient steps: not if rows are written in one pass."""
     return config.context.target != "memory" or config.context.row_method == "trained"
 
 
 def describe_target(config: Config) -> str:
-    """Where the context goes, in words."""
+    """Return what the context is stored in, for people."""
     settings = config.context
+    row_method = (
+        "training" if settings.row_method == "trained" else f"{settings.row_method}, one pass"
+    )
+    rank = f", rank {settings.lora_rank}" if settings.trainable == "lora" else ""
     return {
-        "memory": f"memory: rows, by {'training' if settings.row_method == 'trained' else f'the {settings.row_method} in one pass'}",
-        "weights": f"weights: {settings.trainable}"
-        + (f", rank {settings.lora_rank}" if settings.trainable == "lora" else ""),
+        "memory": f"memory: rows, by {row_method}",
+        "weights": f"weights: {settings.trainable}{rank}",
         "prompt": f"prompt: {settings.prompt_length} embeddings before every text",
     }[settings.target]
 
@@ -61,26 +63,31 @@ def print_plan(
     steps: int,
     num_facts: int,
 ) -> None:
-    """Print what is about to happen."""
-    table = Table.grid(padding=(0, 2))
+    """Print what is about to happen.
+
+    Args:
+        config: the settings.
+        run_dir: folder of the run.
+        context: the context.
+        questions: the questions about it.
+        steps: number of gradient steps.
+        num_facts: number of facts stored with the base model.
+    """
+    table = RichTable.grid(padding=(0, 2))
     chunk_note = f", read in {len(context.chunks)} windows" if len(context.chunks) > 1 else ""
     table.add_row("model", config.teacher)
     table.add_row(
         "context",
         f"{config.context.file or 'context.text'}: {context.num_tokens:,} tokens{chunk_note}",
     )
-    table.add_row("into", describe_target(config))
-    table.add_row(
-        "objective",
-        f"{config.context.objective}, {steps:,} steps"
-        if steps
-        else f"{config.context.objective}, no gradient steps",
-    )
+    table.add_row("target", describe_target(config))
+    step_note = f"{steps:,} steps" if steps else "no gradient steps"
+    table.add_row("objective", f"{config.context.objective}, {step_note}")
     table.add_row("questions", f"{len(questions)}")
     if num_facts and config.context.target != "memory":
         table.add_row(
             "facts",
-            f"the {num_facts:,} rows of facts of {config.teacher} stay there: they know its weights alone",
+            f"the {num_facts:,} facts of {config.teacher} stay there: they fit its weights only",
         )
     table.add_row("folder", str(run_dir))
     console.print(table)
@@ -89,9 +96,14 @@ def print_plan(
 def measure_cost(
     run_state: Any, student: PreTrainedModel, prefix: Sequence[int]
 ) -> dict[str, float]:
-    """Tokens, bytes and seconds a question: the context in every prompt, kept in the cache, and consolidated.
+    """Return what a question costs: with the context in the prompt or the KV cache, and without.
 
-    Of several windows the cache has all, a prompt the longest.
+    With several windows, the cache holds all of them and a prompt the longest.
+
+    Args:
+        run_state: the `ConsolidationRun`.
+        student: the consolidated model.
+        prefix: token ids before a text of the student.
     """
     longest_teacher = max(run_state.teachers, key=lambda teacher: len(teacher.ids))
     prompts = [
@@ -102,10 +114,10 @@ def measure_cost(
         for question in run_state.questions[:NUM_TIMED_QUESTIONS]
     ]
     methods: dict[str, Callable[[torch.Tensor], Any]] = {
-        "in every prompt": lambda tokens: forward_with_prefix(
+        "context_in_prompt": lambda tokens: forward_with_prefix(
             run_state.base, longest_teacher.ids, tokens
         ),
-        "in the cache": longest_teacher.predict,
+        "kv_cache": longest_teacher.predict,
         "consolidated": lambda tokens: forward_with_prefix(student, prefix, tokens),
     }
     seconds = {}
@@ -113,35 +125,41 @@ def measure_cost(
         durations = []
         for tokens in prompts:
             start = time.perf_counter()
-            signals = method(tokens)
-            signals.head(signals.hidden[:, -1:])
+            outputs = method(tokens)
+            outputs.head(outputs.hidden[:, -1:])
             durations.append(time.perf_counter() - start)
-        seconds[f"seconds {name}"] = sorted(durations)[len(durations) // 2]
-    cache_bytes = sum(teacher.cache_bytes for teacher in run_state.teachers)
+        seconds[f"seconds_{name}"] = sorted(durations)[len(durations) // 2]
     return {
-        "prompt tokens saved": len(longest_teacher.ids) - len(prefix),
-        "bytes of the cache": cache_bytes,
+        "prompt_tokens_saved": len(longest_teacher.ids) - len(prefix),
+        "kv_cache_bytes": sum(teacher.cache_bytes for teacher in run_state.teachers),
         **seconds,
     }
 
 
-def format_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table: kind of question, how many, log-probability and recall without, with, consolidated; share kept."""
-    return [
-        (
-            kind,
-            str(scores["questions"]),
-            *(
-                f"{scores[f'log_probability_{name}']:.2f} / {scores[f'recall_{name}']:.2f}"
-                for name in ("without", "with", "consolidated")
-            ),
-            "-" if scores["share"] is None else f"{scores['share']:.3f}",
-        )
-        for kind, scores in results.get("kinds", {}).items()
-    ]
+def build_table(record: Mapping[str, Any]) -> Table:
+    """Return the results: without the context, with it, and consolidated."""
+    return build_results_table("", collect_results(record), COLUMNS, TABLE_CAPTION)
 
 
-HEADINGS = ("questions", "", "without", "with context", "consolidated", "share kept")
+def build_questions_table(
+    answers: Mapping[str, Any], questions: Sequence[tuple[str, str]]
+) -> Table:
+    """Return the log-probability of each answer; ✓ marks answers that are generated.
+
+    Args:
+        answers: scores by condition, as in `run.json`.
+        questions: prompts and answers, in the order of the scores.
+    """
+    rows = []
+    for index, (prompt, answer) in enumerate(questions):
+        scores = [answers[condition] for condition in CONDITIONS]
+        cells = [
+            f"{-score['nlls'][index]:.2f}{' ✓' if score['correct'][index] else ''}"
+            for score in scores
+        ]
+        rows.append(Row(prompt, (answer, *cells)))
+    caption = "Log-probability of the answer, in nats; ✓ where greedy decoding generates it."
+    return Table("Question by question", ("answer", *COLUMNS), rows, caption, "prompt")
 
 
 def write_report(
@@ -151,29 +169,28 @@ def write_report(
     questions: Sequence[Question],
     results: dict[str, Any],
 ) -> None:
-    """Print the table and where everything is; write `report.md`, `report.html` and the figures for TensorBoard."""
-    table = Table(title="log-probability of the right answer / share that would be said")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "questions" else "right")
-    for row in format_rows(results):
-        table.add_row(*row)
-    if questions:
-        console.print(table)
-    notes = _format_notes(results)
+    """Write `report.md`, `report.html` and HParams; print the table and where everything is.
+
+    Args:
+        run_dir: folder of the run.
+        config: its settings.
+        context: the context.
+        questions: the questions about it.
+        results: what was measured, as written to `run.json`.
+    """
+    notes = build_notes(results)
+    pairs = [(question.prompt, question.answer) for question in questions]
     files.atomic_write(
-        run_dir / "report.md", _format_markdown(run_dir, config, context, questions, results, notes)
-    )
-    prompt_answers, target = (
-        [(question.prompt, question.answer) for question in questions],
-        describe_target(config),
+        run_dir / "report.md", _format_markdown(run_dir, config, context, pairs, results, notes)
     )
     page_path = write_report_safely(
         lambda: build_consolidation_page(
-            run_dir, config, read_record(run_dir), context.text, prompt_answers, notes, target
+            run_dir, config, read_record(run_dir), context.text, pairs, notes
         ),
         run_dir / "report.html",
     )
     outputs = {"student": str(run_dir / "student"), "report": page_path}
+    console.print(build_table(results).to_rich())
     console.print(
         "\n".join(notes),
         *(f"\n{name:8} {path}" for name, path in outputs.items()),
@@ -181,54 +198,44 @@ def write_report(
         sep="",
         soft_wrap=True,
     )
-    kinds, steps = (
-        results.get("kinds", {}),
-        config.stages.end_to_end_steps if needs_training(config) else 0,
-    )
-    metrics = {
-        f"hparam/share_{kind}": scores["share"]
-        for kind, scores in kinds.items()
-        if scores["share"] is not None
-    }
-    metrics |= {
-        f"hparam/{corpus}_kl": scores["kl"] for corpus, scores in results["unrelated"].items()
-    }
-    settings = flatten_settings(config, ("context", "stages", "loss"))
-    with SummaryWriter(str(run_dir)) as writer:
-        writer.add_hparams(settings, metrics, run_name=".", global_step=steps)
+    steps = config.stages.end_to_end_steps if needs_training(config) else 0
+    log_hparams(config, run_dir, results, SETTING_GROUPS["consolidate"], steps)
 
 
-def _format_notes(results: dict[str, Any]) -> list[str]:
-    write_stats, seconds = results["written"], results["seconds"]
-    summary = (
-        f"{write_stats['facts']} facts in {write_stats['rows']} rows"
-        if "rows" in write_stats
-        else f"{write_stats['weights']:,} weights trained"
-    )
+def build_notes(results: Mapping[str, Any]) -> list[str]:
+    """Return what was written, its effect on other text, and what it cost."""
+    write_stats, seconds = results["rows_written"], results["seconds"]
+    if "num_rows" in write_stats:
+        summary = f"{write_stats['num_facts']} facts in {write_stats['num_rows']} rows"
+    else:
+        summary = f"{write_stats['num_weights']:,} weights trained"
     notes = [f"written: {summary}, {write_stats['bytes']:,} bytes"]
-    if false_triggers := write_stats.get("loose"):
-        notes.append(
-            f"taken out again: {false_triggers} facts whose rows answered in unrelated text, where nobody asked"
-        )
+    if false_triggers := write_stats.get("false_triggers"):
+        notes.append(f"removed: {false_triggers} facts whose rows fired in unrelated text")
     for corpus, metrics in results["unrelated"].items():
         notes.append(
-            f"unrelated text ({corpus}): KL {metrics['kl']:.2e} nats per token over {metrics['tokens']:,.0f} tokens"
+            f"unrelated text ({corpus}): KL {metrics['kl']:.2e} nats per token over "
+            f"{metrics['tokens']:,.0f} tokens"
         )
-    if metrics := results.get("cost"):
-        notes.append(
-            f"a question: {metrics['prompt tokens saved']:,} prompt tokens saved; "
-            + ", ".join(
-                f"{metrics[f'seconds {method}'] * 1e3:.1f} ms {method}"
-                for method in ("in every prompt", "in the cache", "consolidated")
+    if cost := results.get("cost"):
+        times = ", ".join(
+            f"{cost[f'seconds_{method}'] * 1e3:.1f} ms {name}"
+            for method, name in (
+                ("context_in_prompt", "with the context in the prompt"),
+                ("kv_cache", "with the context in the KV cache"),
+                ("consolidated", "consolidated"),
             )
-            + f"; the cache takes {metrics['bytes of the cache']:,} bytes"
         )
-    notes.append(
-        "spent: "
-        + ", ".join(
-            f"{seconds[phase]:.1f} s to {phase}" for phase in ("prepare", "consolidate", "measure")
+        notes.append(
+            f"a question: {cost['prompt_tokens_saved']:,} prompt tokens saved; {times}; "
+            f"the KV cache takes {cost['kv_cache_bytes']:,} bytes"
         )
+    phases = (
+        ("prepare", "preparation"),
+        ("consolidate", "consolidation"),
+        ("measure", "evaluation"),
     )
+    notes.append("time: " + ", ".join(f"{name} {seconds[phase]:.1f} s" for phase, name in phases))
     return notes
 
 
@@ -236,48 +243,20 @@ def _format_markdown(
     run_dir: Path,
     config: Config,
     context: Context,
-    questions: Sequence[Question],
-    results: dict[str, Any],
-    notes: list[str],
+    questions: Sequence[tuple[str, str]],
+    results: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> str:
-    lines = [
-        f"# {run_dir.name}: {describe_target(config)}, objective {config.context.objective}",
-        "",
-    ]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---|---:|---:|---:|---:|---:|"]
-    lines += ["| " + " | ".join(row) + " |" for row in format_rows(results)] + [""]
-    lines += [
-        "Log-probability of the right answer / share that greedy decoding would say. Share kept: of what the context does for",
-        "log-probability.",
-        "",
-    ]
+    title = f"# {run_dir.name}: {describe_target(config)}, objective {config.context.objective}"
+    lines = [title, "", build_table(results).to_markdown(), ""]
     lines += [f"- {note}" for note in notes] + ["", "## Context", "", context.text, ""]
     if answers := results.get("answers"):
-        lines += [
-            "## Questions",
-            "",
-            "| prompt | answer | without | with context | consolidated |",
-            "|---|---|---:|---:|---:|",
-        ]
-        for index, question in enumerate(questions):
-            cells = (
-                f"{-answers[name]['nats'][index]:.2f}{' ✓' if answers[name]['right'][index] else ''}"
-                for name in ("without", "with", "consolidated")
-            )
-            texts = (
-                text.replace("|", "/").replace("\n", " ")
-                for text in (question.prompt, question.answer)
-            )
-            lines.append("| " + " | ".join([*texts, *cells]) + " |")
-        lines.append("")
+        lines += ["## Questions", "", build_questions_table(answers, questions).to_markdown(), ""]
     lines.append(
-        f"Replay: `python distill.py {run_dir}/config.yaml`. What produced this: `run.json`."
+        f"Replay: `dmt consolidate --config {run_dir}/config.yaml`. Versions, machine and numbers: "
+        "`run.json`."
     )
     return "\n".join(lines) + "\n"
-
-
-CONDITIONS = ("without", "with", "consolidated")
-COLUMNS = ("without", "with the context", "consolidated")
 
 
 def build_consolidation_page(
@@ -287,19 +266,24 @@ def build_consolidation_page(
     context: str,
     questions: Sequence[tuple[str, str]],
     notes: list[str],
-    target_name: str,
 ) -> Page:
-    """What `run.json` of a finished consolidation says, as a page.
+    """Return the page of a finished consolidation.
 
     Args:
-        text: the context.
-        asked: prompts and answers of the questions, in the order of the record's.
-        notes: what was written, what it did to other text, what it cost.
-        where: what the context was put into, in words.
+        run_dir: folder of the run.
+        config: its settings.
+        record: contents of its `run.json`.
+        context: the context.
+        questions: prompts and answers, in the order of the record's.
+        notes: what was written, its effect on other text, and what it cost.
     """
-    summary = f"A context was put into {config.teacher}, into {target_name}, so that it answers without as it would with it."
+    steps = config.stages.end_to_end_steps if needs_training(config) else 0
+    summary = (
+        f"A context was consolidated into {config.teacher} ({describe_target(config)}; {steps:,} "
+        "steps), so that it answers without the context as it does with it."
+    )
     page = Page(
-        run_dir.name,
+        f"{run_dir.name}: {describe_target(config)}, objective {config.context.objective}",
         summary,
         "consolidation",
         provenance=format_provenance(record),
@@ -307,78 +291,35 @@ def build_consolidation_page(
         notes=notes,
         context=context,
     )
-    page.locations = [
-        location
-        for location in page.locations
-        if config.stages.end_to_end_steps or location[0] != "curves"
-    ]
-    kinds = record.get("kinds", {})
-    for kind, scores in kinds.items():
-        if scores["share"] is not None:
-            meaning = "of what the context does for the log-probability of the right answer"
+    if not config.stages.end_to_end_steps:
+        page.locations = [item for item in page.locations if item[0] != "curves"]
+    for question_type, scores in record.get("question_types", {}).items():
+        if scores["benefit_retained"] is not None:
             page.cards.append(
                 Card(
-                    format_percent(scores["share"]),
-                    f"of the context's benefit kept, {kind}",
-                    meaning,
+                    format_percent(scores["benefit_retained"]),
+                    f"of the context's benefit retained, {question_type}",
+                    "of its effect on the log-probability of the correct answer",
                 )
             )
         page.cards.append(
             Card(
                 format_percent(scores["recall_consolidated"]),
-                f"answered rightly, {kind}",
-                f"{scores['questions']} questions",
+                f"answered correctly, {question_type}",
+                f"{scores['num_questions']} questions",
             )
         )
     for corpus, scores in record["unrelated"].items():
         page.cards.append(
             Card(
                 f"{scores['kl']:.1e}",
-                f"nats changed per token of {corpus}",
-                "text that the context says nothing of",
+                f"KL in nats per token of {corpus}",
+                "change on text that has nothing to do with the context",
             )
         )
-    if kinds:
-        rows = []
-        for kind, scores in kinds.items():
-            nats = tuple(
-                f"{scores[f'log_probability_{condition}']:.2f}" for condition in CONDITIONS
-            )
-            recalls = tuple(
-                format_percent(scores[f"recall_{condition}"]) for condition in CONDITIONS
-            )
-            rows.append(
-                HtmlRow(
-                    f"{kind}: log-probability", "of the right answer, in nats; 0 is certain", nats
-                )
-            )
-            rows.append(
-                HtmlRow(
-                    f"{kind}: answered rightly",
-                    f"of {scores['questions']} questions, said greedily",
-                    recalls,
-                )
-            )
-        page.tables.append(HtmlTable("What is answered", COLUMNS, rows))
+    table = build_table(record)
+    page.tables = [Table("Results", table.columns, table.rows, table.caption)]
     if answers := record.get("answers"):
-        question_rows = [
-            HtmlRow(
-                prompt,
-                answer,
-                tuple(
-                    f"{-answers[condition]['nats'][index]:.2f}{' ✓' if answers[condition]['right'][index] else ''}"
-                    for condition in CONDITIONS
-                ),
-            )
-            for index, (prompt, answer) in enumerate(questions)
-        ]
-        page.tables.append(
-            HtmlTable(
-                "Question by question",
-                COLUMNS,
-                question_rows,
-                "Log-probability of the answer; ✓ where it is said.",
-            )
-        )
+        page.tables.append(build_questions_table(answers, questions))
     page.plots = overlay_curves({"": record.get("curves", {})})
     return page

@@ -1,308 +1,67 @@
-"""The page of a teacher's own training, from its record and its curves.
+"""The report of a distillation: results table, `report.md` and `report.html`.
 
-What a run says about itself at its end: what was measured, the table, `report.md`, `report.html`.
-
-The page of a distillation: what its student came to, in plain words and pictures, from its record and its curves.
+Everything shown comes from the record of the run (`run.json`) and its curves.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel
 
 from dmt import files
 from dmt.config import Config
-from dmt.errors import format_value
 from dmt.evaluation.metrics import FidelityMetrics
-from dmt.evaluation.samples import SamplePair
-from dmt.evaluation.samples import format_samples_table as continuations_table
-from dmt.models.conversion import get_associative_memories, get_featural_memories
-from dmt.models.external_tensors import SLOTS_FILE
-from dmt.models.external_tensors import measure_bytes as filed_sizes
-from dmt.models.forward import forward_with_activations
-from dmt.report.compare import Curve, overlay_curves
-from dmt.report.html import (
-    Card,
-    HtmlRow,
-    HtmlTable,
-    Page,
-    Sample,
-    draw_usage_maps,
-    write_report_safely,
-)
+from dmt.evaluation.samples import SamplePair, format_samples_table
+from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
+from dmt.report.hparams import find_changed_settings
+from dmt.report.html import Card, Page, Sample, write_report_safely
+from dmt.report.results import build_results_table, collect_results
 from dmt.report.svg import Plot, Series, draw_plot
-from dmt.training.callbacks import compute_slot_usage
+from dmt.report.tables import Table
 from dmt.training.run_dir import read_record
 
-COMPARED_SETTINGS = ("student", "memory", "data", "loss", "stages", "optim")
-"""Groups of settings that stand in TensorBoard's HParams."""
-
-MAX_USAGE_BINS = 4_096
-"""Most numbers by which the usage of one layer's slots is written down."""
+TABLE_TITLE = "teacher and student on the same test text"
+# Names in the legend of the terms of the loss.
+LOSS_TERM_PREFIX = "train/"
+NOT_LOSS_TERMS = ("layerwise_loss", "kl_unrelated", "kl_new", "kl_replay")
+MAX_TITLE_SETTINGS = 4
 
 console = Console()
 
 
 def print_untrained_fidelity(metrics_by_corpus: dict[str, FidelityMetrics]) -> None:
-    """Print how good the student is before any gradient step."""
+    """Print the fidelity of the student before any gradient step."""
     for corpus, metrics in metrics_by_corpus.items():
         console.print(
-            f"before training: {corpus} perplexity ratio {metrics.ppl_ratio:.3f}, KL {metrics.kl:.3f} nats per token"
+            f"before training: {corpus} perplexity ratio {metrics.ppl_ratio:.3f}, "
+            f"KL {metrics.kl:.3f} nats per token"
         )
 
 
-def metrics_to_dict(metrics: FidelityMetrics) -> dict[str, float]:
-    """A tally as it is written to `run.json`."""
-    names = ("teacher_perplexity", "student_perplexity", "ppl_ratio", "kl", "top1_agreement", "tokens")
-    return {name: getattr(metrics, name) for name in names}
-
-
-def bin_slot_reads(reads: Tensor) -> dict[str, Any]:
-    """Reads per slot `(slots,)` as a list of at most `CELLS`, each the sum over `reads_of` slots that stand together."""
-    slots_per_bin = -(-len(reads) // MAX_USAGE_BINS)
-    return {
-        "reads": [int(bin_reads.sum()) for bin_reads in reads.cpu().split(slots_per_bin)],
-        "reads_of": slots_per_bin,
-    }
-
-
-def collect_slot_usage(student: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Usage of each layer's slots since counting began; stops counting."""
-    usage_by_layer = {}
-    for layer, memory in get_featural_memories(student).items():
-        assert memory.read_counts is not None, "count_reads was called before the text was read"
-        usage_by_layer[str(layer)] = compute_slot_usage(memory.read_counts) | {
-            "slots": memory.num_slots,
-            "k": memory.k,
-        }
-        usage_by_layer[str(layer)]["read"] = float(memory.read_counts.sum()) / memory.counted_tokens
-        usage_by_layer[str(layer)] |= bin_slot_reads(memory.read_counts) | {
-            "tokens": memory.counted_tokens
-        }
-        memory.read_counts = None
-    return usage_by_layer
-
-
-@torch.no_grad()
-def measure_search_recall(student: PreTrainedModel, windows: Tensor) -> dict[str, float]:
-    """By layer, the share of an exact search's slots that a token alone is given by one that looks for candidates.
-
-    Whole windows are scored exactly where that is faster, so the fidelity to the teacher does not show it.
-    """
-    approximate = {
-        layer: memory
-        for layer, memory in get_featural_memories(student).items()
-        if memory.search != "exact"
-    }
-    block_inputs = (
-        forward_with_activations(student, windows, capture_blocks=True).block_inputs
-        if approximate
-        else ()
-    )
-    return {
-        str(layer): memory.measure_recall(block_inputs[layer].flatten(0, -2))
-        for layer, memory in approximate.items()
-    }
-
-
-def collect_row_stats(student: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Rows of each associative memory and the base's share in what it said since listening began; stops listening."""
-    stats_by_layer = {}
-    for layer, memory in get_associative_memories(student).items():
-        assert memory.retrieval_stats is not None, "listening began before the text was read"
-        width = memory.rows.keys.shape[1] + memory.rows.values.shape[1]
-        stats_by_layer[str(layer)] = {
-            "rows": len(memory.rows),
-            "base": memory.retrieval_stats.mean_null_weight,
-            "bytes": 4 * width * len(memory.rows),
-        }
-        memory.retrieval_stats = None
-    return stats_by_layer
-
-
-def measure_sizes(
-    teacher: PreTrainedModel, student: PreTrainedModel, student_dir: Path
-) -> dict[str, int]:
-    """Bytes of weights in memory, and of the student saved in the folder `saved` on disk.
-
-    Of slots that are in a file of their own, what is held of them in RAM counts as in memory.
-    """
-    models = {"teacher": teacher, "student": student}
-    num_bytes = {
-        name: sum(p.numel() * p.element_size() for p in model.parameters())
-        for name, model in models.items()
-    }
-    external = [
-        memory
-        for memory in get_featural_memories(student).values()
-        if memory.mmap_tensors is not None
-    ]
-    num_bytes["student"] += sum(memory.external_sizes()["ram"] for memory in external)
-    file_names, bytes_left_on_disk = (
-        ["model.safetensors", *([SLOTS_FILE] if external else [])],
-        filed_sizes(student)["disk"],
-    )
-    num_bytes["student_on_disk"] = sum((student_dir / file).stat().st_size for file in file_names)
-    return num_bytes | ({"student_left_on_disk": bytes_left_on_disk} if bytes_left_on_disk else {})
-
-
-def flatten_settings(config: Config, groups: Iterable[str]) -> dict[str, bool | int | float | str]:
-    """Settings that may tell one run from another, by dotted name; lists in words, and `default` for what is left empty."""
-    values: dict[str, Any] = {"teacher": config.teacher, "seed": config.seed}
-    for group in groups:
-        for name, value in asdict(getattr(config, group)).items():
-            plain = (
-                value
-                if isinstance(value, bool | int | float | str)
-                else "default"
-                if value is None
-                else format_value(value)
-            )
-            values[f"{group}.{name}"] = plain
-    return values
-
-
-def log_hyperparameters(config: Config, run_dir: Path, results: dict[str, Any]) -> None:
-    """HParams for TensorBoard, written once, with the results they led to, at the step they were measured after."""
-    settings = flatten_settings(config, COMPARED_SETTINGS)
-    slot_usage = results["slots"].values()
-    settings |= {
-        f"memory.{name}": max(layer_usage[name] for layer_usage in slot_usage)
-        for name in ("k", "slots")
-        if slot_usage
-    }
-    metrics: dict[str, float] = {}
-    for corpus, scores in results["fidelity"].items():
-        metrics |= {
-            f"hparam/{corpus}_{name}": scores[name] for name in ("ppl_ratio", "kl", "top1_agreement")
-        }
-        metrics |= {
-            f"hparam/{corpus}_{name}": scores[name]["student"]
-            for name in ("recall", "recall_unseen")
-            if name in scores
-        }
-    if slot_usage:
-        metrics |= {
-            "hparam/slots_read": sum(layer_usage["read"] for layer_usage in slot_usage),
-            "hparam/slots_dead": sum(layer_usage["dead"] for layer_usage in slot_usage),
-        }
-    if rows_by_layer := results.get("rows"):
-        metrics["hparam/rows"] = sum(layer_rows["rows"] for layer_rows in rows_by_layer.values())
-    with SummaryWriter(str(run_dir)) as writer:
-        steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
-        writer.add_hparams(settings, metrics, run_name=".", global_step=steps)
-
-
-def build_table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The table: measure, teacher, student, and how they compare."""
-    table = []
-    for corpus, scores in results["fidelity"].items():
-        teacher, student = (
-            f"{scores['teacher_perplexity']:.3f}",
-            f"{scores['student_perplexity']:.3f}",
-        )
-        table.append((f"{corpus}: perplexity", teacher, student, f"ratio {scores['ppl_ratio']:.4f}"))
-        table.append((f"{corpus}: KL, nats/token", "0", f"{scores['kl']:.4f}", ""))
-        table.append((f"{corpus}: same top-1 token", "1", f"{scores['top1_agreement']:.4f}", ""))
-        for name, title in (("recall", "facts recalled"), ("recall_unseen", "in unseen phrasings")):
-            if recall := scores.get(name):
-                retained = (
-                    f"{recall['student'] / recall['teacher']:.4f} of it"
-                    if recall["teacher"]
-                    else ""
-                )
-                table.append(
-                    (
-                        f"{corpus}: {title}",
-                        f"{recall['teacher']:.4f}",
-                        f"{recall['student']:.4f}",
-                        retained,
-                    )
-                )
-    slot_usage, sizes_in_bytes = results["slots"].values(), results["bytes"]
-    if slot_usage:
-        num_read, num_slots, num_dead = (
-            sum(layer_usage[name] for layer_usage in slot_usage)
-            for name in ("read", "slots", "dead")
-        )
-        by_layer = ", ".join(f"{layer_usage['read']:.0f}" for layer_usage in slot_usage)
-        table.append(
-            (
-                "slots read per token",
-                f"{num_slots:,}",
-                f"{num_read:,.1f}",
-                f"1 / {num_slots / num_read:.1f}",
-            )
-        )
-        table.append(
-            (
-                "layer by layer",
-                "",
-                by_layer if len(slot_usage) <= 12 else "",
-                by_layer if len(slot_usage) > 12 else "",
-            )
-        )
-        table.append(("dead slots", "", f"{num_dead:.0f}", f"{num_dead / num_slots:.2%}"))
-    if scores := [layer_usage["recall"] for layer_usage in slot_usage if "recall" in layer_usage]:
-        table.append(
-            (
-                "found of what an exact search reads",
-                "",
-                f"{sum(scores) / len(scores):.4f}",
-                f"least {min(scores):.4f}",
-            )
-        )
-    for layer, layer_rows in results.get("rows", {}).items():
-        table.append(
-            (
-                f"rows of layer {layer}",
-                "",
-                f"{layer_rows['rows']:,}",
-                f"{layer_rows['base']:.0%} is the base's",
-            )
-        )
-    megabytes = {name: f"{num_bytes / 1e6:.1f}" for name, num_bytes in sizes_in_bytes.items()}
-    on_disk = f"{megabytes['student_on_disk']} on disk"
-    on_disk += (
-        f", of which {megabytes['student_left_on_disk']} stay there"
-        if "student_left_on_disk" in sizes_in_bytes
-        else ""
-    )
-    table.append(("weights in memory, MB", megabytes["teacher"], megabytes["student"], on_disk))
-    return table
+def build_table(record: Mapping[str, Any]) -> Table:
+    """Return the results of a distillation: teacher, student and how they compare."""
+    return build_results_table(TABLE_TITLE, collect_results(record), ("teacher", "student"))
 
 
 def write_report(
     run_dir: Path,
     config: Config,
     results: dict[str, Any],
-    continuations_by_corpus: dict[str, list[SamplePair]],
+    samples_by_corpus: dict[str, list[SamplePair]],
 ) -> None:
-    """Print the table and where everything is; write `report.md`, then `report.html`."""
-    table = Table(title="teacher and student on the same test text")
-    for heading in ("", "teacher", "student", ""):
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in build_table_rows(results):
-        table.add_row(*row)
-    console.print(table)
+    """Write `report.md` and `report.html`; print the table and where everything is."""
     record = read_record(run_dir)
-    report_notes = build_notes(record)
-    texts = {
-        corpus: continuations_table(continuations)
-        for corpus, continuations in continuations_by_corpus.items()
-    }
+    table = build_table(results)
+    notes = build_notes(record)
     files.atomic_write(
-        run_dir / "report.md", _render_markdown(run_dir, results, report_notes, texts)
+        run_dir / "report.md",
+        _render_markdown(
+            build_title(run_dir, config, record), table, notes, samples_by_corpus, run_dir
+        ),
     )
     page_message = write_report_safely(
         lambda: build_distillation_page(run_dir, config, record), run_dir / "report.html"
@@ -312,8 +71,9 @@ def write_report(
         "student": str(run_dir / "student"),
         "report": f"{run_dir / 'report.md'}; {page_message}",
     }
+    console.print(table.to_rich())
     console.print(
-        "\n".join(report_notes),
+        "\n".join(notes),
         *(f"\n{name:8} {location}" for name, location in locations.items()),
         highlight=False,
         sep="",
@@ -321,122 +81,132 @@ def write_report(
     )
 
 
+def build_title(run_dir: Path, config: Config, record: Mapping[str, Any]) -> str:
+    """Return the run's name and the settings that are not the defaults, the first few of them."""
+    changed = find_changed_settings(config)
+    texts = [f"{name}={text}" for name, text in changed.items()][:MAX_TITLE_SETTINGS]
+    more = [f"{len(changed) - len(texts)} more"] if len(changed) > len(texts) else []
+    return ": ".join([run_dir.name, *([", ".join([*texts, *more])] if texts else [])])
+
+
+def describe_run(config: Config, record: Mapping[str, Any]) -> str:
+    """Return the sizes of the student and the steps of the run, in a sentence."""
+    parts = []
+    if slot_usage := record.get("slots"):
+        layers = list(slot_usage.values())
+        sizes = sorted({layer["num_slots"] for layer in layers})
+        active = sum(layer["active_per_token"] for layer in layers) / len(layers)
+        sizes_text = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        parts.append(
+            f"{len(layers)} layers of {sizes_text} slots, {active:.1f} active per token and layer"
+        )
+    if knn_usage := record.get("knn"):
+        num_rows = sum(layer["num_rows"] for layer in knn_usage.values())
+        parts.append(f"{num_rows:,} stored rows")
+    stages = config.stages
+    parts.append(
+        f"{stages.layerwise_steps:,} layer-wise and {stages.end_to_end_steps:,} end-to-end steps"
+    )
+    return f"Student: {'; '.join(parts)}."
+
+
 def _render_markdown(
-    run_dir: Path, results: dict[str, Any], notes: list[str], texts: dict[str, str]
+    title: str,
+    table: Table,
+    notes: Sequence[str],
+    samples_by_corpus: Mapping[str, Sequence[SamplePair]],
+    run_dir: Path,
 ) -> str:
-    lines = [f"# {run_dir.name}", "", "| | teacher | student | |", "|---|---:|---:|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in build_table_rows(results)] + [""]
+    lines = [f"# {title}", "", table.to_markdown(), ""]
     lines += [f"- {note}" for note in notes] + [""]
-    for corpus, text in texts.items():
-        lines += [f"## {corpus}: how both go on", "", text, ""]
+    for corpus, samples in samples_by_corpus.items():
+        lines += [f"## {corpus}: greedy continuations", "", format_samples_table(samples), ""]
     lines.append(
-        f"Replay: `python distill.py {run_dir}/config.yaml`. What produced this: `run.json`; tensor by tensor: `transfer.txt`."
+        f"Replay: `dmt distill {run_dir}/config.yaml`. Versions, machine and numbers: `run.json`; "
+        "the source of each tensor: `weight_map.txt`."
     )
     return "\n".join(lines) + "\n"
 
 
-MAX_LAYER_TICKS = 12
-"""Layers up to which each has its own tick."""
-
-
 def build_distillation_page(run_dir: Path, config: Config, record: Mapping[str, Any]) -> Page:
-    """What `run.json` of a finished distillation says, as a page."""
+    """Return the page of a finished distillation.
+
+    Args:
+        run_dir: folder of the run.
+        config: its settings.
+        record: contents of its `run.json`.
+    """
     fidelity, curves = record["fidelity"], record.get("curves", {})
     first_corpus = next(iter(fidelity))
     scores = fidelity[first_corpus]
     summary = (
-        f"A copy of the teacher {config.teacher!r} whose feed-forward blocks are memory. On {first_corpus} that neither had seen, both "
-        f"find the same next token likeliest in {format_percent(scores['top1_agreement'])} of places; the student's perplexity is "
-        f"{scores['ppl_ratio']:.3f} times the teacher's."
+        f"Teacher {config.teacher!r} with its feed-forward blocks replaced by memory layers. On "
+        f"test text of {first_corpus}, teacher and student agree on the most likely next token "
+        f"for {format_percent(scores['top1_agreement'])} of tokens; the student's perplexity is "
+        f"{format_factor(scores['ppl_ratio'], 3)} the teacher's. {describe_run(config, record)}"
     )
     page = Page(
-        run_dir.name,
+        build_title(run_dir, config, record),
         summary,
         "distillation",
         provenance=format_provenance(record),
         locations=list_run_locations(run_dir, record),
+        notes=build_notes(record),
     )
     page.cards = _build_cards(first_corpus, record)
-    page.tables = [
-        HtmlTable(
-            "Teacher and student on the same test text",
-            ("teacher", "student", ""),
-            _build_fidelity_rows(record),
-        )
+    table = build_table(record)
+    page.tables = [Table("Results", table.columns, table.rows)]
+    plots = [
+        *plot_losses(curves),
+        plot_fidelity_curves(curves, list(fidelity)),
+        plot_layer_errors(curves),
     ]
-    page.plots = [
-        item
-        for item in (
-            *plot_losses(curves),
-            plot_fidelity_curves(curves, list(fidelity)),
-            plot_layer_errors(curves),
-            plot_budget_curve(record),
-        )
-        if item is not None
-    ]
-    page.usage_maps = draw_usage_maps(record["slots"])
-    if page.usage_maps:
-        tokens = next(
-            slot_usage["tokens"]
-            for slot_usage in record["slots"].values()
-            if slot_usage.get("reads")
-        )
-        item = max(
-            slot_usage["reads_of"]
-            for slot_usage in record["slots"].values()
-            if slot_usage.get("reads")
-        )
-        cell_text = "one cell a slot" if item == 1 else f"a cell stands for up to {item} slots"
-        page.usage_caption = f"Counted over {tokens:,} tokens of test text, {cell_text}; all layers have one scale, a square root."
-    if rows_by_layer := record.get("rows"):
-        page.tables.append(_build_stored_rows_table(rows_by_layer))
+    page.plots = [plot for plot in plots if plot is not None]
     page.samples = [
         Sample(
             corpus,
             mark_line_breaks(item["prompt"]),
             [
-                (
-                    model_name,
-                    [(mark_line_breaks(text), is_unique) for text, is_unique in item[model_name]],
-                )
-                for model_name in ("teacher", "student")
+                (model, [(mark_line_breaks(text), is_unique) for text, is_unique in item[model]])
+                for model in ("teacher", "student")
             ],
-            f"{item['differing']} of the student's {item['tokens']} tokens are not the teacher's",
+            f"{item['differing']} of the student's {item['tokens']} tokens differ",
         )
         for corpus, corpus_samples in record.get("samples", {}).items()
         for item in corpus_samples
     ]
-    page.notes = build_notes(record)
     return page
 
 
 def format_percent(fraction: float, digits: int = 1) -> str:
-    """A share of one as people write it."""
+    """Return a fraction as a percentage."""
     return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def format_factor(factor: float, digits: int = 4) -> str:
-    """How many times as much something is."""
+    """Return a ratio as a factor."""
     return f"×\N{NO-BREAK SPACE}{factor:.{digits}f}"
 
 
 def mark_line_breaks(text: str) -> str:
-    """Text whose line ends are seen, and take no room."""
+    """Return `text` with line breaks as a visible sign."""
     return re.sub(r"\s*\n\s*", " ↵ ", text)
 
 
 def format_provenance(record: Mapping[str, Any]) -> str:
-    """Where a page comes from, on one line."""
+    """Return when and with which versions a record was written, on one line."""
     version = record.get("libraries", {}).get("torch", "?")
-    return f"written {record.get('written', '?')} by dmt, commit {str(record.get('commit', '?'))[:12]}, torch {version}"
+    commit = str(record.get("commit", "?"))[:12]
+    return f"written {record.get('created_at', '?')} by dmt, commit {commit}, torch {version}"
 
 
 def list_run_locations(run_dir: Path, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where everything of a run is, and how to do it again."""
+    """Return the files of a run and the commands that use it, by name."""
+    replay = record.get("replay_command", f"dmt distill {run_dir}/config.yaml")
     return [
         ("student", str(run_dir / "student")),
-        ("ask it", f"dmt generate 'Once' --model {run_dir}"),
-        ("replay", str(record.get("replay", f"python distill.py {run_dir}/config.yaml"))),
+        ("generate", f"dmt generate 'Once' --model {run_dir}"),
+        ("replay", str(replay)),
         ("compare", f"dmt compare {run_dir} ANOTHER_RUN --html compared.html"),
         ("curves", f"tensorboard --logdir {run_dir.parent}"),
         ("settings", str(run_dir / "config.yaml")),
@@ -446,196 +216,76 @@ def list_run_locations(run_dir: Path, record: Mapping[str, Any]) -> list[tuple[s
 
 
 def _build_cards(first_corpus: str, record: Mapping[str, Any]) -> list[Card]:
-    scores, slot_usage = record["fidelity"][first_corpus], record["slots"].values()
+    scores = record["fidelity"][first_corpus]
     cards = [
         Card(
             format_percent(scores["top1_agreement"]),
-            f"same next token, {first_corpus}",
-            "places where both find the same next token likeliest",
+            f"top-1 agreement, {first_corpus}",
+            "share of tokens with the same most likely next token",
         ),
         Card(
             format_factor(scores["ppl_ratio"], 3),
             f"the teacher's perplexity, {first_corpus}",
-            "1 would be as good as the teacher",
+            "1 is as good as the teacher",
         ),
         Card(
             f"{scores['kl']:.3f}",
-            f"nats apart per token, {first_corpus}",
-            "KL(teacher || student): 0 would be the same",
+            f"KL in nats per token, {first_corpus}",
+            "KL(teacher || student); 0 means identical predictions",
         ),
     ]
-    if slot_usage:
-        slots_per_read = sum(layer_usage["slots"] for layer_usage in slot_usage) / max(
-            1e-9, sum(layer_usage["read"] for layer_usage in slot_usage)
-        )
+    if slot_usage := record["slots"].values():
+        num_slots = sum(layer["num_slots"] for layer in slot_usage)
+        num_active = sum(layer["active_per_token"] for layer in slot_usage)
         cards.append(
             Card(
-                f"1 in {slots_per_read:.1f}",
-                "slots read for a token",
+                f"1 in {num_slots / max(1e-9, num_active):.1f}",
+                "slots active per token",
                 "mean over test text and layers",
             )
         )
     for corpus, corpus_scores in record["fidelity"].items():
         if recall := corpus_scores.get("recall"):
             label = f"facts recalled, {corpus}; teacher {format_percent(recall['teacher'])}"
-            cards.append(
-                Card(
-                    format_percent(recall["student"]),
-                    label,
-                    f"of {recall['probes']:,} questions with one right answer",
-                )
-            )
+            meaning = f"of {recall['num_probes']:,} questions with one correct answer"
+            cards.append(Card(format_percent(recall["student"]), label, meaning))
     return cards
 
 
-def _build_fidelity_rows(record: Mapping[str, Any]) -> list[HtmlRow]:
-    rows = []
-    for corpus, scores in record["fidelity"].items():
-        rows += [
-            HtmlRow(
-                f"{corpus}: perplexity",
-                "among how many tokens it hesitates; lower is better",
-                (
-                    f"{scores['teacher_perplexity']:.3f}",
-                    f"{scores['student_perplexity']:.3f}",
-                    format_factor(scores["ppl_ratio"]),
-                ),
-            ),
-            HtmlRow(
-                f"{corpus}: distance",
-                "KL from the teacher, nats per token; 0 is the same",
-                ("0", f"{scores['kl']:.4f}", ""),
-            ),
-            HtmlRow(
-                f"{corpus}: agreement",
-                "places where both find the same next token likeliest",
-                (format_percent(1, 0), format_percent(scores["top1_agreement"]), ""),
-            ),
-        ]
-        for name, label in (
-            ("recall", "facts known"),
-            ("recall_unseen", "facts, asked in new words"),
-        ):
-            if recall := scores.get(name):
-                retained = (
-                    f"{format_percent(recall['student'] / recall['teacher'])} of it"
-                    if recall["teacher"]
-                    else ""
-                )
-                meaning = f"of {recall['probes']:,} questions, those answered rightly"
-                rows.append(
-                    HtmlRow(
-                        f"{corpus}: {label}",
-                        meaning,
-                        (
-                            format_percent(recall["teacher"]),
-                            format_percent(recall["student"]),
-                            retained,
-                        ),
-                    )
-                )
-    if slot_usage := record["slots"].values():
-        num_read, num_slots, num_dead = (
-            sum(layer_usage[name] for layer_usage in slot_usage)
-            for name in ("read", "slots", "dead")
-        )
-        rows.append(
-            HtmlRow(
-                "slots read for a token",
-                "all layers together; the teacher reads every neuron",
-                (
-                    f"{num_slots:,}",
-                    f"{num_read:,.1f}",
-                    f"1 in {num_slots / max(num_read, 1e-9):.1f}",
-                ),
-            )
-        )
-        rows.append(
-            HtmlRow(
-                "slots never read",
-                "on the test text",
-                ("", f"{num_dead:,.0f}", format_percent(num_dead / num_slots, 2)),
-            )
-        )
-    megabytes = {name: f"{num_bytes / 1e6:.1f}" for name, num_bytes in record["bytes"].items()}
-    rows.append(
-        HtmlRow(
-            "weights, MB",
-            "in memory",
-            (megabytes["teacher"], megabytes["student"], f"{megabytes['student_on_disk']} on disk"),
-        ),
-    )
-    return rows
-
-
-def _build_stored_rows_table(rows_by_layer: Mapping[str, Any]) -> HtmlTable:
-    rows = [
-        HtmlRow(
-            f"layer {layer}",
-            "",
-            (
-                f"{layer_rows['rows']:,}",
-                format_percent(1 - layer_rows["base"]),
-                f"{layer_rows['bytes'] / 1e6:.1f}",
-            ),
-        )
-        for layer, layer_rows in rows_by_layer.items()
-    ]
-    caption = "Associative memory writes rows while it trains; what they say is added to what the layer's base says."
-    return HtmlTable("Stored rows", ("rows", "their part in what is said", "MB"), rows, caption)
-
-
 def plot_losses(curves: Mapping[str, Curve]) -> list[Plot]:
-    """Loss curves, one plot a stage; of the end-to-end stage each term."""
+    """Return the loss curves, one plot for each stage; of the end-to-end stage each term."""
     plots = []
-    if layerwise := curves.get("layerwise/loss"):
-        caption = "Each memory alone learns its own block's output: the squared error, summed over layers."
-        plots.append(
-            draw_plot(
-                "First stage: layer by layer",
-                "step",
-                "loss",
-                [Series("", *layerwise)],
-                caption,
-                log_axes="y",
-            )
+    if layerwise := curves.get("train/layerwise_loss"):
+        caption = (
+            "Each memory is trained on the output of the block that it replaces: squared error, "
+            "summed over layers."
         )
+        series = [Series("", *layerwise)]
+        plots.append(draw_plot("Layer-wise stage", "step", "loss", series, caption, log_axes="y"))
     terms = {
-        name.partition("/")[2]: curve
+        name.removeprefix(LOSS_TERM_PREFIX): curve
         for name, curve in curves.items()
-        if name.startswith("end_to_end/")
+        if name.startswith(LOSS_TERM_PREFIX)
+        and name.removeprefix(LOSS_TERM_PREFIX) not in NOT_LOSS_TERMS
     }
     order = ["loss", *sorted(name for name in terms if name != "loss")]
+    names = [name for name in order if name in terms and max(terms[name][1]) > 0]
     series = [
         Series(name.replace("_", " "), *terms[name], color=index, dash=index)
-        for index, name in enumerate(
-            name for name in order if name in terms and max(terms[name][1]) > 0
-        )
+        for index, name in enumerate(names)
     ]
     if series:
-        caption = "The whole student learns what the teacher says. The loss is the weighted sum of its terms; kl is in nats per token."
-        plots.append(
-            draw_plot(
-                "Second stage: end to end",
-                "step",
-                "loss and its terms",
-                series,
-                caption,
-                log_axes="y",
-            )
+        caption = (
+            "The whole student is trained on the predictions of the teacher. The loss is the "
+            "weighted sum of its terms; kl is in nats per token."
         )
+        title, y_label = "End-to-end stage", "loss and its terms"
+        plots.append(draw_plot(title, "step", y_label, series, caption, log_axes="y"))
     return plots
 
 
-def plot_fidelity_curves(curves: Mapping[str, Curve], corpora: list[str]) -> Plot | None:
-    """KL on validation text while training."""
-    corpus_curves = [
-        (index, corpus, curves[f"{corpus}/kl"])
-        for index, corpus in enumerate(corpora)
-        if f"{corpus}/kl" in curves
-    ]
-    if not corpus_curves:
-        return None
+def plot_fidelity_curves(curves: Mapping[str, Curve], corpora: Sequence[str]) -> Plot | None:
+    """Return the KL on validation text while training; None if it was not measured."""
     series = [
         Series(
             corpus,
@@ -644,149 +294,68 @@ def plot_fidelity_curves(curves: Mapping[str, Curve], corpora: list[str]) -> Plo
             color=index,
             dash=index,
         )
-        for index, corpus, curve in corpus_curves
+        for index, corpus in enumerate(corpora)
+        if (curve := curves.get(f"val/{corpus}/kl")) is not None
     ]
-    caption = "Validation text, on which nothing is trained."
-    return draw_plot(
-        "Distance from the teacher while training",
-        "step",
-        "KL, nats per token",
-        series,
-        caption,
-        log_axes="y",
-    )
+    if not series:
+        return None
+    title, y_label = "KL from the teacher while training", "KL, nats per token"
+    caption = "On validation text, which is not trained on."
+    return draw_plot(title, "step", y_label, series, caption, log_axes="y")
 
 
 def plot_layer_errors(curves: Mapping[str, Curve]) -> Plot | None:
-    """Each memory's error on what its teacher's block was given: at the first and at the last validation."""
-    curve_by_layer = {
-        int(name.rpartition("_")[2]): curve
-        for name, curve in curves.items()
-        if name.startswith("block_error/layer_")
-    }
-    if not curve_by_layer:
+    """Return each layer's error at the first and the last validation; None if not measured."""
+    errors_by_layer = get_layer_errors(curves)
+    if not errors_by_layer:
         return None
-    layers = sorted(curve_by_layer)
+    layers = list(errors_by_layer)
+    steps = errors_by_layer[layers[0]][0]
     series = []
-    for index, (name, point) in enumerate((("at the end", -1), ("at first validation", 0))):
-        step, errors = (
-            curve_by_layer[layers[0]][0][point],
-            [curve_by_layer[layer][1][point] for layer in layers],
-        )
+    for index, (name, point) in enumerate((("last validation", -1), ("first validation", 0))):
+        if index and steps[0] == steps[-1]:
+            break
+        errors = [errors_by_layer[layer][1][point] for layer in layers]
         tips = [
-            f"layer {layer}, step {step}: {error:.4f}"
+            f"layer {layer}, step {steps[point]}: {error:.4f}"
             for layer, error in zip(layers, errors, strict=True)
         ]
-        if index and step == curve_by_layer[layers[0]][0][-1]:
-            break
-        series.append(
-            Series(f"{name} (step {step})", layers, errors, tips, color=index, dash=index)
-        )
-    layer_ticks = (
-        layers if len(layers) <= MAX_LAYER_TICKS else layers[:: -(-len(layers) // MAX_LAYER_TICKS)]
+        label = f"{name} (step {steps[point]})"
+        series.append(Series(label, layers, errors, tips, color=index, dash=index))
+    caption = (
+        "Squared error of each memory on the output of the block that it replaces, as a fraction "
+        "of the output's variance; 1 is no better than the mean."
     )
-    caption = "What a memory gets wrong of its own block's answer, as a share of its variance: 1 is no better than its mean."
     return draw_plot(
-        "Error of each layer", "layer", "share of variance", series, caption, ticks=layer_ticks
-    )
-
-
-def plot_budget_curve(record: Mapping[str, Any]) -> Plot | None:
-    """KL against slots read: the finished student with other budgets."""
-    budgets = record.get("budgets") or {}
-    points = budgets.get("points", [])
-    if len(points) < 2:
-        return None
-    series = []
-    for index, corpus in enumerate(points[0]["corpora"]):
-        num_read, kls = (
-            [entry["read"] for entry in points],
-            [entry["corpora"][corpus]["kl"] for entry in points],
-        )
-        tips = [
-            f"{corpus}: {entry['factor']:g} × k, {x:.1f} slots read, KL {kl:.4f}"
-            for entry, x, kl in zip(points, num_read, kls, strict=True)
-        ]
-        series.append(Series(corpus, num_read, kls, tips, color=index, dash=index))
-    trained_read = next((entry["read"] for entry in points if entry["factor"] == 1), None)
-    caption = f"The finished student, read with other budgets and not trained for them; {budgets['tokens']:,.0f} test tokens."
-    caption += f" Its own is {trained_read:.1f} slots." if trained_read is not None else ""
-    x_label = "slots read per token and layer"
-    return draw_plot(
-        "What reading more, or less, would give",
-        x_label,
-        "KL, nats per token",
+        "Error of each layer",
+        "layer",
+        "fraction of variance unexplained",
         series,
         caption,
-        log_axes="xy",
-        ticks=[float(f"{entry['read']:.3g}") for entry in points],
+        ticks=choose_layer_ticks(layers),
     )
 
 
 def build_notes(record: Mapping[str, Any]) -> list[str]:
-    """On how much text everything was measured, and what was spent."""
-    lines = []
+    """Return how much text was measured, and the tokens and time of the run."""
+    notes = []
     for corpus, scores in record["fidelity"].items():
-        num_questions = f", {scores['recall']['probes']:,} questions" if "recall" in scores else ""
-        windows = f"{scores['windows']} windows of {scores['window']}, stride {scores['stride']}"
-        lines.append(
-            f"{corpus}: {scores['tokens']:,.0f} predicted tokens of test text in {windows}{num_questions}"
+        questions = f", {scores['recall']['num_probes']:,} questions" if "recall" in scores else ""
+        windows = f"{scores['num_windows']} windows of {scores['window']}"
+        notes.append(
+            f"{corpus}: {scores['tokens']:,.0f} predicted tokens of test text in {windows}, "
+            f"stride {scores['stride']}{questions}"
         )
     seconds, tokens = record["seconds"], record["tokens"]
-    time_spent = ", ".join(
-        f"{seconds[phase]:.0f} s to {phase}" for phase in ("prepare", "train", "measure")
+    phases = ", ".join(
+        f"{name} {seconds[phase]:.0f} s"
+        for phase, name in (
+            ("prepare", "preparation"),
+            ("train", "training"),
+            ("measure", "evaluation"),
+        )
     )
-    if estimate := record.get("estimated"):
-        more = f", up to {estimate['rows']:.0f} s more with rows" if estimate.get("rows") else ""
-        time_spent += f" ({estimate['train']:.0f} s to train were expected, {estimate['measure']:.0f} s to measure{more})"
-    lines.append(
-        f"trained on {tokens['trained']:,} tokens, {tokens['per_second']:,.0f} a second; {time_spent}"
+    notes.append(
+        f"trained on {tokens['trained']:,} tokens, {tokens['per_second']:,.0f} per second; {phases}"
     )
-    return lines
-
-
-def build_pretraining_page(run_dir: Path, config: Config, record: Mapping[str, Any]) -> Page:
-    """What `run.json` of a finished pretraining says, as a page."""
-    summary = f"A teacher of {config.pretrain.layers} layers, width {config.pretrain.width}, trained for {config.pretrain.steps:,} steps."
-    if config.pretrain.start:
-        summary = (
-            f"The teacher {config.pretrain.start} trained for {config.pretrain.steps:,} steps more."
-        )
-    page = Page(run_dir.name, summary, "pretraining", provenance=format_provenance(record))
-    omitted = ("student", "ask it", "as text")
-    page.locations = [
-        ("teacher", config.pretrain.output),
-        *(
-            location
-            for location in list_run_locations(run_dir, record)
-            if location[0] not in omitted
-        ),
-    ]
-    rows = []
-    for corpus, scores in record["fidelity"].items():
-        page.cards.append(
-            Card(f"{scores['perplexity']:.3f}", f"perplexity, {corpus}", "lower is better")
-        )
-        rows.append(
-            HtmlRow(
-                f"{corpus}: perplexity",
-                f"{scores['tokens']:,.0f} predicted tokens",
-                (f"{scores['perplexity']:.3f}",),
-            )
-        )
-        for name, label in (
-            ("recall", "facts known"),
-            ("recall_unseen", "facts, asked in new words"),
-        ):
-            if recall := scores.get(name):
-                rows.append(
-                    HtmlRow(
-                        f"{corpus}: {label}",
-                        f"of {recall['probes']:,} questions",
-                        (format_percent(recall["teacher"]),),
-                    )
-                )
-    page.tables = [HtmlTable("On test text", ("teacher",), rows)]
-    page.plots = overlay_curves({"": record.get("curves", {})})
-    page.notes = [f"{record['seconds']['total']:.0f} s in all"]
-    return page
+    return notes

@@ -1,9 +1,8 @@
-"""Curves and points as SVG that stands in a page: colours are the page's own, light or dark, and it needs no script.
+"""Line plots as SVG for the report page: two axes, lines, points and a legend.
 
-Drawn here and not by matplotlib: once that is installed, torchmetrics, which Lightning brings, imports it with every
-`dmt` command, two seconds of five. These pictures need lines, points, two axes and a legend.
-
-Where numbers lie on an axis, and which of them are written beside it.
+Colors are the page's own, light or dark, and no script is needed. matplotlib is not used: once it
+is installed, torchmetrics, a dependency of Lightning, imports it at the start of every command,
+which takes two of five seconds.
 """
 
 from __future__ import annotations
@@ -14,16 +13,21 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+# Distances between ticks, as multiples of the largest power of ten below the length of the axis.
 TICK_STEPS = (0.1, 0.2, 0.25, 0.5, 1.0, 2.0)
-"""From one number to the next, in powers of ten below the length of the axis."""
 TARGET_TICKS = 6
-AXIS_MARGIN = 0.04
-"""Of an axis, at each end."""
+AXIS_MARGIN = 0.04  # share of the axis that is left free at each end
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A line from `low` to `high`, its logarithm where `log`, with the numbers that are written beside it."""
+    """An axis from `low` to `high`.
+
+    Attributes:
+        low, high: the numbers at its ends.
+        is_log: whether the axis is logarithmic.
+        ticks: the numbers that are written beside it.
+    """
 
     low: float
     high: float
@@ -31,18 +35,26 @@ class Axis:
     ticks: tuple[float, ...]
 
     def locate(self, value: float) -> float:
-        """How far along the axis `value` is, from 0 to 1."""
+        """Return the position of `value` along the axis, from 0 to 1."""
         low, high, value = (
             math.log(number) if self.is_log else number for number in (self.low, self.high, value)
         )
         return (value - low) / (high - low)
 
 
-def make_axis(numbers: Sequence[float], log: bool = False, ticks: Sequence[float] = ()) -> Axis:
-    """One that has room for `numbers`; logarithmic if asked to and all are above nought, as others have no place there.
+def make_axis(
+    numbers: Sequence[float],
+    log: bool = False,
+    ticks: Sequence[float] = (),
+    integer: bool = False,
+) -> Axis:
+    """Return an axis that shows all `numbers`.
 
     Args:
-        ticks: what is written beside it, if not round numbers.
+        numbers: what has to fit.
+        log: whether the axis is logarithmic; ignored if a number is not positive.
+        ticks: numbers written beside the axis, if not round ones.
+        integer: whether ticks are whole numbers, as for steps and layers.
     """
     smallest, largest = min(numbers), max(numbers)
     log = log and smallest > 0
@@ -51,30 +63,36 @@ def make_axis(numbers: Sequence[float], log: bool = False, ticks: Sequence[float
             smallest, largest = smallest / 2, largest * 2
         margin = (largest / smallest) ** AXIS_MARGIN
         low, high = smallest / margin, largest * margin
+    elif integer:
+        margin = AXIS_MARGIN * (largest - smallest) or 0.5
+        low, high = smallest - margin, largest + margin
     else:
         margin = AXIS_MARGIN * (largest - smallest) or abs(largest) / 2 or 0.5
         low, high = smallest - margin, largest + margin
-    axis_ticks = tuple(ticks) or (_choose_log_ticks(low, high) if log else ())
-    return Axis(
-        low,
-        high,
-        log,
-        axis_ticks if len(axis_ticks) > 1 or ticks else _choose_linear_ticks(low, high),
-    )
+    if ticks:
+        axis_ticks = tuple(ticks)
+    else:
+        axis_ticks = _choose_log_ticks(low, high) if log else ()
+        if len(axis_ticks) < 2:
+            axis_ticks = _choose_linear_ticks(low, high, integer)
+    return Axis(low, high, log, axis_ticks)
 
 
 def format_tick(number: float) -> str:
-    """A number as it stands beside an axis."""
+    """Return a number as it is written beside an axis."""
     if number and abs(number) >= 10_000:
         return f"{number / 1_000:g}k" if abs(number) < 1e6 else f"{number / 1e6:g}M"
     return f"{number:.4g}" if abs(number) >= 1e-4 or not number else f"{number:.0e}"
 
 
-def _choose_linear_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Round numbers between the two, `WANTED` or a few more or less."""
+def _choose_linear_ticks(low: float, high: float, integer: bool = False) -> tuple[float, ...]:
+    """Return about `TARGET_TICKS` round numbers between the two."""
     unit = 10.0 ** math.floor(math.log10(high - low))
+    steps = [step_size * unit for step_size in TICK_STEPS]
+    if integer:
+        steps = [step for step in steps if step >= 1 and step.is_integer()] or [1.0]
     candidates = []
-    for step in (step_size * unit for step_size in TICK_STEPS):
+    for step in steps:
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         candidates.append(
             tuple(float(f"{number * step:.12g}") for number in range(first, last + 1))
@@ -83,7 +101,7 @@ def _choose_linear_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _choose_log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten between the two; where there are few also two and five times them, where many not all."""
+    """Return powers of ten between the two; with few of them, also twice and five times each."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = -(-(last - first) // 6)
     multiples = (1, 2, 5) if last - first <= 3 else (1,)
@@ -95,8 +113,8 @@ def _choose_log_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(number for number in candidates if low <= number <= high)
 
 
-NUM_COLORS = 8
-"""That the page has for curves."""
+NUM_COLORS = 8  # colors of curves in page.css
+# Dashes and shapes tell curves apart without colors.
 DASH_PATTERNS = ("", "7 2.5", "1.5 2.5", "8 2.5 1.5 2.5")
 MARKERS = (
     "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
@@ -106,14 +124,11 @@ MARKERS = (
     "M0 4l3.9 -7h-7.8z",
     "M-4 -1.3h2.7v-2.7h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7z",
 )
-"""What tells curves apart where colour does not: dashes, and shapes about the point."""
+# Size without the legend, in units of which letters are ten high: readable on a phone's screen.
 PLOT_WIDTH, PLOT_HEIGHT = 360.0, 210.0
-"""Of a picture without its legend, in units of which letters are ten high: legible on a telephone, as wide as its screen."""
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52.0, 8.0, 6.0, 36.0
 LETTER_WIDTH = 5.6
-"""Width of a letter, about."""
 LEGEND_ROW_HEIGHT = 16.0
-"""Height of a line of the legend."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,11 @@ class Series:
     """One line of a plot.
 
     Attributes:
-        name: in the legend; none without.
-        x, y: of its points.
-        tips: what a pointer that rests on a point is told; where there are some, points are drawn.
-        colour: which of the colours, and which shape; several lines may share one.
-        line: which kind of dashes.
+        name: its name in the legend; empty for no entry.
+        x, y: coordinates of its points.
+        tips: tooltips of the points; points are drawn only where there are tooltips.
+        color: index of the color and the marker; several lines may share one.
+        dash: index of the dash pattern.
     """
 
     name: str
@@ -138,7 +153,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot as it stands in a page: what it is called, the picture, and what it says in words."""
+    """A plot of a page: its title, the SVG and a caption."""
 
     title: str
     picture: Markup
@@ -147,20 +162,22 @@ class Plot:
 
 @dataclass
 class _Canvas:
-    """Where things are put, by numbers on two axes."""
+    """Collects SVG elements; converts numbers on the two axes to coordinates."""
 
     x_axis: Axis
     y_axis: Axis
     parts: list[Markup] = field(default_factory=list)
 
     def x(self, value: float) -> str:
-        return f"{MARGIN_LEFT + self.x_axis.locate(value) * (PLOT_WIDTH - MARGIN_LEFT - MARGIN_RIGHT):.1f}"
+        width = PLOT_WIDTH - MARGIN_LEFT - MARGIN_RIGHT
+        return f"{MARGIN_LEFT + self.x_axis.locate(value) * width:.1f}"
 
     def y(self, value: float) -> str:
-        return f"{PLOT_HEIGHT - MARGIN_BOTTOM - self.y_axis.locate(value) * (PLOT_HEIGHT - MARGIN_TOP - MARGIN_BOTTOM):.1f}"
+        height = PLOT_HEIGHT - MARGIN_TOP - MARGIN_BOTTOM
+        return f"{PLOT_HEIGHT - MARGIN_BOTTOM - self.y_axis.locate(value) * height:.1f}"
 
     def add(self, markup: str, *args: object) -> None:
-        """Add a tag, with what is given escaped."""
+        """Add markup; `args` are escaped."""
         self.parts.append(Markup(markup) % args)
 
 
@@ -173,12 +190,24 @@ def draw_plot(
     log_axes: str = "",
     ticks: Sequence[float] = (),
 ) -> Plot:
-    """Draw `series`; `log` names the axes, of `x` and `y`, that are logarithmic, `ticks` the numbers across that are shown."""
+    """Return a line plot.
+
+    The x axis has whole numbers as ticks if all x are whole, as steps and layers are.
+
+    Args:
+        title: title of the plot.
+        x_label, y_label: names of the axes.
+        series: the lines; at least one point in all.
+        caption: a sentence below the plot.
+        log_axes: which axes are logarithmic: some of `x` and `y`.
+        ticks: ticks of the x axis, if not round numbers.
+    """
     x_values, y_values = (
         [value for curve in series for value in getattr(curve, coordinate)] for coordinate in "xy"
     )
     canvas = _Canvas(
-        make_axis(x_values, "x" in log_axes, ticks), make_axis(y_values, "y" in log_axes)
+        make_axis(x_values, "x" in log_axes, ticks, all(float(x).is_integer() for x in x_values)),
+        make_axis(y_values, "y" in log_axes),
     )
     canvas.add("<title>%s</title>", f"{title}: {y_label} by {x_label}")
     _draw_grid(canvas, x_label, y_label)
@@ -251,7 +280,7 @@ def _draw_series(canvas: _Canvas, series: Series) -> None:
 
 
 def _draw_legend(canvas: _Canvas, named_series: Sequence[Series]) -> float:
-    """Put names under the picture, in as many lines as they need; how high it is then."""
+    """Add the names below the plot, in as many lines as needed; return the height with them."""
     x, y = MARGIN_LEFT - 20, PLOT_HEIGHT + 8
     for series in named_series:
         name = series.name if len(series.name) <= 50 else f"{series.name[:49]}…"

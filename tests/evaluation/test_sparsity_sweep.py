@@ -1,0 +1,75 @@
+"""The sparsity sweep: a finished student measured with other numbers of active slots."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import LAYERS
+
+from dmt.config import FeaturalConfig
+from dmt.evaluation.metrics import measure_fidelity
+from dmt.evaluation.samples import K_FACTORS, sparsity_sweep
+from dmt.memory.sparsity_budget import initialize_threshold
+from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.forward import forward_with_activations
+
+
+def _student(teacher, **memory):
+    student, _ = convert(teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS)
+    return student.eval()
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"k": "auto", "budget": 8},
+        {"k": "auto", "budget": 8, "search": "int8"},
+        {"search": "ivf"},
+        {"k": 4, "heads": 2, "projections": True},
+    ],
+    ids=str,
+)
+def test_other_budgets_are_tried_and_taken_back(teacher, tokens, memory):
+    student = _student(teacher, **memory)
+    memories = get_featural_memories(student)
+    given = forward_with_activations(student, tokens, capture_blocks=True).block_inputs
+    initialize_threshold(memories.values(), [given[layer].flatten(0, -2) for layer in memories])
+    for each in memories.values():
+        each.count_reads()
+        each.read_counts.fill_(7)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    own = measure_fidelity(student, teacher, tokens)
+    for each in memories.values():
+        each.read_counts.fill_(7)
+    found = sparsity_sweep(student, teacher, {"a": tokens, "b": tokens[:1]}, tokens)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+    assert all(each.k == (4 if "heads" in memory else 8) for each in memories.values())
+    assert all(each.read_counts.tolist() == [7] * each.num_slots for each in memories.values())
+    assert found["tokens"] == 4 * 19
+    points = {point["factor"]: point for point in found["points"]}
+    assert list(points) == [
+        factor for factor in K_FACTORS if "heads" not in memory or factor != 0.5
+    ], "half of 4 is 2, as a quarter"
+    assert points[1.0]["corpora"]["a"]["kl"] == pytest.approx(own.kl, rel=1e-6)
+    read = [point["read"] for point in found["points"]]
+    assert read == sorted(read)
+    if "auto" not in str(memory):
+        assert read == [point["k"] for point in found["points"]]
+    else:
+        assert points[4.0]["read"] == pytest.approx(32, rel=0.3), (
+            "a threshold of its own for each budget"
+        )
+        assert points[0.25]["read"] == pytest.approx(2, rel=0.3)
+
+
+def test_a_budget_of_everything_is_the_teacher(teacher, tokens):
+    student = _student(teacher, k=16, linear=False)
+    points = sparsity_sweep(student, teacher, {"a": tokens}, tokens)["points"]
+    assert [point["k"] for point in points] == [4, 8, 16, 32, 64]
+    assert points[-1]["corpora"]["a"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert points[0]["corpora"]["a"]["kl"] > points[2]["corpora"]["a"]["kl"] > 1e-3
+    all_read = sparsity_sweep(_student(teacher, k=64), teacher, {"a": tokens}, tokens)["points"]
+    assert [point["factor"] for point in all_read] == [0.25, 0.5, 1.0], (
+        "more than all there are is nothing else"
+    )
