@@ -82,7 +82,7 @@ def test_consolidations_have_three_conditions():
     table = build_results_table("", collect_results(record), ("without", "with", "consolidated"))
     assert table.rows[0].cells == ("-5.00", "-1.00", "-2.00", "")
     assert table.rows[2].cells == ("-5.00", "-1.00", "-2.00", "0.750 of the benefit")
-    assert table.rows[-1].cells == ("0.00e+00", "", "1.25e-04", "")
+    assert table.rows[-1].cells == ("0", "", "1.25e-04", "")
 
 
 def test_unfinished_runs_have_no_results():

@@ -63,7 +63,8 @@ class FidelityMetrics:
         """Add a batch.
 
         Args:
-            student_logits, teacher_logits: `(batch, time, vocabulary)`.
+            student_logits: `(batch, time, vocabulary)`.
+            teacher_logits: `(batch, time, vocabulary)`.
             tokens: token ids `(batch, time)`.
         """
         student_shifted, teacher_shifted, targets = (
@@ -240,7 +241,8 @@ def measure_fidelity(
     """Measure both models on windows that do not share context.
 
     Args:
-        student, teacher: the models; the teacher has to be in eval mode.
+        student: the model to measure.
+        teacher: the model to compare with.
         windows: token ids `(windows, time)`.
         batch_size: windows computed at once.
     """

@@ -196,7 +196,8 @@ def draw_plot(
 
     Args:
         title: title of the plot.
-        x_label, y_label: names of the axes.
+        x_label: name of the x axis.
+        y_label: name of the y axis.
         series: the lines; at least one point in all.
         caption: a sentence below the plot.
         log_axes: which axes are logarithmic: some of `x` and `y`.

@@ -104,7 +104,7 @@ def test_formats_for_papers(runs_dir, capsys):
     assert main([*two, "latex"]) == 0
     assert "\\begin{tabular}" in capsys.readouterr().out
     assert main([*two, "csv"]) == 0
-    assert capsys.readouterr().out.startswith("run,group,memory.mean_k,")
+    assert capsys.readouterr().out.startswith("run,group,student.layer_overrides,memory.mean_k,")
     assert main([*two, "json", "--by", "memory.mean_k"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]
     assert [group["name"] for group in groups] == ["memory.mean_k=8", "memory.mean_k=16"]
