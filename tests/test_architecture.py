@@ -1,4 +1,4 @@
-"""The house: imports point one way, each room keeps to itself, every shipped config runs."""
+"""The architecture: imports point one way, one module knows model internals, all configs run."""
 
 import ast
 import subprocess
@@ -9,159 +9,11 @@ import pytest
 
 from dmt import config_io
 from dmt.cli.main import distill_main
+from dmt.config_files import find_config, list_configs
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-ORDER = [
-    "errors",
-    "disk",
-    "stopping",
-    "starting",
-    "config",
-    "wording",
-    "runs",
-    "texts",
-    "versions",
-    "layers",
-    "settings",
-    "registration",
-    "data.encoding",
-    "data.people",
-    "data.corpora",
-    "data.blocks",
-    "records",
-    "memory.activation",
-    "memory.nearest",
-    "memory.indexes",
-    "memory.straight_through",
-    "memory.heat",
-    "memory.together",
-    "memory.histories",
-    "memory.rows",
-    "memory.admission",
-    "memory.offers",
-    "memory.products",
-    "memory.search",
-    "memory.finding",
-    "memory.derived",
-    "memory.compensation",
-    "memory.paging",
-    "memory.filed",
-    "memory.table",
-    "memory.featural",
-    "memory.associative",
-    "memory",
-    "memory.mean_k",
-    "memory.spotting",
-    "memory.facts",
-    "store.schema",
-    "store.connect",
-    "store.store",
-    "store",
-    "store.ledger",
-    "models.architectures",
-    "models.attention",
-    "models.norms",
-    "models.quick",
-    "models.overlay",
-    "models.fingerprint",
-    "models.tokens",
-    "models.books",
-    "models.slots",
-    "models.modeling",
-    "models.loading",
-    "models.resize",
-    "models.surgery",
-    "models.teacher",
-    "models.smollm2",
-    "distill.signals",
-    "inspection",
-    "facts.questions",
-    "facts.sentences",
-    "facts.states",
-    "facts.calibration",
-    "facts.drafting",
-    "facts.beginning",
-    "facts.lines",
-    "facts.book",
-    "facts.asking",
-    "facts.containers",
-    "facts.packs",
-    "facts.exchange",
-    "facts.opening",
-    "facts.remembering",
-    "facts.rowpacks",
-    "facts",
-    "commands.printing",
-    "commands.changing",
-    "commands.looking",
-    "commands.asking",
-    "commands.giving",
-    "distill.sampling",
-    "distill.packing",
-    "distill.cached",
-    "distill.finite",
-    "distill.outliers",
-    "distill.pieces",
-    "distill.losses",
-    "evaluate",
-    "distill.sensitivity",
-    "distill.calibrate",
-    "distill.revive",
-    "distill.lessons",
-    "distill.keeper",
-    "pages",
-    "pages.curves",
-    "pages.axes",
-    "pages.plots",
-    "pages.maps",
-    "pages.page",
-    "pages.distilled",
-    "pages.overlaid",
-    "pages.consolidated",
-    "pages.pretrained",
-    "pages.compared",
-    "distill.continuing",
-    "distill.budgets",
-    "distill.stepping",
-    "distill.module",
-    "distill.callbacks",
-    "distill.pretrain",
-    "distill.folder",
-    "distill.processes",
-    "distill.checkpoints",
-    "distill.ending",
-    "distill.fitting",
-    "distill.timing",
-    "distill.planning",
-    "distill.report",
-    "distill.run",
-    "consolidation",
-    "consolidation.reading",
-    "consolidation.hearing",
-    "consolidation.asking",
-    "consolidation.telling",
-    "consolidation.writing",
-    "consolidation.destinations",
-    "consolidation.module",
-    "consolidation.work",
-    "consolidation.rows",
-    "consolidation.report",
-    "consolidation.run",
-    "consolidation.dreaming",
-    "consolidation.moving",
-    "consolidation.rowing",
-    "consolidation.night",
-    "consolidation.sleep",
-    "tasks",
-    "commands.comparing",
-    "commands.consolidating",
-    "commands.sleeping",
-    "main",
-    "cli",
-    "__main__",
-]
-"""Every module with something in it, lowest first: each may import those before it."""
+COMMANDS = ("__main__", "models.smollm2")  # modules that are programs
 SHORT = [
     "data.seq_len=16",
     "data.batch_size=2",
@@ -181,85 +33,50 @@ SHORT = [
 ]
 
 
-def modules():
+def parse_modules():
+    """Yield the name below dmt, the syntax tree and the file of each module."""
     for file in sorted((SOURCE / "dmt").rglob("*.py")):
-        name = ".".join(file.relative_to(SOURCE / "dmt").with_suffix("").parts).removesuffix(
-            ".__init__"
-        )
-        yield ("" if name == "__init__" else name), ast.parse(file.read_text()), file
+        name = ".".join(file.relative_to(SOURCE / "dmt").with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(file.read_text()), file
 
 
-def imported(tree):
+def list_imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def test_imports_point_one_way():
-    seen = 0
-    for name, tree, file in modules():
-        ours = {m.removeprefix("dmt.") for m in imported(tree) if m.startswith("dmt.")} & set(ORDER)
-        if name not in ORDER:
-            assert name in ("", "data", "models", "distill", "commands"), (
-                f"{file}: give it a place in ORDER"
-            )
-            continue
-        seen += 1
-        wrong = [m for m in ours if ORDER.index(m) >= ORDER.index(name)]
-        assert not wrong, f"{file} imports {wrong}, which stand above it"
-    assert seen == len(ORDER)
-
-
-@pytest.mark.parametrize(
-    ("room", "forbidden"),
-    [
-        (
-            "memory",
-            (
-                "transformers",
-                "pytorch_lightning",
-                "dmt.models",
-                "dmt.config",
-                "dmt.data",
-                "dmt.distillation",
-            ),
-        ),
-        ("distill.losses", ("transformers", "pytorch_lightning", "dmt.models")),
-        ("config", ("torch", "transformers", "omegaconf")),
-        ("settings", ("torch", "transformers", "pytorch_lightning", "rich")),
-        ("models", ("pytorch_lightning", "dmt.distillation", "dmt.data")),
-    ],
-)
-def test_rooms_keep_to_themselves(room, forbidden):
-    for name, tree, file in modules():
-        if name == room or name.startswith(room + "."):
-            assert not [m for m in imported(tree) if m.startswith(forbidden)], file
+def test_imports_keep_the_contracts_of_pyproject_toml():
+    """Layers and forbidden imports are in `[tool.importlinter]`."""
+    lint_imports = Path(sys.executable).with_name("lint-imports")
+    process = subprocess.run(
+        [lint_imports, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_one_module_knows_the_names_inside_a_model():
-    inner = ("c_fc", "c_proj", "mlp", "transformer.h", "gate_proj", "up_proj")
-    for name, tree, file in modules():
+    names_inside = ("c_fc", "c_proj", "mlp", "transformer.h", "gate_proj", "up_proj")
+    for name, tree, file in parse_modules():
         if name == "models.architectures":
             continue
+        nodes = list(ast.walk(tree))
         texts = [
-            n.value
-            for n in ast.walk(tree)
-            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
-        names = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
-        assert not {t for t in texts + names if t.startswith(inner)}, file
-
-
-def test_files_stay_short():
-    assert not {f: n for _, _, f in modules() if (n := len(f.read_text().splitlines())) > 300}
+        attributes = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+        assert not {text for text in texts + attributes if text.startswith(names_inside)}, file
 
 
 def test_nothing_unpickles():
-    for _, tree, file in modules():
-        assert not {"pickle", "dill", "joblib", "cloudpickle", "shelve"} & set(imported(tree)), file
+    for _, tree, file in parse_modules():
+        assert not {"pickle", "dill", "joblib", "cloudpickle", "shelve"} & set(
+            list_imports(tree)
+        ), file
         calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
         assert not [
             call
@@ -269,30 +86,51 @@ def test_nothing_unpickles():
         assert not [call for call in calls if "trust_remote_code=True" in call], file
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+def test_only_the_command_line_prints_and_exits():
+    for name, tree, file in parse_modules():
+        if name.startswith("cli") or name in COMMANDS:
+            continue
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        exits = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Raise) and _raises_exit(node)
+        ]
+        assert not {"print", "sys.exit"} & set(calls) or name == "signals", file
+        assert not exits, file
 
 
-def test_the_promised_configs_are_there():
-    assert {f.stem for f in CONFIGS} >= {"default", "seed", "gpt2", "mixed", "teacher"}
-    assert config_io.load_config(ROOT / "configs" / "default.yaml") == config_io.load_config()
+def _raises_exit(node):
+    return node.exc is not None and ast.unparse(node.exc).startswith("SystemExit")
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
-def test_every_config_parses_and_runs_a_step(file, tmp_path, text_file, monkeypatch):
-    config = config_io.load_config(file)
+CONFIGS = {name: path for name, path in list_configs().items() if "/" not in name}
+
+
+def test_the_documented_configs_exist():
+    assert set(CONFIGS) >= {"default", "seed", "gpt2", "mixed", "teacher"}
+    assert config_io.load_config(find_config("default")) == config_io.load_config()
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_says_what_it_is_for(name):
+    assert list_configs()[name].read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_parses_and_runs_a_step(name, tmp_path, text_file, monkeypatch):
+    config = config_io.load_config(CONFIGS[name])
     if config.teacher != "embedded" or any(c.startswith("hub:") for c in config.data.corpora):
-        pytest.skip("needs a hub; parsed only")
+        pytest.skip("needs a hub; only parsed")
     monkeypatch.chdir(ROOT)
-    places = [
+    outputs = [
         f"data.corpora=[{text_file}]",
         f"trainer.log_dir={tmp_path / 'logs'}",
-        f"pretrain.output={tmp_path / 'made'}",
+        f"pretrain.output={tmp_path / 'teacher'}",
     ]
-    assert distill_main([str(file), *SHORT, *places]) == 0
+    assert distill_main([str(CONFIGS[name]), *SHORT, *outputs]) == 0
     assert (tmp_path / "logs" / "version_0" / "run.json").exists()
     if config.task == "pretrain":
         student = [
-            f"teacher={tmp_path / 'made'}",
+            f"teacher={tmp_path / 'teacher'}",
             f"data.corpora=[{text_file}]",
             f"trainer.log_dir={tmp_path / 'logs'}",
         ]
@@ -301,10 +139,17 @@ def test_every_config_parses_and_runs_a_step(file, tmp_path, text_file, monkeypa
 
 @pytest.mark.parametrize(
     "module",
-    ["models.books", "models.overlay", "models.quick", "models.surgery", "memory.featural"],
+    [
+        "models.modeling",
+        "models.fact_hooks",
+        "ops",
+        "models.conversion",
+        "memory.featural",
+        "cli.main",
+    ],
 )
-def test_any_module_may_be_imported_first(module):
-    done = subprocess.run(
+def test_any_module_can_be_imported_first(module):
+    process = subprocess.run(
         [sys.executable, "-c", f"import dmt.{module}"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
