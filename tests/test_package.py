@@ -20,7 +20,6 @@ IMPORT_NAMES = {
     "pytorch-lightning": "pytorch_lightning",
     "faiss-cpu": "faiss",
     "pyyaml": "yaml",
-    "pillow": "PIL",
     "huggingface-hub": "huggingface_hub",
     "psycopg": "psycopg",
 }
