@@ -488,7 +488,9 @@ class TrainerConfig(_CheckedConfig):
     checkpoint_every: int = bounded(200, minimum=1)
     """Steps between two checkpoints."""
     progress_bar: bool = True
-    """Show the progress bar."""
+    """Show progress: a bar in a terminal or a notebook, otherwise a line in the log every 30 seconds."""
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
+    """Where curves go: `tensorboard`, `csv` (the report needs it), `wandb`, `mlflow`, `comet`, `neptune`, or the path of a Lightning logger's class."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""Versions of the files that dmt writes: of one that is older or newer than it knows, what is told and what is to be done.
+"""Files and folders: atomic writes, locks, disk errors in one line, text input, format versions.
 
-The README lists all of them ("Versions of files").
-
-What is on disk is whole or not there at all; one program holds a folder; what a disk complains about is told in one line.
-
-Text files that a person names: read as UTF-8, or refused in one line.
+A file or folder written here is complete or not there at all, also after a crash or a power cut.
 """
 
 from __future__ import annotations
@@ -18,36 +14,50 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmt.errors import UserError, format_value
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+# Versions of the files that dmt writes; docs/reference lists all of them. A file without a version
+# is of version 1.
+CONFIG_VERSION = 1  # of a run's config.yaml, in its first line
+RECORD_VERSION = 1  # of run.json, under `format`, and of the report files beside it
+CHECKPOINT_VERSION = 1  # of a checkpoint, under `dmt`
+STUDENT_VERSION = 1  # of a saved student, in its config.json under `dmt`
+
+# errno -> what is wrong and what helps.
 ERRNO_ADVICE = {
     errno.ENOSPC: ("the disk is full", "make room"),
     errno.EDQUOT: ("the disk is full", "make room"),
     errno.EFBIG: ("a file may not grow that large", "raise the limit (ulimit -f)"),
     errno.EROFS: ("it cannot be written to", "make it writable"),
-    errno.EIO: ("the disk fails", "look after it"),
+    errno.EIO: ("the disk reports an error", "check the disk"),
     errno.EACCES: ("it may not be opened", "make it readable and writable"),
     errno.EPERM: ("it may not be changed", "make it writable"),
 }
-"""What a disk complains about, and what helps."""
+# SQLite's primary result code -> errno.
 SQLITE_ERRNOS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_IOERR: errno.EIO,
 }
-"""The same, as SQLite says it."""
 
 
 def disk_error(error: BaseException) -> tuple[str, str] | None:
-    """What a disk complains about and what helps, where `error`, or what it came from, is such a complaint; else None."""
+    """Return what is wrong with the disk and what helps, or None if the disk is not the cause.
+
+    Args:
+        error: Any exception; its causes and contexts are searched too.
+    """
     visited: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in visited:
         visited.append(current)
-        # Libraries written in Rust say it in words; torch's says only that it failed to write.
+        # Libraries written in Rust put the code into the message; torch only says that it failed.
         match = re.search(r"os error (\d+)", str(current))
         code = current.errno if isinstance(current, OSError) else int(match[1]) if match else None
         if isinstance(current, sqlite3.Error):
@@ -56,52 +66,69 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
             code = errno.ENOSPC
         if code in ERRNO_ADVICE:
             problem, advice = ERRNO_ADVICE[code]
-            if code == errno.EACCES and getattr(
-                current, "filename", None
-            ):  # not what was asked for as a whole: one file of it
-                problem = f"{current.filename} may not be opened"  # type: ignore[attr-defined]
+            filename = getattr(current, "filename", None)
+            if code == errno.EACCES and filename:  # one file of a folder, so name it
+                problem = f"{filename} may not be opened"
             return f"{problem} ({os.strerror(code)})", advice
         current = current.__cause__ or current.__context__
     return None
 
 
 def describe_disk_error(error: BaseException) -> str | None:
-    """The same as a line about the file in question, where there is one."""
+    """Return `disk_error` as one line that names the file if it is known, or None."""
     if (problem_and_advice := disk_error(error)) is None:
         return None
-    prefix = (
-        f"{error.filename}: "
-        if isinstance(error, OSError)
-        and error.filename
-        and str(error.filename) not in problem_and_advice[0]
-        else ""
-    )
-    return f"{prefix}{problem_and_advice[0]}; {problem_and_advice[1]} and try again; what was finished is kept"
+    problem, advice = problem_and_advice
+    filename = error.filename if isinstance(error, OSError) else None
+    prefix = f"{filename}: " if filename and str(filename) not in problem else ""
+    return f"{prefix}{problem}; {advice} and try again; what was finished is kept"
+
+
+@contextmanager
+def atomic_path(target: Path, *, fsync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; move what was written there to `target` on success.
+
+    Until then whatever was at `target` stays. On an error the temporary file is removed.
+
+    Args:
+        target: File to replace, or folder to create. A folder can only replace an empty one.
+        fsync: Flush to the disk before the move, so that the file survives a power cut.
+    """
+    partial_path = target.with_name(f"{target.name}.partial")
+    if partial_path.is_dir():  # of a process that was killed
+        shutil.rmtree(partial_path)
+    try:
+        yield partial_path
+        if fsync:
+            fsync_path(partial_path)
+        partial_path.replace(target)
+        if fsync:
+            fsync_path(target.parent)
+    finally:
+        if partial_path.is_dir():
+            shutil.rmtree(partial_path, ignore_errors=True)
+        partial_path.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file, whole: what was there before stays until all is written."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        with partial_path.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    """Write UTF-8 text to `path`; an existing file is replaced only once all is written."""
+    with atomic_path(path) as partial_path:
+        partial_path.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_directory(
     target: Path, migrate: Callable[[Path, Path], Any] = lambda before, now: None
 ) -> Iterator[Path]:
-    """A folder to write to that is called `place` once all is written, and is gone where something fails.
+    """Yield a temporary folder that becomes `target` on success and is removed on an error.
 
-    Other files of a folder that was there before go on lying in it. What a killed program left is settled by the next.
+    Files of an existing `target` that the new folder does not have are kept. What a killed process
+    left behind is cleaned up first.
 
     Args:
-        inherit: told of the folder that was there before and the new one in its place: what is to change its name it moves.
+        target: Folder to create or replace.
+        migrate: Called with the old folder and the new one at `target`, before the old one's other
+            files are moved over; it moves what has to change its name.
     """
     target = target.absolute()
     partial_dir, backup = (
@@ -115,7 +142,8 @@ def atomic_directory(
         for path in (*partial_dir.rglob("*"), partial_dir):
             fsync_path(path)
         if target.exists() and (Path.cwd().is_relative_to(target) or os.path.ismount(target)):
-            _move_entries(partial_dir, target, replace=True)  # whoever is in it would be nowhere
+            # A rename would leave the working directory of this process without a path.
+            _move_entries(partial_dir, target, replace=True)
             partial_dir.rmdir()
         else:
             if target.exists():
@@ -132,7 +160,7 @@ def atomic_directory(
 def _finish_replacement(target: Path, backup: Path, migrate: Callable[[Path, Path], Any]) -> None:
     if not backup.exists():
         return
-    if not target.exists():  # it was to make room for one that did not come
+    if not target.exists():  # the replacement never arrived
         backup.rename(target)
         return
     migrate(backup, target)
@@ -147,8 +175,10 @@ def _move_entries(source: Path, target: Path, replace: bool) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to the disk; on Windows folders need no flush."""
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -157,83 +187,74 @@ def fsync_path(path: Path) -> None:
 
 def acquire_lock(
     lock_path: Path, refusal_message: str, on_wait: Callable[[], None] | None = None
-) -> int:
-    """Hold `lock` until `let_go`, or until this program ends, however it ends: the system lets go of what the dead held.
+) -> BaseFileLock:
+    """Take an exclusive lock until `release_lock` or the end of the process, however it ends.
 
     Args:
-        refusal: said where somebody else holds it.
-        wait: called where somebody else holds it, and then that is waited for.
+        lock_path: File of the lock; it is created if needed.
+        refusal_message: Message of the error if another process holds the lock.
+        on_wait: Called once if another process holds the lock; then wait for it instead.
+
+    Returns:
+        The lock, for `release_lock`.
 
     Raises:
-        UserError: somebody else holds it, or the file cannot be made.
+        UserError: Another process holds the lock, or its file cannot be created.
     """
-    import fcntl  # not on Windows, and then only there a clear failure
+    from filelock import FileLock, Timeout  # here, because most commands need no lock
 
-    while True:
+    lock = FileLock(lock_path, thread_local=False, fallback_to_soft=False)
+    try:
         try:
-            fd = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o644)
-        except OSError as error:
-            raise UserError(
-                f"{lock_path.parent} cannot be written to ({error.strerror}); make it writable or name another"
-            ) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock.acquire(blocking=False)
+        except Timeout:
             if on_wait is None:
-                os.close(fd)
                 raise UserError(refusal_message) from None
             on_wait()
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except BaseException:
-                os.close(fd)
-                raise
-        try:
-            if os.fstat(fd).st_ino == lock_path.stat().st_ino:
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # whoever had it took the file away; this one is nobody's
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{lock_path.parent} cannot be written to ({error.strerror});"
+            " make it writable or name another"
+        ) from None
+    return lock
 
 
-def release_lock(fd: int, lock_path: Path) -> None:
-    """Let others hold `lock`, which is taken away."""
-    with suppress(OSError):  # of a disk that has become read-only: nobody holds the file that stays
+def release_lock(lock: BaseFileLock, lock_path: Path) -> None:
+    """Release a lock and remove its file."""
+    with suppress(OSError):  # a read-only disk, or Windows: the file stays and nobody holds it
         lock_path.unlink(missing_ok=True)
-    os.close(fd)
+    lock.release(force=True)
 
 
 def read_text_file(path: Path, display_name: str, advice: str) -> str:
-    """What a file says, without the mark that some editors begin it with.
+    """Read a UTF-8 text file, without its byte order mark.
 
     Args:
-        name: what a refusal calls it, in the words that were typed.
-        advice: what to do instead.
+        path: File to read; `~` is expanded.
+        display_name: How error messages name the file, as the user typed it.
+        advice: What error messages advise instead.
 
     Raises:
-        UserError: it cannot be read, or is no UTF-8 text.
+        UserError: The file cannot be read or is not UTF-8 text.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{display_name} is not UTF-8 text; convert it, or {advice}") from None
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # no such home folder; a NUL byte in a name
-        raise UserError(
-            f"{display_name} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}"
-        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # no such home folder; a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{display_name} cannot be read ({reason}); {advice}") from None
     if "\0" in text:
         raise UserError(
-            f"{display_name} holds NUL bytes, as UTF-16 and programs do; convert it to UTF-8, or {advice}"
+            f"{display_name} holds NUL bytes, as UTF-16 and programs do;"
+            f" convert it to UTF-8, or {advice}"
         )
     return text
 
 
 def check_utf8_args(args: Iterable[str]) -> None:
-    """Raise `UserError` for a word that was typed in another encoding than UTF-8: nothing could store, show or read it."""
+    """Raise `UserError` for a command-line argument that is not UTF-8: it cannot be stored."""
     for arg in args:
         try:
             arg.encode()
@@ -244,10 +265,11 @@ def check_utf8_args(args: Iterable[str]) -> None:
 
 
 def parse_json_line(line: str) -> Any:
-    """What a line of JSON says.
+    """Parse one line of JSON.
 
     Raises:
-        ValueError: it is none, or too deep, or holds half a character, which no tokenizer takes.
+        ValueError: It is not JSON, nested too deeply, or holds a lone surrogate, which no
+            tokenizer accepts.
     """
     try:
         value = json.loads(line)
@@ -257,31 +279,17 @@ def parse_json_line(line: str) -> Any:
     return value
 
 
-CONFIG_VERSION = 1
-"""Of a run's `config.yaml`, in its first line; a file without one is of version 1."""
-RECORD_VERSION = 1
-"""Of `run.json`, under `format`, and of the files for people beside it."""
-CHECKPOINT_VERSION = 1
-"""Of a checkpoint, under `dmt`; one without is of version 1."""
-STUDENT_VERSION = 1
-"""Of a saved student, in its `config.json` under `dmt`; one without is of version 1."""
-
-
 def check_version(version: Any, supported: int, label: str, older_advice: str) -> None:
-    """Let the version `known` pass, as a number or its digits.
+    """Raise `UserError` unless `version` is the supported one, as a number or as its digits.
 
     Args:
-        what: begins the line, as in `pack family: version`.
-        older: what to do with a file of an older version, or of none.
-
-    Raises:
-        UserError: it is another.
+        version: What the file says.
+        supported: The version that this dmt reads.
+        label: Start of the message, as in `pack family: version`.
+        older_advice: What to do with a file of an older version, or of none.
     """
-    version_number = (
-        int(version)
-        if isinstance(version, str) and version.isdecimal() and len(version) < 10
-        else version
-    )
+    is_digits = isinstance(version, str) and version.isdecimal() and len(version) < 10
+    version_number = int(version) if is_digits else version
     if type(version_number) is int and version_number == supported:
         return
     is_newer = type(version_number) is int and version_number > supported

@@ -1,4 +1,4 @@
-"""Where runs are: from the word by which a person names one to its folder, and which is the newest."""
+"""Find runs on the disk: by the name a user types, and the newest of a log folder."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from pathlib import Path
 
 from dmt.errors import UserError, format_value
 
-RUNS_DIR = "lightning_logs"
-"""Where runs are unless `trainer.log_dir` says something else."""
-MAX_LISTED_RUNS = 8
-"""Runs that are named to somebody who asked for another."""
+RUNS_DIR = "lightning_logs"  # where runs are unless `trainer.log_dir` says otherwise
+MAX_LISTED_RUNS = 8  # runs that an error message lists
 
 
 def parse_run_number(run_dir: Path) -> int | None:
-    """That of a folder `version_N`; None of one that has a name."""
+    """Return N of a folder `version_N`, or None for a run with a name."""
     digits = run_dir.name.removeprefix("version_")
     return int(digits) if run_dir.name.startswith("version_") and digits.isdecimal() else None
 
 
 def list_runs(log_dir: Path, required_name: str = "config.yaml") -> list[Path]:
-    """The runs of a log folder that have a file or folder `holding`, the newest last.
+    """List the runs of a log folder that have a file or folder `required_name`, the newest last.
 
-    Numbered runs go by their number; a named one stands where its config was written among theirs.
+    Numbered runs are ordered by number; a named run is placed by the time its config was written.
     """
-    run_dirs = (
-        [run_dir.parent for run_dir in log_dir.glob(f"*/{required_name}")]
-        if log_dir.is_dir()
-        else []
-    )
+    if not log_dir.is_dir():
+        return []
+    run_dirs = [path.parent for path in log_dir.glob(f"*/{required_name}")]
     numbered = sorted(
         (run_dir for run_dir in run_dirs if parse_run_number(run_dir) is not None),
         key=lambda run_dir: parse_run_number(run_dir) or 0,
@@ -43,9 +39,8 @@ def list_runs(log_dir: Path, required_name: str = "config.yaml") -> list[Path]:
     )
     ordered: list[Path] = []
     for index, run_dir in enumerate(numbered):
-        start_time = min(
-            _get_start_time(later_run) for later_run in numbered[index:]
-        )  # of a file touched since the number knows better
+        # A file may have been touched later; the number then bounds the time from above.
+        start_time = min(_get_start_time(later_run) for later_run in numbered[index:])
         while named and _get_start_time(named[0]) < start_time:
             ordered.append(named.pop(0))
         ordered.append(run_dir)
@@ -53,7 +48,7 @@ def list_runs(log_dir: Path, required_name: str = "config.yaml") -> list[Path]:
 
 
 def check_run_name(name: str) -> None:
-    """Raise `UserError` where a run cannot be called that: it is one folder, and told from those that have numbers."""
+    """Raise `UserError` unless `name` is one folder's name and not one of a numbered run."""
     if not re.fullmatch(r"\w[\w.+=@,-]{0,99}", name):
         allowed = "letters, digits, _ . + = @ , and - (the first a letter, digit or _), 100 at most"
         raise UserError(
@@ -61,15 +56,16 @@ def check_run_name(name: str) -> None:
         )
     if re.fullmatch(r"(version_)?\d+", name):
         raise UserError(
-            f"trainer.run_name={name} is what a run without a name is called; give another, or leave it empty"
+            f"trainer.run_name={name} is what a run without a name is called;"
+            " give another, or leave it empty"
         )
 
 
 def find_run(name_or_path: str) -> Path:
-    """The run that `word` names: its folder or the student in it, or a name or number among those in `lightning_logs`.
+    """Find a run by its folder, by the student in it, or by its name or number in `RUNS_DIR`.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such run.
     """
     path = expand_home(name_or_path)
     candidates = (
@@ -95,7 +91,7 @@ def find_run(name_or_path: str) -> Path:
 
 
 def expand_home(path: str) -> Path:
-    """A path as typed, with `~` filled in; as it is where there is no such home."""
+    """Expand `~` in a path, or return it as it is if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -103,7 +99,7 @@ def expand_home(path: str) -> Path:
 
 
 def _get_start_time(run_dir: Path) -> float:
-    """When a run was begun: its config is written then and never again."""
+    """Return when a run started: its config is written then and never again."""
     for name in ("config.yaml", "student"):
         if (run_dir / name).exists():
             return (run_dir / name).stat().st_mtime

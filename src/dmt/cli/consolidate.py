@@ -291,7 +291,7 @@ def _run_transfer(
 
     _print_plan(plan, config, student_path, args, out)
     if run_folder is not None:
-        write_record(run_folder, config, {"task": "sleep", "replay": command}, is_start=True)
+        write_record(run_folder, config, {"task": "sleep", "replay_command": command}, is_start=True)
     with out.progress_bar("sleeping", args.steps) as progress, _StepLogger(run_folder) as curves:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -303,7 +303,7 @@ def _run_transfer(
         )
     if run_folder is not None:
         write_record(
-            run_folder, config, {"task": "sleep", "replay": command, "night": asdict(result)}
+            run_folder, config, {"task": "sleep", "replay_command": command, "night": asdict(result)}
         )
         files.atomic_write(run_folder / "report.md", _format_report(run_folder, result, command))
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import closing
 from dataclasses import asdict
@@ -53,15 +54,18 @@ from dmt.store import RowStore
 from dmt.training.autotune import TIMED_WINDOWS, autotune
 from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, StoredRowUsage
 from dmt.training.launch import get_rank, make_on_rank_zero, rank_zero_first
+from dmt.training.plan import format_plan
 from dmt.training.run_dir import (
+    WEIGHT_MAP_FILE,
     check_writable,
     create_run_dir,
     newest_checkpoint,
     write_record,
 )
-from dmt.training.time_estimate import estimate_duration, measure_step_times, print_plan
 from dmt.training.trainer import fit, keep_freed_memory, select_device, use_training_kernels
 from dmt.validation import ArgumentError
+
+logger = logging.getLogger(__name__)
 
 
 def distill(config: Config, run_dir: Path | None) -> Path:
@@ -79,6 +83,7 @@ def distill(config: Config, run_dir: Path | None) -> Path:
             "every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural"
         )
     data = TextDataModule(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
+    logger.info("tokenizing %s", ", ".join(config.data.corpora))
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     try:
@@ -153,17 +158,16 @@ def _train_and_evaluate(
     module.to(device)
     teacher.to(device)  # type: ignore[arg-type]
     steps_before = 0 if is_new or checkpoint is None else int(checkpoint.stem[5:])
-    run_estimate = estimate_duration(
-        config, measure_step_times(config, module, data), data, is_new, steps_before
-    )
-    print_plan(
-        config, run_dir, student, module.trainable_parameters(), transfer_report, run_estimate
+    logger.info(
+        "%s",
+        format_plan(config, run_dir, student, module.trainable_parameters(), transfer_report),
     )
     initial_metrics: dict[str, FidelityMetrics] = {}
     if is_new:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         if module.row_sync is not None:
             module.row_sync.load_rows()
+        logger.info("calibrating")
         module.calibrate(
             data.calibration_windows(max(stages.calibration_tokens, SCALE_TOKENS)).to(device)
         )
@@ -181,17 +185,12 @@ def _train_and_evaluate(
         }
         distillation.print_untrained_fidelity(initial_metrics)
     if get_rank() == 0:
-        files.atomic_write(run_dir / "transfer.txt", transfer_report.format_table() + "\n")
-        record: dict[str, Any] = {"estimated": asdict(run_estimate)}
-        record |= (
-            {
-                "before_training": {
-                    name: metrics.to_dict() for name, metrics in initial_metrics.items()
-                }
+        files.atomic_write(run_dir / WEIGHT_MAP_FILE, transfer_report.format_table() + "\n")
+        record: dict[str, Any] = {}
+        if is_new:
+            record["before_training"] = {
+                name: metrics.to_dict() for name, metrics in initial_metrics.items()
             }
-            if is_new
-            else {}
-        )
         write_record(run_dir, config, record, is_start=True)
     prepare_seconds = time.perf_counter() - start_time
     if data.steps:
@@ -316,7 +315,8 @@ def evaluate_student(
     for associative in get_associative_memories(student).values():
         associative.retrieval_stats = RetrievalStats()
     fidelity: dict[str, Any] = {}
-    for corpus in data.corpora:
+    for index, corpus in enumerate(data.corpora, 1):
+        logger.info("measuring %s (corpus %d/%d)", corpus.name, index, len(data.corpora))
         windows = select_first_windows(corpus.test, config.data.test_tokens)
         fidelity[corpus.name] = measure_fidelity(
             student, teacher, windows, config.data.micro_batch_size
@@ -366,8 +366,9 @@ def pretrain(config: Config, run_dir: Path | None) -> Path:
         config, model, data.calibration_windows(config.data.seq_len * config.data.micro_batch_size)
     )
     run_dir = run_dir or make_on_rank_zero(lambda: create_run_dir(config))
-    print(
-        f"run folder {run_dir}; {sum(p.numel() for p in model.parameters()):,} weights, {config.pretrain.steps:,} steps"
+    num_weights = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "folder %s; %s weights, %d steps", run_dir, f"{num_weights:,}", config.pretrain.steps
     )
     if get_rank() == 0:
         write_record(run_dir, config, {}, is_start=True)
@@ -398,12 +399,12 @@ def pretrain(config: Config, run_dir: Path | None) -> Path:
                     "num_probes": len(probes),
                 }
         results["fidelity"][corpus.name] = entry
-        print(f"{corpus.name}: {entry}")
+        logger.info("%s: %s", corpus.name, entry)
     output_dir = Path(config.pretrain.output).expanduser()
     with atomic_directory(output_dir) as folder:
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     results["curves"] = read_curves(run_dir)
     write_record(run_dir, config, results)
-    print(f"the teacher is in {output_dir}: teacher={output_dir}")
+    logger.info("teacher  %s: teacher=%s", output_dir, output_dir)
     return run_dir

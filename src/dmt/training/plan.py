@@ -1,0 +1,101 @@
+"""The summary of a run that is logged before it starts: model, memories, steps, text, folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dmt.config import Config
+from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.models.conversion import TransferReport, get_memories
+
+
+def format_plan(
+    config: Config,
+    run_dir: Path,
+    student: PreTrainedModel,
+    trainable: dict[str, nn.Parameter],
+    transfer: TransferReport,
+) -> str:
+    """Return what a distillation is about to do, one line per part.
+
+    Args:
+        config: The resolved settings.
+        run_dir: Folder of the run.
+        student: The converted model.
+        trainable: Its trainable parameters by name.
+        transfer: What became of each tensor of the teacher.
+    """
+    stages, step_tokens = config.stages, config.data.batch_size * config.data.seq_len
+    steps = stages.layerwise_steps + stages.end_to_end_steps
+    num_weights = sum(parameter.numel() for parameter in trainable.values())
+    shape = student.config
+    layers_by_description: dict[str, list[int]] = {}
+    for layer, memory in get_memories(student).items():
+        layers_by_description.setdefault(_describe_memory(memory), []).append(layer)
+    rows = [
+        (
+            "teacher",
+            f"{config.teacher}: {shape.num_hidden_layers} layers, width {shape.hidden_size}",
+        ),
+        *(
+            (f"layer {format_ranges(layers)}", f"feed-forward block -> {description}")
+            for description, layers in layers_by_description.items()
+        ),
+        ("tensors", transfer.summary()),
+        (
+            "trainable",
+            f"{num_weights:,} weights in {len(trainable)} tensors"
+            f" (student.trainable={config.student.trainable})",
+        ),
+        ("calibrate", f"{stages.calibration_tokens:,} tokens, no gradient"),
+        ("layerwise", f"{stages.layerwise_steps:,} steps, the memories alone"),
+        ("end_to_end", f"{stages.end_to_end_steps:,} steps"),
+        (
+            "text",
+            f"{', '.join(config.data.corpora)}: {steps * step_tokens:,} tokens"
+            f" in steps of {step_tokens:,}",
+        ),
+        (
+            "folder",
+            f"{run_dir}; {config.trainer.num_threads} threads, {config.trainer.precision}",
+        ),
+    ]
+    return format_rows(rows)
+
+
+def format_rows(rows: list[tuple[str, str]]) -> str:
+    """Return names and values in two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_memory(memory: nn.Module | None) -> str:
+    if isinstance(memory, AssociativeMemory):
+        beside = "" if memory.base is None else f", beside {_describe_memory(memory.base)}"
+        return (
+            f"{memory.k} of at most {memory.insert_policy.capacity:,} rows read for each token"
+            f" ({memory.value_target}){beside}"
+        )
+    if isinstance(memory, FeaturalMemory):
+        basis = "on average over layers" if memory.k_mode == "threshold" else "for each token"
+        return (
+            f"{memory.k} of {memory.num_slots} slots read {basis}, {memory.activation} weights,"
+            f" {memory.selection} ranking"
+        )
+    return type(memory).__name__
+
+
+def format_ranges(numbers: list[int]) -> str:
+    """Format ascending whole numbers as ranges, as in `0-3, 7`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return ", ".join(
+        f"{values[0]}-{values[-1]}" if len(values) > 1 else str(values[0]) for values in ranges
+    )
