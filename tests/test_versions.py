@@ -167,7 +167,7 @@ def test_the_readme_lists_every_kind():
         "a pack",
         "logits.npy",
         "metrics.csv",
-        "transfer.txt",
+        "weight_map.txt",
         "report.md",
         "tokenizer.json",
         "events.out.tfevents",

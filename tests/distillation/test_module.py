@@ -30,6 +30,7 @@ from dmt.distillation.pretrain import PretrainingModule
 from dmt.models.conversion import convert, get_memories
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.training import autotune, callbacks
+from dmt.training.callbacks import StepProgressBar
 from dmt.training.run_dir import newest_checkpoint
 from dmt.training.trainer import k_schedule, lr_schedule
 
@@ -59,7 +60,7 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
         "report.md",
         "run.json",
         "student",
-        "transfer.txt",
+        "weight_map.txt",
     }
     record = json.loads((run / "run.json").read_text())
     assert record["fidelity"]["text"]["tokens"] == 8 * 15
@@ -105,7 +106,8 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     )
 
 
-def test_the_progress_bar_shows_steps_time_left_and_loss(words, capsys):
+def test_the_progress_bar_shows_steps_time_left_and_loss(words, capsys, monkeypatch):
+    monkeypatch.setattr("dmt.training.trainer.make_progress_callback", StepProgressBar)
     assert distill_main([*words, "trainer.progress_bar=true"]) == 0
     bar = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
     assert "9/9" in bar
@@ -163,11 +165,11 @@ def test_the_same_settings_give_the_same_digits(words, tmp_path, again, kind):
         assert torch.equal(value, weights(second)[name]), name
     assert curves(first) == curves(second)
     one, two = (json.loads((run / "run.json").read_text()) for run in (first, second))
-    apart = {"seconds", "tokens", "written", "replay", "commands", "estimated"}
+    apart = {"seconds", "tokens", "created_at", "replay_command", "commands"}
     assert {name: value for name, value in one.items() if name not in apart} == {
         name: value for name, value in two.items() if name not in apart
     }
-    assert one["replay"] == f"python distill.py {first}/run.json"
+    assert one["replay_command"] == f"python distill.py {first}/run.json"
 
 
 def test_a_record_of_an_earlier_version_names_the_file_that_replays(words, tmp_path, capsys):
@@ -237,7 +239,7 @@ def test_a_signal_while_processes_agree_whether_to_stop_is_not_lost(
 
     monkeypatch.setattr(callbacks, "all_reduce_max", agreeing)
     assert distill_main(words) == 128 + signal.SIGTERM
-    assert "stopped after step 1; go on with" in capsys.readouterr().err
+    assert "stopped after step 1; resume with" in capsys.readouterr().err
     assert not (newest(tmp_path) / "student").exists()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -213,15 +213,15 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
     events.Reload()
     for layer in range(LAYERS):
         for tag in ("rows", "inserted", "evicted", "merged", "null_weight"):
-            assert f"{tag}/layer_{layer}" in events.Tags()["scalars"]
+            assert f"knn/{tag}/layer_{layer}" in events.Tags()["scalars"]
         for tag in ("nearest_distance", "row_age_seconds", "log10_row_reads"):
-            assert f"{tag}/layer_{layer}" in events.Tags()["histograms"]
+            assert f"knn/{tag}/layer_{layer}" in events.Tags()["histograms"]
     found = json.loads((run / "run.json").read_text())["knn"]
     assert {layer: kept["num_rows"] for layer, kept in found.items()} == {
         str(layer): len(stored[f"layer_{layer}"]) for layer in get_associative_memories(student)
     }
     assert all(0 < kept["null_weight"] < 1 for kept in found.values())
-    assert "rows read for each token" in capsys.readouterr().out
+    assert "rows read for each token" in capsys.readouterr().err
 
 
 def test_a_rule_says_when_its_layers_begin_to_write(words, tmp_path):

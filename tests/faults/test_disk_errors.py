@@ -176,7 +176,7 @@ def test_a_consolidation(nursery, material, small_disk, into, function):
     (disk / "filler").unlink()
     ended = nursery.run(["--resume", run])
     assert ended.code == 0, ended.err
-    assert "written" in json.loads((run / "run.json").read_text())
+    assert "rows_written" in json.loads((run / "run.json").read_text())
     assert not (run / "student" / "filler").exists()
 
 

@@ -69,21 +69,21 @@ def test_charts_have_the_curves_that_are_there(words, tmp_path, changes):
     measured = {
         tag
         for tag in there
-        if not tag.startswith(("hparam/", "slots_used/", "learning_rate"))
+        if not tag.startswith(("hparam/", "slots/used_fraction/", "lr"))
         and "_perplexity" not in tag
     }
     assert measured - set(named) == set()
-    assert ("rows" in grouped) == bool([word for word in changes if word == ROWS[0]])
+    assert ("knn rows" in grouped) == bool([word for word in changes if word == ROWS[0]])
 
 
 def test_nothing_is_shown_that_was_not_measured(words, tmp_path):
     assert distill_main([*words, *ROWS]) == 0
     found = events(newest(tmp_path))
     assert "epoch" not in found.Tags()["scalars"]
-    first = min(event.step for event in found.Scalars("rows/layer_0"))
+    first = min(event.step for event in found.Scalars("knn/rows/layer_0"))
     assert first >= 4 + 2, "the second half of the end-to-end stage writes"
     for layer in range(LAYERS):
-        for event in found.Scalars(f"rows_base/layer_{layer}"):
+        for event in found.Scalars(f"knn/null_weight/layer_{layer}"):
             assert event.step >= first
             assert event.value < 1
     for tag in found.Tags()["scalars"]:
@@ -111,7 +111,7 @@ def test_a_memory_that_nobody_asked_has_read_nothing_we_know_of(words, tmp_path,
     with pytest.raises(Stop):
         distill_main([*words, "memory.k=8", "memory.mean_k="])
     assert not [
-        tag for tag in events(newest(tmp_path)).Tags()["scalars"] if tag.startswith("slots_")
+        tag for tag in events(newest(tmp_path)).Tags()["scalars"] if tag.startswith("slots/")
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_named_run_lies_under_its_name_and_is_found_there(words, tmp_path, mon
         "another name"
     )
     assert distill_main(["--resume", "lightning_logs/narrow"]) == 0
-    replay = json.loads((run / "run.json").read_text())["replay"].split()
+    replay = json.loads((run / "run.json").read_text())["replay_command"].split()
     assert replay[:2] == ["python", "distill.py"]
     assert distill_main(replay[2:]) == 0
     assert (

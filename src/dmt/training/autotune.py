@@ -179,9 +179,9 @@ def _choose_fastest(
     candidates = _list_candidates(trainer, on_cpu=True)
     if len(candidates) == 1:
         return candidates[0]
-    best_seconds = dict.fromkeys(candidates, float("inf"))
+    best_seconds = [float("inf")] * len(candidates)
     for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
-        for candidate in candidates:
+        for index, candidate in enumerate(candidates):
             with use_training_kernels(replace(config, trainer=candidate), model):
                 seconds = _time_training_step(
                     model,
@@ -189,14 +189,13 @@ def _choose_fastest(
                     candidate.num_threads,
                     use_bf16=candidate.precision == "bf16-mixed",
                 )
-            best_seconds[candidate] = min(best_seconds[candidate], seconds)
+            best_seconds[index] = min(best_seconds[index], seconds)
     # Half precision has to be clearly faster to be taken.
-    return min(
-        candidates,
-        key=lambda candidate: (
-            best_seconds[candidate] / (1 if candidate.precision == "32-true" else 0.85)
-        ),
-    )
+    costs = [
+        seconds / (1 if candidate.precision == "32-true" else 0.85)
+        for candidate, seconds in zip(candidates, best_seconds, strict=True)
+    ]
+    return candidates[costs.index(min(costs))]
 
 
 def _list_candidates(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig]:

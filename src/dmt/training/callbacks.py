@@ -129,11 +129,11 @@ class ChartGroups(Callback):
         groups = {
             "losses": _make_stage_charts(module.settings),
             "student vs teacher": {
-                name: _make_multiline([f"{corpus}/{name}" for corpus in corpora])
+                name: _make_multiline([f"val/{corpus}/{name}" for corpus in corpora])
                 for name in metrics
             },
             "layers": {
-                "FVU per layer": _make_layer_chart("block_error", get_memories(module.student))
+                "FVU per layer": _make_layer_chart("val/fvu", get_memories(module.student))
             },
         }
         if featural := get_featural_memories(module.student):
@@ -147,10 +147,10 @@ class ChartGroups(Callback):
             }
         if associative := get_associative_memories(module.student):
             titles = {
-                "rows": "rows",
-                "inserted per step": "rows_inserted",
-                "evicted per step": "rows_evicted",
-                "merged per step": "rows_merged",
+                "rows": "knn/rows",
+                "inserted per step": "knn/inserted",
+                "evicted per step": "knn/evicted",
+                "merged per step": "knn/merged",
                 "null weight": "knn/null_weight",
             }
             groups["knn rows"] = {
@@ -171,10 +171,10 @@ def _make_stage_charts(config: Config) -> dict[str, list[Any]]:
     """Return a chart of the loss and its terms for each stage."""
     charts = {}
     if config.stages.layerwise_steps:
-        charts["layerwise"] = _make_multiline(["layerwise/loss"])
+        charts["layerwise"] = _make_multiline(["train/layerwise_loss"])
     if config.stages.end_to_end_steps:
         terms = [term for term in LOSS_TERMS if getattr(config.loss, term)]
-        charts["end to end"] = _make_multiline(f"end_to_end/{term}" for term in ("loss", *terms))
+        charts["end to end"] = _make_multiline(f"train/{term}" for term in ("loss", *terms))
     return charts
 
 

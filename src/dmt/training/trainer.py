@@ -39,6 +39,7 @@ from dmt.training.interrupts import RunInterrupted, report_interruption
 from dmt.training.launch import get_rank
 from dmt.training.run_dir import archive_metrics, clear_run_name, newest_checkpoint
 
+LIBRARY_LOGGERS = ("pytorch_lightning", "lightning.pytorch")
 MAX_CPU_PROCESSES = 8  # that may share a CPU, however few its cores
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 # Short names for `trainer.loggers`: class path and the package that the logger needs.
@@ -139,33 +140,32 @@ def select_device(config: Config) -> torch.device:
 
 
 def silence_libraries() -> None:
-    """Silence log lines and warnings of libraries for the rest of the process; for commands."""
+    """Silence log lines, progress bars and `EXPECTED_WARNINGS` of libraries, for commands."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("pytorch_lightning", "lightning.pytorch"):
+    for name in LIBRARY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    _ignore_expected_warnings()
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence Lightning's log lines and the warnings in `EXPECTED_WARNINGS` within this."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    """Silence, within this, what `silence_libraries` silences for good."""
+    loggers = [logging.getLogger(name) for name in LIBRARY_LOGGERS]
     levels = [logger.level for logger in loggers]
+    verbosity = transformers_logging.get_verbosity()
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
-        _ignore_expected_warnings()
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
+        silence_libraries()
         try:
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _ignore_expected_warnings() -> None:
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+            transformers_logging.set_verbosity(verbosity)
+            if had_progress_bar:
+                transformers_logging.enable_progress_bar()
 
 
 def check_accelerator(config: Config) -> None:
