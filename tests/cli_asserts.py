@@ -1,47 +1,48 @@
-"""What a refusal is: exit code 2, one line that names the thing and the next step, nothing on standard output, nothing written."""
+"""What an error of a command is: exit code 2, one line, nothing on stdout, nothing written."""
 
 import hashlib
 from pathlib import Path
 
-NOTES = ("loading torch and transformers ...",)
-"""Lines on standard error that are no complaint."""
-PASSING = ("-wal", ".lock")
-"""Ends of names beside an SQLite file where readers and writers meet: empty, they say nothing; nor does what ends in -shm."""
+# Starts of lines on stderr that are no error.
+NOTES = ("loading torch and transformers ...", "tokenizing ")
+# Ends of names beside an SQLite file that carry no content while they are empty; -shm never does.
+IGNORED_ENDINGS = ("-wal", ".lock")
 
 
-def snapshot(*places: Path) -> dict[str, tuple]:
-    """Every file, folder and link below `places`: its kind, size, time of change and content."""
-    found = {}
-    for place in places:
-        for path in [place, *sorted(place.rglob("*"))]:
-            about = path.lstat()
-            if path.name.endswith("-shm") or (path.name.endswith(PASSING) and not about.st_size):
+def snapshot(*roots: Path) -> dict[str, tuple]:
+    """Return every file, folder and link below `roots`: its mode, size, time and content."""
+    entries = {}
+    for root in roots:
+        for path in [root, *sorted(root.rglob("*"))]:
+            stat = path.lstat()
+            is_empty = path.name.endswith(IGNORED_ENDINGS) and not stat.st_size
+            if path.name.endswith("-shm") or is_empty:
                 continue
             content = (
                 hashlib.sha256(path.read_bytes()).hexdigest()
                 if path.is_file() and not path.is_symlink()
                 else ""
             )
-            # The time of a folder changes where a file was made in it, and gone again: a probe whether it can be written to.
-            when = about.st_mtime_ns if not path.is_dir() else 0
-            found[str(path)] = (
-                about.st_mode,
-                about.st_size if not path.is_dir() else 0,
-                when,
+            # The time of a folder changes with a probe file that tests whether it is writable.
+            is_dir = path.is_dir()
+            entries[str(path)] = (
+                stat.st_mode,
+                0 if is_dir else stat.st_size,
+                0 if is_dir else stat.st_mtime_ns,
                 content,
             )
-    return found
+    return entries
 
 
 def line_of(code: int, out: str, err: str) -> str:
-    """The one line that was said, its prefix left out; whoever said something else fails."""
+    """Return the error line without its prefix; fail if the command printed anything else."""
     assert code == 2, f"exit code {code}\n{out}\n{err}"
-    assert out == "", f"half a result: {out!r}"
-    lines = [line for line in err.splitlines() if line not in NOTES]
+    assert out == "", f"output beside an error: {out!r}"
+    lines = [line for line in err.splitlines() if not line.startswith(NOTES)]
     assert len(lines) == 1, f"not one line: {err!r}"
     assert lines[0].startswith("error: "), lines[0]
-    said = lines[0].removeprefix("error: ")
-    assert said.isprintable(), f"something in it is not printed: {said!r}"
-    assert len(said) < 500, f"nobody reads {len(said)} characters: {said}"
-    assert "Traceback" not in said
-    return said
+    message = lines[0].removeprefix("error: ")
+    assert message.isprintable(), f"it has characters that cannot be printed: {message!r}"
+    assert len(message) < 500, f"too long, {len(message)} characters: {message}"
+    assert "Traceback" not in message
+    return message

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_asserts import NOTES
 from conftest import SENTENCES, make_teacher
 
 import dmt
@@ -29,6 +30,7 @@ from dmt.distillation.pretrain import train_tokenizer
 from dmt.errors import UserError
 from dmt.files import RECORD_VERSION
 from dmt.training.run_dir import check_writable
+from dmt.training.tasks import TaskResult
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = ["debug", "info", "warning"]
@@ -116,7 +118,7 @@ def get_error(capsys, args: list[str]) -> str:
     printed = capsys.readouterr()
     assert printed.out == ""
     *notes, last = printed.err.splitlines()
-    assert [line for line in notes if line != "loading torch and transformers ..."] == []
+    assert [line for line in notes if not line.startswith(NOTES)] == []
     assert last.startswith("error: ")
     return last.removeprefix("error: ")
 
@@ -217,7 +219,8 @@ def test_config_shows_a_config_that_can_be_used_as_a_file(workdir, capsys):
 def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
+        "dmt.training.tasks.run_task",
+        lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main(["seed", "memory.k=4"]) == 0
     assert started[0].memory.init == "random"
@@ -230,7 +233,8 @@ def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
 def test_a_file_is_preferred_to_a_config_of_that_name(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
+        "dmt.training.tasks.run_task",
+        lambda config, _: started.append(config) or TaskResult(workdir),
     )
     (workdir / "seed").write_text("seed: 7\n")
     assert distill_main(["seed"]) == 0
@@ -257,7 +261,7 @@ def test_distill_prints_json(workdir, capsys, monkeypatch):
         (workdir / "run.json").write_text(
             json.dumps({"format": RECORD_VERSION, "fidelity": {"text": {"kl": 0.5}}})
         )
-        return workdir
+        return TaskResult(workdir)
 
     monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
     assert distill_main(["--json"]) == 0
@@ -278,7 +282,7 @@ def test_quiet_and_verbose_choose_what_is_logged(workdir, capsys, monkeypatch, o
         logger = logging.getLogger("dmt.training")
         for level in MESSAGES:
             getattr(logger, level)(level)
-        return workdir
+        return TaskResult(workdir)
 
     monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
     assert distill_main(option) == 0
@@ -315,8 +319,8 @@ def test_a_missing_corpus_is_one_line_and_leaves_nothing(workdir, teacher_folder
     )
     assert process.returncode == 2
     assert process.stdout == ""
-    started, error = process.stderr.splitlines()
-    assert started == "loading torch and transformers ..."
+    *notes, error = process.stderr.splitlines()
+    assert notes == ["loading torch and transformers ...", "tokenizing nix.txt"]
     assert error.startswith(
         "error: data.corpora: no file or folder nix.txt; accepted are speeches, biographies,"
     )
@@ -478,7 +482,8 @@ def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
     (workdir / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
+        "dmt.training.tasks.run_task",
+        lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main([arg.format(file="some.yaml") for arg in args]) == 0
     assert started[0].seed == 5
@@ -490,7 +495,8 @@ def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
 def test_no_arguments_start_a_run_with_the_defaults(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task", lambda config, _: started.append(config) or workdir
+        "dmt.training.tasks.run_task",
+        lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main([]) == 0
     assert started == [Config()]

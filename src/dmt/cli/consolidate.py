@@ -156,7 +156,7 @@ def _add_sleep(commands: Any) -> None:
 
 def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     """Put a context into a student; the result is a run of its own, the student it began with stays as it is."""
-    from dmt.training.tasks import run_task
+    from dmt.training.tasks import run_task_as_command
 
     source = _resolve_model(args.model)
     overrides = [
@@ -187,7 +187,7 @@ def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     check_writable(config.trainer.log_dir, "trainer.log_dir")
     check_run_name_free(config)
     with out.stdout_to_stderr():
-        folder = run_task(config)
+        folder = run_task_as_command(config).run_dir
     record = read_record(folder)
     reported = ("rows_written", "question_types", "unrelated", "cost", "seconds")
     out.print_json(

@@ -76,9 +76,9 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     if not out.quiet:
         print("loading torch and transformers ...", file=sys.stderr)
     with signals.fast_imports():
-        from dmt.training.tasks import run_task
+        from dmt.training.tasks import run_task_as_command
     with out.stdout_to_stderr():
-        run_dir = run_task(config, resume_dir)
+        run_dir = run_task_as_command(config, resume_dir).run_dir
     record = read_record(run_dir)
     results = {name: record[name] for name in REPORTED_RESULTS if name in record}
     out.print_json({"run_dir": str(run_dir), **results})

@@ -132,9 +132,7 @@ class ChartGroups(Callback):
                 name: _make_multiline([f"val/{corpus}/{name}" for corpus in corpora])
                 for name in metrics
             },
-            "layers": {
-                "FVU per layer": _make_layer_chart("val/fvu", get_memories(module.student))
-            },
+            "layers": {"FVU per layer": _make_layer_chart("val/fvu", get_memories(module.student))},
         }
         if featural := get_featural_memories(module.student):
             titles = {

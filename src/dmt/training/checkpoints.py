@@ -25,8 +25,7 @@ from dmt.errors import UserError
 from dmt.files import CHECKPOINT_VERSION, atomic_path, check_version
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import capture
-from dmt.training.launch import format_distill_command
-from dmt.training.run_dir import list_checkpoints, newest_checkpoint
+from dmt.training.run_dir import format_distill_command, list_checkpoints, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from dmt import config_io
 from dmt.config import Config, TrainerConfig
 from dmt.distributed import all_gather_strings, is_distributed
 from dmt.errors import UserError
+from dmt.training.run_dir import format_distill_command
 
 ResultT = TypeVar("ResultT")
 
@@ -28,20 +29,6 @@ INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 def get_rank() -> int:
     """Return the number of this process among those that train together; 0 logs and writes."""
     return int(os.environ.get("RANK", 0))
-
-
-def format_distill_command(arguments: str, num_processes: int | None = None) -> str:
-    """Return the command line of `distill.py`, by torchrun for several processes.
-
-    Args:
-        arguments: What follows `distill.py`.
-        num_processes: None for as many as train now.
-    """
-    if num_processes is None:
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes == 1:
-        return f"python distill.py {arguments}"
-    return f"torchrun --standalone --nproc-per-node={num_processes} distill.py {arguments}"
 
 
 def resolve_device_count(config: Config, resume_dir: Path | None = None) -> Config:

@@ -25,7 +25,6 @@ from dmt.config import Config
 from dmt.errors import NothingToDoError, UnknownSettingError, UserError
 from dmt.files import RECORD_VERSION, check_version
 from dmt.paths import list_runs, parse_run_number
-from dmt.training.launch import format_distill_command
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -225,6 +224,20 @@ def save_changed_config(run_dir: Path, config: Config) -> None:
         _get_backup_path(run_dir, "config", ".yaml"), config_path.read_text(encoding="utf-8")
     )
     config_io.save_config(config, config_path)
+
+
+def format_distill_command(arguments: str, num_processes: int | None = None) -> str:
+    """Return the command line of `distill.py`, by torchrun for several processes.
+
+    Args:
+        arguments: What follows `distill.py`.
+        num_processes: None for as many as train now.
+    """
+    if num_processes is None:
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes == 1:
+        return f"python distill.py {arguments}"
+    return f"torchrun --standalone --nproc-per-node={num_processes} distill.py {arguments}"
 
 
 def resume_command(run_dir: Path) -> str:

@@ -28,7 +28,12 @@ from dmt.training.run_dir import (
     save_changed_config,
     unlock_runs,
 )
-from dmt.training.trainer import check_accelerator, check_loggers, quiet_libraries
+from dmt.training.trainer import (
+    check_accelerator,
+    check_loggers,
+    quiet_libraries,
+    silence_libraries,
+)
 
 TASKS = {"distill": distill, "consolidate": consolidate, "pretrain": pretrain}
 
@@ -106,6 +111,10 @@ def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
 
 
 def run_task_as_command(config: Config, resume_dir: Path | None = None) -> TaskResult:
-    """Call `run_task` for a command: a signal ends training after the current step, saved."""
+    """Call `run_task` for a command: a signal ends training after the current step, saved.
+
+    Library warnings are silenced for the rest of the process.
+    """
+    silence_libraries()
     with stop_at_step_end(), hide_disk_errors_in_threads():
         return run_task(config, resume_dir)
