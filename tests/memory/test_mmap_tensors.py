@@ -22,7 +22,7 @@ from dmt.config import MEMORY_CONFIGS, DenseConfig
 from dmt.config_io import load_config
 from dmt.editing.edit import solve_value
 from dmt.errors import UserError
-from dmt.evaluation.trace import trace_activations
+from dmt.evaluation.trace import trace
 from dmt.memory import FeaturalMemory, featural, mmap_tensors
 from dmt.memory.mmap_tensors import (
     MmapTensorFile,
@@ -505,13 +505,12 @@ def test_inspection_is_the_same(tokenizer, tokens, tmp_path):
     ):
         student = make(**how)
         found = [
-            trace_activations(model, tokenizer, tokens[0])
-            for model in (student, saved(student, tmp_path))
+            trace(model, tokenizer, tokens[0]) for model in (student, saved(student, tmp_path))
         ]
         assert found[0] == found[1]
         assert any(each.activations for each in found[0])
     nothing = make(offload="values", threshold=1e9)
-    assert not any(each.activations for each in trace_activations(nothing, tokenizer, tokens[0]))
+    assert not any(each.activations for each in trace(nothing, tokenizer, tokens[0]))
 
 
 def refusal(folder):

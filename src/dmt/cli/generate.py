@@ -135,22 +135,22 @@ def _print_trace(
     args: argparse.Namespace, fact_store: FactStore, output_ids: torch.Tensor, out: Output
 ) -> list[dict[str, Any]]:
     """Print what was read at each position that predicted a generated token."""
-    from dmt.evaluation import trace
+    from dmt.evaluation.trace import format_table, to_json, trace
 
     num_prompt_tokens = len(
         fact_store.tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
     )
-    traces = trace.trace_activations(
+    traces = trace(
         fact_store.model,
         fact_store.tokenizer,
         output_ids,
-        args.top_reads,
-        args.top_tokens,
+        top_reads=args.top_reads,
+        top_tokens=args.top_tokens,
         resolve_row=make_fact_lookup(fact_store),
     )[num_prompt_tokens:-1]
     out.print_line("")
-    out.print_renderable(trace.format_table(traces))
-    return trace.to_json(traces)
+    out.print_renderable(format_table(traces))
+    return to_json(traces)
 
 
 def _count_hits(folder: Path, row_ids: list[int]) -> None:

@@ -459,7 +459,7 @@ def _add_trace(commands: Any) -> None:
 
 def run_trace(args: argparse.Namespace, out: Output) -> None:
     """Print what each token reads in each layer."""
-    from dmt.evaluation import trace
+    from dmt.evaluation.trace import format_table, to_json, trace
 
     fact_store, _ = open_student(args.model)
     layers = (
@@ -467,17 +467,17 @@ def run_trace(args: argparse.Namespace, out: Output) -> None:
         if args.layers is None
         else select_layers(args.layers, fact_store.model.config.num_hidden_layers, "--layers")
     )
-    traces = trace.trace_activations(
+    traces = trace(
         fact_store.model,
         fact_store.tokenizer,
         args.text,
-        args.top_reads,
-        args.top_tokens,
         layers,
-        make_fact_lookup(fact_store),
+        args.top_reads,
+        top_tokens=args.top_tokens,
+        resolve_row=make_fact_lookup(fact_store),
     )
-    out.print_renderable(trace.format_table(traces))
-    out.print_json(trace.to_json(traces))
+    out.print_renderable(format_table(traces))
+    out.print_json(to_json(traces))
 
 
 # Editing

@@ -1,4 +1,8 @@
-"""Open a memory: which slots and rows each token read, with what weight, and which tokens what they said pushes up."""
+"""Trace what each token activates: slots, stored rows and facts, and which tokens they promote.
+
+for token in dmt.trace(model, tokenizer, "Ada was born in"):
+    print(token.token, token.activations)
+"""
 
 from __future__ import annotations
 
@@ -16,147 +20,213 @@ from transformers import PreTrainedModel
 
 from dmt.data.windows import get_prefix_ids
 from dmt.errors import UserError
+from dmt.evaluation.metrics import eval_mode
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.edit_memory import EditMemory, Matches
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import get_fact_hooks, record_matches
 from dmt.models.forward import forward_with_activations
 
-NUM_NEXT_TOKENS, LOGIT_CHUNK_SIZE = 5, 256
-"""Likely next tokens that are told of each token; states whose logits exist at once."""
+NUM_NEXT_TOKENS = 5  # most likely next tokens in a trace
+LOGIT_CHUNK_SIZE = 256  # hidden states whose logits exist at once
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One slot or row that one token read in one layer, and what it said there."""
+    """One slot, row or fact that a token activated in one layer.
+
+    Attributes:
+        layer: the layer.
+        kind: `slot`, `row` of an associative memory, or `fact`.
+        index: index of the slot in its memory, or ID of the row or fact.
+        weight: factor by which its value was multiplied.
+        share: |weight| times the norm of the value, as a fraction of the sum over everything that
+            the token activated in this layer.
+        tag: where a row or fact comes from; empty if unknown.
+        top_tokens: tokens that weight times value promotes most.
+    """
 
     layer: int
-    kind: str  # `slot`; `row` of an associative memory; or `fact`
-    index: int  # of the slot in its memory, or the row's or the fact's own
-    weight: float  # what its value was multiplied by
-    share: float  # of |weight| x length of the value in that of all slots and rows this token read in this layer, told or not
-    tag: str  # where a row comes from, as far as that is known
-    top_tokens: tuple[str, ...]  # tokens of the vocabulary that weight x value pushes up most
+    kind: str
+    index: int
+    weight: float
+    share: float
+    tag: str
+    top_tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """One token, what the model expects after it, and what it read: by layer, in each the longest contribution first."""
+    """One token, the model's prediction after it, and what it activated.
+
+    Attributes:
+        position: position in the sequence.
+        token: the token's text.
+        next_tokens: the most likely next tokens with their probabilities.
+        activations: by layer, in each layer the largest contribution first.
+    """
 
     position: int
     token: str
-    next_tokens: tuple[tuple[str, float], ...]  # with probabilities
+    next_tokens: tuple[tuple[str, float], ...]
     activations: tuple[Activation, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trace as dictionaries and lists that JSON can hold."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+class Traces(list[TokenTrace]):
+    """Traces of a text, one for each token; prints as a table."""
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the traces as dictionaries and lists that JSON can hold."""
+        return [token_trace.to_dict() for token_trace in self]
+
+    def to_table(self) -> Table:
+        """Return the traces as a table for a rich console."""
+        return format_table(self)
+
+    def __str__(self) -> str:
+        return _render(self.to_table(), "export_text")
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return _render(self.to_table(), "export_html")
 
 
 @dataclass(frozen=True)
 class _Contributions:
-    # What slots, or rows, said to every token: all `(tokens, n)`, values `(tokens, n, width)` as they reach the stream.
+    """What slots, rows or facts add for every token.
+
+    Attributes:
+        kind: as in `Activation`.
+        indices: `(tokens, n)`, as `Activation.index`.
+        weights: `(tokens, n)`.
+        active: `(tokens, n)`, whether it was activated at all.
+        values: `(tokens, n, width)`, as they are added to the residual stream.
+        norms: `(tokens, n)`, of the values.
+        tags: tags by index.
+    """
+
     kind: str
     indices: Tensor
     weights: Tensor
-    active: Tensor  # whether it was read at all
+    active: Tensor
     values: Tensor
-    norms: Tensor  # of values
+    norms: Tensor
     tags: dict[int, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def trace_activations(
+def trace(
     model: PreTrainedModel,
     tokenizer: Any,
     text: str | Tensor,
-    top_reads: int = 5,
-    top_tokens: int = 5,
     layers: Sequence[int] | None = None,
+    top_reads: int = 3,
+    *,
+    top_tokens: int = 5,
     resolve_row: Callable[[int], tuple[int, str]] = lambda row: (row, ""),
-) -> list[TokenTrace]:
-    """What each token of `text` read; the start token, where the model has one, stands first and without reads.
+) -> Traces:
+    """Trace what each token of a text activates.
+
+    The model is left as it was. The start token, if the model has one, comes first and has no
+    activations.
 
     Args:
-        text: or its token ids `(time,)`, the start token included.
-        most: slots and rows that are told of a token and layer.
-        lens: tokens of the vocabulary that are told of each of them.
-        layers: which ones; None means all. Layers whose block is dense read nothing but facts.
-        name: number and tag of the fact that a row laid over the model (`models/overlay.py`) belongs to.
+        model: a student; a model without memories has traces without activations.
+        tokenizer: its tokenizer.
+        text: the text, or its token ids `(time,)` with the start token.
+        layers: the layers to trace; None means all. Layers with a dense block have only facts.
+        top_reads: maximum number of slots and rows for each token and layer.
+        top_tokens: number of promoted tokens for each of them.
+        resolve_row: function from the ID of a row of the fact memory to the ID and tag of its fact.
+
+    Returns:
+        A list with a `TokenTrace` for each token.
 
     Raises:
-        UserError: the text is empty or longer than the model can read, there is no such layer, or a count is too small.
+        UserError: the text is empty or too long, a layer does not exist, or a number is too small.
     """
     prefix_ids = get_prefix_ids(tokenizer)
     if isinstance(text, Tensor):
         text_ids = text.tolist()[len(prefix_ids) :]
     else:
         text_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    max_tokens, blocks = (
-        model.config.max_position_embeddings - len(prefix_ids),
-        get_architecture(model.config.model_type).blocks(model),
-    )
+    max_tokens = model.config.max_position_embeddings - len(prefix_ids)
+    blocks = get_architecture(model.config.model_type).blocks(model)
     selected_layers = range(len(blocks)) if layers is None else sorted(set(layers))
     if not text_ids:
-        raise UserError(
-            "text is empty; give at least one word, so that there is a token to look at"
-        )
+        raise UserError("text is empty; give at least one word")
     if len(text_ids) > max_tokens:
         raise UserError(
-            f"text must have at most {max_tokens:,} tokens for this model, got {len(text_ids):,}; shorten it"
+            f"text must have at most {max_tokens:,} tokens for this model, got {len(text_ids):,}; "
+            "shorten it"
         )
     if unknown_layers := set(selected_layers) - set(range(len(blocks))):
         raise UserError(
             f"layers must be in [0, {len(blocks) - 1}] for this model, got {min(unknown_layers)}"
         )
-    if top_reads < 1 or top_tokens < 0:
-        raise UserError(
-            f"most must be at least 1 and lens at least 0, got {top_reads} and {top_tokens}"
-        )
-    ids, was_training = prefix_ids + text_ids, model.training
-    model.eval()
-    tokens, hooks = (
-        torch.tensor([ids], device=next(model.parameters()).device),
-        get_fact_hooks(model),
-    )
-    with record_matches(model) as matches:
-        outputs = forward_with_activations(model, tokens, capture_blocks=True)
+    if top_reads < 1:
+        raise UserError(f"top_reads must be at least 1, got {top_reads}")
+    if top_tokens < 0:
+        raise UserError(f"top_tokens must be at least 0, got {top_tokens}")
+    ids = prefix_ids + text_ids
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    hooks = get_fact_hooks(model)
     activations: list[list[Activation]] = [[] for _ in ids]
-    for layer in selected_layers:
-        contributions = _block_contributions(
-            blocks[layer], outputs.block_inputs[layer].flatten(0, 1)
-        )
-        if hooks is not None and layer == hooks.value_layer and matches:
-            contributions.append(
-                _fact_contributions(hooks.memory, matches[0], len(ids), resolve_row)
+    with eval_mode(model):
+        with record_matches(model) as matches:
+            outputs = forward_with_activations(model, tokens, capture_blocks=True)
+        for layer in selected_layers:
+            contributions = _block_contributions(
+                blocks[layer], outputs.block_inputs[layer].flatten(0, 1)
             )
-        if contributions:
-            for token_activations, strongest in zip(
-                activations,
-                _strongest_activations(
+            if hooks is not None and layer == hooks.value_layer and matches:
+                contributions.append(
+                    _fact_contributions(hooks.memory, matches[0], len(ids), resolve_row)
+                )
+            if contributions:
+                strongest = _strongest_activations(
                     contributions, model, tokenizer, layer, top_reads, top_tokens
-                ),
-                strict=True,
-            ):
-                token_activations += strongest
-    model.train(was_training)
-    next_tokens = map(tuple, _next_tokens(outputs.hidden.flatten(0, 1), outputs.head, tokenizer))
-    activations[: len(prefix_ids)] = [[] for _ in prefix_ids]
-    columns = zip(map(tokenizer.decode, ids), next_tokens, map(tuple, activations), strict=True)
-    return [TokenTrace(position, *column) for position, column in enumerate(columns)]
+                )
+                for token_activations, additions in zip(activations, strongest, strict=True):
+                    token_activations += additions
+        next_tokens = map(
+            tuple, _next_tokens(outputs.hidden.flatten(0, 1), outputs.head, tokenizer)
+        )
+        activations[: len(prefix_ids)] = [[] for _ in prefix_ids]
+        columns = zip(map(tokenizer.decode, ids), next_tokens, map(tuple, activations), strict=True)
+        return Traces(TokenTrace(position, *column) for position, column in enumerate(columns))
 
 
 @torch.no_grad()
 def logit_lens(
     model: PreTrainedModel, tokenizer: Any, values: Tensor, count: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """Which tokens each of `value` `(n, width)` pushes up most when it is added to the stream, and by how much.
+    """Return which tokens each value promotes most when it is added to the residual stream.
 
-    Logits through the scale of the final norm alone, less their mean over the vocabulary; a value that moves all alike
-    pushes none. They are comparable among values: what the norm divides by depends on the token, and is left out.
+    Scores are logits through the scale of the final norm, minus their mean over the vocabulary, so
+    a value that raises all logits equally promotes none. They are comparable among values: the
+    norm's divisor depends on the token, and is left out.
 
-    Source: nostalgebraist 2020, the logit lens; of single values, Geva et al. 2022, arXiv 2203.14680.
+    Source: nostalgebraist 2020, the logit lens; for single values, Geva et al. 2022, arXiv
+    2203.14680.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        values: `(n, width)`.
+        count: maximum number of tokens for each value.
+
+    Returns:
+        For each value, tokens with positive scores, the largest first.
     """
     scale = getattr(
         model.get_submodule(get_architecture(model.config.model_type).final_norm), "weight", None
     )
-    head = model.get_output_embeddings().weight[: len(tokenizer)].float()  # rows beyond are padding
+    head = model.get_output_embeddings().weight[: len(tokenizer)].float()  # the rest is padding
     results: list[list[tuple[str, float]]] = []
     for chunk in values.float().split(LOGIT_CHUNK_SIZE):
         logits = (chunk if scale is None else chunk * scale.float()) @ head.t()
@@ -169,7 +239,7 @@ def logit_lens(
 
 
 def _block_contributions(block: nn.Module, hidden: Tensor) -> list[_Contributions]:
-    """All that the memory `block` said to `hidden` `(tokens, width)` out of slots and rows."""
+    """Return what slots and rows of a block add for `hidden` `(tokens, width)`."""
     if isinstance(block, FeaturalMemory):
         return [_slot_contributions(block, hidden)]
     if not isinstance(block, AssociativeMemory):
@@ -180,9 +250,7 @@ def _block_contributions(block: nn.Module, hidden: Tensor) -> list[_Contribution
     if not len(block.rows):
         return slots
     rows = _row_contributions(block, hidden)
-    if (
-        block.value_target == "teacher"
-    ):  # whole answers: rows speak instead of the base, not beside it
+    if block.value_target == "teacher":  # rows replace the output of the base
         slots = [
             replace(
                 contribution,
@@ -224,7 +292,7 @@ def _row_contributions(memory: AssociativeMemory, hidden: Tensor) -> _Contributi
 def _fact_contributions(
     memory: EditMemory, matches: Matches, tokens: int, resolve_row: Callable[[int], tuple[int, str]]
 ) -> _Contributions:
-    """What facts said to each token: one row, or none."""
+    """Return what facts add for each token: one row, or none."""
     labels = [resolve_row(int(memory.rows.ids[row])) for row in matches.rows]
     device = memory.mean.device
     fact_ids, weights = (
@@ -250,7 +318,7 @@ def _strongest_activations(
     top_reads: int,
     count: int,
 ) -> list[list[Activation]]:
-    """The reads of each token in `layer` that say most, the longest contribution first."""
+    """Return the largest contributions in `layer` for each token, the largest first."""
     columns = [
         (contribution, column)
         for contribution in contributions
@@ -284,7 +352,7 @@ def _strongest_activations(
         selected, lens_results, strict=True
     ):
         index, weight, top_tokens = (
-            int(contribution.numbers[token, column]),
+            int(contribution.indices[token, column]),
             float(contribution.weights[token, column]),
             tuple(token_text for token_text, _ in lens_result),
         )
@@ -325,39 +393,50 @@ def _decode_topk(
         ]
 
 
-def to_json(traces: list[TokenTrace]) -> list[dict[str, Any]]:
-    """The same as lists, dictionaries, numbers and words alone."""
-    return json.loads(json.dumps([asdict(trace) for trace in traces]))
+def to_json(traces: Sequence[TokenTrace]) -> list[dict[str, Any]]:
+    """Return traces as dictionaries and lists that JSON can hold."""
+    return [token_trace.to_dict() for token_trace in traces]
 
 
-def format_table(traces: list[TokenTrace]) -> Table:
-    """`reads` for a person: a row for each token and layer; tokens in quotes, so that spaces and line ends are seen."""
-    rich_table = Table("token", "next", "layer", "reads")
-    for trace in traces:
-        cells: dict[int, list[str]] = {}
-        for activation in trace.activations:
-            tag, top_tokens = (
-                f" [{activation.tag}]" if activation.tag else "",
-                ", ".join(map(_quote, activation.top_tokens)),
-            )
-            cells.setdefault(activation.layer, []).append(
-                f"{activation.kind} {activation.index} {activation.weight:+.2f} ({activation.share:.0%}){tag} → {top_tokens}"
-            )
-        for row_index, (layer, cell_lines) in enumerate(cells.items() or [("", [])]):
-            leading_cells = (
-                ["", ""]
-                if row_index
-                else [
-                    _quote(trace.token),
-                    f"{_quote(trace.next_tokens[0][0])} {trace.next_tokens[0][1]:.2f}",
-                ]
-            )
-            rich_table.add_row(
-                *map(Text, [*leading_cells, str(layer), "\n".join(cell_lines)])
-            )  # as text: a token may look like markup
-        rich_table.add_section()
-    return rich_table
+def format_table(traces: Sequence[TokenTrace]) -> Table:
+    """Return a table with a row for each token and layer.
+
+    Tokens are in quotes, so that spaces and line ends are visible.
+    """
+    table = Table("token", "next", "layer", "activations")
+    for token_trace in traces:
+        lines_by_layer: dict[int, list[str]] = {}
+        for activation in token_trace.activations:
+            lines_by_layer.setdefault(activation.layer, []).append(_format_activation(activation))
+        for index, (layer, lines) in enumerate(lines_by_layer.items() or [("", [])]):
+            token_cells = ["", ""]
+            if index == 0:
+                next_token, prob = token_trace.next_tokens[0]
+                token_cells = [_quote(token_trace.token), f"{_quote(next_token)} {prob:.2f}"]
+            # Text, because a token may look like markup.
+            table.add_row(*map(Text, [*token_cells, str(layer), "\n".join(lines)]))
+        table.add_section()
+    return table
+
+
+def _format_activation(activation: Activation) -> str:
+    tag = f" [{activation.tag}]" if activation.tag else ""
+    top_tokens = ", ".join(map(_quote, activation.top_tokens))
+    return (
+        f"{activation.kind} {activation.index} {activation.weight:+.2f} "
+        f"({activation.share:.0%}){tag} → {top_tokens}"
+    )
 
 
 def _quote(token: str) -> str:
     return json.dumps(token, ensure_ascii=False)
+
+
+def _render(table: Table, method: str) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(table)
+    return getattr(console, method)()
