@@ -17,7 +17,7 @@ import pytest
 import torch
 from cli_asserts import line_of, snapshot
 from factories import ADA, CACHED, run
-from test_error_messages import CACHE, KEPT, RESUME, SLOTS, STUDENT, V0
+from test_error_messages import CACHE, RESUME, ROWS_RUN, SLOTS, STUDENT, V0
 from test_rows import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
 
 from dmt.cli import main
@@ -73,7 +73,7 @@ REPLACED = {
     "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
     "a guest": ("pack.safetensors", [*ASK, "--pack", "pack.safetensors", *S]),
     "a book": (f"{STUDENT}/memory.db", ["dmt", "memory", "list", *S]),
-    "a store": ("logs/version_2/memory.db", [*KEPT, "store.url=logs/version_2/memory.db"]),
+    "a store": ("logs/version_2/memory.db", [*ROWS_RUN, "store.url=logs/version_2/memory.db"]),
     "a tokenizer": ("teacher/tokenizer.json", []),
     "a model's config": ("teacher/config.json", []),
     "a run's config": (f"{V0}/config.yaml", RESUME),

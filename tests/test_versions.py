@@ -9,18 +9,18 @@ from cli_asserts import line_of, snapshot
 from factories import CACHED, run
 from safetensors import safe_open
 from test_error_messages import (
-    BOOK,
     CACHE_METADATA,
+    FACTS_DB,
+    MODEL,
     RESUME,
     SLOTS,
     STUDENT,
     V0,
-    S,
-    changed,
-    kept,
-    put,
-    reheaded,
-    sql,
+    edit_header,
+    edit_json,
+    execute_sql,
+    store_run,
+    write_file,
 )
 
 import dmt
@@ -36,14 +36,14 @@ KNOWN, NEWER = "this dmt knows", "a newer dmt made it: update dmt"
 
 
 def said_of_schema(place: str, name: str):
-    return lambda version: sql(
+    return lambda version: execute_sql(
         place, f"UPDATE dmt_about SET value='{version}' WHERE name='{name}'"
     )()
 
 
 def settings_of(version: str) -> None:
     file = Path(V0) / "config.yaml"
-    put(str(file), file.read_text().replace("version 1", f"version {version}"))()
+    write_file(str(file), file.read_text().replace("version 1", f"version {version}"))()
 
 
 def checkpoint_of(version: int) -> None:
@@ -57,34 +57,34 @@ ASK = ["dmt", "generate", "Ada", "--max-new-tokens", "1"]
 KINDS = {
     "config.yaml": (settings_of, RESUME, f"{V0}/config.yaml: settings of version"),
     "run.json": (
-        lambda version: changed(f"{V0}/run.json", format=version)(),
+        lambda version: edit_json(f"{V0}/run.json", format=version)(),
         RESUME,
         f"{V0}/run.json: version",
     ),
     "checkpoint": (checkpoint_of, RESUME, f"{V0}/checkpoints/step_1.ckpt: version"),
     "student": (
-        lambda version: changed(f"{STUDENT}/config.json", dmt=version)(),
-        [*ASK, *S],
+        lambda version: edit_json(f"{STUDENT}/config.json", dmt=version)(),
+        [*ASK, *MODEL],
         f"--model {STUDENT}: version",
     ),
     "slots": (
-        lambda version: reheaded(SLOTS, format=str(version)),
+        lambda version: edit_header(SLOTS, format=str(version)),
         [*ASK, "-m", "logs/version_1"],
         f"{SLOTS}: its format is",
     ),
-    "store": (said_of_schema(STORE, "schema"), kept(STORE), f"store {STORE}: schema version"),
+    "store": (said_of_schema(STORE, "schema"), store_run(STORE), f"store {STORE}: schema version"),
     "facts": (
-        said_of_schema(BOOK, "facts"),
-        ["dmt", "memory", "list", *S],
-        f"store {BOOK}: facts of version",
+        said_of_schema(FACTS_DB, "facts"),
+        ["dmt", "memory", "list", *MODEL],
+        f"store {FACTS_DB}: facts of version",
     ),
     "pack, a folder": (
-        lambda version: changed("pack/manifest.json", version=version)(),
-        ["dmt", "memory", "import", "pack", *S],
+        lambda version: edit_json("pack/manifest.json", version=version)(),
+        ["dmt", "memory", "import", "pack", *MODEL],
         "pack pack: version",
     ),
     "cache": (
-        lambda version: changed(CACHE_METADATA, version=version)(),
+        lambda version: edit_json(CACHE_METADATA, version=version)(),
         CACHED,
         "the format version",
     ),
@@ -119,15 +119,15 @@ def test_what_was_made_before_there_were_versions_is_read(shop, capsys):
     first, rest = file.read_text().split("\n", 1)
     assert first == "# Settings of dmt, version 1"
     file.write_text(rest)
-    changed(f"{STUDENT}/config.json", dmt=None)()
-    changed(f"{V0}/run.json", dmt=None)()
+    edit_json(f"{STUDENT}/config.json", dmt=None)()
+    edit_json(f"{V0}/run.json", dmt=None)()
     for checkpoint in Path(V0, "checkpoints").iterdir():
         found = torch.load(checkpoint, weights_only=True)
         assert found.pop("dmt") == 1
         torch.save(found, checkpoint)
     assert main.distill_main(RESUME) == 0
-    changed(f"{STUDENT}/config.json", dmt=None)()
-    assert run([*ASK, *S]) == 0
+    edit_json(f"{STUDENT}/config.json", dmt=None)()
+    assert run([*ASK, *MODEL]) == 0
     assert load_config(file).teacher == "teacher"
 
 

@@ -1,4 +1,4 @@
-"""Wrong inputs over the whole product, one a row: one line that names the thing and the next step, and nothing written."""
+"""A table of wrong inputs: each is reported in one line with a next step, and writes nothing."""
 
 import json
 import os
@@ -22,513 +22,551 @@ from dmt.data.corpora import load_corpus
 from dmt.editing.fact import read_facts
 
 ROOT = Path(__file__).parents[2]
-Spoil = Callable[[], Any]
+Setup = Callable[[], Any]
 
 
-def put(name: str, content: str | bytes, encoding: str = "utf-8") -> Spoil:
-    """Makes a file, or writes it anew."""
+def write_file(name: str, content: str | bytes, encoding: str = "utf-8") -> Setup:
+    """Create or replace a file."""
     return lambda: Path(name).write_bytes(
         content if isinstance(content, bytes) else content.encode(encoding, "surrogatepass")
     )
 
 
-def cut(name: str, length: int) -> Spoil:
-    """Keeps that many bytes of a file."""
+def truncate(name: str, length: int) -> Setup:
+    """Keep the first `length` bytes of a file."""
     return lambda: Path(name).write_bytes(Path(name).read_bytes()[:length])
 
 
-def gone(name: str) -> Spoil:
+def delete(name: str) -> Setup:
     return lambda: Path(name).unlink() if Path(name).is_file() else shutil.rmtree(name)
 
 
-def changed(name: str, **differences: Any) -> Spoil:
-    """Changes keys of a JSON file; None takes one away."""
+def edit_json(name: str, **differences: Any) -> Setup:
+    """Change keys of a JSON file; None removes one."""
 
     def change() -> None:
-        found = json.loads(Path(name).read_text()) | differences
+        content = json.loads(Path(name).read_text()) | differences
         Path(name).write_text(
-            json.dumps({key: value for key, value in found.items() if value is not None})
+            json.dumps({key: value for key, value in content.items() if value is not None})
         )
 
     return change
 
 
-def sql(name: str, words: str) -> Spoil:
+def execute_sql(name: str, statement: str) -> Setup:
     def change() -> None:
         with sqlite3.connect(name) as connection:
-            connection.execute(words)
+            connection.execute(statement)
         connection.close()
 
     return change
 
 
-def folder(name: str) -> Spoil:
+def make_folder(name: str) -> Setup:
     return lambda: Path(name).mkdir(parents=True)
 
 
-def link(name: str, target: str) -> Spoil:
+def make_link(name: str, target: str) -> Setup:
     return lambda: Path(name).symlink_to(target)
 
 
-def pipe(name: str) -> Spoil:
+def make_pipe(name: str) -> Setup:
     return lambda: os.mkfifo(name)
 
 
-def nothing() -> None:
-    """All is as it was made."""
+def do_nothing() -> None:
+    """Leave the folder as it is."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Words that are refused: of `distill.py` beside those of a tiny run, or where they begin with `dmt` of that.
+class Case:
+    """A command that fails.
 
     Attributes:
-        says: what the line holds, the thing and the next step.
-        spoil: what is done to the workshop before.
+        args: arguments of a tiny `dmt distill`, or a command that starts with `dmt`.
+        parts: texts in the message: what is wrong, and the next step.
+        setup: called first, in a copy of the folder with one of everything.
     """
 
-    words: list[str]
-    says: list[str]
-    spoil: Spoil = nothing
+    args: list[str]
+    parts: list[str]
+    setup: Setup = do_nothing
 
 
-S, V0 = ["-m", "logs/version_0"], "logs/version_0"
-FLOOD = "9" * 40
-DEEP = "[" * 100_000
+MODEL, V0 = ["-m", "logs/version_0"], "logs/version_0"
+FORTY_DIGITS = "9" * 40
+BRACKETS = "[" * 100_000
 TEXT = "data.corpora=[a.txt]"
 LINES = "data.corpora=[a.jsonl]"
-AS_UTF8, TEXT_FIELD = (
+NOT_UTF8, TEXT_FIELD = (
     ["data.corpora: a.txt is not UTF-8 text", "convert it, or remove it"],
     'not an object with a "text" field',
 )
 CONTEXT = ["task=consolidate", "context.file=a.txt"]
-ASKED = ["task=consolidate", "context.text=Ada has a dog.", "context.questions=a.jsonl"]
-KEPT = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_start=0"]
-NEEDS = "it needs config.json, model.safetensors and tokenizer.json"
+QUESTIONS = ["task=consolidate", "context.text=Ada has a dog.", "context.questions=a.jsonl"]
+ROWS_RUN = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_start=0"]
+NEEDED_FILES = "it needs config.json, model.safetensors and tokenizer.json"
 RESUME = ["--resume", V0]
 CACHE = "cache/logits.npy"
 CACHE_METADATA = "cache/logits.json"
-ANEW = "start anew: python distill.py logs/version_0/config.yaml"
+RESTART = "start anew: python distill.py logs/version_0/config.yaml"
 SLOTS = "logs/version_1/student/slots.safetensors"
-STUDENT, BOOK = f"{V0}/student", f"{V0}/student/memory.db"
-FACTS = ["dmt", "memory", "write", "--file", "a.jsonl", *S]
-TAKE = ["dmt", "memory", "import", "pack", *S]
+STUDENT, FACTS_DB = f"{V0}/student", f"{V0}/student/memory.db"
+FACTS = ["dmt", "memory", "write", "--file", "a.jsonl", *MODEL]
+IMPORT_PACK = ["dmt", "memory", "import", "pack", *MODEL]
 
 SETTINGS = {
-    "a setting that is none": Row(
-        ["memory.wieghting=relu"],
-        ["memory.wieghting is not a setting", "did you mean memory.activation?"],
+    "unknown setting": Case(
+        ["memory.activaton=relu"],
+        ["memory.activaton is not a setting", "did you mean memory.activation?"],
     ),
-    "not a number": Row(
+    "not a number": Case(
         ["loss.kl=nan"], ["loss.kl must be a number, got nan", "it must be finite"]
     ),
-    "endless": Row(
+    "infinity": Case(
         ["optim.grad_clip=-.inf"],
         ["optim.grad_clip must be a number, got -inf", "it must be finite"],
     ),
-    "past all floats": Row(["loss.kl=1e309"], ["loss.kl must be a number", "finite"]),
-    "a whole number of forty digits": Row(
-        [f"data.batch_size={FLOOD}"], ["data.batch_size must be a whole number", "it is too large"]
+    "number beyond all floats": Case(["loss.kl=1e309"], ["loss.kl must be a number", "finite"]),
+    "integer of forty digits": Case(
+        [f"data.batch_size={FORTY_DIGITS}"],
+        ["data.batch_size must be a whole number", "it is too large"],
     ),
-    "a batch of a billion": Row(
+    "batch of a billion": Case(
         ["data.batch_size=1000000000"], ["data.batch_size must be in [1, 1048576], got 1000000000"]
     ),
-    "steps for ever": Row(
+    "too many steps": Case(
         ["stages.end_to_end_steps=4000000000"],
         ["stages.end_to_end_steps must be in [0, 2147483648]"],
     ),
-    "slots past all memory": Row(
+    "too many slots": Case(
         ["memory.num_slots=1000000000"],
         ["memory.num_slots must be in [1, 67108864], got 1000000000"],
     ),
-    "threads by the million": Row(
+    "too many threads": Case(
         ["trainer.num_threads=1000000"], ["trainer.num_threads must be in [0, 1024], got 1000000"]
     ),
-    "nul for a number": Row(["seed=nul"], ["seed must be a whole number, got nul"]),
-    "null for a number": Row(["seed=null"], ["seed must be a whole number, got nothing"]),
-    "null for a list": Row(
+    "nul instead of a number": Case(["seed=nul"], ["seed must be a whole number, got nul"]),
+    "null instead of a number": Case(["seed=null"], ["seed must be a whole number, got nothing"]),
+    "null instead of a list": Case(
         ["data.corpora=null"],
         ["data.corpora must be a list such as [speeches, biographies], got nothing"],
     ),
-    "a NUL byte": Row(["teacher=a\0b"], ["cannot read teacher=", "not valid YAML"]),
-    "half a character in a value": Row(
+    "NUL byte": Case(["teacher=a\0b"], ["cannot read teacher=", "not valid YAML"]),
+    "lone surrogate in a value": Case(
         ["teacher=\udcff"], ["'teacher=\\udcff' is not UTF-8 text", "type it in UTF-8"]
     ),
-    "half a character in a key": Row(["\udcff=1"], ["'\\udcff=1' is not UTF-8 text"]),
-    "half a character in a path": Row(
+    "lone surrogate in a key": Case(["\udcff=1"], ["'\\udcff=1' is not UTF-8 text"]),
+    "lone surrogate in a path": Case(
         ["data.corpora=['\udcff.txt']"], ["data.corpora", "\\udcff.txt"]
     ),
-    "a newline in a key": Row(["a\nb=3"], ["'a\\nb' is not a setting"]),
-    "a subcommand that is none": Row(
+    "newline in a key": Case(["a\nb=3"], ["'a\\nb' is not a setting"]),
+    "unknown config name": Case(
         ["fly"],
         [
             "cannot read config file fly (No such file or directory)",
             "a setting is written key=value",
         ],
     ),
-    "an option that is none": Row(
-        ["--fly"], ["unrecognized arguments: --fly", "python distill.py --help lists what there is"]
-    ),
-    "a rule for layers that are not there": Row(
+    "unknown option": Case(["--fly"], ["unrecognized arguments: --fly", "see dmt distill --help"]),
+    "override for missing layers": Case(
         ["student.layer_overrides=[{layers: 9, memory: {k: 3}}]"],
         ["student.layer_overrides[0].layers must name layers in [0, 2], got 9"],
     ),
-    "a log folder that is a file": Row(
+    "log folder is a file": Case(
         ["trainer.log_dir=text.txt/x"],
         ["trainer.log_dir=text.txt/x cannot be written (Not a directory)", "name another folder"],
     ),
-    "a log folder where nobody may write": Row(
+    "log folder without permission": Case(
         ["trainer.log_dir=/proc/x"],
         ["trainer.log_dir=/proc/x cannot be written", "name another folder"],
     ),
-    "a teacher for nobody": Row(
+    "pretraining output without permission": Case(
         ["task=pretrain", "pretrain.output=/proc/x"],
         ["pretrain.output=/proc/x cannot be written", "name another folder"],
     ),
-    "a config in UTF-16": Row(
+    "config in UTF-16": Case(
         ["a.yaml"],
         ["a.yaml is not UTF-8 text", "a config file is YAML such as"],
-        put("a.yaml", "seed: 1\n", "utf-16"),
+        write_file("a.yaml", "seed: 1\n", "utf-16"),
     ),
-    "a config in Latin-1": Row(
-        ["a.yaml"], ["a.yaml is not UTF-8 text"], put("a.yaml", "teacher: café\n", "latin-1")
+    "config in Latin-1": Case(
+        ["a.yaml"], ["a.yaml is not UTF-8 text"], write_file("a.yaml", "teacher: café\n", "latin-1")
     ),
-    "a config with NUL bytes": Row(
-        ["a.yaml"], ["a.yaml", "not valid YAML"], put("a.yaml", "se\0ed: 1\n")
+    "config with NUL bytes": Case(
+        ["a.yaml"], ["a.yaml", "not valid YAML"], write_file("a.yaml", "se\0ed: 1\n")
     ),
-    "a config that is a folder": Row(
-        ["a.yaml"], ["cannot read config file a.yaml (Is a directory)"], folder("a.yaml")
+    "config is a folder": Case(
+        ["a.yaml"], ["cannot read config file a.yaml (Is a directory)"], make_folder("a.yaml")
     ),
-    "a config of a thousand brackets": Row(
-        ["a.yaml"], ["a.yaml", "not valid YAML"], put("a.yaml", "seed: " + "[" * 3000)
+    "config of a thousand brackets": Case(
+        ["a.yaml"], ["a.yaml", "not valid YAML"], write_file("a.yaml", "seed: " + "[" * 3000)
     ),
-    "a config called by two lines": Row(["a\nb.yaml"], ["cannot read config file 'a\\nb.yaml'"]),
-    "a config that is a program": Row(
+    "config name of two lines": Case(["a\nb.yaml"], ["cannot read config file 'a\\nb.yaml'"]),
+    "config with a Python tag": Case(
         ["a.yaml"],
         ["a.yaml", "not valid YAML"],
-        put("a.yaml", "teacher: !!python/object/apply:os.system [touch here]\n"),
+        write_file("a.yaml", "teacher: !!python/object/apply:os.system [touch here]\n"),
     ),
 }
 
 TEXTS = {
-    "UTF-16": Row([TEXT], AS_UTF8, put("a.txt", "one\n\ntwo\n\nthree", "utf-16")),
-    "UTF-16 without a mark": Row(
+    "UTF-16": Case([TEXT], NOT_UTF8, write_file("a.txt", "one\n\ntwo\n\nthree", "utf-16")),
+    "UTF-16 without a byte order mark": Case(
         [TEXT],
         ["data.corpora: a.txt holds NUL bytes", "convert it to UTF-8"],
-        put("a.txt", "one two three " * 99, "utf-16-le"),
+        write_file("a.txt", "one two three " * 99, "utf-16-le"),
     ),
-    "Latin-1": Row([TEXT], AS_UTF8, put("a.txt", "café " * 99, "latin-1")),
-    "NUL bytes": Row(
+    "Latin-1": Case([TEXT], NOT_UTF8, write_file("a.txt", "café " * 99, "latin-1")),
+    "NUL bytes": Case(
         [TEXT],
         ["data.corpora: a.txt holds NUL bytes", "convert it to UTF-8"],
-        put("a.txt", "a\0b " * 999),
+        write_file("a.txt", "a\0b " * 999),
     ),
-    "empty": Row(
-        [TEXT], ["data.corpora: a.txt has no train text", "give it more text"], put("a.txt", "")
-    ),
-    "a byte order mark alone": Row(
+    "empty": Case(
         [TEXT],
         ["data.corpora: a.txt has no train text", "give it more text"],
-        put("a.txt", "\ufeff"),
+        write_file("a.txt", ""),
     ),
-    "one token": Row([TEXT], ["a.txt has no", "give it more text"], put("a.txt", "a")),
-    "one token a paragraph": Row(
+    "only a byte order mark": Case(
+        [TEXT],
+        ["data.corpora: a.txt has no train text", "give it more text"],
+        write_file("a.txt", "\ufeff"),
+    ),
+    "one token": Case([TEXT], ["a.txt has no", "give it more text"], write_file("a.txt", "a")),
+    "one token per paragraph": Case(
         [TEXT],
         ["part of a has", "fewer than data.seq_len=16", "set a smaller data.seq_len"],
-        put("a.txt", "a\n\n" * 9),
+        write_file("a.txt", "a\n\n" * 9),
     ),
-    "an address": Row(
+    "URL": Case(
         ["data.corpora=[http://host/a.txt]"],
         ["data.corpora: no file or folder http://host/a.txt", "accepted are speeches"],
     ),
-    "a file of another kind": Row(
+    "file of another type": Case(
         ["data.corpora=[a.pdf]"],
         ["a.pdf is neither .txt nor .jsonl", "convert it or name another"],
-        put("a.pdf", "%PDF"),
+        write_file("a.pdf", "%PDF"),
     ),
-    "a link that leads nowhere": Row([TEXT], ["no file or folder a.txt"], link("a.txt", "nowhere")),
-    "a folder with a folder called .txt": Row(
-        ["data.corpora=[texts]"], ["texts/b.txt", "is no file"], folder("texts/b.txt")
+    "broken link": Case([TEXT], ["no file or folder a.txt"], make_link("a.txt", "nowhere")),
+    "folder with a folder named .txt": Case(
+        ["data.corpora=[texts]"], ["texts/b.txt", "is no file"], make_folder("texts/b.txt")
     ),
-    "a pipe": Row([TEXT], ["a.txt", "is no file"], pipe("a.txt")),
-    "an empty folder": Row(["data.corpora=[texts]"], ["texts has no train text"], folder("texts")),
-    "two of one name": Row(
+    "pipe": Case([TEXT], ["a.txt", "is no file"], make_pipe("a.txt")),
+    "empty folder": Case(
+        ["data.corpora=[texts]"], ["texts has no train text"], make_folder("texts")
+    ),
+    "two corpora of one name": Case(
         ["data.corpora=[text.txt, text.txt]"], ["two are called text", "rename"]
     ),
-    "JSON lines of another shape": Row(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], put("a.jsonl", '["text"]\n')
+    "JSON lines of another shape": Case(
+        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '["text"]\n')
     ),
-    "JSON lines of a number": Row(
-        [LINES], ["a.jsonl line 2", TEXT_FIELD], put("a.jsonl", '{"text": "a"}\n{"text": 3}\n')
+    "JSON lines of a number": Case(
+        [LINES],
+        ["a.jsonl line 2", TEXT_FIELD],
+        write_file("a.jsonl", '{"text": "a"}\n{"text": 3}\n'),
     ),
-    "JSON lines of null": Row(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], put("a.jsonl", '{"text": null}\n' * 40)
+    "JSON lines of null": Case(
+        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '{"text": null}\n' * 40)
     ),
-    "JSON lines of half a character": Row(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], put("a.jsonl", '{"text": "\\ud800"}\n' * 40)
+    "JSON lines with a lone surrogate": Case(
+        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '{"text": "\\ud800"}\n' * 40)
     ),
-    "JSON lines of a hundred thousand brackets": Row(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], put("a.jsonl", DEEP)
+    "JSON lines of a hundred thousand brackets": Case(
+        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", BRACKETS)
     ),
-    "JSON lines in UTF-16": Row(
-        [LINES], ["a.jsonl is not UTF-8 text"], put("a.jsonl", '{"text": "a"}\n' * 40, "utf-16")
+    "JSON lines in UTF-16": Case(
+        [LINES],
+        ["a.jsonl is not UTF-8 text"],
+        write_file("a.jsonl", '{"text": "a"}\n' * 40, "utf-16"),
     ),
-    "JSON in one piece": Row(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], put("a.jsonl", '[\n{"text": "a"}\n]')
+    "JSON array instead of lines": Case(
+        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '[\n{"text": "a"}\n]')
     ),
-    "a dataset without its library": Row(["data.corpora=['hub:x']"], ["data.corpora: ", "hub:x"]),
-    "no context": Row(
+    "hub data set without its library": Case(
+        ["data.corpora=['hub:x']"], ["data.corpora: ", "hub:x"]
+    ),
+    "no context": Case(
         ["task=consolidate"], ["one of context.text and context.file", "got neither"]
     ),
-    "an empty context": Row(CONTEXT, ["context.file=a.txt is empty"], put("a.txt", " \n")),
-    "a context in UTF-16": Row(
+    "empty context": Case(CONTEXT, ["context.file=a.txt is empty"], write_file("a.txt", " \n")),
+    "context in UTF-16": Case(
         CONTEXT,
         ["context.file=a.txt is not UTF-8 text", "convert it"],
-        put("a.txt", "Ada has a dog.", "utf-16"),
+        write_file("a.txt", "Ada has a dog.", "utf-16"),
     ),
-    "a context with NUL bytes": Row(
+    "context with NUL bytes": Case(
         CONTEXT,
         ["context.file=a.txt holds NUL bytes", "convert it"],
-        put("a.txt", "Ada has a dog.", "utf-16-le"),
+        write_file("a.txt", "Ada has a dog.", "utf-16-le"),
     ),
-    "a context that is a folder": Row(
+    "context is a folder": Case(
         CONTEXT,
         ["context.file=a.txt cannot be read (Is a directory)", "name a text file"],
-        folder("a.txt"),
+        make_folder("a.txt"),
     ),
-    "a context longer than may be": Row(
+    "context too long": Case(
         [*CONTEXT, "context.max_tokens=3"],
         ["more than context.max_tokens=3", "give a shorter one"],
-        put("a.txt", ADA),
+        write_file("a.txt", ADA),
     ),
-    "questions of another shape": Row(
-        ASKED,
+    "questions of another shape": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl line 1 is no question", "a line is"],
-        put("a.jsonl", '{"question": "a"}'),
+        write_file("a.jsonl", '{"question": "a"}'),
     ),
-    "questions that are numbers": Row(
-        ASKED,
+    "questions that are numbers": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl line 1 is no question"],
-        put("a.jsonl", '{"prompt": 1, "answer": 2}'),
+        write_file("a.jsonl", '{"prompt": 1, "answer": 2}'),
     ),
-    "questions of half a character": Row(
-        ASKED,
+    "questions with a lone surrogate": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl line 1 is no question"],
-        put("a.jsonl", '{"prompt": "\\ud800", "answer": "a"}'),
+        write_file("a.jsonl", '{"prompt": "\\ud800", "answer": "a"}'),
     ),
-    "no questions": Row(
-        ASKED,
+    "no questions": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl holds no questions", "leave context.questions empty"],
-        put("a.jsonl", "\n"),
+        write_file("a.jsonl", "\n"),
     ),
-    "questions in Latin-1": Row(
-        ASKED,
+    "questions in Latin-1": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl is not UTF-8 text"],
-        put("a.jsonl", '{"prompt": "café", "answer": "a"}', "latin-1"),
+        write_file("a.jsonl", '{"prompt": "café", "answer": "a"}', "latin-1"),
     ),
-    "questions deeper than anybody": Row(
-        ASKED, ["context.questions=a.jsonl line 1 is no question"], put("a.jsonl", DEEP)
+    "questions of a hundred thousand brackets": Case(
+        QUESTIONS,
+        ["context.questions=a.jsonl line 1 is no question"],
+        write_file("a.jsonl", BRACKETS),
     ),
-    "a question longer than the model": Row(
-        ASKED,
+    "question longer than the model reads": Case(
+        QUESTIONS,
         ["context.questions=a.jsonl: very very", "have 1,201 tokens", "shorten it"],
-        put("a.jsonl", json.dumps({"prompt": "very " * 400, "answer": " a"})),
+        write_file("a.jsonl", json.dumps({"prompt": "very " * 400, "answer": " a"})),
     ),
 }
 
 TEACHERS = {
-    "nowhere": Row(
+    "missing folder": Case(
         ["teacher=./nowhere"], ["teacher=./nowhere: no such directory", "accepted are embedded"]
     ),
-    "an address as teacher": Row(
+    "URL as teacher": Case(
         ["teacher=http://host/model"],
         ["teacher=http://host/model: no such directory", "accepted are embedded"],
     ),
-    "a file": Row(["teacher=./text.txt"], ["teacher=./text.txt: no such directory"]),
-    "an empty folder as teacher": Row(
-        ["teacher=./empty"], ["teacher=./empty cannot be loaded", NEEDS], folder("empty")
+    "file as teacher": Case(["teacher=./text.txt"], ["teacher=./text.txt: no such directory"]),
+    "empty folder as teacher": Case(
+        ["teacher=./empty"],
+        ["teacher=./empty cannot be loaded", NEEDED_FILES],
+        make_folder("empty"),
     ),
-    "a vocabulary of another model": Row(
+    "vocabulary of another model": Case(
         [],
         ["its tokenizer has 300 tokens, its model 600", "put the right tokenizer.json"],
-        lambda: another_vocabulary(),
+        lambda: save_teacher_with_another_vocabulary(),
     ),
-    "a tokenizer that is none": Row(
-        [], ["teacher=teacher cannot be loaded", NEEDS], put("teacher/tokenizer.json", "{}")
-    ),
-    "a tokenizer in UTF-16": Row(
+    "empty tokenizer": Case(
         [],
-        ["teacher=teacher cannot be loaded", NEEDS],
-        put("teacher/tokenizer.json", "{}", "utf-16"),
+        ["teacher=teacher cannot be loaded", NEEDED_FILES],
+        write_file("teacher/tokenizer.json", "{}"),
     ),
-    "an adapter": Row(
+    "tokenizer in UTF-16": Case(
+        [],
+        ["teacher=teacher cannot be loaded", NEEDED_FILES],
+        write_file("teacher/tokenizer.json", "{}", "utf-16"),
+    ),
+    "adapter": Case(
         [],
         ["teacher=teacher holds an adapter", "merge it into its model"],
-        put("teacher/adapter_config.json", "{}"),
+        write_file("teacher/adapter_config.json", "{}"),
     ),
-    "no tokenizer": Row([], ["teacher=teacher", NEEDS], gone("teacher/tokenizer.json")),
-    "weights cut short": Row(
-        [], ["teacher=teacher cannot be loaded", NEEDS], cut("teacher/model.safetensors", 5000)
-    ),
-    "weights that are text": Row(
+    "no tokenizer": Case([], ["teacher=teacher", NEEDED_FILES], delete("teacher/tokenizer.json")),
+    "truncated weights": Case(
         [],
-        ["teacher=teacher cannot be loaded", NEEDS],
-        put("teacher/model.safetensors", "no weights"),
+        ["teacher=teacher cannot be loaded", NEEDED_FILES],
+        truncate("teacher/model.safetensors", 5000),
     ),
-    "no weights": Row([], ["teacher=teacher", NEEDS], gone("teacher/model.safetensors")),
-    "a config that is a list": Row(
-        [], ["teacher=teacher cannot be loaded", NEEDS], put("teacher/config.json", "[1]")
+    "weights are text": Case(
+        [],
+        ["teacher=teacher cannot be loaded", NEEDED_FILES],
+        write_file("teacher/model.safetensors", "no weights"),
     ),
-    "a model of another kind": Row(
-        [], ["teacher=teacher", NEEDS], changed("teacher/config.json", model_type="no_such_model")
+    "no weights": Case([], ["teacher=teacher", NEEDED_FILES], delete("teacher/model.safetensors")),
+    "model config is a list": Case(
+        [],
+        ["teacher=teacher cannot be loaded", NEEDED_FILES],
+        write_file("teacher/config.json", "[1]"),
     ),
-    "more layers than weights": Row(
+    "unknown model type": Case(
+        [],
+        ["teacher=teacher", NEEDED_FILES],
+        edit_json("teacher/config.json", model_type="no_such_model"),
+    ),
+    "more layers than weights": Case(
         [],
         ["teacher=teacher: its weights are not those of its config.json", "save it anew"],
-        changed("teacher/config.json", n_layer=5),
+        edit_json("teacher/config.json", n_layer=5),
     ),
-    "layers by the million": Row(
+    "millions of layers": Case(
         [],
         ["teacher=teacher", "n_layer=10000000", "model.safetensors"],
-        changed("teacher/config.json", n_layer=10_000_000),
+        edit_json("teacher/config.json", n_layer=10_000_000),
     ),
-    "a width of a billion": Row(
+    "width of a billion": Case(
         [],
         ["teacher=teacher", "n_embd=2000000000"],
-        changed("teacher/config.json", n_embd=2_000_000_000),
+        edit_json("teacher/config.json", n_embd=2_000_000_000),
     ),
-    "a vocabulary of a billion": Row(
+    "vocabulary of a billion": Case(
         [],
         ["teacher=teacher", "vocab_size=2000000000"],
-        changed("teacher/config.json", vocab_size=2_000_000_000),
+        edit_json("teacher/config.json", vocab_size=2_000_000_000),
     ),
-    "positions of a billion": Row(
+    "positions of a billion": Case(
         [],
         ["teacher=teacher", "n_positions=2000000000"],
-        changed("teacher/config.json", n_positions=2_000_000_000),
+        edit_json("teacher/config.json", n_positions=2_000_000_000),
     ),
-    "a width below nothing": Row(
-        [], ["teacher=teacher", "n_embd=-16"], changed("teacher/config.json", n_embd=-16)
+    "negative width": Case(
+        [], ["teacher=teacher", "n_embd=-16"], edit_json("teacher/config.json", n_embd=-16)
     ),
-    "heads that are a text": Row(
-        [], ["teacher=teacher"], changed("teacher/config.json", n_head="two")
+    "heads are text": Case([], ["teacher=teacher"], edit_json("teacher/config.json", n_head="two")),
+    "heads do not divide the width": Case(
+        [], ["teacher=teacher"], edit_json("teacher/config.json", n_head=3)
     ),
-    "heads that do not share out": Row(
-        [], ["teacher=teacher"], changed("teacher/config.json", n_head=3)
+    "no heads": Case([], ["teacher=teacher"], edit_json("teacher/config.json", n_head=0)),
+    "unknown activation": Case(
+        [], ["teacher=teacher"], edit_json("teacher/config.json", activation_function="nope")
     ),
-    "no heads": Row([], ["teacher=teacher"], changed("teacher/config.json", n_head=0)),
-    "an activation nobody knows": Row(
-        [], ["teacher=teacher"], changed("teacher/config.json", activation_function="nope")
-    ),
-    "a student for a teacher": Row(
+    "student as teacher": Case(
         [f"teacher={STUDENT}"], ["is a student of dmt already", "name its teacher"]
     ),
-    "a window longer than the model": Row(
+    "window longer than the model reads": Case(
         ["data.seq_len=161"],
         ["data.seq_len=161 is longer than the 160 positions", "set data.seq_len=160 or less"],
     ),
 }
 
 
-def another_vocabulary() -> None:
+def save_teacher_with_another_vocabulary() -> None:
     from conftest import make_teacher
 
     make_teacher(600, n_positions=160).save_pretrained("teacher")
 
 
-def another_database() -> None:
-    sql("a.db", "CREATE TABLE recipes (id)")()
+def make_another_database() -> None:
+    execute_sql("a.db", "CREATE TABLE recipes (id)")()
 
 
-def kept(place: str) -> list[str]:
-    return [*KEPT, f"store.url={place}"]
+def store_run(place: str) -> list[str]:
+    return [*ROWS_RUN, f"store.url={place}"]
 
 
 STORES = {
-    "a text": Row(kept("text.txt"), ["store text.txt: this file is not a store", "give another"]),
-    "another program's database": Row(
-        kept("a.db"),
+    "text file as store": Case(
+        store_run("text.txt"), ["store text.txt: this file is not a store", "give another"]
+    ),
+    "database of another program": Case(
+        store_run("a.db"),
         ["store a.db: a database of something else (tables recipes)", "give a new file"],
-        another_database,
+        make_another_database,
     ),
-    "a newer schema": Row(
-        kept("logs/version_2/memory.db"),
+    "newer schema": Case(
+        store_run("logs/version_2/memory.db"),
         ["schema version 99", "a newer dmt made it", "update"],
-        sql("logs/version_2/memory.db", "UPDATE dmt_about SET value='99' WHERE name='schema'"),
+        execute_sql(
+            "logs/version_2/memory.db", "UPDATE dmt_about SET value='99' WHERE name='schema'"
+        ),
     ),
-    "an older schema": Row(
-        kept("logs/version_2/memory.db"),
+    "older schema": Case(
+        store_run("logs/version_2/memory.db"),
         ["schema version 1", "this dmt knows 2"],
-        sql("logs/version_2/memory.db", "UPDATE dmt_about SET value='1' WHERE name='schema'"),
+        execute_sql(
+            "logs/version_2/memory.db", "UPDATE dmt_about SET value='1' WHERE name='schema'"
+        ),
     ),
-    "a schema that is none": Row(
-        kept("logs/version_2/memory.db"),
+    "invalid schema version": Case(
+        store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db", "schema"],
-        sql("logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='schema'"),
+        execute_sql(
+            "logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='schema'"
+        ),
     ),
-    "another model's": Row(
-        kept("logs/version_2/memory.db"),
+    "rows of another model": Case(
+        store_run("logs/version_2/memory.db"),
         ["its rows belong to another model", "give a new file"],
-        sql("logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='model'"),
+        execute_sql(
+            "logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='model'"
+        ),
     ),
-    "nobody's": Row(
-        kept("logs/version_2/memory.db"),
+    "rows of no model": Case(
+        store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db"],
-        sql("logs/version_2/memory.db", "DELETE FROM dmt_about WHERE name='model'"),
+        execute_sql("logs/version_2/memory.db", "DELETE FROM dmt_about WHERE name='model'"),
     ),
-    "a folder": Row(kept("teacher"), ["store teacher: it cannot be opened"]),
-    "in a folder that is not there": Row(
-        kept("no/where.db"), ["store no/where.db: it cannot be opened", "its folder must exist"]
+    "folder as store": Case(store_run("teacher"), ["store teacher: it cannot be opened"]),
+    "store in a missing folder": Case(
+        store_run("no/where.db"),
+        ["store no/where.db: it cannot be opened", "its folder must exist"],
     ),
-    "where nobody may write": Row(
-        kept("/proc/rows.db"), ["store /proc/rows.db: it cannot be opened"]
+    "store without permission": Case(
+        store_run("/proc/rows.db"), ["store /proc/rows.db: it cannot be opened"]
     ),
-    "no server": Row(
-        kept("postgresql://u:secret@127.0.0.1:9/x"),
+    "unreachable server": Case(
+        store_run("postgresql://u:secret@127.0.0.1:9/x"),
         ["store postgresql://u:***@127.0.0.1:9/x: the server does not answer", "is it running"],
     ),
-    "a port that is a word": Row(
-        kept("postgresql://127.0.0.1:port/x"),
+    "port is a word": Case(
+        store_run("postgresql://127.0.0.1:port/x"),
         ["store postgresql://127.0.0.1:port/x: not a file or a database URL", "give a file"],
     ),
-    "another database": Row(kept("mysql://127.0.0.1/x"), ["mysql is not supported", "give a file"]),
-    "an address as store": Row(
-        kept("http://127.0.0.1/x.db"),
+    "unsupported database": Case(
+        store_run("mysql://127.0.0.1/x"), ["mysql is not supported", "give a file"]
+    ),
+    "URL as store": Case(
+        store_run("http://127.0.0.1/x.db"),
         ["store http://127.0.0.1/x.db: http is not supported", "give a file"],
     ),
-    "in memory": Row(kept("sqlite://"), ["a store outlives the program", "give a file"]),
-    "a store cut short": Row(
-        kept("logs/version_2/memory.db"),
-        ["store logs/version_2/memory.db", "damaged"],
-        cut("logs/version_2/memory.db", 70_000),
+    "store in memory": Case(
+        store_run("sqlite://"), ["a store outlives the program", "give a file"]
     ),
-    "a cache that is a file": Row(
+    "truncated store": Case(
+        store_run("logs/version_2/memory.db"),
+        ["store logs/version_2/memory.db", "damaged"],
+        truncate("logs/version_2/memory.db", 70_000),
+    ),
+    "cache is a file": Case(
         [*CACHED, "logit_cache.dir=text.txt"],
         ["logit_cache.dir=text.txt cannot be written", "name another folder"],
     ),
-    "a cache of another format": Row(
+    "cache of another format": Case(
         CACHED,
         ["logit_cache.dir=cache", "format", "name another logit_cache.dir"],
-        changed(CACHE_METADATA, version=99),
+        edit_json(CACHE_METADATA, version=99),
     ),
-    "a cache cut short": Row(
+    "truncated cache": Case(
         CACHED,
         ["logit_cache.dir=cache: its logits.npy is damaged", "delete"],
-        cut(CACHE, 2000),
+        truncate(CACHE, 2000),
     ),
-    "a cache of other settings": Row(
+    "cache of other settings": Case(
         [*CACHED, "logit_cache.top_k=32"],
-        ["logit_cache.top_k (16 in the cache, 32 in this run) differ", "name another logit_cache.dir or delete"],
+        [
+            "logit_cache.top_k (16 in the cache, 32 in this run) differ",
+            "name another logit_cache.dir or delete",
+        ],
     ),
-    "a cache of absurd size": Row(
+    "cache with an absurd header": Case(
         CACHED,
         ["logit_cache.dir=cache", "damaged"],
-        put(CACHE, (2**62).to_bytes(8, "little") + b"{}"),
+        write_file(CACHE, (2**62).to_bytes(8, "little") + b"{}"),
     ),
 }
 
 
-def reheaded(name: str, **differences: str) -> None:
+def edit_header(name: str, **differences: str) -> None:
     """Changes the metadata in a safetensors file's header, whatever length it then has."""
     content = Path(name).read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -540,156 +578,164 @@ def reheaded(name: str, **differences: str) -> None:
 
 
 RUNS = {
-    "a run that is none": Row(
+    "folder that is not a run": Case(
         ["--resume", "teacher"], ["--resume teacher: no run is there (no config.yaml)"]
     ),
-    "a run that is a file": Row(["--resume", "text.txt"], ["--resume text.txt: no run is there"]),
-    "a run with settings beside": Row(
-        [*RESUME, "seed=1"], ["--resume goes on with the run's own settings", "leave out seed=1"]
+    "run is a file": Case(["--resume", "text.txt"], ["--resume text.txt: no run is there"]),
+    "resume with other settings": Case(
+        [*RESUME, "seed=1"], ["--resume uses the run's own settings", "leave out seed=1"]
     ),
-    "a run with a setting of a newer dmt": Row(
+    "run with an unknown setting": Case(
         RESUME,
         [
             "loss.wonder is not a setting",
             "this run is another dmt's",
             "go on with that or a newer one",
         ],
-        lambda: put(
+        lambda: write_file(
             f"{V0}/config.yaml",
             Path(f"{V0}/config.yaml").read_text().replace("loss:\n", "loss:\n  wonder: 1\n"),
         )(),
     ),
-    "a run whose settings are no YAML": Row(
-        RESUME, [f"{V0}/config.yaml", "not valid YAML"], put(f"{V0}/config.yaml", "a: [")
+    "run config is not YAML": Case(
+        RESUME, [f"{V0}/config.yaml", "not valid YAML"], write_file(f"{V0}/config.yaml", "a: [")
     ),
-    "a run whose teacher is gone": Row(RESUME, ["teacher=teacher"], gone("teacher")),
-    "a run whose text is gone": Row(
-        RESUME, ["data.corpora: no file or folder text.txt"], gone("text.txt")
+    "run without its teacher": Case(RESUME, ["teacher=teacher"], delete("teacher")),
+    "run without its text": Case(
+        RESUME, ["data.corpora: no file or folder text.txt"], delete("text.txt")
     ),
-    "no student": Row(
+    "missing student": Case(
         ["dmt", "generate", "x", "-m", "nowhere"],
         ["--model nowhere: nothing is there", "give a run's folder"],
     ),
-    "no student here": Row(
+    "no run in this folder": Case(
         ["dmt", "generate", "x"],
         ["no student is in lightning_logs/ here", "run python distill.py first"],
     ),
-    "a student of a newer version": Row(
-        ["dmt", "generate", "x", *S],
+    "student of a newer version": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
-        changed(f"{STUDENT}/config.json", dmt=9),
+        edit_json(f"{STUDENT}/config.json", dmt=9),
     ),
-    "settings of a newer version": Row(
+    "run config of a newer version": Case(
         RESUME,
         [f"{V0}/config.yaml: settings of version 9", "a newer dmt made it"],
-        lambda: put(
+        lambda: write_file(
             f"{V0}/config.yaml",
             Path(f"{V0}/config.yaml").read_text().replace("version 1", "version 9"),
         )(),
     ),
-    "a record of a newer version": Row(
+    "run record of a newer version": Case(
         RESUME,
         [f"{V0}/run.json: version 9", "a newer dmt made it"],
-        changed(f"{V0}/run.json", format=9),
+        edit_json(f"{V0}/run.json", format=9),
     ),
-    "a student's config that is a list": Row(
-        ["dmt", "generate", "x", *S],
+    "student config is a list": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        put(f"{STUDENT}/config.json", "[]"),
+        write_file(f"{STUDENT}/config.json", "[]"),
     ),
-    "a student of another memory": Row(
-        ["dmt", "generate", "x", *S],
+    "student with an unknown memory argument": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        lambda: memory_of(wonder=1),
+        lambda: edit_memory_config(wonder=1),
     ),
-    "a student of slots by the billion": Row(
-        ["dmt", "generate", "x", *S], [f"--model {STUDENT}"], lambda: memory_of(slots=10**12)
+    "student with a trillion slots": Case(
+        ["dmt", "generate", "x", *MODEL],
+        [f"--model {STUDENT}"],
+        lambda: edit_memory_config(slots=10**12),
     ),
-    "a student with a layer too many": Row(
-        ["dmt", "generate", "x", *S],
+    "student with memory in a missing layer": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        lambda: memory_of("7"),
+        lambda: edit_memory_config("7"),
     ),
-    "a student whose layer is a word": Row(
-        ["dmt", "generate", "x", *S],
+    "student with a layer named by a word": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        lambda: memory_of("first"),
+        lambda: edit_memory_config("first"),
     ),
-    "a student without weights": Row(
-        ["dmt", "generate", "x", *S],
+    "student without weights": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        gone(f"{STUDENT}/model.safetensors"),
+        delete(f"{STUDENT}/model.safetensors"),
     ),
-    "a student's weights cut short": Row(
-        ["dmt", "generate", "x", *S],
+    "student with truncated weights": Case(
+        ["dmt", "generate", "x", *MODEL],
         [f"--model {STUDENT} cannot be loaded"],
-        cut(f"{STUDENT}/model.safetensors", 999),
+        truncate(f"{STUDENT}/model.safetensors", 999),
     ),
-    "a student whose weights are another's": Row(
-        ["dmt", "generate", "x", *S],
+    "student with weights of another model": Case(
+        ["dmt", "generate", "x", *MODEL],
         ["--model", "its weights are not those"],
         lambda: (
-            gone(BOOK)(),
+            delete(FACTS_DB)(),
             shutil.copy("teacher/model.safetensors", f"{STUDENT}/model.safetensors"),
         ),
     ),
-    "a student without its slots": Row(
+    "student without its slots file": Case(
         ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not there", "put it back"],
-        gone(SLOTS),
+        delete(SLOTS),
     ),
-    "slots cut short": Row(
+    "truncated slots file": Case(
         ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not a whole file", "copy it"],
-        cut(SLOTS, 9000),
+        truncate(SLOTS, 9000),
     ),
-    "slots of another format": Row(
+    "slots file of another format": Case(
         ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors: its format is 99", "a newer dmt made it", "update"],
-        lambda: reheaded(SLOTS, format="99"),
+        lambda: edit_header(SLOTS, format="99"),
     ),
-    "slots of absurd size": Row(
+    "slots file with an absurd header": Case(
         ["dmt", "generate", "x", "-m", "logs/version_1"],
         ["slots.safetensors is not a whole file"],
-        put(SLOTS, (2**63).to_bytes(8, "little") + b"{}"),
+        write_file(SLOTS, (2**63).to_bytes(8, "little") + b"{}"),
     ),
-    "a book that is text": Row(
-        ["dmt", "memory", "list", *S],
-        [f"store {BOOK}: this file is not a store"],
-        lambda: (gone(f"{BOOK}-wal")(), gone(f"{BOOK}-shm")(), put(BOOK, "text " * 999)()),
+    "memory.db is text": Case(
+        ["dmt", "memory", "list", *MODEL],
+        [f"store {FACTS_DB}: this file is not a store"],
+        lambda: (
+            delete(f"{FACTS_DB}-wal")(),
+            delete(f"{FACTS_DB}-shm")(),
+            write_file(FACTS_DB, "text " * 999)(),
+        ),
     ),
-    "a book that is a folder": Row(
-        ["dmt", "memory", "write", ADA, *S],
-        [f"store {BOOK}"],
-        lambda: (gone(BOOK)(), folder(BOOK)()),
+    "memory.db is a folder": Case(
+        ["dmt", "memory", "write", ADA, *MODEL],
+        [f"store {FACTS_DB}"],
+        lambda: (delete(FACTS_DB)(), make_folder(FACTS_DB)()),
     ),
-    "a book of a newer schema": Row(
-        ["dmt", "memory", "list", *S],
+    "memory.db of a newer schema": Case(
+        ["dmt", "memory", "list", *MODEL],
         ["schema version 99", "a newer dmt made it"],
-        sql(BOOK, "UPDATE dmt_about SET value='99' WHERE name='schema'"),
+        execute_sql(FACTS_DB, "UPDATE dmt_about SET value='99' WHERE name='schema'"),
     ),
-    "facts of a newer schema": Row(
-        ["dmt", "memory", "list", *S],
+    "facts of a newer schema": Case(
+        ["dmt", "memory", "list", *MODEL],
         ["facts of version 99", "a newer dmt made it"],
-        sql(BOOK, "UPDATE dmt_about SET value='99' WHERE name='facts'"),
+        execute_sql(FACTS_DB, "UPDATE dmt_about SET value='99' WHERE name='facts'"),
     ),
-    "facts without their table": Row(
-        ["dmt", "memory", "list", *S], [f"store {BOOK}"], sql(BOOK, "DROP TABLE dmt_facts")
+    "memory.db without the facts table": Case(
+        ["dmt", "memory", "list", *MODEL],
+        [f"store {FACTS_DB}"],
+        execute_sql(FACTS_DB, "DROP TABLE dmt_facts"),
     ),
-    "facts whose words are no JSON": Row(
-        ["dmt", "memory", "list", *S],
-        [f"store {BOOK}", "damaged"],
-        sql(BOOK, "UPDATE dmt_facts SET subject_ids='[['"),
+    "fact with invalid JSON": Case(
+        ["dmt", "memory", "list", *MODEL],
+        [f"store {FACTS_DB}", "damaged"],
+        execute_sql(FACTS_DB, "UPDATE dmt_facts SET subject_ids='[['"),
     ),
-    "rows cut short": Row(
-        ["dmt", "memory", "list", *S],
-        [f"store {BOOK}", "damaged"],
-        sql(BOOK, "UPDATE dmt_rows SET key=x'00'"),
+    "truncated rows": Case(
+        ["dmt", "memory", "list", *MODEL],
+        [f"store {FACTS_DB}", "damaged"],
+        execute_sql(FACTS_DB, "UPDATE dmt_rows SET key=x'00'"),
     ),
 }
 
 
-def memory_of(layer: str = "0", **differences: Any) -> None:
+def edit_memory_config(layer: str = "0", **differences: Any) -> None:
     """Changes what a student's config says of the memory in a layer."""
     file = Path(STUDENT) / "config.json"
     found = json.loads(file.read_text())
@@ -698,168 +744,181 @@ def memory_of(layer: str = "0", **differences: Any) -> None:
 
 
 COMMANDS = {
-    "a verb that is none": Row(
-        ["dmt", "memory", "fly"], ["invalid choice: 'fly'", "--help lists what there is"]
+    "unknown memory command": Case(["dmt", "memory", "fly"], ["invalid choice: 'fly'", "see dmt"]),
+    "unknown command": Case(["dmt", "fly"], ["invalid choice: 'fly'", "see dmt"]),
+    "unknown option of a command": Case(
+        ["dmt", "generate", "x", "--fly", *MODEL], ["unrecognized arguments: --fly"]
     ),
-    "a command that is none": Row(
-        ["dmt", "fly"], ["invalid choice: 'fly'", "--help lists what there is"]
+    "empty prompt": Case(["dmt", "generate", "", *MODEL], ["the prompt is empty"]),
+    "lone surrogate in a prompt": Case(
+        ["dmt", "generate", "\udcff", *MODEL], ["'\\udcff' is not UTF-8 text", "type it in UTF-8"]
     ),
-    "an option of dmt that is none": Row(
-        ["dmt", "generate", "x", "--fly", *S], ["unrecognized arguments: --fly"]
-    ),
-    "nothing to ask": Row(["dmt", "generate", "", *S], ["the prompt is empty"]),
-    "half a character asked": Row(
-        ["dmt", "generate", "\udcff", *S], ["'\\udcff' is not UTF-8 text", "type it in UTF-8"]
-    ),
-    "half a character as a student": Row(
+    "lone surrogate in a model name": Case(
         ["dmt", "generate", "x", "-m", "\udcff"],
         ["'\\udcff' is not UTF-8 text", "rename what it names"],
     ),
-    "half a character as a tag": Row(
-        ["dmt", "memory", "write", ADA, "--tag", "\udcff", *S], ["\\udcff"]
+    "lone surrogate in a tag": Case(
+        ["dmt", "memory", "write", ADA, "--tag", "\udcff", *MODEL], ["\\udcff"]
     ),
-    "half a character as a fact": Row(["dmt", "memory", "write", "Ada is \udcff", *S], ["\\udcff"]),
-    "half a character searched for": Row(["dmt", "memory", "search", "\udcff", *S], ["\\udcff"]),
-    "half a character read": Row(["dmt", "memory", "read", "\udcff", *S], ["\\udcff"]),
-    "half a character as a context": Row(
+    "lone surrogate in a fact": Case(
+        ["dmt", "memory", "write", "Ada is \udcff", *MODEL], ["\\udcff"]
+    ),
+    "lone surrogate in a search": Case(["dmt", "memory", "search", "\udcff", *MODEL], ["\\udcff"]),
+    "lone surrogate in a traced text": Case(
+        ["dmt", "memory", "read", "\udcff", *MODEL], ["\\udcff"]
+    ),
+    "lone surrogate in a context": Case(
         ["dmt", "consolidate", "Ada \udcff", "--model", "teacher"], ["\\udcff"]
     ),
-    "an endless temperature": Row(
-        ["dmt", "generate", "x", "--temperature", "inf", *S], ["--temperature", "got"]
+    "infinite temperature": Case(
+        ["dmt", "generate", "x", "--temperature", "inf", *MODEL], ["--temperature", "got"]
     ),
-    "a temperature that is none": Row(
-        ["dmt", "generate", "x", "--temperature", "nan", *S], ["--temperature", "got"]
+    "temperature is nan": Case(
+        ["dmt", "generate", "x", "--temperature", "nan", *MODEL], ["--temperature", "got"]
     ),
-    "a seed below nothing": Row(["dmt", "generate", "x", "--seed", "-1", *S], ["--seed", "got -1"]),
-    "a seed of forty digits": Row(
-        ["dmt", "generate", "x", "--temperature", "1", "--seed", FLOOD, *S], ["--seed", "got"]
+    "negative seed": Case(["dmt", "generate", "x", "--seed", "-1", *MODEL], ["--seed", "got -1"]),
+    "seed of forty digits": Case(
+        ["dmt", "generate", "x", "--temperature", "1", "--seed", FORTY_DIGITS, *MODEL],
+        ["--seed", "got"],
     ),
-    "a fact of forty digits": Row(["dmt", "memory", "show", FLOOD, *S], ["was never there"]),
-    "a fact of forty digits brought back": Row(
-        ["dmt", "memory", "restore", FLOOD, *S], ["was never there"]
+    "show a fact of forty digits": Case(
+        ["dmt", "memory", "show", FORTY_DIGITS, *MODEL], ["was never stored"]
     ),
-    "a fact of forty digits forgotten": Row(
-        ["dmt", "memory", "forget", "--id", FLOOD, *S], ["is not there"]
+    "restore a fact of forty digits": Case(
+        ["dmt", "memory", "restore", FORTY_DIGITS, *MODEL], ["was never stored"]
     ),
-    "a slot in another spelling": Row(
-        ["dmt", "memory", "show", "--slot", "²:1", *S], ["--slot must be LAYER:NUMBER"]
+    "forget a fact of forty digits": Case(
+        ["dmt", "memory", "forget", "--id", FORTY_DIGITS, *MODEL], ["is not stored"]
     ),
-    "a rate that is none": Row(
-        ["dmt", "memory", "write", ADA, "--false-positive-rate", "nan", *S],
-        ["--rate must be in (0, 0.5], got nan"],
+    "slot with a superscript": Case(
+        ["dmt", "memory", "show", "--slot", "²:1", *MODEL], ["--slot must be LAYER:INDEX"]
     ),
-    "facts of another shape": Row(
-        FACTS, ["a.jsonl:1: a fact is an object of texts"], put("a.jsonl", '["Ada"]\n')
+    "false-positive rate is nan": Case(
+        ["dmt", "memory", "write", ADA, "--false-positive-rate", "nan", *MODEL],
+        ["--false-positive-rate must be in (0, 0.5], got nan"],
     ),
-    "facts with a key too many": Row(
+    "facts of another shape": Case(
+        FACTS, ["a.jsonl:1: a fact is an object of texts"], write_file("a.jsonl", '["Ada"]\n')
+    ),
+    "facts with an unknown key": Case(
         FACTS,
         ["a.jsonl:1: unknown key 'colour'", "accepted are"],
-        put("a.jsonl", '{"colour": "red"}\n'),
+        write_file("a.jsonl", '{"colour": "red"}\n'),
     ),
-    "facts in UTF-16": Row(
+    "facts in UTF-16": Case(
         FACTS,
         ["a.jsonl is not UTF-8 text"],
-        put("a.jsonl", '{"sentence": "Ada is in Rome."}\n', "utf-16"),
+        write_file("a.jsonl", '{"sentence": "Ada is in Rome."}\n', "utf-16"),
     ),
-    "facts of half a character": Row(
-        FACTS, ["a.jsonl:1: not JSON"], put("a.jsonl", '{"sentence": "Ada is in \\ud800."}\n')
+    "facts with a lone surrogate": Case(
+        FACTS,
+        ["a.jsonl:1: not JSON"],
+        write_file("a.jsonl", '{"sentence": "Ada is in \\ud800."}\n'),
     ),
-    "no facts": Row(FACTS, ["a.jsonl holds no facts"], put("a.jsonl", "")),
-    "facts in a folder": Row(FACTS, ["a.jsonl cannot be read (Is a directory)"], folder("a.jsonl")),
-    "text of two words to measure on": Row(
-        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *S],
+    "no facts": Case(FACTS, ["a.jsonl has no facts"], write_file("a.jsonl", "")),
+    "facts in a folder": Case(
+        FACTS, ["a.jsonl cannot be read (Is a directory)"], make_folder("a.jsonl")
+    ),
+    "calibration text of two words": Case(
+        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *MODEL],
         ["--calibration-text a.txt", "give 2,000 or more"],
-        put("a.txt", "two words"),
+        write_file("a.txt", "two words"),
     ),
-    "text in UTF-16 to measure on": Row(
-        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *S],
+    "calibration text in UTF-16": Case(
+        ["dmt", "memory", "write", ADA, "--calibration-text", "a.txt", *MODEL],
         ["--calibration-text a.txt is not UTF-8 text"],
-        put("a.txt", "two words " * 500, "utf-16"),
+        write_file("a.txt", "two words " * 500, "utf-16"),
     ),
-    "an address as a pack": Row(
-        ["dmt", "memory", "import", "http://host/a.safetensors", *S],
+    "URL as pack": Case(
+        ["dmt", "memory", "import", "http://host/a.safetensors", *MODEL],
         ["host/a.safetensors: nothing is there", "name a pack"],
     ),
-    "a pack that is a text": Row(
-        ["dmt", "memory", "import", "text.txt", *S],
+    "pack is text": Case(
+        ["dmt", "memory", "import", "text.txt", *MODEL],
         ["pack text.txt is damaged or no pack", "get another copy"],
     ),
-    "a pack that is a model": Row(
-        ["dmt", "memory", "import", "teacher/model.safetensors", *S],
+    "pack is a model": Case(
+        ["dmt", "memory", "import", "teacher/model.safetensors", *MODEL],
         ["no manifest of a pack", "dmt memory export makes one"],
     ),
-    "a pack of a newer version": Row(
-        TAKE,
+    "pack of a newer version": Case(
+        IMPORT_PACK,
         ["pack pack: version 9", "a newer dmt made it", "update"],
-        changed("pack/manifest.json", version=9),
+        edit_json("pack/manifest.json", version=9),
     ),
-    "a pack of an older version": Row(
-        TAKE,
+    "pack of an older version": Case(
+        IMPORT_PACK,
         ["pack pack: version 0, this dmt knows 1", "export it anew"],
-        changed("pack/manifest.json", version=0),
+        edit_json("pack/manifest.json", version=0),
     ),
-    "a pack cut short": Row(
-        TAKE, ["pack pack is damaged", "get another copy"], cut("pack/rows.safetensors", 700)
+    "truncated pack": Case(
+        IMPORT_PACK,
+        ["pack pack is damaged", "get another copy"],
+        truncate("pack/rows.safetensors", 700),
     ),
-    "a pack without tensors": Row(
-        TAKE, ["no rows.safetensors is in it", "name a pack"], gone("pack/rows.safetensors")
+    "pack without tensors": Case(
+        IMPORT_PACK,
+        ["no rows.safetensors is in it", "name a pack"],
+        delete("pack/rows.safetensors"),
     ),
-    "a pack without a manifest": Row(
-        TAKE, ["pack pack cannot be read"], gone("pack/manifest.json")
+    "pack without a manifest": Case(
+        IMPORT_PACK, ["pack pack cannot be read"], delete("pack/manifest.json")
     ),
-    "a pack of another model": Row(
-        TAKE,
+    "pack of another model": Case(
+        IMPORT_PACK,
         ["belongs to another model", "write its sentences instead"],
-        changed("pack/manifest.json", model="x"),
+        edit_json("pack/manifest.json", model="x"),
     ),
-    "a pack in UTF-16": Row(
-        TAKE,
+    "pack manifest in UTF-16": Case(
+        IMPORT_PACK,
         ["pack pack is damaged"],
-        lambda: put("pack/manifest.json", Path("pack/manifest.json").read_text(), "utf-16")(),
+        lambda: write_file(
+            "pack/manifest.json", Path("pack/manifest.json").read_text(), "utf-16"
+        )(),
     ),
-    "a pack of words that are none": Row(
-        ["dmt", "generate", "x", "--pack", "pack", *S],
+    "pack with an invalid fact": Case(
+        ["dmt", "generate", "x", "--pack", "pack", *MODEL],
         ["pack pack: fact 0 of its manifest is not one", "get another copy"],
-        changed("pack/manifest.json", facts="x"),
+        edit_json("pack/manifest.json", facts="x"),
     ),
-    "a pack that is there": Row(
-        ["dmt", "memory", "export", "pack", *S], ["pack is there already", "give a new name"]
+    "existing pack": Case(
+        ["dmt", "memory", "export", "pack", *MODEL], ["pack exists already", "give a new name"]
     ),
-    "a pack where nobody may write": Row(
-        ["dmt", "memory", "export", "/proc/x/pack", *S],
+    "pack without permission": Case(
+        ["dmt", "memory", "export", "/proc/x/pack", *MODEL],
         ["/proc/x/pack cannot be written", "give another place"],
     ),
-    "packs of nothing": Row(
+    "merge of a missing pack": Case(
         ["dmt", "memory", "merge", "nowhere", "-o", "new"], ["pack nowhere: nothing is there"]
     ),
-    "what is no context": Row(
+    "missing context file": Case(
         ["dmt", "consolidate", "--file", "nowhere.txt", "--model", "teacher"],
         ["context.file=nowhere.txt cannot be read"],
     ),
-    "what is no destination": Row(
+    "unknown target": Case(
         ["dmt", "consolidate", ADA, "--model", "teacher", "--target", "heaven"],
-        ["context.target must be one of memory, weights, tokens, got heaven"],
+        ["--target: invalid choice: 'heaven'", "memory, weights, prompt"],
     ),
-    "a night without facts": Row(
-        ["dmt", "sleep", "--tag", "none", "--replay-data", "text.txt", *S],
+    "sleep without facts": Case(
+        ["dmt", "sleep", "--tag", "none", "--replay-data", "text.txt", *MODEL],
         ["has no rows like that to sleep on", "write facts with dmt memory write"],
     ),
-    "a night of endless steps": Row(
-        ["dmt", "sleep", "--lr", "nan", *S], ["--lr must be in (0, 1], got nan"]
+    "sleep with lr nan": Case(
+        ["dmt", "sleep", "--lr", "nan", *MODEL], ["--lr must be in (0, 1], got nan"]
     ),
-    "a night on nothing": Row(
-        ["dmt", "sleep", "--replay-data", "nowhere.txt", "--output", "new", *S],
+    "sleep on missing data": Case(
+        ["dmt", "sleep", "--replay-data", "nowhere.txt", "--output", "new", *MODEL],
         ["no file or folder nowhere.txt"],
     ),
-    "a night on a run of a newer dmt": Row(
-        ["dmt", "sleep", "--output", "new", *S],
+    "sleep on a run with an unknown setting": Case(
+        ["dmt", "sleep", "--output", "new", *MODEL],
         ["wonder is not a setting"],
-        put(f"{V0}/config.yaml", "wonder: 1\n"),
+        write_file(f"{V0}/config.yaml", "wonder: 1\n"),
     ),
 }
-ROWS = {
-    f"{what}: {name}": row
-    for what, rows in {
+CASES = {
+    f"{topic}: {name}": case
+    for topic, cases in {
         "settings": SETTINGS,
         "text": TEXTS,
         "teacher": TEACHERS,
@@ -867,55 +926,55 @@ ROWS = {
         "run": RUNS,
         "command": COMMANDS,
     }.items()
-    for name, row in rows.items()
+    for name, case in cases.items()
 }
 
 
 @pytest.fixture(autouse=True)
-def _signals_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+def _restore_signals():
+    handler = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)
 
 
-def words_of(row: Row) -> list[str]:
-    return row.words if row.words[:1] == ["dmt"] or "--resume" in row.words else [*TINY, *row.words]
+def get_args(case: Case) -> list[str]:
+    return case.args if case.args[:1] == ["dmt"] or "--resume" in case.args else [*TINY, *case.args]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_wrong_input_is_one_line_and_writes_nothing(name, shop, capsys):
-    row = ROWS[name]
-    row.spoil()
+    case = CASES[name]
+    case.setup()
     before = snapshot(shop)
-    words = words_of(row)
+    args = get_args(case)
     capsys.readouterr()
-    code = main.main(words[1:]) if words[0] == "dmt" else main.distill_main(words)
-    shown = capsys.readouterr()
-    said = line_of(code, shown.out, shown.err)
-    for part in row.says:
-        assert part in said, said
-    assert snapshot(shop) == before, f"something was written: {said}"
+    code = main.main(args[1:]) if args[0] == "dmt" else main.distill_main(args)
+    printed = capsys.readouterr()
+    message = line_of(code, printed.out, printed.err)
+    for part in case.parts:
+        assert part in message, message
+    assert snapshot(shop) == before, f"something was written: {message}"
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "settings: half a character in a value",
+        "settings: lone surrogate in a value",
         "text: UTF-16",
-        "run: a student of a newer version",
-        "command: half a character asked",
-        "settings: nul for a number",
-        "command: a pack cut short",
+        "run: student of a newer version",
+        "command: lone surrogate in a prompt",
+        "settings: nul instead of a number",
+        "command: truncated pack",
     ],
 )
 def test_a_wrong_input_in_a_process_of_its_own(name, shop):
-    row = ROWS[name]
-    row.spoil()
+    case = CASES[name]
+    case.setup()
     before = snapshot(shop)
-    words = words_of(row)
-    program = ["-m", "dmt", *words[1:]] if words[0] == "dmt" else [str(ROOT / "distill.py"), *words]
+    args = get_args(case)
+    program = ["-m", "dmt", *args[1:]] if args[0] == "dmt" else [str(ROOT / "distill.py"), *args]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *program],
         env=environment,
         capture_output=True,
@@ -923,14 +982,14 @@ def test_a_wrong_input_in_a_process_of_its_own(name, shop):
         timeout=300,
         check=False,
     )
-    said = line_of(done.returncode, done.stdout, done.stderr)
-    for part in row.says:
-        assert part in said, said
+    message = line_of(process.returncode, process.stdout, process.stderr)
+    for part in case.parts:
+        assert part in message, message
     assert snapshot(shop) == before
 
 
 def test_a_byte_order_mark_is_ignored(shop, capsys):
-    """What Windows' editors put before UTF-8 is taken for what it is."""
+    """Editors of Windows write it before UTF-8."""
     for name, content in {
         "a.yaml": "seed: 3\n",
         "a.txt": Path("text.txt").read_text(),
@@ -946,5 +1005,5 @@ def test_a_byte_order_mark_is_ignored(shop, capsys):
 
 
 def test_the_table_has_at_least_eighty_cases():
-    assert len(ROWS) >= 80
-    assert all(row.says for row in ROWS.values())
+    assert len(CASES) >= 80
+    assert all(case.parts for case in CASES.values())

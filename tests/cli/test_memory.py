@@ -541,7 +541,7 @@ def test_a_failed_online_write_changes_nothing(associative_student, tokenizer, m
 
 
 MEMORY_COMMANDS = (
-    "stats list show search trace write forget restore prune export import merge diff".split()
+    ["stats", "list", "show", "search", "trace", "write", "forget", "restore", "prune", "export", "import", "merge", "diff"]
 )
 MISTAKES = [
     (["memory", "stats", "-m", "nowhere"], "--model nowhere: nothing is there"),
