@@ -17,8 +17,8 @@ from benchmarks.tables import Row, table
 
 SOURCE = Path(__file__).parents[1] / "src"
 WAYS = {
-    "plain import": "import dmt.training.tasks",
-    "collector at rest": "from dmt import starting\nwith starting.libraries():\n import dmt.training.tasks",
+    "plain import": "import dmt.tasks",
+    "collector at rest": "from dmt import starting\nwith starting.libraries():\n import dmt.tasks",
 }
 
 

@@ -16,6 +16,13 @@ class UserError(ValueError):
     """
 
 
+class FailureError(UserError):
+    """Something failed although the arguments are right, such as a full disk.
+
+    The command line exits with code 1.
+    """
+
+
 class UnknownSettingError(UserError):
     """A key names no setting."""
 

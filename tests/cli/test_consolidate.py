@@ -79,7 +79,7 @@ def test_options_become_settings(tiny, long_folder, tmp_path, capsys):
 
 
 def test_an_interrupted_command_prints_how_to_resume(tiny, long_folder, monkeypatch, capsys):
-    from dmt.training import tasks
+    from dmt import tasks
 
     def stop(*_):
         raise RunInterrupted(signal.SIGINT, Path("runs/version_0"))

@@ -30,7 +30,7 @@ from dmt.distillation.pretrain import train_tokenizer
 from dmt.errors import UserError
 from dmt.files import RECORD_VERSION
 from dmt.training.run_dir import check_writable
-from dmt.training.tasks import TaskResult
+from dmt.tasks import TaskResult
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = ["debug", "info", "warning"]
@@ -79,7 +79,7 @@ def workdir(tmp_path, monkeypatch):
 @pytest.fixture
 def no_run(monkeypatch):
     """Fail as soon as a run starts: an undetected mistake must not cost minutes of training."""
-    monkeypatch.setattr("dmt.training.tasks.run_task", lambda *_: pytest.fail("a run started"))
+    monkeypatch.setattr("dmt.tasks.run_task", lambda *_: pytest.fail("a run started"))
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_config_shows_a_config_that_can_be_used_as_a_file(workdir, capsys):
 def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task",
+        "dmt.tasks.run_task",
         lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main(["seed", "memory.k=4"]) == 0
@@ -233,7 +233,7 @@ def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
 def test_a_file_is_preferred_to_a_config_of_that_name(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task",
+        "dmt.tasks.run_task",
         lambda config, _: started.append(config) or TaskResult(workdir),
     )
     (workdir / "seed").write_text("seed: 7\n")
@@ -263,7 +263,7 @@ def test_distill_prints_json(workdir, capsys, monkeypatch):
         )
         return TaskResult(workdir)
 
-    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    monkeypatch.setattr("dmt.tasks.run_task", run_task)
     assert distill_main(["--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -284,7 +284,7 @@ def test_quiet_and_verbose_choose_what_is_logged(workdir, capsys, monkeypatch, o
             getattr(logger, level)(level)
         return TaskResult(workdir)
 
-    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    monkeypatch.setattr("dmt.tasks.run_task", run_task)
     assert distill_main(option) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line in MESSAGES] == messages
@@ -295,7 +295,7 @@ def test_a_full_disk_is_a_failure_and_not_a_mistake(workdir, capsys, monkeypatch
     def run_task(config, resume_dir):
         raise OSError(errno.ENOSPC, "No space left on device", "logs/run.json")
 
-    monkeypatch.setattr("dmt.training.tasks.run_task", run_task)
+    monkeypatch.setattr("dmt.tasks.run_task", run_task)
     assert distill_main([]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
@@ -338,7 +338,7 @@ def record(phase, info):
         rounds.append(info)
 gc.callbacks.append(record)
 assert main(["data.corpora=[nix.txt]"]) == 2
-assert "dmt.training.tasks" in sys.modules
+assert "dmt.tasks" in sys.modules
 assert not rounds, rounds
 assert gc.isenabled()
 assert gc.get_freeze_count() > 100_000
@@ -388,7 +388,7 @@ def test_help_and_mistakes_need_no_heavy_imports(workdir):
 import sys
 import time
 sys.path.insert(0, {str(ROOT / "src")!r})
-sys.modules["dmt.training.tasks"] = None  # no run may begin
+sys.modules["dmt.tasks"] = None  # no run may begin
 from dmt.cli.main import distill_main as main
 try:
     main(["--help"])
@@ -482,7 +482,7 @@ def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
     (workdir / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task",
+        "dmt.tasks.run_task",
         lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main([arg.format(file="some.yaml") for arg in args]) == 0
@@ -495,7 +495,7 @@ def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
 def test_no_arguments_start_a_run_with_the_defaults(workdir, monkeypatch):
     started = []
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task",
+        "dmt.tasks.run_task",
         lambda config, _: started.append(config) or TaskResult(workdir),
     )
     assert distill_main([]) == 0
@@ -513,7 +513,7 @@ def test_an_error_of_several_lines_is_printed_on_one(capsys, monkeypatch):
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_training_sets_the_exit_code(workdir, capsys, monkeypatch, signum, code):
     monkeypatch.setattr(
-        "dmt.training.tasks.run_task",
+        "dmt.tasks.run_task",
         lambda config, folder: os.kill(os.getpid(), signum),
     )
     handler = signal.signal(

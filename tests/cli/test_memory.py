@@ -540,9 +540,21 @@ def test_a_failed_online_write_changes_nothing(associative_student, tokenizer, m
     assert len(describe_rows(load_student(associative_student)[0])) == len(before)
 
 
-MEMORY_COMMANDS = (
-    ["stats", "list", "show", "search", "trace", "write", "forget", "restore", "prune", "export", "import", "merge", "diff"]
-)
+MEMORY_COMMANDS = [
+    "stats",
+    "list",
+    "show",
+    "search",
+    "trace",
+    "write",
+    "forget",
+    "restore",
+    "prune",
+    "export",
+    "import",
+    "merge",
+    "diff",
+]
 MISTAKES = [
     (["memory", "stats", "-m", "nowhere"], "--model nowhere: nothing is there"),
     (["memory", "write", "-m", "{s}"], "a fact needs a sentence"),

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 import dmt.cli.consolidate
 import dmt.cli.main
 import dmt.cli.memory
-import dmt.training.tasks
+import dmt.tasks
 
 PROGRAMS = {"distill": dmt.cli.main.distill_main, "dmt": dmt.cli.main.main}
 

@@ -156,7 +156,7 @@ def _add_sleep(commands: Any) -> None:
 
 def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     """Put a context into a student; the result is a run of its own, the student it began with stays as it is."""
-    from dmt.training.tasks import run_task_as_command
+    from dmt.tasks import run_task_as_command
 
     source = _resolve_model(args.model)
     overrides = [
@@ -291,7 +291,9 @@ def _run_transfer(
 
     _print_plan(plan, config, student_path, args, out)
     if run_folder is not None:
-        write_record(run_folder, config, {"task": "sleep", "replay_command": command}, is_start=True)
+        write_record(
+            run_folder, config, {"task": "sleep", "replay_command": command}, is_start=True
+        )
     with out.progress_bar("sleeping", args.steps) as progress, _StepLogger(run_folder) as curves:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -303,7 +305,9 @@ def _run_transfer(
         )
     if run_folder is not None:
         write_record(
-            run_folder, config, {"task": "sleep", "replay_command": command, "night": asdict(result)}
+            run_folder,
+            config,
+            {"task": "sleep", "replay_command": command, "night": asdict(result)},
         )
         files.atomic_write(run_folder / "report.md", _format_report(run_folder, result, command))
     return result

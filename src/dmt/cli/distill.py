@@ -76,7 +76,7 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     if not out.quiet:
         print("loading torch and transformers ...", file=sys.stderr)
     with signals.fast_imports():
-        from dmt.training.tasks import run_task_as_command
+        from dmt.tasks import run_task_as_command
     with out.stdout_to_stderr():
         run_dir = run_task_as_command(config, resume_dir).run_dir
     record = read_record(run_dir)

@@ -12,7 +12,7 @@ import dmt
 from dmt import files, signals
 from dmt.cli import compare, config, consolidate, distill, generate, memory
 from dmt.cli.arguments import Parser, PrintCompletion, indent
-from dmt.errors import UserError
+from dmt.errors import FailureError, UserError
 from dmt.files import check_utf8_args
 
 SUCCESS, FAILURE, MISTAKE = 0, 1, 2  # exit codes
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_command(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        return _report_error(str(error), getattr(error, "exit_code", MISTAKE))
+        return _report_error(str(error), FAILURE if isinstance(error, FailureError) else MISTAKE)
     except KeyboardInterrupt as interrupt:
         return signals.report_signal(interrupt, "stopped; finished work is saved")
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
@@ -103,10 +103,7 @@ def _run_command(argv: list[str]) -> int:
     from dmt.cli.output import Output, log_to_stderr
 
     with log_to_stderr(args.quiet, args.verbose):
-        try:
-            args.run(args, Output(args.json, args.quiet))
-        except SystemExit as system_exit:  # a run was interrupted
-            return int(system_exit.code or SUCCESS)
+        args.run(args, Output(args.json, args.quiet))
     return SUCCESS
 
 

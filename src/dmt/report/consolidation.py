@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from dmt import files
 from dmt.config import Config
-from dmt.consolidation.context import Context
 from dmt.evaluation.questions import Question
 from dmt.models.forward import encode_text, forward_with_prefix
 from dmt.report.curves import overlay_curves
@@ -24,6 +23,9 @@ from dmt.report.html import Card, Page, write_report_safely
 from dmt.report.results import build_results_table, collect_results
 from dmt.report.tables import Row, Table
 from dmt.training.run_dir import read_record
+
+if TYPE_CHECKING:
+    from dmt.consolidation.context import Context
 
 NUM_TIMED_QUESTIONS = 12  # questions that are timed, one at a time
 CONDITIONS = ("without_context", "with_context", "consolidated")

@@ -11,7 +11,7 @@ from typing import Any
 
 from dmt import files
 from dmt.config import Config
-from dmt.errors import UserError
+from dmt.errors import FailureError, UserError
 from dmt.signals import SignalInterrupt, get_signal_number
 from dmt.training.callbacks import StopOnSignal
 from dmt.training.checkpoints import NonFiniteError
@@ -90,7 +90,7 @@ def _get_learning_rate(config: Config, step: int) -> tuple[str, float]:
 
 @contextmanager
 def report_disk_errors(log_dir: str) -> Iterator[None]:
-    """Turn disk errors into a `UserError` about the current run.
+    """Turn disk errors into a `FailureError` about the current run.
 
     Args:
         log_dir: What the message names if there is no run yet.
@@ -102,7 +102,7 @@ def report_disk_errors(log_dir: str) -> Iterator[None]:
     except Exception as error:
         run_dir = current_run()
         if _is_run_deleted(error, run_dir):
-            raise UserError(
+            raise FailureError(
                 f"{run_dir}: the folder was removed while the run wrote to it ({error});"
                 " begin again"
             ) from None
@@ -114,7 +114,7 @@ def report_disk_errors(log_dir: str) -> Iterator[None]:
             if run_dir is None
             else f"then resume with: {resume_command(run_dir)}"
         )
-        raise UserError(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
+        raise FailureError(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
 
 
 @contextmanager
