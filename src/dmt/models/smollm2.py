@@ -34,7 +34,7 @@ def fetch_smollm2() -> Path:
         return folder
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         raise UserError(
-            f"converting {SMOLLM2} needs {' and '.join(missing)}: pip install -e '.[smollm2]'"
+            f"converting {SMOLLM2} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
