@@ -126,7 +126,7 @@ def build(place: Path, monkeypatch) -> Path:
 
 
 def run(words: list[str]) -> int:
-    """The exit code of a command, `dmt` or `distill.py`, the latter's run made tiny."""
+    """The exit code of a command, `dmt ...` or `dmt distill`, the latter's run made tiny."""
     return (
         main.main(words[1:])
         if words[:1] == ["dmt"]

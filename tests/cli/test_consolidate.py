@@ -86,4 +86,4 @@ def test_an_interrupted_command_prints_how_to_resume(tiny, long_folder, monkeypa
 
     monkeypatch.setitem(tasks.TASKS, "consolidate", stop)
     assert dmt(["consolidate", "Ada Fox sells hats.", "--model", str(long_folder)]) == 130
-    assert "distill.py --resume runs/version_0" in capsys.readouterr().err
+    assert "dmt distill --resume runs/version_0" in capsys.readouterr().err

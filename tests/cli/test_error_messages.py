@@ -109,7 +109,7 @@ NEEDED_FILES = "it needs config.json, model.safetensors and tokenizer.json"
 RESUME = ["--resume", V0]
 CACHE = "cache/logits.npy"
 CACHE_METADATA = "cache/logits.json"
-RESTART = "start anew: python distill.py logs/version_0/config.yaml"
+RESTART = "start anew: dmt distill logs/version_0/config.yaml"
 SLOTS = "logs/version_1/student/slots.safetensors"
 STUDENT, FACTS_DB = f"{V0}/student", f"{V0}/student/memory.db"
 FACTS = ["dmt", "memory", "write", "--file", "a.jsonl", *MODEL]
@@ -610,7 +610,7 @@ RUNS = {
     ),
     "no run in this folder": Case(
         ["dmt", "generate", "x"],
-        ["no student is in lightning_logs/ here", "run python distill.py first"],
+        ["no student is in lightning_logs/ here", "run dmt distill first"],
     ),
     "student of a newer version": Case(
         ["dmt", "generate", "x", *MODEL],

@@ -665,7 +665,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 def test_the_newest_run_is_the_default(student_with_fact, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["memory", "list"]) == 2
-    assert "run python distill.py first" in capsys.readouterr().err
+    assert "run dmt distill first" in capsys.readouterr().err
     for number in (2, 10):
         (tmp_path / "lightning_logs" / f"version_{number}").mkdir(parents=True)
     (tmp_path / "lightning_logs" / "version_10" / "student").symlink_to(student_with_fact)

@@ -169,7 +169,7 @@ def test_the_same_settings_give_the_same_digits(words, tmp_path, again, kind):
     assert {name: value for name, value in one.items() if name not in apart} == {
         name: value for name, value in two.items() if name not in apart
     }
-    assert one["replay_command"] == f"python distill.py {first}/run.json"
+    assert one["replay_command"] == f"dmt distill {first}/run.json"
 
 
 def test_a_record_of_an_earlier_version_names_the_file_that_replays(words, tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_a_stopped_and_resumed_run_ends_equal(
     assert signal.getsignal(signal.SIGINT) == before[0]
     monkeypatch.setattr(DistillationModule, "training_step", original)
     run = newest(tmp_path)
-    assert f"python distill.py --resume {run}" in capsys.readouterr().err
+    assert f"dmt distill --resume {run}" in capsys.readouterr().err
     stopped = json.loads((run / "run.json").read_text())
     assert "fidelity" not in stopped
     assert stopped["before_training"]["text"]["ppl_ratio"] > 0

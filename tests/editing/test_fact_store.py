@@ -1268,7 +1268,7 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"no student is in lightning_logs/ here; run python distill.py first"
+        UserError, match=r"no student is in lightning_logs/ here; run dmt distill first"
     ):
         resolve_student_folder(None)
     for name in ("version_9", "version_10", "version_x"):

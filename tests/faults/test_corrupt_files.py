@@ -112,7 +112,7 @@ def test_every_checkpoint(nursery, run):
         f"every checkpoint in {place} is damaged",
         "step_8.ckpt.damaged",
     )
-    assert said.endswith(f"start anew: python distill.py {run}/config.yaml")
+    assert said.endswith(f"start anew: dmt distill {run}/config.yaml")
     assert sorted(file.name for file in place.iterdir()) == [
         "step_6.ckpt.damaged",
         "step_8.ckpt.damaged",

@@ -30,7 +30,7 @@ def test_a_step_of_a_distillation(nursery, words, tmp_path, spoilt, step, where)
     rate = 0.00025
     assert re.fullmatch(
         f"error: step {step}: {where} is not finite; nothing of this step was kept; the last good checkpoint is step_{kept}.ckpt, "
-        f"go on from it with a lower rate: python distill.py --resume {run} stages.end_to_end_lr={rate}",
+        f"go on from it with a lower rate: dmt distill --resume {run} stages.end_to_end_lr={rate}",
         said,
     ), said
     whole_files(run)
@@ -51,7 +51,7 @@ def test_a_step_of_a_distillation(nursery, words, tmp_path, spoilt, step, where)
         )
         < step
     )
-    ended = nursery.run(said.partition("distill.py ")[2].split())
+    ended = nursery.run(said.partition("dmt distill ")[2].split())
     assert ended.code == 0, ended.err
     assert json.loads((run / "run.json").read_text())["fidelity"]
     assert "end_to_end_lr: 0.00025" in (run / "config.yaml").read_text()
@@ -78,7 +78,7 @@ def test_weights_that_no_gradient_has_told_of_are_not_saved(nursery, words, tmp_
 def test_before_the_first_checkpoint(nursery, words, tmp_path):
     said = one_line(nursery.run([*words, "stages.layerwise_lr=1e30"]))
     assert (
-        "there is no checkpoint yet, begin again with a lower rate: python distill.py --resume"
+        "there is no checkpoint yet, begin again with a lower rate: dmt distill --resume"
         in said
     )
     assert said.endswith("stages.layerwise_lr=2.5e+29")

@@ -57,7 +57,7 @@ def test_a_distillation(nursery, alone, words, tmp_path, name, function, nth):
         assert "nothing more to save" in said
         return
     whole_files(run)
-    assert said.endswith(f"python distill.py --resume {run}")
+    assert said.endswith(f"dmt distill --resume {run}")
     saved = max((int(file.stem[5:]) for file in (run / "checkpoints").glob("*.ckpt")), default=None)
     assert ("before the first checkpoint" if saved is None else f"after step {saved};") in said
     if "training_step" in function:
@@ -80,7 +80,7 @@ def test_a_second_signal_does_not_wait_for_the_step(nursery, alone, words, tmp_p
     where = (
         "before the first checkpoint; begin again with" if nth == 1 else "after step 4; go on with"
     )
-    assert ended.last == f"stopped {where}: python distill.py --resume {run}"
+    assert ended.last == f"stopped {where}: dmt distill --resume {run}"
     assert nursery.run(["--resume", run]).code == 0
     assert result(run) == alone(*ROWS)
 
@@ -110,7 +110,7 @@ def test_the_teachers_answers_being_written(nursery, words, tmp_path):
 def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, function, nth):
     said = stopped(nursery, consolidation(material, tmp_path, into), name, function, nth)
     run = tmp_path / "logs" / "version_0"
-    assert said.endswith(f"python distill.py --resume {run}")
+    assert said.endswith(f"dmt distill --resume {run}")
     assert function.endswith("run:measure") == (run / "student").exists()
     assert nursery.run(["--resume", run]).code == 0
     assert weights(run / "student") == weights(consolidated(into))

@@ -237,7 +237,7 @@ def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_pa
     said = started.communicate(timeout=120)[1].strip().splitlines()
     assert started.returncode == 128 + signal.SIGTERM
     assert re.fullmatch(
-        rf"stopped after step \d+; go on with: python distill.py --resume {run}", said[-1]
+        rf"stopped after step \d+; go on with: dmt distill --resume {run}", said[-1]
     )
     assert not Path(f"/proc/{other[0]}").exists()
 
@@ -313,7 +313,7 @@ def test_they_stop_together_whenever_a_signal_comes(words, tmp_path, moments):
         started.wait()
     last = 6 if moments[0][2] == "after" else 5
     assert (
-        f"\nstopped after step {last}; go on with: python distill.py --resume {newest(tmp_path)}\n"
+        f"\nstopped after step {last}; go on with: dmt distill --resume {newest(tmp_path)}\n"
         in complaints
     )
     assert (newest(tmp_path) / "checkpoints" / f"step_{last}.ckpt").exists()

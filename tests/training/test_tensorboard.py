@@ -183,7 +183,7 @@ def test_a_named_run_lies_under_its_name_and_is_found_there(words, tmp_path, mon
     )
     assert distill_main(["--resume", "lightning_logs/narrow"]) == 0
     replay = json.loads((run / "run.json").read_text())["replay_command"].split()
-    assert replay[:2] == ["python", "distill.py"]
+    assert replay[:2] == ["dmt", "distill"]
     assert distill_main(replay[2:]) == 0
     assert (
         resolve_student_folder(None).resolve()

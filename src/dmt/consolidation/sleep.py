@@ -169,7 +169,7 @@ def _find_trainable_layers(model: PreTrainedModel) -> list[int]:
     memories = get_featural_memories(model)
     if not memories:
         raise UserError(
-            "this student has no featural memory, so it has no slots to learn; distil one with python distill.py"
+            "this student has no featural memory, so it has no slots to learn; distill one with dmt distill"
         )
     if getattr(model.config, "external_tensors", None) or any(
         memory.has_external_tensors for memory in memories.values()

@@ -551,7 +551,7 @@ def resolve_student_folder(path: str | Path | None) -> Path:
         runs = list_runs(Path(RUNS_DIR), required_name="student")
         if not runs:
             raise UserError(
-                f"no student is in {RUNS_DIR}/ here; run python distill.py first, or name one: --model FOLDER"
+                f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name one: --model FOLDER"
             )
         return runs[-1] / "student"
     folder = Path(path).expanduser()

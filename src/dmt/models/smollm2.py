@@ -90,7 +90,7 @@ def _convert(gguf: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(f"{fetch_smollm2()} is ready; python distill.py configs/smollm2.yaml")
+        print(f"{fetch_smollm2()} is ready; dmt distill smollm2")
     except UserError as error:
         print(f"smollm2: {error}", file=sys.stderr)
         sys.exit(2)

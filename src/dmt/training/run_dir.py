@@ -227,17 +227,17 @@ def save_changed_config(run_dir: Path, config: Config) -> None:
 
 
 def format_distill_command(arguments: str, num_processes: int | None = None) -> str:
-    """Return the command line of `distill.py`, by torchrun for several processes.
+    """Return the command line of `dmt distill`, by torchrun for several processes.
 
     Args:
-        arguments: What follows `distill.py`.
+        arguments: What follows `dmt distill`.
         num_processes: None for as many as train now.
     """
     if num_processes is None:
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes == 1:
-        return f"python distill.py {arguments}"
-    return f"torchrun --standalone --nproc-per-node={num_processes} distill.py {arguments}"
+        return f"dmt distill {arguments}"
+    return f"torchrun --standalone --nproc-per-node={num_processes} -m dmt distill {arguments}"
 
 
 def resume_command(run_dir: Path) -> str:
