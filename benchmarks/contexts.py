@@ -9,7 +9,6 @@ import json
 import random
 from pathlib import Path
 
-from dmt.data.corpora import make_unseen_people
 from dmt.data.synthetic import (
     HELD_OUT_PHRASINGS,
     PHRASINGS,
@@ -17,6 +16,7 @@ from dmt.data.synthetic import (
     TRAINED_PHRASINGS,
     Person,
     make_probe,
+    make_unseen_people,
 )
 from dmt.evaluation.questions import Question
 

@@ -27,8 +27,15 @@ from counterfactuals import ASKED, counterfactuals, spared
 from peer_editing import METHODS, Edited
 from torch import Tensor
 
-from dmt.data.corpora import load_corpus, make_unseen_people
-from dmt.data.synthetic import HELD_OUT_PHRASINGS, RELATIONS, TRAINED_PHRASINGS, Probe, make_probe
+from dmt.data.corpora import load_corpus
+from dmt.data.synthetic import (
+    HELD_OUT_PHRASINGS,
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    Probe,
+    make_probe,
+    make_unseen_people,
+)
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore
 from dmt.evaluation.metrics import measure_fidelity, measure_recall

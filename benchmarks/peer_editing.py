@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config_io import load_config
-from dmt.data.corpora import load_corpus, make_unseen_people
-from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, Probe, make_probe
+from dmt.data.corpora import load_corpus
+from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, Probe, make_probe, make_unseen_people
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.evaluation.metrics import measure_fidelity, measure_recall
 from dmt.models.architectures import get_architecture

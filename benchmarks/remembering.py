@@ -19,8 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dmt.data.corpora import load_corpus, make_unseen_people
-from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, make_biography, make_probe
+from dmt.data.corpora import load_corpus
+from dmt.data.synthetic import (
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    make_biography,
+    make_probe,
+    make_unseen_people,
+)
 from dmt.editing.fact_store import open_fact_store, resolve_student_folder
 from dmt.editing.online import write_online
 from dmt.evaluation.metrics import measure_recall

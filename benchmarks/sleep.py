@@ -28,8 +28,15 @@ from dmt.consolidation.sleep import (
     plan_slot_transfer,
     transfer_rows,
 )
-from dmt.data.corpora import load_corpus, make_unseen_people
-from dmt.data.synthetic import RELATIONS, TRAINED_PHRASINGS, Person, Probe, make_probe
+from dmt.data.corpora import load_corpus
+from dmt.data.synthetic import (
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    Person,
+    Probe,
+    make_probe,
+    make_unseen_people,
+)
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import load_student, open_fact_store, resolve_student_folder
 from dmt.evaluation.metrics import measure_fidelity, measure_recall

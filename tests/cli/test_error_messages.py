@@ -250,7 +250,7 @@ TEXTS = {
     ),
     "broken link": Case([TEXT], ["no file or folder a.txt"], make_link("a.txt", "nowhere")),
     "folder with a folder named .txt": Case(
-        ["data.corpora=[texts]"], ["texts/b.txt", "is no file"], make_folder("texts/b.txt")
+        ["data.corpora=[texts]"], ["texts/b.txt", "is not a file"], make_folder("texts/b.txt")
     ),
     "pipe": Case([TEXT], ["a.txt", "is no file"], make_pipe("a.txt")),
     "empty folder": Case(

@@ -13,20 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmt.config import Config, DataConfig
-from dmt.data import windows
-from dmt.data.corpora import (
-    BUILTIN_CORPORA,
-    Corpus,
-    load_corpus,
-    make_trained_people,
-    make_unseen_people,
-)
+from dmt.data import corpora, windows
+from dmt.data.corpora import CORPORA, Corpus, load_corpus
 from dmt.data.synthetic import (
     HELD_OUT_PHRASINGS,
     PHRASINGS,
     RELATIONS,
     TRAINED_PHRASINGS,
     make_people,
+    make_trained_people,
+    make_unseen_people,
 )
 from dmt.data.windows import StepSampler, TextDataModule, tokenize_corpus
 from dmt.errors import UserError
@@ -34,10 +30,10 @@ from dmt.errors import UserError
 
 @pytest.fixture(scope="module")
 def built_in():
-    return {name: load_corpus(name) for name in BUILTIN_CORPORA}
+    return {name: load_corpus(name) for name in list(CORPORA)}
 
 
-@pytest.mark.parametrize("name", BUILTIN_CORPORA)
+@pytest.mark.parametrize("name", list(CORPORA))
 def test_no_document_stands_in_two_splits(built_in, name):
     corpus = built_in[name]
     train, validation, test = set(corpus.train), set(corpus.validation), set(corpus.test)
@@ -152,6 +148,43 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(corpora, "CORPORA", dict(CORPORA))
+
+
+def test_a_registered_corpus_is_loaded_by_its_name(registry):
+    documents = [f"document {i}" for i in range(40)]
+    corpora.register_corpus("mine", lambda: documents)
+    corpus = load_corpus("mine")
+    assert corpus.name == "mine"
+    assert sorted(corpus.train + corpus.validation + corpus.test) == sorted(documents)
+    corpora.register_corpus("made", lambda: Corpus("made", ["a"], ["b"], ["c"]))
+    assert load_corpus("made").test == ["c"]
+
+
+@pytest.mark.parametrize("name", ["speeches", "", "a/b", "hub:x", "a.txt", "a b"])
+def test_a_name_that_is_taken_or_looks_like_a_path_cannot_be_registered(registry, name):
+    with pytest.raises(ValueError, match="choose another name"):
+        corpora.register_corpus(name, list)
+
+
+def test_a_function_of_a_module_is_a_corpus(monkeypatch):
+    module = types.SimpleNamespace(
+        poems=lambda: [f"poem {i}" for i in range(40)], number=3, __name__="my_texts"
+    )
+    monkeypatch.setitem(sys.modules, "my_texts", module)
+    corpus = load_corpus("my_texts:poems")
+    assert corpus.name == "poems"
+    assert len(corpus.train) == 36
+    with pytest.raises(UserError, match="cannot import my_texts:songs"):
+        load_corpus("my_texts:songs")
+    with pytest.raises(UserError, match="is not a function"):
+        load_corpus("my_texts:number")
+    with pytest.raises(UserError, match="cannot import no_such_module:poems"):
+        load_corpus("no_such_module:poems")
+
+
 def test_hub_datasets_by_split_and_without_splits(monkeypatch):
     asked = []
 
@@ -206,15 +239,15 @@ def test_windows_hold_the_documents_in_order(tokenizer):
     assert windows.train.shape[1] == 10
     first = tokenizer(SENTENCES[0]).input_ids
     assert ids[: len(first) + 2] == [tokenizer.eos_token_id, *first, tokenizer.eos_token_id]
-    with pytest.raises(UserError, match=r"validation.*data\.block=500"):
+    with pytest.raises(UserError, match=r"validation.*data\.seq_len=500"):
         tokenize_corpus(corpus, tokenizer, 500)
 
 
 def steps(**changes):
     arguments = {
         "sizes": [7, 5],
-        "shares": [0.75, 0.25],
-        "batch": 4,
+        "mixture_weights": [0.75, 0.25],
+        "batch_size": 4,
         "steps": 20,
         "seed": 3,
     } | changes
@@ -222,7 +255,7 @@ def steps(**changes):
 
 
 def test_an_epoch_visits_every_window_once():
-    flat = [window for step in steps(sizes=[7], shares=[1.0], batch=7, steps=3) for window in step]
+    flat = [window for step in steps(sizes=[7], mixture_weights=[1.0], batch_size=7, steps=3) for window in step]
     assert [sorted(flat[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert flat[:7] != flat[7:14]
 
@@ -236,9 +269,9 @@ def test_an_epoch_visits_every_window_once():
 def test_resumed_order_is_the_rest_of_the_whole(parts, batch, start):
     sizes, weights = [p[0] for p in parts], [p[1] for p in parts]
     shares = [w / sum(weights) for w in weights]
-    whole = steps(sizes=sizes, shares=shares, batch=batch, steps=12)
+    whole = steps(sizes=sizes, mixture_weights=shares, batch_size=batch, steps=12)
     assert (
-        steps(sizes=sizes, shares=shares, batch=batch, steps=12, start=lambda: start)
+        steps(sizes=sizes, mixture_weights=shares, batch_size=batch, steps=12, get_first_step=lambda: start)
         == whole[start:]
     )
     flat = [window for step in whole for window in step]
@@ -249,7 +282,7 @@ def test_resumed_order_is_the_rest_of_the_whole(parts, batch, start):
 
 
 def test_processes_share_out_the_same_steps():
-    whole, even, odd = steps(), steps(rank=0, world=2), steps(rank=1, world=2)
+    whole, even, odd = steps(), steps(rank=0, world_size=2), steps(rank=1, world_size=2)
     assert [sorted(a + b) for a, b in zip(even, odd, strict=True)] == [
         sorted(step) for step in whole
     ]

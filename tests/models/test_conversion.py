@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from dmt.config import DenseConfig, FeaturalConfig
 from dmt.config_io import EMBEDDED_TEACHER_DIR
-from dmt.data.corpora import load_corpus, make_unseen_people
-from dmt.data.synthetic import RELATIONS, make_probe
+from dmt.data.corpora import load_corpus
+from dmt.data.synthetic import RELATIONS, make_probe, make_unseen_people
 from dmt.errors import UserError
 from dmt.evaluation.metrics import measure_recall
 from dmt.memory import FeaturalMemory

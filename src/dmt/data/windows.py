@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmt.config import Config
-from dmt.data.corpora import Corpus, load_corpus
-from dmt.data.synthetic import Probe
+from dmt.data.corpora import Corpus, Probe, load_corpus
 from dmt.errors import UserError
 
 MEMORY_TOKEN_FORMAT = "<|memory_{}|>"

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.data.corpora import Corpus, load_corpus
-from dmt.data.synthetic import Probe
+from dmt.data.corpora import Corpus, Probe, load_corpus
 from dmt.data.windows import get_prefix_ids, select_first_windows, token_stream
 from dmt.distributed import all_reduce_sum
 from dmt.errors import UserError
