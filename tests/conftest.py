@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dmt.distillation.pretrain import train_tokenizer
+from dmt.data.tokenizer import train_tokenizer
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away",

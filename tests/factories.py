@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import SENTENCES, make_teacher
 
 from dmt.cli import main
-from dmt.distillation.pretrain import train_tokenizer
+from dmt.data.tokenizer import train_tokenizer
 
 TINY = [
     "teacher=teacher",

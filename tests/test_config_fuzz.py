@@ -18,7 +18,7 @@ from hypothesis import strategies as draw
 
 from dmt.cli.main import distill_main
 from dmt.config import Config, FeaturalConfig, MemoryConfig
-from dmt.distillation.pretrain import train_tokenizer
+from dmt.data.tokenizer import train_tokenizer
 from dmt.models.conversion import convert
 
 EXAMPLES = int(os.environ.get("DMT_FUZZ", "80"))

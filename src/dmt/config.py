@@ -442,28 +442,6 @@ class ContextConfig(_CheckedConfig):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(_CheckedConfig):
-    """A small GPT-2 to be trained as a teacher (task: pretrain)."""
-
-    start: Optional[str] = None
-    """Teacher to continue from, with its shape and tokenizer; empty means from scratch, by the settings below."""
-    width: int = bounded(128, minimum=1, limit=2**16)
-    """Hidden size of the teacher to train (task: pretrain)."""
-    layers: int = bounded(4, minimum=1, limit=2**10)
-    """Transformer blocks."""
-    heads: int = bounded(4, minimum=1, limit=2**10)
-    """Attention heads."""
-    vocabulary: int = bounded(2_048, minimum=257, limit=2**20)
-    """Tokens of the byte-level BPE vocabulary, trained on the training text."""
-    steps: int = bounded(6_000, minimum=1, limit=2**31)
-    """Optimizer steps."""
-    lr: float = bounded(3e-3, above=0)
-    """Peak learning rate."""
-    output: str = "teacher"
-    """Folder the finished teacher is written to; the embedded one is in `src/dmt/assets`."""
-
-
-@dataclass(frozen=True)
 class TrainerConfig(_CheckedConfig):
     """Where a run is written, and what it is computed on."""
 
@@ -497,8 +475,8 @@ class TrainerConfig(_CheckedConfig):
 class Config(_CheckedConfig):
     """All settings of a run."""
 
-    task: Literal["distill", "consolidate", "pretrain"] = "distill"
-    """`distill` a student from a teacher, `consolidate` a context into a model, or `pretrain` a small GPT-2 to be a teacher."""
+    task: Literal["distill", "consolidate"] = "distill"
+    """`distill` a student from a teacher, or `consolidate` a context into a model."""
     seed: int = bounded(0, minimum=0, limit=2**32 - 1)
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
@@ -513,5 +491,4 @@ class Config(_CheckedConfig):
     store: StoreConfig = field(default_factory=StoreConfig)
     logit_cache: LogitCacheConfig = field(default_factory=LogitCacheConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -40,7 +40,7 @@ from dmt.paths import check_run_name
 from dmt.validation import ARG, ArgumentError, coerce, field_types
 
 EMBEDDED_TEACHER_DIR = Path(__file__).parent / "assets"
-READER_DIR = EMBEDDED_TEACHER_DIR / "reader"  # continues from the embedded teacher: configs/reader.yaml
+READER_DIR = EMBEDDED_TEACHER_DIR / "reader"  # continues from the embedded teacher: scripts/reader.yaml
 SMOLLM2 = "smollm2"  # the teacher that `python -m dmt.models.smollm2` fetches
 CONFIG_HEADER = "# Settings of dmt, version {}\n"  # first line of a run's settings; without, version 1
 MAX_TEACHER_LAYERS = 1_000  # layers of a teacher whose config.json is not on this machine
@@ -468,7 +468,6 @@ def check_config(config: Config) -> None:
         check_run_name(config.trainer.run_name)
     for name in (
         "trainer.log_dir",
-        "pretrain.output",
         *(["logit_cache.dir"] if config.logit_cache.dir else []),
     ):
         _expand_setting_path(_get_setting(config, name), name)
@@ -484,13 +483,7 @@ def check_config(config: Config) -> None:
             f"trainer.devices must be 1 with task=consolidate, got {config.trainer.devices}; leave "
             "it out"
         )
-    if config.task == "pretrain":
-        if config.pretrain.width % config.pretrain.heads:
-            raise UserError(
-                f"pretrain.width={config.pretrain.width} must be a multiple of "
-                f"pretrain.heads={config.pretrain.heads}"
-            )
-    elif config.task == "consolidate":
+    if config.task == "consolidate":
         _check_context(config)
     else:
         _check_distillation(config)

@@ -1,17 +1,17 @@
-"""Run what a config asks for: distill, consolidate or pretrain."""
+"""Run what a config asks for: distill or consolidate."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from dmt.config import Config
-from dmt.consolidation.run import consolidate
-from dmt.distillation.run import distill, pretrain
 from dmt.errors import UserError
 from dmt.signals import SignalInterrupt, get_signal_number, stop_at_step_end
 from dmt.training.checkpoints import set_aside_damaged_checkpoints
@@ -35,7 +35,13 @@ from dmt.training.trainer import (
     silence_libraries,
 )
 
-TASKS = {"distill": distill, "consolidate": consolidate, "pretrain": pretrain}
+Task = Callable[[Config, Path | None], Path]  # from settings and a folder to resume to a folder
+
+# Function of each task, imported when it runs: they are built on this package.
+TASKS = {
+    "distill": "dmt.distillation.run:run_distillation",
+    "consolidate": "dmt.consolidation.run:consolidate",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ class TaskResult:
         return read_record(self.run_dir)
 
 
-def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
+def run_task(
+    config: Config, resume_dir: Path | None = None, task: Task | None = None
+) -> TaskResult:
     """Do what `config.task` says; print nothing and install no signal handler.
 
     Progress is logged under `dmt.training` and `dmt.distillation`. It works in any thread.
@@ -67,6 +75,7 @@ def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
     Args:
         config: The resolved settings.
         resume_dir: Folder of a run to resume.
+        task: What to run instead of the function of `config.task`.
 
     Raises:
         UserError: A setting does not fit, memory runs out, the disk fails, or another process
@@ -87,7 +96,7 @@ def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
             try:
                 with distributed_context(config):
                     pl.seed_everything(config.seed, workers=True, verbose=False)
-                    return TaskResult(TASKS[config.task](config, resume_dir))
+                    return TaskResult((task or _load_task(config.task))(config, resume_dir))
             except SignalInterrupt:
                 raise
             except KeyboardInterrupt as interrupt:
@@ -110,11 +119,19 @@ def run_task(config: Config, resume_dir: Path | None = None) -> TaskResult:
         unlock_runs()
 
 
-def run_task_as_command(config: Config, resume_dir: Path | None = None) -> TaskResult:
+def run_task_as_command(
+    config: Config, resume_dir: Path | None = None, task: Task | None = None
+) -> TaskResult:
     """Call `run_task` for a command: a signal ends training after the current step, saved.
 
     Library warnings are silenced for the rest of the process.
     """
     silence_libraries()
     with stop_at_step_end(), hide_disk_errors_in_threads():
-        return run_task(config, resume_dir)
+        return run_task(config, resume_dir, task)
+
+
+def _load_task(name: str) -> Task:
+    module_name, _, function_name = TASKS[name].partition(":")
+    function: Task = getattr(import_module(module_name), function_name)
+    return function

@@ -20,7 +20,7 @@ def work_dir(tmp_path_factory):
     """A folder with a run in `lightning_logs`, and a second that differs in two settings and in its results."""
     from conftest import POSITIONS, SENTENCES, make_teacher
 
-    from dmt.distillation.pretrain import train_tokenizer
+    from dmt.data.tokenizer import train_tokenizer
 
     work_dir = tmp_path_factory.mktemp("compared")
     tokenizer = train_tokenizer(SENTENCES * 3, 300, POSITIONS)

@@ -26,7 +26,7 @@ from dmt.cli.main import distill_main
 from dmt.config import Config
 from dmt.config_files import find_config, list_configs
 from dmt.config_io import list_setting_names, load_config, save_config
-from dmt.distillation.pretrain import train_tokenizer
+from dmt.data.tokenizer import train_tokenizer
 from dmt.errors import UserError
 from dmt.files import RECORD_VERSION
 from dmt.training.run_dir import check_writable

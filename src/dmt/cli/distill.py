@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 CHANGEABLE_ON_RESUME = (
     "stages.layerwise_lr",
     "stages.end_to_end_lr",
-    "pretrain.lr",
     "optim.grad_clip",
 )
 REPORTED_RESULTS = ("fidelity", "seconds")  # parts of run.json that `--json` prints
@@ -110,6 +109,4 @@ def load_config(args: argparse.Namespace, resume_dir: Path | None) -> Config:
         config = config_io.load_config(path, overrides)
         check_writable(config.trainer.log_dir, "trainer.log_dir")
         check_run_name_free(config)
-    if config.task == "pretrain":
-        check_writable(config.pretrain.output, "pretrain.output")
     return config

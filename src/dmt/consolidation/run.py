@@ -25,8 +25,8 @@ from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
 from dmt.models.forward import ContextTeacher, forward_with_prefix
 from dmt.models.loading import SAFE_LOADING, load_teacher
 from dmt.report import consolidation
-from dmt.report.curves import read_curves
 from dmt.report.consolidation import needs_training
+from dmt.report.curves import read_curves
 from dmt.training.autotune import autotune
 from dmt.training.run_dir import create_run_dir, newest_checkpoint, remove_if_refused, write_record
 from dmt.training.trainer import keep_freed_memory, select_device

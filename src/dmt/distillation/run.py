@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM
 from dmt import files
 from dmt.config import Config, MemoryConfig
 from dmt.config_io import resolve_layer_memories
-from dmt.data.corpora import load_corpus
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.distillation.logit_cache import CACHE_FILE, LogitCache, open_logit_cache
 from dmt.distillation.module import SCALE_TOKENS, DistillationModule
-from dmt.distillation.pretrain import PretrainingModule, create_gpt2, train_tokenizer
 from dmt.distillation.row_sync import RowStoreSync
 from dmt.errors import UserError
 from dmt.evaluation.metrics import (
@@ -68,7 +66,7 @@ from dmt.validation import ArgumentError
 logger = logging.getLogger(__name__)
 
 
-def distill(config: Config, run_dir: Path | None) -> Path:
+def run_distillation(config: Config, run_dir: Path | None) -> Path:
     """Clone, calibrate, train, measure on test text, save the student; the run's folder."""
     start_time = time.perf_counter()
     teacher, tokenizer = load_teacher(config.teacher)
@@ -343,68 +341,3 @@ def evaluate_student(
                 }
                 fidelity[corpus.name][name] = recalls | {"num_probes": len(probes)}
     return {"fidelity": fidelity, "slots": slots} | ({"knn": rows} if rows else {})
-
-
-def pretrain(config: Config, run_dir: Path | None) -> Path:
-    """Train a teacher from scratch and write it, in half precision, to `pretrain.output`; the run's folder."""
-    start_time = time.perf_counter()
-    if config.pretrain.start is None:
-        documents = [
-            text
-            for source in config.data.corpora
-            for text in load_corpus(source, config.seed).train
-        ]
-        tokenizer = train_tokenizer(documents, config.pretrain.vocabulary, config.data.seq_len)
-        model = create_gpt2(config, len(tokenizer))
-    else:
-        model, tokenizer = load_teacher(config.pretrain.start)
-        model.requires_grad_(True).train()
-    data = TextDataModule(config, tokenizer, config.pretrain.steps)
-    data.setup()
-    keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
-    config = autotune(
-        config, model, data.calibration_windows(config.data.seq_len * config.data.micro_batch_size)
-    )
-    run_dir = run_dir or make_on_rank_zero(lambda: create_run_dir(config))
-    num_weights = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "folder %s; %s weights, %d steps", run_dir, f"{num_weights:,}", config.pretrain.steps
-    )
-    if get_rank() == 0:
-        write_record(run_dir, config, {}, is_start=True)
-    with use_training_kernels(config, model):
-        fit(config, PretrainingModule(config, model, tokenizer), data, run_dir, [])
-    if get_rank():
-        return run_dir
-    model = model.cpu().half().float().eval()  # measured as it is saved
-    results: dict[str, Any] = {
-        "fidelity": {},
-        "seconds": {"total": time.perf_counter() - start_time},
-    }
-    for corpus in data.corpora:
-        windows = select_first_windows(corpus.test, config.data.test_tokens)
-        metrics = measure_fidelity(model, model, windows, config.data.micro_batch_size)
-        entry: dict[str, Any] = {
-            "perplexity": metrics.teacher_perplexity,
-            "tokens": metrics.tokens,
-            "window": config.data.seq_len,
-        }
-        for name, probes in (
-            ("recall", corpus.probes),
-            ("recall_paraphrased", corpus.unseen_probes),
-        ):
-            if probes:
-                entry[name] = {
-                    "teacher": measure_recall(model, tokenizer, probes),
-                    "num_probes": len(probes),
-                }
-        results["fidelity"][corpus.name] = entry
-        logger.info("%s: %s", corpus.name, entry)
-    output_dir = Path(config.pretrain.output).expanduser()
-    with atomic_directory(output_dir) as folder:
-        model.to(torch.float16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    results["curves"] = read_curves(run_dir)
-    write_record(run_dir, config, results)
-    logger.info("teacher  %s: teacher=%s", output_dir, output_dir)
-    return run_dir

@@ -37,7 +37,6 @@ IGNORED_SETTINGS = frozenset(
         "trainer.run_name",
         "trainer.progress_bar",
         "trainer.loggers",
-        "pretrain.output",
     }
 )
 SEED = "seed"
