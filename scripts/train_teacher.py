@@ -4,9 +4,9 @@
     python scripts/train_teacher.py scripts/teacher.yaml stages.end_to_end_steps=100 model.width=64
     python scripts/train_teacher.py --resume lightning_logs/version_0
 
-A config file has the groups `data`, `optim`, `stages` (steps and rate of `end_to_end`) and `trainer`
-of dmt's settings, `seed`, and `model`: the shape of a new model, or `start`, a teacher to continue
-from.
+A config file has `seed` and the groups `data`, `optim`, `stages` (steps and rate of `end_to_end`)
+and `trainer` of dmt's settings, and `model`: the shape of a new model, or `start`, a teacher to
+continue from.
 """
 
 from __future__ import annotations
@@ -294,9 +294,14 @@ def main(args: list[str] | None = None) -> int:
             config, model = load_run_settings(run_dir)
         check_writable(config.trainer.log_dir)
         check_writable(model.output, "model.output")
-        from dmt.training.tasks import run_task_as_command
+        from dmt.signals import stop_at_step_end
+        from dmt.training.execution import execute
+        from dmt.training.interrupts import hide_disk_errors_in_threads
+        from dmt.training.trainer import silence_libraries
 
-        run_task_as_command(config, run_dir, partial(train, model))
+        silence_libraries()
+        with stop_at_step_end(), hide_disk_errors_in_threads():
+            execute(partial(train, model), config, run_dir)
     except UserError as error:
         print(f"error: {_use_own_command(str(error))}", file=sys.stderr)
         return 2

@@ -24,9 +24,7 @@ SHORT = [
     "stages.calibration_tokens=16",
     "stages.layerwise_steps=1",
     "stages.end_to_end_steps=1",
-    "pretrain.steps=1",
     "trainer.num_threads=1",
-    "pretrain.vocabulary=300",
     "trainer.progress_bar=false",
     "trainer.accelerator=cpu",
     "trainer.validate_every=1",
@@ -106,7 +104,7 @@ CONFIGS = {name: path for name, path in list_configs().items() if "/" not in nam
 
 
 def test_the_documented_configs_exist():
-    assert set(CONFIGS) >= {"default", "seed", "gpt2", "mixed", "teacher"}
+    assert set(CONFIGS) >= {"default", "seed", "gpt2", "mixed"}
     assert config_io.load_config(find_config("default")) == config_io.load_config()
 
 
@@ -124,17 +122,9 @@ def test_every_config_parses_and_runs_a_step(name, tmp_path, text_file, monkeypa
     outputs = [
         f"data.corpora=[{text_file}]",
         f"trainer.log_dir={tmp_path / 'logs'}",
-        f"pretrain.output={tmp_path / 'teacher'}",
     ]
     assert distill_main([str(CONFIGS[name]), *SHORT, *outputs]) == 0
     assert (tmp_path / "logs" / "version_0" / "run.json").exists()
-    if config.task == "pretrain":
-        student = [
-            f"teacher={tmp_path / 'teacher'}",
-            f"data.corpora=[{text_file}]",
-            f"trainer.log_dir={tmp_path / 'logs'}",
-        ]
-        assert distill_main([*SHORT, *student]) == 0
 
 
 @pytest.mark.parametrize(

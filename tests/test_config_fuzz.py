@@ -42,11 +42,6 @@ TINY = [
     "trainer.attention=sdpa",
     "trainer.accelerator=cpu",
     "memory.mean_k=8",
-    "pretrain.width=8",
-    "pretrain.layers=1",
-    "pretrain.heads=2",
-    "pretrain.vocabulary=300",
-    "pretrain.steps=1",
     "context.text=Ada Holbrook was born in Ravenhill.",
     "context.num_samples=2",
     "context.qa_per_sentence=1",
@@ -165,8 +160,6 @@ OWN = {
     "store.url": ["", *LAUNCH_VARIABLES],
     "logit_cache.dir": ["", *LAUNCH_VARIABLES],
     "trainer.log_dir": LAUNCH_VARIABLES,
-    "pretrain.output": LAUNCH_VARIABLES,
-    "pretrain.start": ["", "gpt2", "llama", "nowhere", "student"],
 }
 """Values of settings that are texts or lists, by the setting."""
 
@@ -234,7 +227,6 @@ shape = draw.sampled_from(sorted(MEMORY)).flatmap(
 GROUPS = [  # what goes together, so that more than its first refusal is reached
     [],
     [],
-    ["task=pretrain"],
     ["task=consolidate", "teacher=long"],
     ["task=consolidate", "teacher=long", "context.target=weights"],
     ["task=consolidate", "teacher=long", "context.target=prompt", "context.prompt_length=2"],

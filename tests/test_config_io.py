@@ -122,7 +122,7 @@ WRONG = [
         "memory.search=approximate",
         "memory.search must be one of exact, int8, ivf, product, got approximate",
     ),
-    ("task=", "task must be one of distill, consolidate, pretrain, got nothing"),
+    ("task=", "task must be one of distill, consolidate, got nothing"),
     # lists
     (
         "data.corpora=speeches",
@@ -223,7 +223,6 @@ WRONG = [
     ("data.seq_len=1", "data.seq_len must be at least 2, got 1"),
     ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
     ("trainer.devices=0", "trainer.devices must be at least 1, got 0"),
-    ("pretrain.vocabulary=100", "pretrain.vocabulary must be at least 257, got 100"),
     (
         "trainer.log_dir=~no-such-person/x",
         "trainer.log_dir=~no-such-person/x begins with a home folder that does not exist",
@@ -302,10 +301,6 @@ CONTRADICTIONS = [
     (
         ["stages.calibration_tokens=0", "stages.layerwise_steps=0", "stages.end_to_end_steps=0"],
         "every stage is 0, nothing would happen; set for example stages.end_to_end_steps=100",
-    ),
-    (
-        ["task=pretrain", "pretrain.heads=3"],
-        "pretrain.width=128 must be a multiple of pretrain.heads=3",
     ),
 ]
 

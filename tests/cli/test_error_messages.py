@@ -181,10 +181,6 @@ SETTINGS = {
         ["trainer.log_dir=/proc/x"],
         ["trainer.log_dir=/proc/x cannot be written", "name another folder"],
     ),
-    "pretraining output without permission": Case(
-        ["task=pretrain", "pretrain.output=/proc/x"],
-        ["pretrain.output=/proc/x cannot be written", "name another folder"],
-    ),
     "config in UTF-16": Case(
         ["a.yaml"],
         ["a.yaml is not UTF-8 text", "a config file is YAML such as"],
@@ -252,7 +248,7 @@ TEXTS = {
     "folder with a folder named .txt": Case(
         ["data.corpora=[texts]"], ["texts/b.txt", "is not a file"], make_folder("texts/b.txt")
     ),
-    "pipe": Case([TEXT], ["a.txt", "is no file"], make_pipe("a.txt")),
+    "pipe": Case([TEXT], ["a.txt", "is not a file"], make_pipe("a.txt")),
     "empty folder": Case(
         ["data.corpora=[texts]"], ["texts has no train text"], make_folder("texts")
     ),

@@ -29,8 +29,8 @@ from dmt.config_io import list_setting_names, load_config, save_config
 from dmt.data.tokenizer import train_tokenizer
 from dmt.errors import UserError
 from dmt.files import RECORD_VERSION
-from dmt.training.run_dir import check_writable
 from dmt.tasks import TaskResult
+from dmt.training.run_dir import check_writable
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = ["debug", "info", "warning"]
@@ -530,11 +530,10 @@ def test_a_signal_outside_training_sets_the_exit_code(workdir, capsys, monkeypat
 
 
 @pytest.mark.parametrize("below", ["", "/deep/er"])
-@pytest.mark.parametrize("task", ["distill", "pretrain"])
-def test_a_log_folder_that_is_a_file(workdir, no_run, capsys, task, below):
+def test_a_log_folder_that_is_a_file(workdir, no_run, capsys, below):
     (workdir / "taken").write_text("old")
-    setting = "pretrain.output" if task == "pretrain" else "trainer.log_dir"
-    message = get_error(capsys, [f"task={task}", f"{setting}=taken{below}"])
+    setting = "trainer.log_dir"
+    message = get_error(capsys, [f"{setting}=taken{below}"])
     assert (
         message
         == f"{setting}=taken{below} cannot be written (Not a directory); name another folder, as in {setting}=/tmp/dmt"
@@ -693,16 +692,6 @@ def test_unusable_text(workdir, tmp_path, capsys, tiny_run, name, content, messa
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     error = get_error(capsys, [*tiny_run, f"data.corpora=[{file}]"])
     assert message.format(file=file) in error
-    assert list(workdir.iterdir()) == []
-
-
-def test_missing_text_for_pretraining(workdir, capsys, tiny_run):
-    message = get_error(
-        capsys, [*tiny_run, "task=pretrain", "data.corpora=[nix.txt]", "pretrain.output=new"]
-    )
-    assert message.startswith(
-        "data.corpora: no file or folder nix.txt; accepted are speeches, biographies,"
-    )
     assert list(workdir.iterdir()) == []
 
 

@@ -26,7 +26,6 @@ from dmt.config import (
 from dmt.distillation.calibration import measure_scales
 from dmt.distillation.losses import Batch
 from dmt.distillation.module import DistillationModule
-from dmt.distillation.pretrain import PretrainingModule
 from dmt.models.conversion import convert, get_memories
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.training import autotune, callbacks
@@ -256,48 +255,6 @@ def test_the_newest_checkpoint_is_that_of_the_latest_step_whatever_its_name_sort
     ):
         (tmp_path / "checkpoints" / name).touch()
     assert newest_checkpoint(tmp_path).name == "step_10.ckpt"
-
-
-def test_a_teachers_training_stops_and_goes_on_to_the_same_weights(
-    text_file, tmp_path, monkeypatch
-):
-    recipe = [
-        "task=pretrain",
-        f"data.corpora=[{text_file}]",
-        f"trainer.log_dir={tmp_path / 'logs'}",
-        "data.seq_len=16",
-        "data.batch_size=4",
-        "data.validation_tokens=32",
-        "data.test_tokens=32",
-        "pretrain.width=16",
-        "pretrain.layers=2",
-        "pretrain.heads=2",
-        "pretrain.vocabulary=300",
-        "pretrain.steps=6",
-        "trainer.num_threads=1",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
-        "trainer.validate_every=3",
-        "trainer.progress_bar=false",
-    ]
-    assert distill_main([*recipe, f"pretrain.output={tmp_path / 'whole'}"]) == 0
-    original = PretrainingModule.training_step
-
-    def interrupted(self, tokens, batch_idx):
-        if self.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, tokens, batch_idx)
-
-    monkeypatch.setattr(PretrainingModule, "training_step", interrupted)
-    assert distill_main([*recipe, f"pretrain.output={tmp_path / 'parts'}"]) == 128 + signal.SIGTERM
-    assert not (tmp_path / "parts").exists()
-    monkeypatch.setattr(PretrainingModule, "training_step", original)
-    assert distill_main(["--resume", str(newest(tmp_path))]) == 0
-    whole, parts = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
-    )
-    assert whole == parts
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_while_measuring_can_be_resumed_too(words, tmp_path, monkeypatch, capsys):

@@ -124,25 +124,6 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys, monk
         assert sum(map(len, rows[0].values())) > 100
 
 
-def test_two_processes_train_a_teacher(words, tmp_path):
-    words += [
-        "task=pretrain",
-        "pretrain.steps=6",
-        "pretrain.width=16",
-        "pretrain.layers=2",
-        "pretrain.heads=2",
-    ]
-    words += [
-        "pretrain.vocabulary=300",
-        f"pretrain.output={tmp_path / 'made'}",
-        "data.micro_batch_size=1",
-    ]
-    assert distill_main(words) == 0
-    assert distill_main([*words, "trainer.devices=2"]) == 0
-    one, two = (tmp_path / "logs" / f"version_{number}" for number in range(2))
-    assert apart(curve(one), curve(two))[0] < 1e-5
-
-
 def begun(run, step):
     """Wait until a run has written its checkpoint of `step`."""
     for _ in range(1200):
