@@ -178,8 +178,8 @@ def test_a_named_run_lies_under_its_name_and_is_found_there(words, tmp_path, mon
     assert "lightning_logs/narrow" in refused(capsys, ["--resume", "lightning_logs/nowhere"])
     line = refused(capsys, [*here, "trainer.run_name=narrow"])
     assert line == (
-        "trainer.run_name=narrow: lightning_logs/narrow is there already; go on with it by --resume lightning_logs/narrow, or give "
-        "another name"
+        "trainer.run_name=narrow: lightning_logs/narrow exists; resume it by "
+        "--resume lightning_logs/narrow, or give another name"
     )
     assert distill_main(["--resume", "lightning_logs/narrow"]) == 0
     replay = json.loads((run / "run.json").read_text())["replay_command"].split()
@@ -220,7 +220,7 @@ def refused(capsys, words):
     ],
 )
 def test_a_name_that_is_no_folders_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match=r"^trainer\.name"):
+    with pytest.raises(UserError, match=r"^trainer\.run_name"):
         load_config(None, [f"trainer.run_name={name}", f"trainer.log_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
