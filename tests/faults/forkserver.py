@@ -167,7 +167,7 @@ def carry_out(order):
     if "limit" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     for prepare in order.get("prepare", []):
-        import_module("preparing").__dict__[prepare]()
+        import_module("patches").__dict__[prepare]()
     if order.get("powerless"):
         give_up_powers()
     if "count" in order:

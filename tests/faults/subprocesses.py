@@ -56,7 +56,7 @@ class Nursery:
         self.folder, self.logs = folder, {}
         paths = os.pathsep.join([str(HERE), str(HERE.parents[1] / "src")])
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "nursery.py")],
+            [sys.executable, str(HERE / "forkserver.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,7 +80,7 @@ class Nursery:
     def start(self, words, program="distill", cwd=None, **order):
         """Start `distill` or `dmt` with these words in the folder `cwd`; its process id.
 
-        What else an order may say: nursery.py.
+        What else an order may say: forkserver.py.
         """
         log = self.folder / f"{len(self.logs)}"
         for end in ("out", "err"):

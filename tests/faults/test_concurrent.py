@@ -78,7 +78,7 @@ def test_who_was_killed_holds_nothing(nursery, alone, words, tmp_path, held):
     run = tmp_path / "logs" / "version_0"
     while (
         nursery.run(
-            ["--resume", run], count=[["dmt.distillation.run:measure"], str(tmp_path / "calls")]
+            ["--resume", run], count=[["dmt.distillation.run:evaluate_student"], str(tmp_path / "calls")]
         ).code
         != 0
     ):
@@ -91,7 +91,7 @@ def test_two_that_write_one_students_book(nursery, told, tmp_path, held):
     student, alone = (copied(told, tmp_path / name) for name in ("student", "alone"))
     words = ["memory", "write", "--file", facts_in(tmp_path, 6)]
     assert nursery.run([*words, "-m", alone], "dmt").code == 0
-    first = start([*words, "-m", student], "dmt.editing.fact_store:lines_of", "dmt")
+    first = start([*words, "-m", student], "dmt.editing.fact_store:prepare_facts", "dmt")
     for other in (["memory", "write", "Ada was born in Hill."], ["memory", "forget", "--id", "1"]):
         one_line(
             nursery.run([*other, "-m", student], "dmt"),
@@ -119,7 +119,7 @@ def test_two_nights_to_one_folder(nursery, material, told, tmp_path, held):
     order = {"prepare": ["short_night"]}
     assert nursery.run([*words, tmp_path / "alone"], "dmt", **order).code == 0
     place = tmp_path / "morning"
-    first = start([*words, place], "dmt.consolidation.sleep:_pass_book_on", "dmt", **order)
+    first = start([*words, place], "dmt.consolidation.sleep:_copy_fact_store", "dmt", **order)
     said = one_line(
         nursery.run([*words, place], "dmt", **order),
         f"--output {place}: another dmt sleep is about to write it",

@@ -95,9 +95,9 @@ def test_the_newest_checkpoint(nursery, alone, run, damage):
     assert ended.code == 0, ended.err
     said = [line for line in ended.err.splitlines() if "damaged" in line]
     assert said == [
-        f"damaged in {place}: step_8.ckpt (kept as step_8.ckpt.damaged); going on from step_6.ckpt before"
+        f"damaged in {place}: step_8.ckpt (kept as step_8.ckpt.corrupt); resuming from step_6.ckpt"
     ]
-    assert (place / "step_8.ckpt.damaged").read_bytes() == spoilt
+    assert (place / "step_8.ckpt.corrupt").read_bytes() == spoilt
     assert not (place / "planted").exists()
     assert result(run) == alone(*ROWS)
 
@@ -110,12 +110,12 @@ def test_every_checkpoint(nursery, run):
     said = one_line(
         nursery.run(["--resume", run]),
         f"every checkpoint in {place} is damaged",
-        "step_8.ckpt.damaged",
+        "step_8.ckpt.corrupt",
     )
-    assert said.endswith(f"start anew: dmt distill {run}/config.yaml")
+    assert said.endswith(f"start again: dmt distill {run}/config.yaml")
     assert sorted(file.name for file in place.iterdir()) == [
-        "step_6.ckpt.damaged",
-        "step_8.ckpt.damaged",
+        "step_6.ckpt.corrupt",
+        "step_8.ckpt.corrupt",
     ]
     assert (run / "memory.db").read_bytes() == before
     assert not (run / "student").exists()

@@ -26,13 +26,13 @@ from faults.test_kill import CACHE, MODULE, RUN, SLEEP, book_of, weights
 
 NOBODY = 65534
 STAGES = [
-    (f"{RUN}:new_run", 1),
-    ("dmt.training.checkpoints:WholeFiles.save_checkpoint", 1),
-    ("dmt.training.checkpoints:WholeFiles.save_checkpoint", 3),
-    (f"{MODULE}._write", 6),  # figures for curves
-    ("dmt.store.rows:Store.commit", 2),
+    (f"{RUN}:create_run_dir", 1),
+    ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 1),
+    ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 3),
+    (f"{MODULE}.log_metrics", 6),  # figures for curves
+    ("dmt.store.rows:RowStore.commit", 2),
     ("pytorch_lightning.loggers.csv_logs:ExperimentWriter.save", 6),
-    (f"{RUN}:_as_saved", 1),
+    (f"{RUN}:_save_student", 1),
     (f"{RUN}:write_record", 2),
     (f"{RUN}:log_hparams", 1),
     ("dmt.report.distillation:write_report", 1),
@@ -90,10 +90,10 @@ def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
     ("function", "ends"),
     [
         (f"{MODULE}.training_step", False),
-        (f"{MODULE}._write", False),
+        (f"{MODULE}.log_metrics", False),
         ("dmt.report.distillation:write_report", False),
-        ("dmt.training.checkpoints:WholeFiles.save_checkpoint", True),
-        (f"{RUN}:_as_saved", True),
+        ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", True),
+        (f"{RUN}:_save_student", True),
     ],
     ids=lambda part: str(part).rpartition(":")[2],
 )
@@ -106,7 +106,7 @@ def test_a_folder_that_is_taken_away(nursery, words, tmp_path, function, ends):
         load_student(run / "student")
         assert "fidelity" in json.loads((run / "run.json").read_text())
     else:
-        one_line(ended, run, "took this folder away", "begin again")
+        one_line(ended, run, "the folder was removed", "begin again")
 
 
 def test_a_folder_that_was_away_for_a_moment(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_folder_that_was_away_for_a_moment(tmp_path, monkeypatch):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(place))
 
     with (
-        pytest.raises(UserError, match=r"version_0: somebody took this folder away .* begin again"),
+        pytest.raises(UserError, match=r"version_0: the folder was removed .* begin again"),
         interrupts.report_disk_errors("logs"),
     ):
         missing(run / "events.out")
@@ -160,8 +160,8 @@ def test_the_teachers_answers(nursery, words, small_disk):
 @pytest.mark.parametrize(
     ("into", "function"),
     [
-        ("memory", "dmt.consolidation.rows:write_differences"),
-        ("weights", "dmt.consolidation.run:finish"),
+        ("memory", "dmt.consolidation.rows:write_activation_deltas"),
+        ("weights", "dmt.consolidation.run:merge_adapters"),
         ("weights", "dmt.report.consolidation:write_report"),
     ],
     ids=lambda part: part.rpartition(":")[2],
@@ -172,7 +172,7 @@ def test_a_consolidation(nursery, material, small_disk, into, function):
     run = disk / "logs" / "version_0"
     ended = nursery.run(words, moments=[{"in": function, "do": "fill", "about": str(disk)}])
     one_line(ended, run, "full", "make room")
-    assert (run / "student").exists() == function.endswith("report:finish")
+    assert (run / "student").exists() == function.endswith("write_report")
     (disk / "filler").unlink()
     ended = nursery.run(["--resume", run])
     assert ended.code == 0, ended.err
@@ -185,7 +185,7 @@ def test_facts(nursery, told, small_disk, tmp_path, do):
     student = copied(told, small_disk(8) / "student")
     before = book_of(student)
     words = ["memory", "write", "--file", facts_in(tmp_path, 6), "-m", student]
-    moment = {"in": "dmt.editing.fact_store:lines_of", "do": do, "about": str(student.parent)}
+    moment = {"in": "dmt.editing.fact_store:prepare_facts", "do": do, "about": str(student.parent)}
     said = one_line(nursery.run(words, "dmt", moments=[moment]), student / "memory.db")
     if do == "fill":
         assert "full" in said
@@ -205,9 +205,9 @@ def test_facts(nursery, told, small_disk, tmp_path, do):
     ("function", "do"),
     some(
         [
-            ("sleep:_pass_book_on", "fill"),
-            ("night:Moves.move", "fill"),
-            ("sleep:_pass_book_on", "readonly"),
+            ("sleep:_copy_fact_store", "fill"),
+            ("slot_training:KFACParameters.update_model", "fill"),
+            ("sleep:_copy_fact_store", "readonly"),
         ]
     ),
 )

@@ -29,21 +29,21 @@ from faults.subprocesses import (
 )
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-RUN, MODULE = "dmt.distillation.run", "dmt.distillation.module:Distiller"
+RUN, MODULE = "dmt.distillation.run", "dmt.distillation.module:DistillationModule"
 TRAINING = [
     (f"{RUN}:load_teacher", 1),
-    (f"{RUN}:new_run", 1),
+    (f"{RUN}:create_run_dir", 1),
     (f"{MODULE}.calibrate", 1),
     (f"{MODULE}.training_step", 2),  # layer by layer, before the first checkpoint
     (f"{MODULE}.training_step", 4),
     (f"{MODULE}.training_step", 7),  # end to end, rows being written
-    ("dmt.store.rows:Store.commit", 2),
+    ("dmt.store.rows:RowStore.commit", 2),
     (f"{MODULE}.validation_step", 2),
-    ("dmt.training.checkpoints:WholeFiles.save_checkpoint", 1),
-    ("dmt.training.checkpoints:WholeFiles.save_checkpoint", 3),
-    (f"{RUN}:measure", 1),
-    (f"{RUN}:_as_saved", 1),
-    (f"{RUN}:_conclude", 1),
+    ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 1),
+    ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 3),
+    (f"{RUN}:evaluate_student", 1),
+    (f"{RUN}:_save_student", 1),
+    (f"{RUN}:_write_results", 1),
 ]
 CACHE = ["loss.hidden_mse=0", "loss.block_fvu=0", "logit_cache.top_k=16"]
 
@@ -88,7 +88,7 @@ def test_a_distillation(nursery, alone, calls, words, tmp_path, function, nth):
     run = tmp_path / "logs" / "version_0"
     whole_files(run)
     reported = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
-    assert "fidelity" not in reported or function.endswith("_conclude")
+    assert "fidelity" not in reported or function.endswith("_write_results")
     going_on = ["--resume", run] if (run / "config.yaml").exists() else [*words, *ROWS]
     ended = nursery.run(going_on)
     assert ended.code == 0, ended.err
@@ -178,7 +178,7 @@ def test_the_teachers_answers_being_written(nursery, alone, words, tmp_path):
 def test_a_consolidation_that_writes_rows(nursery, material, tmp_path, consolidated):
     words = consolidation(material, tmp_path)
     killed(
-        nursery, words, "dmt.consolidation.rows:write_differences", 1, int(drawn("rows", 1) * 2_000)
+        nursery, words, "dmt.consolidation.rows:write_activation_deltas", 1, int(drawn("rows", 1) * 2_000)
     )
     run = tmp_path / "logs" / "version_0"
     assert not (run / "student").exists()
@@ -192,7 +192,7 @@ def test_a_consolidation_that_trains(nursery, material, tmp_path, consolidated, 
     killed(
         nursery,
         words,
-        "dmt.consolidation.module:Consolidator.training_step",
+        "dmt.consolidation.module:ContextDistillationModule.training_step",
         nth,
         int(drawn("trains", nth) * 2_000),
     )
@@ -217,7 +217,7 @@ def weights(folder):
 
 def test_facts_being_written(nursery, told, tmp_path):
     one, other = (copied(told, tmp_path / name) for name in ("one", "other"))
-    few = {"dmt.editing.fact_store:AT_ONCE": 2}
+    few = {"dmt.editing.fact_store:WRITE_BATCH_SIZE": 2}
     assert (
         nursery.run(
             ["memory", "write", "--file", facts_in(tmp_path, 8), "-m", one], "dmt", set=few
@@ -228,7 +228,7 @@ def test_facts_being_written(nursery, told, tmp_path):
     killed(
         nursery,
         words,
-        "dmt.store.rows:Store.commit",
+        "dmt.store.rows:RowStore.commit",
         3,
         int(drawn("write", 1) * 300),
         "dmt",
@@ -258,7 +258,7 @@ def test_a_first_fact_being_written(nursery, told, tmp_path):
         "--calibration-text",
         prose_in(tmp_path),
     ]
-    killed(nursery, words, "dmt.store.facts:Ledger.begin", 1, int(drawn("first", 1) * 300), "dmt")
+    killed(nursery, words, "dmt.store.facts:FactTable.create", 1, int(drawn("first", 1) * 300), "dmt")
     load_student(student)
     assert nursery.run(words, "dmt").code == 0
     assert book_of(student) == book_of(told)
@@ -269,7 +269,7 @@ SLEEP = ["--steps", "6", "--lr", "0.1"]
 
 @pytest.mark.parametrize(
     "function",
-    ["dmt.consolidation.slot_training:Moves.move", "dmt.consolidation.sleep:_pass_book_on"],
+    ["dmt.consolidation.slot_training:KFACParameters.update_model", "dmt.consolidation.sleep:_copy_fact_store"],
 )
 def test_a_night(nursery, material, told, tmp_path, function):
     student = copied(told, tmp_path / "student")

@@ -30,7 +30,7 @@ def test_a_step_of_a_distillation(nursery, words, tmp_path, spoilt, step, where)
     rate = 0.00025
     assert re.fullmatch(
         f"error: step {step}: {where} is not finite; nothing of this step was kept; the last good checkpoint is step_{kept}.ckpt, "
-        f"go on from it with a lower rate: dmt distill --resume {run} stages.end_to_end_lr={rate}",
+        f"resume from it with a lower rate: dmt distill --resume {run} stages.end_to_end_lr={rate}",
         said,
     ), said
     whole_files(run)

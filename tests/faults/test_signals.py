@@ -16,21 +16,21 @@ from faults.test_kill import CACHE, MODULE, RUN, SEED, SLEEP, weights
 ROOT = Path(__file__).parents[2]
 STAGES = [
     ("SIGTERM", f"{RUN}:load_teacher", 1),
-    ("SIGINT", f"{RUN}:TextData.setup", 1),
+    ("SIGINT", f"{RUN}:TextDataModule.setup", 1),
     ("SIGTERM", f"{MODULE}.calibrate", 1),
     ("SIGTERM", "dmt.training.trainer:StopOnSignal", 1),  # training is prepared
     ("SIGTERM", f"{MODULE}.on_fit_start", 1),  # Lightning's own answers begin
     ("SIGINT", f"{MODULE}.training_step", 1),
     ("SIGTERM", f"{MODULE}.training_step", 3),
     ("SIGINT", f"{MODULE}.training_step", 8),
-    ("SIGTERM", "dmt.store.rows:Store.commit", 2),
+    ("SIGTERM", "dmt.store.rows:RowStore.commit", 2),
     ("SIGINT", f"{MODULE}.validation_step", 2),
     ("SIGTERM", f"{MODULE}.on_validation_epoch_end", 3),  # after the last step
-    ("SIGINT", "dmt.training.checkpoints:WholeFiles.save_checkpoint", 1),
-    ("SIGTERM", "dmt.training.checkpoints:WholeFiles.save_checkpoint", 5),
-    ("SIGINT", f"{RUN}:measure", 1),
-    ("SIGTERM", f"{RUN}:_as_saved", 1),
-    ("SIGINT", f"{RUN}:_conclude", 1),
+    ("SIGINT", "dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 1),
+    ("SIGTERM", "dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 5),
+    ("SIGINT", f"{RUN}:evaluate_student", 1),
+    ("SIGTERM", f"{RUN}:_save_student", 1),
+    ("SIGINT", f"{RUN}:_write_results", 1),
 ]
 
 
@@ -54,7 +54,7 @@ def test_a_distillation(nursery, alone, words, tmp_path, name, function, nth):
     said = stopped(nursery, [*words, *ROWS], name, function, nth)
     run = tmp_path / "logs" / "version_0"
     if not run.exists():
-        assert "nothing more to save" in said
+        assert "finished work is saved" in said
         return
     whole_files(run)
     assert said.endswith(f"dmt distill --resume {run}")
@@ -78,7 +78,7 @@ def test_a_second_signal_does_not_wait_for_the_step(nursery, alone, words, tmp_p
     assert ended.code == 130, ended
     assert "Traceback" not in ended.err
     where = (
-        "before the first checkpoint; begin again with" if nth == 1 else "after step 4; go on with"
+        "before the first checkpoint; begin again with" if nth == 1 else "after step 4; resume with"
     )
     assert ended.last == f"stopped {where}: dmt distill --resume {run}"
     assert nursery.run(["--resume", run]).code == 0
@@ -93,17 +93,17 @@ def test_the_teachers_answers_being_written(nursery, words, tmp_path):
         "dmt.distillation.logit_cache:_sample_window",
         5,
     )
-    assert "nothing more to save" in said
+    assert "finished work is saved" in said
     assert not list((tmp_path / "answers").iterdir())
 
 
 @pytest.mark.parametrize(
     ("name", "into", "function", "nth"),
     [
-        ("SIGTERM", "memory", "dmt.consolidation.rows:write_differences", 1),
-        ("SIGINT", "weights", "dmt.consolidation.module:Consolidator.training_step", 3),
-        ("SIGTERM", "weights", "dmt.consolidation.module:Consolidator.measure_scales", 1),
-        ("SIGINT", "weights", "dmt.consolidation.run:measure", 1),
+        ("SIGTERM", "memory", "dmt.consolidation.rows:write_activation_deltas", 1),
+        ("SIGINT", "weights", "dmt.consolidation.module:ContextDistillationModule.training_step", 3),
+        ("SIGTERM", "weights", "dmt.consolidation.module:ContextDistillationModule.measure_scales", 1),
+        ("SIGINT", "weights", "dmt.consolidation.run:evaluate_student", 1),
     ],
     ids=lambda part: str(part).rpartition(":")[2],
 )
@@ -111,7 +111,7 @@ def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, 
     said = stopped(nursery, consolidation(material, tmp_path, into), name, function, nth)
     run = tmp_path / "logs" / "version_0"
     assert said.endswith(f"dmt distill --resume {run}")
-    assert function.endswith("run:measure") == (run / "student").exists()
+    assert function.endswith("run:evaluate_student") == (run / "student").exists()
     assert nursery.run(["--resume", run]).code == 0
     assert weights(run / "student") == weights(consolidated(into))
 
@@ -119,9 +119,9 @@ def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, 
 @pytest.mark.parametrize(
     ("name", "function", "where"),
     [
-        ("SIGTERM", "night:Moves.move", "a run"),
-        ("SIGINT", "sleep:_pass_book_on", "a folder"),
-        ("SIGTERM", "sleep:_measure", "a run"),
+        ("SIGTERM", "slot_training:KFACParameters.update_model", "a run"),
+        ("SIGINT", "sleep:_copy_fact_store", "a folder"),
+        ("SIGTERM", "sleep:_evaluate_transfer", "a run"),
     ],
 )
 def test_a_night(nursery, material, told, tmp_path, name, function, where):
@@ -136,7 +136,7 @@ def test_a_night(nursery, material, told, tmp_path, name, function, where):
     words += ["--output", place] if where == "a folder" else []
     order = {"prepare": ["short_night"], "cwd": str(tmp_path)}
     said = stopped(nursery, words, name, f"dmt.consolidation.{function}", 1, program="dmt", **order)
-    if function == "sleep:_measure":
+    if function == "sleep:_evaluate_transfer":
         assert said.startswith("stopped while it was measured; the new student is whole: ")
         assert (place / "memory.db").exists()
     else:
@@ -157,8 +157,8 @@ def test_facts_being_written(nursery, told, tmp_path):
         "-m",
         copied(told, tmp_path / "student"),
     ]
-    said = stopped(nursery, words, "SIGTERM", "dmt.editing.fact_store:lines_of", 1, program="dmt")
-    assert said == "stopped; what was finished is kept"
+    said = stopped(nursery, words, "SIGTERM", "dmt.editing.fact_store:prepare_facts", 1, program="dmt")
+    assert said == "stopped; finished work is saved"
 
 
 @pytest.mark.parametrize(
