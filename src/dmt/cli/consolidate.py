@@ -189,6 +189,9 @@ def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     with out.stdout_to_stderr():
         folder = run_task_as_command(config).run_dir
     record = read_record(folder)
+    from dmt.report.consolidation import summarize
+
+    out.print_summary(summarize(folder, record))
     reported = ("rows_written", "question_types", "unrelated", "cost", "seconds")
     out.print_json(
         {"run_dir": str(folder), **{name: record[name] for name in reported if name in record}}

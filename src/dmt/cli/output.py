@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from dmt.report.summary import Summary
 
 DEFAULT_WIDTH = 160  # columns where the output is not a terminal
 MIN_PROGRESS_TOTAL = 100  # a shorter task shows no progress bar
@@ -78,6 +82,14 @@ class Output:
         """Print anything that rich can print."""
         if not self.as_json:
             self.console.print(renderable)
+
+    def print_summary(self, summary: Summary) -> None:
+        """Print the results of a run."""
+        if self.as_json or os.environ.get("RANK", "0") != "0":
+            return
+        self.console.print(summary.table.to_rich())
+        for line in summary.lines:
+            self.print_line(line)
 
     def print_json(self, payload: Any) -> None:
         """Print the whole result as JSON if `--json` was passed."""

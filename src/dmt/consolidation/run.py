@@ -85,7 +85,7 @@ def consolidate(config: Config, run_dir: Path | None) -> Path:
     from_scratch = run_dir is None or newest_checkpoint(run_dir) is None
     run_dir = run_dir or create_run_dir(config)
     fact_overlay = get_fact_hooks(base)
-    consolidation.print_plan(
+    consolidation.log_plan(
         config, run_dir, context, questions, steps, 0 if fact_overlay is None else len(fact_overlay)
     )
     write_record(run_dir, config, {}, is_start=True)

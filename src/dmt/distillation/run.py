@@ -181,7 +181,7 @@ def _train_and_evaluate(
             name: measure_fidelity(student, teacher, windows, config.data.micro_batch_size)
             for name, windows in val_windows.items()
         }
-        distillation.print_untrained_fidelity(initial_metrics)
+        distillation.log_untrained_fidelity(initial_metrics)
     if get_rank() == 0:
         files.atomic_write(run_dir / WEIGHT_MAP_FILE, transfer_report.format_table() + "\n")
         record: dict[str, Any] = {}
@@ -287,7 +287,7 @@ def _write_results(
     data: TextDataModule,
     results: dict[str, Any],
 ) -> None:
-    """Write `run.json`, HParams, `report.md` and `report.html`, print the table."""
+    """Write `run.json`, HParams, `report.md` and `report.html`."""
     results["bytes"] = measure_sizes(teacher, student, run_dir / "student")
     samples = {
         corpus.name: paired_samples(student, teacher, tokenizer, corpus.test)
@@ -301,7 +301,7 @@ def _write_results(
     write_record(run_dir, config, results)
     steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
     log_hparams(config, run_dir, results, SETTING_GROUPS["distill"], steps)
-    distillation.write_report(run_dir, config, results, samples)
+    distillation.write_report(run_dir, config, samples)
 
 
 def evaluate_student(

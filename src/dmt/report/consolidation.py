@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
 from transformers import PreTrainedModel
 
 from dmt import files
@@ -21,6 +20,7 @@ from dmt.report.distillation import format_percent, format_provenance, list_run_
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
 from dmt.report.html import Card, Page, write_report_safely
 from dmt.report.results import build_results_table, collect_results
+from dmt.report.summary import Summary
 from dmt.report.tables import Row, Table
 from dmt.training.run_dir import read_record
 
@@ -35,7 +35,7 @@ TABLE_CAPTION = (
     "Benefit: how much of the context's effect on the log-probability is retained without it."
 )
 
-console = Console()
+logger = logging.getLogger(__name__)
 
 
 def needs_training(config: Config) -> bool:
@@ -57,7 +57,7 @@ def describe_target(config: Config) -> str:
     }[settings.target]
 
 
-def print_plan(
+def log_plan(
     config: Config,
     run_dir: Path,
     context: Context,
@@ -65,7 +65,7 @@ def print_plan(
     steps: int,
     num_facts: int,
 ) -> None:
-    """Print what is about to happen.
+    """Log what is about to happen.
 
     Args:
         config: the settings.
@@ -75,24 +75,22 @@ def print_plan(
         steps: number of gradient steps.
         num_facts: number of facts stored with the base model.
     """
-    table = RichTable.grid(padding=(0, 2))
-    chunk_note = f", read in {len(context.chunks)} windows" if len(context.chunks) > 1 else ""
-    table.add_row("model", config.teacher)
-    table.add_row(
-        "context",
-        f"{config.context.file or 'context.text'}: {context.num_tokens:,} tokens{chunk_note}",
-    )
-    table.add_row("target", describe_target(config))
+    chunks = f", read in {len(context.chunks)} windows" if len(context.chunks) > 1 else ""
+    source = config.context.file or "context.text"
     step_note = f"{steps:,} steps" if steps else "no gradient steps"
-    table.add_row("objective", f"{config.context.objective}, {step_note}")
-    table.add_row("questions", f"{len(questions)}")
+    rows = {
+        "model": config.teacher,
+        "context": f"{source}: {context.num_tokens:,} tokens{chunks}",
+        "target": describe_target(config),
+        "objective": f"{config.context.objective}, {step_note}",
+        "questions": f"{len(questions)}",
+    }
     if num_facts and config.context.target != "memory":
-        table.add_row(
-            "facts",
-            f"the {num_facts:,} facts of {config.teacher} stay there: they fit its weights only",
+        rows["facts"] = (
+            f"the {num_facts:,} facts of {config.teacher} stay there: they fit its weights only"
         )
-    table.add_row("folder", str(run_dir))
-    console.print(table)
+    rows["folder"] = str(run_dir)
+    logger.info("%s", "\n".join(f"{name:11}{text}" for name, text in rows.items()))
 
 
 def measure_cost(
@@ -171,7 +169,7 @@ def write_report(
     questions: Sequence[Question],
     results: dict[str, Any],
 ) -> None:
-    """Write `report.md`, `report.html` and HParams; print the table and where everything is.
+    """Write `report.md`, `report.html` and HParams of a finished consolidation.
 
     Args:
         run_dir: folder of the run.
@@ -185,23 +183,30 @@ def write_report(
     files.atomic_write(
         run_dir / "report.md", _format_markdown(run_dir, config, context, pairs, results, notes)
     )
-    page_path = write_report_safely(
+    page_message = write_report_safely(
         lambda: build_consolidation_page(
             run_dir, config, read_record(run_dir), context.text, pairs, notes
         ),
         run_dir / "report.html",
     )
-    outputs = {"student": str(run_dir / "student"), "report": page_path}
-    console.print(build_table(results).to_rich())
-    console.print(
-        "\n".join(notes),
-        *(f"\n{name:8} {path}" for name, path in outputs.items()),
-        highlight=False,
-        sep="",
-        soft_wrap=True,
-    )
+    logger.info("report    %s; %s", run_dir / "report.md", page_message)
     steps = config.stages.end_to_end_steps if needs_training(config) else 0
     log_hparams(config, run_dir, results, SETTING_GROUPS["consolidate"], steps)
+
+
+def summarize(run_dir: Path, record: Mapping[str, Any]) -> Summary:
+    """Return the results of a finished consolidation, for the command line.
+
+    Args:
+        run_dir: folder of the run.
+        record: contents of its `run.json`.
+    """
+    report = run_dir / "report.html"
+    locations = {
+        "student": str(run_dir / "student"),
+        "report": str(report if report.exists() else run_dir / "report.md"),
+    }
+    return Summary(build_table(record), build_notes(record), locations)
 
 
 def build_notes(results: Mapping[str, Any]) -> list[str]:

@@ -5,12 +5,11 @@ Everything shown comes from the record of the run (`run.json`) and its curves.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from dmt import files
 from dmt.config import Config
@@ -20,6 +19,7 @@ from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
 from dmt.report.hparams import find_changed_settings
 from dmt.report.html import Card, Page, Sample, write_report_safely
 from dmt.report.results import build_results_table, collect_results
+from dmt.report.summary import Summary
 from dmt.report.svg import Plot, Series, draw_plot
 from dmt.report.tables import Table
 from dmt.training.run_dir import read_record
@@ -30,15 +30,17 @@ LOSS_TERM_PREFIX = "train/"
 NOT_LOSS_TERMS = ("layerwise_loss", "kl_unrelated", "kl_new", "kl_replay")
 MAX_TITLE_SETTINGS = 4
 
-console = Console()
+logger = logging.getLogger(__name__)
 
 
-def print_untrained_fidelity(metrics_by_corpus: dict[str, FidelityMetrics]) -> None:
-    """Print the fidelity of the student before any gradient step."""
+def log_untrained_fidelity(metrics_by_corpus: Mapping[str, FidelityMetrics]) -> None:
+    """Log the fidelity of the student before any gradient step."""
     for corpus, metrics in metrics_by_corpus.items():
-        console.print(
-            f"before training: {corpus} perplexity ratio {metrics.ppl_ratio:.3f}, "
-            f"KL {metrics.kl:.3f} nats per token"
+        logger.info(
+            "before training: %s perplexity ratio %.3f, KL %.3f nats per token",
+            corpus,
+            metrics.ppl_ratio,
+            metrics.kl,
         )
 
 
@@ -47,41 +49,45 @@ def build_table(record: Mapping[str, Any]) -> Table:
     return build_results_table(TABLE_TITLE, collect_results(record), ("teacher", "student"))
 
 
+def summarize(run_dir: Path, record: Mapping[str, Any]) -> Summary:
+    """Return the results of a finished distillation, for the command line.
+
+    Args:
+        run_dir: folder of the run.
+        record: contents of its `run.json`.
+    """
+    report = run_dir / "report.html"
+    locations = {
+        "curves": f"tensorboard --logdir {run_dir.parent}",
+        "student": str(run_dir / "student"),
+        "report": str(report if report.exists() else run_dir / "report.md"),
+        "generate": f"dmt generate 'Once' --model {run_dir}",
+    }
+    return Summary(build_table(record), build_notes(record), locations)
+
+
 def write_report(
-    run_dir: Path,
-    config: Config,
-    results: dict[str, Any],
-    samples_by_corpus: dict[str, list[SamplePair]],
+    run_dir: Path, config: Config, samples_by_corpus: Mapping[str, Sequence[SamplePair]]
 ) -> None:
-    """Write `report.md` and `report.html`; print the table and where everything is."""
+    """Write `report.md` and `report.html` of a finished distillation.
+
+    Args:
+        run_dir: folder of the run, with `run.json`.
+        config: settings of the run.
+        samples_by_corpus: continuations by name of the corpus.
+    """
     record = read_record(run_dir)
-    table = build_table(results)
-    notes = build_notes(record)
+    title, table, notes = build_title(run_dir, config), build_table(record), build_notes(record)
     files.atomic_write(
-        run_dir / "report.md",
-        _render_markdown(
-            build_title(run_dir, config, record), table, notes, samples_by_corpus, run_dir
-        ),
+        run_dir / "report.md", _render_markdown(title, table, notes, samples_by_corpus, run_dir)
     )
     page_message = write_report_safely(
         lambda: build_distillation_page(run_dir, config, record), run_dir / "report.html"
     )
-    locations = {
-        "curves": f"tensorboard --logdir {run_dir.parent}",
-        "student": str(run_dir / "student"),
-        "report": f"{run_dir / 'report.md'}; {page_message}",
-    }
-    console.print(table.to_rich())
-    console.print(
-        "\n".join(notes),
-        *(f"\n{name:8} {location}" for name, location in locations.items()),
-        highlight=False,
-        sep="",
-        soft_wrap=True,
-    )
+    logger.info("report    %s; %s", run_dir / "report.md", page_message)
 
 
-def build_title(run_dir: Path, config: Config, record: Mapping[str, Any]) -> str:
+def build_title(run_dir: Path, config: Config) -> str:
     """Return the run's name and the settings that are not the defaults, the first few of them."""
     changed = find_changed_settings(config)
     texts = [f"{name}={text}" for name, text in changed.items()][:MAX_TITLE_SETTINGS]
@@ -146,7 +152,7 @@ def build_distillation_page(run_dir: Path, config: Config, record: Mapping[str, 
         f"{format_factor(scores['ppl_ratio'], 3)} the teacher's. {describe_run(config, record)}"
     )
     page = Page(
-        build_title(run_dir, config, record),
+        build_title(run_dir, config),
         summary,
         "distillation",
         provenance=format_provenance(record),
