@@ -49,7 +49,7 @@ def test_a_run_ends_in_everything_it_promises(words, tmp_path, capsys, teacher):
     assert distill_main(words) == 0
     shown = capsys.readouterr().out
     run = newest(tmp_path)
-    assert "ppl_ratio" in shown
+    assert "text: perplexity" in shown
     assert f"tensorboard --logdir {run.parent}" in shown
     assert str(run / "student") in shown
     assert {p.name for p in run.iterdir()} >= {

@@ -79,10 +79,11 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     with out.stdout_to_stderr():
         run_dir = run_task_as_command(config, resume_dir).run_dir
     record = read_record(run_dir)
-    if config.task == "distill":
-        from dmt.report.distillation import summarize
+    if config.task in ("distill", "consolidate"):
+        from dmt.report import consolidation, distillation
 
-        out.print_summary(summarize(run_dir, record))
+        report = distillation if config.task == "distill" else consolidation
+        out.print_summary(report.summarize(run_dir, record))
     results = {name: record[name] for name in REPORTED_RESULTS if name in record}
     out.print_json({"run_dir": str(run_dir), **results})
 
