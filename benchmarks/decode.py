@@ -27,7 +27,7 @@ from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory import featural
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_teacher
 from dmt.ops import use_onednn_linear
@@ -67,7 +67,7 @@ def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str,
     for name in variants:
         search, linear = VARIANTS[name]
         memory = FeaturalConfig(k=K, search=search, skip_connection=linear, metric="euclidean")
-        student = convert(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
+        student = convert_blocks(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
         state = dict(dense.named_parameters())
         for (
             parameter,

@@ -39,7 +39,7 @@ from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.approximate_search import Int8Matrix
 from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.loading import load_teacher
 from dmt.models.modeling import MemoryGPT2Config, MemoryGPT2LMHeadModel
 
@@ -294,7 +294,7 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
         held = {"ram": whole_bytes, "offload": 0}
         if settings is not None:
             place = folder / "student"
-            convert(dense, [settings] * config.n_layer)[0].save_pretrained(place)
+            convert_blocks(dense, [settings] * config.n_layer)[0].save_pretrained(place)
             held = external_tensors.measure_bytes(AutoModelForCausalLM.from_pretrained(place))
         told = child(place, "disk")
         tight: dict[str, Any] = {}

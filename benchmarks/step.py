@@ -49,7 +49,7 @@ from dmt.distillation.logit_cache import (
 )
 from dmt.distillation.losses import Batch, LossScales, compute_loss_terms
 from dmt.memory.sparsity_budget import reset_counts
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
 from dmt.ops import use_onednn_linear
 from dmt.training.trainer import keep_freed_memory
@@ -134,7 +134,7 @@ def prepare(name: str, folder: Path) -> None:
     torch.save(teacher.state_dict(), folder / "teacher.pt")
     for way in ("ours", "ours, k=32"):
         use_onednn_linear(teacher)
-        student, _ = convert(teacher, [memory_of(way, name)] * config.n_layer)
+        student, _ = convert_blocks(teacher, [memory_of(way, name)] * config.n_layer)
         calibrate_memories(student, teacher, tokens_of(name, 4, seed=1))
         torch.save(student.state_dict(), folder / f"{way}.pt")
     open_logit_cache(settings_of(name, folder), teacher, tokens_of(name, windows), range(windows))
@@ -199,7 +199,7 @@ def _step(
             parameter.data *= 1.01
     else:
         use_onednn_linear(teacher)
-        student, _ = convert(teacher, [memory_of(way, name)] * config.n_layer)
+        student, _ = convert_blocks(teacher, [memory_of(way, name)] * config.n_layer)
         student.load_state_dict(
             torch.load(folder / f"{way.removesuffix(', cache')}.pt", weights_only=True)
         )

@@ -19,7 +19,7 @@ from hypothesis import strategies as draw
 from dmt.cli.main import distill_main
 from dmt.config import Config, FeaturalConfig, MemoryConfig
 from dmt.data.tokenizer import train_tokenizer
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 
 EXAMPLES = int(os.environ.get("DMT_FUZZ", "80"))
 """Runs that are drawn; with DMT_FUZZ=5000 in the environment so many, of another kind each time."""
@@ -253,7 +253,7 @@ def place(tmp_path_factory, tokenizer):
     """A folder with what words may name."""
 
     folder = tmp_path_factory.mktemp("fuzz")
-    student, _ = convert(make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3)
+    student, _ = convert_blocks(make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3)
     made = {
         "gpt2": make_teacher(len(tokenizer)),
         "llama": make_llama(len(tokenizer)),

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from dmt import ops
 from dmt.config import FeaturalConfig
 from dmt.distillation import losses
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 from dmt.models.loading import load_teacher
 from dmt.ops import OneDNNConv1D, OneDNNLinear, linear, use_onednn_linear
 
@@ -114,7 +114,7 @@ def test_a_quick_model_is_the_same_model(onednn, make):
 
 def test_teachers_and_students_that_are_loaded_take_the_quick_products(teacher_folder, tmp_path):
     teacher = load_teacher(str(teacher_folder))[0]
-    student = convert(teacher, [FeaturalConfig(k=8)] * LAYERS)[0]
+    student = convert_blocks(teacher, [FeaturalConfig(k=8)] * LAYERS)[0]
     student.save_pretrained(tmp_path / "student")
     for model in (teacher, student, AutoModelForCausalLM.from_pretrained(tmp_path / "student")):
         maps = [

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
@@ -174,10 +175,9 @@ def _merge_memory(
                 f"{prefix}{key} is not a setting of {prefix}kind={kind} (it is one of "
                 f"{' and '.join(kinds)}); leave it out, or set {prefix}kind={kinds[0]}"
             )
-    if previous and previous.get("kind") != kind:
-        old_annotations = field_types(
-            get_memory_config_class(previous.get("kind", FeaturalConfig.kind_name), f"{prefix}kind")
-        )
+    old_kind = previous.get("kind", FeaturalConfig.kind_name)
+    if previous and old_kind != kind:
+        old_annotations = field_types(get_memory_config_class(old_kind, f"{prefix}kind"))
         previous = {
             key: value
             for key, value in previous.items()
@@ -243,6 +243,8 @@ def get_memory_config_class(kind: Any, name: str = "kind") -> type[MemoryConfig]
     if isinstance(kind, str) and ":" in kind:
         from dmt.memory.registry import get_memory_class  # imports torch
 
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # who names a module here may have it in this folder
         try:
             return get_memory_class(kind).config_class
         except UserError as error:

@@ -172,7 +172,8 @@ def _is_instance(base_type: Any, value: Any) -> bool:
         text = str(value)
         is_text = type(value) in (int, str) and bool(text.strip()) and text.isprintable()
         return is_text and "${" not in text
-    return get_origin(base_type) is dict and isinstance(value, dict)
+    container = get_origin(base_type) or base_type
+    return not isinstance(container, type) or isinstance(value, container)
 
 
 def describe_type(annotation: Any) -> str:

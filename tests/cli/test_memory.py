@@ -18,7 +18,7 @@ from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.editing.fact_store import load_student, open_fact_store
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces, write_online
 from dmt.editing.packs import LayerRows, RowPack, import_rows
-from dmt.models.conversion import convert, get_associative_memories
+from dmt.models.conversion import convert_blocks, get_associative_memories
 from dmt.models.fingerprint import hash_model
 from dmt.store import RowStore
 
@@ -28,7 +28,7 @@ PROMPT = "Ada Holbrook runs to the"
 
 
 def save_student(folder, tokenizer, memories):
-    student, _ = convert(make_teacher(len(tokenizer)), memories)
+    student, _ = convert_blocks(make_teacher(len(tokenizer)), memories)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -29,7 +29,7 @@ from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore, load_student, open_fact_store
 from dmt.editing.online import describe_rows, write_online
 from dmt.errors import UserError
-from dmt.models.conversion import convert, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
 from dmt.models.fact_hooks import detach, disabled
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations
@@ -64,7 +64,7 @@ def save(model, tokenizer, folder):
 @pytest.fixture(scope="module")
 def written(tokenizer, tmp_path_factory):
     """A featural student with three facts in rows."""
-    student, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)
+    student, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)
     folder = save(student, tokenizer, tmp_path_factory.mktemp("written") / "student")
     with open_fact_store(folder) as book:
         book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
@@ -95,7 +95,11 @@ def test_rows_go_into_slots_and_the_evening_stays_as_it_was(student, tmp_path):
     slot_training = transfer_rows(
         plan_slot_transfer(student), [CORPUS], tmp_path / "slept", **SHORT
     )
-    assert (slot_training.facts, slot_training.remaining_rows, slot_training.recall_before) == (3, 0, 1.0)
+    assert (slot_training.facts, slot_training.remaining_rows, slot_training.recall_before) == (
+        3,
+        0,
+        1.0,
+    )
     assert slot_training.recall_after == 1.0
     assert slot_training.rows > 0
     assert content(student) == before
@@ -205,19 +209,19 @@ def test_what_is_rarely_read_may_stay_awake(student):
 def test_who_cannot_sleep_is_told_why(tokenizer, tmp_path):
     teacher = speaker(make_teacher, tokenizer)
     plain = save(
-        convert(teacher, [DenseConfig()] * LAYERS)[0], tokenizer, tmp_path / "plain"
+        convert_blocks(teacher, [DenseConfig()] * LAYERS)[0], tokenizer, tmp_path / "plain"
     )
     with pytest.raises(UserError, match="no featural memory, so it has no slots"):
         plan_slot_transfer(plain)
     low = [FeaturalConfig(k=64), DenseConfig(), DenseConfig()]
-    low_folder = save(convert(teacher, low)[0], tokenizer, tmp_path / "low")
+    low_folder = save(convert_blocks(teacher, low)[0], tokenizer, tmp_path / "low")
     with open_fact_store(low_folder) as book:
         book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
         book.write(FACTS[:1])
     with pytest.raises(UserError, match="facts are heard in layer 1"):
         plan_slot_transfer(low_folder)
     filed = save(
-        convert(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0],
+        convert_blocks(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0],
         tokenizer,
         tmp_path / "filed",
     )
@@ -235,10 +239,8 @@ def test_a_failure_leaves_nothing_half_made(student, tmp_path, monkeypatch):
 
 
 def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
-    rows = AssociativeConfig(
-        k=256, min_distance=0.05, merge_distance=0.0, capacity=64
-    )
-    model, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * 2 + [rows])
+    rows = AssociativeConfig(k=256, min_distance=0.05, merge_distance=0.0, capacity=64)
+    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * 2 + [rows])
     folder = save(model, tokenizer, tmp_path / "student")
     with open_fact_store(folder) as book:
         for tag, text in (
@@ -267,9 +269,7 @@ def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
 
 
 def test_states_of_rows_are_where_rows_are_read(tokenizer):
-    model, _ = convert(
-        speaker(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS
-    )
+    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS)
     memory = get_associative_memories(model)[2]
     torch.nn.init.normal_(memory.key.weight, std=0.1)
     memory.query.load_state_dict(memory.key.state_dict())
@@ -297,7 +297,7 @@ def test_what_text_notices_most_is_moved_least():
 
 
 def test_steps_are_gradients_in_other_coordinates(tokenizer):
-    model, _ = convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS)
+    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS)
     memories = {2: get_featural_memories(model)[2]}
     tokens = torch.randint(1, 300, (4, 12))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -352,7 +352,17 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS), encoding="utf-8")
-    words = ["sleep", "-m", str(student), "--replay-data", str(text), "--steps", "40", "--lr", "0.3"]
+    words = [
+        "sleep",
+        "-m",
+        str(student),
+        "--replay-data",
+        str(text),
+        "--steps",
+        "40",
+        "--lr",
+        "0.3",
+    ]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["facts"], found["recall_after"], found["remaining_rows"]) == (3, 1.0, 0)
@@ -382,7 +392,7 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
 
 def test_a_book_without_a_store_has_nothing_to_sleep(tokenizer, tmp_path):
     folder = save(
-        convert(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0],
+        convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0],
         tokenizer,
         tmp_path / "new",
     )

@@ -15,7 +15,7 @@ from dmt.distillation.losses import inlier_mask, outlier_threshold
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.sparsity_budget import initialize_threshold
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_memories
+from dmt.models.conversion import convert_blocks, get_memories
 from dmt.models.forward import forward_with_activations
 
 
@@ -66,7 +66,7 @@ def test_calibration_spends_the_budget_and_beats_the_same_k_for_all(family):
         "auto": FeaturalConfig(mean_k=SLOTS // 4),
         "uniform": FeaturalConfig(k=SLOTS // 4),
     }.items():
-        student, _ = convert(teacher, [memory] * LAYERS)
+        student, _ = convert_blocks(teacher, [memory] * LAYERS)
         calibrate_memories(student, teacher, windows)
         memories = get_memories(student)
         for each in memories.values():
@@ -95,7 +95,7 @@ def test_one_absurd_token_moves_no_statistic():
     hook = get_architecture("gpt2").blocks(absurd)[1].register_forward_hook(explode)
     quiet, loud = measure_scales(plain, windows), measure_scales(absurd, windows)
     assert float(loud.block_variances[1]) == pytest.approx(float(quiet.block_variances[1]), rel=0.2)
-    student, _ = convert(plain, [FeaturalConfig(k=8)] * LAYERS)
+    student, _ = convert_blocks(plain, [FeaturalConfig(k=8)] * LAYERS)
     calibrate_memories(student, absurd, windows)
     hook.remove()
     assert get_memories(student)[1].output_bias.abs().max() < 50
@@ -120,7 +120,7 @@ def test_a_budget_is_met_although_the_first_threshold_misses_it(monkeypatch):
 
     monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", too_high)
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
-    student, _ = convert(teacher, [FeaturalConfig(mean_k=8)] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=8)] * LAYERS)
     calibrate_memories(student, teacher, windows)
     memories = get_memories(student).values()
     for memory in memories:
@@ -151,7 +151,9 @@ def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memor
 
     monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", look)
     hook = get_architecture("gpt2").blocks(teacher)[2].register_forward_hook(explode)
-    student, _ = convert(teacher, [DenseConfig(), *[FeaturalConfig(selection="centered")] * 2])
+    student, _ = convert_blocks(
+        teacher, [DenseConfig(), *[FeaturalConfig(selection="centered")] * 2]
+    )
     calibrate_memories(student, teacher, windows)
     signals = forward_with_activations(teacher, windows, capture_blocks=True)
     hook.remove()
@@ -165,7 +167,7 @@ def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memor
 @torch.no_grad()
 def test_means_and_biases_are_settled_for_what_is_read_in_the_end():
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
-    student, _ = convert(teacher, [FeaturalConfig(mean_k=8, selection="centered")] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=8, selection="centered")] * LAYERS)
     calibrate_memories(student, teacher, windows)
     said, wanted = (
         forward_with_activations(model, windows, capture_blocks=True)

@@ -30,7 +30,7 @@ from dmt.distillation.logit_cache import (
 from dmt.distillation.losses import Batch, LossScales, compute_loss_terms, kl, sampled_kl_with_grad
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_teacher
 
@@ -193,7 +193,7 @@ def prose():
 @pytest.mark.parametrize(("budget", "near"), [(60, 0.04), (8, 0.5)])
 def test_it_agrees_with_the_live_teacher_on_prose(prose, budget, near):
     teacher, calibration, windows = prose
-    student, _ = convert(teacher, [FeaturalConfig(mean_k=budget)] * 4)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=budget)] * 4)
     calibrate_memories(student, teacher, calibration)
     with torch.no_grad():
         live, mine = (model(windows).logits.flatten(0, 1) for model in (teacher, student.eval()))
@@ -281,11 +281,7 @@ def test_micro_batches_change_nothing(kept, tmp_path, chunk):
         )
         with (newest(tmp_path) / "metrics.csv").open() as file:
             found.append(
-                [
-                    float(row["train/kl"])
-                    for row in csv.DictReader(file)
-                    if row.get("train/kl")
-                ]
+                [float(row["train/kl"]) for row in csv.DictReader(file) if row.get("train/kl")]
             )
     assert found[0] == pytest.approx(found[1], rel=1e-3)
     assert found[0] == pytest.approx(found[2], rel=1e-3)

@@ -26,7 +26,7 @@ from dmt.config import (
 from dmt.distillation.calibration import measure_scales
 from dmt.distillation.losses import Batch
 from dmt.distillation.module import DistillationModule
-from dmt.models.conversion import convert, get_memories
+from dmt.models.conversion import convert_blocks, get_memories
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.training import autotune, callbacks
 from dmt.training.callbacks import StepProgressBar
@@ -41,7 +41,7 @@ EIGHT = FeaturalConfig(k=8)
 def module(teacher, each=EIGHT, **changes):
     settings = {"data": DataConfig(seq_len=16, batch_size=4, micro_batch_size=4)} | changes
     config = replace(Config(), **settings)
-    student, _ = convert(teacher, [each] * LAYERS)
+    student, _ = convert_blocks(teacher, [each] * LAYERS)
     return DistillationModule(config, student, teacher)
 
 
@@ -450,7 +450,7 @@ def test_calibration_gives_every_memory_the_teachers_mean(teacher):
 
 @torch.no_grad()
 def test_calibration_of_all_slots_changes_nothing(teacher, tokens):
-    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS)] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(k=SLOTS)] * LAYERS)
     DistillationModule(replace(Config(), stages=stages(1, 1)), student, teacher).calibrate(
         torch.randint(1, 300, (6, 16))
     )

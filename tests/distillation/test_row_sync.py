@@ -29,7 +29,7 @@ from dmt.distillation.row_sync import RowStoreSync, _run_label
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.models.conversion import (
-    convert,
+    convert_blocks,
     get_associative_memories,
     get_featural_memories,
     get_memories,
@@ -80,7 +80,7 @@ def small(teacher, tmp_path, read_only=False, run=None, **changes):
         data=DataConfig(seq_len=16, batch_size=4, micro_batch_size=2),
         stages=StagesConfig(end_to_end_steps=4),
     )
-    student, _ = convert(teacher, [memory] * LAYERS)
+    student, _ = convert_blocks(teacher, [memory] * LAYERS)
     made = DistillationModule(config, student, teacher)
     made.row_sync = RowStoreSync(
         StoreConfig(),
@@ -102,14 +102,14 @@ def taught(made, tokens, step=1):
 
 def test_a_student_with_empty_memories_is_its_base(teacher, tmp_path, tokens):
     made = small(teacher, tmp_path)
-    plain, _ = convert(teacher, [FeaturalConfig(k=8)] * LAYERS)
+    plain, _ = convert_blocks(teacher, [FeaturalConfig(k=8)] * LAYERS)
     assert torch.equal(made.student(tokens).logits, plain(tokens).logits)
     taught(made, tokens)
     assert not torch.equal(made.student(tokens).logits, plain(tokens).logits)
 
 
 def test_every_tensor_is_accounted_for(teacher):
-    student, report = convert(
+    student, report = convert_blocks(
         teacher,
         [AssociativeConfig(k=8), FeaturalConfig(k=8), DenseConfig()],
     )

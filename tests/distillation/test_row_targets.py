@@ -11,7 +11,7 @@ from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.distillation.row_sync import propose_rows, set_row_targets
 from dmt.memory.associative import NULL_LOGIT_CANDIDATES
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_associative_memories
+from dmt.models.conversion import convert_blocks, get_associative_memories
 from dmt.models.forward import forward_teacher, forward_with_activations
 
 ROWS = {"k": 8, "min_distance": 0.0, "merge_distance": 0.0}
@@ -41,7 +41,7 @@ def test_streams_are_the_states_between_layers(any_teacher, tokens):
 def test_a_row_says_what_the_student_lacks(any_teacher, tokens):
     """Below, of what the teacher's block says of the student's own input; at the top, of the teacher's state."""
     memories = [FeaturalConfig(k=8), AssociativeConfig(**ROWS), AssociativeConfig(**ROWS)]
-    student, _ = convert(any_teacher, memories)
+    student, _ = convert_blocks(any_teacher, memories)
     seen, wanted = (
         forward_with_activations(student, tokens, capture_blocks=True),
         forward_teacher(any_teacher, tokens, capture_blocks=True),
@@ -63,7 +63,7 @@ def test_a_row_says_what_the_student_lacks(any_teacher, tokens):
 
 @torch.no_grad()
 def test_what_was_read_brings_the_student_nearer(any_teacher, tokens):
-    student, _ = convert(
+    student, _ = convert_blocks(
         any_teacher, [FeaturalConfig(k=8), FeaturalConfig(k=8), AssociativeConfig(**ROWS)]
     )
     wanted = forward_teacher(any_teacher, tokens).hidden
@@ -82,7 +82,7 @@ def test_what_was_read_brings_the_student_nearer(any_teacher, tokens):
 def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
     any_teacher, tokens, monkeypatch
 ):
-    student, _ = convert(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
+    student, _ = convert_blocks(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
     propose_rows(student, any_teacher, tokens)
     assert all(parameter.grad is None for parameter in student.parameters())
     assert not any(memory.writing for memory in get_associative_memories(student).values())
@@ -101,7 +101,7 @@ def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
 
 
 def test_who_does_not_write_is_taught_nothing(any_teacher, tokens):
-    student, _ = convert(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
+    student, _ = convert_blocks(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
     seen, wanted = (
         forward_with_activations(student, tokens, capture_blocks=True),
         forward_teacher(any_teacher, tokens, capture_blocks=True),

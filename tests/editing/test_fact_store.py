@@ -41,7 +41,7 @@ from dmt.editing.fact_store import (
 from dmt.errors import UserError
 from dmt.memory.edit_memory import PhraseMatcher
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import FACTS_FILE, attach, detach, disabled, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import (
@@ -1281,7 +1281,7 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
     folder = tmp_path / "lightning_logs" / "version_10" / "student"
     with pytest.raises(UserError, match="cannot be loaded"):
         load_student(folder)
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert resolve_student_folder(folder) == resolve_student_folder(folder.parent) == folder

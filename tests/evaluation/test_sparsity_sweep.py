@@ -10,12 +10,12 @@ from dmt.config import FeaturalConfig
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.samples import K_FACTORS, sparsity_sweep
 from dmt.memory.sparsity_budget import initialize_threshold
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.forward import forward_with_activations
 
 
 def _student(teacher, **memory):
-    student, _ = convert(teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS)
+    student, _ = convert_blocks(teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS)
     return student.eval()
 
 

@@ -23,7 +23,7 @@ from dmt.evaluation.trace import (
 )
 from dmt.memory.slot_table import ACTIVATIONS
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
 from dmt.models.forward import forward_with_activations
 
 ALL_READS = 10**6
@@ -56,7 +56,7 @@ TEXT = SENTENCES[0][:30]
 
 def make_student(teacher, tokens, memories):
     """Return a student without zeros and ones in its parameters, with rows where it takes some."""
-    student, _ = convert(teacher, memories)
+    student, _ = convert_blocks(teacher, memories)
     with torch.no_grad():
         for layer, memory in get_featural_memories(student).items():
             for parameter in memory.parameters():
@@ -95,7 +95,7 @@ def student(request, any_teacher, tokens):
 @pytest.fixture
 def plain(any_teacher):
     """A student with eight active slots and a dense block in the middle."""
-    student, _ = convert(any_teacher, [FeaturalConfig(k=8), DenseConfig(), FeaturalConfig(k=8)])
+    student, _ = convert_blocks(any_teacher, [FeaturalConfig(k=8), DenseConfig(), FeaturalConfig(k=8)])
     return student
 
 
@@ -267,7 +267,7 @@ def test_rows_have_their_own_tags(any_teacher, tokens, tokenizer):
 
 
 def test_memories_without_rows_activate_slots_only(any_teacher, tokenizer):
-    student, _ = convert(any_teacher, [VARIANTS["rows"], VARIANTS["rows alone"], VARIANTS["rows"]])
+    student, _ = convert_blocks(any_teacher, [VARIANTS["rows"], VARIANTS["rows alone"], VARIANTS["rows"]])
     traces = trace(student, tokenizer, TEXT)
     assert {
         (activation.layer, activation.kind) for token in traces for activation in token.activations
@@ -450,7 +450,7 @@ def test_activations_promote_the_tokens_of_weight_times_value(student, tokenizer
 
 
 def test_slots_with_zero_weight_promote_nothing(teacher, tokenizer):
-    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS, activation="relu")] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(k=SLOTS, activation="relu")] * LAYERS)
     reads = [
         activation
         for token in trace(student, tokenizer, TEXT, top_reads=ALL_READS)
@@ -465,7 +465,7 @@ def test_slots_with_zero_weight_promote_nothing(teacher, tokenizer):
 
 
 def test_tokens_below_the_threshold_have_no_activations(teacher, tokenizer):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     for memory in get_featural_memories(student).values():
         memory.threshold.fill_(1e6)
     assert not any(token.activations for token in trace(student, tokenizer, TEXT))

@@ -14,7 +14,7 @@ from dmt.errors import UserError
 from dmt.memory import FeaturalMemory, featural
 from dmt.memory.approximate_search import INDEX_BUILDERS, Int8Matrix, build_ivf_search
 from dmt.memory.slot_table import TensorCache
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 
 assert dmt
 WAYS = [(*kind, {}) for kind in KINDS if kind[1] != "centered"] + [
@@ -279,13 +279,13 @@ def test_what_a_search_cannot_do_is_refused(changes):
 
 def test_gated_blocks_refuse_an_index_of_one_key():
     with pytest.raises(UserError, match="knows one key for each slot"):
-        convert(make_llama(), [FeaturalConfig(search="ivf")] * 3)
+        convert_blocks(make_llama(), [FeaturalConfig(search="ivf")] * 3)
 
 
 @pytest.mark.parametrize("search", ["int8", "ivf", "product"])
 @pytest.mark.parametrize("k", ["auto", 8])
 def test_a_saved_student_finds_what_it_found(tmp_path, search, k):
-    student, _ = convert(make_teacher(), [FeaturalConfig(search=search, k=k)] * 3)
+    student, _ = convert_blocks(make_teacher(), [FeaturalConfig(search=search, k=k)] * 3)
     with torch.no_grad():
         for memory in get_featural_memories(student).values():
             if memory.threshold is not None:
@@ -307,7 +307,7 @@ def test_k_of_all_slots_is_the_teacher_whatever_the_search():
     teacher = make_teacher()
     tokens = torch.randint(0, 300, (1, 12))
     for search in ("int8", "ivf", "product"):
-        student, _ = convert(teacher, [FeaturalConfig(search=search, k=64)] * 3)
+        student, _ = convert_blocks(teacher, [FeaturalConfig(search=search, k=64)] * 3)
         with torch.no_grad():
             torch.testing.assert_close(
                 student(tokens).logits, teacher(tokens).logits, rtol=1e-4, atol=1e-4

@@ -24,7 +24,7 @@ from dmt.memory.edit_memory import (
     match_phrases,
 )
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import (
     FACTS_FILE,
     SUBJECT_WINDOW,
@@ -784,7 +784,7 @@ def test_a_fingerprint_is_of_weights_and_function_and_of_nothing_that_is_laid_ov
 
 
 def test_stored_rows_are_not_part_of_a_fingerprint(teacher):
-    student, _ = convert(teacher, [AssociativeConfig(), *[DenseConfig()] * 2])
+    student, _ = convert_blocks(teacher, [AssociativeConfig(), *[DenseConfig()] * 2])
     own = hash_model(student)
     rows = [tensor for name, tensor in student.state_dict().items() if ".rows." in name]
     assert rows
@@ -838,7 +838,7 @@ def store_with_facts(place, model, layers=(1, 2)):
 
 @torch.no_grad()
 def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tmp_path):
-    student, _ = convert(any_teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(any_teacher, [FeaturalConfig()] * LAYERS)
     student.eval()
     tokens = torch.tensor([[3, 1, 2, 3, 4, 5]])
     own = student(tokens).logits
@@ -884,7 +884,7 @@ def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tm
 
 @torch.no_grad()
 def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -909,7 +909,7 @@ def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, t
 
 @torch.no_grad()
 def test_loaded_in_half_precision_it_has_its_facts_too(teacher, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -947,7 +947,7 @@ def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
 
 @torch.no_grad()
 def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path / "one")
     store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
     next(student.parameters()).add_(1)
@@ -959,7 +959,7 @@ def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_pat
 
 @torch.no_grad()
 def test_facts_whose_book_is_gone_are_not_lost_in_silence(teacher, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path / "one")
     store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")

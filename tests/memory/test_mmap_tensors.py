@@ -22,6 +22,7 @@ from dmt.config import MEMORY_CONFIGS, DenseConfig
 from dmt.config_io import load_config
 from dmt.editing.edit import solve_value
 from dmt.errors import UserError
+from dmt.evaluation.metrics import measure_sizes as reported
 from dmt.evaluation.trace import trace
 from dmt.memory import FeaturalMemory, featural, mmap_tensors
 from dmt.memory.mmap_tensors import (
@@ -33,9 +34,8 @@ from dmt.memory.mmap_tensors import (
     write_tensor_file,
 )
 from dmt.models import external_tensors
-from dmt.models.conversion import convert, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
 from dmt.models.fingerprint import hash_model
-from dmt.evaluation.metrics import measure_sizes as reported
 
 assert dmt
 GENERATED = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -50,7 +50,7 @@ def make(family=make_teacher, threshold=0.3, **changes):
     } | changes
     config_class = MEMORY_CONFIGS[settings.pop("kind", "featural")]
     memory = config_class(**settings)
-    student, _ = convert(family(), [memory, DenseConfig(), memory])
+    student, _ = convert_blocks(family(), [memory, DenseConfig(), memory])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))

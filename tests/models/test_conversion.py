@@ -13,7 +13,7 @@ from dmt.errors import UserError
 from dmt.evaluation.metrics import measure_recall
 from dmt.memory import FeaturalMemory
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_memories
+from dmt.models.conversion import convert_blocks, get_memories
 from dmt.models.loading import load_teacher
 
 ALL = FeaturalConfig(k=SLOTS)
@@ -30,7 +30,7 @@ def logits(model, tokens):
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])
 def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activation):
     teacher = make_teacher(activation_function=activation)
-    student, _ = convert(
+    student, _ = convert_blocks(
         teacher,
         [FeaturalConfig(k=SLOTS, selection=ranking, projections=projections, heads=heads)] * LAYERS,
     )
@@ -53,7 +53,7 @@ def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
     teacher = make_llama(
         **changes
     )  # with the default, k=auto, no slot is left unread before calibration
-    student, report = convert(teacher, [memory] * LAYERS)
+    student, report = convert_blocks(teacher, [memory] * LAYERS)
     wanted = logits(teacher, tokens)
     assert wanted.std() > 1, "near-uniform logits would hide mistakes"
     assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
@@ -63,7 +63,7 @@ def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
 def test_any_family_with_random_slots_and_fewer(tokens, family):
-    student, report = convert(
+    student, report = convert_blocks(
         family(),
         [FeaturalConfig(init="random", num_slots=32), FeaturalConfig(k=4), DenseConfig()],
     )
@@ -73,7 +73,7 @@ def test_any_family_with_random_slots_and_fewer(tokens, family):
 
 def test_all_slots_equal_the_embedded_teacher():
     teacher, _ = load_teacher("embedded")
-    student, _ = convert(
+    student, _ = convert_blocks(
         teacher, [FeaturalConfig(k=teacher.config.n_embd * 4)] * teacher.config.n_layer
     )
     tokens = torch.randint(0, teacher.config.vocab_size, (2, 128))
@@ -81,7 +81,7 @@ def test_all_slots_equal_the_embedded_teacher():
 
 
 def test_fewer_slots_are_not_the_teacher(teacher, tokens):
-    student, _ = convert(teacher, [FeaturalConfig(k=SLOTS // 16)] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(k=SLOTS // 16)] * LAYERS)
     assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() > 0.1
 
 
@@ -89,7 +89,7 @@ def test_fewer_slots_are_not_the_teacher(teacher, tokens):
 def test_other_shapes_of_gpt2(tokens, changes, tmp_path):
     teacher = make_teacher(**changes)
     slots = changes.get("n_inner", SLOTS)
-    student, _ = convert(teacher, [FeaturalConfig(k=slots)] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(k=slots)] * LAYERS)
     assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
     student.save_pretrained(tmp_path)
     assert torch.equal(
@@ -100,7 +100,7 @@ def test_other_shapes_of_gpt2(tokens, changes, tmp_path):
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("part", ["mlp.values", "mlp.keys", "attn.c_proj.weight"])
 def test_every_layer_matters(teacher, tokens, layer, part):
-    student, _ = convert(teacher, [ALL] * LAYERS)
+    student, _ = convert_blocks(teacher, [ALL] * LAYERS)
     before = logits(student, tokens)
     with torch.no_grad():
         student.get_parameter(f"transformer.h.{layer}.{part}").mul_(1.5)
@@ -108,13 +108,13 @@ def test_every_layer_matters(teacher, tokens, layer, part):
 
 
 def test_student_shares_no_storage_with_the_teacher(teacher):
-    student, _ = convert(teacher, [ALL, DenseConfig(), ALL])
+    student, _ = convert_blocks(teacher, [ALL, DenseConfig(), ALL])
     theirs = {p.data_ptr() for p in teacher.parameters()}
     assert not theirs & {p.data_ptr() for p in student.parameters()}
 
 
 def test_rules_choose_layers(teacher, tokens):
-    student, report = convert(
+    student, report = convert_blocks(
         teacher, [DenseConfig(), FeaturalConfig(k=8), FeaturalConfig(k=SLOTS)]
     )
     assert {layer: memory.k for layer, memory in get_memories(student).items()} == {1: 8, 2: SLOTS}
@@ -129,7 +129,7 @@ def test_report_accounts_for_every_tensor_once(teacher):
         FeaturalConfig(projections=True),
         FeaturalConfig(init="random", num_slots=32, k=2),
     ]
-    student, report = convert(teacher, memories)
+    student, report = convert_blocks(teacher, memories)
     taken = [t.source for t in report.transfers if t.source != "-"]
     filled = [t.target for t in report.transfers if t.target != "-"]
     assert sorted(taken) == sorted(teacher.state_dict())
@@ -153,7 +153,7 @@ def test_report_accounts_for_every_tensor_once(teacher):
 def test_a_tensor_without_a_place_is_an_error(teacher):
     teacher.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(RuntimeError, match="surprise"):
-        convert(teacher, [ALL] * LAYERS)
+        convert_blocks(teacher, [ALL] * LAYERS)
 
 
 def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
@@ -163,13 +163,17 @@ def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
         lambda self, *a, **k: torch.nn.Module.state_dict(self, *a, **k) if a or k else {},
     )
     with pytest.raises(RuntimeError, match=r"skip_connection"):
-        convert(teacher, [FeaturalConfig(k=4)] * LAYERS)
+        convert_blocks(teacher, [FeaturalConfig(k=4)] * LAYERS)
 
 
 def test_default_k_is_a_sixteenth(teacher):
-    student, _ = convert(
+    student, _ = convert_blocks(
         teacher,
-        [FeaturalConfig(), FeaturalConfig(init="random", num_slots=128), FeaturalConfig(heads=8, k=None)],
+        [
+            FeaturalConfig(),
+            FeaturalConfig(init="random", num_slots=128),
+            FeaturalConfig(heads=8, k=None),
+        ],
     )
     assert [memory.k for memory in get_memories(student).values()] == [4, 8, 8]
 
@@ -183,16 +187,16 @@ def test_default_k_is_a_sixteenth(teacher):
 )
 def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
     with pytest.raises(UserError, match=message):
-        convert(teacher, [memory] * LAYERS)
+        convert_blocks(teacher, [memory] * LAYERS)
 
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(UserError, match=r"gelu_fast.*set activation=relu"):
-        convert(make_teacher(activation_function="gelu_fast"), [FeaturalConfig()] * LAYERS)
+        convert_blocks(make_teacher(activation_function="gelu_fast"), [FeaturalConfig()] * LAYERS)
 
 
 def test_a_student_is_no_teacher(teacher, tokenizer, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="student of dmt already"):
@@ -240,7 +244,7 @@ def test_an_unknown_family_is_refused():
 
 
 def test_random_memories_differ_from_each_other_and_are_finite(teacher, tokens):
-    student, _ = convert(teacher, [FeaturalConfig(init="random", projections=True)] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(init="random", projections=True)] * LAYERS)
     first, second, _ = get_memories(student).values()
     assert not torch.equal(first.keys, second.keys)
     assert logits(student, tokens).isfinite().all()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dmt.config import DenseConfig, FeaturalConfig
-from dmt.models.conversion import convert, get_memories
+from dmt.models.conversion import convert_blocks, get_memories
 from dmt.ops import batched_attention, set_attention
 
 VARIANTS = {
@@ -30,7 +30,7 @@ def student(request, any_teacher):
     memory = VARIANTS[request.param]
     if memory.activation == "softmax" and any_teacher.config.model_type == "llama":
         memory = replace(memory, activation="relu")  # softmax knows no gains
-    model, _ = convert(any_teacher, [memory, DenseConfig(), memory])
+    model, _ = convert_blocks(any_teacher, [memory, DenseConfig(), memory])
     with torch.no_grad():  # nothing may be left at a value that a fresh model has too
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -83,7 +83,7 @@ def test_generation_with_and_without_cache_is_equal(student, tokens):
 
 
 def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer, tmp_path):
-    student, _ = convert(teacher, [FeaturalConfig()] * LAYERS)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     script = (

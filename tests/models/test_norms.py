@@ -10,7 +10,7 @@ from dmt.config import Config, DataConfig
 from dmt.config_io import resolve_layer_memories
 from dmt.distillation.losses import Batch
 from dmt.distillation.module import DistillationModule
-from dmt.models.conversion import convert
+from dmt.models.conversion import convert_blocks
 from dmt.models.loading import load_teacher
 from dmt.ops import DeterministicLayerNorm, set_layer_norms
 from dmt.training.trainer import use_training_kernels
@@ -88,7 +88,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_step(threads, half):
     """The default, whose products are of powers of two; how a library shares out others is its own matter."""
     config = Config(data=DataConfig(micro_batch_size=2))
     teacher, _ = load_teacher("embedded")
-    student, _ = convert(teacher, resolve_layer_memories(config, 4), None)
+    student, _ = convert_blocks(teacher, resolve_layer_memories(config, 4), None)
     made = DistillationModule(config, student, teacher)
     windows = torch.randint(2_048, (8, 256))
     threads(1)

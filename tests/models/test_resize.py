@@ -7,7 +7,7 @@ from reference import gelu_tanh
 
 from dmt.config import FeaturalConfig
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_memories, neuron_importance, resize_neurons
+from dmt.models.conversion import convert_blocks, get_memories, neuron_importance, resize_neurons
 from dmt.models.forward import forward_teacher
 
 WIDTH, NEURONS = 6, 20
@@ -74,7 +74,7 @@ def test_the_most_important_neurons_stay_and_the_mean_output_too(hidden):
 def test_a_student_with_more_slots_equals_its_teacher(tokens, family, memory):
     teacher = family()
     inputs = forward_teacher(teacher, tokens, capture_blocks=True).block_inputs
-    student, _ = convert(teacher, [memory] * LAYERS, inputs)
+    student, _ = convert_blocks(teacher, [memory] * LAYERS, inputs)
     assert get_memories(student)[0].num_slots == memory.num_slots
     with torch.no_grad():
         assert (student(tokens).logits - teacher(tokens).logits).abs().max() <= 2e-4
@@ -84,7 +84,7 @@ def test_a_student_with_fewer_slots_has_the_most_important_neurons(tokens):
     teacher = make_teacher()
     inputs = forward_teacher(teacher, tokens, capture_blocks=True).block_inputs
     students = [
-        convert(teacher, [FeaturalConfig(num_slots=s, k=s)] * LAYERS, inputs)[0]
+        convert_blocks(teacher, [FeaturalConfig(num_slots=s, k=s)] * LAYERS, inputs)[0]
         for s in (SLOTS // 4, SLOTS * 7 // 8)
     ]
     with torch.no_grad():
@@ -92,14 +92,16 @@ def test_a_student_with_fewer_slots_has_the_most_important_neurons(tokens):
             float((s(tokens).logits - teacher(tokens).logits).square().mean()) for s in students
         ]
     assert errors[1] < errors[0]
-    with pytest.raises(ValueError, match="need block_inputs"):
-        convert(teacher, [FeaturalConfig(num_slots=32)] * LAYERS)
+    with pytest.raises(ValueError, match="need calibration text"):
+        convert_blocks(teacher, [FeaturalConfig(num_slots=32)] * LAYERS)
 
 
 def test_neurons_are_ranked_by_the_inputs_of_their_own_block(tokens):
     teacher = make_teacher()
     inputs = forward_teacher(teacher, tokens, capture_blocks=True).block_inputs
-    student, _ = convert(teacher, [FeaturalConfig(num_slots=SLOTS // 4, k=1)] * LAYERS, inputs)
+    student, _ = convert_blocks(
+        teacher, [FeaturalConfig(num_slots=SLOTS // 4, k=1)] * LAYERS, inputs
+    )
     for layer, memory in get_memories(student).items():
         parts = get_architecture("gpt2").read_tensors(teacher.transformer.h[layer].mlp)
         weights = gelu_tanh(inputs[layer].flatten(0, 1) @ parts["keys"].T + parts["key_bias"])
@@ -145,7 +147,7 @@ def test_new_slots_have_the_spread_of_the_others_and_small_values(hidden):
 def test_layers_get_different_new_slots(tokens):
     teacher = make_teacher()
     inputs = forward_teacher(teacher, tokens, capture_blocks=True).block_inputs
-    student, _ = convert(teacher, [FeaturalConfig(num_slots=96, k=96)] * LAYERS, inputs)
+    student, _ = convert_blocks(teacher, [FeaturalConfig(num_slots=96, k=96)] * LAYERS, inputs)
     first, second = (
         memory.keys[SLOTS:] / memory.keys[SLOTS:].norm()
         for memory in list(get_memories(student).values())[:2]

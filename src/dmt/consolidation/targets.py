@@ -17,7 +17,7 @@ from dmt.config import Config, ContextConfig, DenseConfig
 from dmt.data.windows import MEMORY_TOKEN_FORMAT, get_prefix_ids
 from dmt.errors import UserError
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert, get_featural_memories
+from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.fact_hooks import detach
 from dmt.models.forward import encode_text
 from dmt.models.loading import SAFE_LOADING
@@ -27,7 +27,7 @@ from dmt.models.modeling import MemoryTokenEmbedding, get_memory_tokens, init_me
 def make_student(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` that is a student, without facts: a plain model becomes one that has no memories."""
     if not model.config.model_type.startswith("dmt_"):
-        return convert(model, [DenseConfig()] * model.config.num_hidden_layers)[0]
+        return convert_blocks(model, [DenseConfig()] * model.config.num_hidden_layers)[0]
     with (
         TemporaryDirectory() as folder
     ):  # rows of memories are more than tensors: what is saved is all there is

@@ -54,7 +54,7 @@ class DistillationModule(TrainingModule):
     in micro-batches of `data.micro_batch_size` windows. Call `calibrate` once before the first step
     and train for `total_steps` steps:
 
-        student, _ = dmt.models.conversion.convert(teacher, memories)
+        student, _ = dmt.models.conversion.convert_blocks(teacher, memories)
         module = DistillationModule(config, student, teacher)
         module.calibrate(windows)
         trainer = pl.Trainer(max_steps=module.total_steps, logger=my_logger)
@@ -66,7 +66,7 @@ class DistillationModule(TrainingModule):
     Args:
         config: settings of the run; `stages`, `loss`, `optim`, `student`, `data.micro_batch_size`
             and `trainer.log_every` are read here.
-        student: a model whose feed-forward blocks were replaced by `convert`.
+        student: a model whose feed-forward blocks were replaced by `convert_blocks`.
         teacher: the model to imitate, in eval mode. It is kept outside the module tree: no
             checkpoint contains it and `.train()` does not reach it.
     """

@@ -36,7 +36,7 @@ from dmt.files import atomic_directory
 from dmt.memory.associative import RetrievalStats
 from dmt.models.conversion import (
     TransferReport,
-    convert,
+    convert_blocks,
     get_associative_memories,
     get_featural_memories,
 )
@@ -85,7 +85,7 @@ def run_distillation(config: Config, run_dir: Path | None) -> Path:
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
     try:
-        student, transfer_report = convert(
+        student, transfer_report = convert_blocks(
             teacher, memories, _collect_block_inputs(config, teacher, memories, data)
         )
     except ArgumentError as error:

@@ -8,16 +8,20 @@ What a pass through an associative memory leaves behind: what it would like to w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmt.config import AssociativeConfig
 from dmt.distributed import all_gather, all_gather_strings, all_reduce_sum
+from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.memory.featural import FeaturalMemory
 from dmt.memory.insert_policy import InsertPolicy, apply_insert_policy
+from dmt.memory.registry import register_memory
 from dmt.memory.row_table import RowTable
 from dmt.store.records import IntArray, StepChanges
 
@@ -141,7 +145,8 @@ MAX_RECENT_ROWS = 4_096
 """Rows last written whose hidden states are kept, so that what comes back can teach the projections that made it."""
 
 
-class AssociativeMemory(nn.Module):
+@register_memory("associative", config=AssociativeConfig)
+class AssociativeMemory(MemoryLayer):
     """Reads the stored rows nearest to a token's query, and, while it writes, offers a row of its own for each token.
 
     Rows offered in a step are in the memory when `settle` has ended the step, never before: no token sees what another
@@ -169,7 +174,7 @@ class AssociativeMemory(nn.Module):
         self,
         width: int,
         k: int,
-        base: nn.Module | None,
+        base: FeaturalMemory | None,
         value_target: str,
         insert_policy: InsertPolicy,
         allocated_rows: int = 0,
@@ -214,6 +219,63 @@ class AssociativeMemory(nn.Module):
         )
         self._recent_ids: Tensor | None = None  # and their numbers
         self.reset()
+
+    @classmethod
+    def make_arguments(cls, config: AssociativeConfig, block: BlockShape) -> dict[str, Any]:
+        """Return the arguments of a memory that replaces `block`, and those of its base.
+
+        Raises:
+            ArgumentError: the settings of the base do not fit the block.
+        """
+        return {
+            "k": config.knn_k,
+            "value_target": config.value_target,
+            "insert_policy": {
+                "min_distance": config.min_distance,
+                "merge_distance": config.merge_distance,
+                "capacity": config.capacity,
+                "decay": config.lrfu_decay,
+            },
+            "allocated_rows": 0,
+            "index": config.index,
+            "write_start": config.write_start,
+            "base": FeaturalMemory.make_arguments(config, block) if config.has_slots else None,
+        }
+
+    @classmethod
+    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
+        """Create the memory from the values of `make_arguments`."""
+        base = arguments["base"]
+        return cls(
+            width,
+            **{
+                **arguments,
+                "base": None if base is None else FeaturalMemory.from_arguments(width, gated, base),
+                "insert_policy": InsertPolicy(**arguments["insert_policy"]),
+            },
+        )
+
+    def saved_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return `arguments` with the rows that are allocated now."""
+        return {**arguments, "allocated_rows": self.rows.allocated_rows}
+
+    @property
+    def block_slots(self) -> int | None:
+        """Neurons that `load_block` wants the block to have."""
+        return None if self.base is None else self.base.block_slots
+
+    def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Copy the neurons of a feed-forward block into the slots of the base."""
+        if self.base is None:
+            return {}
+        return {name: f"base.{target}" for name, target in self.base.load_block(tensors).items()}
+
+    def cost(self) -> MemoryCost:
+        """Return what the memory takes with the rows that it has now."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        products = 3 * self.width**2 + len(self.rows) * self.width + self.k * self.width
+        base = 0 if self.base is None else self.base.cost().multiply_adds
+        return MemoryCost(parameters, self.k, products + base)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -8,13 +8,20 @@ Search finds slot ids. Weights are computed from live keys afterwards, so a poor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmt.config import FeaturalConfig
 from dmt.memory.approximate_search import INDEX_BUILDERS, CandidateSearch, Int8Matrix
-from dmt.memory.slot_table import SlotTable, masked_softmax
+from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.memory.registry import register_memory
+from dmt.memory.slot_table import ACTIVATIONS, SlotTable, masked_softmax
 from dmt.ops import linear as product
+from dmt.validation import ARG, ArgumentError
 
 
 def topk_ids(rank: Tensor, k: int) -> Tensor:
@@ -49,7 +56,11 @@ INDEX_REFRESH_STEPS = 100
 """Changes of the keys, steps that is, for which an index is kept while training."""
 
 
-class FeaturalMemory(SlotTable):
+DEFAULT_K_DIVISOR = 16  # k = num_slots / 16 where the config leaves k empty
+
+
+@register_memory("featural", config=FeaturalConfig)
+class FeaturalMemory(SlotTable, MemoryLayer):
     """Reads k of `slots` rows per token: query projection, best keys, weighted sum of values, output projection.
 
     Causal by construction: a token's output depends on that token's hidden state alone.
@@ -149,6 +160,66 @@ class FeaturalMemory(SlotTable):
             1.0  # slots read while training, as a multiple of k; it may begin with more
         )
         self.reset()
+
+    @classmethod
+    def make_arguments(cls, config: FeaturalConfig, block: BlockShape) -> dict[str, Any]:
+        """Return the arguments of a memory that replaces `block`, but for `width` and `gated`.
+
+        Raises:
+            ArgumentError: the settings do not fit the block.
+        """
+        if config.activation == "block" and block.activation_function not in ACTIVATIONS:
+            raise ArgumentError(
+                f"the blocks of this model use {block.activation_function!r}; memories have "
+                f"{', '.join(ACTIVATIONS)}; set {ARG}activation=relu"
+            )
+        config.check_block(block.num_neurons, gated=block.gated)
+        num_slots, heads = config.num_slots or block.num_neurons, config.heads
+        has_budget = config.k == "auto"
+        k = config.mean_k if has_budget else config.k
+        return {
+            "num_slots": num_slots,
+            "k": k or max(heads, num_slots // DEFAULT_K_DIVISOR // heads * heads),
+            "heads": heads,
+            "activation": config.activation,
+            "activation_function": block.activation_function,
+            "selection": config.selection,
+            "metric": "euclidean" if config.selection == "score" else config.metric,
+            "k_mode": "threshold" if has_budget else "top",
+            "gradient": config.gradient,
+            "projections": config.projections,
+            "skip_connection": config.skip_connection,
+            "search": config.search,
+            "value_dtype": config.value_dtype,
+            "offload": config.offload,
+        }
+
+    @classmethod
+    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
+        """Create the memory from the values of `make_arguments`."""
+        return cls(width=width, gated=gated, **arguments)
+
+    @property
+    def block_slots(self) -> int:
+        """Neurons that `load_block` wants the block to have."""
+        return self.num_slots
+
+    @torch.no_grad()
+    def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Copy the neurons of a feed-forward block into the slots."""
+        self.load_feedforward(tensors)
+        return {name: name for name in tensors}
+
+    def cost(self) -> MemoryCost:
+        """Return what the memory takes where every slot is scored."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        scores = self.num_slots * self.width * (1 if self.gains is None else 2)
+        other = sum(
+            matrix.numel()
+            for matrix in (self.query, self.output, self.skip_connection)
+            if matrix is not None
+        )
+        return MemoryCost(parameters, self.k, scores + self.k * self.width + other)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`(..., width)` to the same shape."""

@@ -182,7 +182,8 @@ class RowTable(nn.Module):
         """The k rows whose keys are nearest to each of `queries` `(n, key width)`; by an index, rows near to it."""
         if self._index is not None and len(self) > k:
             return self._search_index(queries.detach().to(self.keys.dtype), k)
-        if self._key_offsets is None or self._key_offsets.device != self.keys.device:
+        offsets = self._key_offsets
+        if offsets is None or (offsets.device, offsets.dtype) != (self.keys.device, self.keys.dtype):
             self._key_offsets = (-self.keys.square().sum(-1) / 2).masked_fill(
                 self.ids < 0, -torch.inf
             )

@@ -21,9 +21,7 @@ def hash_model(model: PreTrainedModel) -> str:
         f"{model.config.model_type} {getattr(model.config, architecture.activation)}".encode()
     )
     for layer, memory in sorted((getattr(model.config, "memory", None) or {}).items()):
-        arguments = (
-            {**memory, "rows": {**memory["rows"], "allocated_rows": 0}} if "rows" in memory else memory
-        )
+        arguments = {**memory, "allocated_rows": 0} if "allocated_rows" in memory else memory
         digest.update(f" {layer} {json.dumps(arguments, sort_keys=True)}".encode())
     if slots_digest := getattr(
         model.config, "external_tensors", None

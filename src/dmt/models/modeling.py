@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from dmt.errors import UserError
 from dmt.files import STUDENT_VERSION, check_version
-from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.memory.insert_policy import InsertPolicy
+from dmt.memory.base import MemoryLayer
+from dmt.memory.registry import get_memory_class
 from dmt.models import external_tensors
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
@@ -117,12 +118,21 @@ class MemoryLlamaConfig(LlamaConfig):
     memory_tokens: dict | None = None
 
 
+def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
+    try:
+        return get_memory_class(kind)
+    except UserError as error:
+        raise UserError(
+            f"this student's memory of layer {layer} is of kind {kind}: {error}"
+        ) from None
+
+
 class _MemoryModelMixin(PreTrainedModel):
     # On the inner and the outer model alike: loading asks the one that holds a module how to initialise it.
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FeaturalMemory | AssociativeMemory):
+        if isinstance(module, MemoryLayer):
             module.reset()
             return
         super()._init_weights(module)
@@ -140,9 +150,10 @@ class _MemoryModelMixin(PreTrainedModel):
         )
         arch = get_architecture(config.model_type)
         for layer, arguments in (config.memory or {}).items():
-            arch.replace_block(
-                self, int(layer), _build_memory(config.hidden_size, arch.gated, arguments)
-            )
+            memory_class = _get_memory_class(arguments["kind"], layer)
+            memory_arguments = {name: arguments[name] for name in arguments if name != "kind"}
+            memory = memory_class.from_arguments(config.hidden_size, arch.gated, memory_arguments)
+            arch.replace_block(self, int(layer), memory)
         if config.memory_tokens:
             self.set_input_embeddings(
                 MemoryTokenEmbedding(config.vocab_size, config.hidden_size, **config.memory_tokens)
@@ -178,33 +189,21 @@ class _MemoryModelMixin(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As ever; slots in a file of their own, stored rows and facts go along, and the config says what there is of them."""
         for layer, block in enumerate(get_architecture(self.config.model_type).blocks(self)):
-            if isinstance(block, AssociativeMemory):
-                self.config.memory[str(layer)]["rows"]["allocated_rows"] = block.rows.allocated_rows
+            if isinstance(block, MemoryLayer):
+                arguments = self.config.memory[str(layer)]
+                self.config.memory[str(layer)] = block.saved_arguments(arguments)
         slots_digest, self._keys_to_ignore_on_save = (
             self.config.external_tensors,
             external_tensors.external_tensor_names(self),
         )
-        self.config.external_tensors = external_tensors.save_model_tensors(self, Path(str(save_directory)))
+        self.config.external_tensors = external_tensors.save_model_tensors(
+            self, Path(str(save_directory))
+        )
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.external_tensors = slots_digest  # what is in RAM goes on without the file
         copy_facts(self, Path(str(save_directory)))
-
-
-def _build_memory(width: int, gated: bool, arguments: dict[str, Any]) -> nn.Module:
-    """The memory that these arguments of a config describe."""
-    if "rows" not in arguments:
-        return FeaturalMemory(width=width, gated=gated, **arguments)
-    rows = dict(arguments["rows"])
-    base = (
-        None
-        if arguments["base"] is None
-        else FeaturalMemory(width=width, gated=gated, **arguments["base"])
-    )
-    return AssociativeMemory(
-        width, base=base, insert_policy=InsertPolicy(**rows.pop("insert_policy")), **rows
-    )
 
 
 class MemoryGPT2Model(_MemoryModelMixin, GPT2Model):

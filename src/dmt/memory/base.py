@@ -1,0 +1,123 @@
+"""The contract of a memory: a layer that stands in place of a feed-forward block.
+
+A kind of memory is a `MemoryConfig` with its settings and a `MemoryLayer` that is registered with
+`register_memory`. `dmt.testing.check_memory` checks that it keeps the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from dmt.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The feed-forward block that a memory replaces.
+
+    Attributes:
+        width: size of a hidden state.
+        num_neurons: neurons of the block.
+        gated: whether a neuron has a second, linear score (Llama).
+        activation_function: the block's function, by its transformers name.
+    """
+
+    width: int
+    num_neurons: int
+    gated: bool
+    activation_function: str
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """What a memory takes.
+
+    Attributes:
+        parameters: learned numbers.
+        reads_per_token: rows of the memory that one token reads; None where it has no rows.
+        multiply_adds: multiplications with an addition for one token.
+    """
+
+    parameters: int
+    reads_per_token: int | None
+    multiply_adds: int
+
+
+class MemoryLayer(nn.Module):
+    """A layer that maps hidden states `(..., width)` to the same shape in place of a block.
+
+    The contract, checked by `dmt.testing.check_memory`:
+
+    - `__init__(width, config)`, where `config` is of the registered class.
+    - `forward(hidden)`: the output for a token depends on the hidden state of that token and on
+      the memory's state alone, never on other tokens of the batch. So it is causal, and a cache of
+      attention keys changes nothing in generation.
+    - All state is in parameters and buffers, so that checkpoints and saved students hold it.
+    - `reset()` sets every parameter and every non-persistent buffer to its initial value:
+      transformers creates a model's layers without values.
+    """
+
+    kind: ClassVar[str] = ""  # set by `register_memory`, as is `config_class`
+    config_class: ClassVar[type[MemoryConfig]] = MemoryConfig
+
+    @classmethod
+    def make_arguments(cls, config: Any, block: BlockShape) -> dict[str, Any]:
+        """Return what a student's config.json says of this memory, as plain JSON values.
+
+        Args:
+            config: settings of the memory, of `config_class`.
+            block: the block that it replaces.
+        """
+        return {name: value for name, value in asdict(config).items() if name != "kind"}
+
+    @classmethod
+    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
+        """Create the memory from the values of `make_arguments`."""
+        return cls(width, cls.config_class(**arguments))  # type: ignore[call-arg]
+
+    def saved_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return `arguments` as they are when the student is saved; sizes may have changed."""
+        return arguments
+
+    def reset(self) -> None:
+        """Set parameters and buffers to their initial values."""
+        for child in self.children():
+            if isinstance(child, MemoryLayer):
+                child.reset()
+            elif callable(reset_parameters := getattr(child, "reset_parameters", None)):
+                reset_parameters()
+
+    @property
+    def block_slots(self) -> int | None:
+        """Neurons that `load_block` wants the block to have; None takes it as it is."""
+        return None
+
+    def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Begin as the block that is replaced; without this method the memory begins fresh.
+
+        Args:
+            tensors: the block's `keys` and `values` `(neurons, width)` and, where it has them,
+                `gains`, `key_bias`, `gain_bias` and `output_bias`. The block computes
+                `sum_i act(x . keys[i] + key_bias[i]) (x . gains[i] + gain_bias[i]) values[i]
+                + output_bias`.
+
+        Returns:
+            For each tensor that was taken over, the name of the parameter that took it.
+        """
+        return {}
+
+    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return rows read for `hidden` `(tokens, width)`: ids and weights, each `(tokens, n)`.
+
+        A trace shows them. None where the memory has no rows.
+        """
+        return None
+
+    def cost(self) -> MemoryCost:
+        """Return what the memory takes; here every parameter is used once for a token."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return MemoryCost(parameters, None, parameters)

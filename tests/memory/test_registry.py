@@ -1,0 +1,189 @@
+"""A kind of memory from a file of one's own: named by path, trained, saved and loaded again."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS, make_llama, make_teacher
+from transformers import AutoModelForCausalLM
+
+import dmt
+from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
+from dmt.config_io import load_config, resolve_layer_memories, save_config
+from dmt.errors import UserError
+from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.registry import get_memory_class, list_memories
+from dmt.models.conversion import convert_blocks, get_memories
+from dmt.testing import check_memory
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KIND = "own_memory:RowAttention"
+
+
+@pytest.fixture(scope="module")
+def own_memory():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import own_memory
+
+        yield own_memory
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_the_built_in_kinds_are_registered_in_the_same_way():
+    assert list_memories()[:2] == ["featural", "associative"]
+    assert get_memory_class("featural") is FeaturalMemory
+    assert get_memory_class("associative") is AssociativeMemory
+    assert FeaturalMemory.config_class is FeaturalConfig
+    assert AssociativeMemory.config_class is AssociativeConfig
+
+
+def test_the_example_passes_every_check(own_memory):
+    check_memory(own_memory.RowAttention, own_memory.RowAttentionConfig(num_rows=8))
+
+
+def test_a_path_in_the_settings_imports_the_class(own_memory, tmp_path):
+    config = load_config(None, ["memory.num_rows=8", f"memory.kind={KIND}"])
+    assert config.memory == own_memory.RowAttentionConfig(num_rows=8)
+    assert config.memory.kind == KIND
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_layers_may_have_different_kinds(own_memory):
+    rules = f"[{{layers: 0, memory: {{kind: '{KIND}', num_rows: 8}}}}, {{layers: 1, memory: {{kind: dense}}}}]"
+    config = load_config(None, ["memory.k=16", f"student.layer_overrides={rules}"])
+    assert resolve_layer_memories(config, 3) == [
+        own_memory.RowAttentionConfig(num_rows=8),
+        DenseConfig(),
+        FeaturalConfig(k=16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["memory.num_rows=0"], "memory.num_rows must be at least 1, got 0"),
+        (["memory.rows=3"], "memory.rows is not a setting; did you mean memory.num_rows?"),
+        (["memory.k=3"], "memory.k is not a setting of memory.kind=own_memory:RowAttention"),
+    ],
+)
+def test_wrong_settings_of_an_own_kind_are_refused_like_others(own_memory, words, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, [f"memory.kind={KIND}", *words])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "no_such_module:Memory",
+            "memory.kind=no_such_module:Memory: module no_such_module cannot",
+        ),
+        ("own_memory:Nothing", "module own_memory has no Nothing"),
+        ("torch.nn:Linear", "torch.nn:Linear is not a subclass of dmt.MemoryLayer"),
+        ("dmt.memory.base:MemoryLayer", "is not registered; put @dmt.register_memory"),
+        ("sparse", "memory.kind must be one of featural, associative, dense"),
+        (":", "memory.kind=:: module '' cannot be imported"),
+    ],
+)
+def test_a_kind_that_cannot_be_used_is_refused(own_memory, kind, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, [f"memory.kind='{kind}'"])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+def test_a_student_with_an_own_memory_is_saved_and_loaded(own_memory, family, tokens, tmp_path):
+    teacher = family()
+    student = dmt.convert(teacher, own_memory.RowAttentionConfig(num_rows=8), layers="1-")
+    assert list(get_memories(student)) == [1, 2]
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert isinstance(get_memories(loaded)[1], own_memory.RowAttention)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+
+
+def test_a_student_whose_memory_cannot_be_imported_says_so(own_memory, tmp_path):
+    student = dmt.convert(make_teacher(), own_memory.RowAttentionConfig(num_rows=8))
+    student.save_pretrained(tmp_path / "student")
+    script = (
+        "import sys, dmt\nfrom transformers import AutoModelForCausalLM\n"
+        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except dmt.UserError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "student")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(dmt.__file__).parents[1])},
+        check=False,
+    )
+    assert (
+        f"memory of layer 0 is of kind {KIND}: module own_memory cannot be imported" in run.stdout
+    )
+    assert "add its folder to PYTHONPATH" in run.stdout
+
+
+def test_the_report_names_what_an_own_memory_took_over(own_memory):
+    teacher = make_teacher()
+    _, report = convert_blocks(teacher, [own_memory.RowAttentionConfig()] * LAYERS)
+    status = {transfer.source: transfer.status for transfer in report.transfers}
+    assert status["transformer.h.0.mlp.c_proj.bias"] == "memory"
+    assert status["transformer.h.0.mlp.c_proj.weight"] == "dropped"
+    targets = {transfer.target for transfer in report.transfers if transfer.status == "new"}
+    assert targets == {
+        f"transformer.h.{layer}.mlp.{name}"
+        for layer in range(LAYERS)
+        for name in ("keys", "values")
+    }
+
+
+def test_a_saved_student_names_the_kind_of_each_memory(tmp_path):
+    configs = [FeaturalConfig(k=8), AssociativeConfig(k=8), DenseConfig()]
+    student, _ = convert_blocks(make_teacher(), configs)
+    student.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["memory"]
+    assert {layer: memory["kind"] for layer, memory in saved.items()} == {
+        "0": "featural",
+        "1": "associative",
+    }
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmptyConfig(dmt.MemoryConfig):
+    """A memory without settings."""
+
+
+def test_registration_refuses_what_cannot_work():
+    class Memory(dmt.MemoryLayer):
+        pass
+
+    with pytest.raises(UserError, match="must be a subclass of dmt.MemoryLayer"):
+        dmt.register_memory("test_other", config=EmptyConfig)(torch.nn.Linear)
+    with pytest.raises(UserError, match="config=int must be a dataclass"):
+        dmt.register_memory("test_other", config=int)(Memory)
+    with pytest.raises(UserError, match="must be a word such as low_rank, got a b"):
+        dmt.register_memory("a b", config=EmptyConfig)(Memory)
+    with pytest.raises(UserError, match="featural is dmt.memory.featural:FeaturalMemory already"):
+        dmt.register_memory("featural", config=EmptyConfig)(Memory)
+
+
+def test_a_class_of_a_function_is_named_by_its_short_name():
+    @dmt.register_memory("test_local", config=EmptyConfig)
+    class Memory(dmt.MemoryLayer):
+        pass
+
+    assert Memory.kind == EmptyConfig().kind == "test_local"
+    assert load_config(None, ["memory.kind=test_local"]).memory == EmptyConfig()
