@@ -1,29 +1,35 @@
-"""One run from settings to results: prepare, train, measure, save, tell."""
+"""Distill a student from a teacher: prepare, train, evaluate, save, report."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import html
+import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dmt import files
 from dmt.config import Config, MemoryConfig
-from dmt.config_io import resolve_layer_memories
+from dmt.config_io import check_config, get_memory_config_class, resolve_layer_memories
+from dmt.data.corpora import CORPORA, FUNCTION_PATTERN
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.distillation.logit_cache import CACHE_FILE, LogitCache, open_logit_cache
 from dmt.distillation.module import SCALE_TOKENS, DistillationModule
 from dmt.distillation.row_sync import RowStoreSync
-from dmt.errors import UserError
+from dmt.errors import UserError, format_value
 from dmt.evaluation.metrics import (
-    FidelityMetrics,
     collect_row_stats,
     collect_slot_usage,
     measure_fidelity,
@@ -31,9 +37,10 @@ from dmt.evaluation.metrics import (
     measure_search_recall,
     measure_sizes,
 )
-from dmt.evaluation.samples import SWEEP_TOKENS, paired_samples, sparsity_sweep
+from dmt.evaluation.samples import paired_samples
 from dmt.files import atomic_directory
 from dmt.memory.associative import RetrievalStats
+from dmt.models.architectures import get_architecture
 from dmt.models.conversion import (
     TransferReport,
     convert_blocks,
@@ -44,20 +51,25 @@ from dmt.models.external_tensors import find_mmap_memories
 from dmt.models.fact_hooks import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
-from dmt.models.loading import SAFE_LOADING, load_teacher
+from dmt.models.loading import SAFE_LOADING, load_model, load_teacher
+from dmt.ops import use_onednn_linear
 from dmt.report import distillation
 from dmt.report.curves import read_curves
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
 from dmt.store import RowStore
 from dmt.training.autotune import TIMED_WINDOWS, autotune
 from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, StoredRowUsage
+from dmt.training.execution import execute
 from dmt.training.launch import get_rank, make_on_rank_zero, rank_zero_first
 from dmt.training.plan import format_plan
 from dmt.training.run_dir import (
     WEIGHT_MAP_FILE,
+    check_run_name_free,
     check_writable,
     create_run_dir,
+    load_run_config,
     newest_checkpoint,
+    read_record,
     write_record,
 )
 from dmt.training.trainer import fit, keep_freed_memory, select_device, use_training_kernels
@@ -65,21 +77,301 @@ from dmt.validation import ArgumentError
 
 logger = logging.getLogger(__name__)
 
+# Groups of settings that a distillation reads; `distill` finds a setting by name in one of them.
+SETTING_GROUPS_BY_NAME = (
+    "memory",
+    "data",
+    "loss",
+    "stages",
+    "optim",
+    "student",
+    "store",
+    "logit_cache",
+    "trainer",
+)
+IN_MEMORY = "in-memory model"  # the teacher of a record where the model has no name
+MAX_PATH_LENGTH = 1_000  # longer strings are texts, not paths
 
-def run_distillation(config: Config, run_dir: Path | None) -> Path:
-    """Clone, calibrate, train, measure on test text, save the student; the run's folder."""
+Teacher = tuple[PreTrainedModel, Any]  # with its tokenizer
+
+
+@dataclass(frozen=True, repr=False)
+class DistillResult:
+    """The result of `dmt.distill`.
+
+    Attributes:
+        run_dir: folder of the run, with `run.json`, curves, checkpoints and the report.
+        student: folder of the saved student.
+        metrics: the last value of every logged metric, such as `val/speeches/kl` and `train/loss`,
+            and the results on test text, such as `test/speeches/kl` and `test/speeches/ppl_ratio`.
+        seconds: wall time by phase.
+    """
+
+    run_dir: Path
+    student: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of `run.json`: settings, versions and all results."""
+        return read_record(self.run_dir)
+
+    def load(self) -> Teacher:
+        """Load the student and its tokenizer."""
+        return load_model(str(self.student), f"student={self.student}")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        names = ("ppl_ratio", "kl", "top1_agreement")
+        return [
+            (name, f"{value:.4f}")
+            for name, value in self.metrics.items()
+            if name.startswith("test/") and name.rpartition("/")[2] in names
+        ]
+
+    def __repr__(self) -> str:
+        metrics = "".join(f"{name}={value}, " for name, value in self._rows())
+        return f"DistillResult({metrics}student={str(self.student)!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the results on test text as an HTML table, for notebooks."""
+        rows = [*self._rows(), ("student", str(self.student)), ("run", str(self.run_dir))]
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in rows
+        )
+        return f"<table>{cells}</table>"
+
+
+def distill(
+    teacher: str | Path | PreTrainedModel | Teacher,
+    data: str | Path | Sequence[str | Path],
+    config: Config | MemoryConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    **overrides: Any,
+) -> DistillResult:
+    """Distill a teacher into a student whose feed-forward blocks are memories.
+
+    Progress is logged under `dmt`; nothing is printed and no signal handler is installed.
+
+        result = dmt.distill("gpt2", ["speeches", "notes.txt"], mean_k=32, end_to_end_steps=500)
+        result.metrics["val/speeches/kl"]
+        model, tokenizer = result.load()
+
+    Args:
+        teacher: `embedded`, `reader`, a hub name, a folder made by `save_pretrained`, or a model in
+            memory, which is copied: with `tokenizer`, or as a pair with it.
+        data: names of corpora (`data.corpora`), paths of files or folders, or texts; one or
+            several. Texts become a corpus named `texts`, written below `trainer.log_dir`.
+        config: all settings, or those of the memories; the defaults if None.
+        tokenizer: tokenizer of a teacher in memory.
+        output: folder of the run; by default the next `version_N` in `trainer.log_dir`.
+        resume: whether to continue the run in `output` if it exists; its own settings are used.
+        **overrides: settings by name, such as `mean_k=32` or `seed=1`; groups of settings as
+            dictionaries, such as `loss={"kl": 1, "hidden_mse": 0}`, or as objects.
+
+    Returns:
+        Where the student is, and how close it is to its teacher.
+
+    Raises:
+        UserError: an argument is not accepted; a ValueError.
+    """
+    teacher_name, adopted = _resolve_teacher(teacher, tokenizer)
+    resume_dir = None
+    if resume:
+        if output is None:
+            raise UserError("resume=True continues the run in output; give output=<its folder>")
+        resume_dir = Path(output).expanduser() if (Path(output) / "config.yaml").is_file() else None
+    if resume_dir is not None:
+        config = load_run_config(resume_dir)
+    else:
+        base = Config(memory=config) if isinstance(config, MemoryConfig) else config or Config()
+        base = replace(base, task="distill", teacher=teacher_name)
+        config = _apply_overrides(_set_output(base, output), overrides)
+        config = replace(config, data=replace(config.data, corpora=_resolve_data(config, data)))
+        check_config(config)
+        check_writable(config.trainer.log_dir, "trainer.log_dir")
+        check_run_name_free(config)
+    run_dir = execute(partial(run_distillation, teacher=adopted), config, resume_dir)
+    return read_result(run_dir)
+
+
+def read_result(run_dir: Path) -> DistillResult:
+    """Read the result of a finished distillation from its folder."""
+    record = read_record(run_dir)
+    metrics = {name: values[-1] for name, (_, values) in record.get("curves", {}).items() if values}
+    for corpus, scores in record.get("fidelity", {}).items():
+        for name, value in scores.items():
+            if isinstance(value, Mapping):
+                value = value["student"]
+            metrics[f"test/{corpus}/{name}"] = value
+    return DistillResult(run_dir, run_dir / "student", metrics, record.get("seconds", {}))
+
+
+def _resolve_teacher(teacher: Any, tokenizer: Any) -> tuple[str, Teacher | None]:
+    """Return the name of a teacher and, if it is in memory, a copy of it and its tokenizer."""
+    if isinstance(teacher, tuple):
+        teacher, tokenizer = teacher
+    if isinstance(teacher, str | Path):
+        return str(teacher), None
+    if not isinstance(teacher, PreTrainedModel):
+        raise UserError(
+            f"teacher must be a name, a path or a transformers model, got {type(teacher).__name__}"
+        )
+    if tokenizer is None:
+        raise UserError("tokenizer is needed where teacher is a model in memory")
+    get_architecture(teacher.config.model_type)  # raises if it is not supported
+    if getattr(teacher.config, "memory", None):
+        raise UserError("teacher is a student of dmt: it has no feed-forward blocks to replace")
+    if len(tokenizer) > teacher.config.vocab_size:
+        raise UserError(
+            f"tokenizer has {len(tokenizer):,} tokens, teacher {teacher.config.vocab_size:,}; "
+            "they belong to different models"
+        )
+    model = use_onednn_linear(copy.deepcopy(teacher).float().cpu())
+    return teacher.name_or_path or IN_MEMORY, (model.eval().requires_grad_(False), tokenizer)
+
+
+def _resolve_data(config: Config, data: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return the names and paths of `data`; texts are written to a file first."""
+    items = [data] if isinstance(data, str | Path) else list(data)
+    if not items or not all(isinstance(item, str | Path) for item in items):
+        raise UserError(
+            "data must be names of corpora, paths or texts, at least one, got "
+            f"{format_value(items[:3])}"
+        )
+    sources = [str(item) for item in items if _is_source(item)]
+    if len(sources) == len(items):
+        return sources
+    if sources:
+        raise UserError(
+            f"data has texts and names of corpora or files such as {sources[0]}; give one or the "
+            "other"
+        )
+    lines = [json.dumps({"text": str(text)}, ensure_ascii=False) for text in items]
+    content = "\n".join(lines) + "\n"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    folder = Path(config.trainer.log_dir).expanduser() / "texts" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    files.atomic_write(folder / "texts.jsonl", content)
+    return [str(folder / "texts.jsonl")]
+
+
+def _is_source(item: str | Path) -> bool:
+    """Return whether an item of `data` names a corpus or a file; otherwise it is a text."""
+    if isinstance(item, Path) or item in CORPORA or item.startswith("hub:"):
+        return True
+    if "\n" in item or "\0" in item or len(item) > MAX_PATH_LENGTH:
+        return False
+    if FUNCTION_PATTERN.fullmatch(item) or Path(item).expanduser().exists():
+        return True
+    return not any(character.isspace() for character in item)  # a misspelled name or path
+
+
+def _set_output(config: Config, output: str | Path | None) -> Config:
+    if output is None:
+        return config
+    path = Path(output).expanduser()
+    trainer = replace(config.trainer, log_dir=str(path.parent), run_name=path.name)
+    return replace(config, trainer=trainer)
+
+
+def _apply_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Return a config with settings changed by name.
+
+    Raises:
+        UserError: a name is no setting, is one of several groups, or its value is not accepted.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    kind = overrides.get("kind")
+    if kind is not None and kind != config.memory.kind:
+        config = replace(config, memory=get_memory_config_class(kind)())
+    for name, value in overrides.items():
+        if name == "kind":
+            continue
+        if name in SETTING_GROUPS_BY_NAME:
+            if is_dataclass(value):
+                changed: dict[str, Any] = {name: value}
+                config = replace(config, **changed)
+            elif isinstance(value, Mapping):
+                changes.setdefault(name, {}).update(value)
+            else:
+                raise UserError(
+                    f"{name} is a group of settings: give a dictionary or "
+                    f"{type(getattr(config, name)).__name__}(...), got {format_value(value)}"
+                )
+        elif name == "seed":
+            config = replace(config, seed=value)
+        else:
+            changes.setdefault(_find_group(config, name), {})[name] = value
+    for group_name, values in changes.items():
+        group = getattr(config, group_name)
+        if group_name == "memory" and values.get("kind", group.kind) != group.kind:
+            group = get_memory_config_class(values["kind"])()
+        values = {name: value for name, value in values.items() if name != "kind"}
+        names = _list_fields(group)
+        if unknown := [name for name in values if name not in names]:
+            raise UserError(
+                f"{unknown[0]} is not a setting of {group_name}; it has {', '.join(names)}"
+            )
+        config = replace(config, **{group_name: replace(group, **values)})
+    return config
+
+
+def _find_group(config: Config, name: str) -> str:
+    groups = [
+        group for group in SETTING_GROUPS_BY_NAME if name in _list_fields(getattr(config, group))
+    ]
+    if not groups:
+        raise UserError(
+            f"{name} is not an argument of distill or a setting; dmt config --list shows all"
+        )
+    if len(groups) > 1:
+        raise UserError(
+            f"{name} is a setting of {' and '.join(groups)}; give one as a dictionary, such as "
+            f"{groups[0]}={{{name!r}: ...}}"
+        )
+    return groups[0]
+
+
+def _list_fields(group: Any) -> list[str]:
+    return [group_field.name for group_field in fields(group) if group_field.init]
+
+
+def run_distillation(
+    config: Config, run_dir: Path | None, *, teacher: Teacher | None = None
+) -> Path:
+    """Run `task: distill`.
+
+    Args:
+        config: the resolved settings.
+        run_dir: folder of a run to resume, None for a new one.
+        teacher: a teacher in memory and its tokenizer, instead of loading `config.teacher`.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        UserError: the settings do not fit the teacher or the text.
+    """
+    run = _prepare(config, run_dir, teacher or load_teacher(config.teacher))
+    with closing(run.module):
+        run.start()
+        run.train()
+        if get_rank() == 0:
+            run.finish()
+    return run.run_dir
+
+
+def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Run:
+    """Load the text, convert the teacher, and make the folder once nothing can be refused."""
     start_time = time.perf_counter()
-    teacher, tokenizer = load_teacher(config.teacher)
-    layers, max_positions = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
-    if config.data.seq_len > max_positions:
-        raise UserError(
-            f"data.seq_len={config.data.seq_len} is longer than the {max_positions} positions of teacher={config.teacher}"
-        )
-    memories, stages = resolve_layer_memories(config, layers), config.stages
-    if all(memory.kind == "dense" for memory in memories):
-        raise UserError(
-            "every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural"
-        )
+    teacher, tokenizer = teacher_pair
+    memories = _resolve_memories(config, teacher)
+    stages = config.stages
     data = TextDataModule(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     logger.info("tokenizing %s", ", ".join(config.data.corpora))
     data.setup()
@@ -90,47 +382,57 @@ def run_distillation(config: Config, run_dir: Path | None) -> Path:
         )
     except ArgumentError as error:
         raise error.with_prefix("memory.") from None
-    config = autotune(
-        config,
-        student,
-        data.calibration_windows(
-            config.data.seq_len * min(TIMED_WINDOWS, config.data.micro_batch_size)
-        ),
-    )
-    logit_cache = rank_zero_first(lambda: prepare_logit_cache(config, teacher, data))
-    is_new = run_dir is None or newest_checkpoint(run_dir) is None
+    timed_tokens = config.data.seq_len * min(TIMED_WINDOWS, config.data.micro_batch_size)
+    config = autotune(config, student, data.calibration_windows(timed_tokens))
+    logit_cache = rank_zero_first(lambda: _open_cache(config, teacher, data))
+    checkpoint = None if run_dir is None else newest_checkpoint(run_dir)
     has_rows = bool(get_associative_memories(student))
     teacher_hash = hash_model(teacher) if has_rows else ""
-    shared_store = (
-        _open_store(config.store.url, teacher_hash) if has_rows and config.store.url else None
-    )  # refused before a folder is made
-    is_resumed, run_dir = (
-        run_dir is not None,
-        run_dir or make_on_rank_zero(lambda: create_run_dir(config)),
-    )
+    shared_store = None
+    if has_rows and config.store.url:
+        shared_store = _open_store(config.store.url, teacher_hash)
+    is_resumed = run_dir is not None
+    folder = run_dir or make_on_rank_zero(lambda: create_run_dir(config))
     module = DistillationModule(config, student, teacher)
     module.logit_cache = logit_cache
     if has_rows:
-        store = shared_store or _open_store(str(run_dir / "memory.db"), teacher_hash)
+        store = shared_store or _open_store(str(folder / "memory.db"), teacher_hash)
         module.row_sync = rank_zero_first(
-            lambda: RowStoreSync(config.store, store, student, run_dir)
+            lambda: RowStoreSync(config.store, store, student, folder)
         )
-        if is_resumed and is_new:
+        if is_resumed and checkpoint is None:
             module.row_sync.rollback_run()
-    with closing(module):
-        _train_and_evaluate(
-            config, run_dir, is_new, module, tokenizer, data, transfer_report, start_time
+    return _Run(config, folder, module, tokenizer, data, transfer_report, checkpoint, start_time)
+
+
+def _resolve_memories(config: Config, teacher: PreTrainedModel) -> list[MemoryConfig]:
+    max_positions = teacher.config.max_position_embeddings
+    if config.data.seq_len > max_positions:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is longer than the {max_positions} positions of "
+            f"teacher={config.teacher}"
         )
-    return run_dir
+    memories = resolve_layer_memories(config, teacher.config.num_hidden_layers)
+    if all(memory.kind == "dense" for memory in memories):
+        raise UserError(
+            "every layer is dense, so there is nothing to distill; give a layer "
+            "memory.kind=featural"
+        )
+    return memories
 
 
-def _open_store(url: str, teacher_hash: str) -> RowStore:
-    """An open store, which of several processes the first alone writes to."""
-    return rank_zero_first(lambda: RowStore(url, teacher_hash, read_only=get_rank() > 0))
+def _collect_block_inputs(
+    config: Config, teacher: Any, memories: list[MemoryConfig], data: TextDataModule
+) -> tuple[Tensor, ...] | None:
+    """Return the teacher's block inputs on calibration text, if slots have to be resized."""
+    if not any(memory.copies_block and getattr(memory, "num_slots", None) for memory in memories):
+        return None
+    windows = data.calibration_windows(max(config.stages.calibration_tokens, SCALE_TOKENS))
+    return forward_teacher(teacher, windows, capture_blocks=True).block_inputs
 
 
-def prepare_logit_cache(config: Config, teacher: Any, data: TextDataModule) -> LogitCache | None:
-    """The teacher's answers to every window of the end-to-end stage, where `logit_cache.dir` says that they are kept."""
+def _open_cache(config: Config, teacher: Any, data: TextDataModule) -> LogitCache | None:
+    """Open or write the logit cache of the end-to-end stage, if the config has one."""
     if not config.logit_cache.dir:
         return None
     if not (Path(config.logit_cache.dir).expanduser() / CACHE_FILE).exists():
@@ -140,174 +442,157 @@ def prepare_logit_cache(config: Config, teacher: Any, data: TextDataModule) -> L
     return open_logit_cache(config, teacher, data.training_dataset().windows, window_ids)
 
 
-def _train_and_evaluate(
-    config: Config,
-    run_dir: Path,
-    is_new: bool,
-    module: DistillationModule,
-    tokenizer: Any,
-    data: TextDataModule,
-    transfer_report: TransferReport,
-    start_time: float,
-) -> None:
-    """From a student in place to results in the folder."""
-    student, teacher, stages = module.student, module.teacher, config.stages
-    device, checkpoint = select_device(config), newest_checkpoint(run_dir)
-    module.to(device)
-    teacher.to(device)  # type: ignore[arg-type]
-    steps_before = 0 if is_new or checkpoint is None else int(checkpoint.stem[5:])
-    logger.info(
-        "%s",
-        format_plan(config, run_dir, student, module.trainable_parameters(), transfer_report),
-    )
-    initial_metrics: dict[str, FidelityMetrics] = {}
-    if is_new:
-        pl.seed_everything(config.seed, workers=True, verbose=False)
-        if module.row_sync is not None:
-            module.row_sync.load_rows()
-        logger.info("calibrating")
-        module.calibrate(
-            data.calibration_windows(max(stages.calibration_tokens, SCALE_TOKENS)).to(device)
-        )
-        val_windows = (
-            {
-                corpus.name: select_first_windows(corpus.validation, config.data.validation_tokens)
-                for corpus in data.corpora
-            }
-            if get_rank() == 0
-            else {}
-        )
-        initial_metrics = {
-            name: measure_fidelity(student, teacher, windows, config.data.micro_batch_size)
-            for name, windows in val_windows.items()
-        }
-        distillation.log_untrained_fidelity(initial_metrics)
-    if get_rank() == 0:
-        files.atomic_write(run_dir / WEIGHT_MAP_FILE, transfer_report.format_table() + "\n")
+def _open_store(url: str, teacher_hash: str) -> RowStore:
+    """Open a store; of several processes only the first writes to it."""
+    return rank_zero_first(lambda: RowStore(url, teacher_hash, read_only=get_rank() > 0))
+
+
+@dataclass
+class _Run:
+    """A distillation between its preparation and its report.
+
+    Attributes:
+        config: the settings, with what `autotune` chose.
+        run_dir: folder of the run.
+        module: the LightningModule, with student and teacher.
+        tokenizer: tokenizer of both models.
+        data: the text.
+        transfer_report: source of each tensor of the student.
+        checkpoint: the checkpoint that training continues from, None for a new run.
+        start_time: when the run began, in seconds.
+    """
+
+    config: Config
+    run_dir: Path
+    module: DistillationModule
+    tokenizer: Any
+    data: TextDataModule
+    transfer_report: TransferReport
+    checkpoint: Path | None
+    start_time: float
+    prepare_seconds: float = 0.0
+    train_seconds: float = 0.0
+
+    def start(self) -> None:
+        """Log the plan, calibrate a new student, and write the record of the run."""
+        config, module = self.config, self.module
+        device = select_device(config)
+        module.to(device)
+        module.teacher.to(device)  # type: ignore[arg-type]
+        trainable = module.trainable_parameters()
+        plan = format_plan(config, self.run_dir, module.student, trainable, self.transfer_report)
+        logger.info("%s", plan)
         record: dict[str, Any] = {}
-        if is_new:
-            record["before_training"] = {
-                name: metrics.to_dict() for name, metrics in initial_metrics.items()
-            }
-        write_record(run_dir, config, record, is_start=True)
-    prepare_seconds = time.perf_counter() - start_time
-    if data.steps:
-        student.train()
-        with use_training_kernels(config, student, teacher):
-            fit(
-                config,
-                module,
-                data,
-                run_dir,
-                [ChartGroups(), SlotUsage(), StoredRowUsage(), SideBySideSamples(tokenizer)],
+        if self.checkpoint is None:
+            self._calibrate(device)
+            record["before_training"] = self._measure_validation()
+        if get_rank() == 0:
+            files.atomic_write(
+                self.run_dir / WEIGHT_MAP_FILE, self.transfer_report.format_table() + "\n"
             )
-    if get_rank():
-        return  # what is left is for one
-    train_seconds = time.perf_counter() - start_time - prepare_seconds
-    student = _save_student(run_dir, student.eval().cpu(), tokenizer)
-    device = torch.device("cpu") if find_mmap_memories(student) else select_device(config)
-    results = evaluate_student(config, student.to(device), teacher.to(device), tokenizer, data)  # type: ignore[arg-type]
-    results["budgets"] = _run_sparsity_sweep(config, student, teacher, data)
-    results |= _summarize_costs(
-        config, data, start_time, prepare_seconds, train_seconds, steps_before
-    )
-    _write_results(config, run_dir, student.cpu(), teacher.cpu(), tokenizer, data, results)
+            write_record(self.run_dir, config, record, is_start=True)
+        self.prepare_seconds = time.perf_counter() - self.start_time
 
+    def _calibrate(self, device: torch.device) -> None:
+        pl.seed_everything(self.config.seed, workers=True, verbose=False)
+        if self.module.row_sync is not None:
+            self.module.row_sync.load_rows()
+        logger.info("calibrating")
+        num_tokens = max(self.config.stages.calibration_tokens, SCALE_TOKENS)
+        self.module.calibrate(self.data.calibration_windows(num_tokens).to(device))
 
-def _collect_block_inputs(
-    config: Config, teacher: Any, memories: list[MemoryConfig], data: TextDataModule
-) -> tuple[Tensor, ...] | None:
-    """The teacher's block inputs on calibration text, where a memory with other slots than its block is to be made."""
-    if not any(memory.copies_block and getattr(memory, "num_slots", None) for memory in memories):
-        return None
-    return forward_teacher(
-        teacher,
-        data.calibration_windows(max(config.stages.calibration_tokens, SCALE_TOKENS)),
-        capture_blocks=True,
-    ).block_inputs
+    def _measure_validation(self) -> dict[str, dict[str, float]]:
+        """Measure and log the fidelity before the first step, in the first process."""
+        fidelity = {}
+        for corpus in self.data.corpora if get_rank() == 0 else []:
+            windows = select_first_windows(corpus.validation, self.config.data.validation_tokens)
+            metrics = measure_fidelity(
+                self.module.student,
+                self.module.teacher,
+                windows,
+                self.config.data.micro_batch_size,
+            )
+            fidelity[corpus.name] = metrics.to_dict()
+            logger.info(
+                "before training: %s perplexity ratio %.3f, KL %.3f nats per token",
+                corpus.name,
+                metrics.ppl_ratio,
+                metrics.kl,
+            )
+        return fidelity
 
+    def train(self) -> None:
+        """Train to the last step."""
+        module = self.module
+        if self.data.steps:
+            module.student.train()
+            callbacks = [
+                ChartGroups(),
+                SlotUsage(),
+                StoredRowUsage(),
+                SideBySideSamples(self.tokenizer),
+            ]
+            with use_training_kernels(self.config, module.student, module.teacher):
+                fit(self.config, module, self.data, self.run_dir, callbacks)
+        self.train_seconds = time.perf_counter() - self.start_time - self.prepare_seconds
 
-def _run_sparsity_sweep(
-    config: Config, student: Any, teacher: Any, data: TextDataModule
-) -> dict[str, Any]:
-    """How far the student is from its teacher with other budgets than its own."""
-    test_windows = {
-        corpus.name: select_first_windows(corpus.test, config.data.test_tokens)
-        for corpus in data.corpora
-    }
-    return sparsity_sweep(
-        student,
-        teacher,
-        test_windows,
-        data.calibration_windows(SWEEP_TOKENS),
-        config.data.micro_batch_size,
-    )
+    def finish(self) -> None:
+        """Save the student, evaluate it, and write record and report."""
+        config, teacher = self.config, self.module.teacher
+        student = _save_student(self.run_dir, self.module.student.eval().cpu(), self.tokenizer)
+        device = torch.device("cpu") if find_mmap_memories(student) else select_device(config)
+        student, teacher = student.to(device), teacher.to(device)  # type: ignore[arg-type]
+        results = evaluate_student(config, student, teacher, self.tokenizer, self.data)
+        results |= self._summarize_costs()
+        student, teacher = student.cpu(), teacher.cpu()
+        results["bytes"] = measure_sizes(teacher, student, self.run_dir / "student")
+        samples = {
+            corpus.name: paired_samples(student, teacher, self.tokenizer, corpus.test)
+            for corpus in self.data.corpora
+        }
+        results["samples"] = {
+            name: [asdict(sample) for sample in pairs] for name, pairs in samples.items()
+        }
+        results["curves"] = read_curves(self.run_dir)
+        write_record(self.run_dir, config, results)
+        log_hparams(config, self.run_dir, results, SETTING_GROUPS["distill"], self.data.steps)
+        distillation.write_report(self.run_dir, config, samples)
 
-
-def _summarize_costs(
-    config: Config,
-    data: TextDataModule,
-    start_time: float,
-    prepare_seconds: float,
-    train_seconds: float,
-    steps_before: int,
-) -> dict[str, Any]:
-    """Seconds and tokens; of a resumed run the seconds and the speed are those since it was resumed."""
-    step_tokens = config.data.batch_size * config.data.seq_len
-    eval_seconds = time.perf_counter() - start_time - prepare_seconds - train_seconds
-    return {
-        "seconds": {"prepare": prepare_seconds, "train": train_seconds, "measure": eval_seconds},
-        "tokens": {
-            "trained": data.steps * step_tokens,
-            "per_second": (data.steps - steps_before) * step_tokens / max(train_seconds, 1e-9),
-        },
-    }
+    def _summarize_costs(self) -> dict[str, Any]:
+        """Return seconds and tokens; for a resumed run those since it was resumed."""
+        step_tokens = self.config.data.batch_size * self.config.data.seq_len
+        steps_before = 0 if self.checkpoint is None else int(self.checkpoint.stem[5:])
+        new_tokens = (self.data.steps - steps_before) * step_tokens
+        total_seconds = time.perf_counter() - self.start_time
+        return {
+            "seconds": {
+                "prepare": self.prepare_seconds,
+                "train": self.train_seconds,
+                "measure": total_seconds - self.prepare_seconds - self.train_seconds,
+            },
+            "tokens": {
+                "trained": self.data.steps * step_tokens,
+                "per_second": new_tokens / max(self.train_seconds, 1e-9),
+            },
+        }
 
 
 def _save_student(run_dir: Path, student: Any, tokenizer: Any) -> Any:
-    """Save the student; itself, or where its slots leave RAM or lose digits the one that was saved, to be measured."""
+    """Save the student; return it, or the saved one if its slots are mapped or quantized there."""
     with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return (
-        AutoModelForCausalLM.from_pretrained(
-            run_dir / "student", dtype=torch.float32, **SAFE_LOADING
-        )
-        if find_mmap_memories(student)
-        else student
+    if not find_mmap_memories(student):
+        return student
+    return AutoModelForCausalLM.from_pretrained(
+        run_dir / "student", dtype=torch.float32, **SAFE_LOADING
     )
-
-
-def _write_results(
-    config: Config,
-    run_dir: Path,
-    student: Any,
-    teacher: Any,
-    tokenizer: Any,
-    data: TextDataModule,
-    results: dict[str, Any],
-) -> None:
-    """Write `run.json`, HParams, `report.md` and `report.html`."""
-    results["bytes"] = measure_sizes(teacher, student, run_dir / "student")
-    samples = {
-        corpus.name: paired_samples(student, teacher, tokenizer, corpus.test)
-        for corpus in data.corpora
-    }
-    results["samples"] = {
-        name: [asdict(sample) for sample in corpus_samples]
-        for name, corpus_samples in samples.items()
-    }
-    results["curves"] = read_curves(run_dir)
-    write_record(run_dir, config, results)
-    steps = config.stages.layerwise_steps + config.stages.end_to_end_steps
-    log_hparams(config, run_dir, results, SETTING_GROUPS["distill"], steps)
-    distillation.write_report(run_dir, config, samples)
 
 
 def evaluate_student(
     config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextDataModule
 ) -> dict[str, Any]:
-    """Everything that is reported, on test text: fidelity and recall by corpus, slot usage by layer."""
+    """Measure the student on test text: fidelity, recall, and the usage of its memories."""
     for memory in get_featural_memories(student).values():
         memory.count_reads()
     for associative in get_associative_memories(student).values():

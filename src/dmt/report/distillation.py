@@ -13,7 +13,6 @@ from typing import Any
 
 from dmt import files
 from dmt.config import Config
-from dmt.evaluation.metrics import FidelityMetrics
 from dmt.evaluation.samples import SamplePair, format_samples_table
 from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
 from dmt.report.hparams import find_changed_settings
@@ -31,17 +30,6 @@ NOT_LOSS_TERMS = ("layerwise_loss", "kl_unrelated", "kl_new", "kl_replay")
 MAX_TITLE_SETTINGS = 4
 
 logger = logging.getLogger(__name__)
-
-
-def log_untrained_fidelity(metrics_by_corpus: Mapping[str, FidelityMetrics]) -> None:
-    """Log the fidelity of the student before any gradient step."""
-    for corpus, metrics in metrics_by_corpus.items():
-        logger.info(
-            "before training: %s perplexity ratio %.3f, KL %.3f nats per token",
-            corpus,
-            metrics.ppl_ratio,
-            metrics.kl,
-        )
 
 
 def build_table(record: Mapping[str, Any]) -> Table:
