@@ -1,0 +1,1 @@
+"""Distillation: losses, stages, cached teacher distributions, stored rows, and whole runs."""

@@ -89,6 +89,7 @@ SETTING_GROUPS_BY_NAME = (
     "logit_cache",
     "trainer",
 )
+WINDOW_FIELDS = ("tokens", "window", "stride", "num_windows")  # how text was measured
 IN_MEMORY = "in-memory model"  # the teacher of a record where the model has no name
 MAX_PATH_LENGTH = 1_000  # longer strings are texts, not paths
 
@@ -205,9 +206,9 @@ def read_result(run_dir: Path) -> DistillResult:
     metrics = {name: values[-1] for name, (_, values) in record.get("curves", {}).items() if values}
     for corpus, scores in record.get("fidelity", {}).items():
         for name, value in scores.items():
-            if isinstance(value, Mapping):
-                value = value["student"]
-            metrics[f"test/{corpus}/{name}"] = value
+            if name not in WINDOW_FIELDS:
+                value = value["student"] if isinstance(value, Mapping) else value
+                metrics[f"test/{corpus}/{name}"] = value
     return DistillResult(run_dir, run_dir / "student", metrics, record.get("seconds", {}))
 
 
