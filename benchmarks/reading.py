@@ -53,7 +53,6 @@ def trained(corpora: str, steps: int, seed: int, threads: int, scratch: str) -> 
     words += [
         f"trainer.num_threads={threads}",
         "trainer.precision=bf16-mixed",
-        "trainer.attention=batched",
         "trainer.progress_bar=false",
     ]
     words += [

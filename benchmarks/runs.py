@@ -39,7 +39,6 @@ def distil(
         ]
         given += [
             "trainer.precision=bf16-mixed",
-            "trainer.attention=batched",
             "trainer.validate_every=0",
         ]
         given += [

@@ -30,7 +30,6 @@ TINY = [
     "trainer.progress_bar=false",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
-    "trainer.attention=sdpa",
     "memory.mean_k=8",
 ]
 """A run of a second, in the workshop."""

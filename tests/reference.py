@@ -1,4 +1,4 @@
-"""The obvious definition of a featural memory: one token and one slot at a time, float64, nothing shared with the code."""
+"""The definition of a featural memory: one token and one slot at a time, without its code."""
 
 import math
 
@@ -10,12 +10,26 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def read(memory, token: Tensor) -> Tensor:
-    """What `memory` should answer to one token `(width,)`."""
-    per_head = memory.num_slots // memory.heads
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+FUNCTIONS = {
+    "block": gelu_tanh,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": lambda x: torch.clamp(x, min=0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+def reference_output(memory, token: Tensor) -> Tensor:
+    """Return the output `(width,)` of `memory` for one token `(width,)`."""
+    slots_per_head = memory.num_slots // memory.heads
     scores = []
     for slot in range(memory.num_slots):
-        query = token if memory.query is None else memory.query[slot // per_head] @ token
+        query = token if memory.query is None else memory.query[slot // slots_per_head] @ token
         if memory.activation == "distance":
             scores.append(-((query - memory.keys[slot]) ** 2).sum() / math.sqrt(memory.width))
         elif memory.activation == "softmax":
@@ -25,10 +39,8 @@ def read(memory, token: Tensor) -> Tensor:
         else:
             scores.append(query @ memory.keys[slot] + memory.key_bias[slot])
     weights, means = scores, [torch.zeros((), dtype=token.dtype)] * memory.num_slots
-    if memory.activation == "block":
-        weights = [gelu_tanh(score) for score in scores]
-    elif memory.activation == "relu":
-        weights = [torch.clamp(score, min=0) for score in scores]
+    if memory.activation in FUNCTIONS:
+        weights = [FUNCTIONS[memory.activation](score) for score in scores]
     if memory.gains is not None:
         weights = [
             weight * (token @ memory.gains[i] + memory.gain_bias[i])
@@ -37,7 +49,7 @@ def read(memory, token: Tensor) -> Tensor:
     if memory.selection == "centered":
         means = list(memory.means)
 
-    def length(slot):
+    def value_norm(slot):
         value = memory.values[slot]
         if memory.metric is None:
             return value.norm()
@@ -47,25 +59,27 @@ def read(memory, token: Tensor) -> Tensor:
 
     rank = {
         "score": lambda i: scores[i],
-        "contribution": lambda i: weights[i].abs() * length(i),
-        "centered": lambda i: (weights[i] - means[i]).abs() * length(i),
+        "contribution": lambda i: weights[i].abs() * value_norm(i),
+        "centered": lambda i: (weights[i] - means[i]).abs() * value_norm(i),
     }[memory.selection]
-    chosen = (
-        [slot for slot in range(memory.num_slots) if rank(slot) >= memory.threshold]
-        if memory.k_mode == "threshold"
-        else []
-    )
-    for head in range(memory.heads if memory.k_mode == "top" else 0):
-        mine = range(head * per_head, (head + 1) * per_head)
-        chosen += sorted(mine, key=lambda i: -rank(i).item())[: memory.k // memory.heads]
-    said = memory.output_bias
-    for slot in range(memory.num_slots):
-        said = said + means[slot] * memory.values[slot]
-    if memory.activation in ("softmax", "distance"):
-        total = sum(torch.exp(scores[i]) for i in chosen)
-        said = said + sum(torch.exp(scores[i]) / total * memory.values[i] for i in chosen)
+    if memory.k_mode == "threshold":
+        selected = [slot for slot in range(memory.num_slots) if rank(slot) >= memory.threshold]
     else:
-        said = said + sum((weights[i] - means[i]) * memory.values[i] for i in chosen)
+        selected = []
+        for head in range(memory.heads):
+            head_slots = range(head * slots_per_head, (head + 1) * slots_per_head)
+            ranked = sorted(head_slots, key=lambda i: -rank(i).item())
+            selected += ranked[: memory.k // memory.heads]
+    output = memory.output_bias
+    for slot in range(memory.num_slots):
+        output = output + means[slot] * memory.values[slot]
+    if memory.activation in ("softmax", "distance"):
+        total = sum(torch.exp(scores[i]) for i in selected)
+        output = output + sum(torch.exp(scores[i]) / total * memory.values[i] for i in selected)
+    else:
+        output = output + sum((weights[i] - means[i]) * memory.values[i] for i in selected)
     if memory.output is not None:
-        said = memory.output @ said
-    return said if memory.skip_connection is None else said + memory.skip_connection @ token
+        output = memory.output @ output
+    if memory.skip_connection is not None:
+        output = output + memory.skip_connection @ token
+    return output

@@ -120,7 +120,7 @@ WRONG = [
     ),
     (
         "memory.search=approximate",
-        "memory.search must be one of exact, int8, ivf, product, got approximate",
+        "memory.search must be one of exact, int8, ivf, got approximate",
     ),
     ("task=", "task must be one of distill, consolidate, got nothing"),
     # lists

@@ -25,7 +25,7 @@ def onednn(monkeypatch):
     """oneDNN for products of any size, and how often it was called."""
     calls = []
     inner = ops.onednn_linear
-    monkeypatch.setattr(ops, "gemm_library", "onednn_linear")
+    monkeypatch.setattr(ops, "gemm_library", "onednn")
     monkeypatch.setattr(ops, "ONEDNN_MIN_OPERATIONS", 1)
     monkeypatch.setattr(ops, "onednn_linear", lambda *given: calls.append(1) or inner(*given))
     return calls
@@ -75,7 +75,7 @@ def test_what_does_not_suit_goes_to_torch(onednn):
 
 def test_small_products_and_other_machines_go_to_torch(monkeypatch):
     monkeypatch.setattr(ops, "onednn_linear", lambda *_: pytest.fail("oneDNN was asked"))
-    monkeypatch.setattr(ops, "gemm_library", "onednn_linear")
+    monkeypatch.setattr(ops, "gemm_library", "onednn")
     linear(torch.randn(2, 6), torch.randn(5, 6))
     monkeypatch.setattr(ops, "gemm_library", "torch")
     monkeypatch.setattr(ops, "ONEDNN_MIN_OPERATIONS", 0)

@@ -90,9 +90,9 @@ class FeaturalConfig(MemoryConfig):
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
     skip_connection: bool = True
     """Add a linear map of the hidden state that replaces the mean output of slots that are not read."""
-    search: Literal["exact", "int8", "ivf", "product"] = "exact"
-    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits, by faiss's
-    inverted file, or by product keys. Used where that is faster."""
+    search: Literal["exact", "int8", "ivf"] = "exact"
+    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits, or by faiss's
+    inverted file. Used where that is faster."""
     value_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Type of the values in a saved student; `int8` has one scale per row. Training is in float32."""
     offload: Literal["none", "values", "slots"] = "none"
@@ -193,7 +193,7 @@ class FeaturalConfig(MemoryConfig):
                 f"{ARG}activation={self.activation} has no gains, and the blocks of this model are "
                 f"gated; set {ARG}activation=block or relu"
             )
-        if self.search in ("ivf", "product"):
+        if self.search == "ivf":
             raise ArgumentError(
                 f"{ARG}search={self.search} searches one key per slot, and the blocks of this "
                 f"model are gated, with two; set {ARG}search=exact or int8"
@@ -223,7 +223,7 @@ class AssociativeConfig(FeaturalConfig):
     """Most rows of a layer; the coldest that are not pinned are evicted."""
     lrfu_decay: float = bounded(0.01, minimum=0, maximum=1)
     """What is evicted first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
-    index: Literal["exact", "bf16", "flat", "ivf", "hnsw"] = "exact"
+    index: Literal["exact", "bf16", "flat", "ivf"] = "exact"
     """How rows are searched: all compared, exactly; all in bfloat16 and the nearest exactly (one row in ten thousand
     is missed where rows lie `merge_distance` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
     which may miss some, and others after a resume."""
@@ -457,8 +457,6 @@ class TrainerConfig(_CheckedConfig):
     """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
     num_threads: int = bounded(0, minimum=0, limit=2**10)
     """Threads each process computes with; 0 measures one against all cores at the start and takes the faster."""
-    attention: Literal["auto", "sdpa", "batched"] = "auto"
-    """While training: torch's fused kernel, or two batched products where it is slow (bfloat16 on a CPU); `auto` times them."""
     log_every: int = bounded(10, minimum=1)
     """Steps between two points of the loss curves."""
     validate_every: int = bounded(200, minimum=0)

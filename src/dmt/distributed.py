@@ -1,4 +1,8 @@
-"""Several processes, one memory: what each would write is gathered, so that all hold the same rows."""
+"""Collective operations of several processes that train together.
+
+Each function returns its argument where there is one process only. Where there are several, all of
+them have to call it, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,19 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several that train together."""
+    """Return whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """Rows `(n, ...)` of all processes, in the order of their ranks; n may differ. All have to call it, in the same order."""
+    """Concatenate the rows of all processes in the order of their ranks.
+
+    Args:
+        tensor: `(n, ...)`; n may differ between processes.
+
+    Returns:
+        `(sum of all n, ...)`.
+    """
     if not is_distributed():
         return tensor
     counts = [
@@ -29,25 +40,16 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_strings(strings: list[str]) -> list[str]:
-    """Words of all processes, in the order of their ranks."""
+    """Concatenate the strings of all processes in the order of their ranks."""
     if not is_distributed():
         return strings
-    encoded = torch.frombuffer(
-        bytearray("\0".join(strings).encode()) or bytearray(1), dtype=torch.uint8
-    )
-    lengths = all_gather(torch.tensor([[len(encoded), len(strings)]]))
-    all_encoded = all_gather(encoded)
-    all_strings: list[str] = []
-    start = 0
-    for length, count in lengths.tolist():
-        decoded = bytes(all_encoded[start : start + length].tolist()).decode()
-        all_strings += decoded.split("\0")[:count]
-        start += length
-    return all_strings
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, strings)
+    return [string for rank_strings in gathered for string in rank_strings]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, for all of them; itself where there is one."""
+    """Sum a tensor over all processes."""
     if is_distributed():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -55,12 +57,12 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, for all of them."""
+    """Average a tensor over all processes."""
     return all_reduce_sum(tensor) / dist.get_world_size() if is_distributed() else tensor
 
 
 def all_reduce_max(value: float) -> float:
-    """The largest of what all processes have, for all."""
+    """Return the largest value of all processes."""
     if not is_distributed():
         return value
     tensor = torch.tensor([value], dtype=torch.double)
@@ -69,7 +71,7 @@ def all_reduce_max(value: float) -> float:
 
 
 def broadcast(value: float) -> float:
-    """What the first process has, for all."""
+    """Return the value of the first process in every process."""
     if not is_distributed():
         return value
     tensor = torch.tensor([value], dtype=torch.double)

@@ -1,44 +1,37 @@
-"""A model's linear maps by the faster of torch's libraries, `memory.products`, with nothing else changed.
+"""Tensor operations that several packages share: products, LayerNorm, solvers, divergences.
 
-Matrix products by the faster of torch's two libraries.
+Matrix products. torch multiplies float32 matrices on a CPU with MKL, which uses no AVX-512 on
+processors that are not Intel's. There oneDNN, which torch ships too, is twice as fast and reads a
+matrix for a single token at the full speed of the memory (`benchmarks/products.py`). It sums in
+another order, so results differ in the last digits. The choice depends on the machine and on
+shapes alone: a run repeated on the same machine gives the same numbers.
 
-torch multiplies float32 matrices on a CPU with MKL, which uses no AVX-512 on processors that are not Intel's: there oneDNN,
-which torch carries too, is twice as fast and reads a matrix for a single token at the memory's full speed
-(`benchmarks/products.py`). Same sums in another order: results differ in the last digits. Which library is used depends on
-the machine and on shapes alone, so that a run repeated on the same machine gives the same numbers.
-
-Attention for training on a CPU in half precision, where torch's own kernel is slow.
-
-On processors without matrix units for bfloat16 the fused kernel of torch 2.13 takes 2 to 4 times as long, forward and
-backward, as the same sums written as two batched products (256 tokens, heads of 32; EXPERIMENTS.md).
-
-Layer norms whose gradients do not depend on how many threads compute them.
-
-torch 2.13 adds up the gradients of a LayerNorm's weight and bias on a CPU by thread: so many partial sums as there are
-threads. Of everything that a GPT-2 and its memories compute nothing else does, with 1, 2, 4, 8 or 16 threads (EXPERIMENTS.md).
+LayerNorm. On a CPU, torch 2.13 sums the gradients of weight and bias in as many partial sums as
+there are threads. Nothing else that a GPT-2 and its memories compute depends on the number of
+threads (docs/experiments), so `DeterministicLayerNorm` makes training independent of it.
 """
 
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Multiplications from which a call of oneDNN, which takes longer to start, pays off.
 ONEDNN_MIN_OPERATIONS = 500_000
-"""Multiplications from which a call of oneDNN, slower to begin, pays."""
+# Default ridge of `solve_ridge`, as a share of the mean variance of the inputs.
+RIDGE = 1e-3
 
 
 def read_cpu_field(field: str = "model name") -> str:
-    """What Linux says of the processor, its `model name` or `vendor_id`; elsewhere what Python knows."""
+    """Return a field of Linux's `/proc/cpuinfo`; elsewhere the processor name Python reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -47,7 +40,7 @@ def read_cpu_field(field: str = "model name") -> str:
 
 
 def onednn_is_faster() -> bool:
-    """Whether this is a processor on which MKL leaves half of the speed unused, and oneDNN is there to use it."""
+    """Return whether MKL leaves half of this processor's speed unused and oneDNN is available."""
     both_available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return (
@@ -58,12 +51,21 @@ def onednn_is_faster() -> bool:
     )
 
 
+# The library that multiplies float32 matrices on the CPU: `onednn`, or `torch` for its default.
 gemm_library = "onednn" if onednn_is_faster() else "torch"
-"""What multiplies float32 matrices on the CPU: `onednn`, or `torch` for whatever torch takes."""
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`hidden (..., inputs)` times `weight (outputs, inputs)` transposed, plus `bias (outputs,)`: as `F.linear`."""
+    """Compute `F.linear` with the faster library.
+
+    Args:
+        hidden: `(..., inputs)`.
+        weight: `(outputs, inputs)`.
+        bias: `(outputs,)`.
+
+    Returns:
+        `(..., outputs)`.
+    """
     if gemm_library != "onednn" or not _can_use_onednn(hidden, weight, bias):
         return F.linear(hidden, weight, bias)
     if torch.is_grad_enabled() and any(
@@ -84,7 +86,7 @@ def _can_use_onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 
 def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by oneDNN, without a graph; float32 on the CPU, any strides."""
+    """Compute `linear` with oneDNN and without a graph; float32 on the CPU, any strides."""
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 
@@ -106,72 +108,43 @@ class _OneDNNLinearFunction(torch.autograd.Function):
 
 
 class OneDNNLinear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """An `nn.Linear` that multiplies with `linear`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`."""
+        """Map `(..., inputs)` to `(..., outputs)`."""
         return linear(hidden, self.weight, self.bias)
 
 
-BATCHED_ATTENTION = "dmt_batched"
-MAX_BATCHED_TOKENS = 1_024
-"""Tokens up to which all scores of a window are held at once."""
+class OneDNNConv1D(Conv1D):
+    """GPT-2's linear map, with transposed weights, that multiplies with `linear`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `(..., inputs)` to `(..., outputs)`."""
+        return linear(hidden, self.weight.t(), self.bias)
 
 
-def batched_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention as two batched products, in bfloat16 on a CPU over a whole window; anything else is torch's kernel.
+def use_onednn_linear(model: ModelT) -> ModelT:
+    """Make every linear map of `model` multiply with `linear`; parameters and names stay.
 
-    Shapes as transformers has them: `(batch, heads, time, size)` in, `(batch, time, heads, size)` out.
+    Args:
+        model: changed in place.
+
+    Returns:
+        `model`.
     """
-    batch, heads, time, size = query.shape
-    unsupported = (
-        attention_mask is not None
-        or kwargs.get("dropout")
-        or kwargs.get("position_bias") is not None
-        or kwargs.get("cache")
-    )
-    if (
-        query.dtype != torch.bfloat16
-        or query.device.type != "cpu"
-        or unsupported
-        or key.shape[2] != time
-        or not 1 < time <= MAX_BATCHED_TOKENS
-    ):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if groups := heads // key.shape[1] if heads != key.shape[1] else 0:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = kwargs.get("scaling") or size**-0.5
-    flat = [tensor.reshape(batch * heads, time, size) for tensor in (query, key, value)]
-    scores = torch.baddbmm(_causal_mask(time), flat[0], flat[1].transpose(1, 2), alpha=scale)
-    output = torch.bmm(torch.softmax(scores, dim=-1), flat[2])
-    return output.view(batch, heads, time, size).transpose(1, 2).contiguous(), None
-
-
-@lru_cache(maxsize=4)
-def _causal_mask(time: int) -> Tensor:
-    return torch.full((1, time, time), float("-inf"), dtype=torch.bfloat16).triu(1)
-
-
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let `model` attend by `batched` or by `sdpa`, torch's own kernel."""
-    model.set_attn_implementation(BATCHED_ATTENTION if name == "batched" else "sdpa")
-
-
-AttentionInterface.register(BATCHED_ATTENTION, batched_attention)
-AttentionMaskInterface.register(BATCHED_ATTENTION, sdpa_mask)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDNNLinear
+        elif type(module) is Conv1D:
+            module.__class__ = OneDNNConv1D
+    return model
 
 
 class DeterministicLayerNorm(nn.LayerNorm):
-    """A LayerNorm with the same values, whose weight's and bias's gradients are summed over all rows at once on a CPU."""
+    """A LayerNorm whose gradients on a CPU do not depend on the number of threads."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map `(..., width)` to the same shape."""
         if self.weight is None or hidden.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(hidden)
         normed: Tensor = _DeterministicLayerNormFunction.apply(
@@ -181,7 +154,12 @@ class DeterministicLayerNorm(nn.LayerNorm):
 
 
 def set_layer_norms(model: nn.Module, deterministic: bool) -> None:
-    """Let every LayerNorm of `model` be a `SteadyLayerNorm`, or be torch's own again; its tensors stay where they are."""
+    """Switch every LayerNorm of `model` to `DeterministicLayerNorm`, or back to torch's.
+
+    Args:
+        model: changed in place; its tensors stay where they are.
+        deterministic: which of the two classes to use.
+    """
     old_class, new_class = (
         (nn.LayerNorm, DeterministicLayerNorm)
         if deterministic
@@ -219,25 +197,50 @@ class _DeterministicLayerNormFunction(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None
 
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+def solve_ridge(inputs: Tensor, targets: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Solve ridge regression of `targets` on `inputs`, both already centered.
+
+    By the normal equations, in float64 on the CPU, since not every device has float64.
+
+    Args:
+        inputs: `(samples, inputs)`.
+        targets: `(samples, outputs)`.
+        ridge: as a share of the mean variance of the inputs.
+
+    Returns:
+        Coefficients `(inputs, outputs)` in float64 on the CPU.
+    """
+    inputs, targets = inputs.cpu().double(), targets.cpu().double()
+    gram = inputs.t() @ inputs
+    penalty = ridge * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=torch.double)
+    return torch.linalg.solve(gram + penalty, inputs.t() @ targets)
 
 
-class OneDNNConv1D(Conv1D):
-    """GPT-2's way of writing a linear map, by `linear`."""
+def inverse_sqrt(matrix: Tensor, damping: float = 0.0) -> Tensor:
+    """Compute the inverse square root of a symmetric positive matrix by eigendecomposition.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`."""
-        return linear(hidden, self.weight.t(), self.bias)
+    Args:
+        matrix: `(n, n)`; negative eigenvalues, which come from rounding, count as zero.
+        damping: added to every eigenvalue.
+
+    Returns:
+        `(n, n)` in float64 on the CPU.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix.cpu().double())
+    return eigenvectors * (eigenvalues.clamp_min(0) + damping).rsqrt() @ eigenvectors.t()
 
 
-def use_onednn_linear(model: ModelT) -> ModelT:
-    """Let every linear map in `model` take `linear`; same parameters, same names, same object."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = OneDNNLinear
-        elif type(module) is Conv1D:
-            module.__class__ = OneDNNConv1D
-    return model
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """Compute R with R Rᵀ = `matrix`, so that |xR|² is x `matrix` xᵀ.
+
+    Args:
+        matrix: `(n, n)`, symmetric, without negative eigenvalues except by rounding.
+
+    Returns:
+        `(n, n)` in the type and on the device of `matrix`; it is not symmetric itself.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix.cpu().double())
+    return (eigenvectors * eigenvalues.clamp(min=0).sqrt()).to(matrix)
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -501,7 +501,7 @@ def test_rows_written_online_lower_the_loss_and_survive_loading(associative_stud
         assert after < before / 2
         assert first.added == len(describe_rows(fact_store.model)) == first.rows
         assert not any(
-            memory.writing for memory in get_associative_memories(fact_store.model).values()
+            memory.is_writing for memory in get_associative_memories(fact_store.model).values()
         )
         second = write_online(fact_store.model, fact_store.db, ids, "x")
         assert second.rows <= first.rows + 3  # near duplicates are not written

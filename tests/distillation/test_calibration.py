@@ -9,14 +9,15 @@ from dmt.distillation.calibration import (
     calibrate_memories,
     measure_fisher,
     measure_scales,
-    symmetric_root,
 )
 from dmt.distillation.losses import inlier_mask, outlier_threshold
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.sparsity_budget import initialize_threshold
+from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks, get_memories
 from dmt.models.forward import forward_with_activations
+from dmt.ops import symmetric_root
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
@@ -69,10 +70,9 @@ def test_calibration_spends_the_budget_and_beats_the_same_k_for_all(family):
         student, _ = convert_blocks(teacher, [memory] * LAYERS)
         calibrate_memories(student, teacher, windows)
         memories = get_memories(student)
-        for each in memories.values():
-            each.count_reads()
-        found[name] = measure_fidelity(student, teacher, windows).kl
-        reads = [float(each.read_counts.sum()) / each.counted_tokens for each in memories.values()]
+        with record_usage(memories) as usage:
+            found[name] = measure_fidelity(student, teacher, windows).kl
+        reads = [counts.mean_reads for counts in usage.values()]
         assert sum(reads) / LAYERS == pytest.approx(SLOTS // 4, rel=0.1)
         if name == "auto":
             assert len({float(each.threshold) for each in memories.values()}) == 1
@@ -122,11 +122,9 @@ def test_a_budget_is_met_although_the_first_threshold_misses_it(monkeypatch):
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
     student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=8)] * LAYERS)
     calibrate_memories(student, teacher, windows)
-    memories = get_memories(student).values()
-    for memory in memories:
-        memory.count_reads()
-    forward_with_activations(student, windows)
-    assert sum(float(m.read_counts.sum()) / m.counted_tokens for m in memories) == pytest.approx(
+    with record_usage(get_memories(student)) as usage:
+        forward_with_activations(student, windows)
+    assert sum(counts.mean_reads for counts in usage.values()) == pytest.approx(
         8 * LAYERS, rel=0.05
     )
 

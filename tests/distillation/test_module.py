@@ -559,11 +559,7 @@ def test_processes_and_threads_do_not_choose_how_digits_are_computed(teacher, to
         (TrainerConfig(), 4),
     ):
         found = autotune.autotune(replace(Config(), trainer=given), teacher, tokens).trainer
-        assert (found.num_threads, found.precision, found.attention) == (
-            threads,
-            alone.precision,
-            alone.attention,
-        )
+        assert (found.num_threads, found.precision) == (threads, alone.precision)
     (kept,) = json.loads(autotune.get_timings_path().read_text())["decided"].values()
     assert kept["threads"] == {"1": 4, "2": 2}
 
@@ -589,18 +585,17 @@ def test_slots_read_fall_to_k_by_the_middle_and_the_step_is_the_same_afterwards(
     assert [k_schedule(step, 8, 4.0) for step in (0, 2, 4, 7)] == [4.0, 2.0, 1.0, 1.0]
     assert k_schedule(0, 8, 1.0) == 1.0
     made = steps_of(teacher, 1, stages=replace(stages(0, 4), k_warmup_factor=2.0))
-    assert {memory.k_multiplier for memory in get_memories(made.student).values()} == {2.0}
-    memory = get_memories(made.student)[0]
-    for training, read in ((True, 16), (False, 8)):  # what is measured reads k
-        memory.train(training).count_reads()
-        memory(torch.randn(10, WIDTH))
-        assert memory.read_counts.sum() == 10 * read
-    assert {
-        m.k_multiplier
-        for m in get_memories(
-            steps_of(teacher, 3, stages=replace(stages(0, 4), k_warmup_factor=2.0)).student
-        ).values()
-    } == {1.0}
+    memories = get_memories(made.student)
+    for step, multiplier in ((0, 2.0), (1, 1.5), (2, 1.0), (3, 1.0)):
+        with made.step_context(step):
+            assert {memory.k_multiplier for memory in memories.values()} == {multiplier}
+        assert {memory.k_multiplier for memory in memories.values()} == {1.0}
+    with made.step_context(0):
+        for training, num_reads in ((True, 16), (False, 8)):  # measurements read k
+            memory = memories[0].train(training)
+            with memory.recording_usage() as usage:
+                memory(torch.randn(10, WIDTH))
+            assert usage.reads.sum() == 10 * num_reads
 
 
 def test_values_have_a_rate_of_their_own(teacher):

@@ -93,10 +93,9 @@ def small(teacher, tmp_path, read_only=False, run=None, **changes):
 
 def taught(made, tokens, step=1):
     """One step's passes, without an optimiser: writes are offered and settled."""
-    made.row_sync.enable_writes(1.0)
-    for rows in tokens.split(2):
-        made.end_to_end_loss(Batch.full_step(rows))
-    made.row_sync.enable_writes(None)
+    with made.row_sync.writes_enabled(1.0):
+        for rows in tokens.split(2):
+            made.end_to_end_loss(Batch.full_step(rows))
     made.row_sync.commit_step(step)
 
 
@@ -129,12 +128,11 @@ def test_what_comes_later_moves_nothing_before_it_while_writing(teacher, tmp_pat
     other[0, 12:] = torch.randint(1, 300, (8,))
     said = []
     for given in (tokens, other):
-        made.row_sync.enable_writes(1.0)
-        made.end_to_end_loss(Batch.full_step(given))
-        said.append(forward_with_activations(made.student, given).logits)
-        made.row_sync.enable_writes(None)
+        with made.row_sync.writes_enabled(1.0):
+            made.end_to_end_loss(Batch.full_step(given))
+            said.append(forward_with_activations(made.student, given).logits)
         for memory in get_associative_memories(made.student).values():
-            memory._pending_writes, memory._pending_reads = [], []
+            memory.drop_pending()
     assert torch.equal(said[0][0, :12], said[1][0, :12])
     assert torch.equal(said[0][1:], said[1][1:])
     assert not torch.equal(said[0][0, 12:], said[1][0, 12:])
@@ -166,9 +164,9 @@ def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, toke
     for parts in (1, 3):
         (tmp_path / str(parts)).mkdir()
         made = small(teacher, tmp_path / str(parts))
-        made.row_sync.enable_writes(1.0)
-        for rows in tokens.split(parts):
-            made.end_to_end_loss(Batch.full_step(rows))
+        with made.row_sync.writes_enabled(1.0):
+            for rows in tokens.split(parts):
+                made.end_to_end_loss(Batch.full_step(rows))
         made.row_sync.commit_step(1)
         written.append(
             [
@@ -426,7 +424,7 @@ def _one_of_two(rank, folder):
     teacher = make_teacher()
     if rank:
         dist.barrier()  # the first process makes the store
-    made = small(teacher, Path(folder), read_only=bool(rank), capacity=40, recombine=0.3)
+    made = small(teacher, Path(folder), read_only=bool(rank), capacity=40, merge_distance=0.3)
     if not rank:
         dist.barrier()
     made.row_sync.load_rows()
@@ -447,11 +445,10 @@ def _one_of_two(rank, folder):
         tokens = torch.randint(0, teacher.config.vocab_size, (4, 16), generator=drawn)[
             2 * rank : 2 * rank + 2
         ]
-        made.row_sync.enable_writes(1.0)
         optimizer.zero_grad()
-        step(tokens).backward()
+        with made.row_sync.writes_enabled(1.0):
+            step(tokens).backward()
         optimizer.step()
-        made.row_sync.enable_writes(None)
         made.row_sync.commit_step(number)
         if number == 3:
             known = made.row_sync.checkpoint_state(3)

@@ -85,7 +85,7 @@ def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
     student, _ = convert_blocks(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
     propose_rows(student, any_teacher, tokens)
     assert all(parameter.grad is None for parameter in student.parameters())
-    assert not any(memory.writing for memory in get_associative_memories(student).values())
+    assert not any(memory.is_writing for memory in get_associative_memories(student).values())
     settled(student)
     before = {
         layer: len(memory.rows) for layer, memory in get_associative_memories(student).items()
@@ -93,7 +93,7 @@ def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
     monkeypatch.setattr("dmt.distillation.row_sync.set_row_targets", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         propose_rows(student, any_teacher, tokens.flip(1))
-    assert not any(memory.writing for memory in get_associative_memories(student).values())
+    assert not any(memory.is_writing for memory in get_associative_memories(student).values())
     settled(student, 2)  # nothing of the text that failed
     assert before == {
         layer: len(memory.rows) for layer, memory in get_associative_memories(student).items()

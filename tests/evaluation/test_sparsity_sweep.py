@@ -10,6 +10,7 @@ from dmt.config import FeaturalConfig
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.samples import K_FACTORS, sparsity_sweep
 from dmt.memory.sparsity_budget import initialize_threshold
+from dmt.memory.usage import record_usage
 from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.forward import forward_with_activations
 
@@ -23,8 +24,8 @@ def _student(teacher, **memory):
     "memory",
     [
         {},
-        {"k": "auto", "budget": 8},
-        {"k": "auto", "budget": 8, "search": "int8"},
+        {"k": "auto", "mean_k": 8},
+        {"k": "auto", "mean_k": 8, "search": "int8"},
         {"search": "ivf"},
         {"k": 4, "heads": 2, "projections": True},
     ],
@@ -35,17 +36,13 @@ def test_other_budgets_are_tried_and_taken_back(teacher, tokens, memory):
     memories = get_featural_memories(student)
     given = forward_with_activations(student, tokens, capture_blocks=True).block_inputs
     initialize_threshold(memories.values(), [given[layer].flatten(0, -2) for layer in memories])
-    for each in memories.values():
-        each.count_reads()
-        each.read_counts.fill_(7)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     own = measure_fidelity(student, teacher, tokens)
-    for each in memories.values():
-        each.read_counts.fill_(7)
-    found = sparsity_sweep(student, teacher, {"a": tokens, "b": tokens[:1]}, tokens)
+    with record_usage(memories) as usage:
+        found = sparsity_sweep(student, teacher, {"a": tokens, "b": tokens[:1]}, tokens)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
     assert all(each.k == (4 if "heads" in memory else 8) for each in memories.values())
-    assert all(each.read_counts.tolist() == [7] * each.num_slots for each in memories.values())
+    assert not any(counts.tokens for counts in usage.values()), "an outer recording is paused"
     assert found["tokens"] == 4 * 19
     points = {point["factor"]: point for point in found["points"]}
     assert list(points) == [
@@ -64,7 +61,7 @@ def test_other_budgets_are_tried_and_taken_back(teacher, tokens, memory):
 
 
 def test_a_budget_of_everything_is_the_teacher(teacher, tokens):
-    student = _student(teacher, k=16, linear=False)
+    student = _student(teacher, k=16, skip_connection=False)
     points = sparsity_sweep(student, teacher, {"a": tokens}, tokens)["points"]
     assert [point["k"] for point in points] == [4, 8, 16, 32, 64]
     assert points[-1]["corpora"]["a"]["kl"] == pytest.approx(0, abs=1e-5)

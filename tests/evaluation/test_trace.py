@@ -70,11 +70,9 @@ def make_student(teacher, tokens, memories):
         for memory in get_associative_memories(student).values():
             memory.output.weight.add_(0.3 * torch.randn_like(memory.output.weight))
             memory.query.weight.add_(0.1 * torch.randn_like(memory.query.weight))
-    for memory in get_associative_memories(student).values():
-        memory.tag = "a book"
     row_ids = itertools.count(1_000)
     if get_associative_memories(student):
-        write(student, teacher, tokens)
+        write(student, teacher, tokens, "a book")
         for memory in get_associative_memories(student).values():
             memory.commit_step(
                 1, 7.0, lambda count: np.array([next(row_ids) for _ in range(count)], np.int64)
@@ -364,7 +362,7 @@ def test_tracing_changes_nothing_and_ignores_training_mode(student, tokenizer):
     traces = trace(student, tokenizer, TEXT)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     for memory in get_featural_memories(student).values():
-        memory.k_multiplier = 3.0
+        memory.set_k_multiplier(3.0)
     student.train()
     assert trace(student, tokenizer, TEXT) == traces
     assert student.training

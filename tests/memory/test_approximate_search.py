@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_llama, make_teacher
-from reference import read
+from reference import reference_output
 from test_featural import BUDGETED, KINDS, SLOTS, WIDTH, K, make
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,7 @@ WAYS = [(*kind, {}) for kind in KINDS if kind[1] != "centered"] + [
 @pytest.fixture(params=[True, False], ids=["always", "by size"])
 def always(request, monkeypatch):
     """Candidates wherever possible, gradients or not; or where sizes say so."""
-    monkeypatch.setattr(featural, "CANDIDATES_PER_READ", {"int8": 1, "ivf": 16, "product": 16})
+    monkeypatch.setattr(featural, "CANDIDATES_PER_READ", {"int8": 1, "ivf": 16})
     assert K * 16 > SLOTS  # all slots of the small memories are candidates
     if request.param:
         monkeypatch.setattr(featural, "MAX_EXACT_SLOTS", 0)
@@ -44,7 +44,7 @@ def test_where_candidates_are_all_slots_the_answer_is_the_definition(
 ):
     memory = make(weighting, ranking, 1, projections, linear_map, search=search, **changes)
     hidden = torch.randn(tokens, WIDTH, dtype=torch.double, requires_grad=True)
-    wanted = torch.stack([read(memory, token) for token in hidden])
+    wanted = torch.stack([reference_output(memory, token) for token in hidden])
     said = memory(hidden)
     torch.testing.assert_close(said, wanted)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_where_candidates_are_all_slots_the_answer_is_the_definition(
 
 FOUND = [
     (search, changes)
-    for search in ("int8", "ivf", "product")
+    for search in ("int8", "ivf")
     for changes in ({}, {"k_mode": "threshold"})
 ]
 FOUND += [
@@ -154,7 +154,7 @@ def test_a_poor_search_is_told_from_a_good_one():
 
 
 def test_reads_are_counted_alike_on_every_path(always):
-    for search in ("int8", "ivf", "product"):
+    for search in ("int8", "ivf"):
         for changes in ({}, {"k_mode": "threshold"}):
             memory = many(search, **changes)
             for tokens in (1, 5, 40):
@@ -166,7 +166,7 @@ def test_reads_are_counted_alike_on_every_path(always):
                 assert memory.counted_tokens == tokens
 
 
-@pytest.mark.parametrize("search", ["int8", "ivf", "product"])
+@pytest.mark.parametrize("search", ["int8", "ivf"])
 def test_few_tokens_at_once_say_what_many_do(monkeypatch, search):
     monkeypatch.setattr(featural, "MAX_EXACT_SLOTS", 0)
     memory, hidden = many(search), torch.randn(33, 32)
@@ -233,7 +233,7 @@ def test_codes_are_within_their_rounding():
 
 
 def test_an_index_is_kept_while_training_and_made_anew_after():
-    memory = many("product").train()
+    memory = many("ivf").train()
     hidden = torch.randn(3, 32)
     with torch.no_grad():
         before = memory.select_slots(hidden)
@@ -241,7 +241,7 @@ def test_an_index_is_kept_while_training_and_made_anew_after():
         made = []
         kept = dict(INDEX_BUILDERS)
         try:
-            INDEX_BUILDERS["product"] = lambda *given: made.append(1) or kept["product"](*given)
+            INDEX_BUILDERS["ivf"] = lambda *given: made.append(1) or kept["ivf"](*given)
             memory.select_slots(hidden)
             assert not made
             memory.eval()
@@ -266,7 +266,7 @@ def test_patience_counts_changes():
     "changes",
     [
         {"search": "ivf", "selection": "centered"},
-        {"search": "product", "gated": True},
+        {"search": "ivf", "gated": True},
         {"search": "int8", "heads": 2},
         {"search": "hnsw"},
     ],
@@ -282,7 +282,7 @@ def test_gated_blocks_refuse_an_index_of_one_key():
         convert_blocks(make_llama(), [FeaturalConfig(search="ivf")] * 3)
 
 
-@pytest.mark.parametrize("search", ["int8", "ivf", "product"])
+@pytest.mark.parametrize("search", ["int8", "ivf"])
 @pytest.mark.parametrize("k", ["auto", 8])
 def test_a_saved_student_finds_what_it_found(tmp_path, search, k):
     student, _ = convert_blocks(make_teacher(), [FeaturalConfig(search=search, k=k)] * 3)
@@ -306,7 +306,7 @@ def test_a_saved_student_finds_what_it_found(tmp_path, search, k):
 def test_k_of_all_slots_is_the_teacher_whatever_the_search():
     teacher = make_teacher()
     tokens = torch.randint(0, 300, (1, 12))
-    for search in ("int8", "ivf", "product"):
+    for search in ("int8", "ivf"):
         student, _ = convert_blocks(teacher, [FeaturalConfig(search=search, k=64)] * 3)
         with torch.no_grad():
             torch.testing.assert_close(
@@ -329,7 +329,7 @@ def test_k_of_all_slots_is_the_teacher_whatever_the_search():
             "does not look at all of them",
         ),
         (
-            ["memory.search=product", "memory.selection=centered"],
+            ["memory.search=ivf", "memory.selection=centered"],
             "finds large weights, not unusual ones",
         ),
     ],

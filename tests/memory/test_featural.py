@@ -1,29 +1,28 @@
-"""Featural memory against its obvious definition, in value and in gradient."""
+"""The featural memory against its definition, in value and in gradient."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import gelu_tanh, read
+from reference import gelu_tanh, reference_output
 
 from dmt.memory import FeaturalMemory
-from dmt.memory.slot_table import fit_ridge_map
+from dmt.memory.slot_table import ACTIVATIONS, fit_ridge_map
 from dmt.memory.sparsity_budget import initialize_threshold, reset_counts, update_threshold
+from dmt.memory.usage import record_usage
 
 WIDTH, SLOTS, K = 6, 12, 4
 KINDS = [
-    (weighting, ranking)
-    for weighting in ("block", "relu", "softmax", "distance")
-    for ranking in ("score", "contribution", "centered")
-    if ranking == "score" or weighting in ("block", "relu")
+    (activation, selection)
+    for activation in ("block", "relu", "softmax", "distance")
+    for selection in ("score", "contribution", "centered")
+    if selection == "score" or activation in ("block", "relu")
 ]
-
-
 BUDGETED = {"k_mode": "threshold", "metric": "fisher"}
-WAYS = [(*kind, {}) for kind in KINDS] + [
-    (weighting, ranking, changes)
-    for weighting, ranking in KINDS
-    if ranking != "score"  # the others rank by score alone and weigh by score alone
+VARIANTS = [(*kind, {}) for kind in KINDS] + [
+    (activation, selection, changes)
+    for activation, selection in KINDS
+    if selection != "score"  # the others rank and weigh by score alone
     for changes in ({"gated": True}, {"metric": "fisher"}, {"gated": True, **BUDGETED})
 ]
 
@@ -37,14 +36,14 @@ def make(
     **changes,
 ):
     shape = {"width": WIDTH, "num_slots": SLOTS, "k": K} | changes
-    how = {
+    options = {
         "activation": activation,
         "activation_function": "gelu_new",
         "selection": selection,
         "projections": projections,
         "skip_connection": skip_connection,
     }
-    memory = FeaturalMemory(**shape, heads=heads, **how).double()
+    memory = FeaturalMemory(**shape, heads=heads, **options).double()
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -57,63 +56,67 @@ def make(
 
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize(("projections", "linear"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("weighting", "ranking", "changes"), WAYS)
+@pytest.mark.parametrize(
+    ("projections", "skip_connection"), [(False, False), (False, True), (True, True)]
+)
+@pytest.mark.parametrize(("activation", "selection", "changes"), VARIANTS)
 def test_equals_definition_in_value_and_gradient(
-    weighting, ranking, projections, linear, heads, tokens, changes
+    activation, selection, projections, skip_connection, heads, tokens, changes
 ):
-    memory = make(weighting, ranking, heads, projections, linear, **changes)
+    memory = make(activation, selection, heads, projections, skip_connection, **changes)
     hidden = torch.randn(tokens, WIDTH, dtype=torch.double, requires_grad=True)
-    wanted = torch.stack([read(memory, token) for token in hidden])
-    said = memory(hidden)
-    torch.testing.assert_close(said, wanted)
-    with torch.no_grad():  # takes another path: values are gathered
-        torch.testing.assert_close(memory(hidden), wanted)
-    direction = torch.randn_like(said)
+    expected = torch.stack([reference_output(memory, token) for token in hidden])
+    output = memory(hidden)
+    torch.testing.assert_close(output, expected)
+    with torch.no_grad():  # another code path: values are gathered
+        torch.testing.assert_close(memory(hidden), expected)
+    direction = torch.randn_like(output)
     leaves = [hidden, *memory.parameters()]
-    mine = torch.autograd.grad(
-        (said * direction).sum(), leaves, allow_unused=True, materialize_grads=True
+    grads, expected_grads = (
+        torch.autograd.grad(
+            (values * direction).sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+        for values in (output, expected)
     )
-    theirs = torch.autograd.grad(
-        (wanted * direction).sum(), leaves, allow_unused=True, materialize_grads=True
-    )
-    for got, want in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(got, want)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize(("weighting", "ranking"), KINDS)
-def test_gradcheck(weighting, ranking):
-    memory = make(weighting, ranking, heads=2, projections=True, skip_connection=True)
+@pytest.mark.parametrize(("activation", "selection"), KINDS)
+def test_gradcheck(activation, selection):
+    memory = make(activation, selection, heads=2, projections=True, skip_connection=True)
     hidden = torch.randn(2, WIDTH, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(memory, (hidden,))
 
 
-@pytest.mark.parametrize("ranking", ["score", "contribution", "centered"])
+@pytest.mark.parametrize("selection", ["score", "contribution", "centered"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_all_slots_are_the_feed_forward_block(ranking, heads):
-    memory = make(selection=ranking, heads=heads, k=SLOTS)
+def test_with_all_slots_it_is_the_feed_forward_block(selection, heads):
+    memory = make(selection=selection, heads=heads, k=SLOTS)
     hidden = torch.randn(20, WIDTH, dtype=torch.double)
     block = gelu_tanh(hidden @ memory.keys.T + memory.key_bias) @ memory.values + memory.output_bias
     torch.testing.assert_close(memory(hidden), block)
 
 
-def test_straight_through_goes_forward_as_k_slots_and_backward_as_all():
-    through, sparse, dense = (
-        make(k=k, gradient=g)
-        for k, g in ((K, "straight_through"), (K, "selected"), (SLOTS, "selected"))
+def test_straight_through_is_sparse_forward_and_dense_backward():
+    straight, sparse, dense = (
+        make(k=k, gradient=gradient)
+        for k, gradient in ((K, "straight_through"), (K, "selected"), (SLOTS, "selected"))
     )
-    sparse.load_state_dict(through.state_dict())
-    dense.load_state_dict(through.state_dict())
+    sparse.load_state_dict(straight.state_dict())
+    dense.load_state_dict(straight.state_dict())
     hidden = torch.randn(20, WIDTH, dtype=torch.double, requires_grad=True)
-    torch.testing.assert_close(through(hidden), sparse(hidden))
+    torch.testing.assert_close(straight(hidden), sparse(hidden))
     direction = torch.randn(20, WIDTH, dtype=torch.double)
-    gradients = [
-        torch.autograd.grad((m(hidden) * direction).sum(), [hidden, m.keys, m.key_bias])
-        for m in (through, sparse, dense)
+    grads = [
+        torch.autograd.grad(
+            (memory(hidden) * direction).sum(), [hidden, memory.keys, memory.key_bias]
+        )
+        for memory in (straight, sparse, dense)
     ]
-    for got, selected, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want)
-        assert not torch.allclose(got, selected)
+    for straight_grad, sparse_grad, dense_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(straight_grad, dense_grad)
+        assert not torch.allclose(straight_grad, sparse_grad)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -131,18 +134,55 @@ def test_any_shape_equals_definition(batch, time, kind, heads, width, projection
     k = data.draw(st.integers(1, per_head))
     memory = make(*kind, heads, projections, k=k * heads, num_slots=per_head * heads, width=width)
     hidden = torch.randn(batch, time, width, dtype=torch.double)
-    wanted = torch.stack([read(memory, token) for token in hidden.view(-1, width)]).view_as(hidden)
-    torch.testing.assert_close(memory(hidden), wanted)
+    expected = [reference_output(memory, token) for token in hidden.view(-1, width)]
+    torch.testing.assert_close(memory(hidden), torch.stack(expected).view_as(hidden))
 
 
 def test_reads_are_counted_once_per_token_and_slot():
     memory = make(selection="centered")
-    memory.count_reads()
     hidden = torch.randn(30, WIDTH, dtype=torch.double)
+    with memory.recording_usage() as usage:
+        memory(hidden)
+    memory(hidden)  # is not counted
+    assert usage.reads.sum() == 30 * K
+    assert usage.tokens == 30
+    assert usage.mean_reads == K
+    assert torch.equal(usage.reads, memory.select_slots(hidden).sum(0))
+
+
+def test_an_inner_recording_pauses_the_outer_and_errors_end_it():
+    memory, hidden = make(), torch.randn(3, WIDTH, dtype=torch.double)
+    with record_usage({1: memory, 2: make()}) as usage:
+        memory(hidden)
+        with memory.recording_usage() as inner:
+            memory(hidden)
+        with memory.usage_paused():
+            memory(hidden)
+        memory(hidden[:2])
+    assert (usage[1].tokens, usage[2].tokens, inner.tokens) == (5, 0, 3)
+    assert usage[2].mean_reads == 0
+    assert usage[1].all_reduce().tokens == 5
+    with pytest.raises(RuntimeError, match="stop"), memory.recording_usage() as usage:
+        raise RuntimeError("stop")
     memory(hidden)
-    assert memory.read_counts.sum() == 30 * K
-    assert memory.counted_tokens == 30
-    assert torch.equal(memory.read_counts, memory.select_slots(hidden).sum(0))
+    assert usage.tokens == 0
+
+
+def test_k_is_restored_after_a_temporary_one():
+    memory = make(selection="centered", **BUDGETED)
+    hidden = torch.randn(9, WIDTH, dtype=torch.double)
+    before = memory(hidden)
+    with memory.temporary_k(SLOTS, threshold=torch.zeros(())):
+        assert memory.k == SLOTS
+        assert memory.select_slots(hidden).all()
+    assert (memory.k, float(memory.threshold)) == (K, 8.0)
+    assert torch.equal(memory(hidden), before)
+    with pytest.raises(ValueError, match="k must be in"), memory.temporary_k(SLOTS + 1):
+        pass
+    top = make(selection="centered")
+    with top.temporary_k(1):
+        assert (top.select_slots(hidden).sum(-1) == 1).all()
+    assert (top.select_slots(hidden).sum(-1) == K).all()
 
 
 def test_means_are_average_weights():
@@ -155,44 +195,73 @@ def test_means_are_average_weights():
 
 
 @pytest.mark.parametrize("projections", [False, True])
-def test_compensation_gives_the_answer_the_mean_it_lacks(projections):
+def test_compensation_adds_the_mean_of_the_residual(projections):
     memory = make(projections=projections)
     hidden = torch.randn(40, WIDTH, dtype=torch.double)
-    before, missing = memory(hidden).detach(), torch.randn(40, WIDTH, dtype=torch.double)
-    memory.compensate(hidden, missing)
-    torch.testing.assert_close(memory(hidden).detach(), before + missing.mean(0))
+    before, residual = memory(hidden).detach(), torch.randn(40, WIDTH, dtype=torch.double)
+    memory.compensate(hidden, residual)
+    torch.testing.assert_close(memory(hidden).detach(), before + residual.mean(0))
 
 
 @pytest.mark.parametrize("projections", [False, True])
-def test_linear_compensation_is_the_least_squares_one(projections):
+def test_compensation_of_a_skip_connection_is_least_squares(projections):
     memory = make(projections=projections, skip_connection=True)
     hidden = torch.randn(500, WIDTH, dtype=torch.double) * 3 + 1
     truth = torch.randn(WIDTH, WIDTH, dtype=torch.double)
-    missing = hidden @ truth + 0.1 * torch.randn(500, WIDTH, dtype=torch.double)
+    residual = hidden @ truth + 0.1 * torch.randn(500, WIDTH, dtype=torch.double)
     before = memory(hidden).detach()
-    memory.compensate(hidden, missing)
+    memory.compensate(hidden, residual)
     inputs = torch.cat([hidden, torch.ones(500, 1, dtype=torch.double)], dim=1)
-    foreseen = inputs @ torch.linalg.lstsq(inputs, missing).solution
-    torch.testing.assert_close(memory(hidden).detach(), before + foreseen, rtol=0.01, atol=0.05)
-    memory.compensate(hidden, torch.zeros_like(missing))
-    torch.testing.assert_close(memory(hidden).detach(), before + foreseen, rtol=0.01, atol=0.05)
+    predicted = inputs @ torch.linalg.lstsq(inputs, residual).solution
+    torch.testing.assert_close(memory(hidden).detach(), before + predicted, rtol=0.01, atol=0.05)
+    memory.compensate(hidden, torch.zeros_like(residual))
+    torch.testing.assert_close(memory(hidden).detach(), before + predicted, rtol=0.01, atol=0.05)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 13}, "k must be in"),
+        ({"k": 13}, r"k must be in \[1, num_slots=12\], got 13"),
         ({"k": 0}, "k must be in"),
+        ({"width": 0}, "width must be at least 1"),
+        ({"heads": 0}, "heads must be at least 1"),
         ({"heads": 5}, "multiples of heads"),
-        ({"activation": "softmax", "selection": "centered"}, "ranking=score"),
-        ({"activation_function": "mish"}, "not supported"),
+        ({"activation": "softmax", "selection": "centered"}, "needs selection=score"),
+        ({"activation": "distance", "gradient": "straight_through"}, "needs selection=score"),
+        ({"activation": "softmax", "gated": True}, "does not support gated"),
+        ({"activation": "mish"}, "not supported"),
+        ({"activation": "block"}, "needs activation_function"),
+        ({"activation": "block", "activation_function": "mish"}, "not supported"),
+        ({"selection": "rank"}, "selection must be one of"),
+        ({"metric": "cosine"}, "metric must be one of"),
+        ({"k_mode": "all"}, "k_mode must be one of"),
+        ({"gradient": "none"}, "gradient must be one of"),
         ({"search": "guess"}, "search must be one of exact"),
-        ({"k_mode": "threshold", "selection": "score"}, "ranks that compare"),
+        ({"k_mode": "threshold", "selection": "score"}, "comparable across layers"),
     ],
 )
-def test_impossible_memories_are_refused(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         FeaturalMemory(**({"width": WIDTH, "num_slots": SLOTS, "k": K} | arguments))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "softmax", "distance"])
+def test_the_layer_works_alone(activation, gated):
+    if gated and activation not in ACTIVATIONS:
+        pytest.skip("rejected")
+    memory = FeaturalMemory(WIDTH, SLOTS, K, activation=activation, gated=gated)
+    hidden = torch.randn(2, 5, WIDTH, requires_grad=True)
+    output = memory(hidden)
+    assert output.shape == hidden.shape
+    assert output.isfinite().all()
+    assert 0 < output.std() < 1
+    output.square().sum().backward()
+    without_grad = {name for name, p in memory.named_parameters() if p.grad is None}
+    assert without_grad == ({"key_bias"} if activation == "distance" else set())
+    expected = [reference_output(memory, token) for token in hidden.view(-1, WIDTH)]
+    torch.testing.assert_close(output, torch.stack(expected).view_as(hidden), rtol=1e-4, atol=1e-6)
+    assert f"num_slots={SLOTS}, k={K}" in repr(memory)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -209,7 +278,7 @@ def test_a_threshold_of_zero_reads_every_slot(gated):
             torch.testing.assert_close(memory(hidden), block)
 
 
-def test_a_slot_whose_rank_is_the_threshold_is_read():
+def test_a_slot_whose_rank_equals_the_threshold_is_read():
     memory = make(selection="centered", **BUDGETED)
     hidden = torch.randn(20, WIDTH, dtype=torch.double)
     rank = memory.compute_ranks(hidden)
@@ -217,7 +286,7 @@ def test_a_slot_whose_rank_is_the_threshold_is_read():
     assert torch.equal(memory.select_slots(hidden), rank == rank.max())
 
 
-def test_a_threshold_nothing_reaches_reads_nothing():
+def test_an_unreachable_threshold_reads_nothing():
     memory = make(selection="centered", **BUDGETED)
     memory.threshold.fill_(float("inf"))
     hidden = torch.randn(20, WIDTH, dtype=torch.double)
@@ -227,39 +296,39 @@ def test_a_threshold_nothing_reaches_reads_nothing():
         )
 
 
-def test_lengths_follow_the_values():
+def test_value_norms_follow_the_values():
     memory = make(selection="centered").eval()
     assert torch.equal(memory.value_norms(), memory.values.norm(dim=-1))
-    kept = memory.value_norms()
-    assert memory.value_norms() is kept, "computed once while nothing changes"
+    cached = memory.value_norms()
+    assert memory.value_norms() is cached, "computed once while nothing changes"
     with torch.no_grad():
         memory.values.mul_(2)
-    assert torch.equal(memory.value_norms(), 2 * kept)
+    assert torch.equal(memory.value_norms(), 2 * cached)
     memory.load_state_dict(make(selection="centered").state_dict())
     assert torch.equal(memory.value_norms(), memory.values.norm(dim=-1))
     memory.values.data = torch.randn_like(memory.values)
     assert torch.equal(memory.value_norms(), memory.values.norm(dim=-1))
 
 
-def test_what_is_kept_is_the_same_whoever_asked_first():
+def test_cached_values_are_in_full_precision_under_autocast():
     memory = make(selection="centered", metric="fisher").float().eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         memory(torch.randn(3, WIDTH))
-        lengths, always = memory.value_norms(), memory.constant_output()
+        norms, constant = memory.value_norms(), memory.constant_output()
     torch.testing.assert_close(
-        lengths, (memory.values @ memory.metric).norm(dim=-1), rtol=1e-5, atol=1e-6
+        norms, (memory.values @ memory.metric).norm(dim=-1), rtol=1e-5, atol=1e-6
     )
     torch.testing.assert_close(
-        always, memory.output_bias + memory.means @ memory.values, rtol=1e-5, atol=1e-6
+        constant, memory.output_bias + memory.means @ memory.values, rtol=1e-5, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("changed", ["output_bias", "means", "values"])
-def test_what_is_always_said_follows_all_it_depends_on(changed):
+def test_the_constant_output_follows_all_its_sources(changed):
     memory = make(selection="centered").eval()
     with torch.no_grad():
-        kept = memory.constant_output()
-        assert memory.constant_output() is kept
+        cached = memory.constant_output()
+        assert memory.constant_output() is cached
         getattr(memory, changed).mul_(2)
         torch.testing.assert_close(
             memory.constant_output(), memory.output_bias + memory.means @ memory.values
@@ -267,13 +336,8 @@ def test_what_is_always_said_follows_all_it_depends_on(changed):
     assert memory.constant_output().requires_grad
 
 
-def test_gains_need_a_weight_per_slot():
-    with pytest.raises(ValueError, match="softmax knows no gains"):
-        make("softmax", gated=True)
-
-
 @pytest.mark.parametrize("changed", ["values", "metric", "output"])
-def test_lengths_follow_all_they_depend_on(changed):
+def test_value_norms_follow_all_their_sources(changed):
     memory = make(selection="centered", projections=True, metric="fisher").eval()
     memory.value_norms()
     with torch.no_grad():
@@ -283,10 +347,10 @@ def test_lengths_follow_all_they_depend_on(changed):
     )
 
 
-def test_the_first_threshold_spends_the_budget_over_all_memories():
+def test_the_initial_threshold_spends_the_budget_over_all_memories():
     memories = [make(selection="centered", **BUDGETED) for _ in range(3)]
     with torch.no_grad():
-        memories[0].values.mul_(5)  # what it says weighs more, so it is given more
+        memories[0].values.mul_(5)  # its contributions are larger
     hidden = [torch.randn(200, WIDTH, dtype=torch.double) for _ in memories]
     initialize_threshold(memories, hidden)
     reads = [
@@ -297,24 +361,24 @@ def test_the_first_threshold_spends_the_budget_over_all_memories():
     assert reads[0] > reads[1] + 2
 
 
-def test_a_threshold_of_zero_never_comes_to_be():
-    # Half of the slots say nothing to this token: a threshold of zero would read them all for ever.
+def test_the_initial_threshold_is_never_zero():
+    # Half of the slots contribute nothing: a threshold of zero would read them all for ever.
     memory = make(activation="relu", selection="contribution", k=SLOTS - 2, **BUDGETED).float()
     hidden = torch.randn(200, WIDTH)
     initialize_threshold([memory], [hidden])
     assert memory.threshold > 0
     assert memory.select_slots(hidden).sum() == (memory.compute_ranks(hidden) > 0).sum()
-    everything = make(selection="centered", k=SLOTS, **BUDGETED).float()
-    initialize_threshold([everything], [hidden])
-    assert everything.select(hidden).all()
+    full = make(selection="centered", k=SLOTS, **BUDGETED).float()
+    initialize_threshold([full], [hidden])
+    assert full.select_slots(hidden).all()
 
 
-def test_holding_moves_the_shared_threshold_to_the_budget():
+def test_updates_move_the_shared_threshold_to_the_budget():
     memories = [make(selection="centered", **BUDGETED).train() for _ in range(3)]
     for memory in memories:
         memory.threshold.fill_(1e-3)
         memory(torch.randn(9, WIDTH, dtype=torch.double))
-    assert not any(memory.budget_counts for memory in memories), "nobody asked for it"
+    assert not any(memory.budget_counts for memory in memories), "counted only after reset_counts"
     reset_counts(memories)
     hidden = torch.randn(400, WIDTH, dtype=torch.double)
     for _ in range(60):
@@ -327,7 +391,7 @@ def test_holding_moves_the_shared_threshold_to_the_budget():
     ) / 400 == pytest.approx(3 * K, rel=0.02)
 
 
-def test_nothing_is_held_where_nothing_is_shared_or_nothing_was_read():
+def test_a_threshold_without_reads_is_not_moved():
     top, idle = make(selection="centered").train(), make(selection="centered", **BUDGETED).train()
     top(torch.randn(5, WIDTH, dtype=torch.double))
     update_threshold([top, idle], rate=0.5)
@@ -337,11 +401,11 @@ def test_nothing_is_held_where_nothing_is_shared_or_nothing_was_read():
     assert float(idle.threshold) == 8.0
 
 
-def test_the_first_threshold_of_many_tokens_is_found_on_some_from_all_over(monkeypatch):
+def test_the_initial_threshold_of_many_tokens_is_measured_on_a_spread_sample(monkeypatch):
     monkeypatch.setattr("dmt.memory.sparsity_budget.MAX_RANKS", 100 * 2 * SLOTS)
     memories = [make(selection="centered", **BUDGETED) for _ in range(2)]
-    later_says_more = torch.linspace(0.1, 3, 1000, dtype=torch.double).unsqueeze(-1)
-    hidden = [torch.randn(1000, WIDTH, dtype=torch.double) * later_says_more for _ in memories]
+    scale = torch.linspace(0.1, 3, 1000, dtype=torch.double).unsqueeze(-1)
+    hidden = [torch.randn(1000, WIDTH, dtype=torch.double) * scale for _ in memories]
     initialize_threshold(memories, hidden)
     reads = [
         float(memory.select_slots(states).sum()) / 1000
@@ -350,7 +414,7 @@ def test_the_first_threshold_of_many_tokens_is_found_on_some_from_all_over(monke
     assert sum(reads) == pytest.approx(2 * K, rel=0.1)
 
 
-def test_where_no_slot_says_anything_none_is_read():
+def test_slots_that_contribute_nothing_are_not_read():
     memory, hidden = make("relu", "contribution", **BUDGETED).float(), torch.randn(20, WIDTH)
     with torch.no_grad():
         memory.key_bias.fill_(-1e3)
@@ -360,7 +424,7 @@ def test_where_no_slot_says_anything_none_is_read():
 
 
 @pytest.mark.parametrize(
-    ("k", "widened", "read", "factor"),
+    ("k", "multiplier", "reads", "factor"),
     [
         (K, 1, K, 1),
         (K, 1, 2 * K, 2),
@@ -371,38 +435,34 @@ def test_where_no_slot_says_anything_none_is_read():
         (K, 1, 0, 0.1),
     ],
 )
-def test_a_threshold_is_moved_by_a_root_of_what_was_read_too_much_but_never_far(
-    k, widened, read, factor
-):
+def test_a_threshold_moves_by_a_bounded_power_of_the_excess(k, multiplier, reads, factor):
     memories = [make(selection="centered", k=k, **BUDGETED) for _ in range(2)]
     reset_counts(memories)
     for memory in memories:
-        memory.k_multiplier = widened
-        memory.budget_counts.copy_(torch.tensor([read * 100, 100]))
+        memory.set_k_multiplier(multiplier)
+        memory.budget_counts.copy_(torch.tensor([reads * 100, 100]))
     update_threshold(memories, rate=0.5)
     assert [float(memory.threshold) for memory in memories] == [pytest.approx(8 * factor**0.5)] * 2
     update_threshold(memories, rate=0.5)
-    assert float(memories[0].threshold) == pytest.approx(8 * factor**0.5), (
-        "what was read is forgotten"
-    )
+    assert float(memories[0].threshold) == pytest.approx(8 * factor**0.5), "counts start again"
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize(("weighting", "ranking", "changes"), WAYS)
-def test_reads_are_counted_on_every_path_and_anew_when_asked(weighting, ranking, changes, grad):
-    memory, hidden = make(weighting, ranking, **changes), torch.randn(30, WIDTH, dtype=torch.double)
+@pytest.mark.parametrize(("activation", "selection", "changes"), VARIANTS)
+def test_reads_are_counted_on_every_code_path(activation, selection, changes, grad):
+    memory = make(activation, selection, **changes)
+    hidden = torch.randn(30, WIDTH, dtype=torch.double)
     with torch.no_grad():
         memory.values[-1].zero_()  # where values are ranked the last slot is never read
     for _ in range(2):
-        memory.count_reads()
-        with torch.set_grad_enabled(grad):
+        with memory.recording_usage() as usage, torch.set_grad_enabled(grad):
             memory(hidden)
-        assert torch.equal(memory.read_counts, memory.select_slots(hidden).sum(0))
-        assert memory.counted_tokens == 30
+        assert torch.equal(usage.reads, memory.select_slots(hidden).sum(0))
+        assert usage.tokens == 30
 
 
 @torch.no_grad()
-def test_what_is_kept_is_made_anew_while_training():
+def test_nothing_is_cached_in_training_mode():
     memory = make(selection="centered").train()
     memory.constant_output(), memory.value_norms()
     memory.values.data.mul_(2)  # which no version counter notices
@@ -412,7 +472,7 @@ def test_what_is_kept_is_made_anew_while_training():
     )
 
 
-def test_inference_mode_reads_what_is_there_now():
+def test_nothing_is_cached_in_inference_mode():
     with torch.inference_mode():
         memory, hidden = (
             make(selection="centered").eval(),
@@ -420,49 +480,47 @@ def test_inference_mode_reads_what_is_there_now():
         )
         for _ in range(2):
             torch.testing.assert_close(
-                memory(hidden), torch.stack([read(memory, token) for token in hidden])
+                memory(hidden), torch.stack([reference_output(memory, token) for token in hidden])
             )
             memory.values.mul_(2)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_no_more_than_all_slots_are_read_however_wide(heads):
-    memory, dense = (
-        make(selection="centered", heads=heads).train(),
-        make(selection="centered", heads=heads, k=SLOTS),
-    )
+def test_a_multiple_of_k_reads_all_slots_at_most(heads):
+    memory = make(selection="centered", heads=heads).train()
+    dense = make(selection="centered", heads=heads, k=SLOTS)
     dense.load_state_dict(memory.state_dict())
-    memory.k_multiplier = 10.0
     hidden = torch.randn(9, WIDTH, dtype=torch.double)
-    torch.testing.assert_close(memory(hidden), dense(hidden))
+    before = memory(hidden)
+    with memory.scaled_k(10.0):
+        torch.testing.assert_close(memory(hidden), dense(hidden))
+    assert torch.equal(memory(hidden), before)
+    with pytest.raises(ValueError, match="factor must be positive"):
+        memory.set_k_multiplier(0)
 
 
-def test_heads_need_not_divide_a_budget():
-    memory, hidden = (
-        make(selection="centered", heads=2, projections=True, k=5, **BUDGETED),
-        torch.randn(9, WIDTH, dtype=torch.double),
-    )
-    torch.testing.assert_close(
-        memory(hidden), torch.stack([read(memory, token) for token in hidden])
-    )
+def test_heads_need_not_divide_a_shared_budget():
+    memory = make(selection="centered", heads=2, projections=True, k=5, **BUDGETED)
+    hidden = torch.randn(9, WIDTH, dtype=torch.double)
+    expected = torch.stack([reference_output(memory, token) for token in hidden])
+    torch.testing.assert_close(memory(hidden), expected)
 
 
-def test_a_block_taken_over_leaves_nothing_of_what_was_there():
+def test_loading_a_block_replaces_all_parameters():
     memory = make(selection="centered", skip_connection=True, projections=True, k=SLOTS, gated=True)
-    parts = {
+    tensors = {
         name: torch.randn(SLOTS, WIDTH, dtype=torch.double) for name in ("keys", "gains", "values")
     }
-    memory.load_feedforward(parts)
+    memory.load_feedforward(tensors)
     hidden = torch.randn(9, WIDTH, dtype=torch.double)
-    weights = gelu_tanh(hidden @ parts["keys"].T) * (hidden @ parts["gains"].T)
-    torch.testing.assert_close(memory(hidden), weights @ parts["values"])
+    weights = gelu_tanh(hidden @ tensors["keys"].T) * (hidden @ tensors["gains"].T)
+    torch.testing.assert_close(memory(hidden), weights @ tensors["values"])
 
 
-def test_a_forecast_is_about_the_means_and_knows_no_units():
-    hidden, truth = (
-        torch.randn(400, WIDTH, dtype=torch.double) + 3,
-        torch.randn(WIDTH, WIDTH, dtype=torch.double),
-    )
-    found = fit_ridge_map(hidden, hidden @ truth.T + 7)
-    torch.testing.assert_close(found, truth, rtol=0.01, atol=0.01)
-    torch.testing.assert_close(fit_ridge_map(hidden / 1e3, hidden @ truth.T + 7), 1e3 * found)
+def test_a_ridge_map_is_fitted_about_the_means_in_any_unit():
+    hidden = torch.randn(400, WIDTH, dtype=torch.double) + 3
+    true_map = torch.randn(WIDTH, WIDTH, dtype=torch.double)
+    targets = hidden @ true_map.T + 7
+    fitted = fit_ridge_map(hidden, targets)
+    torch.testing.assert_close(fitted, true_map, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(fit_ridge_map(hidden / 1e3, targets), 1e3 * fitted)

@@ -285,8 +285,8 @@ def test_rows_come_back_from_many_pages_with_or_without_a_hint(expected, monkeyp
             part = states[start : start + 5].numpy()
             at = np.arange(start, start + len(part))
             about = {
-                "heat": at / 7,
-                "heat_step": at,
+                "score": at / 7,
+                "score_step": at,
                 "entries": at + 1,
                 "created": at / 3,
                 "pinned": at % 2 == 0,
@@ -348,7 +348,7 @@ def test_an_index_finds_what_is_there_and_never_what_left(kind, monkeypatch):
 
 
 def test_an_index_of_no_known_kind_is_refused():
-    with pytest.raises(ValueError, match="flat, ivf, hnsw"):
+    with pytest.raises(ValueError, match="flat, ivf"):
         RowTable(2, 1, index="tree")
 
 
@@ -443,8 +443,8 @@ class AgainstADictionary(RuleBasedStateMachine):
             [self.rows.index_by_id[number] for number in sorted(self.known)],
         )
         about = {
-            "heat": [float(known.score[i]) for i in at],
-            "heat_step": [int(known.score_step[i]) for i in at],
+            "score": [float(known.score[i]) for i in at],
+            "score_step": [int(known.score_step[i]) for i in at],
             "tag": [known.tags[i] for i in at],
             "entries": [int(known.entries[i]) for i in at],
             "created": [float(known.created[i]) for i in at],

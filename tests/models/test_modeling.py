@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LAYERS, SLOTS, make_llama, make_teacher
+from conftest import LAYERS, SLOTS
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dmt.config import DenseConfig, FeaturalConfig
 from dmt.models.conversion import convert_blocks, get_memories
-from dmt.ops import batched_attention, set_attention
 
 VARIANTS = {
     "default": FeaturalConfig(),
@@ -119,74 +117,3 @@ def test_pipeline_in_process(student, tokenizer):
         "the quick", max_new_tokens=4, do_sample=False
     )
     assert said[0]["generated_text"].startswith("the quick")
-
-
-@pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_batched_attention_is_the_librarys_in_value_and_gradient(family, tokens):
-    model = family().to(torch.bfloat16).requires_grad_(True)
-    found = {}
-    for name in ("sdpa", "batched"):
-        set_attention(model, name)
-        output = model(tokens, output_hidden_states=True, use_cache=False)
-        gradient = torch.autograd.grad(
-            output.logits.float().square().mean(), model.get_input_embeddings().weight
-        )[0]
-        found[name] = (output.hidden_states[1].float(), gradient.float())
-    exact = family().requires_grad_(True)
-    wanted = exact(tokens, output_hidden_states=True, use_cache=False)
-    gradient = torch.autograd.grad(
-        wanted.logits.square().mean(), exact.get_input_embeddings().weight
-    )[0]
-    for mine, theirs, truth in zip(
-        found["batched"], found["sdpa"], (wanted.hidden_states[1], gradient), strict=True
-    ):
-        assert not torch.equal(mine, theirs), "the other path was taken"
-        assert (mine - truth).norm() <= 1.5 * (theirs - truth).norm()
-
-
-def test_batched_attention_leaves_what_it_is_not_for_to_the_library(teacher, tokens):
-    mask = torch.ones_like(tokens)
-    mask[0, :5] = 0
-    for changes in ({}, {"attention_mask": mask}):
-        plain = teacher(tokens, **changes).logits
-        set_attention(teacher, "batched")
-        assert torch.equal(teacher(tokens, **changes).logits, plain)
-        half = teacher.to(torch.bfloat16)
-        if changes:
-            batched = half(tokens, **changes).logits
-            set_attention(teacher, "sdpa")
-            assert torch.equal(half(tokens, **changes).logits, batched)
-        teacher.float()
-        set_attention(teacher, "sdpa")
-
-
-@pytest.mark.parametrize(
-    "changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}], ids=str
-)
-def test_batched_attention_scales_as_the_model_says(changes, tokens):
-    found, wanted = make_teacher(**changes).to(torch.bfloat16), make_teacher(**changes)
-    set_attention(found, "batched")
-    given, exact = (
-        model(tokens, output_hidden_states=True).hidden_states[-2].float()
-        for model in (found, wanted)
-    )
-    assert (given - exact).norm() < 0.1 * exact.norm()
-
-
-@pytest.mark.parametrize(
-    ("longest", "past", "how", "same"),
-    [(6, 0, {}, False), (5, 0, {}, True), (6, 4, {}, True), (6, 0, {"dropout": 0.5}, True)],
-)
-def test_batched_attention_is_for_whole_short_windows_without_dropout(
-    longest, past, how, same, monkeypatch
-):
-    monkeypatch.setattr("dmt.ops.MAX_BATCHED_TOKENS", longest)
-    query, key, value = (
-        torch.randn(2, 4, 6 + more, 8, dtype=torch.bfloat16) for more in (0, past, past)
-    )
-    answers = []
-    for attend in (batched_attention, sdpa_attention_forward):
-        torch.manual_seed(0)
-        answers.append(attend(torch.nn.Module(), query, key, value, None, is_causal=True, **how)[0])
-    assert torch.equal(*answers) == same
-    torch.testing.assert_close(*answers, rtol=0.05, atol=0.05)

@@ -20,7 +20,7 @@ from dmt.consolidation.replay import ReplayExample, batch_examples
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.forward import capture, forward_with_activations, pad_token_ids
-from dmt.ops import kl
+from dmt.ops import inverse_sqrt, kl
 
 DAMPING = 0.001
 """Added to every direction's share of what text notices, mean 1: none is taken to be free."""
@@ -129,14 +129,10 @@ def _concat_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _inverse_sqrt(matrix: Tensor) -> Tensor:
-    """The inverse root of a symmetric matrix whose diagonal's mean is made 1."""
+    """Compute the damped inverse square root of a symmetric matrix scaled to a mean diagonal of 1."""
     matrix64 = matrix.double().cpu()
-    eigenvalues, eigenvectors = torch.linalg.eigh(
-        matrix64 / matrix64.diagonal().mean().clamp_min(1e-30)
-    )
-    return (eigenvectors * (eigenvalues.clamp_min(0) + DAMPING).rsqrt() @ eigenvectors.t()).to(
-        matrix
-    )
+    mean_diagonal = matrix64.diagonal().mean().clamp_min(1e-30)
+    return inverse_sqrt(matrix64 / mean_diagonal, DAMPING).to(matrix)
 
 
 def _estimate_fisher_factors(

@@ -25,6 +25,7 @@ from dmt.models.forward import (
     forward_teacher,
     forward_with_activations,
 )
+from dmt.ops import symmetric_root
 
 
 def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> Tensor:
@@ -63,12 +64,6 @@ def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4)
             num_tokens + tokens.numel(),
         )
     return total / num_tokens
-
-
-def symmetric_root(metric: Tensor) -> Tensor:
-    """R with R Rᵀ = `metric`, a symmetric matrix without negative eigenvalues but for rounding: |xR|² is x metric x."""
-    eigenvalues, vectors = torch.linalg.eigh(metric.cpu().double())  # not every device has doubles
-    return (vectors * eigenvalues.clamp(min=0).sqrt()).to(metric)
 
 
 BUDGET_PASSES = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -165,18 +165,21 @@ class DistillationModule(TrainingModule):
         _, stage_step, stage_steps, peak_lr = self.stage_at(step)
         return lr_schedule(stage_step, stage_steps, peak_lr, self.settings.optim)
 
-    def before_step(self, step: int) -> None:
+    @contextmanager
+    def step_context(self, step: int) -> Iterator[None]:
         """Set how many slots are read and whether rows are written in this step."""
         stage, stage_step, stage_steps, _ = self.stage_at(step)
         end_to_end = stage == "end_to_end"
-        self._writes_rows = self.row_sync is not None and self.row_sync.enable_writes(
-            stage_step / stage_steps if end_to_end else None
-        )
         k_warmup_factor = self.settings.stages.k_warmup_factor
-        for memory in get_featural_memories(self.student).values():
-            memory.k_multiplier = (
-                k_schedule(stage_step, stage_steps, k_warmup_factor) if end_to_end else 1.0
+        k_factor = k_schedule(stage_step, stage_steps, k_warmup_factor) if end_to_end else 1.0
+        progress = stage_step / stage_steps if end_to_end else None
+        with ExitStack() as stack:
+            for memory in get_featural_memories(self.student).values():
+                stack.enter_context(memory.scaled_k(k_factor))
+            self._writes_rows = self.row_sync is not None and stack.enter_context(
+                self.row_sync.writes_enabled(progress)
             )
+            yield
 
     def split_batch(self, batch: Any) -> Sequence[Batch]:
         """Split token ids into micro-batches that count the tokens of the whole step."""
@@ -209,7 +212,6 @@ class DistillationModule(TrainingModule):
         """Move the shared threshold and commit the rows of the step."""
         update_threshold(get_featural_memories(self.student).values(), rate=THRESHOLD_RATE)
         if self.row_sync is not None and self._writes_rows:
-            self.row_sync.enable_writes(None)  # measurements between steps write no rows
             self.row_sync.commit_step(step + 1)
 
     def extra_metrics(self) -> dict[str, float]:
@@ -250,7 +252,10 @@ class DistillationModule(TrainingModule):
         """Return each memory's error on the teacher's block inputs, a fraction of variance."""
         memories = get_memories(self.student)
         layers = list(memories)
-        with self._without_read_counts():
+        with ExitStack() as stack:
+            # Usage is counted in the student's own forward pass.
+            for memory in get_featural_memories(self.student).values():
+                stack.enter_context(memory.usage_paused())
             outputs = tuple(
                 memory(teacher.block_inputs[layer]) for layer, memory in memories.items()
             )
@@ -261,19 +266,6 @@ class DistillationModule(TrainingModule):
             scales.block_variances[layers], scales.hidden_variance, scales.outlier_norms[layers]
         )
         return block_fvu(outputs, targets, batch.mask, batch.tokens_in_step, layer_scales)
-
-    @contextmanager
-    def _without_read_counts(self) -> Iterator[None]:
-        """Count no reads of slots: usage is counted in the student's own forward pass."""
-        memories = get_featural_memories(self.student).values()
-        counts = [memory.read_counts for memory in memories]
-        for memory in memories:
-            memory.read_counts = None
-        try:
-            yield
-        finally:
-            for memory, read_counts in zip(memories, counts, strict=True):
-                memory.read_counts = read_counts
 
     def _val_names(self) -> list[str]:
         """Return the names of the validation loaders."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from dmt.config import StoreConfig
 from dmt.distributed import broadcast
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
+from dmt.memory.associative import enable_writes
 from dmt.memory.row_table import decayed_score
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import get_associative_memories
@@ -48,7 +51,7 @@ def set_row_targets(
     writing_memories = {
         layer: memory
         for layer, memory in get_associative_memories(student).items()
-        if memory.writing
+        if memory.is_writing
     }
     if not writing_memories:
         return
@@ -63,31 +66,20 @@ def set_row_targets(
 
 
 @torch.no_grad()
-def propose_rows(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor) -> None:
+def propose_rows(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, tag: str = ""
+) -> None:
     """Let the student's memories offer rows for token ids `(batch, time)`, without a gradient; `settle` takes them in.
 
     How much rows count beside the base is set by what they would have said of this text (`AssociativeMemory.weigh`).
     """
     memories = get_associative_memories(student).values()
-    for memory in memories:
-        memory.writing = True
-    try:
+    with enable_writes(memories, tag):
         teacher_outputs = forward_teacher(teacher, tokens, capture_blocks=True)
-        set_row_targets(
-            student,
-            teacher,
-            forward_with_activations(student, tokens, capture_blocks=True),
-            teacher_outputs,
-        )
+        student_outputs = forward_with_activations(student, tokens, capture_blocks=True)
+        set_row_targets(student, teacher, student_outputs, teacher_outputs)
         for memory in memories:
             memory.calibrate_null_logit()
-    except BaseException:
-        for memory in memories:
-            memory.drop_pending()
-        raise
-    finally:
-        for memory in memories:
-            memory.writing = False
 
 
 ROW_STATS = ("score", "score_step", "last_read", "reads", "used")
@@ -153,11 +145,23 @@ class RowStoreSync:
         if not self.store.read_only:
             self.store.rewind(self.run_label, 0)
 
-    def enable_writes(self, progress: float | None) -> bool:
-        """Let those memories write whose share of the training, 0 to 1, is over; none without; whether any does."""
-        for memory in self.memories.values():
-            memory.writing = progress is not None and progress >= memory.write_start
-        return any(memory.writing for memory in self.memories.values())
+    @contextmanager
+    def writes_enabled(self, progress: float | None) -> Iterator[bool]:
+        """Enable writes of the memories whose `write_start` is reached.
+
+        Args:
+            progress: share of the training that is over, from 0 to 1; None for no writes.
+
+        Yields:
+            Whether any memory writes.
+        """
+        writing = [
+            memory
+            for memory in self.memories.values()
+            if progress is not None and progress >= memory.write_start
+        ]
+        with enable_writes(writing):
+            yield bool(writing)
 
     def commit_step(self, step: int) -> None:
         """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction.

@@ -39,7 +39,8 @@ from dmt.evaluation.metrics import (
 )
 from dmt.evaluation.samples import paired_samples
 from dmt.files import atomic_directory
-from dmt.memory.associative import RetrievalStats
+from dmt.memory.associative import record_retrieval
+from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import (
     TransferReport,
@@ -594,23 +595,23 @@ def evaluate_student(
     config: Config, student: Any, teacher: Any, tokenizer: Any, data: TextDataModule
 ) -> dict[str, Any]:
     """Measure the student on test text: fidelity, recall, and the usage of its memories."""
-    for memory in get_featural_memories(student).values():
-        memory.count_reads()
-    for associative in get_associative_memories(student).values():
-        associative.retrieval_stats = RetrievalStats()
     fidelity: dict[str, Any] = {}
-    for index, corpus in enumerate(data.corpora, 1):
-        logger.info("measuring %s (corpus %d/%d)", corpus.name, index, len(data.corpora))
-        windows = select_first_windows(corpus.test, config.data.test_tokens)
-        fidelity[corpus.name] = measure_fidelity(
-            student, teacher, windows, config.data.micro_batch_size
-        ).to_dict()
-        fidelity[corpus.name] |= {
-            "window": config.data.seq_len,
-            "stride": config.data.seq_len,
-            "num_windows": len(windows),
-        }
-    slots, rows = collect_slot_usage(student), collect_row_stats(student)
+    with (
+        record_usage(get_featural_memories(student)) as usage,
+        record_retrieval(get_associative_memories(student)) as retrieval,
+    ):
+        for index, corpus in enumerate(data.corpora, 1):
+            logger.info("measuring %s (corpus %d/%d)", corpus.name, index, len(data.corpora))
+            windows = select_first_windows(corpus.test, config.data.test_tokens)
+            fidelity[corpus.name] = measure_fidelity(
+                student, teacher, windows, config.data.micro_batch_size
+            ).to_dict()
+            fidelity[corpus.name] |= {
+                "window": config.data.seq_len,
+                "stride": config.data.seq_len,
+                "num_windows": len(windows),
+            }
+    slots, rows = collect_slot_usage(student, usage), collect_row_stats(student, retrieval)
     for layer, search_recall in measure_search_recall(
         student, data.corpora[0].test[: config.data.micro_batch_size]
     ).items():

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dmt.errors import UserError
 from dmt.models.forward import collect_hidden_states, encode_text
+from dmt.ops import inverse_sqrt
 
 CALIBRATION_QUESTIONS: tuple[tuple[str, str, str], ...] = (
     ("{s} was founded in", "The year in which {s} began is", "When did {s} start? In"),
@@ -296,10 +297,8 @@ def _compute_whitening(samples: Sequence[Tensor]) -> Tensor:
     for sample in samples:
         covariance = sample.double().cpu().t() @ sample.double().cpu()
         total += covariance / covariance.trace().clamp_min(1e-12) / len(samples)
-    values, vectors = torch.linalg.eigh(
-        total + VARIANCE_FLOOR / width * torch.eye(width, dtype=torch.double)
-    )
-    return (vectors * values.rsqrt() @ vectors.t() / width**0.5).float()
+    floor = VARIANCE_FLOOR / width * torch.eye(width, dtype=torch.double)
+    return (inverse_sqrt(total + floor) / width**0.5).float()
 
 
 def _tokenize_windows(tokenizer: Any, prose: Sequence[str], length: int) -> list[list[int]]:

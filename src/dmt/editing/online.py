@@ -105,17 +105,10 @@ def _queue_writes(
         write_mask[0, :-1] = solution.prob_before < MAX_WRITE_PROB
         targets = torch.zeros(*tokens.shape, memory.width, device=tokens.device)
         targets[0, :-1] = solution.values
-    memory.writing, memory.tag = True, tag
-    try:
-        with torch.no_grad(), capture({layer: memory}) as activations:
-            model(tokens, use_cache=False)
-            if targets is not None:
-                memory.set_targets(activations.outputs[layer].float() + targets, write_mask)
-    except BaseException:
-        memory.drop_pending()
-        raise
-    finally:
-        memory.writing, memory.tag = False, ""
+    with torch.no_grad(), memory.writes_enabled(tag), capture({layer: memory}) as activations:
+        model(tokens, use_cache=False)
+        if targets is not None:
+            memory.set_targets(activations.outputs[layer].float() + targets, write_mask)
 
 
 def ensure_namespaces(model: PreTrainedModel, store: RowStore | None) -> dict[int, Namespace]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from dmt.data.corpora import Corpus, Probe, load_corpus
 from dmt.data.windows import get_prefix_ids, select_first_windows, token_stream
 from dmt.distributed import all_reduce_sum
 from dmt.errors import UserError
+from dmt.memory.associative import RetrievalStats
+from dmt.memory.usage import UsageCounts
 from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
 from dmt.models.forward import forward_with_activations
@@ -322,18 +324,24 @@ def compute_slot_usage(read_counts: Tensor) -> dict[str, float]:
     }
 
 
-def collect_slot_usage(student: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Return the usage of each layer's slots since counting began, and stop counting."""
-    usage_by_layer = {}
-    for layer, memory in get_featural_memories(student).items():
-        assert memory.read_counts is not None, "count_reads was called before the text was read"
-        usage_by_layer[str(layer)] = compute_slot_usage(memory.read_counts) | {
+def collect_slot_usage(
+    student: PreTrainedModel, usage: Mapping[int, UsageCounts]
+) -> dict[str, dict[str, Any]]:
+    """Return how each layer's slots were used.
+
+    Args:
+        student: the model.
+        usage: counts by layer, see `record_usage`.
+    """
+    return {
+        str(layer): compute_slot_usage(usage[layer].reads)
+        | {
             "num_slots": memory.num_slots,
             "k": memory.k,
-            "active_per_token": float(memory.read_counts.sum()) / memory.counted_tokens,
+            "active_per_token": usage[layer].mean_reads,
         }
-        memory.read_counts = None
-    return usage_by_layer
+        for layer, memory in get_featural_memories(student).items()
+    }
 
 
 @torch.no_grad()
@@ -361,18 +369,23 @@ def measure_search_recall(student: PreTrainedModel, windows: Tensor) -> dict[str
     }
 
 
-def collect_row_stats(student: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Return the stored rows of each layer and their use since statistics began; stop these."""
+def collect_row_stats(
+    student: PreTrainedModel, retrieval: Mapping[int, RetrievalStats]
+) -> dict[str, dict[str, float]]:
+    """Return the stored rows of each layer and how they were used.
+
+    Args:
+        student: the model.
+        retrieval: statistics by layer, see `record_retrieval`.
+    """
     stats_by_layer = {}
     for layer, memory in get_associative_memories(student).items():
-        assert memory.retrieval_stats is not None, "statistics began before the text was read"
         width = memory.rows.keys.shape[1] + memory.rows.values.shape[1]
         stats_by_layer[str(layer)] = {
             "num_rows": len(memory.rows),
-            "null_weight": memory.retrieval_stats.mean_null_weight,
+            "null_weight": retrieval[layer].mean_null_weight,
             "bytes": 4 * width * len(memory.rows),
         }
-        memory.retrieval_stats = None
     return stats_by_layer
 
 

@@ -5,8 +5,8 @@ How teacher and student go on from the same prompts, with what the one says and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dmt.evaluation.metrics import FidelityMetrics, generate_greedy
 from dmt.memory import FeaturalMemory
 from dmt.memory.sparsity_budget import initialize_threshold, select_thresholded
+from dmt.memory.usage import record_usage
 from dmt.models.conversion import get_featural_memories
 from dmt.models.forward import forward_with_activations
 
@@ -166,28 +167,23 @@ def sparsity_sweep(
     memories = get_featural_memories(student)
     if not memories:
         return {}
-    with _preserve_settings(memories):
-        settings = _build_settings(student, calibration_windows)
-        metrics_by_factor = {
-            factor: {name: FidelityMetrics() for name in corpora} for factor in settings
-        }
-        read_counts = dict.fromkeys(settings, 0.0)
-        for name, windows in _select_windows(corpora):
-            for tokens in windows.split(batch_size):
-                tokens = tokens.to(next(student.parameters()).device)
-                teacher_logits = forward_with_activations(teacher, tokens).logits
-                for factor, setting in settings.items():
-                    _apply_setting(memories, setting)
-                    for memory in memories.values():
-                        memory.count_reads()
-                    metrics_by_factor[factor][name].update(
-                        forward_with_activations(student, tokens).logits, teacher_logits, tokens
-                    )
-                    read_counts[factor] += sum(
-                        float(m.read_counts.sum())
-                        for m in memories.values()
-                        if m.read_counts is not None
-                    )
+    settings = _build_settings(student, calibration_windows)
+    metrics_by_factor = {
+        factor: {name: FidelityMetrics() for name in corpora} for factor in settings
+    }
+    num_reads = dict.fromkeys(settings, 0.0)
+    for name, windows in _select_windows(corpora):
+        for tokens in windows.split(batch_size):
+            tokens = tokens.to(next(student.parameters()).device)
+            teacher_logits = forward_with_activations(teacher, tokens).logits
+            for factor, setting in settings.items():
+                with ExitStack() as stack:
+                    for layer, (k, threshold) in setting.items():
+                        stack.enter_context(memories[layer].temporary_k(k, threshold))
+                    usage = stack.enter_context(record_usage(memories))
+                    student_logits = forward_with_activations(student, tokens).logits
+                metrics_by_factor[factor][name].update(student_logits, teacher_logits, tokens)
+                num_reads[factor] += sum(float(counts.reads.sum()) for counts in usage.values())
     num_predicted = sum(
         metrics.tokens for metrics in next(iter(metrics_by_factor.values())).values()
     )
@@ -205,7 +201,7 @@ def sparsity_sweep(
             }
             for name, metrics in metrics_by_factor[factor].items()
         }
-        points.append(point | {"read": read_counts[factor] / num_inputs, "corpora": by_corpus})
+        points.append(point | {"read": num_reads[factor] / num_inputs, "corpora": by_corpus})
     return {"tokens": num_predicted, "points": points}
 
 
@@ -240,13 +236,14 @@ def _build_settings(student: PreTrainedModel, calibration_windows: Tensor) -> di
         if factor == 1:
             settings[factor] = base
             continue
-        for memory, k in zip(memories.values(), layer_ks, strict=True):
-            memory.k = k
-        if shares_threshold:
-            initialize_threshold(
-                memories.values(), [block_inputs[layer].flatten(0, -2) for layer in memories]
-            )
-        settings[factor] = _get_setting(memories)
+        with ExitStack() as stack:
+            for memory, k in zip(memories.values(), layer_ks, strict=True):
+                stack.enter_context(memory.temporary_k(k))
+            if shares_threshold:
+                initialize_threshold(
+                    memories.values(), [block_inputs[layer].flatten(0, -2) for layer in memories]
+                )
+            settings[factor] = _get_setting(memories)
     return settings
 
 
@@ -261,27 +258,3 @@ def _get_setting(memories: Mapping[int, FeaturalMemory]) -> KSetting:
         layer: (memory.k, None if memory.threshold is None else memory.threshold.clone())
         for layer, memory in memories.items()
     }
-
-
-def _apply_setting(memories: Mapping[int, FeaturalMemory], setting: KSetting) -> None:
-    for layer, (k, threshold) in setting.items():
-        memories[layer].k = k
-        if threshold is not None:
-            memories[layer].threshold.copy_(threshold)  # type: ignore[union-attr]
-
-
-@contextmanager
-def _preserve_settings(memories: Mapping[int, FeaturalMemory]) -> Iterator[None]:
-    """Put back k, thresholds and counted reads when it ends, however it ends."""
-    saved_setting = _get_setting(memories)
-    saved_counts = {
-        layer: (memory.read_counts, memory.counted_tokens) for layer, memory in memories.items()
-    }
-    for memory in memories.values():
-        memory.read_counts = None  # what is counted goes on afterwards
-    try:
-        yield
-    finally:
-        _apply_setting(memories, saved_setting)
-        for layer, (reads, tokens) in saved_counts.items():
-            memories[layer].read_counts, memories[layer].counted_tokens = reads, tokens

@@ -1,6 +1,7 @@
-"""Memories: layers that map hidden states `(batch, time, width)` to the same shape by reading rows."""
+"""Memory layers, which map hidden states `(batch, time, width)` to the same shape by reading rows."""
 
 from dmt.memory.associative import AssociativeMemory
 from dmt.memory.featural import FeaturalMemory
+from dmt.memory.insert_policy import InsertPolicy
 
-__all__ = ["AssociativeMemory", "FeaturalMemory"]
+__all__ = ["AssociativeMemory", "FeaturalMemory", "InsertPolicy"]

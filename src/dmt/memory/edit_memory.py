@@ -1,29 +1,38 @@
-"""Facts: rows that answer in full where they are asked, and not at all elsewhere.
+"""Edit memory: rows that fire where a fact is asked for, and nowhere else.
 
-Known phrases in a stream of token ids: who is being talked about, and what has just been said.
+A row is gated by phrases in the token stream (its subject and the preceding tokens of its answer)
+and by the similarity of the hidden state to the one it was written in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Base of the phrase hash; products wrap around, and hits are compared token by token.
 HASH_BASE = 1_000_003
-"""Base of the hash; products wrap around, and what it finds is compared token by token."""
-
+# Tokens for which a completed answer blocks its first row.
 ANSWER_WINDOW = 16
-"""Tokens for which what has been said counts as said not long ago."""
+# Subject of a row that fires for any subject; prefix of one that needs no preceding token.
+NO_SUBJECT = -1
+# Pairs of token and row that are compared at once.
+MAX_PAIRS = 400_000
 
 
 class PhraseMatcher:
-    """Finds every place where one of many known phrases ends, all at once.
+    """Finds all positions at which one of many phrases ends.
 
     Args:
-        phrases: token ids of each; none of them empty.
+        phrases: token ids of each, none of them empty.
+
+    Attributes:
+        lengths: `(phrases,)` tokens of each phrase.
+        max_length: tokens of the longest phrase.
     """
 
     def __init__(self, phrases: Sequence[Sequence[int]] = ()) -> None:
@@ -39,10 +48,16 @@ class PhraseMatcher:
             self._by_length[length] = hashes, token_ids[order], torch.tensor(phrase_ids)[order]
         self.lengths = torch.tensor([len(phrase) for phrase in phrases], dtype=torch.long)
         self.max_length = max(self._by_length, default=0)
-        """Tokens of the longest phrase."""
 
     def find_ends(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequence, position of the last token, and number of each phrase found in token ids `(batch, time)`; all `(n,)`."""
+        """Find the phrases in token ids.
+
+        Args:
+            tokens: `(batch, time)`.
+
+        Returns:
+            Sequence, position of the last token, and index of each phrase, all `(n,)`.
+        """
         tokens = tokens.cpu()
         matches = [torch.zeros(3, 0, dtype=torch.long)]
         for length, (hashes, token_ids, group_ids) in self._by_length.items():
@@ -86,16 +101,16 @@ def _hash_tokens(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PhraseMatches:
-    """What a pass over token ids `(batch, time)` is told of its text, places being numbered `sequence * time + position`.
+    """Phrases in a pass over token ids `(batch, time)`; positions are `sequence * time + position`.
 
     Attributes:
-        places: `(m,)` places at which a subject has been named, not long ago.
-        subjects: `(m,)` which; a place has several where several were named.
-        ago: `(m,)` tokens since it was named last.
-        led: `(l,)` places at which a lead has just been said.
-        leads: `(l,)` which.
-        since: `(s,)` places at which one has been said not long ago.
-        spent: `(s,)` which.
+        subject_positions: `(m,)` positions at which a subject occurred within the window.
+        subjects: `(m,)` which; a position has several entries where several occurred.
+        subject_ages: `(m,)` tokens since its last occurrence.
+        prefix_positions: `(l,)` positions at which a prefix ends.
+        prefixes: `(l,)` which.
+        answer_positions: `(s,)` positions at which an answer ended within `ANSWER_WINDOW`.
+        recent_answers: `(s,)` which.
     """
 
     subject_positions: Tensor
@@ -110,7 +125,10 @@ class PhraseMatches:
 def _keep_longest(
     matcher: PhraseMatcher, sequences: Tensor, positions: Tensor, phrase_ids: Tensor, time: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of phrases found that end at the same place the longest: who names New York has not named York."""
+    """Keep the longest of several phrases that end at one token.
+
+    So "New York" does not also match "York".
+    """
     if not len(phrase_ids):
         return sequences, positions, phrase_ids
     end_positions = sequences * time + positions
@@ -131,12 +149,16 @@ def match_phrases(
     window: int,
     end_ids: int | Sequence[int] | None = None,
 ) -> PhraseMatches:
-    """Who has been named and what has just been said at each of the `new` last tokens of `(batch, time)`.
+    """Find which subjects, prefixes and answers precede each of the last `num_new` tokens.
 
     Args:
-        subjects: its phrases are names; `subject_of` `(phrases,)` says whose.
-        window: tokens for which a subject is talked about after it was named.
-        end: token id that ends a document, or several; what was named or said before is not after it.
+        tokens: `(batch, time)`.
+        num_new: tokens at the end to match for; those before are context.
+        subject_matcher: its phrases are names of subjects.
+        subject_by_phrase: `(phrases,)`, the subject that each phrase names.
+        prefix_matcher: its phrases are prefixes and answers.
+        window: tokens for which a subject matches after it occurred.
+        end_ids: id or ids of tokens that end a document; nothing matches across them.
     """
     time = tokens.shape[1]
     sequences, positions, phrase_ids = _keep_longest(
@@ -145,7 +167,7 @@ def match_phrases(
     end_tokens = torch.tensor([] if end_ids is None else end_ids, device=tokens.device)
     document_ids = torch.isin(tokens, end_tokens).cumsum(1).cpu()
     offsets = torch.arange(window)
-    window_positions = positions.unsqueeze(1) + offsets  # (named, window)
+    window_positions = positions.unsqueeze(1) + offsets  # (matches, window)
     valid = (window_positions < time) & (window_positions >= time - num_new)
     window_positions = window_positions.clamp_max(time - 1)
     valid &= document_ids[sequences.unsqueeze(1), window_positions] == document_ids[
@@ -158,7 +180,7 @@ def match_phrases(
         - (time - num_new)
     )
     subject_ids = subject_by_phrase[phrase_ids[match_indices]] if len(phrase_ids) else phrase_ids
-    if len(subject_positions):  # of several times the last
+    if len(subject_positions):  # keep the last of several occurrences
         order = ages.argsort(stable=True)
         pairs = torch.stack([subject_positions, subject_ids], dim=1)[order]
         unique_pairs, group = pairs.unique(dim=0, return_inverse=True)
@@ -171,7 +193,7 @@ def match_phrases(
             min_ages,
         )
     sequences, positions, prefix_ids = prefix_matcher.find_ends(tokens)
-    first_new = time - num_new  # of the new ones
+    first_new = time - num_new
     is_new = positions >= first_new
     prefix_positions = sequences[is_new] * num_new + positions[is_new] - first_new
     recent_positions = positions.unsqueeze(1) + torch.arange(ANSWER_WINDOW)
@@ -194,24 +216,19 @@ def match_phrases(
     )
 
 
-NO_SUBJECT = -1
-"""Subject of a row that answers whoever is talked about; lead of one that needs no word before it."""
-MAX_PAIRS = 400_000
-"""Pairs of token and row compared at once."""
-
-
 @dataclass(frozen=True)
 class EditRows:
     """Rows of one layer, arrays over the same `n` rows.
 
     Attributes:
-        ids: numbers of the rows.
+        ids: of the rows.
         keys: `(n, width)` hidden states in which they were written.
-        values: `(n, width)` what they add to the block's answer.
-        reach: cosine between key and query from which on they answer.
-        subjects: who has to have been named, or `NOBODY`.
-        leads: what has to have been said just before, or `NOBODY`.
-        answers: the whole answer, numbered like leads; a row without a lead does not begin it again when it has just been said.
+        values: `(n, width)` what they add to the block's output.
+        thresholds: smallest cosine between key and query at which they fire.
+        subjects: index of the subject that has to occur, or `NO_SUBJECT`.
+        prefixes: index of the phrase that has to precede, or `NO_SUBJECT`.
+        answers: index of the full answer; a row without a prefix does not fire where the answer
+            has just been generated.
     """
 
     ids: Tensor
@@ -224,7 +241,7 @@ class EditRows:
 
     @classmethod
     def empty(cls, width: int) -> EditRows:
-        """No rows."""
+        """Create an instance without rows."""
         no_ids = torch.zeros(0, dtype=torch.long)
         return cls(
             no_ids,
@@ -242,7 +259,13 @@ class EditRows:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which rows answered in one pass, all `(n,)`: places of tokens, places of rows, cosines."""
+    """Which rows fired in one pass.
+
+    Attributes:
+        tokens: `(n,)` indices of tokens.
+        rows: `(n,)` indices of rows.
+        cosines: `(n,)`.
+    """
 
     tokens: Tensor
     rows: Tensor
@@ -250,23 +273,26 @@ class Matches:
 
 
 class EditMemory(nn.Module):
-    """Adds the value of one row, or nothing, to what a block says.
+    """Adds the value of at most one row per token to a block's output.
 
-    A row answers a token when three things hold: its subject has been named not long before; the words that lead to it
-    have just been said or, where none do, its whole answer has not; and the hidden state is near enough to the one it was
-    written in. Of several the one with a lead goes first, then the one whose subject was named last, then the nearest. A
-    token's answer depends on itself and what stands before it alone.
+    A row fires when three things hold: its subject occurred shortly before; the tokens of its
+    prefix have just been generated or, where it has none, its full answer has not; and the hidden
+    state is within the row's similarity threshold. Of several rows one with a prefix comes first,
+    then the one whose subject occurred last, then the nearest. The result for a token depends on
+    that token and those before it alone.
 
-    Nearness is the cosine of hidden states less their mean, in a metric that weighs directions in which states of prose
-    vary, or in which one question asked in several ways varies, the less the more they do (`facts/calibration.py`).
+    Similarity is the cosine of centered hidden states in a metric that gives little weight to
+    directions in which states of prose vary, or in which paraphrases of one question vary
+    (`dmt.editing.calibration`).
 
     Args:
         width: size of a hidden state.
         mean: `(width,)`.
         metric: `(width, width)`; a state `x` is compared as `(x - mean) @ metric`.
 
-    Source: a codebook with a radius to each entry, Hartvigsen et al. 2023, arXiv 2211.11031. That a row knows by name
-        whom it is about, and adds to the block's answer instead of replacing it, is ours.
+    Source: a codebook with a radius per entry, Hartvigsen et al. 2023, arXiv 2211.11031. Gating a
+        row by its subject's name, and adding to the block's output instead of replacing it, is
+        ours.
     """
 
     def __init__(
@@ -280,17 +306,16 @@ class EditMemory(nn.Module):
         self.register_buffer(
             "metric", torch.eye(width) if metric is None else metric, persistent=False
         )
-        self.match_log: list[Matches] | None = None
-        """Where somebody sets a list, the answers of each pass are noted in it."""
+        self._match_log: list[Matches] | None = None
         self.set_rows(EditRows.empty(width))
 
     def set_rows(self, rows: EditRows) -> None:
-        """Have these rows and no others."""
+        """Replace all rows."""
         device = self.mean.device
         self.rows = EditRows(**{name: tensor.to(device) for name, tensor in vars(rows).items()})
         self._whitened_keys = self.whiten(self.rows.keys)
         order = self.rows.subjects.argsort(stable=True)
-        self._subject_order = order  # rows in the order of their subjects, those of nobody first
+        self._subject_order = order  # rows sorted by subject, those without one first
         self._sorted_subjects = self.rows.subjects[order]
         self._rows_without_subject = order[self._sorted_subjects == NO_SUBJECT]
 
@@ -299,35 +324,49 @@ class EditMemory(nn.Module):
             name: tensor for name, tensor in self.named_buffers() if tensor.dtype == torch.float32
         }
         result = super()._apply(fn, recurse)
-        for (
-            name,
-            tensor,
-        ) in (
-            full_precision.items()
-        ):  # of a model in half precision too: near enough is measured in full
+        # Similarity is computed in full precision, in a model in half precision too.
+        for name, tensor in full_precision.items():
             setattr(self, name, tensor.to(getattr(self, name).device))
         self.set_rows(self.rows)
         return result
 
     def whiten(self, hidden: Tensor) -> Tensor:
-        """Hidden states `(n, width)` as they are compared: unit vectors of the same shape, in full precision."""
+        """Map hidden states `(n, width)` to the float32 unit vectors that are compared."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.normalize((hidden.float() - self.mean) @ self.metric, dim=-1)
 
+    @contextmanager
+    def recording_matches(self) -> Iterator[list[Matches]]:
+        """Record which rows fire inside the block; an outer recording is paused.
+
+        Yields:
+            The matches of each pass, which grow while the block runs.
+        """
+        previous, log = self._match_log, list[Matches]()
+        self._match_log = log
+        try:
+            yield log
+        finally:
+            self._match_log = previous
+
     def add_values(self, output: Tensor, matches: Matches) -> Tensor:
-        """`said` `(..., width)` and the values of the rows found; `said` itself where there are none."""
-        if self.match_log is not None:
-            self.match_log.append(matches)
+        """Add the values of the rows that fired to a block's output.
+
+        Args:
+            output: `(..., width)`; returned itself where no row fired.
+            matches: of the same tokens, flattened.
+        """
+        if self._match_log is not None:
+            self._match_log.append(matches)
         if not len(matches.tokens):
             return output
         flat_output = output.reshape(-1, self.width)
-        return flat_output.index_add(
-            0, matches.tokens, self.rows.values[matches.rows].to(flat_output.dtype)
-        ).view_as(output)
+        values = self.rows.values[matches.rows].to(flat_output.dtype)
+        return flat_output.index_add(0, matches.tokens, values).view_as(output)
 
     @torch.no_grad()
     def find_matches(self, hidden: Tensor, phrase_matches: PhraseMatches) -> Matches:
-        """Which row answers which of `hidden` `(tokens, width)`; a token has one answer at most."""
+        """Find the row that fires for each of `hidden` `(tokens, width)`, at most one per token."""
         if not len(self.rows):
             no_indices = torch.zeros(0, dtype=torch.long, device=hidden.device)
             return Matches(no_indices, no_indices, torch.zeros(0, device=hidden.device))
@@ -336,7 +375,7 @@ class EditMemory(nn.Module):
             self._match_without_subject(hidden, phrase_matches),
         ]
         tokens, rows, cosines, ages = (torch.cat(column) for column in zip(*groups, strict=True))
-        # Least important first, so that the last of each token is the one that answers.
+        # Least important first, so that the last row of each token is the one that fires.
         order = cosines.argsort(stable=True)
         order = order[ages[order].argsort(stable=True, descending=True)]
         order = order[(self.rows.prefixes[rows[order]] != NO_SUBJECT).long().argsort(stable=True)]
@@ -349,7 +388,7 @@ class EditMemory(nn.Module):
     def _match_by_subject(
         self, hidden: Tensor, phrase_matches: PhraseMatches
     ) -> tuple[Tensor, ...]:
-        """Tokens, rows, cosines and how long ago the subject was named: all that are near enough."""
+        """Return tokens, rows, cosines and subject ages of all rows that may fire by subject."""
         device = hidden.device
         subjects = phrase_matches.subjects.to(device).contiguous()
         first, last = (
@@ -363,41 +402,31 @@ class EditMemory(nn.Module):
             + torch.arange(len(phrase_indices), device=device)
             - (counts.cumsum(0) - counts)[phrase_indices]
         ]
-        tokens, ages = (
-            phrase_matches.subject_positions.to(device)[phrase_indices],
-            phrase_matches.subject_ages.to(device)[phrase_indices],
-        )
+        tokens = phrase_matches.subject_positions.to(device)[phrase_indices]
+        ages = phrase_matches.subject_ages.to(device)[phrase_indices]
         return self._filter_matches(hidden, tokens, rows, ages, phrase_matches)
 
     def _match_without_subject(
         self, hidden: Tensor, phrase_matches: PhraseMatches
     ) -> tuple[Tensor, ...]:
-        """The same of rows without a subject: for each token the nearest that may speak."""
+        """Return the same of rows without a subject, for each token the nearest that may fire."""
         device = hidden.device
         rows = self._rows_without_subject
-        unprefixed, prefixed = (
-            rows[self.rows.prefixes[rows] == NO_SUBJECT],
-            rows[self.rows.prefixes[rows] != NO_SUBJECT],
-        )
+        has_prefix = self.rows.prefixes[rows] != NO_SUBJECT
+        unprefixed, prefixed = rows[~has_prefix], rows[has_prefix]
         token_groups, row_groups = [], []
         if len(unprefixed):
             queries = self.whiten(hidden)
-            best_cosines, best_rows = (
-                hidden.new_full((len(hidden),), -torch.inf).float(),
-                torch.zeros_like(unprefixed[:1]).expand(len(hidden)),
-            )
+            best_cosines = hidden.new_full((len(hidden),), -torch.inf).float()
+            best_rows = torch.zeros_like(unprefixed[:1]).expand(len(hidden))
             for candidates in unprefixed.split(max(1, MAX_PAIRS // len(hidden))):
-                cosines = (
-                    queries @ self._whitened_keys[candidates].t()
-                )  # each row has a reach of its own: not the nearest of all
+                # Each row has its own threshold, so the nearest of all may not fire.
+                cosines = queries @ self._whitened_keys[candidates].t()
                 blocked = cosines < self.rows.thresholds[candidates]
-                answered = (
-                    torch.isin(
-                        self.rows.answers[candidates], phrase_matches.recent_answers.to(device)
-                    )
-                    .nonzero()
-                    .flatten()
+                is_answered = torch.isin(
+                    self.rows.answers[candidates], phrase_matches.recent_answers.to(device)
                 )
+                answered = is_answered.nonzero().flatten()
                 blocked[:, answered] |= self._is_answer_recent(
                     torch.arange(len(hidden), device=device).unsqueeze(1),
                     candidates[answered],
@@ -465,7 +494,7 @@ class EditMemory(nn.Module):
     def _is_answer_recent(
         self, tokens: Tensor, rows: Tensor, phrase_matches: PhraseMatches
     ) -> Tensor:
-        """Whether all that a row's fact answers has been said not long before the token; the two are broadcast."""
+        """Return whether a row's full answer ended shortly before a token; both are broadcast."""
         answer_pairs = _encode_pairs(
             phrase_matches.answer_positions.to(rows.device),
             phrase_matches.recent_answers.to(rows.device),
@@ -473,9 +502,10 @@ class EditMemory(nn.Module):
         return torch.isin(_encode_pairs(tokens, self.rows.answers[rows]), answer_pairs)
 
     def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
         return f"width={self.width}, rows={len(self.rows)}"
 
 
 def _encode_pairs(positions: Tensor, phrase_ids: Tensor) -> Tensor:
-    """One number for each pair of a place and a lead."""
+    """Encode pairs of position and phrase as one number each."""
     return positions * 2**32 + phrase_ids

@@ -1,14 +1,17 @@
-"""Featural memory: a learnt table of slots, of which each token reads k.
+"""Featural memory: a top-k key-value layer, a learned table of slots of which each token reads k.
 
-A feed-forward block is `sum_i act(x . key_i + bias_i) value_i + output_bias`, a sum over *all* its neurons. Keep the
-sum, read only the k slots that matter, and knowledge is in rows. With k = slots nothing has changed.
+A feed-forward block is `sum_i act(x . key_i + bias_i) value_i + output_bias`, a sum over all its
+neurons. Keep the sum, but read only the k slots that contribute most, and knowledge is in rows.
+With k = num_slots the layer is the block.
 
-Search finds slot ids. Weights are computed from live keys afterwards, so a poor search costs recall, never truth.
+Search only proposes slots. Weights are computed from the keys themselves, so a poor search loses
+recall but never computes a wrong weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -19,82 +22,89 @@ from dmt.config import FeaturalConfig
 from dmt.memory.approximate_search import INDEX_BUILDERS, CandidateSearch, Int8Matrix
 from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
 from dmt.memory.registry import register_memory
-from dmt.memory.slot_table import ACTIVATIONS, SlotTable, masked_softmax
-from dmt.ops import linear as product
+from dmt.memory.slot_table import ACTIVATIONS, SlotTable, check_choice, masked_softmax
+from dmt.ops import linear
 from dmt.validation import ARG, ArgumentError
+
+# Ways to find slots that `search=` accepts; all but the first score candidates only.
+SEARCH_METHODS = ("exact", "int8", "ivf")
+K_MODES = ("top", "threshold")
+GRADIENTS = ("selected", "straight_through")
+# Slots up to which scoring all of them for many tokens is as fast as searching.
+MAX_EXACT_SLOTS = 12_000
+# Tokens from which a batch counts as many.
+MIN_BATCH_TOKENS = 16
+# Key values gathered, or 8-bit scores, that exist at once.
+MAX_GATHERED_VALUES = 16_000_000
+# Candidates that a search proposes for each slot read, which are then scored exactly.
+CANDIDATES_PER_READ = {"int8": 1, "ivf": 2}
+# Changes of the keys (training steps) for which an index is reused.
+INDEX_REFRESH_STEPS = 100
+# k = num_slots / 16 where the config leaves k empty.
+DEFAULT_K_DIVISOR = 16
 
 
 def topk_ids(rank: Tensor, k: int) -> Tensor:
-    """Ids `(..., k)` of the k largest entries of `rank` `(..., slots)`, in no order."""
+    """Return the ids `(..., k)` of the k largest entries of `rank` `(..., slots)`, in no order."""
     return rank.topk(k, dim=-1, sorted=False).indices
 
 
-SEARCH_METHODS = ("exact", "int8", "ivf", "product")
-"""How slots are found, by the name that `memory.search` takes: all but the first by candidates, see `finding`."""
-
-
 def ids_to_mask(ids: Tensor, num_slots: int) -> Tensor:
-    """Boolean `(..., slots)`, true at `ids` `(..., k)`."""
+    """Convert ids `(..., k)` to a boolean mask `(..., num_slots)`."""
     mask = torch.zeros(*ids.shape[:-1], num_slots, dtype=torch.bool, device=ids.device)
     return mask.scatter_(-1, ids, True)
 
 
-def mask_above_threshold(rank: Tensor, threshold: Tensor) -> Tensor:
-    """Boolean mask, true where `rank` is at least `threshold` `()`."""
-    return rank >= threshold
-
-
-MAX_EXACT_SLOTS = 12_000
-"""Slots up to which scoring all of them for many tokens at once is as fast as looking for a few."""
-MIN_BATCH_TOKENS = 16
-"""Tokens that count as many."""
-MAX_GATHERED_VALUES = 16_000_000
-"""Numbers of keys gathered, or scores in 8 bits, at once."""
-CANDIDATES_PER_READ = {"int8": 1, "ivf": 2, "product": 16}
-"""Candidates that a search finds for each slot read, to be scored exactly."""
-INDEX_REFRESH_STEPS = 100
-"""Changes of the keys, steps that is, for which an index is kept while training."""
-
-
-DEFAULT_K_DIVISOR = 16  # k = num_slots / 16 where the config leaves k empty
-
-
 @register_memory("featural", config=FeaturalConfig)
 class FeaturalMemory(SlotTable, MemoryLayer):
-    """Reads k of `slots` rows per token: query projection, best keys, weighted sum of values, output projection.
+    """A layer that reads k of `num_slots` slots per token: best keys, weighted sum of values.
 
-    Causal by construction: a token's output depends on that token's hidden state alone.
+    Causal by construction: the output for a token depends on the hidden state of that token alone.
+    It works in any model in place of a feed-forward block:
+
+        layer = FeaturalMemory(width=512, num_slots=2048, k=64, activation="gelu")
+        output = layer(hidden)  # (batch, time, 512) to the same shape
 
     Args:
         width: size of a hidden state, of a key and of a value.
-        slots: rows of the table.
-        k: rows read per token, over all heads together; with `selection="threshold"` their mean over tokens and layers.
-        heads: groups that share out the slots evenly. Each has its own query projection (with `projections`) and, with
-            `selection="top"`, reads its own best `k / heads`. Weights and output are joint: k = slots is the same for all.
-        weighting: `activation`, `relu` (a slot's weight is a function of its score), `softmax` (over the slots read,
-            scores divided by the root of the width) or `distance` (the same with minus the squared distance as score).
-        activation: the function of `weighting="block"`, by its transformers name.
-        gated: each slot has a second key, its gain: the weight is multiplied by `hidden . gain + gain_bias` (Llama's blocks).
-        ranking: `score`, `contribution` (|weight| x |value|) or `centered` (|weight - mean| x |value|, where every slot
-            always contributes its mean and only deviations are read).
-        metric: how long a value is, for `ranking`: `plain`, its Euclidean norm, or `sensitivity`, how far it moves the
-            model's answer, by a matrix that calibration measures; the identity until then.
-        selection: `top` reads the k slots ranked highest; `threshold` reads those whose rank reaches `threshold`, which
-            all memories of a model share, so that k is spent on the layers and tokens where it matters (`budget.py`).
-        gradient: `selected` or `straight_through` (forward k slots, backward as if all had been read).
-        projections: learn a query projection per head and an output projection; identities until told otherwise.
-        linear: beside the slots, a linear map of the hidden state that takes over what unread slots say on average;
-            zero until `compensate` or training fills it.
-        search: how the slots to read are found, one of `SEARCHES`.
-        value_type: what values are kept in once it is saved: `float32`, `float16`, or `int8` with a scale for each row.
-        disk: what then stays in a file: `none`, `values`, or `slots`, values and keys, found by their 8-bit codes.
+        num_slots: rows of the table.
+        k: slots read per token, over all heads together; with `k_mode="threshold"` their mean over
+            tokens and layers.
+        heads: groups that share the slots evenly. Each has its own query projection (with
+            `projections`) and, with `k_mode="top"`, reads its own best `k / heads`. Weights and
+            output are joint: k = num_slots is the same for any number.
+        activation: a slot's weight as a function of its score: `gelu`, `gelu_new`,
+            `gelu_pytorch_tanh`, `relu`, `silu`, or `block` for `activation_function`; or `softmax`
+            over the slots read (scores divided by the square root of the width) or `distance` (the
+            same with minus the squared distance as score).
+        activation_function: what `activation="block"` stands for, by its transformers name.
+        gated: give each slot a second key, its gain: the weight is multiplied by
+            `hidden . gain + gain_bias` (SwiGLU blocks).
+        selection: what slots are ranked by: `score`, `contribution` (|weight| x |value|) or
+            `centered` (|weight - mean| x |value|, where every slot always contributes its mean and
+            only deviations are read).
+        metric: how the norm of a value is measured: `euclidean`, or `fisher`, by how far the value
+            moves the model's output, with a matrix that calibration measures (at first the
+            identity).
+        k_mode: `top` reads the k slots ranked highest; `threshold` reads those whose rank reaches
+            `threshold`, which all memories of a model share, so that k is spent on the layers and
+            tokens where it matters (`sparsity_budget`).
+        gradient: `selected`, or `straight_through` (forward k slots, backward all of them).
+        projections: learn a query projection per head and an output projection.
+        skip_connection: add a linear map of the hidden state that replaces what unread slots
+            contribute on average; zero until `compensate` or training changes it.
+        search: how slots are found: `exact`, `int8` or `ivf`.
+        value_dtype: type of saved values: `float32`, `float16`, or `int8` with a scale per row.
+        offload: what stays in a file after loading: `none`, `values`, or `slots` (values and keys,
+            found by 8-bit codes).
 
     Raises:
-        ValueError: k or slots out of range, not multiples of heads, or a ranking the weighting cannot serve.
+        ValueError: an argument is out of range or unknown, or two of them contradict each other.
 
-    Source: Geva et al. 2021, arXiv 2012.14913 (blocks as key-value memories); Sukhbaatar et al. 2019, arXiv 1907.01470.
-        The linear map is the skip connection of Paulo et al. 2025, arXiv 2501.18823, solved for instead of learnt.
-        Ranking by contribution, centered or not, is ours, measured in EXPERIMENTS.md.
+    Source: Geva et al. 2021, arXiv 2012.14913 (blocks as key-value memories); Sukhbaatar et al.
+        2019, arXiv 1907.01470. The skip connection is that of Paulo et al. 2025, arXiv 2501.18823,
+        solved for instead of learned. Ranking by contribution, centered or not, is ours, measured
+        in docs/experiments.
     """
 
     def __init__(
@@ -102,11 +112,12 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         width: int,
         num_slots: int,
         k: int,
+        *,
         heads: int = 1,
-        activation: str = "block",
-        activation_function: str = "gelu_pytorch_tanh",
+        activation: str = "gelu",
+        activation_function: str | None = None,
         gated: bool = False,
-        selection: str = "contribution",
+        selection: str | None = None,
         metric: str = "euclidean",
         k_mode: str = "top",
         gradient: str = "selected",
@@ -116,49 +127,56 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         value_dtype: str = "float32",
         offload: str = "none",
     ) -> None:
+        if selection is None:
+            selection = "score" if activation in ("softmax", "distance") else "contribution"
+        for name, size in (("width", width), ("num_slots", num_slots), ("heads", heads)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if not 1 <= k <= num_slots:
-            raise ValueError(f"k must be in [1, slots={num_slots}], got {k}")
+            raise ValueError(f"k must be in [1, num_slots={num_slots}], got {k}")
+        check_choice("k_mode", k_mode, K_MODES)
+        check_choice("gradient", gradient, GRADIENTS)
+        check_choice("search", search, SEARCH_METHODS)
         if num_slots % heads or (k % heads and k_mode == "top"):
-            raise ValueError(f"slots={num_slots} and k={k} must be multiples of heads={heads}")
-        if search not in SEARCH_METHODS:
-            raise ValueError(f"search must be one of {', '.join(SEARCH_METHODS)}, got {search}")
+            raise ValueError(f"num_slots={num_slots} and k={k} must be multiples of heads={heads}")
         if search != "exact" and heads > 1:
-            raise ValueError(f"search={search} finds slots for one head, got heads={heads}")
+            raise ValueError(f"search={search} supports one head, got heads={heads}")
         if search in INDEX_BUILDERS and (selection == "centered" or gated):
             raise ValueError(
-                f"search={search} needs a weight that grows with one score: no gains, ranking=contribution or score"
+                f"search={search} needs weights that grow with one score: gated=False and "
+                "selection=contribution or score"
             )
         if offload == "slots" and search != "int8":
             raise ValueError(
-                f"disk=slots finds slots by codes in 8 bits, search=int8, got search={search}"
+                f"offload=slots finds slots by 8-bit codes: use search=int8, got search={search}"
             )
         if k_mode == "threshold" and selection == "score":
             raise ValueError(
-                "selection=threshold needs ranks that compare over layers: ranking=contribution or centered"
+                "k_mode=threshold needs ranks that are comparable across layers: "
+                "selection=contribution or centered"
             )
         super().__init__(
             width,
             num_slots,
-            heads,
-            activation,
-            activation_function,
-            gated,
-            selection,
-            metric,
-            projections,
-            skip_connection,
-            k_mode == "threshold",
-            value_dtype,
-            offload,
+            heads=heads,
+            activation=activation,
+            activation_function=activation_function,
+            gated=gated,
+            selection=selection,
+            metric=metric,
+            projections=projections,
+            skip_connection=skip_connection,
+            has_threshold=k_mode == "threshold",
+            value_dtype=value_dtype,
+            offload=offload,
         )
         if self.activation_fn is None and gradient != "selected":
             raise ValueError(
-                f"weighting={activation} works with ranking=score and gradient=selected only"
+                f"activation={activation} needs selection=score and gradient=selected, "
+                f"got gradient={gradient}"
             )
         self.k, self.gradient, self.k_mode, self.search = k, gradient, k_mode, search
-        self.k_multiplier = (
-            1.0  # slots read while training, as a multiple of k; it may begin with more
-        )
+        self._k_multiplier = 1.0
         self.reset()
 
     @classmethod
@@ -222,7 +240,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return MemoryCost(parameters, self.k, scores + self.k * self.width + other)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`(..., width)` to the same shape."""
+        """Map `(..., width)` to the same shape."""
         self.check_attached()
         flat = hidden.reshape(-1, self.width)
         if len(flat) == 1 and not torch.is_grad_enabled():
@@ -234,13 +252,56 @@ class FeaturalMemory(SlotTable, MemoryLayer):
                 else self._read_exact(flat)
             )
         if self.output is not None:
-            output = product(output, self.output)
+            output = linear(output, self.output)
         if self.skip_connection is not None:
-            output = output + product(flat, self.skip_connection)
+            output = output + linear(flat, self.skip_connection)
         return output.view_as(hidden)
 
+    @property
+    def k_multiplier(self) -> float:
+        """Slots read in training mode, as a multiple of k."""
+        return self._k_multiplier
+
+    def set_k_multiplier(self, factor: float) -> None:
+        """Read `factor` times k slots in training mode from now on, all slots at most."""
+        if factor <= 0:
+            raise ValueError(f"factor must be positive, got {factor}")
+        self._k_multiplier = factor
+
+    @contextmanager
+    def scaled_k(self, factor: float) -> Iterator[None]:
+        """Read `factor` times k slots in training mode inside the block."""
+        previous = self._k_multiplier
+        self.set_k_multiplier(factor)
+        try:
+            yield
+        finally:
+            self._k_multiplier = previous
+
+    @contextmanager
+    def temporary_k(self, k: int, threshold: Tensor | None = None) -> Iterator[None]:
+        """Read k slots per token inside the block.
+
+        Args:
+            k: in [1, num_slots].
+            threshold: value of the shared threshold that gives this k, with `k_mode="threshold"`.
+        """
+        if not 1 <= k <= self.num_slots:
+            raise ValueError(f"k must be in [1, num_slots={self.num_slots}], got {k}")
+        previous_k = self.k
+        previous_threshold = None if self.threshold is None else self.threshold.clone()
+        self.k = k
+        if self.threshold is not None and threshold is not None:
+            self.threshold.copy_(threshold)
+        try:
+            yield
+        finally:
+            self.k = previous_k
+            if self.threshold is not None and previous_threshold is not None:
+                self.threshold.copy_(previous_threshold)
+
     def _uses_candidates(self, num_tokens: int) -> bool:
-        """Whether slots are found by candidates: where scoring every slot in full would take longer, or read the disk."""
+        """Return whether to search: where scoring every slot is slower, or reads the disk."""
         keys_offloaded = self.offload == "slots" and not self.training
         few_tokens = num_tokens < MIN_BATCH_TOKENS and not torch.is_grad_enabled()
         return self.search != "exact" and (
@@ -248,7 +309,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         )
 
     def _read_exact(self, hidden: Tensor) -> Tensor:
-        """Weighted sum of the values of the selected slots and of every slot's mean, `(tokens, width)`, all scored."""
+        """Score all slots and sum the selected values and all means: `(tokens, width)`."""
         scores = self.compute_scores(hidden)
         if self.activation_fn is None:
             bias, mask = self.output_bias, self._select_mask(scores)
@@ -257,7 +318,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             bias, weights = self.constant_output(), self.compute_weights(hidden, scores)
             mask = self._select_mask(self.rank_weights(weights, scores))
         self._record_reads(mask)
-        # Without gradients only the values read are touched: up to four times as fast (benchmarks/memory.py).
+        # Without gradients only the values read are touched: up to four times as fast
+        # (benchmarks/memory.py).
         if not torch.is_grad_enabled() or self.mmap_tensors is not None:
             (tokens, ids), num_reads = mask.nonzero(as_tuple=True), mask.sum(-1)
             return (
@@ -266,10 +328,10 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         selected_weights = weights * mask
         if self.gradient == "straight_through":
             selected_weights = weights + (selected_weights - weights).detach()
-        return product(selected_weights, self.values.t(), bias)
+        return linear(selected_weights, self.values.t(), bias)
 
     def _read_single(self, hidden: Tensor) -> Tensor:
-        """What `_read` and `_read_found` give to one token, touching the values read alone; without gradients."""
+        """Read for one token without gradients; touches only the values read."""
         if self._uses_candidates(1):
             ids, weights = self._search_single(hidden)
         else:
@@ -306,7 +368,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return ids[0], weights[0]
 
     def _read_candidates(self, hidden: Tensor) -> Tensor:
-        """What `_read` gives where the candidates hold all slots it selects; values and gradients of those read only."""
+        """Read among candidates; only their values and gradients are touched."""
         chunk_size = max(
             1,
             MAX_GATHERED_VALUES
@@ -321,7 +383,10 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return self.sum_values(ids, weights * selected) + self.constant_output()
 
     def _search_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Candidates: ids, scores, weights where each slot has its own, and which of them are read, `(tokens, n)`."""
+        """Search candidates, all `(tokens, n)`: ids, scores, weights, and which are read.
+
+        Weights are None for `softmax` and `distance`.
+        """
         with torch.no_grad():
             ids, is_final = self._find_candidates(hidden)
             valid, ids = ids >= 0, ids.clamp_min(0)
@@ -332,24 +397,18 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         if is_final:
             return ids, scores, weights, valid
         with torch.no_grad():
-            rank = (
-                scores if weights is None else self.rank_weights(weights, scores, ids)
-            ).masked_fill(~valid, -torch.inf)
+            rank = scores if weights is None else self.rank_weights(weights, scores, ids)
+            rank = rank.masked_fill(~valid, -torch.inf)
             if self.threshold is not None:
                 return ids, scores, weights, self._above_threshold(rank)
-            return (
-                ids,
-                scores,
-                weights,
-                ids_to_mask(topk_ids(rank, min(self._current_k(), rank.shape[1])), rank.shape[1])
-                & valid,
-            )
+            k = min(self._current_k(), rank.shape[1])
+            return ids, scores, weights, ids_to_mask(topk_ids(rank, k), rank.shape[1]) & valid
 
     def _current_k(self) -> int:
-        return min(self.num_slots, round(self.k * (self.k_multiplier if self.training else 1)))
+        return min(self.num_slots, round(self.k * (self._k_multiplier if self.training else 1)))
 
     def _num_candidates(self) -> int:
-        """Candidates per token; where each token has its own number of reads, room for more than the mean."""
+        """Return the candidates per token; more than the mean where the number of reads varies."""
         return min(
             self.num_slots,
             CANDIDATES_PER_READ[self.search]
@@ -359,7 +418,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
 
     @torch.no_grad()
     def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, bool]:
-        """Ids `(tokens, n)` of slots that may be read, -1 where there are fewer; and whether they are to be read as they are."""
+        """Return candidate ids `(tokens, n)`, -1 for none, and whether all of them are read."""
         if self.search == "int8":
             rank = self._approximate_rank(hidden)
             if self.threshold is None:
@@ -374,19 +433,17 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             self.key_bias,
             self.values if self.selection == "contribution" else None,
         )
-        patience = INDEX_REFRESH_STEPS if self.training else 1
         search_index: CandidateSearch = self._tensor_cache(
             "index",
             lambda *_: INDEX_BUILDERS[self.search](self._index_vectors, self.num_slots),
             sources,
-            patience=patience,
+            patience=INDEX_REFRESH_STEPS if self.training else 1,
         )
-        return search_index(
-            F.pad(self.compute_queries(hidden)[:, 0], (0, 1), value=1.0), self._num_candidates()
-        ), False
+        queries = F.pad(self.compute_queries(hidden)[:, 0], (0, 1), value=1.0)
+        return search_index(queries, self._num_candidates()), False
 
     def _index_vectors(self, slot_range: slice) -> Tensor:
-        """One vector `(n, width + 1)` for each of some slots, whose product with a query and 1 ranks it."""
+        """Return one vector `(n, width + 1)` per slot whose product with (query, 1) ranks it."""
         keys = self.keys[slot_range]
         if self.activation == "distance":
             return torch.cat([2 * keys, -keys.square().sum(-1, keepdim=True)], dim=-1)
@@ -398,7 +455,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         )
 
     def _approximate_rank(self, hidden: Tensor) -> Tensor:
-        """What `rank` gives, from keys in 8 bits."""
+        """Compute ranks from keys in 8 bits."""
         query = self.compute_queries(hidden)[:, 0]
         scores = self._finish_scores(
             self._int8_matrix("key", self.keys)(query), query, self.keys, self.key_bias
@@ -413,11 +470,11 @@ class FeaturalMemory(SlotTable, MemoryLayer):
     def _int8_matrix(self, name: str, rows: Tensor) -> Int8Matrix:
         stored = None if self.mmap_tensors is None else getattr(self.mmap_tensors, f"{name}_codes")
         return (
-            self._tensor_cache(f"{name} codes", Int8Matrix, (rows,)) if stored is None else stored
+            self._tensor_cache(f"{name}_codes", Int8Matrix, (rows,)) if stored is None else stored
         )
 
     def _select_mask(self, rank: Tensor) -> Tensor:
-        """Mask `(tokens, slots)` of what an exact search reads."""
+        """Return the mask `(tokens, num_slots)` of what an exact search reads."""
         return (
             ids_to_mask(self._topk_per_head(rank), self.num_slots)
             if self.threshold is None
@@ -425,46 +482,55 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         )
 
     def select_slots(self, hidden: Tensor) -> Tensor:
-        """Which slots are read for `hidden` `(tokens, width)`: a mask `(tokens, slots)`."""
+        """Return which slots are read for `hidden` `(tokens, width)`: `(tokens, num_slots)`."""
         return self.select_with_weights(hidden)[0]
 
     @torch.no_grad()
     def select_with_weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots are read for `hidden` `(tokens, width)`, and the weights of those: both `(tokens, slots)`."""
+        """Return which slots are read and their weights.
+
+        Args:
+            hidden: `(tokens, width)`.
+
+        Returns:
+            A mask and the weights, zero outside the mask; both `(tokens, num_slots)`.
+        """
         if not self._uses_candidates(len(hidden)):
             scores = self.compute_scores(hidden)
-            weights = scores if self.activation_fn is None else self.compute_weights(hidden, scores)
+            if self.activation_fn is None:
+                mask = self._select_mask(scores)
+                return mask, masked_softmax(scores, mask)
+            weights = self.compute_weights(hidden, scores)
             mask = self._select_mask(self.rank_weights(weights, scores))
-            return mask, masked_softmax(
-                scores, mask
-            ) if self.activation_fn is None else weights * mask
+            return mask, weights * mask
         ids, scores, candidate_weights, selected = self._search_candidates(hidden)
-        candidate_weights = (
-            masked_softmax(scores, selected) if candidate_weights is None else candidate_weights
-        ) * selected
-        zeros = torch.zeros(
-            len(hidden), self.num_slots, device=hidden.device, dtype=candidate_weights.dtype
-        )
-        # a place that is not read may stand for slot 0, which another place may read
-        return zeros.scatter_add(
-            -1, ids, selected.to(candidate_weights.dtype)
-        ) > 0, zeros.scatter_add(-1, ids, candidate_weights)
+        if candidate_weights is None:
+            candidate_weights = masked_softmax(scores, selected)
+        candidate_weights = candidate_weights * selected
+        # An unselected entry may have the id 0 that another entry of the token reads, so add up.
+        zeros = candidate_weights.new_zeros(len(hidden), self.num_slots)
+        mask = zeros.scatter_add(-1, ids, selected.to(candidate_weights.dtype)) > 0
+        return mask, zeros.scatter_add(-1, ids, candidate_weights)
 
     @torch.no_grad()
     def measure_recall(self, hidden: Tensor) -> float:
-        """Share of the slots that an exact search would read for `hidden` `(tokens, width)` which this search reads."""
+        """Measure the share of the slots an exact search reads that this search reads too.
+
+        Args:
+            hidden: `(tokens, width)`.
+        """
         if self.search == "exact":
             return 1.0
         rank = self.compute_ranks(hidden)
         expected = self._select_mask(rank)
         if self.selection != "score":
-            expected &= rank > 0  # a slot that says nothing is not missed
+            expected &= rank > 0  # a slot that contributes nothing is not missed
         ids, _, _, selected = self._search_candidates(hidden)
         return float((expected.gather(1, ids) & selected).sum() / expected.sum().clamp_min(1))
 
     @torch.no_grad()
     def _topk_per_head(self, rank: Tensor) -> Tensor:
-        """Ids `(tokens, k)` of the slots ranked highest, head by head."""
+        """Return the ids `(tokens, k)` of the slots ranked highest in each head."""
         k = self._current_k() // self.heads
         if self.heads == 1:
             return topk_ids(rank, k)
@@ -475,9 +541,13 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return (head_ids + offsets).flatten(-2)
 
     def _above_threshold(self, rank: Tensor) -> Tensor:
-        assert self.threshold is not None, "asked for where selection is by threshold"
-        return mask_above_threshold(rank, self.threshold)
+        assert self.threshold is not None, "only called with k_mode=threshold"
+        return rank >= self.threshold
 
     def extra_repr(self) -> str:
-        shape = f"width={self.width}, slots={self.num_slots}, k={self.k}, heads={self.heads}"
-        return f"{shape}, weighting={self.activation}, ranking={self.selection}, selection={self.k_mode}"
+        """Describe the layer in `repr`."""
+        shape = f"width={self.width}, num_slots={self.num_slots}, k={self.k}, heads={self.heads}"
+        return (
+            f"{shape}, activation={self.activation}, selection={self.selection}, "
+            f"k_mode={self.k_mode}, search={self.search}"
+        )

@@ -1,4 +1,4 @@
-"""Which of the rows offered to a bounded memory come in, as what, and who leaves for them."""
+"""Which proposed rows enter a bounded memory, as what, and which rows are evicted for them."""
 
 from __future__ import annotations
 
@@ -19,26 +19,42 @@ class InsertPolicy:
     """How a memory is kept small.
 
     Attributes:
-        novelty: distance up to which an offered row is known already and left out.
-        recombine: distance up to which it is merged into the row it is near to; nothing is where it is not over `novelty`.
-        capacity: most rows held.
-        decay: LRFU's, from 0 (frequency) to 1 (recency); heat halves every `1 / decay` steps.
+        min_distance: distance (keys have length 1) up to which a proposed row is a duplicate of
+            the nearest one and is not inserted.
+        merge_distance: distance up to which it is merged into the nearest one; no row is where it
+            is not larger than `min_distance`.
+        capacity: largest number of rows.
+        decay: of the LRFU score, from 0 (least frequently used leaves first) to 1 (least recently
+            used); the score halves every `1 / decay` steps.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
-    min_distance: float
-    merge_distance: float
-    capacity: int
-    decay: float
+    min_distance: float = 0.2
+    merge_distance: float = 0.55
+    capacity: int = 65_536
+    decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("min_distance", "merge_distance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {self.capacity}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay}")
 
 
 @dataclass(frozen=True)
 class InsertResult:
-    """What came of a step's offers.
+    """What became of a step's proposed rows.
 
     Attributes:
-        changes: what is to be written down.
-        alone: numbers of the rows that are one offer as it was made, `(n,)`.
-        offers: which offer each of those was, `(n,)`.
+        changes: for a store.
+        unmerged_ids: ids of the inserted rows that are one proposal unchanged, `(n,)`.
+        unmerged_candidates: index of the proposal of each, `(n,)`.
     """
 
     changes: StepChanges
@@ -57,12 +73,24 @@ def apply_insert_policy(
     now: float,
     allocate_ids: Callable[[int], IntArray],
 ) -> InsertResult:
-    """Let in what is new among `keys` `(n, key width)` and `values` `(n, value width)`; `rows` are changed.
+    """Insert those of the proposed rows that are new.
 
-    In the order offered: what is within `novelty` of a row is left out, what is within `recombine` merged into it (the
-    mean weighted by entries, tags joined, the oldest creation kept, under a new number; a pinned row stays as it is), the
-    rest comes in, and of those offered together the first stands for the ones near it. Over `capacity` the coldest
-    that are not pinned leave; where only pinned rows are left, the earliest offered stay out.
+    In the order proposed: a row within `min_distance` of an existing one is dropped, one within
+    `merge_distance` merged into it (the mean weighted by entries, tags joined, the oldest creation
+    time, a new id; a pinned row stays unchanged), the others are inserted; of rows proposed
+    together the first represents those near it. Above `capacity` the rows with the lowest score
+    that are not pinned are evicted; where only pinned rows remain, the earliest proposals are
+    dropped.
+
+    Args:
+        rows: changed in place.
+        keys: `(n, key width)`.
+        values: `(n, value width)`.
+        tags: n of them.
+        policy: distances and capacity.
+        step: number of the current step.
+        now: seconds since 1970.
+        allocate_ids: returns so many new ids.
 
     Raises:
         ValueError: a number is not finite; nothing has changed.
@@ -72,34 +100,32 @@ def apply_insert_policy(
     if not len(keys):
         return InsertResult(StepChanges(), np.empty(0, np.int64), np.empty(0, np.int64))
     matches = rows.search(keys, 1)
-    nearest_distances, nearest_ids = (
-        matches.distances[:, 0].double().sqrt(),
-        rows.ids_at(matches.indices[:, 0]) if rows.allocated_rows else None,
-    )
+    nearest_distances = matches.distances[:, 0].double().sqrt()
+    nearest_ids = rows.ids_at(matches.indices[:, 0]) if rows.allocated_rows else None
     leaders, leader_distances = _group_candidates(keys, nearest_distances, policy)
-    merges: dict[int, list[int]] = {}  # row number: offers that join it
-    new_groups: dict[int, list[int]] = {}  # offer that leads: offers that join it
+    merges: dict[int, list[int]] = {}  # row id -> candidates merged into it
+    new_groups: dict[int, list[int]] = {}  # leading candidate -> candidates merged into it
     for candidate, distance in enumerate(nearest_distances.tolist()):
         if distance <= policy.min_distance:
             continue
         if distance <= policy.merge_distance:
-            assert nearest_ids is not None, "something was near"
-            if not rows.stats.pinned[rows.index_by_id[int(nearest_ids[candidate])]]:
-                merges.setdefault(int(nearest_ids[candidate]), []).append(candidate)
+            assert nearest_ids is not None, "a row is near"
+            row_id = int(nearest_ids[candidate])
+            if not rows.stats.pinned[rows.index_by_id[row_id]]:
+                merges.setdefault(row_id, []).append(candidate)
         elif leaders[candidate] == candidate:
             new_groups[candidate] = [candidate]
         elif leader_distances[candidate] > policy.min_distance:
             new_groups[leaders[candidate]].append(candidate)
     inserts, removals = [], []
     if merges:
-        inserts.append(
-            _merge_into_rows(
-                rows, merges, keys, values, tags, step, now, policy.decay, allocate_ids
-            )
+        merged = _merge_into_rows(
+            rows, merges, keys, values, tags, step, now, policy.decay, allocate_ids
         )
+        inserts.append(merged)
         removals.append((np.array(list(merges), np.int64), "merged"))
         rows.delete_rows(merges)
-        rows.insert_rows(inserts[-1], step)
+        rows.insert_rows(merged, step)
     free_rows = policy.capacity - len(rows)
     if len(new_groups) > free_rows:
         evicted_ids = _select_evictions(rows, len(new_groups) - free_rows, step, policy.decay)
@@ -107,29 +133,26 @@ def apply_insert_policy(
         removals.append((evicted_ids, "evicted"))
         overflow = len(new_groups) - (policy.capacity - len(rows))
         new_groups = dict(list(new_groups.items())[max(0, overflow) :])
+    unmerged_ids = unmerged_candidates = np.empty(0, np.int64)
     if new_groups:
         inserts.append(_build_new_rows(new_groups, keys, values, tags, now, allocate_ids))
         rows.insert_rows(inserts[-1], step)
-    single_positions = [
-        position for position, members in enumerate(new_groups.values()) if len(members) == 1
-    ]
-    unmerged_ids = inserts[-1].ids[single_positions] if new_groups else np.empty(0, np.int64)
-    unmerged_candidates = (
-        np.array(list(new_groups), np.int64)[single_positions]
-        if new_groups
-        else np.empty(0, np.int64)
-    )
-    return InsertResult(
-        StepChanges(inserts, [removal for removal in removals if len(removal[0])]),
-        unmerged_ids,
-        unmerged_candidates,
-    )
+        is_single = np.array([len(members) == 1 for members in new_groups.values()])
+        unmerged_ids = inserts[-1].ids[is_single]
+        unmerged_candidates = np.array(list(new_groups), np.int64)[is_single]
+    changes = StepChanges(inserts, [removal for removal in removals if len(removal[0])])
+    return InsertResult(changes, unmerged_ids, unmerged_candidates)
 
 
 def _group_candidates(
     keys: Tensor, nearest_distances: Tensor, policy: InsertPolicy
 ) -> tuple[list[int], list[float]]:
-    """For each offer that no stored row is near to, the first such offer that stands for it, and how far that is."""
+    """Group the candidates that no stored row is near to.
+
+    Returns:
+        For each candidate the first one that represents it (itself where a row is near), and the
+        distance to that.
+    """
     radius = max(policy.min_distance, policy.merge_distance)
     leaders, leader_distances = list(range(len(keys))), [0.0] * len(keys)
     unmatched = (nearest_distances > radius).nonzero().flatten()
@@ -145,25 +168,19 @@ def _group_candidates(
                 continue
             for member in ((leader_row <= radius) & ~assigned).nonzero()[0]:
                 assigned[member] = True
-                leaders[candidates[member]], leader_distances[candidates[member]] = (
-                    candidates[leader],
-                    float(leader_row[member]),
-                )
+                leaders[candidates[member]] = candidates[leader]
+                leader_distances[candidates[member]] = float(leader_row[member])
     return leaders, leader_distances
 
 
 def _select_evictions(rows: RowTable, count: int, step: int, decay: float) -> IntArray:
-    """Numbers of the `count` coldest rows that are not pinned, or of as many as there are."""
+    """Return the ids of the `count` rows with the lowest score that are not pinned."""
     stats = rows.stats
     evictable = ((rows.ids >= 0).cpu().numpy() & ~stats.pinned).nonzero()[0]
-    evictable = evictable[
-        np.argsort(rows.ids_at(evictable), kind="stable")
-    ]  # of equally cold ones the oldest leaves
-    return rows.ids_at(
-        evictable[
-            eviction_order(stats.score[evictable], stats.score_step[evictable], step, decay, count)
-        ]
-    )
+    # Of equal scores the lowest id, the oldest row, is evicted first.
+    evictable = evictable[np.argsort(rows.ids_at(evictable), kind="stable")]
+    order = eviction_order(stats.score[evictable], stats.score_step[evictable], step, decay, count)
+    return rows.ids_at(evictable[order])
 
 
 def _build_new_rows(
@@ -179,17 +196,14 @@ def _build_new_rows(
         for states in (keys, values)
     )
     entries = np.array([len(members) for members in new_groups.values()], np.int64)
-    joined_tags = [join_tags(tags[member] for member in members) for members in new_groups.values()]
-    created = [now] * len(new_groups)
-    scores = entries.astype(np.float32)
     return RowInsert(
         allocate_ids(len(new_groups)),
         _to_numpy(mean_keys),
         _to_numpy(mean_values),
-        scores,
-        joined_tags,
+        entries.astype(np.float32),
+        [join_tags(tags[member] for member in members) for members in new_groups.values()],
         entries,
-        created,
+        [now] * len(new_groups),
     )
 
 
@@ -204,29 +218,26 @@ def _merge_into_rows(
     decay: float,
     allocate_ids: Callable[[int], IntArray],
 ) -> RowInsert:
-    indices = np.array([rows.index_by_id[number] for number in merges])
+    indices = np.array([rows.index_by_id[row_id] for row_id in merges])
     stats = rows.stats
     added_counts = np.array([len(members) for members in merges.values()], np.int64)
     entries = stats.entries[indices] + added_counts
-    merged_means = []
     candidates = torch.tensor(
-        [offer for members in merges.values() for offer in members], device=keys.device
+        [candidate for members in merges.values() for candidate in members], device=keys.device
     )
-    group_indices = (
-        torch.arange(len(merges)).repeat_interleave(torch.as_tensor(added_counts)).to(keys.device)
+    group_indices = torch.arange(len(merges)).repeat_interleave(torch.as_tensor(added_counts))
+    group_indices = group_indices.to(keys.device)
+    old_counts, new_counts = (
+        torch.as_tensor(counts, device=keys.device).unsqueeze(-1)
+        for counts in (stats.entries[indices], entries)
     )
+    means = []
     for stored, candidate_states in ((rows.keys, keys), (rows.values, values)):
         sums = candidate_states.new_zeros(
             len(merges), candidate_states.shape[1], dtype=torch.double
         )
         sums.index_add_(0, group_indices, candidate_states[candidates].double())
-        old_counts, new_counts = (
-            torch.as_tensor(number, device=keys.device).unsqueeze(-1)
-            for number in (stats.entries[indices], entries)
-        )
-        merged_means.append(
-            (stored[torch.as_tensor(indices)].double() * old_counts + sums) / new_counts
-        )
+        means.append((stored[torch.as_tensor(indices)].double() * old_counts + sums) / new_counts)
     joined_tags = [
         join_tags([stats.tags[index], *(tags[member] for member in members)])
         for index, members in zip(indices, merges.values(), strict=True)
@@ -234,21 +245,19 @@ def _merge_into_rows(
     scores = (
         decayed_score(stats.score[indices], stats.score_step[indices], step, decay) + added_counts
     )
-    created = [float(stats.created[index]) for index in indices]
-    new_ids = allocate_ids(len(merges))
     return RowInsert(
-        new_ids,
-        _to_numpy(merged_means[0]),
-        _to_numpy(merged_means[1]),
+        allocate_ids(len(merges)),
+        _to_numpy(means[0]),
+        _to_numpy(means[1]),
         scores.astype(np.float32),
         joined_tags,
         entries,
-        created,
+        [float(stats.created[index]) for index in indices],
     )
 
 
 def join_tags(tags: Iterable[str]) -> str:
-    """One tag for a row that several tags led to: each once, a line each, in the order they came."""
+    """Join the tags of merged rows: one line for each different one, in order."""
     lines = [line for tag in tags for line in tag.split("\n") if line]
     return "\n".join(dict.fromkeys(lines))
 

@@ -1,47 +1,53 @@
-"""A memory's tables when they are not among its weights: in a file, or in fewer bits than they are computed in.
+"""Tensors of a memory that are not among its weights: in a mapped file, or in fewer bits.
 
-Tables that stay in a file: safetensors, mapped into memory, so that a read brings in the rows it needs and no more.
-
-Pages of a mapped file are the system's to drop: a table may be larger than the memory a process is allowed.
+The file is a safetensors file, mapped by safetensors' own reader: a read loads the rows it needs
+and no more. The system may drop pages of a mapped file, so a table may be larger than RAM.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmt.errors import UserError
 from dmt.files import check_version
 from dmt.memory.approximate_search import Int8Matrix, quantize_int8
 
+# Types that `value_dtype=` accepts for saved values.
 VALUE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-"""Types that rows of values are kept in, by the name that `memory.value_dtype` takes."""
+# What stays in the file, by the name that `offload=` accepts.
 OFFLOAD_MODES = ("none", "values", "slots")
-"""What stays in the file, by the name that `memory.offload` takes."""
+# Version of the file.
 FORMAT_VERSION = "1"
-"""Version of the file."""
+# The header is padded to a multiple of this, so that tensors begin where pages do.
 HEADER_ALIGNMENT = 4_096
-"""Bytes that a header is filled up to a multiple of, so that tables begin where pages do."""
-MAX_HEADER_BYTES = 100_000_000
-"""Bytes of the longest header that is read."""
+# Bytes of a tensor that are written at once.
 COPY_CHUNK_BYTES = 64_000_000
-"""Bytes of a table that are copied at once."""
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+# Row values that are converted at once.
+MAX_CONVERTED_VALUES = 16_000_000
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its type, its shape, and its rows in pieces, so that it need not be in memory as a whole."""
+    """A tensor to be written in chunks, so that it need not be in memory as a whole.
+
+    Attributes:
+        dtype: its type.
+        shape: its shape.
+        chunks: consecutive rows of it.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,47 +55,59 @@ class TensorSpec:
 
 
 def make_spec(tensor: Tensor) -> TensorSpec:
-    """A tensor that is there, to be written."""
+    """Describe a tensor in memory for `write_tensor_file`."""
     tensor = tensor.detach().cpu()
-    if not tensor.numel() or not tensor.dim():
-        return TensorSpec(tensor.dtype, tuple(tensor.shape), [tensor])
-    return TensorSpec(
-        tensor.dtype,
-        tuple(tensor.shape),
-        tensor.split(max(1, COPY_CHUNK_BYTES // tensor[0].nbytes)),
-    )
+    chunks: Iterable[Tensor] = [tensor]
+    if tensor.numel() and tensor.dim():
+        chunks = tensor.split(max(1, COPY_CHUNK_BYTES // tensor[0].nbytes))
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), chunks)
 
 
 def quantize_rows(rows: Tensor, value_dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Rows `(n, width)` as they are kept, and of `int8` what each is to be multiplied by, `(n,)` in float32."""
+    """Convert rows to the type they are saved in.
+
+    Args:
+        rows: `(n, width)`.
+        value_dtype: a key of `VALUE_TYPES`.
+
+    Returns:
+        The converted rows, and for `int8` a scale per row `(n,)` in float32.
+    """
     if value_dtype != "int8":
         return rows.detach().to(VALUE_TYPES[value_dtype]), None
     return quantize_int8(rows)
 
 
 def dequantize_rows(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What `encode` was given, up to its rounding, in the type `dtype`."""
+    """Convert rows `(n, width)` back from `quantize_rows`, up to its rounding."""
     if scales is None:
         return rows.to(dtype)
     return (rows.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def write_tensor_file(path: Path, specs: Mapping[str, TensorSpec]) -> str:
-    """Write `tables` by name; their digest, which also stands in the file. What was there before stays until all is written.
+    """Write tensors to a safetensors file, chunk by chunk; replaces the file when it is complete.
+
+    safetensors' own writer needs all tensors in memory.
+
+    Args:
+        path: the file.
+        specs: tensors by name.
+
+    Returns:
+        The SHA-256 of names, shapes and contents, which the file's metadata holds too.
 
     Raises:
         UserError: it cannot be written.
     """
-    order = sorted(
-        specs, key=lambda name: -specs[name].dtype.itemsize
-    )  # so that each begins at a multiple of its size
+    # By falling item size, so that each tensor begins at a multiple of its own.
+    order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header, offset = {}, 0
-    dtype_names = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
     for name in order:
         spec = specs[name]
         num_bytes = math.prod(spec.shape) * spec.dtype.itemsize
         header[name] = {
-            "dtype": dtype_names[spec.dtype],
+            "dtype": _DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + num_bytes],
         }
@@ -109,130 +127,114 @@ def write_tensor_file(path: Path, specs: Mapping[str, TensorSpec]) -> str:
                     digest.update(data)
                     stream.write(data)
             assert stream.tell() == 8 + len(header_text) + offset, (
-                f"pieces of {path} are not of the shapes that were announced"
+                f"chunks of {path} do not have the shapes of their specs"
             )
             stream.seek(8)
             stream.write(header_text.replace(placeholder, digest.hexdigest(), 1).encode())
-        partial_path.replace(path)  # another file of the name may be mapped; it lives on without it
+        partial_path.replace(path)  # a process that maps the old file keeps reading it
     except OSError as error:
         partial_path.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); free some room, or save elsewhere"
+            f"cannot write {path} ({error.strerror}); free some space, or save elsewhere"
         ) from None
     return digest.hexdigest()
 
 
 class MmapTensorFile:
-    """Tables of a file that `write` made, mapped into memory; writing to them changes no file.
+    """The tensors of a file by `write_tensor_file`, mapped; writing to them does not change it.
+
+    Args:
+        path: the file.
 
     Raises:
-        UserError: there is no such file, it is cut short, or it is something else.
+        UserError: it does not exist, is incomplete, or is something else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as stream:
-                num_bytes = os.fstat(stream.fileno()).st_size
-                header_bytes = int.from_bytes(stream.read(8), "little")
-                if not 0 < header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
-                    raise ValueError("it has no header")
-                header = json.loads(stream.read(header_bytes))
-                metadata = header.pop("__metadata__")
-                self.digest, self._entries, self._data_start = (
-                    str(metadata["digest"]),
-                    header,
-                    8 + header_bytes,
-                )
-                check_version(
-                    metadata["format"],
-                    int(FORMAT_VERSION),
-                    f"{path}: its format is",
-                    "save the student anew by the dmt that made it",
-                )
-                self._check_header(num_bytes)
-                self._mmap = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = safe_open(path, "pt")
+            metadata = self._file.metadata() or {}
+            version, self.digest = metadata["format"], metadata["digest"]
         except FileNotFoundError:
             raise UserError(
-                f"{path} is not there: the memory's rows are in it; put it back beside model.safetensors"
+                f"{path} does not exist, and the memory's slots are in it; put it back beside "
+                "model.safetensors"
             ) from None
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             reason = (
-                f"{type(error).__name__} {error}" if isinstance(error, KeyError) else f"{error}"
+                f"no {error.args[0]} in its metadata"
+                if isinstance(error, KeyError)
+                else " ".join(str(error).split())
             )
             raise UserError(
-                f"{path} is not a whole file of a memory's rows ({reason}); copy it or save the student anew"
+                f"{path} is not a complete file of a memory's slots ({reason}); copy it again or "
+                "save the student again"
             ) from None
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._mmap.madvise(mmap.MADV_RANDOM)  # the rows around one that is read are not wanted
-
-    def _check_header(self, num_bytes: int) -> None:
-        end = 0
-        for name, entry in self._entries.items():
-            begin, stop = entry["data_offsets"]
-            if (
-                begin != end
-                or stop - begin
-                != math.prod(entry["shape"]) * _SAFETENSORS_DTYPES[entry["dtype"]].itemsize
-            ):
-                raise ValueError(f"its header is wrong about {name}")
-            end = stop
-        if num_bytes != self._data_start + end:
-            raise ValueError(
-                f"it has {num_bytes:,} bytes, its header says {self._data_start + end:,}"
-            )
+        check_version(
+            version,
+            int(FORMAT_VERSION),
+            f"{path}: its format is",
+            "save the student again with the dmt that wrote it",
+        )
+        self._names = frozenset(self._file.keys())
 
     @property
     def shapes(self) -> list[list[int]]:
-        """Of all tables."""
-        return [entry["shape"] for entry in self._entries.values()]
+        """Shapes of all tensors."""
+        return [list(self._file.get_slice(name).get_shape()) for name in self._names]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
-        """The table `name`, its pages in the file."""
-        if name not in self._entries:
-            raise UserError(
-                f"{self.path} does not hold {name}; it belongs to another student, put the right one in its place"
-            )
-        entry = self._entries[name]
-        begin, end = entry["data_offsets"]
-        dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(
-            self._mmap, dtype=dtype, offset=self._data_start + begin, count=math.prod(shape)
-        ).view(shape)
+        """Return the mapped tensor `name`, of which single rows will be read.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        tensor = self._map(name)
+        # Without this, each row read would load the 128 kB around it too: 44 times as many bytes
+        # from an 800 MB table of 2 kB rows.
+        _advise(tensor, "MADV_RANDOM")
+        return tensor
 
     def read_sequentially(self, name: str) -> Tensor:
-        """The table `name`, which is read from end to end: the system may read ahead."""
-        begin, end = (
-            self._data_start + offset
-            for offset in self._entries.get(name, {}).get("data_offsets", (0, 0))
-        )
-        if hasattr(mmap, "MADV_SEQUENTIAL") and end > begin:
-            page_start = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._mmap.madvise(mmap.MADV_SEQUENTIAL, page_start, end - page_start)
-        return self[name]
+        """Return the mapped tensor `name`, which will be read from end to end."""
+        tensor = self._map(name)
+        _advise(tensor, "MADV_SEQUENTIAL")
+        return tensor
+
+    def _map(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise UserError(
+                f"{self.path} has no tensor {name}, so it belongs to another student; replace it "
+                "with this student's file"
+            )
+        return self._file.get_tensor(name)
 
 
-MAX_CONVERTED_VALUES = 16_000_000
-"""Numbers of rows converted at once."""
+def _advise(tensor: Tensor, advice: str) -> None:
+    """Tell the system how a mapped tensor will be read, where it supports that."""
+    if not hasattr(mmap, advice) or not tensor.nbytes:
+        return
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(getattr(mmap, advice))
+    )
 
 
 @dataclass(frozen=True)
 class MmapTensors:
-    """What goes with tables that are in a file, and is looked at for every token, so that it is in RAM where there is room.
+    """What accompanies tensors in a file and is used for every token, so that it is in RAM.
 
     Attributes:
-        scales: what each row of values is to be multiplied by, `(slots,)`, where they are int8.
-        lengths: how long each value is in the metric, `(slots,)`.
-        said: what the means of all slots say together, `(width,)`, where there are means.
+        scales: of int8 values, `(num_slots,)`.
+        value_norms: norm of each value in the metric, `(num_slots,)`.
+        mean_output: sum of the means of all slots, `(width,)`, of a centered memory.
         key_codes: keys in 8 bits, where the keys themselves are in the file.
-        gain_codes: the same of gains.
+        gain_codes: gains in 8 bits, likewise.
     """
 
     scales: Tensor | None
@@ -243,7 +245,7 @@ class MmapTensors:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of it."""
+        """Size of all of it in bytes."""
         code_tensors = [
             tensor
             for matrix in (self.key_codes, self.gain_codes)
@@ -257,8 +259,12 @@ class MmapTensors:
         )
 
     def to_specs(self) -> dict[str, TensorSpec]:
-        """All of it by the names it has in a file."""
-        tensors = {"scales": self.scales, "lengths": self.value_norms, "said": self.mean_output}
+        """Describe all of it for `write_tensor_file`, by the names in the file."""
+        tensors = {
+            "scales": self.scales,
+            "value_norms": self.value_norms,
+            "mean_output": self.mean_output,
+        }
         for name, matrix in (("key", self.key_codes), ("gain", self.gain_codes)):
             if matrix is not None:
                 tensors |= {f"{name}_codes": matrix.rows, f"{name}_scales": matrix.scales}
@@ -269,26 +275,23 @@ class MmapTensors:
         }
 
     @staticmethod
-    def from_file(file: MmapTensorFile, memory: str) -> MmapTensors:
-        """What a file says goes with the tables of `memory`, read into RAM; codes, a quarter of float32, as they are looked at."""
+    def from_file(file: MmapTensorFile, prefix: str) -> MmapTensors:
+        """Read what accompanies the tensors of the memory `prefix` into RAM; codes stay mapped."""
 
         def read_optional(name: str) -> Tensor | None:
-            return file[f"{memory}.{name}"].clone() if f"{memory}.{name}" in file else None
+            return file[f"{prefix}.{name}"].clone() if f"{prefix}.{name}" in file else None
 
         def read_matrix(name: str) -> Int8Matrix | None:
             scales = read_optional(f"{name}_scales")
-            return (
-                None
-                if scales is None
-                else Int8Matrix.from_quantized(
-                    file.read_sequentially(f"{memory}.{name}_codes"), scales
-                )
-            )
+            if scales is None:
+                return None
+            codes = file.read_sequentially(f"{prefix}.{name}_codes")
+            return Int8Matrix.from_quantized(codes, scales)
 
         return MmapTensors(
             read_optional("scales"),
-            file[f"{memory}.lengths"].clone(),
-            read_optional("said"),
+            file[f"{prefix}.value_norms"].clone(),
+            read_optional("mean_output"),
             read_matrix("key"),
             read_matrix("gain"),
         )
@@ -301,19 +304,24 @@ def sum_embedding_bags(
     weights: Tensor,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """As `F.embedding_bag` with `mode="sum"` where `rows_at(ids)` gives rows `(n, width)`: each once, so many at a time.
+    """Compute `F.embedding_bag` with `mode="sum"` over rows that are converted as they are read.
 
     Args:
-        ids: `(bags, n)`; or `(n,)`, where bags begin at `starts` `(bags,)`.
+        gather_rows: returns the rows `(n, width)` of ids `(n,)`; called for each id once, for
+            `MAX_CONVERTED_VALUES` values at a time.
+        width: size of a row.
+        ids: `(bags, n)`, or `(n,)` with `offsets`.
         weights: of the same shape.
+        offsets: where bags begin, `(bags,)`.
+
+    Returns:
+        `(bags, width)`.
     """
     if offsets is None:
         offsets = torch.arange(len(ids), device=ids.device) * ids.shape[1]
         ids, weights = ids.flatten(), weights.flatten()
-    ends, max_ids = (
-        F.pad(offsets[1:], (0, 1), value=len(ids)),
-        max(1, MAX_CONVERTED_VALUES // width),
-    )
+    ends = F.pad(offsets[1:], (0, 1), value=len(ids))
+    max_ids = max(1, MAX_CONVERTED_VALUES // width)
     parts, first_bag = [weights.new_zeros(0, width)], 0
     while first_bag < len(offsets):
         start = int(offsets[first_bag])
@@ -335,13 +343,16 @@ def sum_embedding_bags(
 
 
 class MmapTensorsMixin(nn.Module):
-    """A table of slots that, saved, leaves tensors to a file (`tables`), and loaded again (`leave`, `take`) reads them there.
+    """A table of slots that is saved partly to a file of its own and reads it after loading.
 
-    In RAM it holds and computes float32 and learns; from a file it does not learn any more.
+    Before saving it computes in float32 and can be trained; with a file attached it cannot.
 
     Args:
-        value_type: what values are kept in there, one of `VALUE_TYPES`.
-        disk: what stays on the disk once it is loaded, one of `DISKS`.
+        value_dtype: type of saved values, a key of `VALUE_TYPES`.
+        offload: what stays in the file after loading, one of `OFFLOAD_MODES`.
+
+    Raises:
+        ValueError: either is unknown.
     """
 
     width: int
@@ -356,14 +367,17 @@ class MmapTensorsMixin(nn.Module):
 
     def __init__(self, value_dtype: str, offload: str) -> None:
         super().__init__()
-        if value_dtype not in VALUE_TYPES or offload not in OFFLOAD_MODES:
-            requirement = f"value_type must be one of {', '.join(VALUE_TYPES)} and disk one of {', '.join(OFFLOAD_MODES)}"
-            raise ValueError(f"{requirement}, got {value_dtype} and {offload}")
+        if value_dtype not in VALUE_TYPES:
+            raise ValueError(
+                f"value_dtype must be one of {', '.join(VALUE_TYPES)}, got {value_dtype}"
+            )
+        if offload not in OFFLOAD_MODES:
+            raise ValueError(f"offload must be one of {', '.join(OFFLOAD_MODES)}, got {offload}")
         self.value_dtype, self.offload = value_dtype, offload
         self.mmap_tensors: MmapTensors | None = None
 
     def gather_values(self, ids: Tensor) -> Tensor:
-        """Values `(n, width)` of the slots `ids` `(n,)`, in the type that is computed in, wherever they are."""
+        """Return the values `(n, width)` of the slots `ids` `(n,)` in the type of computation."""
         scales = (
             None
             if self.mmap_tensors is None or self.mmap_tensors.scales is None
@@ -372,7 +386,13 @@ class MmapTensorsMixin(nn.Module):
         return dequantize_rows(self.values.index_select(0, ids), scales, self.output_bias.dtype)
 
     def sum_values(self, ids: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Values times weights, summed, `(tokens, width)`: of ids `(tokens, n)`, or of flat ones, a token's from `starts` on."""
+        """Sum weighted values per token: `(tokens, width)`.
+
+        Args:
+            ids: slots, `(tokens, n)`, or `(n,)` with `offsets`.
+            weights: of the same shape.
+            offsets: where each token's ids begin, `(tokens,)`.
+        """
         weights = weights.to(self.output_bias.dtype)
         if self.values.dtype == weights.dtype:
             return F.embedding_bag(
@@ -382,12 +402,12 @@ class MmapTensorsMixin(nn.Module):
 
     @property
     def has_external_tensors(self) -> bool:
-        """Whether, when it is saved, some of it goes into a file of its own."""
+        """Whether saving puts some of it into a file of its own."""
         return self.offload != "none" or self.value_dtype != "float32"
 
     @property
     def external_names(self) -> tuple[str, ...]:
-        """Names of tensors that are then not among the weights."""
+        """Names of the tensors that are saved in that file instead of among the weights."""
         names = ("values",) if self.offload == "none" else ("values", "metric")
         names = (*names, "keys", "gains") if self.offload == "slots" else names
         return tuple(
@@ -396,17 +416,20 @@ class MmapTensorsMixin(nn.Module):
 
     @torch.no_grad()
     def export_specs(self) -> dict[str, TensorSpec]:
-        """What the file of a memory that is in RAM is to hold, by name; values in `value_type`."""
-        assert self.mmap_tensors is None, "it is in a file already, which can be copied"
+        """Describe what the file of this memory holds, by name; values in `value_dtype`."""
+        assert self.mmap_tensors is None, "it has a file already, which can be copied"
         encoded, scales = quantize_rows(self.values, self.value_dtype)
         values = dequantize_rows(encoded, scales, self.values.dtype)
-        matrices = [
+        key_codes, gain_codes = (
             None if tensor is None or self.offload != "slots" else Int8Matrix(tensor)
             for tensor in (self.keys, self.gains)
-        ]
-        mean_output = None if self.means is None else self.means @ values
+        )
         mmap_tensors = MmapTensors(
-            scales, compute_value_norms(values, self.metric, self.output), mean_output, *matrices
+            scales,
+            compute_value_norms(values, self.metric, self.output),
+            None if self.means is None else self.means @ values,
+            key_codes,
+            gain_codes,
         )
         external = {
             name: make_spec(getattr(self, name).float())
@@ -416,46 +439,44 @@ class MmapTensorsMixin(nn.Module):
         return {"values": make_spec(encoded), **external, **mmap_tensors.to_specs()}
 
     def release_tensors(self) -> None:
-        """Give up the tensors that are `away`; `take` brings what a file has of them."""
+        """Drop the tensors in `external_names`; `attach_file` replaces them."""
         for name in self.external_names:
             delattr(self, name)
             setattr(self, name, torch.empty(0, self.width))
 
     def attach_file(self, file: MmapTensorFile, prefix: str) -> None:
-        """Read from now on what a file holds under `name`; where nothing is to stay on the disk, from a copy in RAM.
+        """Use the tensors of a file; with `offload="none"` copies of them in RAM.
+
+        Args:
+            file: the file.
+            prefix: name of this memory in it.
 
         Raises:
-            UserError: the file is another student's.
+            UserError: the file belongs to another student.
         """
-        expected_shapes = {
-            "values": (self.num_slots, self.width),
-            "keys": (self.num_slots, self.width),
-            "gains": (self.num_slots, self.width),
-        }
-        for tensor_name in self.external_names:
-            tensor = file[f"{prefix}.{tensor_name}"]
-            expected_dtype = (
-                VALUE_TYPES[self.value_dtype] if tensor_name == "values" else torch.float32
-            )
-            if (
-                tuple(tensor.shape) != expected_shapes.get(tensor_name, (self.width, self.width))
-                or tensor.dtype != expected_dtype
-            ):
+        table_shape = (self.num_slots, self.width)
+        for name in self.external_names:
+            tensor = file[f"{prefix}.{name}"]
+            expected_shape = (self.width, self.width) if name == "metric" else table_shape
+            expected_dtype = VALUE_TYPES[self.value_dtype] if name == "values" else torch.float32
+            if tuple(tensor.shape) != expected_shape or tensor.dtype != expected_dtype:
                 raise UserError(
-                    f"{file.path} holds another {prefix}.{tensor_name} than config.json says; put the right file in its place"
+                    f"{prefix}.{name} in {file.path} does not match config.json; replace the file "
+                    "with this student's"
                 )
-            setattr(self, tensor_name, tensor.clone() if self.offload == "none" else tensor)
+            setattr(self, name, tensor.clone() if self.offload == "none" else tensor)
         self.mmap_tensors = MmapTensors.from_file(file, prefix)
 
     def check_attached(self) -> None:
-        """Raise `UserError` where its tables are in a file that nobody has opened."""
+        """Raise `UserError` where the tensors are in a file that is not attached."""
         if not len(self.values):
             raise UserError(
-                "this memory's slots are in a file that was not opened; load the student with from_pretrained"
+                "this memory's slots are in a file that is not open; load the student with "
+                "from_pretrained"
             )
 
     def external_sizes(self) -> dict[str, int]:
-        """Bytes of what a file was read for: held in RAM beside the parameters, and left on the disk."""
+        """Return the bytes of a file's tensors held in `ram` and left on `disk`."""
         if self.mmap_tensors is None:
             return {"ram": 0, "disk": 0}
         num_bytes = sum(getattr(self, name).nbytes for name in self.external_names)
@@ -465,21 +486,22 @@ class MmapTensorsMixin(nn.Module):
         }
 
     def train(self, mode: bool = True) -> MmapTensorsMixin:
-        """As ever.
+        """Switch between training and evaluation mode.
 
         Raises:
-            UserError: its slots are in a file, where they cannot learn.
+            UserError: a file is attached, whose tensors cannot be trained.
         """
         if mode and self.mmap_tensors is not None:
             raise UserError(
-                f"this memory was saved with memory.offload={self.offload} and memory.value_dtype={self.value_dtype} and cannot be trained "
-                "again; distil with memory.offload=none memory.value_dtype=float32, or leave it in eval mode"
+                f"this memory was saved with offload={self.offload} and "
+                f"value_dtype={self.value_dtype} and cannot be trained; distill with offload=none "
+                "and value_dtype=float32, or keep it in eval mode"
             )
         return super().train(mode)
 
 
 def compute_value_norms(values: Tensor, metric: Tensor | None, output: Tensor | None) -> Tensor:
-    """How long values `(n, width)` are after the map `output` in `metric`, `(n,)`."""
+    """Compute the norms of values `(n, width)` in a metric after the output projection: `(n,)`."""
     if metric is not None:
         values = (values if output is None else values @ output.t()) @ metric
     return values.norm(dim=-1)

@@ -1,8 +1,6 @@
-"""The rows of an associative memory as search sees them: a working set, derived from a store and kept in step with it.
+"""The rows of an associative memory in RAM, with their usage statistics and the search over keys.
 
-Which rows a bounded memory can do without: LRFU, between least recently and least frequently used.
-
-What is known of stored rows beside keys and values: how warm, how old, how often read, who is pinned.
+The table is derived from a store and kept in step with it.
 """
 
 from __future__ import annotations
@@ -22,17 +20,31 @@ from dmt.store.records import IntArray, RowBatch, RowInsert, RowUsage
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 
+# Fields of `RowStats` that a store holds under the same names.
+STORED_STATS = ("score", "score_step", "entries", "created", "pinned", "reads")
+# Values of `index` that compare a query with every key.
+EXACT_INDEXES = ("exact", "bf16")
+# Smallest number of rows allocated at once.
+GROWTH_STEP = 1_024
+
 
 def decayed_score(
     scores: Float64Array, score_steps: Int64Array, step: int, decay: float
 ) -> Float64Array:
-    """Heat as of step `now` of rows whose heat was `heat` at the steps `since`; it halves every `1 / decay` steps.
+    """Compute LRFU scores as of `step`; a score halves every `1 / decay` steps.
 
-    With `decay` 0 heat is the number of uses, so the least frequently used is coldest; with 1 a use is worth more than
-    all earlier ones together, so the least recently used is.
+    With `decay` 0 the score is the number of uses, so the least frequently used row has the
+    lowest; with 1 one use counts more than all earlier ones together, so the least recently used
+    row has.
 
-    Source: the combined recency and frequency of Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least
-        recently used and least frequently used policies", with F(x) = 2^(-decay x).
+    Args:
+        scores: `(n,)`, as of `score_steps`.
+        score_steps: `(n,)`.
+        step: the current step.
+        decay: from 0 to 1.
+
+    Source: Lee et al. 2001, "LRFU: a spectrum of policies that subsumes the least recently used
+        and least frequently used policies", with F(x) = 2^(-decay x).
     """
     return scores * np.exp2(-decay * (step - score_steps))
 
@@ -40,8 +52,8 @@ def decayed_score(
 def eviction_order(
     scores: Float64Array, score_steps: Int64Array, step: int, decay: float, count: int
 ) -> Int64Array:
-    """Indices of the `count` coldest rows, coldest first; of equally cold ones the earlier."""
-    # In logarithms, since heat long unread would round to nothing and all such rows look alike.
+    """Return the indices of the `count` lowest LRFU scores, lowest first, earlier ones on ties."""
+    # In logarithms: scores that decayed for long would round to zero and all look alike.
     with np.errstate(divide="ignore"):
         log_scores = np.log2(scores) - decay * (step - score_steps.astype(np.float64))
     return np.argsort(log_scores, kind="stable")[:count].astype(np.int64)
@@ -49,7 +61,19 @@ def eviction_order(
 
 @dataclass
 class RowStats:
-    """What is known of each place's row beside key and value: arrays over all places."""
+    """Statistics of rows, an array for each field over all positions of a table.
+
+    Attributes:
+        score: LRFU score as of `score_step`.
+        score_step: step at which the score was last updated.
+        reads: how often the row was read.
+        last_read: seconds since 1970.
+        entries: rows that were merged into it, itself included.
+        created: seconds since 1970.
+        pinned: whether it is never evicted or merged into.
+        used: whether it was read since usage was last stored.
+        tags: one per row.
+    """
 
     score: NDArray[np.float64]
     score_step: IntArray
@@ -58,12 +82,12 @@ class RowStats:
     entries: IntArray
     created: NDArray[np.float64]
     pinned: NDArray[np.bool_]
-    used: NDArray[np.bool_]  # since usage was last taken
+    used: NDArray[np.bool_]
     tags: list[str]
 
     @classmethod
     def empty(cls, size: int) -> RowStats:
-        """Of places that hold no rows."""
+        """Create statistics of `size` empty positions."""
         return cls(
             score=np.zeros(size),
             score_step=np.zeros(size, np.int64),
@@ -77,7 +101,7 @@ class RowStats:
         )
 
     def select_rows(self, indices: IntArray) -> RowStats:
-        """Those at the places `at`, in this order."""
+        """Copy the statistics at `indices`, in this order."""
         arrays = {
             name: array[indices].copy()
             for name, array in vars(self).items()
@@ -86,7 +110,7 @@ class RowStats:
         return RowStats(**arrays, tags=[self.tags[index] for index in indices])
 
     def enlarge(self, size: int) -> RowStats:
-        """The same, with room for more."""
+        """Copy the statistics with empty positions added up to `size`."""
         added = RowStats.empty(size - len(self.tags))
         arrays = {
             name: np.concatenate([array, getattr(added, name)])
@@ -96,21 +120,13 @@ class RowStats:
         return RowStats(**arrays, tags=self.tags + added.tags)
 
 
-STORED_STATS = ("score", "score_step", "entries", "created", "pinned", "reads")
-"""What a store knows of a row that is kept here as it stands there."""
-EXACT_INDEXES = ("exact", "bf16")
-"""Ways to search that compare a query with every key."""
-GROWTH_STEP = 1_024
-"""Places that are made at once, at least."""
-
-
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search gives, nearest first, all `(n, k)`.
+    """What a search found, nearest first, all `(n, k)`.
 
     Attributes:
-        distances: squared Euclidean distances; infinite where there was no further row.
-        places: where the rows lie; meaningless where the distance is infinite.
+        distances: squared Euclidean distances; infinite where there is no further row.
+        indices: positions of the rows; meaningless where the distance is infinite.
     """
 
     distances: Tensor
@@ -118,13 +134,16 @@ class SearchResult:
 
 
 class RowTable(nn.Module):
-    """Keys, values and numbers of rows at places that do not move; a place without a row has the number -1.
+    """Keys, values and ids of rows at positions that do not change; an empty one has the id -1.
 
     Args:
-        key_width: numbers in a key.
-        value_width: numbers in a value.
-        places: room at the start; more is made when it is needed.
-        index: `exact`; `half`, exact among those that look nearest in half precision; or a kind of faiss index.
+        key_width: size of a key.
+        value_width: size of a value.
+        allocated_rows: positions to allocate; more are added when they are needed.
+        index: `exact`; `bf16`, exact among those nearest in bfloat16; or a kind of faiss index.
+
+    Raises:
+        ValueError: `index` is unknown.
     """
 
     def __init__(
@@ -147,19 +166,19 @@ class RowTable(nn.Module):
         self._stats: RowStats | None = None
 
     def reset(self) -> None:
-        """No rows."""
+        """Remove all rows."""
         self.ids.fill_(-1)
         self._index_is_current = False
         self._key_offsets = self._bf16_keys = self._index_by_id = self._stats = None
 
     @property
     def allocated_rows(self) -> int:
-        """Rows there is room for now."""
+        """Number of positions."""
         return len(self.ids)
 
     @property
     def index_by_id(self) -> dict[int, int]:
-        """Where the row of each number lies."""
+        """Position of each row by its id."""
         if self._index_by_id is None:
             occupied = (self.ids >= 0).nonzero().flatten()
             self._index_by_id = dict(
@@ -172,36 +191,44 @@ class RowTable(nn.Module):
 
     @property
     def stats(self) -> RowStats:
-        """What is known of the rows beside keys and values."""
+        """Statistics of the rows."""
         if self._stats is None:
             self._stats = RowStats.empty(self.allocated_rows)
             self._stats.entries[(self.ids >= 0).cpu().numpy()] = 1
         return self._stats
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
-        """The k rows whose keys are nearest to each of `queries` `(n, key width)`; by an index, rows near to it."""
+        """Find the k rows whose keys are nearest to each of `queries` `(n, key width)`.
+
+        A faiss index may miss some.
+        """
+        queries = queries.detach().to(self.keys.dtype)
         if self._index is not None and len(self) > k:
-            return self._search_index(queries.detach().to(self.keys.dtype), k)
+            return self._search_index(queries, k)
+        return self._search_keys(queries, k, self._uses_bf16)
+
+    def search_exact(self, queries: Tensor, k: int) -> SearchResult:
+        """Find the k nearest rows without an index, to measure an index's recall."""
+        return self._search_keys(queries.detach().to(self.keys.dtype), k, use_bf16=False)
+
+    def _search_keys(self, queries: Tensor, k: int, use_bf16: bool) -> SearchResult:
         offsets = self._key_offsets
-        if offsets is None or (offsets.device, offsets.dtype) != (self.keys.device, self.keys.dtype):
-            self._key_offsets = (-self.keys.square().sum(-1) / 2).masked_fill(
-                self.ids < 0, -torch.inf
-            )
-        cast_queries, num_available = (
-            queries.detach().to(self.keys.dtype),
-            min(k, self.allocated_rows),
-        )
+        if offsets is None or (offsets.device, offsets.dtype) != (
+            self.keys.device,
+            self.keys.dtype,
+        ):
+            offsets = (-self.keys.square().sum(-1) / 2).masked_fill(self.ids < 0, -torch.inf)
+            self._key_offsets = offsets
+        num_available = min(k, self.allocated_rows)
         with torch.autocast(self.keys.device.type, enabled=False):
-            if self._uses_bf16:
+            if use_bf16:
                 if self._bf16_keys is None or self._bf16_keys.device != self.keys.device:
                     self._bf16_keys = self.keys.bfloat16()
                 distances, indices = bf16_knn(
-                    cast_queries, self.keys, self._bf16_keys, self._key_offsets, num_available
+                    queries, self.keys, self._bf16_keys, offsets, num_available
                 )
             else:
-                distances, indices = exact_knn(
-                    cast_queries, self.keys, self._key_offsets, num_available
-                )
+                distances, indices = exact_knn(queries, self.keys, offsets, num_available)
         if num_available == k:
             return SearchResult(distances, indices)
         padding_shape = (len(queries), k - num_available)
@@ -211,7 +238,7 @@ class RowTable(nn.Module):
         )
 
     def _search_index(self, queries: Tensor, k: int) -> SearchResult:
-        assert self._index is not None, "asked for where there is one"
+        assert self._index is not None, "only called with an index"
         if not self._index_is_current:
             occupied = (self.ids >= 0).nonzero().flatten()
             self._index.build(self.keys[occupied], occupied)
@@ -220,23 +247,21 @@ class RowTable(nn.Module):
         indices = raw_indices.clamp_min(0)
         with torch.autocast(self.keys.device.type, enabled=False):
             distances = (queries.unsqueeze(1) - self.keys[indices]).square().sum(-1)
-        distances, order = distances.masked_fill(
-            (raw_indices < 0) | (self.ids[indices] < 0), torch.inf
-        ).sort(-1)
+        is_missing = (raw_indices < 0) | (self.ids[indices] < 0)
+        distances, order = distances.masked_fill(is_missing, torch.inf).sort(-1)
         return SearchResult(distances, indices.gather(1, order))
-
-    def search_exact(self, queries: Tensor, k: int) -> SearchResult:
-        """`search` without an index, to tell an index's recall."""
-        previous = self._index, self._uses_bf16
-        self._index, self._uses_bf16 = None, False
-        try:
-            return self.search(queries, k)
-        finally:
-            self._index, self._uses_bf16 = previous
 
     @torch.no_grad()
     def insert_rows(self, batch: RowInsert, step: int) -> IntArray:
-        """Add rows and make room where there is none; their places `(n,)`."""
+        """Insert rows and allocate positions where none are free.
+
+        Args:
+            batch: n rows.
+            step: as of which their scores are.
+
+        Returns:
+            Their positions `(n,)`.
+        """
         count = len(batch.ids)
         free = (self.ids < 0).nonzero().flatten()[:count]
         if len(free) < count:
@@ -253,33 +278,24 @@ class RowTable(nn.Module):
             self._index_is_current = self._index.add(self.keys[free], free)
         indices = free.cpu().numpy()
         stats = self.stats
-        (
-            stats.score[indices],
-            stats.score_step[indices],
-            stats.reads[indices],
-            stats.last_read[indices],
-        ) = batch.scores, step, 0, 0.0
+        stats.score[indices], stats.score_step[indices] = batch.scores, step
+        stats.reads[indices], stats.last_read[indices] = 0, 0.0
         stats.used[indices] = False
         stats.entries[indices] = 1 if batch.entries is None else batch.entries
         stats.created[indices] = 0.0 if batch.created is None else batch.created
         stats.pinned[indices] = batch.pinned
-        for index, tag in zip(
-            indices, [batch.tag] * count if isinstance(batch.tag, str) else batch.tag, strict=True
-        ):
+        tags = [batch.tag] * count if isinstance(batch.tag, str) else batch.tag
+        for index, tag in zip(indices, tags, strict=True):
             stats.tags[index] = tag
         self.index_by_id.update(zip(batch.ids.tolist(), indices.tolist(), strict=True))
         return indices
 
     def _grow(self, num_needed: int) -> None:
-        new_size = (
-            -(
-                -(self.allocated_rows + max(num_needed, GROWTH_STEP, self.allocated_rows // 2))
-                // GROWTH_STEP
-            )
-            * GROWTH_STEP
-        )
+        min_size = self.allocated_rows + max(num_needed, GROWTH_STEP, self.allocated_rows // 2)
+        new_size = -(-min_size // GROWTH_STEP) * GROWTH_STEP
         stats, num_added = self.stats.enlarge(new_size), new_size - self.allocated_rows
-        self.keys, self.values = (  # new pages are costly, so nothing is made twice
+        # Touching new pages is expensive, so zeros are not written twice.
+        self.keys, self.values = (
             torch.cat([tensor, _lazy_zeros(num_added, tensor)])
             if self.allocated_rows
             else _lazy_zeros(num_added, tensor)
@@ -290,10 +306,13 @@ class RowTable(nn.Module):
 
     @torch.no_grad()
     def delete_rows(self, ids: Iterable[int]) -> None:
-        """Take rows out; numbers that are not there are an error.
+        """Remove rows.
+
+        Args:
+            ids: of the rows.
 
         Raises:
-            KeyError: no row has one of these numbers.
+            KeyError: no row has one of the ids.
         """
         indices = [self.index_by_id.pop(int(row_id)) for row_id in ids]
         self.ids[indices] = -1
@@ -305,29 +324,33 @@ class RowTable(nn.Module):
     def record_reads(
         self, indices: IntArray, weights: NDArray[np.float64], step: int, now: float, decay: float
     ) -> None:
-        """Note that rows were read: `places` and how much each counted, both `(n,)`, a place once for each read."""
+        """Update the statistics of rows that were read.
+
+        Args:
+            indices: positions `(n,)`, once for each read.
+            weights: of each read, `(n,)`.
+            step: the current step.
+            now: seconds since 1970.
+            decay: of the LRFU score.
+        """
         stats = self.stats
         unique_indices, inverse = np.unique(indices, return_inverse=True)
-        added = np.bincount(inverse, weights, len(unique_indices))
-        stats.score[unique_indices] = (
-            decayed_score(
-                stats.score[unique_indices], stats.score_step[unique_indices], step, decay
-            )
-            + added
+        scores = decayed_score(
+            stats.score[unique_indices], stats.score_step[unique_indices], step, decay
         )
+        stats.score[unique_indices] = scores + np.bincount(inverse, weights, len(unique_indices))
         stats.score_step[unique_indices], stats.last_read[unique_indices] = step, now
         stats.reads[unique_indices] += np.bincount(inverse, minlength=len(unique_indices))
         stats.used[unique_indices] = True
 
     def pop_usage(self) -> RowUsage | None:
-        """How rows have been used since this was last asked; None where none has."""
+        """Return the statistics of rows read since the last call; None where none was."""
         stats = self.stats
         used_indices = ((self.ids >= 0).cpu().numpy() & stats.used).nonzero()[0]
         if not len(used_indices):
             return None
-        ids = self.ids[torch.as_tensor(used_indices, device=self.ids.device)].cpu().numpy()
         usage = RowUsage(
-            ids,
+            self.ids_at(used_indices),
             stats.reads[used_indices],
             stats.last_read[used_indices],
             stats.score[used_indices].astype(np.float32),
@@ -340,16 +363,20 @@ class RowTable(nn.Module):
     def load_rows(
         self, batches: Iterable[RowBatch], layout: IntArray | None = None, expected_rows: int = 0
     ) -> None:
-        """Hold these rows and no others, with what the store knows of them; `expected` of them, as a hint.
+        """Replace all rows by those of a store, with their statistics.
 
-        With `places`, the number of the row at each place (-1 for none), they lie where they lay: sums over them are then
-        the same to the last bit. A row that `places` does not name is added behind them.
+        Args:
+            batches: the rows.
+            layout: id of the row at each position, -1 for none. With it rows get the positions
+                they had, and sums over them are the same to the last bit. A row that is not in it
+                is appended.
+            expected_rows: how many there will be, as a hint.
         """
         self.reset()
         if expected_rows > self.allocated_rows:
             self._grow(expected_rows - self.allocated_rows)
         start = 0
-        for batch in batches:  # each is copied once, to where it stays
+        for batch in batches:  # each is copied once, to its final position
             span = slice(start, start + len(batch.ids))
             if span.stop > self.allocated_rows:
                 self._grow(span.stop - self.allocated_rows)
@@ -376,13 +403,12 @@ class RowTable(nn.Module):
         index_by_id = self.index_by_id
         row_ids = [int(row_id) for row_id in layout]
         layout_ids = set(row_ids)
-        unplaced_ids = [row_id for row_id in index_by_id if row_id not in layout_ids]
-        row_ids += unplaced_ids
+        row_ids += [row_id for row_id in index_by_id if row_id not in layout_ids]
         old_indices = np.array([index_by_id.get(row_id, -1) for row_id in row_ids], np.int64)
         occupied = torch.as_tensor(old_indices >= 0, device=self.ids.device)
         gather_indices = torch.as_tensor(old_indices, device=self.ids.device).clamp_min(0)
         old_stats = self.stats
-        if not self.allocated_rows:  # nothing to take from
+        if not self.allocated_rows:  # gathering needs a position, even an empty one
             self._grow(max(1, len(row_ids)))
             old_stats, gather_indices = self.stats, gather_indices.clamp_max(0)
         self.keys = torch.where(occupied.unsqueeze(-1), self.keys[gather_indices], 0)
@@ -393,19 +419,19 @@ class RowTable(nn.Module):
         self._index_is_current = False
 
     def ids_at(self, indices: Sequence[int] | IntArray | Tensor) -> IntArray:
-        """Numbers of the rows at `places`."""
+        """Return the ids of the rows at `indices`."""
         return self.ids[torch.as_tensor(indices, device=self.ids.device)].cpu().numpy()
 
 
 def _lazy_zeros(num_rows: int, like: Tensor) -> Tensor:
-    """Zeros `(rows, width of like)` that take no memory before they are written to, where the system can do that."""
+    """Create zeros `(num_rows, width of like)`, without touching their pages where possible."""
     if like.is_cuda or like.dtype != torch.float32:
         return like.new_zeros(num_rows, like.shape[1])
     return torch.from_numpy(np.zeros((num_rows, like.shape[1]), np.float32))
 
 
 def _as_tensor(array: NDArray[np.generic]) -> Tensor:
-    """An array that may be bytes of a database, as a tensor that is only read from."""
+    """Wrap an array, maybe bytes of a database, in a tensor that is only read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array)

@@ -1,16 +1,10 @@
-"""A table of slots: what a memory holds, and what each slot would weigh for a token.
-
-From scores to the weights of slots: the functions a memory can choose from.
-
-What slots that are not read would have said, as far as it can be foreseen.
-
-Things made from tensors that rarely change: made once, and again when one of those is another.
-"""
+"""The slots of a featural memory: parameters, scores, weights and ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.memory.mmap_tensors import MmapTensorsMixin, compute_value_norms
-from dmt.ops import linear as product
+from dmt.memory.usage import UsageCounts
+from dmt.ops import linear, solve_ridge
 
 ActivationFn = Callable[[Tensor], Tensor]
 
@@ -27,7 +22,7 @@ def _gelu_tanh(scores: Tensor) -> Tensor:
     return F.gelu(scores, approximate="tanh")
 
 
-# `gelu_new` is the tanh form written out in five kernels; the fused one is the same function and several times faster.
+# `gelu_new` is the tanh form in five kernels; the fused one is the same and several times faster.
 ACTIVATIONS: dict[str, ActivationFn] = {
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
@@ -35,48 +30,65 @@ ACTIVATIONS: dict[str, ActivationFn] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+# Weightings in which the weights of the slots read depend on each other.
+JOINT_WEIGHTINGS = ("softmax", "distance")
+SELECTIONS = ("score", "contribution", "centered")
+METRICS = ("euclidean", "fisher")
 
 
-def get_activation(weighting: str, activation: str) -> ActivationFn | None:
-    """The function of one score that gives its slot's weight; None where weights depend on each other.
+def get_activation(activation: str, activation_function: str | None = None) -> ActivationFn | None:
+    """Return the function that maps a score to its slot's weight.
+
+    Args:
+        activation: `block`, `softmax`, `distance`, or a name in `ACTIVATIONS`.
+        activation_function: the name in `ACTIVATIONS` that `block` stands for.
+
+    Returns:
+        The function; None for `softmax` and `distance`, whose weights depend on each other.
 
     Raises:
-        ValueError: the block replaced has an activation that is not in `ACTIVATIONS`.
+        ValueError: the name is not supported, or `block` comes without a function.
     """
-    if weighting in ("softmax", "distance"):
+    if activation in JOINT_WEIGHTINGS:
         return None
-    name = "relu" if weighting == "relu" else activation
+    name = activation_function if activation == "block" else activation
+    if name is None:
+        raise ValueError(
+            "activation='block' needs activation_function, the activation of the block replaced: "
+            f"one of {', '.join(ACTIVATIONS)}"
+        )
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}"
+            f"activation {name!r} is not supported; use {', '.join(ACTIVATIONS)}, "
+            f"{', '.join(JOINT_WEIGHTINGS)}"
         )
     return ACTIVATIONS[name]
 
 
 def masked_softmax(scores: Tensor, selected: Tensor) -> Tensor:
-    """Softmax of `scores` over the selected slots `(..., slots)`; zero elsewhere."""
+    """Compute the softmax of `scores` over a mask of the same shape; zero elsewhere."""
     return torch.softmax(scores.masked_fill(~selected, float("-inf")), dim=-1)
 
 
-RIDGE = 1e-3
-"""Ridge of the linear forecast, as a share of the mean variance of the hidden state."""
-
-
 def fit_ridge_map(hidden: Tensor, targets: Tensor) -> Tensor:
-    """The matrix `(width, width)` that best foretells `wanted` from `hidden`, both `(tokens, width)`, about their means.
+    """Fit the linear map that predicts `targets` from `hidden`, both about their means.
 
-    Source: ridge regression by its normal equations, in doubles, on the CPU, for not every device has doubles.
+    Args:
+        hidden: `(tokens, width)`.
+        targets: of the same shape.
+
+    Returns:
+        `(width, width)`, in the type and on the device of `hidden`.
     """
-    centered_hidden, centered_targets = (
-        (states - states.mean(0)).cpu().double() for states in (hidden, targets)
-    )
-    gram = centered_hidden.t() @ centered_hidden
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=torch.double)
-    return torch.linalg.solve(gram + ridge, centered_hidden.t() @ centered_targets).t().to(hidden)
+    solution = solve_ridge(hidden - hidden.mean(0), targets - targets.mean(0))
+    return solution.t().to(hidden)
 
 
 class TensorCache:
-    """Keeps what is derived, by name, in full precision: under autocast it would be another tensor than without."""
+    """Cache of values derived from tensors that rarely change, by name.
+
+    Values are computed in full precision: under autocast they would differ from those without.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, Any]] = {}
@@ -91,10 +103,19 @@ class TensorCache:
         force: bool = False,
         patience: int = 1,
     ) -> Any:
-        """`make(*sources)`, from memory where no source has been written to or exchanged since; `again` makes it anew.
+        """Return `build(*sources)`, from the cache while no source was written to or replaced.
 
-        With `patience` more than 1 it is made anew only at the so-manieth call that found a source changed. A write that
-        goes around autograd's version counter (`tensor.data`) is not noticed.
+        A write that bypasses autograd's version counter (`tensor.data`) is not noticed.
+
+        Args:
+            name: of the entry.
+            build: computes the value.
+            sources: what it is computed from.
+            force: compute it in any case.
+            patience: compute it again only after so many calls have seen a changed source.
+
+        Returns:
+            The value.
         """
         tensors = [tensor for tensor in sources if tensor is not None]
         cacheable = not force and not any(tensor.is_inference() for tensor in tensors)
@@ -112,50 +133,56 @@ class TensorCache:
         return self._entries[name][1]
 
 
-class SlotTable(MmapTensorsMixin):
-    """Keys, values and all that belongs to them; arguments as in `FeaturalMemory`, which reads from it.
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` where `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
 
-    Args:
-        shared: whether there is a threshold, shared with other memories.
+
+class SlotTable(MmapTensorsMixin):
+    """Keys, values and their biases, and what each slot weighs for a token.
+
+    Args are those of `FeaturalMemory`, which reads from it.
     """
 
     def __init__(
         self,
         width: int,
         num_slots: int,
+        *,
         heads: int,
         activation: str,
-        activation_function: str,
+        activation_function: str | None,
         gated: bool,
         selection: str,
         metric: str,
         projections: bool,
         skip_connection: bool,
         has_threshold: bool,
-        value_dtype: str = "float32",
-        offload: str = "none",
+        value_dtype: str,
+        offload: str,
     ) -> None:
         super().__init__(value_dtype, offload)
+        check_choice("selection", selection, SELECTIONS)
+        check_choice("metric", metric, METRICS)
         if offload == "slots" and activation == "distance":
             raise ValueError(
-                "disk=slots leaves keys in a file, and weighting=distance needs the length of each"
+                "offload=slots leaves keys in a file, and activation=distance needs the norm of "
+                "each; use offload=values or another activation"
             )
         self.activation_fn = get_activation(activation, activation_function)
         if self.activation_fn is None and selection != "score":
             raise ValueError(
-                f"weighting={activation} works with ranking=score and gradient=selected only"
+                f"activation={activation} needs selection=score and gradient=selected, "
+                f"got selection={selection}"
             )
         if self.activation_fn is None and gated:
             raise ValueError(
-                f"weighting={activation} knows no gains; a gated block needs weighting=activation or relu"
+                f"activation={activation} does not support gated=True; use block or one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
-        self.width, self.num_slots, self.heads, self.activation, self.selection = (
-            width,
-            num_slots,
-            heads,
-            activation,
-            selection,
-        )
+        self.width, self.num_slots, self.heads = width, num_slots, heads
+        self.activation, self.selection = activation, selection
         self.keys = nn.Parameter(torch.empty(num_slots, width))
         self.key_bias = nn.Parameter(torch.empty(num_slots))
         self.values = nn.Parameter(torch.empty(num_slots, width))
@@ -169,14 +196,13 @@ class SlotTable(MmapTensorsMixin):
         self.threshold: Tensor | None
         self.register_buffer("metric", torch.empty(width, width) if metric == "fisher" else None)
         self.register_buffer("threshold", torch.empty(()) if has_threshold else None)
-        self.read_counts: Tensor | None = None
-        self.counted_tokens = 0
         self.budget_counts: Tensor | None = None
+        self._usage: UsageCounts | None = None
         self._tensor_cache = TensorCache()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Random slots: scores of unit variance for normalised hidden states, small values, projections of full rank."""
+        """Draw random slots: scores of unit variance for normalized states, small values."""
         stds = {
             "keys": 1 / math.sqrt(self.width),
             "values": 0.02,
@@ -203,9 +229,13 @@ class SlotTable(MmapTensorsMixin):
 
     @torch.no_grad()
     def load_feedforward(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a block's neurons: parameters by name, keys and values `(slots, width)`, biases where it has any.
+        """Copy the neurons of a feed-forward block into the slots.
 
-        Biases it lacks, means and the linear map become zero, gains it lacks are not touched, projections identities.
+        Biases that the block lacks, means and the skip connection become zero, projections
+        identities; gains that it lacks stay.
+
+        Args:
+            tensors: parameters by name: keys and values `(num_slots, width)`, biases.
         """
         for zero_parameter in (
             self.key_bias,
@@ -223,7 +253,7 @@ class SlotTable(MmapTensorsMixin):
                 projection.copy_(torch.eye(self.width))
 
     def compute_queries(self, hidden: Tensor) -> Tensor:
-        """What keys are compared with: `(tokens, width)` to `(tokens, heads, width)`, one head without projections."""
+        """Compute queries `(tokens, heads, width)`; without projections there is one head."""
         return (
             hidden.unsqueeze(-2)
             if self.query is None
@@ -231,12 +261,12 @@ class SlotTable(MmapTensorsMixin):
         )
 
     def compute_scores(self, hidden: Tensor) -> Tensor:
-        """Score of every slot for every token: `(tokens, width)` to `(tokens, slots)`."""
+        """Score every slot for every token: `(tokens, width)` to `(tokens, num_slots)`."""
         queries = self.compute_queries(hidden)
         if self.activation_fn is not None and queries.shape[1] == 1:
-            return product(queries[:, 0], self.keys, self.key_bias)
+            return linear(queries[:, 0], self.keys, self.key_bias)
         if queries.shape[1] == 1:
-            products = product(queries[:, 0], self.keys)
+            products = linear(queries[:, 0], self.keys)
         else:
             products = torch.einsum(
                 "nhv,hsv->nhs", queries, self.keys.view(self.heads, -1, self.width)
@@ -244,7 +274,7 @@ class SlotTable(MmapTensorsMixin):
         return self._finish_scores(products, queries, self.keys, self.key_bias)
 
     def compute_scores_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """What `scores` gives at `ids` `(tokens, n)`, from the keys there alone; for one head."""
+        """Score the slots `ids` `(tokens, n)` only, from their keys alone; for one head."""
         queries = self.compute_queries(hidden)
         if len(hidden) == 1:
             keys, slot_ids = self.keys.index_select(0, ids[0]), ids[0]
@@ -269,12 +299,22 @@ class SlotTable(MmapTensorsMixin):
         return products + bias if self.activation_fn else (products + bias) / math.sqrt(self.width)
 
     def compute_weights(self, hidden: Tensor, scores: Tensor) -> Tensor:
-        """Weight of every slot, `(tokens, slots)`, less its mean where means are kept; for pointwise weightings only."""
-        gains = None if self.gains is None else product(hidden, self.gains, self.gain_bias)
+        """Compute the weight of every slot, less its mean if `selection="centered"`.
+
+        Not for `softmax` and `distance`.
+
+        Args:
+            hidden: `(tokens, width)`.
+            scores: `(tokens, num_slots)`.
+
+        Returns:
+            `(tokens, num_slots)`.
+        """
+        gains = None if self.gains is None else linear(hidden, self.gains, self.gain_bias)
         return self._scores_to_weights(scores, gains, self.means)
 
     def compute_weights_at(self, hidden: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-        """What `weights` gives at `ids` `(tokens, n)`, where the scores are `scores` of the same shape."""
+        """Compute the weights of the slots `ids` `(tokens, n)` from scores of the same shape."""
         gains = None
         if self.gains is not None and self.gain_bias is not None:
             gain_rows = F.embedding(ids, self.gains).to(hidden.dtype)
@@ -286,14 +326,17 @@ class SlotTable(MmapTensorsMixin):
     def _scores_to_weights(
         self, scores: Tensor, gains: Tensor | None, means: Tensor | None
     ) -> Tensor:
-        assert self.activation_fn is not None, "softmax and distance weigh slots against each other"
+        assert self.activation_fn is not None, "softmax and distance weigh slots jointly"
         weights = self.activation_fn(scores)
         weights = weights if gains is None else weights * gains
         return weights if means is None else weights - means
 
     @torch.no_grad()
     def compute_ranks(self, hidden: Tensor) -> Tensor:
-        """What slots are chosen by, `(tokens, slots)`; in the metric `sensitivity` its square is twice the nats at stake."""
+        """Compute what slots are selected by: `(tokens, width)` to `(tokens, num_slots)`.
+
+        With `metric="fisher"` the square of a rank is twice the nats at stake.
+        """
         scores = self.compute_scores(hidden)
         return (
             scores
@@ -303,38 +346,35 @@ class SlotTable(MmapTensorsMixin):
 
     @torch.no_grad()
     def rank_weights(self, weights: Tensor, scores: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Ranks from weights or scores, of all slots or of those at `ids`, in the same shape."""
+        """Compute ranks from weights or scores, of all slots or of those at `ids`; same shape."""
         if self.selection == "score":
             return scores
         norms = self.value_norms()
         return weights.abs() * (norms if ids is None else norms[ids])
 
     def constant_output(self) -> Tensor:
-        """What is said whatever is read, `(width,)`: the output bias and every slot's mean."""
+        """Compute what every token receives, `(width,)`: the output bias and all slots' means."""
         if self.means is None:
             return self.output_bias
         if self.mmap_tensors is not None:
-            assert self.mmap_tensors.mean_output is not None, (
-                "a memory with means is filed with what they say"
-            )
+            assert self.mmap_tensors.mean_output is not None, "saved for every centered memory"
             return self.output_bias + self.mmap_tensors.mean_output.to(self.output_bias.dtype)
         if torch.is_grad_enabled():  # then it belongs to the graph of one step
             return self.output_bias + self.means @ self.values
-        sources = self.output_bias, self.means, self.values
         return self._tensor_cache(
-            "always",
+            "constant_output",
             lambda bias, means, values: bias + means @ values,
-            sources,
+            (self.output_bias, self.means, self.values),
             force=self.training,
         )
 
     @torch.no_grad()
     def value_norms(self) -> Tensor:
-        """How long each value is in the metric, `(slots,)`."""
+        """Compute the norm of each value in the metric, `(num_slots,)`."""
         if self.mmap_tensors is not None:
             return self.mmap_tensors.value_norms.to(self.output_bias.dtype)
         return self._tensor_cache(
-            "lengths",
+            "value_norms",
             compute_value_norms,
             (self.values, self.metric, self.output),
             force=self.training,
@@ -342,17 +382,24 @@ class SlotTable(MmapTensorsMixin):
 
     @torch.no_grad()
     def calibrate_means(self, hidden: Tensor) -> None:
-        """Set each slot's mean to its average weight over `hidden` `(tokens, width)`; nothing without centered ranking."""
+        """Set each slot's mean to its average weight over `hidden` `(tokens, width)`.
+
+        Does nothing unless `selection="centered"`.
+        """
         if self.means is not None and self.activation_fn is not None:
             self.means.zero_()
             self.means.copy_(self.compute_weights(hidden, self.compute_scores(hidden)).mean(0))
 
     @torch.no_grad()
     def compensate(self, hidden: Tensor, residual: Tensor) -> None:
-        """Add to the answer what it lacks on average: `missing` `(tokens, width)` given `hidden` of the same shape.
+        """Add to the output what it lacks on average.
 
-        The mean goes into the output bias. With `linear`, what a linear map of the hidden state can foresee goes there,
-        by ridge regression. With k = slots nothing is missing and nothing changes.
+        The mean goes into the output bias. With a skip connection, what ridge regression predicts
+        from the hidden state goes there. With k = num_slots nothing is missing and nothing changes.
+
+        Args:
+            hidden: inputs `(tokens, width)`.
+            residual: what the outputs lack, of the same shape.
         """
         mean = residual.mean(0)
         if self.skip_connection is not None:
@@ -363,27 +410,45 @@ class SlotTable(MmapTensorsMixin):
             mean = torch.linalg.lstsq(self.output, mean.unsqueeze(-1)).solution.squeeze(-1)
         self.output_bias.add_(mean)
 
+    @contextmanager
+    def recording_usage(self) -> Iterator[UsageCounts]:
+        """Count which slots are read inside the block; an outer recording is paused.
+
+        Yields:
+            The counts, which grow while the block runs.
+        """
+        previous = self._usage
+        reads = torch.zeros(self.num_slots, dtype=torch.long, device=self.keys.device)
+        self._usage = UsageCounts(reads)
+        try:
+            yield self._usage
+        finally:
+            self._usage = previous
+
+    @contextmanager
+    def usage_paused(self) -> Iterator[None]:
+        """Count no reads inside the block."""
+        previous, self._usage = self._usage, None
+        try:
+            yield
+        finally:
+            self._usage = previous
+
+    def reset_budget_counts(self) -> None:
+        """Start to count reads and tokens of training passes, which `update_threshold` uses."""
+        self.budget_counts = torch.zeros(2, dtype=torch.long, device=self.keys.device)
+
     @torch.no_grad()
     def _record_reads(self, selected: Tensor, num_tokens: int | None = None) -> None:
-        """Note reads where somebody asked for it: of a mask `(tokens, slots)`, or of ids read by so many tokens."""
-        is_mask = selected.dtype == torch.bool
-        num_tokens = len(selected) if num_tokens is None else num_tokens
-        if self.read_counts is not None:
-            self.read_counts.add_(
-                selected.sum(0)
-                if is_mask
-                else torch.bincount(selected.flatten(), minlength=self.num_slots)
-            )
-            self.counted_tokens += num_tokens
+        """Count the reads in a mask `(tokens, num_slots)`, or in the ids `num_tokens` tokens read."""
+        if self._usage is not None:
+            self._usage.add(selected, num_tokens)
         if self.budget_counts is not None and self.training:
+            is_mask = selected.dtype == torch.bool
             num_reads = (
                 selected.sum()
                 if is_mask
                 else torch.tensor(selected.numel(), device=selected.device)
             )
+            num_tokens = len(selected) if num_tokens is None else num_tokens
             self.budget_counts += torch.stack([num_reads, num_reads.new_tensor(num_tokens)])
-
-    def count_reads(self) -> None:
-        """Start counting how often each slot is read, in `reads` `(slots,)`, and for how many tokens, from zero."""
-        self.counted_tokens = 0
-        self.read_counts = torch.zeros(self.num_slots, dtype=torch.long, device=self.keys.device)

@@ -1,7 +1,8 @@
-"""One budget for all memories of a model: slots are read where they are worth most, in whatever layer, for whatever token.
+"""One sparsity budget for all memories of a model, by a threshold that they share.
 
-Memories with `selection="threshold"` read every slot whose rank reaches a threshold that they share. Their ranks
-compare over layers where the metric is `sensitivity`, so one number spends the budget: mean slots read per token.
+Memories with `k_mode="threshold"` read every slot whose rank reaches the threshold. Their ranks are
+comparable across layers with `metric="fisher"`, so one number spends the budget, the mean number of
+slots read per token, where it is worth most.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from torch import Tensor
 from dmt.distributed import all_reduce_sum
 from dmt.memory.featural import FeaturalMemory
 
+# Ranks, over tokens, slots and memories, that exist at once to find the first threshold.
 MAX_RANKS = 8_000_000
-"""Ranks, over tokens, slots and memories, that are held at once to find the first threshold."""
 
 
 def select_thresholded(memories: Iterable[FeaturalMemory]) -> list[FeaturalMemory]:
-    """Those that share the budget."""
+    """Return the memories that share the budget."""
     return [memory for memory in memories if memory.threshold is not None]
 
 
 @torch.no_grad()
 def initialize_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Tensor]) -> None:
-    """Set the shared threshold so that these hidden states `(tokens, width)`, one per memory, are given the budget."""
+    """Set the shared threshold so that these hidden states spend the budget.
+
+    Args:
+        memories: those without a threshold are skipped.
+        hidden: one `(tokens, width)` per memory.
+    """
     pairs = [
         (memory, states)
         for memory, states in zip(memories, hidden, strict=True)
@@ -39,7 +45,8 @@ def initialize_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Te
     ]
     num_reads = sum(memory.k * len(rank) for (memory, _), rank in zip(pairs, ranks, strict=True))
     all_ranks = torch.cat([rank.flatten().float() for rank in ranks])
-    # A rank of zero is a slot with nothing to say. A threshold of zero would read them all, and never move.
+    # A slot of rank zero contributes nothing. A threshold of zero would read them all, and scaling
+    # would never change it.
     threshold = (
         all_ranks.topk(num_reads).values[-1] if num_reads < len(all_ranks) else torch.zeros(())
     )
@@ -54,17 +61,21 @@ def initialize_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Te
 
 
 def reset_counts(memories: Iterable[FeaturalMemory]) -> None:
-    """Begin to count, while training, what those that share the budget read, for `hold`."""
+    """Start to count what memories that share the budget read in training, for `update_threshold`."""
     for memory in select_thresholded(memories):
-        memory.budget_counts = torch.zeros(2, dtype=torch.long, device=memory.keys.device)
+        memory.reset_budget_counts()
 
 
 @torch.no_grad()
 def update_threshold(memories: Iterable[FeaturalMemory], rate: float) -> None:
-    """Move the shared threshold towards the budget, by what was read since the last call; forgets what was read.
+    """Move the shared threshold toward the budget by the reads since the last call.
 
-    Of several processes that train together all have to call it; what all of them read counts.
-    Too many reads by a factor f raise it by f to the power of `rate`.
+    Too many reads by a factor f multiply it by f to the power of `rate`. With several processes
+    every process must call it; the reads of all of them count.
+
+    Args:
+        memories: those that count nothing are skipped.
+        rate: exponent; 1 corrects at once where reads are proportional to the threshold.
     """
     counted = [
         memory
@@ -74,7 +85,7 @@ def update_threshold(memories: Iterable[FeaturalMemory], rate: float) -> None:
     if not counted:
         return
     counts = all_reduce_sum(torch.stack([memory.budget_counts for memory in counted]))  # type: ignore[misc]
-    total_counts = counts.float()  # (memories, 2): reads, tokens, of all processes
+    total_counts = counts.float()  # (memories, 2): reads and tokens of all processes
     target_reads = sum(min(memory.num_slots, memory.k * memory.k_multiplier) for memory in counted)
     factor = ((total_counts[:, 0] / total_counts[:, 1]).sum() / target_reads).clamp(0.1, 10) ** rate
     for memory in counted:

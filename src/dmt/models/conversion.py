@@ -273,6 +273,7 @@ def _read_block_tensors(
         width,
         num_neurons,
         num_neurons,
+        activation="block",
         activation_function=getattr(teacher.config, arch.activation),
         gated=arch.gated,
         selection="score",

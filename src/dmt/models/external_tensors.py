@@ -1,4 +1,4 @@
-"""The slots of a saved student that are not among its weights, and positions with them: the file, written and opened."""
+"""The file beside a saved student that holds tensors of its memories instead of its weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dmt.memory import FeaturalMemory
 from dmt.memory.mmap_tensors import MmapTensorFile, TensorSpec, make_spec, write_tensor_file
 from dmt.models.architectures import get_architecture
 
+# Name of the file in a student's folder.
 SLOTS_FILE = "slots.safetensors"
-"""The file beside a saved student's weights that holds what its memories leave to it."""
 
 
 class MmapEmbedding(nn.Module):
@@ -25,16 +25,16 @@ class MmapEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = torch.empty(0, 0)
-        self.register_buffer("like", torch.empty(0), persistent=False)  # its type is the model's
         self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the model's dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids `(...)` to rows `(..., width)`."""
+        """Map ids `(...)` to rows `(..., width)`."""
         return F.embedding(ids, self.table).to(self.like.dtype)
 
 
 def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
-    """The memories of `model` that, saved, leave tensors to the file, by their names in it."""
+    """Return the memories of `model` that save tensors to the file, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -43,103 +43,119 @@ def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
 
 
 def position_embedding_path(model: Any) -> str:
-    """Path of the table of positions where it goes into the file too: with slots that are, all that is read row by row."""
+    """Return the module name of the position embedding where it goes into the file, else "".
+
+    It does with `offload="slots"`, so that everything read row by row is in the file.
+    """
     has_mmap_slots = any(memory.offload == "slots" for memory in find_mmap_memories(model).values())
     return get_architecture(model.config.model_type).position_embedding if has_mmap_slots else ""
 
 
 def external_tensor_names(model: nn.Module) -> set[str]:
-    """Names of the tensors that are then not among the weights."""
+    """Return the names of the tensors that are in the file instead of among the weights."""
     names = {
-        f"{name}.{tensor}"
+        f"{name}.{tensor_name}"
         for name, memory in find_mmap_memories(model).items()
-        for tensor in memory.external_names
+        for tensor_name in memory.external_names
     }
     return names | ({f"{path}.weight"} if (path := position_embedding_path(model)) else set())
 
 
 def measure_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of weights, buffers included, that a model holds in RAM and that it leaves on the disk."""
-    resident = {id(part): part.nbytes for part in (*model.parameters(), *model.buffers())}
+    """Return the bytes of weights and buffers in `ram` and left on `disk`."""
+    resident = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     memory_sizes = [memory.external_sizes() for memory in find_mmap_memories(model).values()]
-    tables = sum(part.table.nbytes for part in model.modules() if isinstance(part, MmapEmbedding))
+    embedding_bytes = sum(
+        module.table.nbytes for module in model.modules() if isinstance(module, MmapEmbedding)
+    )
     return {
         "ram": sum(resident.values()) + sum(size["ram"] for size in memory_sizes),
-        "disk": tables + sum(size["disk"] for size in memory_sizes),
+        "disk": embedding_bytes + sum(size["disk"] for size in memory_sizes),
     }
 
 
 def save_model_tensors(model: nn.Module, folder: Path) -> str | None:
-    """Write into `folder` what memories leave to the file, or copy the file they read; its digest, None where there is nothing.
+    """Write the file of a model into `folder`, or copy the file that the model reads.
+
+    Returns:
+        The file's digest; None where the model has no external tensors.
 
     Raises:
-        UserError: there is no room, or the file the memories read is not there any more.
+        UserError: there is no space, or the file that the model reads is gone or another one.
     """
     memories, path = find_mmap_memories(model), folder / SLOTS_FILE
     if not memories:
         return None
-    mapped = getattr(model, "slots_file", None)
+    mapped: MmapTensorFile | None = getattr(model, "slots_file", None)
     folder.mkdir(parents=True, exist_ok=True)
     if mapped is None:
-        tables = {
-            f"{name}.{tensor_name}": table
+        specs = {
+            f"{name}.{tensor_name}": spec
             for name, memory in memories.items()
-            for tensor_name, table in memory.export_specs().items()
+            for tensor_name, spec in memory.export_specs().items()
         }
-        return write_tensor_file(path, tables | _position_tables(model))
-    if not path.exists() or not path.samefile(mapped.file):
+        return write_tensor_file(path, specs | _position_specs(model))
+    if not path.exists() or not path.samefile(mapped.path):
         _copy_mapped_file(mapped, path)
     return mapped.digest
 
 
-def _position_tables(model: nn.Module) -> dict[str, TensorSpec]:
+def _position_specs(model: nn.Module) -> dict[str, TensorSpec]:
     if not (path := position_embedding_path(model)):
         return {}
     weight = model.get_submodule(path).weight
-    assert isinstance(weight, Tensor), "an embedding's table"
+    assert isinstance(weight, Tensor), "an embedding has one weight"
     return {f"{path}.weight": make_spec(weight.float())}
 
 
 def _copy_mapped_file(mapped: MmapTensorFile, path: Path) -> None:
-    partial = path.with_name(f"{SLOTS_FILE}.partial")
+    partial_path = path.with_name(f"{SLOTS_FILE}.partial")
     try:
-        shutil.copyfile(mapped.path, partial)
-        if MmapTensorFile(partial).digest != mapped.digest:
+        shutil.copyfile(mapped.path, partial_path)
+        if MmapTensorFile(partial_path).digest != mapped.digest:
             raise UserError(
-                f"{mapped.path} is another file than the one this student was loaded from; load it anew to save it"
+                f"{mapped.path} is no longer the file that this student was loaded from; load the "
+                "student again to save it"
             )
-        partial.replace(path)
+        partial_path.replace(path)
     except OSError as error:
         raise UserError(
-            f"{mapped.path} cannot be copied to {path} ({error.strerror}); load the student anew to save it"
+            f"cannot copy {mapped.path} to {path} ({error.strerror}); load the student again to "
+            "save it"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
 
 
 def release_model_tensors(model: nn.Module) -> None:
-    """Give up what memories leave to the file, before weights are loaded."""
+    """Drop the tensors that are in the file, before weights are loaded."""
     for memory in find_mmap_memories(model).values():
         memory.release_tensors()
     if path := position_embedding_path(model):
         model.set_submodule(path, MmapEmbedding())
 
 
-def attach_model_file(model: nn.Module, file: Path, digest: str) -> None:
-    """Let a model just loaded read its slots from `file`.
+def attach_model_file(model: nn.Module, path: Path, digest: str) -> None:
+    """Make a model that was just loaded read its slots from a file.
+
+    Args:
+        model: loaded after `release_model_tensors`.
+        path: the file.
+        digest: that the file has to have.
 
     Raises:
-        UserError: it is not there, cut short, or another student's.
+        UserError: the file is missing, incomplete, or belongs to another student.
     """
-    mapped = MmapTensorFile(file)
+    mapped = MmapTensorFile(path)
     if mapped.digest != digest:
         raise UserError(
-            f"{file} belongs to another student than the weights beside it; put the right one in its place"
+            f"{path} belongs to another student than the weights beside it; replace it with this "
+            "student's file"
         )
     for name, memory in find_mmap_memories(model).items():
         memory.attach_file(mapped, name)
-    if path := position_embedding_path(model):
-        positions = model.get_submodule(path)
-        assert isinstance(positions, MmapEmbedding), "put there by `leave`"
-        positions.table = mapped[f"{path}.weight"]
-    object.__setattr__(model, "slots_file", mapped)
+    if embedding_path := position_embedding_path(model):
+        embedding = model.get_submodule(embedding_path)
+        assert isinstance(embedding, MmapEmbedding), "set by release_model_tensors"
+        embedding.table = mapped[f"{embedding_path}.weight"]
+    object.__setattr__(model, "slots_file", mapped)  # not a module attribute that nn.Module checks

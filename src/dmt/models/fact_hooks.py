@@ -290,15 +290,11 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 def record_matches(model: PreTrainedModel) -> Iterator[list[Matches]]:
     """What facts answer in each pass from here on; nothing is noted of a model without any."""
     hooks = get_fact_hooks(model)
-    recorded: list[Matches] = []
     if hooks is None:
-        yield recorded
+        yield []
         return
-    previous, hooks.memory.match_log = hooks.memory.match_log, recorded
-    try:
-        yield recorded
-    finally:
-        hooks.memory.match_log = previous
+    with hooks.memory.recording_matches() as matches:
+        yield matches
 
 
 FACTS_FILE = "memory.db"

@@ -133,7 +133,7 @@ def check_folder(folder: Path, label: str) -> None:
                 f"{label}: its config.json says {name}={format_value(size)}, which must be in [1, {MAX_SIZE}]; {REQUIRED_FILES_HINT}"
             )
     shapes = read_shapes(folder) + (
-        MmapTensorFile(folder / SLOTS_FILE).shapes if config.get("slots") else []
+        MmapTensorFile(folder / SLOTS_FILE).shapes if config.get("external_tensors") else []
     )
     if not shapes:
         return

@@ -1,4 +1,4 @@
-"""With how many threads, in which precision and with what attention a run computes: timed once on a machine, then known."""
+"""Autotune the number of threads and the precision of a run, once per machine."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ TIMED_WINDOWS = 4
 TIMED_STEPS = 3
 """Steps by which a way to compute is judged, the fastest of them."""
 TIMINGS_FORMAT = 2
-TUNED_FIELDS = ("precision", "attention")
+TUNED_FIELDS = ("precision",)
 BUSY_LOAD = 0.75
 """Programs waiting for each core, of late, from which on a machine is too busy for what is timed to be kept for good."""
 
 
 def autotune(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
-    """`config` with `trainer.num_threads`, `.precision` and `.attention` decided by timing a training step, and threads set.
+    """`config` with `trainer.num_threads` and `.precision` decided by timing a training step, and threads set.
 
     For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
     emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same; and in
     `timings.json` under `DMT_CACHE` (`~/.cache/dmt`), so that the same command on the same machine computes the same, too:
-    what is timed twice may come out twice, and then no digit would be equal. Digits depend on precision and attention, so
-    these are decided once for any number of threads and processes. What was decided on a busy machine holds until it is quiet.
+    what is timed twice may come out twice, and then no digit would be equal. Digits depend on the precision, so
+    it is decided once for any number of threads and processes. What was decided on a busy machine holds until it is quiet.
     """
     trainer = config.trainer
     if select_device(config).type != "cpu":
@@ -138,11 +138,7 @@ def _check_decision(decision: Any) -> dict[str, Any] | None:
     if not decision["quiet"] and is_machine_idle():  # others were in the way then, and are not now
         return None
     is_valid = all(type(count) is int and count > 0 for count in decision["threads"].values())
-    is_valid = (
-        is_valid
-        and decision["precision"] in ("32-true", "bf16-mixed")
-        and decision["attention"] in ("sdpa", "batched")
-    )
+    is_valid = is_valid and decision["precision"] in ("32-true", "bf16-mixed")
     return decision if is_valid else None
 
 
@@ -206,16 +202,7 @@ def _list_candidates(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig
     )
     if trainer.precision == "auto" and has_bf16:
         candidates.append(replace(trainer, precision="bf16-mixed"))
-    if trainer.attention != "auto":
-        return candidates
-    with_sdpa = [replace(candidate, attention="sdpa") for candidate in candidates]
-    # Half precision is judged with the attention it would be trained with: torch's own is slow there on a CPU.
-    with_batched = [
-        replace(candidate, attention="batched")
-        for candidate in candidates
-        if on_cpu and candidate.precision == "bf16-mixed"
-    ]
-    return [*with_sdpa, *with_batched]
+    return candidates
 
 
 def _time_training_step(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +20,11 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from dmt import signals
 from dmt.config import LOSS_TERMS, Config
-from dmt.distributed import all_reduce_max, all_reduce_sum
+from dmt.distributed import all_reduce_max
 from dmt.evaluation.metrics import compute_slot_usage
 from dmt.evaluation.samples import format_samples_table, paired_samples
-from dmt.memory.associative import RetrievalStats
+from dmt.memory.associative import RetrievalStats, record_retrieval
+from dmt.memory.usage import UsageCounts, record_usage
 from dmt.models.conversion import get_associative_memories, get_featural_memories, get_memories
 
 logger = logging.getLogger(__name__)
@@ -43,19 +45,24 @@ def log_to_all(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
 class SlotUsage(Callback):
     """Log which slots validation text reads: dead slots, entropy and a histogram of each layer."""
 
+    def __init__(self) -> None:
+        self._recording = ExitStack()
+        self._usage: dict[int, UsageCounts] = {}
+
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for memory in get_featural_memories(module.student).values():  # type: ignore[arg-type]
-            memory.count_reads()
+        memories = get_featural_memories(module.student)  # type: ignore[arg-type]
+        self._usage = self._recording.enter_context(record_usage(memories))
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: Any) -> None:
+        self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for layer, memory in get_featural_memories(module.student).items():  # type: ignore[arg-type]
-            assert memory.read_counts is not None, "counting began with the validation"
-            reads = all_reduce_sum(memory.read_counts)
-            tokens = int(all_reduce_sum(memory.read_counts.new_tensor(memory.counted_tokens)))
-            memory.read_counts = None
-            if not tokens:  # a memory without queries has no usage
+        self._recording.close()
+        for layer, rank_counts in self._usage.items():
+            counts = rank_counts.all_reduce()
+            if not counts.tokens:  # a memory without queries has no usage
                 continue
-            usage = compute_slot_usage(reads) | {"active_per_token": float(reads.sum()) / tokens}
+            usage = compute_slot_usage(counts.reads) | {"active_per_token": counts.mean_reads}
             log_to_all(
                 trainer, {f"slots/{name}/layer_{layer}": value for name, value in usage.items()}
             )
@@ -63,7 +70,7 @@ class SlotUsage(Callback):
                 # Reads span orders of magnitude.
                 writer.add_histogram(
                     f"slots/log10_reads/layer_{layer}",
-                    (reads + 1).float().log10(),
+                    (counts.reads + 1).float().log10(),
                     trainer.global_step,
                 )
 
@@ -71,15 +78,21 @@ class SlotUsage(Callback):
 class StoredRowUsage(Callback):
     """Log what validation text retrieves from stored rows: distance, weight of the base, age."""
 
+    def __init__(self) -> None:
+        self._recording = ExitStack()
+        self._stats: dict[int, RetrievalStats] = {}
+
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for memory in get_associative_memories(module.student).values():  # type: ignore[arg-type]
-            memory.retrieval_stats = RetrievalStats()
+        memories = get_associative_memories(module.student)  # type: ignore[arg-type]
+        self._stats = self._recording.enter_context(record_retrieval(memories))
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: Any) -> None:
+        self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._recording.close()
         for layer, memory in get_associative_memories(module.student).items():  # type: ignore[arg-type]
-            assert memory.retrieval_stats is not None, "recording began with the validation"
-            stats = memory.retrieval_stats.all_reduce(memory.rows.keys.device)
-            memory.retrieval_stats = None
+            stats = self._stats[layer].all_reduce(memory.rows.keys.device)
             if stats.num_tokens and len(memory.rows):  # without rows the base has all the weight
                 log_to_all(trainer, {f"knn/null_weight/layer_{layer}": stats.mean_null_weight})
             if (writer := get_tensorboard_writer(trainer)) and stats.nearest_distances:

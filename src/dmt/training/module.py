@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +24,7 @@ class TrainingModule(pl.LightningModule):
     The step sets the learning rate, accumulates the gradients of all micro-batches, clips them,
     checks that they are finite, updates the weights and logs. A subclass says what is trained:
     `total_steps`, `trained_model`, `get_lr`, `split_batch`, `compute_terms` and
-    `configure_optimizers`; it may override `before_step`, `before_update`, `after_update` and
+    `configure_optimizers`; it may override `step_context`, `before_update`, `after_update` and
     `extra_metrics`. Memory depends on the size of a micro-batch, the result does not.
 
     Args:
@@ -62,8 +63,10 @@ class TrainingModule(pl.LightningModule):
         """
         raise NotImplementedError
 
-    def before_step(self, step: int) -> None:
-        """Prepare for a step; called before the first micro-batch."""
+    @contextmanager
+    def step_context(self, step: int) -> Iterator[None]:
+        """Enter what holds during a step, from its first micro-batch to `after_update`."""
+        yield
 
     def before_update(self, step: int) -> None:
         """Act when the gradients of a step are complete and finite."""
@@ -76,12 +79,15 @@ class TrainingModule(pl.LightningModule):
         return {}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        with self.step_context(self.global_step):
+            self._run_step(batch)
+
+    def _run_step(self, batch: Any) -> None:
         step, optimizer = self.global_step, self.optimizers()
         lr = self.get_lr(step)
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = lr * group["lr_scale"]
         optimizer.zero_grad()  # type: ignore[union-attr]
-        self.before_step(step)
         micro_batches = self.split_batch(batch)
         total_loss = torch.zeros((), device=self.device)
         totals: dict[str, Tensor] = {}

@@ -32,7 +32,7 @@ from dmt.config import Config, OptimConfig
 from dmt.data.windows import TextDataModule
 from dmt.distributed import broadcast, is_distributed
 from dmt.errors import UserError
-from dmt.ops import set_attention, set_layer_norms
+from dmt.ops import set_layer_norms
 from dmt.training.callbacks import StopOnSignal, make_progress_callback
 from dmt.training.checkpoints import AtomicCheckpointIO, StepBoundaryCheckpoint
 from dmt.training.interrupts import RunInterrupted, report_interruption
@@ -211,15 +211,13 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def use_training_kernels(config: Config, *models: PreTrainedModel) -> Iterator[None]:
-    """Let `models` compute as in training: attend by `trainer.attention`, norms steady; and as torch does again afterwards."""
+    """Make the LayerNorms of `models` deterministic inside the block."""
     for model in models:
-        set_attention(model, config.trainer.attention)
         set_layer_norms(model, deterministic=True)
     try:
         yield
     finally:
         for model in models:
-            set_attention(model, "sdpa")
             set_layer_norms(model, deterministic=False)
 
 

@@ -1,0 +1,71 @@
+"""Which slots are read how often, counted while a context manager is active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dmt.distributed import all_reduce_sum
+
+if TYPE_CHECKING:
+    from dmt.memory.slot_table import SlotTable
+
+
+@dataclass
+class UsageCounts:
+    """Reads of one memory's slots.
+
+    Attributes:
+        reads: `(num_slots,)` tokens that read each slot.
+        tokens: number of tokens.
+    """
+
+    reads: Tensor
+    tokens: int = 0
+
+    @torch.no_grad()
+    def add(self, selected: Tensor, num_tokens: int | None = None) -> None:
+        """Add the reads of one pass.
+
+        Args:
+            selected: a mask `(tokens, num_slots)`, or ids of the slots that were read.
+            num_tokens: number of tokens; needed with ids.
+        """
+        if selected.dtype == torch.bool:
+            self.reads.add_(selected.sum(0))
+        else:
+            self.reads.add_(torch.bincount(selected.flatten(), minlength=len(self.reads)))
+        self.tokens += len(selected) if num_tokens is None else num_tokens
+
+    @property
+    def mean_reads(self) -> float:
+        """Mean number of slots read per token; 0 without tokens."""
+        return float(self.reads.sum()) / self.tokens if self.tokens else 0.0
+
+    def all_reduce(self) -> UsageCounts:
+        """Sum over all processes (collective: every process must call it)."""
+        return UsageCounts(
+            all_reduce_sum(self.reads), int(all_reduce_sum(self.reads.new_tensor(self.tokens)))
+        )
+
+
+@contextmanager
+def record_usage(memories: Mapping[int, SlotTable]) -> Iterator[dict[int, UsageCounts]]:
+    """Count the reads of several memories inside the block.
+
+    Args:
+        memories: by layer.
+
+    Yields:
+        Counts by layer, which grow while the block runs.
+    """
+    with ExitStack() as stack:
+        yield {
+            layer: stack.enter_context(memory.recording_usage())
+            for layer, memory in memories.items()
+        }
