@@ -1,4 +1,4 @@
-"""Several processes that train one student: the same curve as one, the same rows, and every way they can end."""
+"""Several processes that train one student: the same curve as one, the same rows, every ending."""
 
 import csv
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import newest, weights
-from test_row_sync import rows_in
 
 from dmt import config_io
 from dmt.cli.main import distill_main
+from dmt.store import RowStore
 from dmt.training import launch
+from dmt.training.run_dir import format_distill_command
 
 ROOT = Path(__file__).parents[2]
 RUN = ["stages.layerwise_steps=6", "stages.end_to_end_steps=18"]
@@ -30,10 +31,14 @@ VARIANTS = {
         "memory.merge_distance=0.3",
     ],
 }
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="looks into Linux's /proc"
+)
 
 
-def curve(run):
-    """Every measured number of a run, by step and name."""
+def read_curve(run):
+    """Return every measured number of a run, by step and name."""
     with (run / "metrics.csv").open() as file:
         return {
             (int(row["step"]), name): float(value)
@@ -43,88 +48,101 @@ def curve(run):
         }
 
 
-def apart(first, second):
-    """The largest difference between two curves, of numbers above 1 as a share, and where it is."""
+def largest_difference(first, second):
+    """Return the largest difference of two curves, relative above 1, and where it is."""
     assert set(first) == set(second)
-    return max((abs(first[at] - second[at]) / max(1, abs(first[at])), at) for at in first)
+    return max((abs(first[key] - second[key]) / max(1, abs(first[key])), key) for key in first)
 
 
-def alike(one, several):
-    """Whether two runs learned the same to the last bit: every loss of every step, every tensor."""
+def assert_learned_the_same(first_run, second_run):
+    """Compare every loss of every step and every tensor to the last bit."""
     first, second = (
-        {
-            at: value
-            for at, value in curve(run).items()
-            if at[1].startswith("train/")
-        }
-        for run in (one, several)
+        {key: value for key, value in read_curve(run).items() if key[1].startswith("train/")}
+        for run in (first_run, second_run)
     )
     assert first == second
     assert len({step for step, _ in first}) == 24
-    first, second = weights(one), weights(several)
+    first, second = weights(first_run), weights(second_run)
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def torchrun(words, folder, count=2, script=ROOT / "distill.py"):
-    """`torchrun distill.py`, started."""
+def read_rows(run):
+    """Return ids and keys of the stored rows of a run, by layer."""
+    with RowStore(str(run / "memory.db"), read_only=True) as store:
+        return {
+            namespace.name: {
+                (int(row_id), key.tobytes())
+                for batch in store.scan(namespace)
+                for row_id, key in zip(batch.ids, batch.keys, strict=True)
+            }
+            for namespace in store.list_namespaces()
+        }
+
+
+def start_torchrun(args, folder, count=2, script=ROOT / "distill.py", **options):
+    """Start `torchrun distill.py` with `args` in `folder`."""
     command = [
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={count}",
         str(script),
-        *words,
+        *args,
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, *command], env=env, text=True, cwd=folder, **options)
+
+
+def run_torchrun(args, folder):
+    """Run `torchrun distill.py` to its end; return stdout and stderr."""
+    process = start_torchrun(args, folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys, monkeypatch):
+def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys):
     words += VARIANTS[kind]
     assert distill_main(words) == 0
-    capsys.readouterr()
-    begin, others = launch._start_worker, []
-    monkeypatch.setattr(
-        launch, "_start_worker", lambda *given: others.append(begin(*given)) or others[-1]
-    )
-    assert distill_main([*words, "trainer.devices=2"]) == 0
-    assert [other.returncode for other in others] == [0]
-    assert capsys.readouterr().out.count("on the same test text") == 1
-    started = torchrun(words, tmp_path)
-    shown, complaints = started.communicate(timeout=300)
-    assert started.returncode == 0, complaints
-    assert shown.count("on the same test text") == 1
-    assert "Warning" not in complaints
+    out, err = run_torchrun(words, tmp_path)
+    assert out.count("on the same test text") == 1
+    assert err.count("feed-forward block ->") == 1, "the first process alone logs"
+    assert "Warning" not in err
+    run_torchrun([*words, "trainer.devices=2"], tmp_path)
     one, two, three = (tmp_path / "logs" / f"version_{number}" for number in range(3))
-    alone = json.loads((one / "run.json").read_text())["fidelity"]["text"]
-    for several in (two, three):
-        alike(one, several)
-        assert apart(curve(one), curve(several))[0] < 1e-5, (
-            "of validation, whose windows are shared out, too"
+    fidelity = json.loads((one / "run.json").read_text())["fidelity"]["text"]
+    for run in (two, three):
+        assert_learned_the_same(one, run)
+        assert largest_difference(read_curve(one), read_curve(run))[0] < 1e-5, (
+            "of validation too, whose windows are divided among the processes"
         )
-        assert json.loads((several / "run.json").read_text())["fidelity"]["text"] == alone
-        assert config_io.load_config(several / "config.yaml").trainer.devices == 2
+        assert json.loads((run / "run.json").read_text())["fidelity"]["text"] == fidelity
+        assert config_io.load_config(run / "config.yaml").trainer.devices == 2
     if kind == "associative":
-        rows = [
-            {
-                layer: {(n, row[0]) for n, row in kept.items()}
-                for layer, kept in rows_in(run).items()
-            }
-            for run in (one, two)
-        ]
-        assert rows[0] == rows[1]
-        assert sum(map(len, rows[0].values())) > 100
+        assert read_rows(one) == read_rows(two)
+        assert sum(map(len, read_rows(one).values())) > 100
 
 
-def begun(run, step):
+def test_two_processes_train_a_teacher(words, tmp_path):
+    words += [
+        "task=pretrain",
+        "pretrain.steps=6",
+        "pretrain.width=16",
+        "pretrain.layers=2",
+        "pretrain.heads=2",
+        "pretrain.vocabulary=300",
+        f"pretrain.output={tmp_path / 'output'}",
+        "data.micro_batch_size=1",
+    ]
+    assert distill_main(words) == 0
+    run_torchrun(words, tmp_path)
+    one, two = (tmp_path / "logs" / f"version_{number}" for number in range(2))
+    assert largest_difference(read_curve(one), read_curve(two))[0] < 1e-5
+
+
+def wait_for_checkpoint(run, step):
     """Wait until a run has written its checkpoint of `step`."""
     for _ in range(1200):
         if (run / "checkpoints" / f"step_{step}.ckpt").exists():
@@ -133,55 +151,35 @@ def begun(run, step):
     raise AssertionError(f"{run} never came to step {step}")
 
 
-def children(process):
-    """Process ids of what a process has started."""
-    return [
-        int(number)
-        for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+def list_children(process):
+    """Return the ids of the processes that a process has started."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text().split()]
 
 
-def running(number):
-    """Whether a process goes on; one that nobody has asked for its end does not."""
+def is_running(pid):
+    """Return whether a process runs; one that has ended and was not waited for does not."""
     try:
-        return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
 
 
-def gone(numbers):
-    """Wait until none of these processes is there any more."""
-    for _ in range(300):
-        if not [number for number in numbers if running(number)]:
+def wait_for_end(pids):
+    """Wait until none of these processes runs any more."""
+    for _ in range(600):
+        if not any(map(is_running, pids)):
             return
         time.sleep(0.1)
-    for number in filter(running, numbers):
-        os.kill(number, signal.SIGKILL)
-    raise AssertionError(f"of {numbers} some went on for nobody")
+    for pid in filter(is_running, pids):
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"some of {pids} went on without the others")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
-def test_nobody_waits_for_a_first_process_that_was_killed_before_it_was_met(words, tmp_path):
-    started = subprocess.Popen(
-        [sys.executable, str(ROOT / "distill.py"), *words, "trainer.devices=2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (left := children(started)):
-        assert started.poll() is None
-        time.sleep(0.01)
-    started.kill()
-    started.wait()
-    gone(left)
-    assert not (tmp_path / "logs" / "version_0" / "run.json").exists()
-
-
-def listening(pid):
-    """Addresses on which a process listens, as the kernel writes them."""
-    mine = {
-        os.readlink(each)
-        for each in Path(f"/proc/{pid}/fd").iterdir()
-        if each.exists() or each.is_symlink()
+def list_listening_addresses(pid):
+    """Return the addresses on which a process listens, as the kernel writes them."""
+    sockets = {
+        os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()
     }
     lines = [
         line.split()
@@ -189,71 +187,59 @@ def listening(pid):
         for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
     ]
     return {
-        line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in mine
+        line[1].split(":")[0]
+        for line in lines
+        if line[3] == "0A" and f"socket:[{line[9]}]" in sockets
     }
 
 
 LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
-def test_several_processes_stop_together_and_go_on_to_the_same_end(words, tmp_path):
+def get_last_step(run):
+    return max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step_*.ckpt"))
+
+
+@needs_proc
+def test_several_processes_stop_together_and_resume_to_the_same_end(words, tmp_path):
     words += [
         "stages.end_to_end_steps=120",
         *VARIANTS["associative"][2:],
-        "trainer.devices=2",
         "trainer.validate_every=0",
+        "trainer.checkpoint_every=10",
+        "memory.write_start=0.9",
     ]
-    words += ["trainer.checkpoint_every=10", "memory.write_start=0.9"]
-    started = subprocess.Popen(
-        [sys.executable, str(ROOT / "distill.py"), *words], stderr=subprocess.PIPE, text=True
-    )
+    process = start_torchrun(words, tmp_path, stdout=subprocess.DEVNULL)
     run = tmp_path / "logs" / "version_0"
-    begun(run, 10)
-    other = children(started)
-    assert len(other) == 1
-    assert listening(started.pid) <= LOOPBACK, "nothing beyond this machine"
-    assert listening(other[0]) <= LOOPBACK
-    started.send_signal(signal.SIGTERM)  # to the first alone
-    said = started.communicate(timeout=120)[1].strip().splitlines()
-    assert started.returncode == 128 + signal.SIGTERM
-    assert re.fullmatch(
-        rf"stopped after step \d+; go on with: dmt distill --resume {run}", said[-1]
-    )
-    assert not Path(f"/proc/{other[0]}").exists()
+    wait_for_checkpoint(run, 10)
+    workers = list_children(process)
+    assert len(workers) == 2
+    for worker in workers:  # torchrun itself holds the rendezvous
+        assert list_listening_addresses(worker) <= LOOPBACK, "nothing beyond this machine"
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    err = process.communicate(timeout=120)[1]
+    command = re.escape(format_distill_command(f"--resume {run}", 2))
+    assert re.search(rf"^stopped after step \d+; resume with: {command}$", err, re.MULTILINE), err
+    wait_for_end(workers)
 
-    resumed = subprocess.Popen(
-        [sys.executable, str(ROOT / "distill.py"), "--resume", str(run)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    steps = max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step_*.ckpt"))
-    begun(run, steps - steps % 10 + 20)
-    os.kill(children(resumed)[0], signal.SIGKILL)
-    said = resumed.communicate(timeout=120)[1].strip().splitlines()
-    assert resumed.returncode == 2
-    assert said[-1].startswith("error: process 1 of 2 (0 is this one) ended")
-    assert "Traceback" not in "".join(said)
+    process = start_torchrun(["--resume", str(run)], tmp_path, stdout=subprocess.DEVNULL)
+    wait_for_checkpoint(run, get_last_step(run) // 10 * 10 + 20)
+    workers = list_children(process)
+    os.kill(workers[-1], signal.SIGKILL)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert re.search(r"exitcode\s*: -9", err), err
+    wait_for_end(workers)
 
-    steps = max(int(file.stem[5:]) for file in (run / "checkpoints").glob("step_*.ckpt"))
-    resumed = subprocess.Popen(
-        [sys.executable, str(ROOT / "distill.py"), "--resume", str(run)], stderr=subprocess.DEVNULL
-    )
-    begun(run, steps - steps % 10 + 20)
-    left = children(resumed)
-    resumed.kill()
-    resumed.wait()
-    gone(left)
-
-    assert distill_main(["--resume", str(run)]) == 0
-    assert distill_main([*words, "trainer.devices=1"]) == 0
+    run_torchrun(["--resume", str(run)], tmp_path)
+    assert distill_main(words) == 0
     whole = newest(tmp_path)
     assert whole != run
-    ended, left_alone = weights(run), weights(whole)
-    assert all(ended[name].equal(left_alone[name]) for name in left_alone)
+    resumed, uninterrupted = weights(run), weights(whole)
+    assert all(resumed[name].equal(uninterrupted[name]) for name in uninterrupted)
 
 
-SENT = """
+SIGNAL_SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 from dmt.training.callbacks import StopOnSignal
@@ -262,53 +248,45 @@ from dmt.cli.main import distill_main as main
 
 moments, agree, save = eval(sys.argv.pop(1)), StopOnSignal.on_train_batch_end, AtomicCheckpointIO.save_checkpoint
 
-def reached(rank, step, where):
-    if (rank, step, where) in moments:
-        moments.remove((rank, step, where))
+def send_signal(rank, step, position):
+    if (rank, step, position) in moments:
+        moments.remove((rank, step, position))
         os.kill(os.getpid(), signal.SIGTERM)
 
-def agreeing(self, trainer, *given):
-    reached(trainer.global_rank, trainer.global_step, "before")
-    agree(self, trainer, *given)
-    reached(trainer.global_rank, trainer.global_step, "after")
+def patched_agree(self, trainer, *args):
+    send_signal(trainer.global_rank, trainer.global_step, "before")
+    agree(self, trainer, *args)
+    send_signal(trainer.global_rank, trainer.global_step, "after")
 
-def saving(self, checkpoint, *given, **named):
-    reached(int(os.environ["RANK"]), checkpoint["global_step"], "saving")
-    save(self, checkpoint, *given, **named)
+def patched_save(self, checkpoint, *args, **kwargs):
+    send_signal(int(os.environ["RANK"]), checkpoint["global_step"], "saving")
+    save(self, checkpoint, *args, **kwargs)
 
-StopOnSignal.on_train_batch_end, AtomicCheckpointIO.save_checkpoint = agreeing, saving
+StopOnSignal.on_train_batch_end, AtomicCheckpointIO.save_checkpoint = patched_agree, patched_save
 sys.exit(main(sys.argv[1:]))
-"""
-"""A run of which processes are sent a signal: just before or after they agree whether a step was the last, or as it is saved."""
+"""  # sends signals just before or after the processes agree to stop, or while one saves
 
 
 @pytest.mark.parametrize("moments", [[(0, 5, "after")], [(1, 5, "before"), (0, 5, "saving")]])
-def test_they_stop_together_whenever_a_signal_comes(words, tmp_path, moments):
-    script = tmp_path / "sent.py"
-    script.write_text(SENT)
-    started = torchrun([str(ROOT / "src"), repr(moments), *words], tmp_path, script=script)
+def test_processes_stop_together_whenever_a_signal_comes(words, tmp_path, moments):
+    script = tmp_path / "send_signal.py"
+    script.write_text(SIGNAL_SCRIPT)
+    process = start_torchrun([str(ROOT / "src"), repr(moments), *words], tmp_path, script=script)
     try:
-        complaints = started.communicate(timeout=120)[1]
+        err = process.communicate(timeout=120)[1]
     finally:
-        started.terminate()
-        started.wait()
+        process.terminate()
+        process.wait()
     last = 6 if moments[0][2] == "after" else 5
-    assert (
-        f"\nstopped after step {last}; go on with: dmt distill --resume {newest(tmp_path)}\n"
-        in complaints
-    )
+    command = format_distill_command(f"--resume {newest(tmp_path)}", 2)
+    assert f"\nstopped after step {last}; resume with: {command}\n" in err
     assert (newest(tmp_path) / "checkpoints" / f"step_{last}.ckpt").exists()
-    assert "exitcode  : 143" in complaints
-    assert "KeyboardInterrupt" not in complaints
+    assert "exitcode  : 143" in err
+    assert "KeyboardInterrupt" not in err
 
 
-def test_what_is_wrong_with_torchrun_is_told(words, tmp_path, monkeypatch, capsys):
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "4",
-        "LOCAL_WORLD_SIZE": "4",
-    }.items():
+def test_wrong_uses_of_torchrun_are_one_line(words, tmp_path, monkeypatch, capsys):
+    for name, value in zip(LAUNCH_VARIABLES, ("0", "0", "4", "4"), strict=True):
         monkeypatch.setenv(name, value)
     assert distill_main([*words, "trainer.devices=2"]) == 2
     assert "trainer.devices=2, but torchrun started 4 processes" in capsys.readouterr().err
@@ -317,28 +295,29 @@ def test_what_is_wrong_with_torchrun_is_told(words, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert distill_main(words) == 2
     assert "on several machines" in capsys.readouterr().err
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name)
-    assert (
-        distill_main(
-            [*words, "trainer.devices=256", "data.batch_size=256", "data.micro_batch_size=256"]
-        )
-        == 2
-    )
+    too_many = ["trainer.devices=256", "data.batch_size=256", "data.micro_batch_size=256"]
+    assert distill_main([*words, *too_many]) == 2
     assert re.search(
         r"trainer.devices=256: there are \d+ processes at most here", capsys.readouterr().err
     )
     assert not (tmp_path / "logs").exists()
 
 
-def test_another_process_that_cannot_work_is_told_in_one_line(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "WORKER_SCRIPT", "print('no room for me'); raise SystemExit(3)")
-    before = dict(os.environ)
-    monkeypatch.setattr(launch, "SHUTDOWN_TIMEOUT", 60.0)
+def test_several_devices_without_torchrun_name_its_command(words, tmp_path, capsys):
     assert distill_main([*words, "trainer.devices=2"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert (
-        said[-1]
-        == "error: process 1 of 2 (0 is this one) ended, so training cannot go on; its last words: no room for me"
-    )
+    err = capsys.readouterr().err
+    assert "trainer.devices=2 needs 2 processes, which torchrun starts: torchrun" in err
+    assert "--nproc-per-node=2" in err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_environment_is_as_before_after_the_processes_part(monkeypatch):
+    config = config_io.load_config(None, ["trainer.devices=2"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(launch.dist, "init_process_group", lambda backend: None)
+    before = dict(os.environ)
+    with launch.distributed_context(config):
+        assert launch.INTERFACE_VARIABLE in os.environ
     assert dict(os.environ) == before
