@@ -125,23 +125,6 @@ def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys):
         assert sum(map(len, read_rows(one).values())) > 100
 
 
-def test_two_processes_train_a_teacher(words, tmp_path):
-    words += [
-        "task=pretrain",
-        "pretrain.steps=6",
-        "pretrain.width=16",
-        "pretrain.layers=2",
-        "pretrain.heads=2",
-        "pretrain.vocabulary=300",
-        f"pretrain.output={tmp_path / 'output'}",
-        "data.micro_batch_size=1",
-    ]
-    assert distill_main(words) == 0
-    run_torchrun(words, tmp_path)
-    one, two = (tmp_path / "logs" / f"version_{number}" for number in range(2))
-    assert largest_difference(read_curve(one), read_curve(two))[0] < 1e-5
-
-
 def wait_for_checkpoint(run, step):
     """Wait until a run has written its checkpoint of `step`."""
     for _ in range(1200):
