@@ -140,6 +140,7 @@ class DistillationModule(TrainingModule):
 
     def on_fit_start(self) -> None:
         reset_counts(get_featural_memories(self.student).values())
+        self.student.train()  # a converted student is in eval mode
         self.teacher.to(self.device)  # type: ignore[arg-type]
 
     def calibrate(self, windows: Tensor) -> None:
