@@ -30,6 +30,7 @@ _EXPORTS = {
     "MemoryConfig": "dmt.config",
     "MemoryLayer": "dmt.memory.base",
     "TokenTrace": "dmt.evaluation.trace",
+    "SlotTransferResult": "dmt.consolidation.sleep",
     "UserError": "dmt.errors",
     "bounded": "dmt.validation",
     "compare": "dmt.report.compare",
@@ -40,6 +41,7 @@ _EXPORTS = {
     "load": "dmt.models.loading",
     "register_memory": "dmt.memory.registry",
     "trace": "dmt.evaluation.trace",
+    "transfer_to_slots": "dmt.consolidation.sleep",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

@@ -404,8 +404,8 @@ class LogitCacheConfig(_CheckedConfig):
 class ContextConfig(_CheckedConfig):
     """A context to be consolidated into a model (task: consolidate)."""
 
-    text: Optional[str] = None
-    """The context (task: consolidate), on one line; or name a `file`."""
+    text: Optional[str] = field(default=None, metadata={"multiline": True})
+    """The context (task: consolidate); or name a `file`."""
     file: Optional[str] = None
     """A UTF-8 text file that holds the context; where it is longer than the model reads at once, it is cut into chunks."""
     questions: Optional[str] = None
@@ -442,6 +442,44 @@ class ContextConfig(_CheckedConfig):
 
 
 @dataclass(frozen=True)
+class SleepConfig(_CheckedConfig):
+    """Facts and rows of a student to be moved into the slots of a new student (task: sleep)."""
+
+    tag: Optional[str] = None
+    """Only facts and rows filed under this tag are moved into slots (task: sleep); empty means all."""
+    min_hits: int = bounded(0, minimum=0)
+    """Only facts and rows that fired at least this often."""
+    steps: int = bounded(200, minimum=1, limit=2**31)
+    """Training steps."""
+    lr: float = bounded(0.03, above=0, maximum=1)
+    """Peak learning rate, in preconditioned units: equally long steps change predictions on unrelated text equally."""
+    momentum: float = bounded(0.9, minimum=0, below=1)
+    """Momentum of SGD."""
+    warmup_steps: int = bounded(10, minimum=0)
+    """Steps of linear warm-up."""
+    examples_per_step: int = bounded(64, minimum=2, limit=2**16)
+    """Replay examples of new facts in a step, and half as many of facts that earlier transfers have moved."""
+    max_paraphrases: int = bounded(3_000, minimum=0, limit=2**20)
+    """Most sentences of the training text in which a fact's subject replaces a name."""
+    kl_tolerance: float = bounded(0.1, minimum=0)
+    """KL in nats per position of new facts that counts as learned."""
+    num_windows: int = bounded(384, minimum=1, limit=2**20)
+    """Windows of training text (`data.corpora`) on which nothing should change."""
+    max_window_tokens: int = bounded(256, minimum=2, limit=2**20)
+    """Tokens of a window, or as many as the model reads."""
+    windows_per_step: int = bounded(6, minimum=1, limit=2**16)
+    """Windows of training text in a step."""
+    unrelated_kl_weight: float = bounded(58.0, minimum=0)
+    """Weight of the KL on those windows, in nats per token."""
+    fisher_windows: int = bounded(64, minimum=1, limit=2**20)
+    """Windows that estimate the Fisher information, which preconditions the steps."""
+    damping: float = bounded(0.001, above=0)
+    """Added to the Fisher information of every direction, whose mean is 1."""
+    eval_tokens: int = bounded(16_384, minimum=2)
+    """Tokens of each corpus's validation text on which the KL of the result is measured."""
+
+
+@dataclass(frozen=True)
 class TrainerConfig(_CheckedConfig):
     """Where a run is written, and what it is computed on."""
 
@@ -473,13 +511,13 @@ class TrainerConfig(_CheckedConfig):
 class Config(_CheckedConfig):
     """All settings of a run."""
 
-    task: Literal["distill", "consolidate"] = "distill"
-    """`distill` a student from a teacher, or `consolidate` a context into a model."""
+    task: Literal["distill", "consolidate", "sleep"] = "distill"
+    """`distill` a student from a teacher, `consolidate` a context into a model, or `sleep`: move a student's rows into slots."""
     seed: int = bounded(0, minimum=0, limit=2**32 - 1)
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
     """`embedded` (ships with dmt), `reader` (the same, trained to use what it reads), `smollm2`, a hub name such as `gpt2`, or a
-    local folder made by `save_pretrained`; with `task: consolidate` also a saved student."""
+    local folder made by `save_pretrained`; with `task: consolidate` or `sleep` also a saved student."""
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=FeaturalConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -489,4 +527,5 @@ class Config(_CheckedConfig):
     store: StoreConfig = field(default_factory=StoreConfig)
     logit_cache: LogitCacheConfig = field(default_factory=LogitCacheConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    sleep: SleepConfig = field(default_factory=SleepConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

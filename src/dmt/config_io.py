@@ -153,7 +153,7 @@ def _merge_group(
         if key not in annotations:
             siblings = [f"{prefix}{sibling}" for sibling in annotations]
             raise unknown_setting_error(name, siblings, list_setting_names())
-        updates[key] = _coerce(annotations[key], value, name)
+        updates[key] = _coerce(annotations[key], value, name, multiline=name == "context.text")
     return {**previous, **updates}
 
 
@@ -188,9 +188,9 @@ def _merge_memory(
     return {**_merge_group(annotations, previous, changes, prefix), "kind": kind}
 
 
-def _coerce(annotation: Any, value: Any, name: str) -> Any:
+def _coerce(annotation: Any, value: Any, name: str, multiline: bool = False) -> Any:
     try:
-        return coerce(annotation, value, f"{ARG}{name}")
+        return coerce(annotation, value, f"{ARG}{name}", multiline)
     except ArgumentError as error:
         raise error.with_prefix("") from None
 
@@ -480,14 +480,14 @@ def check_config(config: Config) -> None:
             f"data.batch_size={config.data.batch_size} must be a multiple of "
             f"trainer.devices={config.trainer.devices}, which share it"
         )
-    if config.trainer.devices > 1 and config.task == "consolidate":
+    if config.trainer.devices > 1 and config.task in ("consolidate", "sleep"):
         raise UserError(
-            f"trainer.devices must be 1 with task=consolidate, got {config.trainer.devices}; leave "
-            "it out"
+            f"trainer.devices must be 1 with task={config.task}, got {config.trainer.devices}; "
+            "leave it out"
         )
     if config.task == "consolidate":
         _check_context(config)
-    else:
+    elif config.task == "distill":
         _check_distillation(config)
 
 

@@ -1,4 +1,4 @@
-"""Run what a config asks for: distill or consolidate."""
+"""Run what a config asks for: distill, consolidate or sleep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dmt.config import Config
-from dmt.consolidation.run import consolidate
+from dmt.consolidation.run import run_consolidation
+from dmt.consolidation.sleep import run_slot_transfer
 from dmt.distillation.run import run_distillation
 from dmt.signals import stop_at_step_end
 from dmt.training.execution import execute
@@ -15,7 +16,11 @@ from dmt.training.interrupts import hide_disk_errors_in_threads
 from dmt.training.run_dir import read_record
 from dmt.training.trainer import silence_libraries
 
-TASKS = {"distill": run_distillation, "consolidate": consolidate}
+TASKS = {
+    "distill": run_distillation,
+    "consolidate": run_consolidation,
+    "sleep": run_slot_transfer,
+}
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,12 @@ def check_fields(config: Any) -> None:
         value = getattr(config, config_field.name)
         if not config_field.init or is_dataclass(value):
             continue
-        value = coerce(annotations[config_field.name], value, f"{ARG}{config_field.name}")
+        value = coerce(
+            annotations[config_field.name],
+            value,
+            f"{ARG}{config_field.name}",
+            multiline=config_field.metadata.get("multiline", False),
+        )
         object.__setattr__(config, config_field.name, value)
         _check_range(config_field, value)
 
@@ -113,7 +118,8 @@ def _check_range(config_field: Field[Any], value: Any) -> None:
     minimum = bounds.get("minimum")
     interval = None
     if "maximum" in bounds:
-        interval = f"[{minimum}, {bounds['maximum']}]"
+        low = f"({bounds['above']}" if "above" in bounds else f"[{minimum}"
+        interval = f"{low}, {bounds['maximum']}]"
     elif "below" in bounds:
         interval = f"[{minimum}, {bounds['below']})"
     if (
@@ -128,8 +134,14 @@ def _check_range(config_field: Field[Any], value: Any) -> None:
         raise ArgumentError(f"{name} must be in [{minimum}, {bounds['limit']}], got {value}")
 
 
-def coerce(annotation: Any, value: Any, name: str) -> Any:
+def coerce(annotation: Any, value: Any, name: str, multiline: bool = False) -> Any:
     """Return `value` as the annotation of the setting `name` wants it.
+
+    Args:
+        annotation: the annotation of the setting's field.
+        value: the value.
+        name: how a message calls the setting.
+        multiline: whether text may have line breaks and tabs.
 
     Raises:
         ArgumentError: it is of another type, not one of the choices, not finite or too large.
@@ -149,6 +161,8 @@ def coerce(annotation: Any, value: Any, name: str) -> Any:
         base_type = choices[0]
     if base_type is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if multiline and isinstance(value, str) and _is_instance(base_type, " ".join(value.split())):
+        return value
     if _is_instance(base_type, value):
         if base_type is float:
             return float(value)

@@ -67,7 +67,10 @@ def test_a_sentence_longer_than_a_chunk_is_split(embedded, text):
 
 def test_pronouns_are_replaced_by_the_last_name_across_chunks(embedded):
     _, tokenizer = embedded
-    text = "Ada Fox was born in Hill. She sells hats. Her dog is called Rex.\n\nIt barks. Bo Ray was seen in Wall. His hat is red."
+    text = (
+        "Ada Fox was born in Hill. She sells hats. Her dog is called Rex.\n\n"
+        "It barks. Bo Ray was seen in Wall. His hat is red."
+    )
     sentences = [
         each
         for window in read_context(ContextConfig(text=text), tokenizer, 256).chunks
@@ -91,7 +94,10 @@ def test_a_sentence_without_a_subject_keeps_the_current_name(embedded):
 
 
 def test_a_capitalized_first_word_is_not_a_name(embedded):
-    text = "Before the war a baker lived in Hill. Only two came. Rex barks at Rex, and Ossel runs. Today nobody is left."
+    text = (
+        "Before the war a baker lived in Hill. Only two came. Rex barks at Rex, and Ossel runs. "
+        "Today nobody is left."
+    )
     [window] = read_context(ContextConfig(text=text), embedded[1], 256).chunks
     assert window.names == ["Rex"]
 
@@ -112,7 +118,7 @@ def test_a_date_is_not_a_subject(embedded):
         ({}, "got neither"),
         ({"text": "a", "file": "b"}, "got both"),
         ({"file": "nowhere.txt"}, "cannot be read"),
-        ({"text": " "}, "is empty"),
+        ({"text": " "}, "text must be text or empty"),
         ({"text": "a b c d e f g h", "max_tokens": 2}, "more than context.max_tokens=2"),
     ],
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dmt.config import Config, ContextConfig, LossConfig
-from dmt.consolidation.module import _compare_streams, build_loss_config
+from dmt.consolidation.module import build_loss_config, compare_layer_outputs
 from dmt.models.forward import (
     forward_with_activations,
 )
@@ -34,7 +34,6 @@ def test_an_objective_is_one_loss_term():
                 "hidden_mse",
                 "block_fvu",
                 "hidden_cosine",
-                "revive",
             )
         }
         assert {name for name, value in on.items() if value} == {term}
@@ -46,5 +45,5 @@ def test_block_terms_compare_layer_outputs(teacher, tokens):
     seen = forward_with_activations(teacher, tokens, capture_blocks=True)
     assert all(
         a is b
-        for a, b in zip(_compare_streams(seen).block_outputs, seen.layer_outputs, strict=True)
+        for a, b in zip(compare_layer_outputs(seen).block_outputs, seen.layer_outputs, strict=True)
     )

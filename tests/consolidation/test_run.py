@@ -69,8 +69,8 @@ def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
     page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
     check_self_contained(page)
     assert page.count("Ravenhill") >= 2
-    assert "consolidate/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
-    assert "consolidated/share" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
+    assert "train/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
+    assert "val/benefit_retained" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     found = events(newest(tmp_path))
     there = found.Tags()["scalars"]
     assert [
@@ -87,11 +87,7 @@ def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
         if tag.startswith("hparam/")
     } == {(4,)}
     with (newest(tmp_path) / "metrics.csv").open() as lines:
-        losses = [
-            float(line["consolidate/loss"])
-            for line in csv.DictReader(lines)
-            if line["consolidate/loss"]
-        ]
+        losses = [float(line["train/loss"]) for line in csv.DictReader(lines) if line["train/loss"]]
     assert len(losses) == 4
     assert min(losses) > 1e-3, "there is something to learn"
     state = torch.load(newest(tmp_path) / "checkpoints" / "step_4.ckpt", weights_only=True)[
@@ -174,7 +170,10 @@ def test_a_context_is_written_to_memory(tmp_path, write):
     assert found["rows_written"]["num_rows"] > 3
     with open_fact_store(run / "student", read_only=True) as book:
         assert {fact.tag for fact in book.records.values()} == {"person"}
-        assert sum(len(fact.rows) for fact in book.records.values()) == found["rows_written"]["num_rows"]
+        assert (
+            sum(len(fact.rows) for fact in book.records.values())
+            == found["rows_written"]["num_rows"]
+        )
     base = load_teacher("reader")[0].state_dict()
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in base.items()), (
@@ -289,9 +288,8 @@ def told(tiny, long_folder, text_file, tmp_path):
         "memory.mean_k=8",
         "trainer.precision=32-true",
         "trainer.accelerator=cpu",
-        "memory.write_start=0",
-        "memory.min_distance=0",
-        "student.layer_overrides=[{layers: last, memory: {kind: associative}}]",
+        "student.layer_overrides=[{layers: last, "
+        "memory: {kind: associative, write_start: 0, min_distance: 0}}]",
     ]
     assert distill_main(distilled) == 0
     run = newest(tmp_path)

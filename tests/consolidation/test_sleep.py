@@ -1,88 +1,44 @@
-"""Sleep: rows go into slots, nothing else changes, what was learnt before stays, and a failure leaves nothing half made."""
+"""Slot transfers: facts and rows move into slots; nothing else changes."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import LAYERS, SENTENCES, make_teacher
-from test_fact_store import WIDE, speaker
+from page_checks import check_self_contained
+from test_fact_store import speaker
+from test_tensorboard import charts, events
 
-import dmt  # noqa: F401  registers the student
-from dmt.cli.main import main
+import dmt
+from consolidation.conftest import FACTS, SMALL, save_student
 from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
-from dmt.consolidation import replay, slot_training
-from dmt.consolidation import sleep as sleep_module
-from dmt.consolidation.replay import (
-    NON_ANSWER_WEIGHT,
-    ReplayExample,
-    build_replay_set,
-    make_replay_example,
-    pack_windows,
-    sample_sentences,
-)
-from dmt.consolidation.sleep import check_facts, plan_slot_transfer, transfer_rows
-from dmt.consolidation.slot_training import DAMPING, KFACParameters, RowQueries, _inverse_sqrt
-from dmt.data.corpora import Corpus
+from dmt.consolidation import sleep
+from dmt.consolidation.sleep import check_facts, plan_slot_transfer, select_latest_facts
+from dmt.consolidation.slot_training import KFACParameters, ReplayLoss
 from dmt.data.windows import get_prefix_ids
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore, load_student, open_fact_store
 from dmt.editing.online import describe_rows, write_online
 from dmt.errors import UserError
-from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import detach, disabled
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations
 from dmt.store import RowStore
-from dmt.store.records import RowInsert
-
-TEXTS = [f"{SENTENCES[at % 3]} {at * 7 % 13} times. {SENTENCES[(at + 1) % 3]}." for at in range(60)]
-CORPUS = Corpus("texts", TEXTS[:40], TEXTS[40:50], TEXTS[50:])
-FACTS = [
-    Fact("Ada Holbrook runs to the", " dog", "Ada Holbrook", "day 1"),
-    Fact("Ben Okri runs to the", " fox", "Ben Okri", "day 1"),
-    Fact("Cleo Lane runs to the", " town", "Cleo Lane", "day 2"),
-]
-SHORT = {"steps": 40, "lr": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch):
-    """As much prose and as many sentences as tiny models need; what is told counts more than prose it cannot tell apart."""
-    monkeypatch.setattr(sleep_module, "NUM_PROSE_WINDOWS", 24)
-    monkeypatch.setattr(sleep_module, "VALIDATION_TOKENS", 320)
-    monkeypatch.setattr(slot_training, "PROSE_WEIGHT", 1.0)
-    monkeypatch.setattr(replay, "MAX_PARAPHRASES", 24)
-
-
-def save(model, tokenizer, folder):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def written(tokenizer, tmp_path_factory):
-    """A featural student with three facts in rows."""
-    student, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)
-    folder = save(student, tokenizer, tmp_path_factory.mktemp("written") / "student")
-    with open_fact_store(folder) as book:
-        book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
-        book.write(FACTS)
-    return folder
+from dmt.store.facts import CONSOLIDATED
 
 
 @pytest.fixture
-def student(written, tmp_path):
-    return shutil.copytree(written, tmp_path / "student")
+def transferred(student, tmp_path, transfer):
+    """The folder of the student after its facts have moved into slots."""
+    transfer(student, tmp_path / "run")
+    return tmp_path / "run" / "student"
 
 
-@pytest.fixture
-def slept(student, tmp_path):
-    return transfer_rows(plan_slot_transfer(student), [CORPUS], tmp_path / "slept", **SHORT)
-
-
-def content(folder):
+def read_files(folder):
     return {
         file.name: file.read_bytes()
         for file in folder.iterdir()
@@ -90,319 +46,317 @@ def content(folder):
     }
 
 
-def test_rows_go_into_slots_and_the_evening_stays_as_it_was(student, tmp_path):
-    before = content(student)
-    slot_training = transfer_rows(
-        plan_slot_transfer(student), [CORPUS], tmp_path / "slept", **SHORT
-    )
-    assert (slot_training.facts, slot_training.remaining_rows, slot_training.recall_before) == (
-        3,
-        0,
-        1.0,
-    )
-    assert slot_training.recall_after == 1.0
-    assert slot_training.rows > 0
-    assert content(student) == before
-    with open_fact_store(tmp_path / "slept") as book:
-        assert not book.records
-        assert len(book.hooks) == 0
-        assert {fact.deleted_reason for fact in book.fact_table.read(include_deleted=True)} == {
-            "slept"
-        }
-        assert all(check_facts(book.model, book.tokenizer, plan_slot_transfer(student).facts))
+def read_weights(folder):
+    return load_student(folder)[0].state_dict()
+
+
+def test_facts_move_into_slots_and_the_source_is_unchanged(student, tmp_path, transfer):
+    before = read_files(student)
+    result = transfer(student, tmp_path / "run")
+    assert (result.facts, result.remaining_rows, result.recall_before) == (3, 0, 1.0)
+    assert result.recall_after == 1.0
+    assert result.rows > 0
+    assert result.run_dir == tmp_path / "run"
+    assert "3 facts" in repr(result)
+    assert read_files(student) == before
+    facts = plan_slot_transfer(student).facts
+    with open_fact_store(tmp_path / "run" / "student") as fact_store:
+        assert not fact_store.records
+        assert len(fact_store.hooks) == 0
+        history = fact_store.fact_table.read(include_deleted=True)
+        assert {fact.deleted_reason for fact in history} == {CONSOLIDATED}
+        assert all(check_facts(fact_store.model, fact_store.tokenizer, facts))
     model, tokenizer = load_student(student)
-    with disabled(model):  # it was the rows that knew, and no slot
-        assert not all(check_facts(model, tokenizer, plan_slot_transfer(student).facts))
+    with disabled(model):  # the rows knew the facts, not the slots
+        assert not all(check_facts(model, tokenizer, facts))
 
 
-def test_only_slots_change_where_facts_are_heard_and_above(student, slept, tmp_path):
-    one, other = (load_student(folder)[0].state_dict() for folder in (student, tmp_path / "slept"))
-    changed = {name for name in one if not torch.equal(one[name], other[name])}
-    parts = {name.rsplit(".", 1)[1] for name in changed}
-    assert parts == {"keys", "key_bias", "values"}
+def test_only_slots_at_and_above_the_key_layer_change(student, transferred):
+    before, after = read_weights(student), read_weights(transferred)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rsplit(".", 1)[1] for name in changed} == {"keys", "key_bias", "values"}
     layers = {int(part) for name in changed for part in name.split(".") if part.isdigit()}
-    assert layers == {1, 2}  # layer 1 hears
+    assert layers == {1, 2}  # layer 1 is the key layer
 
 
-def test_what_stays_awake_is_found_as_before(student, tmp_path):
-    before = plan_slot_transfer(student, tag="day 1")
-    slot_training = transfer_rows(before, [CORPUS], tmp_path / "slept", **SHORT)
-    assert (slot_training.facts, slot_training.recall_after) == (2, 1.0)
-    assert (
-        len(before.fact_store.hooks) == slot_training.rows
-    )  # the teacher does not say what stays a row
+def test_remaining_rows_match_as_before(student, tmp_path, transfer):
+    num_rows_before = len(open_fact_store(student, read_only=True).hooks)
+    result = transfer(student, tmp_path / "run", tag="day 1")
+    assert (result.facts, result.recall_after) == (2, 1.0)
+    assert result.rows + result.remaining_rows == num_rows_before
     with (
-        open_fact_store(tmp_path / "slept") as book,
-        open_fact_store(student, read_only=True) as old,
+        open_fact_store(tmp_path / "run" / "student") as fact_store,
+        open_fact_store(student, read_only=True) as source,
     ):
-        (awake,) = book.records.values()
-        assert awake.tag == "day 2"
-        assert slot_training.remaining_rows == len(awake.rows)
-        assert check_facts(book.model, book.tokenizer, [awake]) == [True]
+        (remaining,) = fact_store.records.values()
+        assert remaining.tag == "day 2"
+        assert result.remaining_rows == len(remaining.rows)
+        assert check_facts(fact_store.model, fact_store.tokenizer, [remaining]) == [True]
         ids = torch.tensor(
-            [get_prefix_ids(book.tokenizer) + book.tokenizer(awake.prompt)["input_ids"]]
-        )
-        with disabled(book.model), disabled(old.model):
-            assert check_facts(book.model, book.tokenizer, [awake]) == [
-                False
-            ]  # no slot has learnt it
-            heard = [
-                forward_with_activations(model, ids, capture_blocks=True).block_inputs[1]
-                for model in (book.model, old.model)
+            [
+                get_prefix_ids(fact_store.tokenizer)
+                + fact_store.tokenizer(remaining.prompt)["input_ids"]
             ]
-        assert torch.equal(*heard)
+        )
+        with disabled(fact_store.model), disabled(source.model):
+            # no slot has learned it
+            assert check_facts(fact_store.model, fact_store.tokenizer, [remaining]) == [False]
+            key_inputs = [
+                forward_with_activations(model, ids, capture_blocks=True).block_inputs[1]
+                for model in (fact_store.model, source.model)
+            ]
+        assert torch.equal(*key_inputs)
 
 
-def test_a_second_night_keeps_the_first_and_dreams_of_it(student, tmp_path):
-    transfer_rows(plan_slot_transfer(student, tag="day 1"), [CORPUS], tmp_path / "first", **SHORT)
-    before = plan_slot_transfer(tmp_path / "first")
-    assert {fact.prompt for fact in before.retained_facts} == {fact.prompt for fact in FACTS[:2]}
-    second = transfer_rows(before, [CORPUS], tmp_path / "second", **SHORT)
-    assert (
-        second.retained,
-        second.retained_before,
-        second.retained_after,
-        second.recall_after,
-    ) == (2, 1.0, 1.0, 1.0)
-    with pytest.raises(UserError, match="has no rows to sleep on"):
-        plan_slot_transfer(tmp_path / "second")
+def test_the_teacher_does_not_predict_facts_that_remain_rows(student, tmp_path, transfer):
+    plan = plan_slot_transfer(student, tag="day 1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sleep, "plan_slot_transfer", lambda *_: plan)
+        result = transfer(student, tmp_path / "run", tag="day 1")
+    assert len(plan.fact_store.hooks) == result.rows
 
 
-def test_what_was_slept_on_and_is_contradicted_is_not_gone_through_again(student, slept, tmp_path):
-    with open_fact_store(tmp_path / "slept") as book:
-        book.write([Fact("Ada Holbrook runs to the", " table", "Ada Holbrook", "day 3")])
-    before = plan_slot_transfer(tmp_path / "slept")
-    assert "Ada Holbrook" not in {fact.subject for fact in before.retained_facts}
-    slot_training = transfer_rows(before, [CORPUS], tmp_path / "again", **SHORT)
-    assert slot_training.recall_after == 1.0
-    with open_fact_store(
-        tmp_path / "again"
-    ) as book:  # of two that slept in the same words the later one counts
-        history = book.fact_table.read(include_deleted=True)
-    last = sleep_module._latest_facts(
-        [fact for fact in history if fact.deleted_reason == "slept"], []
+def test_a_second_transfer_replays_and_retains_the_first(student, tmp_path, transfer):
+    transfer(student, tmp_path / "first", tag="day 1")
+    plan = plan_slot_transfer(tmp_path / "first" / "student")
+    assert {fact.prompt for fact in plan.retained_facts} == {fact.prompt for fact in FACTS[:2]}
+    second = transfer(tmp_path / "first", tmp_path / "second")
+    assert (second.retained, second.retained_before) == (2, 1.0)
+    assert (second.retained_after, second.recall_after) == (1.0, 1.0)
+    assert "earlier facts retained" in repr(second)
+    with pytest.raises(UserError, match="has no facts or rows to transfer"):
+        plan_slot_transfer(tmp_path / "second" / "student")
+
+
+def test_contradicted_facts_are_not_replayed(transferred, tmp_path, transfer):
+    with open_fact_store(transferred) as fact_store:
+        fact_store.write([Fact("Ada Holbrook runs to the", " table", "Ada Holbrook", "day 3")])
+    plan = plan_slot_transfer(transferred)
+    assert "Ada Holbrook" not in {fact.subject for fact in plan.retained_facts}
+    assert transfer(transferred, tmp_path / "again").recall_after == 1.0
+    with open_fact_store(tmp_path / "again" / "student") as fact_store:
+        history = fact_store.fact_table.read(include_deleted=True)
+    # of two transferred facts with the same prompt the later one counts
+    latest = select_latest_facts(
+        [fact for fact in history if fact.deleted_reason == CONSOLIDATED], []
     )
-    assert {fact.answer for fact in last if fact.subject == "Ada Holbrook"} == {" table"}
+    assert {fact.answer for fact in latest if fact.subject == "Ada Holbrook"} == {" table"}
 
 
-def test_a_fact_that_slept_is_not_restored_but_can_be_written_again(slept, tmp_path):
-    with open_fact_store(tmp_path / "slept") as book:
-        with pytest.raises(UserError, match="fact 1 has slept: it is in the student's slots"):
-            book.restore(1)
-        assert not book.records
-        (outcome,) = book.write(FACTS[:1])
-        assert outcome.status == "written"
-        assert outcome.prob_before > 0.3
+def test_a_transferred_fact_is_not_restored_but_can_be_written_again(transferred):
+    with open_fact_store(transferred) as fact_store:
+        with pytest.raises(UserError, match="slots"):
+            fact_store.restore(1)
+        assert not fact_store.records
+        (result,) = fact_store.write(FACTS[:1])
+        assert result.status == "written"
+        assert result.prob_before > 0.3
 
 
-def test_what_is_rarely_read_may_stay_awake(student):
-    with open_fact_store(student) as book:
-        row = book.records[2].rows[0]
-        book.fact_table.record_usage({row: 3})
+def test_rarely_used_facts_remain_rows(student):
+    with open_fact_store(student) as fact_store:
+        row = fact_store.records[2].rows[0]
+        fact_store.fact_table.record_usage({row: 3})
     assert [fact.id for fact in plan_slot_transfer(student, min_hits=3).facts] == [2]
-    with pytest.raises(UserError, match="no rows like that"):
+    with pytest.raises(UserError, match="no facts or rows with this tag and number of hits"):
         plan_slot_transfer(student, min_hits=4)
-    with pytest.raises(UserError, match="no rows like that"):
+    with pytest.raises(UserError, match="no facts or rows with this tag and number of hits"):
         plan_slot_transfer(student, tag="nobody")
 
 
-def test_who_cannot_sleep_is_told_why(tokenizer, tmp_path):
+def test_students_without_trainable_slots_are_rejected(tokenizer, tmp_path):
     teacher = speaker(make_teacher, tokenizer)
-    plain = save(
-        convert_blocks(teacher, [DenseConfig()] * LAYERS)[0], tokenizer, tmp_path / "plain"
-    )
+    plain = convert_blocks(teacher, [DenseConfig()] * LAYERS)[0]
     with pytest.raises(UserError, match="no featural memory, so it has no slots"):
-        plan_slot_transfer(plain)
-    low = [FeaturalConfig(k=64), DenseConfig(), DenseConfig()]
-    low_folder = save(convert_blocks(teacher, low)[0], tokenizer, tmp_path / "low")
-    with open_fact_store(low_folder) as book:
-        book.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
-        book.write(FACTS[:1])
-    with pytest.raises(UserError, match="facts are heard in layer 1"):
+        plan_slot_transfer(save_student(plain, tokenizer, tmp_path / "plain"))
+    low = convert_blocks(teacher, [FeaturalConfig(k=64), DenseConfig(), DenseConfig()])[0]
+    low_folder = save_student(low, tokenizer, tmp_path / "low")
+    with open_fact_store(low_folder) as fact_store:
+        fact_store.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
+        fact_store.write(FACTS[:1])
+    with pytest.raises(UserError, match="facts are matched at layer 1"):
         plan_slot_transfer(low_folder)
-    filed = save(
-        convert_blocks(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0],
-        tokenizer,
-        tmp_path / "filed",
-    )
-    with pytest.raises(UserError, match="in a file or in few bits"):
-        plan_slot_transfer(filed)
+    offloaded = convert_blocks(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0]
+    with pytest.raises(UserError, match="memory-mapped or quantized"):
+        plan_slot_transfer(save_student(offloaded, tokenizer, tmp_path / "offloaded"))
 
 
-def test_a_failure_leaves_nothing_half_made(student, tmp_path, monkeypatch):
-    before = content(student)
-    monkeypatch.setattr(sleep_module, "rebind_model", lambda *_: pytest.fail("the power went out"))
-    with pytest.raises(pytest.fail.Exception):
-        transfer_rows(plan_slot_transfer(student), [CORPUS], tmp_path / "slept", steps=1, lr=0.1)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["student"]
-    assert content(student) == before
-
-
-def test_rows_of_associative_memory_sleep_too(tokenizer, tmp_path):
-    rows = AssociativeConfig(k=256, min_distance=0.05, merge_distance=0.0, capacity=64)
-    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * 2 + [rows])
-    folder = save(model, tokenizer, tmp_path / "student")
-    with open_fact_store(folder) as book:
-        for tag, text in (
-            ("monday", "the fox reads a table of rows"),
-            ("tuesday", "every dog was born on March 3"),
-        ):
-            ids = torch.tensor(
-                get_prefix_ids(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
-            )
-            write_online(book.model, book.db, ids, tag)
-    count = {
-        tag: sum(row["tag"] == tag for row in describe_rows(load_student(folder)[0]))
-        for tag in ("monday", "tuesday")
-    }
-    slot_training = transfer_rows(
-        plan_slot_transfer(folder, tag="monday"), [CORPUS], tmp_path / "slept", steps=200, lr=0.1
-    )
-    assert (slot_training.rows, slot_training.remaining_rows) == (count["monday"], count["tuesday"])
-    assert slot_training.row_explained_share[2] > 0.5
-    assert {row["tag"] for row in describe_rows(load_student(tmp_path / "slept")[0])} == {"tuesday"}
-    last = transfer_rows(
-        plan_slot_transfer(tmp_path / "slept"), [CORPUS], tmp_path / "last", steps=2, lr=0.01
-    )
-    assert last.remaining_rows == 0
-    assert last.row_explained_share[2] < 0.2  # two short steps are not enough, and that is seen
-
-
-def test_states_of_rows_are_where_rows_are_read(tokenizer):
-    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS)
-    memory = get_associative_memories(model)[2]
-    torch.nn.init.normal_(memory.key.weight, std=0.1)
-    memory.query.load_state_dict(memory.key.state_dict())
-    hidden = torch.randn(50, WIDE)
-    memory.center(hidden)
-    keys = torch.nn.functional.normalize(memory.key(hidden), dim=-1).detach().numpy()
-    memory.rows.insert_rows(
-        RowInsert(
-            torch.arange(1, 51).numpy(), keys, torch.randn(50, WIDE).numpy(), torch.ones(50).numpy()
-        ),
-        1,
-    )
-    states = RowQueries(memory, memory, range(1, 51), hidden)
-    found, _ = memory.select_rows(states.reconstruct_states(states.keys))
-    assert torch.equal(found[:, 0], torch.arange(50))
-    assert states.explained_share() == 1
-
-
-def test_what_text_notices_most_is_moved_least():
-    directions = torch.linalg.qr(torch.randn(6, 6)).Q
-    noticed = torch.tensor([3.0, 1.5, 1.0, 0.4, 0.1, 0.0])  # by text, mean 1
-    root = _inverse_sqrt(directions @ torch.diag(noticed) @ directions.t() * 7)
-    moved = directions.t() @ root @ directions
-    torch.testing.assert_close(moved, torch.diag((noticed + DAMPING).rsqrt()), rtol=1e-3, atol=1e-2)
-
-
-def test_steps_are_gradients_in_other_coordinates(tokenizer):
-    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS)
-    memories = {2: get_featural_memories(model)[2]}
-    tokens = torch.randint(1, 300, (4, 12))
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moves = KFACParameters(
-        model, memories, [(tokens, torch.ones_like(tokens, dtype=torch.bool), 1.0)]
-    )
-    moves.update_model()
-    for name, tensor in model.state_dict().items():
-        assert torch.allclose(tensor, start[name], atol=1e-6)
-    for part in moves.model_tensors:
-        part.requires_grad_(True)
-
-    def loss():
-        return forward_with_activations(model, tokens).logits.logsumexp(-1).sum()
-
-    loss().backward()
-    moves.transfer_gradients()
-    for step in moves.deltas:  # a small move along the gradient does what the gradient says
-        with torch.no_grad():
-            moved = 1e-4 * step.grad / step.grad.norm()
-            before = loss()
-            step.add_(moved)
-            moves.update_model()
-            after = loss()
-            step.sub_(moved)
-            moves.update_model()
-        assert float(after - before) == pytest.approx(1e-4 * float(step.grad.norm()), rel=0.1)
-
-
-def test_tellings_count_where_the_answer_is_said(student):
-    before = plan_slot_transfer(student)
-    model, tokenizer = before.fact_store.model, before.fact_store.tokenizer
-    fact = before.facts[0]
-    alone = make_replay_example(tokenizer, fact)
-    assert tokenizer.decode(alone.ids[alone.answer_start :]) == fact.answer
-    weights = alone.position_weights()
-    counted = (weights == 1).nonzero().flatten() + 1
-    assert tokenizer.decode([alone.ids[at] for at in counted]) == fact.answer
-    assert sorted(set(weights.tolist())) == pytest.approx([NON_ANSWER_WEIGHT, 1.0])
-    assert len(ReplayExample((1, 2, 3), None).position_weights()) == 3
-    made = build_replay_set(model, tokenizer, before.facts, sample_sentences([CORPUS], 0), 0)
-    assert alone in made
-    assert len(set(made)) == len(made)
-    assert all(len(each.ids) <= model.config.max_position_embeddings for each in made)
-    assert pack_windows(TEXTS, tokenizer, 16, 5).shape == (5, 16)
-    assert not torch.equal(
-        pack_windows(TEXTS, tokenizer, 16, 5, 1), pack_windows(TEXTS, tokenizer, 16, 5, 2)
-    )
-
-
-def test_the_command(student, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(TEXTS), encoding="utf-8")
-    words = [
-        "sleep",
-        "-m",
-        str(student),
-        "--replay-data",
-        str(text),
-        "--steps",
-        "40",
-        "--lr",
-        "0.3",
-    ]
-    assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["facts"], found["recall_after"], found["remaining_rows"]) == (3, 1.0, 0)
-    run = tmp_path / "lightning_logs" / "version_0"
-    assert found["student"] == "lightning_logs/version_0/student"
-    assert json.loads((run / "run.json").read_text())["task"] == "sleep"
-    assert list(run.glob("events.*"))
-    assert main(["memory", "list", "--all", "-m", str(run)]) == 0
-    assert capsys.readouterr().out.count("slept") == 3
-    assert main(["memory", "restore", "1", "-m", str(run)]) == 2
-    assert "has slept" in capsys.readouterr().err
-    assert main([*words, "--output", str(tmp_path / "mine"), "--tag", "day 1"]) == 0
-    said_of_it = capsys.readouterr().out
-    assert "2 facts that slept, recall" in said_of_it
-    assert "student: " in said_of_it
-    for wrong, error in (
-        (["--output", str(student)], "is there already"),
-        (["--tag", "nobody"], "no rows like that"),
-        (["--lr", "0"], "--lr must be in"),
-        (["--min-hits", "-1"], "--min-hits must be"),
-        (["--steps", "0"], "is not 1 or more"),
-    ):
-        assert main([*words, *wrong]) == 2
-        assert error in capsys.readouterr().err
-    assert not (tmp_path / "lightning_logs" / "version_1").exists()
-
-
-def test_a_book_without_a_store_has_nothing_to_sleep(tokenizer, tmp_path):
-    folder = save(
-        convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0],
-        tokenizer,
-        tmp_path / "new",
-    )
-    with pytest.raises(
-        UserError, match="has no rows to sleep on; write facts with dmt memory write"
-    ):
+def test_a_student_without_facts_has_nothing_to_transfer(tokenizer, tmp_path):
+    model = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0]
+    folder = save_student(model, tokenizer, tmp_path / "new")
+    message = "has no facts or rows to transfer; write facts with dmt memory write"
+    with pytest.raises(UserError, match=message):
         plan_slot_transfer(folder)
     model = load_student(folder)[0]
     detach(model)
     with FactStore(model, tokenizer, RowStore(str(folder / "memory.db"), hash_model(model))):
         pass
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match="has no facts or rows"):
         plan_slot_transfer(folder)
+
+
+def test_nothing_to_transfer_leaves_no_run_folder(student, tmp_path, transfer):
+    with pytest.raises(UserError, match="no facts or rows with this tag"):
+        transfer(student, tmp_path / "run", tag="nobody")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_leaves_no_partial_student(student, tmp_path, transfer, monkeypatch):
+    before = read_files(student)
+    monkeypatch.setattr(sleep, "rebind_model", lambda *_: pytest.fail("power failure"))
+    with pytest.raises(pytest.fail.Exception):
+        transfer(student, tmp_path / "run", steps=1, lr=0.1)
+    assert not (tmp_path / "run" / "student").exists()
+    assert read_files(student) == before
+    monkeypatch.undo()
+
+
+def test_rows_of_associative_memory_move_into_slots(tokenizer, tmp_path, transfer):
+    associative = AssociativeConfig(k=256, min_distance=0.05, merge_distance=0.0, capacity=64)
+    configs = [FeaturalConfig(k=64)] * 2 + [associative]
+    folder = save_student(
+        convert_blocks(speaker(make_teacher, tokenizer), configs)[0],
+        tokenizer,
+        tmp_path / "student",
+    )
+    with open_fact_store(folder) as fact_store:
+        for tag, text in (
+            ("monday", "the fox reads a table of rows"),
+            ("tuesday", "every dog was born on March 3"),
+        ):
+            token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor(get_prefix_ids(tokenizer) + token_ids)
+            write_online(fact_store.model, fact_store.db, ids, tag)
+    tags = [row["tag"] for row in describe_rows(load_student(folder)[0])]
+    result = transfer(folder, tmp_path / "first", steps=200, lr=0.1, tag="monday")
+    assert (result.rows, result.remaining_rows) == (tags.count("monday"), tags.count("tuesday"))
+    assert result.row_explained_share[2] > 0.5
+    remaining = describe_rows(load_student(tmp_path / "first" / "student")[0])
+    assert {row["tag"] for row in remaining} == {"tuesday"}
+    last = transfer(tmp_path / "first", tmp_path / "last", steps=2, lr=0.01)
+    assert last.remaining_rows == 0
+    assert last.row_explained_share[2] < 0.2  # two short steps are not enough, and that shows
+    assert "train/row_error/layer_2" in (tmp_path / "last" / "metrics.csv").read_text()
+
+
+def test_a_run_has_curves_and_reports(student, tmp_path, transfer):
+    transfer(student, tmp_path / "first", tag="day 1")
+    run_dir = transfer(tmp_path / "first", tmp_path / "run", steps=4).run_dir
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["config"]["task"] == "sleep"
+    assert record["slot_transfer"]["retained"] == 2
+    assert set(record["seconds"]) == {"prepare", "train", "measure"}
+    header = (run_dir / "metrics.csv").read_text().splitlines()[0]
+    assert {"train/kl_new", "train/kl_replay", "train/kl_unrelated", "val/texts/kl"} <= set(
+        header.split(",")
+    )
+    assert "recall of 1 transferred facts" in (run_dir / "report.md").read_text()
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    check_self_contained(page)
+    assert "of the facts of earlier transfers retained" in page
+    logged = events(run_dir)
+    tags = logged.Tags()["scalars"]
+    chart_tags = {
+        tag for group in charts(logged).values() for names in group.values() for tag in names
+    }
+    assert chart_tags
+    assert chart_tags <= set(tags)
+
+
+def test_an_interrupted_transfer_resumes_to_equal_weights(student, tmp_path, transfer, monkeypatch):
+    settings = {"trainer": {"checkpoint_every": 2}}
+    transfer(student, tmp_path / "first", tag="day 1", steps=2)
+    source = tmp_path / "first"
+    transfer(source, tmp_path / "complete", steps=6, **settings)
+    complete = read_weights(tmp_path / "complete" / "student")
+    original, calls = KFACParameters.update_model, []
+
+    def stop(parameters):
+        calls.append(None)
+        if len(calls) == 5:  # the first call is at the start of training
+            raise OSError("power failure")
+        original(parameters)
+
+    monkeypatch.setattr(KFACParameters, "update_model", stop)
+    with pytest.raises(OSError, match="power failure"):
+        transfer(source, tmp_path / "run", steps=6, **settings)
+    monkeypatch.setattr(KFACParameters, "update_model", original)
+    assert not (tmp_path / "run" / "student").exists()
+    for _ in range(2):  # in the middle; and after the last step, when only evaluation remains
+        result = dmt.transfer_to_slots(source, output=tmp_path / "run", resume=True)
+        assert result.recall_before == 1.0
+        resumed = read_weights(tmp_path / "run" / "student")
+        assert all(torch.equal(resumed[name], complete[name]) for name in complete)
+
+
+def test_a_step_that_fails_half_way_leaves_the_random_state(
+    student, tmp_path, transfer, monkeypatch
+):
+    complete = transfer(student, tmp_path / "complete", steps=4)
+    original, calls = ReplayLoss.compute_loss, []
+
+    def fail_once(loss, *args):
+        result = original(loss, *args)
+        calls.append(None)
+        if len(calls) == 3:
+            raise OSError("power failure")
+        return result
+
+    monkeypatch.setattr(ReplayLoss, "compute_loss", fail_once)
+    with pytest.raises(OSError, match="power failure"):
+        transfer(student, tmp_path / "run", steps=4)
+    resumed = dmt.transfer_to_slots(student, output=tmp_path / "run", resume=True)
+    assert resumed.kl == complete.kl
+
+
+def test_resume_is_rejected_if_the_facts_have_changed(student, tmp_path, transfer, monkeypatch):
+    transfer(student, tmp_path / "run", steps=2)
+    shutil.rmtree(tmp_path / "run" / "student")
+    with open_fact_store(student) as fact_store:
+        fact_store.forget([1])
+    with pytest.raises(UserError, match="has other facts than when this run began"):
+        dmt.transfer_to_slots(student, output=tmp_path / "run", resume=True)
+
+
+def test_wrong_arguments_are_rejected(student, tmp_path, transfer):
+    for changes, message in (
+        ({"lr": 2.0}, r"lr must be in \(0, 1\]"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"sleep": {"momentum": 1.0}}, "momentum must be in"),
+        ({"sleep": {"size": 1}}, "size=1 is not a setting of sleep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transfer(student, tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match="is not a saved student"):
+        transfer("embedded", tmp_path / "run")
+    with pytest.raises(ValueError, match="give its folder"):
+        dmt.transfer_to_slots(student, resume=True)
+    assert not (tmp_path / "run").exists()
+    assert SMALL["num_windows"] == 24
+
+
+def test_a_signal_stops_at_the_end_of_a_step(student, tmp_path, transfer, monkeypatch):
+    from dmt.cli.main import main
+
+    original, calls = KFACParameters.update_model, []
+
+    def stop(parameters):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(parameters)
+
+    monkeypatch.setattr(KFACParameters, "update_model", stop)
+    settings = [f"sleep.{name}={value}" for name, value in SMALL.items()]
+    args = ["sleep", "--model", str(student), "--output", str(tmp_path / "run"), "--steps", "6"]
+    args += [*settings, "trainer.num_threads=1", "trainer.progress_bar=false"]
+    try:
+        code = main(args)
+    except SystemExit as system_exit:
+        code = system_exit.code
+    assert code == 128 + signal.SIGTERM
+    monkeypatch.setattr(KFACParameters, "update_model", original)
+    assert (tmp_path / "run" / "checkpoints" / "step_2.ckpt").exists()
+    assert main(["distill", "--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "student" / "memory.db").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

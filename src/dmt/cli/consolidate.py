@@ -1,43 +1,33 @@
-"""`dmt consolidate`: distill a context into a student; `dmt sleep`: distill its facts into slots."""
+"""`dmt consolidate`: distill a context into a model; `dmt sleep`: distill its facts into slots."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from dmt import config_io, files
+from dmt import config_io
 from dmt.cli.arguments import (
     add_command,
     add_model_argument,
-    add_seed_argument,
     learning_rate,
     non_negative_int,
     positive_int,
+    seed,
 )
 from dmt.config import Config, ContextConfig
 from dmt.config_io import list_setting_names
 from dmt.errors import UserError
-from dmt.paths import RUNS_DIR
-from dmt.signals import SignalInterrupt, get_signal_number
-from dmt.training.run_dir import (
-    check_run_name_free,
-    check_writable,
-    create_run_dir,
-    read_record,
-    unlock_runs,
-    write_record,
-)
+from dmt.training.run_dir import check_run_name_free, check_writable, read_record
+from dmt.validation import ArgumentError
 
 if TYPE_CHECKING:
     from dmt.cli.output import Output
-    from dmt.consolidation.sleep import SlotTransferPlan, SlotTransferResult
 
-DEFAULT_STEPS, DEFAULT_LR = 200, 2e-3
+DEFAULT_STEPS, DEFAULT_LR = 200, 2e-3  # of a target that is trained
+REPORTED_RESULTS = ("rows_written", "question_types", "unrelated", "cost", "seconds")
 SETTING_BY_OPTION = {
     "file": "context.file",
     "questions": "context.questions",
@@ -51,6 +41,14 @@ SETTING_BY_OPTION = {
     "lr": "stages.end_to_end_lr",
     "temperature": "loss.temperature",
     "seed": "seed",
+}
+SETTING_BY_SLEEP_OPTION = {
+    "tag": "sleep.tag",
+    "min_hits": "sleep.min_hits",
+    "steps": "sleep.steps",
+    "lr": "sleep.lr",
+    "seed": "seed",
+    "replay_data": "data.corpora",
 }
 
 
@@ -71,6 +69,7 @@ def _add_consolidate(commands: Any) -> None:
             "dmt consolidate --file page.txt --questions page.jsonl",
             "dmt consolidate --file page.txt --target weights --trainable slots",
             'dmt consolidate "Ada keeps seven geese." --model smollm2 --row-method gradient',
+            "dmt consolidate --from rows --to slots  # the same as dmt sleep",
         ),
     )
     parser.add_argument("text", nargs="?", help="the context; or use --file")
@@ -94,6 +93,15 @@ def _add_consolidate(commands: Any) -> None:
         ("--seed", int, "N", "random seed (default: 0)"),
     ):
         parser.add_argument(option, type=number_type, metavar=metavar, help=help_text)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=("context", "rows"),
+        default="context",
+        help="what is consolidated; rows: stored facts and rows (default: context)",
+    )
+    parser.add_argument("--to", dest="destination", choices=("slots",), help="with --from rows")
+    _add_transfer_arguments(parser)
     add_model_argument(
         parser, "a run, a saved student, embedded, smollm2 or a hub name (default: the newest run)"
     )
@@ -117,311 +125,171 @@ def _add_sleep(commands: Any) -> None:
             "dmt sleep --tag family --min-hits 3 --steps 400",
         ),
     )
+    _add_transfer_arguments(parser)
+    for option, number_type, metavar, help_text in (
+        ("--steps", positive_int, "N", "training steps (default: 200)"),
+        ("--lr", learning_rate, "X", "peak learning rate, preconditioned (default: 0.03)"),
+        ("--seed", seed, "N", "random seed (default: 0)"),
+    ):
+        parser.add_argument(option, type=number_type, metavar=metavar, help=help_text)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any other setting")
+    add_model_argument(parser)
+    parser.set_defaults(source="rows", destination="slots", text=None)
+
+
+def _add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a transfer from rows to slots."""
     parser.add_argument("--tag", help="only facts and rows with this tag")
     parser.add_argument(
         "--min-hits",
         type=non_negative_int,
-        default=0,
         metavar="N",
-        help="only facts that fired at least N times (default: 0)",
+        help="only facts and rows that fired at least N times (default: 0)",
     )
-    parser.add_argument(
-        "--steps",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="training steps (default: 200)",
-    )
-    parser.add_argument(
-        "--lr",
-        type=learning_rate,
-        default=0.03,
-        metavar="X",
-        help="peak learning rate, in preconditioned units (default: 0.03)",
-    )
-    add_seed_argument(parser)
     parser.add_argument(
         "--replay-data",
         nargs="+",
         metavar="CORPUS",
-        help="corpora on which the student shall not change (default: its training data)",
+        help="text that should not change (default: the student's training data)",
     )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
-        help="folder of the new student (default: a new run in lightning_logs/)",
+        help="the run's folder (default: the next one in lightning_logs/)",
     )
-    add_model_argument(parser)
 
 
 def run_consolidate(args: argparse.Namespace, out: Output) -> None:
-    """Put a context into a student; the result is a run of its own, the student it began with stays as it is."""
-    from dmt.tasks import run_task_as_command
-
-    source = _resolve_model(args.model)
-    overrides = [
-        "task=consolidate",
-        f"teacher={source}",
-        f"stages.end_to_end_steps={DEFAULT_STEPS}",
-        f"stages.end_to_end_lr={DEFAULT_LR}",
-    ]
-    options = {
-        setting: getattr(args, option)
-        for option, setting in SETTING_BY_OPTION.items()
-        if getattr(args, option) is not None
+    """Distill a context into a model, or with `--from rows` its facts and rows into slots."""
+    _check_direction(args)
+    if args.source == "rows":
+        run_sleep(args, out)
+        return
+    extra_settings, text = list(args.settings), args.text
+    if text is not None and text.partition("=")[0] in list_setting_names():
+        extra_settings, text = [text, *extra_settings], None  # the first of the settings
+    values: dict[str, Any] = {
+        "teacher": _resolve_model(args.model, extra_settings),
+        "stages.end_to_end_steps": DEFAULT_STEPS,
+        "stages.end_to_end_lr": DEFAULT_LR,
     }
-    overrides += [f"{setting}={value}" for setting, value in options.items()]
-    extra_overrides, text = list(args.settings), args.text
-    if (
-        text is not None and text.partition("=")[0] in list_setting_names()
-    ):  # no text, but the first of the settings
-        extra_overrides, text = [text, *extra_overrides], None
-    overrides += extra_overrides
-    config = config_io.load_config(
-        None, [*overrides, *(["context.text=given"] if text is not None else [])]
-    )
-    if text is not None:  # as it is: not to be read as YAML
-        config = replace(config, context=replace(config.context, text=text))
-    if out.as_json:
-        config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-    check_writable(config.trainer.log_dir, "trainer.log_dir")
-    check_run_name_free(config)
-    with out.stdout_to_stderr():
-        folder = run_task_as_command(config).run_dir
-    record = read_record(folder)
+    values |= _read_options(args, SETTING_BY_OPTION)
+    if text is not None:
+        values["context.text"] = text
+    config = _build_config("consolidate", values, extra_settings, args.output, out)
     from dmt.report.consolidation import summarize
 
-    out.print_summary(summarize(folder, record))
-    reported = ("rows_written", "question_types", "unrelated", "cost", "seconds")
-    out.print_json(
-        {"run_dir": str(folder), **{name: record[name] for name in reported if name in record}}
-    )
+    run_dir = _run(config, out)
+    record = read_record(run_dir)
+    out.print_summary(summarize(run_dir, record))
+    results = {name: record[name] for name in REPORTED_RESULTS if name in record}
+    out.print_json({"run_dir": str(run_dir), **results})
 
 
-def _resolve_model(model: str | None) -> str:
+def run_sleep(args: argparse.Namespace, out: Output) -> None:
+    """Distill facts and rows into the slots of a new student; print what was learned and kept."""
+    from dmt.consolidation.sleep import find_replay_data, read_result
+    from dmt.report.slot_transfer import summarize
+
+    values: dict[str, Any] = {"teacher": _resolve_model(args.model, args.settings)}
+    if corpora := find_replay_data(Path(values["teacher"])):
+        values["data.corpora"] = corpora
+    values |= _read_options(args, SETTING_BY_SLEEP_OPTION)
+    config = _build_config("sleep", values, args.settings, args.output, out)
+    run_dir = _run(config, out)
+    out.print_summary(summarize(run_dir, read_record(run_dir)))
+    out.print_json(asdict(read_result(run_dir)))
+
+
+def _check_direction(args: argparse.Namespace) -> None:
+    """Raise `UserError` for options that belong to the other source."""
+    if args.source == "rows":
+        rejected = [
+            option
+            for option in ("text", "file", "questions", "target", "row_method", "trainable")
+            if getattr(args, option, None) is not None
+        ]
+        reason = "which is about a context; leave it out"
+    else:
+        rejected = [
+            option
+            for option in ("destination", "tag", "min_hits", "replay_data")
+            if getattr(args, option, None) is not None
+        ]
+        reason = "which needs --from rows"
+    if rejected:
+        name = "the context" if rejected[0] == "text" else f"--{rejected[0].replace('_', '-')}"
+        name = name.replace("--destination", "--to")
+        raise UserError(f"dmt consolidate --from {args.source} does not take {name}, {reason}")
+
+
+def _read_options(args: argparse.Namespace, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of options that were passed, by the names of their settings."""
+    return {
+        setting: value
+        for option, setting in settings.items()
+        if (value := getattr(args, option)) is not None
+    }
+
+
+def _resolve_model(model: str | None, settings: Sequence[str]) -> str:
     """Return the folder of the student that `--model` names, or the name of another model."""
     from dmt.editing.fact_store import resolve_student_folder
 
+    if model is None and any(setting.startswith("teacher=") for setting in settings):
+        return next(s for s in settings if s.startswith("teacher=")).partition("=")[2]
     is_run = model is not None and (Path(model).expanduser() / "student").is_dir()
     return str(resolve_student_folder(model)) if model is None or is_run else model
 
 
-REPORT_COLUMNS = ("", "evening", "morning")
-LOG_EVERY = 10
-"""Steps from one figure of a curve to the next."""
-
-
-def run_sleep(args: argparse.Namespace, out: Output) -> None:
-    """Sleep, and tell what was learnt, what stayed and where the new student is."""
-    from dmt.editing.fact_store import resolve_student_folder
-
-    folder = resolve_student_folder(args.model)
-    config = _build_config(folder, args)
-    output = None if args.output is None else Path(args.output).expanduser()
-    check_writable(str(output.parent) if output else RUNS_DIR, "--output")
-    with _lock_output(output) if output else nullcontext():
-        _run_locked(args, out, folder, config, output)
-
-
-@contextmanager
-def _lock_output(output: Path) -> Iterator[None]:
-    """Be the only night whose student goes to `output`, which is not there yet."""
-    _check_output_free(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = output.with_name(f".{output.name}.lock")
-    handle = files.acquire_lock(
-        lock_path,
-        f"--output {output}: another dmt sleep is about to write it; wait for that, or name another folder",
-    )
-    try:
-        _check_output_free(output)
-        yield
-    finally:
-        files.release_lock(handle, lock_path)
-
-
-def _run_locked(
-    args: argparse.Namespace, out: Output, folder: Path, config: Config, output: Path | None
-) -> None:
-    from dmt.consolidation.sleep import plan_slot_transfer
-    from dmt.data.corpora import load_corpus
-
-    plan = plan_slot_transfer(folder, args.tag, args.min_hits)
-    corpora = [load_corpus(source) for source in config.data.corpora]
-    run_folder = create_run_dir(config) if output is None else None
-    student_path = output or run_folder / "student"  # type: ignore[operator]
-    command = f"dmt sleep --model {folder} --steps {args.steps} --lr {args.lr:g} --seed {args.seed}"
-    command += "".join(
-        f" --{name} {value}"
-        for name, value in (("tag", args.tag), ("min-hits", args.min_hits))
-        if value
-    )
-    command += f" --replay-data {' '.join(args.replay_data)}" if args.replay_data else ""
-    try:
-        result = _run_transfer(args, out, plan, config, corpora, run_folder, student_path, command)
-    except KeyboardInterrupt as interrupt:
-        message = f"stopped; {folder} is as it was and nothing of the night was kept; sleep again with: {command}"
-        if (student_path / "config.json").is_file():
-            message = f"stopped while it was measured; the new student is whole: {student_path}"
-        raise SignalInterrupt(get_signal_number(interrupt), message) from None
-    except Exception as error:
-        if (problem := files.disk_error(error)) is None or isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{student_path}: {problem[0]}; {problem[1]}, then sleep again with: {command}; {folder} is as it was"
-        ) from None
-    finally:
-        unlock_runs()
-        if run_folder is not None and not (student_path / "config.json").is_file():
-            shutil.rmtree(run_folder, ignore_errors=True)  # a run without a student is none
-    out.print_table(REPORT_COLUMNS, _make_report_rows(result), "")
-    out.print_line(f"{result.seconds:.0f} s; student: {result.student}")
-    out.print_json(asdict(result))
-
-
-def _run_transfer(
-    args: argparse.Namespace,
+def _build_config(
+    task: str,
+    values: Mapping[str, Any],
+    extra_settings: Sequence[str],
+    output: str | None,
     out: Output,
-    plan: SlotTransferPlan,
-    config: Config,
-    corpora: list[Any],
-    run_folder: Path | None,
-    student_path: Path,
-    command: str,
-) -> SlotTransferResult:
-    """Transfer rows to slots, and write the run folder."""
-    from dmt.consolidation.sleep import transfer_rows
+) -> Config:
+    """Build and check the config of a command.
 
-    _print_plan(plan, config, student_path, args, out)
-    if run_folder is not None:
-        write_record(
-            run_folder, config, {"task": "sleep", "replay_command": command}, is_start=True
-        )
-    with out.progress_bar("sleeping", args.steps) as progress, _StepLogger(run_folder) as curves:
-
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            progress(1)
-            curves(step, metrics)
-
-        result = transfer_rows(
-            plan, corpora, student_path, args.steps, args.lr, args.seed, out.print_note, on_step
-        )
-    if run_folder is not None:
-        write_record(
-            run_folder,
-            config,
-            {"task": "sleep", "replay_command": command, "night": asdict(result)},
-        )
-        files.atomic_write(run_folder / "report.md", _format_report(run_folder, result, command))
-    return result
-
-
-def _build_config(folder: Path, args: argparse.Namespace) -> Config:
-    """That of the run which made the student, where it is beside it: it says on what text."""
-    config_path = folder.parent / "config.yaml"
-    config = (
-        config_io.load_config(config_path)
-        if folder.name == "student" and config_path.is_file()
-        else config_io.load_config()
-    )
-    config = replace(config, seed=args.seed, trainer=replace(config.trainer, log_dir=RUNS_DIR))
-    return (
-        replace(config, data=replace(config.data, corpora=args.replay_data, mixture_weights=[]))
-        if args.replay_data
-        else config
-    )
-
-
-def _check_output_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"--output {output} is there already; name a folder that is not, or remove it"
-        )
-
-
-def _print_plan(
-    plan: SlotTransferPlan,
-    config: Config,
-    student_path: Path,
-    args: argparse.Namespace,
-    out: Output,
-) -> None:
-    num_rows = sum(map(len, plan.rows.values()))
-    out.print_note(f"student    {plan.folder}")
-    out.print_note(
-        f"to sleep   {len(plan.facts):,} facts"
-        + (f", {num_rows:,} rows of associative memory" if num_rows else "")
-    )
-    if num_retained := len(plan.fact_store.records) - len(plan.facts):
-        out.print_note(f"awake      {num_retained:,} facts stay rows")
-    out.print_note(
-        f"remembered {len(plan.retained_facts):,} facts of earlier nights are gone through again"
-    )
-    out.print_note(f"text       {', '.join(config.data.corpora)}")
-    out.print_note(f"slots      of layers {', '.join(map(str, plan.layers))}, {args.steps:,} steps")
-    out.print_note(f"folder     {student_path}")
-
-
-def _make_report_rows(result: SlotTransferResult) -> list[tuple[str, str, str]]:
-    rows: list[tuple[str, str, str]] = []
-    if result.facts:
-        rows.append(
-            (
-                f"{result.facts:,} facts that slept, recall",
-                f"{result.recall_before:.3f}",
-                f"{result.recall_after:.3f}",
-            )
-        )
-    if result.retained:
-        rows.append(
-            (
-                f"{result.retained:,} facts of earlier nights",
-                f"{result.retained_before:.3f}",
-                f"{result.retained_after:.3f}",
-            )
-        )
-    for layer, share in result.row_explained_share.items():
-        rows.append((f"what rows of layer {layer} say, share", "1.000", f"{share:.3f}"))
-    rows.append(("rows", f"{result.rows + result.remaining_rows:,}", f"{result.remaining_rows:,}"))
-    return rows + [
-        (f"KL on held-out {corpus}, nats", "", f"{kl:.2e}") for corpus, kl in result.kl.items()
+    Args:
+        task: the task.
+        values: values of settings by dotted name, used as they are: text is not read as YAML.
+        extra_settings: `key=value`, read as YAML; they win.
+        output: the run's folder.
+        out: where the command prints.
+    """
+    values = dict(values)
+    if output is not None:
+        path = Path(output).expanduser()
+        values |= {"trainer.log_dir": str(path.parent), "trainer.run_name": path.name}
+    if out.as_json or out.quiet:
+        values["trainer.progress_bar"] = False
+    placeholders = [
+        f"{name}=placeholder" for name in ("context.text", "context.file") if name in values
     ]
+    config = config_io.load_config(None, [f"task={task}", *placeholders, *extra_settings])
+    set_by_user = {setting.partition("=")[0] for setting in extra_settings}
+    for name, value in values.items():
+        if name in set_by_user:
+            continue
+        group_name, _, field_name = name.rpartition(".")
+        if group_name:
+            try:
+                group = replace(getattr(config, group_name), **{field_name: value})
+            except ArgumentError as error:
+                raise error.with_prefix(f"{group_name}.") from None
+            config = replace(config, **{group_name: group})
+        else:
+            config = replace(config, **{field_name: value})
+    config_io.check_config(config)
+    check_writable(config.trainer.log_dir, "trainer.log_dir" if output is None else "--output")
+    check_run_name_free(config)
+    return config
 
 
-def _format_report(run_folder: Path, result: SlotTransferResult, command: str) -> str:
-    lines = [
-        f"# {run_folder.name}: a night's sleep",
-        "",
-        f"| {' | '.join(REPORT_COLUMNS)} |",
-        "|---|---:|---:|",
-    ]
-    lines += [f"| {' | '.join(row)} |" for row in _make_report_rows(result)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{result.seconds:.0f} s. Again: `{command}`. What produced this: `run.json`.",
-            "",
-        ]
-    )
+def _run(config: Config, out: Output) -> Path:
+    """Run the task of a config; return the run's folder."""
+    from dmt.tasks import run_task_as_command
 
-
-class _StepLogger:
-    """Figures of each step for TensorBoard, where there is a run."""
-
-    def __init__(self, run_folder: Path | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = None if run_folder is None else SummaryWriter(str(run_folder))
-
-    def __enter__(self) -> Callable[[int, dict[str, float]], None]:
-        return self._log_step
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def _log_step(self, step: int, metrics: dict[str, float]) -> None:
-        if self._writer is not None and step % LOG_EVERY == 0:
-            for name, value in metrics.items():
-                self._writer.add_scalar(f"sleep/{name}", value, step)
+    with out.stdout_to_stderr():
+        return run_task_as_command(config).run_dir

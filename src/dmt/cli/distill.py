@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 CHANGEABLE_ON_RESUME = (
     "stages.layerwise_lr",
     "stages.end_to_end_lr",
+    "sleep.lr",
     "optim.grad_clip",
 )
-REPORTED_RESULTS = ("fidelity", "seconds")  # parts of run.json that `--json` prints
+REPORTED_RESULTS = (
+    "fidelity",
+    "slot_transfer",
+    "seconds",
+)  # parts of run.json that `--json` prints
 
 
 def add_parser(commands: Any) -> None:
@@ -79,11 +84,14 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     with out.stdout_to_stderr():
         run_dir = run_task_as_command(config, resume_dir).run_dir
     record = read_record(run_dir)
-    if config.task in ("distill", "consolidate"):
-        from dmt.report import consolidation, distillation
+    from dmt.report import consolidation, distillation, slot_transfer
 
-        report = distillation if config.task == "distill" else consolidation
-        out.print_summary(report.summarize(run_dir, record))
+    reports: dict[str, Any] = {
+        "distill": distillation,
+        "consolidate": consolidation,
+        "sleep": slot_transfer,
+    }
+    out.print_summary(reports[config.task].summarize(run_dir, record))
     results = {name: record[name] for name in REPORTED_RESULTS if name in record}
     out.print_json({"run_dir": str(run_dir), **results})
 

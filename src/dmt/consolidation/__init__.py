@@ -1,1 +1,1 @@
-"""From context to memory, from memory to weights: the teacher is the model with a context, the student the model without."""
+"""Move a context into memory or weights, and stored facts from memory into weights."""

@@ -1,4 +1,4 @@
-"""A context as a model reads it: text in windows, each of whole paragraphs or sentences, and its sentences told one by one."""
+"""Read a context: split it into chunks that fit the model, and into sentences with names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from dmt.errors import UserError
 from dmt.files import read_text_file
 from dmt.models.forward import encode_text
 
-MAX_TEXT_TOKENS = 64
-"""Tokens of a text that is said after a context, at most; a window leaves room for them."""
-CONTEXT_SEPARATOR = "\n"
-"""What stands between a context and what is said after it."""
+MAX_TEXT_TOKENS = 64  # of a text after a context; a chunk leaves room for it
+CONTEXT_SEPARATOR = "\n"  # between a context and the text after it
 PRONOUN_PATTERN = re.compile(r"^(He|She|It|They|His|Her|Its|Their)\b")
 POSSESSIVES = ("His", "Her", "Its", "Their")
+# Between two sentences, unless the full stop belongs to a title.
 SENTENCE_BREAK_PATTERN = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"”’)]))\s+(?![a-z])|\n+")
-"""Between two sentences, as far as the full stop is not that of a title."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class ContextChunk:
     """A part of a context that a model reads at once.
 
     Attributes:
-        ids: token ids `(time,)` from the start of a document to the joint.
-        sentences: what it says, each as it can stand alone: a pronoun at its beginning is the name said last.
-        names: whom or what it is about, longest mentions, in order.
+        ids: token ids `(time,)` with the document prefix and the separator.
+        sentences: its sentences; a pronoun at the beginning is replaced by the last name.
+        names: its subjects in order, each in its longest form.
     """
 
     ids: list[int]
@@ -41,7 +39,13 @@ class ContextChunk:
 
 @dataclass(frozen=True)
 class Context:
-    """A context in windows, and how many tokens it has in all."""
+    """A context in chunks.
+
+    Attributes:
+        text: the whole text.
+        chunks: its parts.
+        num_tokens: number of tokens of the text.
+    """
 
     text: str
     chunks: list[ContextChunk]
@@ -49,15 +53,15 @@ class Context:
 
 
 def load_context_text(settings: ContextConfig) -> str:
-    """The text that `context.text` or `context.file` names.
+    """Return the text of `context.text` or `context.file`.
 
     Raises:
-        UserError: neither or both are given, the file cannot be read, or there is no text in it.
+        UserError: neither or both are set, the file cannot be read, or the text is empty.
     """
     if (settings.text is None) == (settings.file is None):
         provided = "neither" if settings.text is None else "both"
         raise UserError(
-            f"one of context.text and context.file names what is to be consolidated, got {provided}"
+            f"set one of context.text and context.file, which name the context, got {provided}"
         )
     if settings.file is None:
         text = settings.text or ""
@@ -66,35 +70,39 @@ def load_context_text(settings: ContextConfig) -> str:
             Path(settings.file), f"context.file={settings.file}", "name a text file"
         )
     if not text.strip():
-        raise UserError(
-            f"context.{'text' if settings.file is None else f'file={settings.file}'} is empty; there is nothing to learn"
-        )
+        name = "text" if settings.file is None else f"file={settings.file}"
+        raise UserError(f"context.{name} is empty; give a text of one sentence or more")
     return text.strip()
 
 
 def read_context(
     settings: ContextConfig, tokenizer: Any, max_positions: int, num_prefix_tokens: int = 0
 ) -> Context:
-    """The context in windows that leave room, in a model of so many positions, for what is said after them.
+    """Return the context in chunks that leave room for a text after them.
 
     Args:
-        before: tokens that stand before every text of the student, beside the one that begins a document.
+        settings: where the text is, and its maximum length.
+        tokenizer: the model's tokenizer.
+        max_positions: positions of the model.
+        num_prefix_tokens: memory tokens in front of every text of the student.
 
     Raises:
-        UserError: the context is empty, longer than `context.max_tokens`, or the model has no room for any of it.
+        UserError: the context is empty or longer than `context.max_tokens`, or the model has too
+            few positions for it.
     """
     text = load_context_text(settings)
     num_tokens = len(encode_text(tokenizer, text, add_prefix=False))
     if num_tokens > settings.max_tokens:
         raise UserError(
-            f"the context has {num_tokens:,} tokens, more than context.max_tokens={settings.max_tokens:,}; give a shorter one or set "
-            f"context.max_tokens={num_tokens}"
+            f"the context has {num_tokens:,} tokens, more than context.max_tokens="
+            f"{settings.max_tokens:,}; give a shorter one or set context.max_tokens={num_tokens}"
         )
     max_chunk_tokens = max_positions - MAX_TEXT_TOKENS - max(num_prefix_tokens, 0)
     if max_chunk_tokens < MAX_TEXT_TOKENS:
         raise UserError(
-            f"the model reads {max_positions} tokens, which leaves no room for a context beside {MAX_TEXT_TOKENS} of text and {num_prefix_tokens} of "
-            "memory; set context.prompt_length lower or take a model that reads more"
+            f"the model has {max_positions} positions, which leaves no room for a context beside "
+            f"{MAX_TEXT_TOKENS} tokens of text and {num_prefix_tokens} memory tokens; set "
+            "context.prompt_length lower or use a model with more positions"
         )
     chunks, subject = [], ""
     for chunk_text in _pack_paragraphs(text, tokenizer, max_chunk_tokens):
@@ -112,7 +120,7 @@ def read_context(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, in order, without what is between them."""
+    """Return the sentences of a text in order, without the space between them."""
     sentences, start = [], 0
     for gap in SENTENCE_BREAK_PATTERN.finditer(text):
         preceding = text[start : gap.start()].rstrip('"”’) ')
@@ -125,13 +133,13 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _extract_subject(sentence: str, text: str) -> str:
-    """Whom or what a sentence of `text` is about: the longest name before what it states last.
+    """Return the subject of a sentence of `text`: the longest name before what it states last.
 
-    A single word that stands large at the beginning of sentences alone is no name.
+    A word that is capitalized only at the beginning of sentences is not a name.
     """
     try:
         name = parse_fact(sentence).subject
-    except UserError:  # it states nothing
+    except UserError:  # the sentence states no fact
         return ""
     is_sentence_start = sentence.startswith(name) and len(name.split()) == 1
     return (
@@ -140,7 +148,7 @@ def _extract_subject(sentence: str, text: str) -> str:
 
 
 def _resolve_pronoun(sentence: str, subject: str) -> str:
-    """The sentence with the name in place of a pronoun that begins it."""
+    """Return the sentence with a pronoun at its beginning replaced by `subject`."""
     match = PRONOUN_PATTERN.match(sentence)
     if not match or not subject:
         return sentence
@@ -148,7 +156,7 @@ def _resolve_pronoun(sentence: str, subject: str) -> str:
 
 
 def _pack_paragraphs(text: str, tokenizer: Any, max_tokens: int) -> Iterator[str]:
-    """Parts of a text of at most `room` tokens: as many paragraphs as go in, else sentences, else words."""
+    """Yield parts of at most `max_tokens`: whole paragraphs, else sentences, else words."""
     buffer: list[str] = []
 
     def count_tokens(parts: list[str], separator: str) -> int:
@@ -167,6 +175,7 @@ def _pack_paragraphs(text: str, tokenizer: Any, max_tokens: int) -> Iterator[str
 
 
 def _pack_sentences(sentences: list[str], count_tokens: Any, max_tokens: int) -> Iterator[str]:
+    """Yield parts of at most `max_tokens`: whole sentences, else words."""
     buffer: list[str] = []
     for sentence in sentences:
         fragments = (
@@ -184,7 +193,7 @@ def _pack_sentences(sentences: list[str], count_tokens: Any, max_tokens: int) ->
 
 
 def _split_sentence(sentence: str, count_tokens: Any, max_tokens: int) -> list[str]:
-    """A sentence longer than the room, at spaces, or anywhere where there is none."""
+    """Split a sentence longer than `max_tokens` at spaces, or anywhere if it has none."""
     max_chars = max(1, int(len(sentence) * max_tokens / count_tokens([sentence], "") * 0.8))
     fragments: list[str] = []
     while sentence:

@@ -1,4 +1,7 @@
-"""x."""
+"""Replay examples: facts stated in several ways, for slots that are to learn or to retain them.
+
+All of it is text, and the predictions of the model that has the facts.
+"""
 
 from __future__ import annotations
 
@@ -22,46 +25,36 @@ from dmt.models.forward import (
 )
 from dmt.store.records import FactRecord
 
-MAX_PARAPHRASES = 3_000
-"""Sentences of the training text, at most, in which a name is replaced by whom a fact is about."""
-
-
+MAX_PARAPHRASES = 3_000  # default of the setting `sleep.max_paraphrases`
 MAX_PARAPHRASES_PER_SUBJECT = 150
-"""Of them for one subject, at most."""
-
-
-MIN_ANSWER_PROB = 0.3
-"""Probability that the model has to give to an answer's first token for a sentence to ask for this answer."""
-
-
-NEGATIVES_PER_SUBJECT = 5
-"""Sentences about each subject in which no fact is asked for, and where none should be answered."""
-
-
-NON_ANSWER_WEIGHT = 0.1
-"""What a position counts at which nothing is answered; one that answers counts 1."""
-
-
+MIN_ANSWER_PROB = 0.3  # probability of an answer's first token where a sentence asks for it
+NEGATIVES_PER_SUBJECT = 5  # sentences about each subject in which no answer is predicted
+NON_ANSWER_WEIGHT = 0.1  # weight of a position that predicts no answer; one that does weighs 1
 MAX_REPLAY_TOKENS = 64
-"""Tokens of a telling, at most."""
-
-
-NAME_PATTERN = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)+")
-"""A name of two words or more."""
-
-
-SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])")
+MAX_DOCUMENT_CHARS = 4_000  # of a document that sentences are sampled from
+SENTENCES_PER_DOCUMENT = 5
+# A name of two words or more. (`editing.calibration` has another pattern: any name within a
+# sentence, of one word too.)
+FULL_NAME_PATTERN = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)+")
+# Coarser than `consolidation.context.split_sentences`, which knows titles and line breaks: of
+# training text sentences are sampled, of a context every one is needed.
+SENTENCE_BREAK_PATTERN = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“])")
 
 
 @dataclass(frozen=True)
 class ReplayExample:
-    """Token ids of a text, its start token included; `first` is where an answer begins in it, None where none does."""
+    """A text to be learned.
+
+    Attributes:
+        ids: token ids with the document prefix.
+        answer_start: index of the first token of the answer, None if the text has no answer.
+    """
 
     ids: tuple[int, ...]
     answer_start: int | None
 
     def position_weights(self) -> Tensor:
-        """What each position counts, `(time,)`: those at which the next token of the answer is to be said count fully."""
+        """Return the weight of each position `(time,)`, 1 where an answer token comes next."""
         weights = torch.full((len(self.ids),), NON_ANSWER_WEIGHT)
         if self.answer_start is not None:
             weights[self.answer_start - 1 : -1] = 1.0
@@ -71,7 +64,7 @@ class ReplayExample:
 def make_replay_example(
     tokenizer: Any, fact: FactRecord, preceding_text: str = "", max_tokens: int = MAX_REPLAY_TOKENS
 ) -> ReplayExample:
-    """A fact as it was written, after another text or after none."""
+    """Return a fact's prompt and answer, after another text or alone."""
     num_start_tokens = len(get_prefix_ids(tokenizer))
     prompt_ids = encode_text(
         tokenizer, f"{preceding_text} {fact.prompt}" if preceding_text else fact.prompt
@@ -89,11 +82,17 @@ def build_replay_set(
     facts: Sequence[FactRecord],
     sentences: Sequence[str],
     seed: int,
+    max_paraphrases: int = MAX_PARAPHRASES,
 ) -> list[ReplayExample]:
-    """Every fact alone, after something else, and wherever else in the words of `sentences` the model is asked for it.
+    """Return every fact alone, after another sentence, and wherever a sentence asks for it.
 
     Args:
-        model: knows the facts, in rows or in slots.
+        model: a model that predicts the facts, by rows or by slots.
+        tokenizer: its tokenizer.
+        facts: facts to be replayed.
+        sentences: sentences of training text.
+        seed: random seed.
+        max_paraphrases: sentences in which a subject replaces a name, at most.
     """
     rng = random.Random(f"tellings-{seed}")
     max_tokens = min(MAX_REPLAY_TOKENS, model.config.max_position_embeddings)
@@ -103,45 +102,46 @@ def build_replay_set(
         if sentences
         else []
     )
-    examples += _paraphrases(model, tokenizer, facts, sentences, rng, max_tokens)
+    examples += _paraphrase(model, tokenizer, facts, sentences, rng, max_tokens, max_paraphrases)
     return list(dict.fromkeys(example for example in examples if len(example.ids) <= max_tokens))
 
 
 def sample_sentences(
     corpora: Sequence[Corpus], seed: int, documents_per_corpus: int = 200
 ) -> list[str]:
-    """Sentences of some documents of the training text, those with a name in them first."""
+    """Return sentences of some documents of the training text, those with a full name first."""
     rng = random.Random(f"sentences-{seed}")
     sentences: list[str] = []
     for corpus in corpora:
         for document in rng.sample(corpus.train, min(documents_per_corpus, len(corpus.train))):
             candidates = [
                 candidate
-                for candidate in SENTENCE_BREAK.split(document[:4_000])
+                for candidate in SENTENCE_BREAK_PATTERN.split(document[:MAX_DOCUMENT_CHARS])
                 if 10 < len(candidate) < 200
             ]
-            sentences += rng.sample(candidates, min(len(candidates), 5))
+            sentences += rng.sample(candidates, min(len(candidates), SENTENCES_PER_DOCUMENT))
     rng.shuffle(sentences)
-    return sorted(sentences, key=lambda sentence: NAME_PATTERN.search(sentence) is None)
+    return sorted(sentences, key=lambda sentence: FULL_NAME_PATTERN.search(sentence) is None)
 
 
-def _paraphrases(
+def _paraphrase(
     model: PreTrainedModel,
     tokenizer: Any,
     facts: Sequence[FactRecord],
     sentences: Sequence[str],
     rng: random.Random,
     max_tokens: int,
+    max_paraphrases: int,
 ) -> list[ReplayExample]:
-    """Sentences about somebody else, said of a fact's subject, up to where the model would go on with the fact's answer."""
+    """Return sentences about a fact's subject instead of a name, up to where they ask for it."""
     facts_by_subject: dict[str, list[FactRecord]] = {}
     for fact in facts:
         if fact.subject:
             facts_by_subject.setdefault(fact.subject, []).append(fact)
-    named_sentences = [sentence for sentence in sentences if NAME_PATTERN.search(sentence)]
+    named_sentences = [sentence for sentence in sentences if FULL_NAME_PATTERN.search(sentence)]
     num_per_subject = min(
         MAX_PARAPHRASES_PER_SUBJECT,
-        MAX_PARAPHRASES // max(1, len(facts_by_subject)),
+        max_paraphrases // max(1, len(facts_by_subject)),
         len(named_sentences),
     )
     examples: list[ReplayExample] = []
@@ -156,14 +156,17 @@ def _paraphrases(
 
 
 def _replace_name(subject: str, sentence: str) -> str:
-    return NAME_PATTERN.sub(lambda _: subject, sentence, count=1)
+    return FULL_NAME_PATTERN.sub(lambda _: subject, sentence, count=1)
 
 
 @torch.no_grad()
 def _find_answer_positions(
     model: PreTrainedModel, texts: Sequence[list[int]], facts: Sequence[FactRecord]
 ) -> list[ReplayExample]:
-    """Each text up to where the model would answer one of the facts, with this answer; some in which it would answer none."""
+    """Return each text up to where the model predicts the answer of a fact, with this answer.
+
+    Some texts in which it predicts none are added as negatives.
+    """
     facts_by_first_token: dict[int, list[FactRecord]] = {}
     for fact in facts:
         facts_by_first_token.setdefault(fact.answer_ids[0], []).append(fact)
@@ -173,12 +176,8 @@ def _find_answer_positions(
         tokens = pad_token_ids([texts[index] for index in batch]).to(
             next(model.parameters()).device
         )
-        probs = (
-            forward_with_activations(model, tokens)
-            .logits.float()
-            .softmax(-1)[..., first_tokens.to(tokens.device)]
-            .cpu()
-        )
+        logits = forward_with_activations(model, tokens).logits.float()
+        probs = logits.softmax(-1)[..., first_tokens.to(tokens.device)].cpu()
         for row, index in enumerate(batch):
             max_probs, best_tokens = probs[row, : len(texts[index])].max(-1)
             positions = (max_probs >= MIN_ANSWER_PROB).nonzero().flatten().tolist()
@@ -187,36 +186,12 @@ def _find_answer_positions(
                 continue
             position = positions[0]
             for fact in facts_by_first_token[int(first_tokens[best_tokens[position]])]:
-                examples.append(
-                    ReplayExample((*texts[index][: position + 1], *fact.answer_ids), position + 1)
-                )
+                ids = (*texts[index][: position + 1], *fact.answer_ids)
+                examples.append(ReplayExample(ids, position + 1))
     return examples + negatives[:NEGATIVES_PER_SUBJECT]
 
 
-def pack_windows(
-    documents: Sequence[str],
-    tokenizer: Any,
-    seq_len: int,
-    num_windows: int,
-    seed: int | None = None,
-) -> Tensor:
-    """Token ids `(windows, block)` of text, each document after its start token: the first, or with a seed from all over."""
-    order = list(range(len(documents)))
-    if seed is not None:
-        random.Random(f"windows-{seed}").shuffle(order)
-    ids: list[int] = []
-    for index in order:
-        document_ids = encode_text(tokenizer, documents[index])
-        ids += document_ids if seed is None else document_ids[: 8 * seq_len]
-        if len(ids) >= num_windows * seq_len:
-            break
-    num_windows = min(num_windows, len(ids) // seq_len)
-    return torch.tensor(ids[: num_windows * seq_len], dtype=torch.long).view(num_windows, seq_len)
-
-
-def batch_examples(
-    examples: Sequence[ReplayExample], max_tokens: int = 2_048
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers and padded token ids of tellings, some at a time, those of like length together."""
+def batch_examples(examples: Sequence[ReplayExample]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield indices and padded token ids `(batch, time)` of examples of similar length."""
     for batch in batch_by_length([len(example.ids) for example in examples]):
         yield batch, pad_token_ids([examples[index].ids for index in batch])

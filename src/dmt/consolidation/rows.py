@@ -1,6 +1,7 @@
-"""Into memory: rows of a book beside a student, by the difference a context makes, by a gradient each, or trained.
+"""Write a context into rows of facts beside a student.
 
-A context into rows, in one pass without gradient steps: what it makes the model expect is written where it is expected.
+Rows hold the difference that the context makes to a layer, in one pass without gradient steps, or
+the result of one gradient each, or values trained by the objective.
 """
 
 from __future__ import annotations
@@ -49,22 +50,27 @@ from dmt.models.forward import (
 )
 from dmt.store.records import FactRecord
 
-MIN_GAIN = 1.0
-"""Nats by which a context has to make a token likelier for it to be something that was learnt."""
-MIN_PROB = 0.01
-"""Probability that the model with context has to give to a word's first token."""
-MIN_GENERATED_PROB = 0.5
-"""The same of texts that the model itself has said, which need not be true."""
+MIN_GAIN = 1.0  # nats that the context has to add to the log-probability of a token
+MIN_PROB = 0.01  # probability with context of a word's first token
+MIN_GENERATED_PROB = 0.5  # the same in texts that the model generated, which may be false
 MAX_ANSWER_WORDS = 4
-"""Words of an answer, at most."""
-MIN_PROMPT_WORDS = 3
-"""Words after which, about nobody in particular, it is no fact that somebody is spoken of."""
+MIN_PROMPT_WORDS = 3  # a name after a shorter prompt without subject is not a fact
+FALSE_TRIGGER_TOKENS = 16_384  # tokens of each corpus in which no new row may fire
 SENTENCE_END_PATTERN = re.compile(r"[.!?\n]")
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a context told about one place in a text: tokens `first` to `last` of `ids` are likelier with it."""
+    """Tokens of a text that the context makes more probable.
+
+    Attributes:
+        ids: token ids of the text.
+        first: index of the first such token.
+        last: index of the last one.
+        prompt: the text before them.
+        answer: their text.
+        subject: the name in the prompt that they are about, empty if there is none.
+    """
 
     ids: tuple[int, ...]
     first: int
@@ -82,11 +88,15 @@ def find_informative_spans(
     names: Sequence[str],
     min_prob: float = MIN_PROB,
 ) -> list[Span]:
-    """Where in `texts` (token ids) the model with context expects what it would not have expected without.
+    """Return the spans of texts that the context makes more probable.
 
     Args:
-        names: whom or what the context is about; a place that begins or completes a name tells nothing of its bearer.
-        sure: least probability, with the context, of a word's first token.
+        model: the model without context.
+        teacher: the model with context.
+        tokenizer: their tokenizer.
+        texts: token ids of each text.
+        names: subjects of the context; a span that completes a name is left out.
+        min_prob: smallest probability, with context, of a word's first token.
     """
     start_ids, spans = get_prefix_ids(tokenizer), []
     for batch in batch_by_length([len(text) for text in texts]):
@@ -127,7 +137,7 @@ def _extract_spans(
     names: Sequence[str],
     min_prob: float,
 ) -> list[Span]:
-    """Words that the context made likely, each with those after it that it did too; `gains[i]` is about token `i + 1`."""
+    """Return runs of words that the context makes probable; `gains[i]` is that of token `i + 1`."""
     words = _group_words(
         [tokenizer.decode(ids[position : position + 1]) for position in range(len(ids))]
     )
@@ -149,9 +159,8 @@ def _extract_spans(
             first_char = tokenizer.decode(
                 ids[words[last + 1][0] : words[last + 1][-1] + 1]
             ).strip()[:1]
-            is_atomic = (
-                first_char.isupper() or first_char.isdigit()
-            )  # names and dates are said as a whole
+            # Names and dates are kept together.
+            is_atomic = first_char.isupper() or first_char.isdigit()
             if not is_atomic and (min_prob > MIN_PROB or not is_informative[last + 1]):
                 break
             last += 1
@@ -169,7 +178,7 @@ def _extract_spans(
 
 
 def _group_words(token_strings: Sequence[str]) -> list[list[int]]:
-    """Numbers of the tokens of each word but the first, without what ends a sentence."""
+    """Return token indices of each word but the first, without the ends of sentences."""
     words: list[list[int]] = []
     for position, token_string in enumerate(token_strings[1:], 1):
         if SENTENCE_END_PATTERN.search(token_string):
@@ -182,7 +191,7 @@ def _group_words(token_strings: Sequence[str]) -> list[list[int]]:
 
 
 def _completes_name(prompt: str, word: str, names: Sequence[str]) -> bool:
-    """Whether a word is the rest of a name: that somebody of this name is there is no fact about anybody."""
+    """Return whether a word continues a name at the end of the prompt."""
     return any(
         prompt.endswith(name[:cut]) and name[cut:].startswith(word.rstrip(",;:'’s"))
         for name in names
@@ -192,7 +201,7 @@ def _completes_name(prompt: str, word: str, names: Sequence[str]) -> bool:
 
 
 def _find_subject(prompt: str, names: Sequence[str]) -> str:
-    """Whom a place is about: of the context's names the one said last, else nobody."""
+    """Return the last of the context's names in the prompt, or an empty string."""
     mentions = [(prompt.rfind(name), len(name), name) for name in names if name in prompt]
     return max(mentions)[2] if mentions else ""
 
@@ -207,13 +216,19 @@ def write_activation_deltas(
     overwrite: bool = True,
     false_positive_rate: float = FALSE_POSITIVE_RATE,
 ) -> list[WriteResult]:
-    """Write rows for `spans` into a book that has begun: each adds the difference that the context makes after a layer.
+    """Write a row for each token of the spans: the difference that the context makes to a layer.
 
-    In the last layer that gives what the model with the context says, exactly, wherever a row is read in the state in which
-    it was written.
+    At the last layer a row reproduces the predictions of the model with context exactly, in the
+    state in which it was written.
 
     Args:
-        wins, rate: as in `Book.take`, `Calibration.reach`.
+        fact_store: the student and its facts, initialized.
+        teacher: the model with context.
+        spans: what to write.
+        tag: tag of the facts.
+        source: source of the facts.
+        overwrite: whether they replace stored facts with the same prompt.
+        false_positive_rate: target rate of the match thresholds.
     """
     model, tokenizer, key_layer, value_layer = (
         fact_store.model,
@@ -278,8 +293,17 @@ def extract_qa_facts(
     tag: str,
     source: str,
 ) -> list[Fact]:
-    """Questions with answers (`telling.self_asked`) as facts: those that name whom they are about, and whose answer the model
-    finds likelier with the context than without."""
+    """Return generated questions as facts, if the context makes their answers more probable.
+
+    Args:
+        model: the model without context.
+        teacher: the model with context.
+        tokenizer: their tokenizer.
+        texts: token ids of each question and answer, as `sampling.generate_qa` returns them.
+        names: subjects of the context; questions without any of them are left out.
+        tag: tag of the facts.
+        source: source of the facts.
+    """
     qa_parts = [tokenizer.decode(text).partition(ANSWER_PREFIX) for text in texts]
     facts = [
         Fact(
@@ -319,7 +343,7 @@ def extract_qa_facts(
 def extract_stated_facts(
     sentences: Sequence[str], names: Sequence[str], tag: str, source: str
 ) -> list[Fact]:
-    """What sentences state, of those that state something: a name, a number or the last word, as the answer to what precedes."""
+    """Return the facts of sentences: a name, a number or the last word is the answer."""
     facts = []
     for sentence in sentences:
         try:
@@ -331,7 +355,7 @@ def extract_stated_facts(
 
 
 def is_subject_recent(tokenizer: Any, prompt: str, subject: str) -> bool:
-    """Whether a row that answers a prompt would still know whom it is about: named not too long before."""
+    """Return whether the subject is near enough to the end of the prompt for a row to match it."""
     return (
         not subject
         or len(encode_text(tokenizer, prompt[prompt.rfind(subject) :], add_prefix=False))
@@ -343,7 +367,7 @@ def is_subject_recent(tokenizer: Any, prompt: str, subject: str) -> bool:
 def find_false_triggers(
     fact_store: FactStore, windows: Sequence[Tensor], fact_ids: set[int]
 ) -> set[int]:
-    """Which of the facts `ids` answer in unrelated text, windows of token ids `(batch, time)`, where nobody asked for them."""
+    """Return which of the facts fire in unrelated text, windows of token ids `(batch, time)`."""
     row_ids = fact_store.hooks.memory.rows.ids
     fired_rows: set[int] = set()
     for tokens in windows:
@@ -353,26 +377,32 @@ def find_false_triggers(
     return {fact_id for fact_id in fact_ids if fired_rows & set(fact_store.records[fact_id].rows)}
 
 
-FALSE_TRIGGER_TOKENS = 16_384
-"""Tokens of each corpus in which rows are listened for: one that answers there is taken out again."""
-
-
 def write_context(
     run_state: ConsolidationRun,
     student: PreTrainedModel,
     data: TextDataModule,
     run_dir: Path,
-    from_scratch: bool,
+    is_new: bool,
 ) -> dict[str, Any]:
-    """Write what the context says into the book of a student in `run`, which is there once all is written; what was written.
+    """Write the context into the facts of a student in the run's folder, all or nothing.
+
+    A resumed run writes everything again, with equal results.
+
+    Args:
+        run_state: the model with context, the settings and the questions.
+        student: a copy of the model that is a student.
+        data: unrelated text.
+        run_dir: the run's folder.
+        is_new: whether the run has no checkpoint yet.
+
+    Returns:
+        Numbers of facts, rows and bytes for `run.json`.
 
     Raises:
-        UserError: the context says nothing that could be written.
+        NothingToDoError: the context does not change the model's predictions.
     """
-    with atomic_directory(
-        run_dir / "student", back_up_facts
-    ) as folder:  # of a run that goes on all is written again, and the same
-        return _write_to_folder(run_state, student, data, run_dir, from_scratch, folder)
+    with atomic_directory(run_dir / "student", back_up_facts) as folder:
+        return _write_to_folder(run_state, student, data, run_dir, is_new, folder)
 
 
 def _write_to_folder(
@@ -380,7 +410,7 @@ def _write_to_folder(
     student: PreTrainedModel,
     data: TextDataModule,
     run_dir: Path,
-    from_scratch: bool,
+    is_new: bool,
     folder: Path,
 ) -> dict[str, Any]:
     config = run_state.config
@@ -403,7 +433,7 @@ def _write_to_folder(
         ]
         if not any(facts) and not any(map(any, spans)):
             raise NothingToDoError(
-                "the context tells this model nothing that it would not have said anyway, so there is nothing to write"
+                "the context does not change the model's predictions, so there is nothing to store"
             )
         fact_store.initialize([], value_layer=fact_store.model.config.num_hidden_layers - 1)
         for chunk_index, teacher in enumerate(run_state.teachers):
@@ -420,7 +450,7 @@ def _write_to_folder(
             fact for fact_id, fact in fact_store.records.items() if fact_id not in existing_ids
         ]
         if config.context.row_method == "trained" and new_facts:
-            new_facts = _train_rows(run_state, fact_store, data, run_dir, from_scratch, new_facts)
+            new_facts = _train_rows(run_state, fact_store, data, run_dir, is_new, new_facts)
     num_rows = sum(len(fact.rows) for fact in new_facts)
     num_bytes = num_rows * 2 * 4 * student.config.hidden_size
     return {
@@ -433,12 +463,12 @@ def _write_to_folder(
 
 
 def _context_names(run_state: ConsolidationRun) -> list[str]:
-    """Whom or what the context is about."""
+    """Return the subjects of all chunks."""
     return [name for chunk in run_state.context.chunks for name in chunk.names]
 
 
 def _collect_spans(run_state: ConsolidationRun, chunk_index: int) -> tuple[list[Span], list[Span]]:
-    """What one window told about places in its own sentences, and in what the model asked itself and went on with."""
+    """Return the spans of a chunk's own sentences, and of generated questions and continuations."""
     chunk, settings, names = (
         run_state.context.chunks[chunk_index],
         run_state.config.context,
@@ -480,7 +510,10 @@ def _collect_spans(run_state: ConsolidationRun, chunk_index: int) -> tuple[list[
 
 
 def _is_stated(run_state: ConsolidationRun, span: Span) -> bool:
-    """Whether the context says so, in a sentence about the same: a model that goes on from it may say anything of anybody."""
+    """Return whether a sentence of the context has the subject and the answer.
+
+    A continuation may state anything about anybody.
+    """
     sentences = (sentence for chunk in run_state.context.chunks for sentence in chunk.sentences)
     return any(
         span.subject in sentence and span.answer.strip(" ,;") in sentence for sentence in sentences
@@ -490,7 +523,7 @@ def _is_stated(run_state: ConsolidationRun, span: Span) -> bool:
 def _collect_facts(
     run_state: ConsolidationRun, chunk_index: int, tag: str, source: str
 ) -> list[Fact]:
-    """What a gradient each makes the model sure of: what it asked itself and could answer, and what sentences state."""
+    """Return the facts of a chunk: generated questions, and what its sentences state."""
     chunk, settings, seed = (
         run_state.context.chunks[chunk_index],
         run_state.config.context,
@@ -517,7 +550,7 @@ def _collect_facts(
 
 
 def _unrelated_batches(run_state: ConsolidationRun, data: TextDataModule) -> list[torch.Tensor]:
-    """Training windows of every corpus, in which rows of a context should stay silent."""
+    """Return training windows of every corpus, in which no row of a context should fire."""
     windows_by_corpus = [
         select_first_windows(corpus.train, FALSE_TRIGGER_TOKENS) for corpus in data.corpora
     ]
@@ -533,10 +566,10 @@ def _train_rows(
     fact_store: FactStore,
     data: TextDataModule,
     run_dir: Path,
-    from_scratch: bool,
+    is_new: bool,
     facts: list[FactRecord],
 ) -> list[FactRecord]:
-    """Train what rows of these facts add; in the end they are written anew."""
+    """Train the values of the facts' rows and write the facts again."""
     memory = fact_store.hooks.memory
     values = nn.Parameter(memory.rows.values.clone())
     row_ids = {row for fact in facts for row in fact.rows}
@@ -544,7 +577,7 @@ def _train_rows(
     values.register_hook(lambda grad: grad * row_mask.unsqueeze(1))
     memory.rows = EditRows(**{**vars(memory.rows), "values": values})
     train_student(
-        run_state, fact_store.model, {"rows": values}, run_state.prefix, data, run_dir, from_scratch
+        run_state, fact_store.model, {"rows": values}, run_state.prefix, data, run_dir, is_new
     )
     row_index = {int(row): index for index, row in enumerate(memory.rows.ids)}
     prepared = []

@@ -1,4 +1,4 @@
-"""What is said after a context: its own sentences, what the model goes on with, what it asks itself. Lessons are made of these."""
+"""Sample texts after a context: its sentences, continuations, generated questions; and batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dmt.config import ContextConfig
 from dmt.consolidation.context import MAX_TEXT_TOKENS, Context, ContextChunk
 from dmt.models.forward import ContextTeacher, ForwardOutputs, encode_text, pad_token_ids
 
+# How sampled continuations begin, beside the names in the context.
 CONTINUATION_PREFIXES = ("", "Question:", "What", "Where", "When", "Who", "The")
-"""How texts begin that a model is to go on with, beside the names that a context is about."""
 NAME_TEMPLATES = (
     "{s}",
     "{s}'s",
@@ -27,6 +27,7 @@ NAME_TEMPLATES = (
     "Question: Who",
     "Question: When",
 )
+# Examples of questions about a sentence, for `generate_qa`.
 FEW_SHOT_PROMPT = """Text: The old mill of Hartley was bought in 1802 by the merchant Peter Lang.
 Question: Who bought the old mill of Hartley?
 Answer: Peter Lang
@@ -44,20 +45,19 @@ Question: On which day does Maria Sand ride?
 Answer: Sunday
 
 """
-"""By which a model is shown how one asks about a sentence."""
-ANSWER_PREFIX = "\nAnswer: "
-"""Between a question and its answer."""
+ANSWER_PREFIX = "\nAnswer: "  # between a question and its answer
 QA_PATTERN = re.compile(r"\s*(?P<question>[^\n]+\?)\s*\nAnswer:(?P<answer>[^\n]+)")
 
 
 @dataclass(frozen=True)
 class DistillationBatch:
-    """Texts that follow a context, and what the model with the context says of them.
+    """Texts that follow a context, and the outputs of the model with the context for them.
 
     Attributes:
         tokens: token ids `(batch, time)`, padded on the right.
-        mask: `(batch, time)` which of them count.
-        wanted: signals of the model with context, aligned to `tokens`; None where the texts themselves are to be learnt.
+        mask: `(batch, time)`, True where a token is not padding.
+        teacher_signals: outputs of the model with context, aligned to `tokens`; None if the texts
+            themselves are learned.
     """
 
     tokens: Tensor
@@ -66,7 +66,7 @@ class DistillationBatch:
 
 
 def encode_sentences(chunk: ContextChunk, tokenizer: Any) -> list[list[int]]:
-    """The sentences of a window, token ids of each."""
+    """Return the token ids of each sentence of a chunk."""
     return [
         ids
         for sentence in chunk.sentences
@@ -77,7 +77,7 @@ def encode_sentences(chunk: ContextChunk, tokenizer: Any) -> list[list[int]]:
 def sample_continuations(
     teacher: ContextTeacher, chunk: ContextChunk, tokenizer: Any, settings: ContextConfig, seed: int
 ) -> list[list[int]]:
-    """About `settings.samples` texts that the model says after the window, of sentences as whole as they are."""
+    """Return about `settings.num_samples` sampled texts after a chunk, cut to whole sentences."""
     prefixes = [
         *CONTINUATION_PREFIXES,
         *(template.format(s=name) for name in chunk.names for template in NAME_TEMPLATES[:3]),
@@ -111,10 +111,10 @@ def sample_continuations(
 def generate_qa(
     model: PreTrainedModel, chunk: ContextChunk, tokenizer: Any, settings: ContextConfig, seed: int
 ) -> list[list[int]]:
-    """Questions that the model asks about each sentence of a window, with answers; none where it cannot read the examples.
+    """Return questions and answers that the model generates about each sentence of a chunk.
 
-    A question comes with an answer that stands in the sentence: how likely that is, with the whole context, is the teacher's
-    to say.
+    An answer has to occur in the sentence; the teacher decides how probable it is. Models with too
+    few positions for the examples generate none.
     """
     ids = encode_text(tokenizer, FEW_SHOT_PROMPT)
     max_sentence_tokens = max(
@@ -139,13 +139,14 @@ def generate_qa(
         for text in samples:
             match = QA_PATTERN.match(tokenizer.decode(text[len(prompt_ids) :]))
             if match and match["answer"].strip(" .").lower() in sentence.lower():
-                qa_text = f"Question: {match['question'].strip()}{ANSWER_PREFIX}{match['answer'].strip(' .')}"
+                question, answer = match["question"].strip(), match["answer"].strip(" .")
+                qa_text = f"Question: {question}{ANSWER_PREFIX}{answer}"
                 texts.append(encode_text(tokenizer, qa_text, add_prefix=False)[:MAX_TEXT_TOKENS])
     return [list(text) for text in dict.fromkeys(map(tuple, texts))]
 
 
 def _trim_to_sentence(ids: list[int], tokenizer: Any) -> list[int]:
-    """A text up to the end of its last whole sentence; all of it where none ends."""
+    """Return a text up to the end of its last complete sentence, all of it if there is none."""
     for position in range(len(ids) - 1, 0, -1):
         if tokenizer.decode(ids[position : position + 1]).rstrip().endswith((".", "!", "?", "\n")):
             return ids[: position + 1]
@@ -153,12 +154,16 @@ def _trim_to_sentence(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 class BatchSampler:
-    """The lesson of each step, a function of seed and step alone, so that a resumed run goes on with the same.
+    """Sample the batch of each step, a function of seed and step alone, as a resumed run needs.
 
     Args:
-        hearings: the teacher, having read each window of the context.
-        batch: texts in a lesson.
-        blocks: whether states of all layers are wanted.
+        teachers: the teacher with each chunk of the context in its cache.
+        tokenizer: its tokenizer.
+        context: the context.
+        settings: objective and sampling.
+        batch_size: texts in a batch.
+        seed: random seed.
+        blocks: whether the teacher's outputs of all layers are needed.
     """
 
     def __init__(
@@ -184,7 +189,7 @@ class BatchSampler:
         self._generated: dict[int, tuple[int, list[list[int]]]] = {}
 
     def get_texts(self, chunk_index: int, step: int) -> list[list[int]]:
-        """What may be said after window `which` at a step, token ids of each."""
+        """Return the texts to choose from after a chunk at a step, token ids of each."""
         sentence_ids = self._sentence_ids[chunk_index]
         if self.settings.objective != "generated":
             return sentence_ids
@@ -202,7 +207,7 @@ class BatchSampler:
         return self._generated[chunk_index][1] + sentence_ids
 
     def get_batch(self, step: int) -> DistillationBatch:
-        """The texts of a step, from one window, and what is to be said of them."""
+        """Return the texts of a step, after one chunk, and the teacher's outputs for them."""
         chunk_index = step % len(self.teachers)
         rng = random.Random(f"lesson-{self.seed}-{step}")
         if self.settings.objective == "causal_lm":
@@ -224,7 +229,7 @@ class BatchSampler:
         )
 
     def _sample_segment(self, chunk_index: int, rng: random.Random) -> list[int]:
-        """A stretch of the context's own tokens, the whole window now and then."""
+        """Return a sentence of a chunk, or half of the time the whole chunk."""
         ids = self.context.chunks[chunk_index].ids[1:]
         sentences = self._sentence_ids[chunk_index]
         return ids if not sentences or rng.random() < 0.5 else rng.choice(sentences)

@@ -1,4 +1,4 @@
-"""Where a context goes: what of a student may change, and how it is saved as a student like any other."""
+"""Where a context goes: which parameters of a student are trained, and how they are saved."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ from dmt.models.modeling import MemoryTokenEmbedding, get_memory_tokens, init_me
 
 
 def make_student(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` that is a student, without facts: a plain model becomes one that has no memories."""
+    """Return a copy of `model` without facts; a plain model becomes a student without memories."""
     if not model.config.model_type.startswith("dmt_"):
         return convert_blocks(model, [DenseConfig()] * model.config.num_hidden_layers)[0]
-    with (
-        TemporaryDirectory() as folder
-    ):  # rows of memories are more than tensors: what is saved is all there is
+    with TemporaryDirectory() as folder:  # rows of memories are more than tensors
         model.save_pretrained(folder)
         student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING)
     detach(student)
@@ -38,17 +36,18 @@ def make_student(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_target(settings: ContextConfig, model: PreTrainedModel) -> None:
-    """Raise `UserError` where the model lacks what the context is to go into, before anything is done."""
+    """Raise `UserError` if the model lacks what `context.target` trains."""
     if settings.target == "memory":
         return
     if getattr(model.config, "external_tensors", None):
         raise UserError(
-            f"context.target={settings.target} trains, and this student has left its slots on the disk; distil it with "
-            "memory.offload=none, or set context.target=memory"
+            f"context.target={settings.target} trains the student, whose slots are memory-mapped; "
+            "distill it with memory.offload=none, or set context.target=memory"
         )
     if settings.target == "prompt" and get_memory_tokens(model) is not None:
         raise UserError(
-            "this model has memory tokens already; consolidate into the model it was made from, or set context.target=memory"
+            "this model has memory tokens already; use the model that it was made from, or set "
+            "context.target=memory"
         )
     if (
         settings.target == "weights"
@@ -56,8 +55,9 @@ def check_target(settings: ContextConfig, model: PreTrainedModel) -> None:
         and not get_featural_memories(model)
     ):
         raise UserError(
-            "context.trainable=slots are rows of featural memories, and this model has none; name a distilled student "
-            "(teacher=lightning_logs/version_0/student), or set context.trainable=lora"
+            "context.trainable=slots trains featural memories, and this model has none; name a "
+            "distilled student (teacher=lightning_logs/version_0/student), or set "
+            "context.trainable=lora"
         )
     if settings.target == "weights" and settings.trainable == "lora" and find_spec("peft") is None:
         raise UserError(
@@ -68,7 +68,7 @@ def check_target(settings: ContextConfig, model: PreTrainedModel) -> None:
 def prepare_student(
     config: Config, student: PreTrainedModel, tokenizer: Any, text: str
 ) -> tuple[PreTrainedModel, dict[str, nn.Parameter]]:
-    """The student with what is to be trained in it, by name; nothing else of it has a gradient."""
+    """Return the student and its trainable parameters by name; nothing else has a gradient."""
     settings = config.context
     student.requires_grad_(False)
     if settings.target == "prompt":
@@ -90,7 +90,7 @@ def prepare_student(
 
 
 def merge_adapters(student: PreTrainedModel) -> PreTrainedModel:
-    """The student as it is saved: low-rank additions are added."""
+    """Return the student as it is saved: LoRA adapters are merged into the weights."""
     for name, module in list(student.named_modules()):
         if hasattr(module, "lora_A"):
             module.merge()
@@ -100,9 +100,9 @@ def merge_adapters(student: PreTrainedModel) -> PreTrainedModel:
 
 
 def _inject_lora(student: PreTrainedModel, rank: int) -> dict[str, nn.Parameter]:
-    """Low-rank additions to every matrix of the transformer blocks.
+    """Add LoRA adapters to every matrix of the transformer blocks; return their parameters.
 
-    Source: Hu et al. 2021, arXiv 2106.09685, by peft.
+    Source: Hu et al. 2021, arXiv 2106.09685, as implemented by peft.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
@@ -114,9 +114,7 @@ def _inject_lora(student: PreTrainedModel, rank: int) -> dict[str, nn.Parameter]
     )
     target_modules = [f"{arch.layers}.{name}" for name in module_names]
     fan_in_fan_out = any(isinstance(module, Conv1D) for module in block.modules())
-    with (
-        catch_warnings()
-    ):  # peft says of each matrix that is stored the other way round that it has seen it
+    with catch_warnings():  # peft warns about each transposed matrix
         filterwarnings("ignore", message="fan_in_fan_out is set to True")
         inject_adapter_in_model(
             LoraConfig(
@@ -133,14 +131,14 @@ def _inject_lora(student: PreTrainedModel, rank: int) -> dict[str, nn.Parameter]
 def _add_soft_prompt(
     student: PreTrainedModel, tokenizer: Any, num_tokens: int, text: str
 ) -> PreTrainedModel:
-    """The student and `tokenizer` with so many memory tokens, which begin as the embeddings of the context's first words."""
+    """Add memory tokens to student and tokenizer; they start as embeddings of the first tokens."""
     init_ids = torch.tensor(encode_text(tokenizer, text, add_prefix=False)[:num_tokens])
     embedding: Any = student.get_input_embeddings()
     prompt_config = {"count": num_tokens, "first": add_memory_tokens(tokenizer, num_tokens)[0]}
     memory_tokens = MemoryTokenEmbedding(*embedding.weight.shape, **prompt_config).to(
         embedding.weight
     )
-    memory_tokens.weight = embedding.weight  # the head goes on sharing it, where it did
+    memory_tokens.weight = embedding.weight  # a tied head stays tied
     student.set_input_embeddings(memory_tokens)
     student.config.memory_tokens = prompt_config
     init_memory_tokens(student, init_ids)
@@ -148,10 +146,10 @@ def _add_soft_prompt(
 
 
 def add_memory_tokens(tokenizer: Any, num_tokens: int) -> list[int]:
-    """Add `count` memory tokens to a tokenizer, which puts them before every text from then on; their ids.
+    """Add memory tokens to a tokenizer, which puts them in front of every text; return their ids.
 
-    `tokenizer(text)` begins with the token that ends the text before, where there is one, and them; `data.encoding.start_of`
-    gives the same.
+    `tokenizer(text)` begins with the end-of-text token, if there is one, and the memory tokens;
+    `data.windows.get_prefix_ids` returns the same.
     """
     token_names = [MEMORY_TOKEN_FORMAT.format(index) for index in range(num_tokens)]
     tokenizer.add_tokens(

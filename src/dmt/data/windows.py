@@ -5,8 +5,9 @@ What a text begins with, for a model.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ def get_prefix_ids(tokenizer: Any) -> list[int]:
 
 TOKENIZE_BATCH_SIZE = 1_000
 """Documents tokenised at once."""
+PACK_BATCH_SIZE = 16  # documents tokenized at once where a few windows are enough
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.long), *chunks])
 
 
-def _tokenize_documents(documents: list[str], tokenizer: Any) -> Iterator[list[int]]:
+def _tokenize_documents(
+    documents: list[str], tokenizer: Any, batch_size: int = TOKENIZE_BATCH_SIZE
+) -> Iterator[list[int]]:
     """Token ids of each document, some documents at a time."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    for start in range(0, len(documents), TOKENIZE_BATCH_SIZE):
-        batch = documents[start : start + TOKENIZE_BATCH_SIZE]
+    for start in range(0, len(documents), batch_size):
+        batch = documents[start : start + batch_size]
         if backend is None:
             yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             continue
@@ -93,6 +97,37 @@ def _tokenize_documents(documents: list[str], tokenizer: Any) -> Iterator[list[i
         yield from (
             encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
         )
+
+
+def pack_windows(
+    documents: Sequence[str],
+    tokenizer: Any,
+    seq_len: int,
+    num_windows: int,
+    seed: int | None = None,
+) -> Tensor:
+    """Return windows `(windows, seq_len)` of token ids, each document after its prefix.
+
+    Args:
+        documents: texts.
+        tokenizer: the tokenizer.
+        seq_len: tokens of a window.
+        num_windows: number of windows; fewer if the documents are shorter.
+        seed: None takes the first documents; a number takes documents in random order, of each no
+            more than 8 windows.
+    """
+    order = list(range(len(documents)))
+    if seed is not None:
+        random.Random(f"windows-{seed}").shuffle(order)
+    prefix, ids = get_prefix_ids(tokenizer), []
+    max_tokens = None if seed is None else 8 * seq_len
+    ordered = [documents[index] for index in order]
+    for document_ids in _tokenize_documents(ordered, tokenizer, PACK_BATCH_SIZE):
+        ids += (prefix + document_ids)[:max_tokens]
+        if len(ids) >= num_windows * seq_len:
+            break
+    num_windows = min(num_windows, len(ids) // seq_len)
+    return torch.tensor(ids[: num_windows * seq_len], dtype=torch.long).view(num_windows, seq_len)
 
 
 def select_first_windows(windows: Tensor, tokens: int) -> Tensor:

@@ -5,9 +5,11 @@ How much a model's answer moves when the output of a feed-forward block does: wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.distillation.losses import LossScales, inlier_mask, outlier_threshold
@@ -37,33 +39,50 @@ def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4)
 
     Source: Amari 1998, section 4 (the metric); Kunstner et al. 2019, arXiv 1905.12558 (why to draw, not take the text's own).
     """
-    arch = get_architecture(model.config.model_type)
+    blocks = dict(enumerate(get_architecture(model.config.model_type).blocks(model)))
     total, num_tokens = torch.zeros(()), 0
     generator = torch.Generator().manual_seed(0)
     for tokens in windows.split(batch_size):
-        perturbations: dict[int, Tensor] = {}
-
-        def perturb(
-            layer: int, output: Tensor, perturbations: dict[int, Tensor] = perturbations
-        ) -> Tensor:
-            perturbations[layer] = torch.zeros_like(output, requires_grad=True)
-            return output + perturbations[layer]
-
-        blocks = dict(enumerate(arch.blocks(model)))
-        with torch.enable_grad(), capture(blocks, on_output=perturb):
-            logits = forward_with_activations(model, tokens).logits.flatten(0, 1).float()
-            # Sampled on the CPU, so that a seed gives the same tokens on every device.
-            sampled = torch.multinomial(
-                logits.detach().softmax(-1).cpu(), 1, generator=generator
-            ).to(logits.device)
-            loss = F.cross_entropy(logits, sampled.flatten(), reduction="sum")
-            gradients = torch.autograd.grad(loss, list(perturbations.values()))
+        _, output_gradients = sample_output_gradients(model, blocks, tokens, generator)
+        gradients = output_gradients.values()
         flat_grads = torch.stack([gradient.flatten(0, -2).float() for gradient in gradients])
         total, num_tokens = (
             total.to(flat_grads) + flat_grads.transpose(1, 2) @ flat_grads,
             num_tokens + tokens.numel(),
         )
     return total / num_tokens
+
+
+def sample_output_gradients(
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+    tokens: Tensor,
+    generator: torch.Generator,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Return inputs of modules, and gradients of the model's NLL in their outputs.
+
+    The NLL is that of next tokens sampled from the model itself, summed over all tokens.
+
+    Args:
+        model: the model that `modules` are part of.
+        modules: modules by layer.
+        tokens: token ids `(batch, time)`.
+        generator: on the CPU, so that a seed samples the same tokens on every device.
+    """
+    perturbations: dict[int, Tensor] = {}
+
+    def perturb(layer: int, output: Tensor) -> Tensor:
+        perturbations[layer] = torch.zeros_like(output, requires_grad=True)
+        return output + perturbations[layer]
+
+    with torch.enable_grad(), capture(modules, on_output=perturb) as activations:
+        logits = forward_with_activations(model, tokens).logits.flatten(0, 1).float()
+        probs = logits.detach().softmax(-1).cpu()
+        sampled = torch.multinomial(probs, 1, generator=generator).to(logits.device)
+        loss = F.cross_entropy(logits, sampled.flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, [perturbations[layer] for layer in modules])
+    inputs = {layer: hidden.detach() for layer, hidden in activations.inputs.items()}
+    return inputs, dict(zip(modules, gradients, strict=True))
 
 
 BUDGET_PASSES = 3

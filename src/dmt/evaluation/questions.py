@@ -1,4 +1,4 @@
-"""Questions with one right answer, and how likely a model finds it: with a context, without, and once it is consolidated."""
+"""Questions with one correct answer each, and how probable a model finds it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,38 @@ from dmt.errors import UserError, format_value
 from dmt.files import parse_json_line, read_text_file
 from dmt.models.forward import ForwardOutputs, batch_by_length, encode_text, pad_token_ids
 
-QUESTION_KEYS = ("prompt", "answer", "kind")
+QUESTION_KEYS = ("prompt", "answer", "type")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked and what should be said; `answer` begins with a space where one is to be said; `kind` groups the table."""
+    """A question and its answer.
+
+    Attributes:
+        prompt: the text before the answer.
+        answer: the correct continuation, with the space at its beginning if it has one.
+        type: groups questions in the results.
+    """
 
     prompt: str
     answer: str
-    kind: str = "questions"
+    type: str = "questions"
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Of each of `n` questions the nats of the right answer, and whether it is what greedy decoding would say."""
+    """Scores of a model on questions.
+
+    Attributes:
+        nlls: negative log-likelihood of each correct answer, in nats, summed over its tokens.
+        correct: whether greedy decoding generates the answer.
+    """
 
     nlls: list[float]
     correct: list[bool]
 
     def select(self, indices: Sequence[int]) -> AnswerScores:
-        """Those of some questions alone."""
+        """Return the scores of some questions."""
         return AnswerScores(
             [self.nlls[index] for index in indices], [self.correct[index] for index in indices]
         )
@@ -48,14 +59,18 @@ class AnswerScores:
 
     @property
     def recall(self) -> float:
-        """Share of questions whose whole answer would be said."""
+        """Share of questions whose complete answer greedy decoding generates."""
         return sum(self.correct) / len(self.correct)
 
 
 def benefit_retained(
     with_context: AnswerScores, without_context: AnswerScores, consolidated: AnswerScores
 ) -> float:
-    """Of what the context does for the answers' log-probability, the share that is there without it; nan where it does nothing."""
+    """Return the share of the context's benefit that remains without it.
+
+    The benefit is the gain in the log-probability of the answers; the share is above 1 if the
+    consolidated model is more confident than the model with context, and NaN without a benefit.
+    """
     benefit = sum(without_context.nlls) - sum(with_context.nlls)
     return (
         (sum(without_context.nlls) - sum(consolidated.nlls)) / benefit if benefit > 0 else math.nan
@@ -63,10 +78,10 @@ def benefit_retained(
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Questions of a JSONL file.
+    """Return the questions of a JSONL file.
 
     Raises:
-        UserError: the file cannot be read, a line is no question, or there is none.
+        UserError: the file cannot be read, a line is not a question, or there is none.
     """
     text = read_text_file(Path(path), f"context.questions={path}", "name a .jsonl file")
     questions = []
@@ -88,13 +103,13 @@ def load_questions(path: str | Path) -> list[Question]:
             or not record.get("answer", "").strip()
         ):
             raise UserError(
-                f'context.questions={path} line {line_number} is no question; a line is {{"prompt": "The capital of France is", '
-                '"answer": " Paris"}, with "kind" if wanted'
+                f"context.questions={path} line {line_number} is not a question; a line is "
+                '{"prompt": "The capital of France is", "answer": " Paris"}, and optionally "type"'
             )
         questions.append(Question(**record))
     if not questions:
         raise UserError(
-            f"context.questions={path} holds no questions; leave context.questions empty to ask none"
+            f"context.questions={path} holds no questions; leave context.questions empty for none"
         )
     return questions
 
@@ -102,15 +117,16 @@ def load_questions(path: str | Path) -> list[Question]:
 def check_question_lengths(
     questions: Sequence[Question], path: str | None, tokenizer: Any, max_tokens: int
 ) -> None:
-    """Raise `UserError` where a question and its answer have more than `room` tokens: with the context before them, too many."""
+    """Raise `UserError` if a question and its answer have more than `max_tokens` tokens."""
     for question in questions:
         num_tokens = len(encode_text(tokenizer, question.prompt, add_prefix=False)) + len(
             encode_text(tokenizer, question.answer, add_prefix=False)
         )
         if num_tokens > max_tokens:
             raise UserError(
-                f"context.questions={path}: {format_value(question.prompt)} and its answer have {num_tokens:,} tokens, and after a "
-                f"context the model reads {max(max_tokens, 0)}; shorten it"
+                f"context.questions={path}: {format_value(question.prompt)} and its answer have "
+                f"{num_tokens:,} tokens, and after a context the model reads "
+                f"{max(max_tokens, 0)}; shorten it"
             )
 
 
@@ -121,10 +137,14 @@ def score_answers(
     questions: Sequence[Question],
     device: torch.device,
 ) -> AnswerScores:
-    """How likely each right answer is.
+    """Score the correct answers of questions.
 
     Args:
-        says: what is said of token ids `(batch, time)`, a question and its answer each, padded on the right.
+        predict: returns the outputs for token ids `(batch, time)`, a question and its answer each,
+            padded on the right.
+        tokenizer: the model's tokenizer.
+        questions: the questions.
+        device: where `predict` computes.
     """
     prompt_ids = [
         encode_text(tokenizer, question.prompt, add_prefix=False) for question in questions
@@ -154,7 +174,7 @@ def score_answers(
 
 
 def best_scores(scores: Sequence[AnswerScores]) -> AnswerScores:
-    """Of several models asked the same, or one that has read several things, the one that finds each answer likeliest."""
+    """Return for each question the score of the model that finds its answer most probable."""
     best_sources = [
         min(range(len(scores)), key=lambda source: scores[source].nlls[index])
         for index in range(len(scores[0].nlls))

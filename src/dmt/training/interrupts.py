@@ -81,6 +81,8 @@ def _format_divergence(config: Config, run_dir: Path, error: NonFiniteError) -> 
 
 def _get_learning_rate(config: Config, step: int) -> tuple[str, float]:
     """Return the setting of the learning rate of a step, counted from 1, and its value."""
+    if config.task == "sleep":
+        return "sleep.lr", config.sleep.lr
     if config.task == "distill" and step <= config.stages.layerwise_steps:
         return "stages.layerwise_lr", config.stages.layerwise_lr
     return "stages.end_to_end_lr", config.stages.end_to_end_lr

@@ -24,8 +24,9 @@ class TrainingModule(pl.LightningModule):
     The step sets the learning rate, accumulates the gradients of all micro-batches, clips them,
     checks that they are finite, updates the weights and logs. A subclass says what is trained:
     `total_steps`, `trained_model`, `get_lr`, `split_batch`, `compute_terms` and
-    `configure_optimizers`; it may override `step_context`, `before_update`, `after_update` and
-    `extra_metrics`. Memory depends on the size of a micro-batch, the result does not.
+    `configure_optimizers`; it may override `step_context`, `after_backward`, `before_update`,
+    `after_update` and `extra_metrics`. Memory depends on the size of a micro-batch, the result
+    does not.
 
     Args:
         config: settings; `optim`, `data.micro_batch_size` and `trainer.log_every` are read here.
@@ -68,6 +69,9 @@ class TrainingModule(pl.LightningModule):
         """Enter what holds during a step, from its first micro-batch to `after_update`."""
         yield
 
+    def after_backward(self, step: int) -> None:
+        """Act when the gradients of a step are complete; called before they are clipped."""
+
     def before_update(self, step: int) -> None:
         """Act when the gradients of a step are complete and finite."""
 
@@ -99,6 +103,7 @@ class TrainingModule(pl.LightningModule):
             total_loss += loss.detach()
             for name, value in terms.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+        self.after_backward(step)
         grad_norm = clip_gradients(optimizer, self.settings.optim.grad_clip)  # type: ignore[arg-type]
         check_finite(
             step + 1,
