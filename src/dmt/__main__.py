@@ -1,5 +1,9 @@
 """Run `dmt` as `python -m dmt`."""
 
-from dmt.cli.main import run
+from dmt import signals
 
-run()
+if __name__ == "__main__":
+    signals.exit_on_signal()  # before the imports that take time
+    from dmt.cli.main import run
+
+    run()
