@@ -83,6 +83,25 @@ def no_run(monkeypatch):
 
 
 @pytest.fixture
+def fake_run(workdir, monkeypatch):
+    """`fake_run(run_task)`: replace the training of a run, and its table of results."""
+
+    def replace_run(run_task):
+        monkeypatch.setattr("dmt.tasks.run_task", run_task)
+        monkeypatch.setattr("dmt.cli.distill.print_summary", lambda *_: None)
+
+    return replace_run
+
+
+@pytest.fixture
+def started(workdir, fake_run):
+    """The configs of the runs that were started."""
+    configs = []
+    fake_run(lambda config, _: configs.append(config) or TaskResult(workdir))
+    return configs
+
+
+@pytest.fixture
 def tiny_run(teacher_folder, text_file):
     """Arguments of a run that takes a moment."""
     return [
@@ -216,12 +235,7 @@ def test_config_shows_a_config_that_can_be_used_as_a_file(workdir, capsys):
     assert set(json.loads(capsys.readouterr().out)) == set(list_configs())
 
 
-def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        "dmt.tasks.run_task",
-        lambda config, _: started.append(config) or TaskResult(workdir),
-    )
+def test_a_config_can_be_named_from_any_folder(workdir, started):
     assert distill_main(["seed", "memory.k=4"]) == 0
     assert started[0].memory.init == "random"
     assert started[0].memory.k == 4
@@ -230,12 +244,7 @@ def test_a_config_can_be_named_from_any_folder(workdir, monkeypatch):
     assert Path(started[1].context.questions).is_file()
 
 
-def test_a_file_is_preferred_to_a_config_of_that_name(workdir, monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        "dmt.tasks.run_task",
-        lambda config, _: started.append(config) or TaskResult(workdir),
-    )
+def test_a_file_is_preferred_to_a_config_of_that_name(workdir, started):
     (workdir / "seed").write_text("seed: 7\n")
     assert distill_main(["seed"]) == 0
     assert started[0].seed == 7
@@ -255,7 +264,7 @@ def test_an_unknown_config_name_gets_a_hint(workdir, no_run, capsys, name, hint)
     assert hint in message
 
 
-def test_distill_prints_json(workdir, capsys, monkeypatch):
+def test_distill_prints_json(workdir, capsys, fake_run):
     def run_task(config, resume_dir):
         print("a table for people")
         (workdir / "run.json").write_text(
@@ -263,7 +272,7 @@ def test_distill_prints_json(workdir, capsys, monkeypatch):
         )
         return TaskResult(workdir)
 
-    monkeypatch.setattr("dmt.tasks.run_task", run_task)
+    fake_run(run_task)
     assert distill_main(["--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -277,14 +286,14 @@ def test_distill_prints_json(workdir, capsys, monkeypatch):
     ("option", "messages"),
     [([], ["info", "warning"]), (["--quiet"], ["warning"]), (["--verbose"], MESSAGES)],
 )
-def test_quiet_and_verbose_choose_what_is_logged(workdir, capsys, monkeypatch, option, messages):
+def test_quiet_and_verbose_choose_what_is_logged(workdir, capsys, fake_run, option, messages):
     def run_task(config, resume_dir):
         logger = logging.getLogger("dmt.training")
         for level in MESSAGES:
             getattr(logger, level)(level)
         return TaskResult(workdir)
 
-    monkeypatch.setattr("dmt.tasks.run_task", run_task)
+    fake_run(run_task)
     assert distill_main(option) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line in MESSAGES] == messages
@@ -478,13 +487,8 @@ def test_resume_names_the_existing_runs(workdir, no_run, capsys):
         ["--config={file}", "memory.k=32"],
     ],
 )
-def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
+def test_a_config_can_be_named_in_any_position(workdir, started, args):
     (workdir / "some.yaml").write_text("memory: {k: 64}\nseed: 5\n")
-    started = []
-    monkeypatch.setattr(
-        "dmt.tasks.run_task",
-        lambda config, _: started.append(config) or TaskResult(workdir),
-    )
     assert distill_main([arg.format(file="some.yaml") for arg in args]) == 0
     assert started[0].seed == 5
     assert started[0].memory.k == (32 if "memory.k=32" in args else 64), (
@@ -492,12 +496,7 @@ def test_a_config_can_be_named_in_any_position(workdir, monkeypatch, args):
     )
 
 
-def test_no_arguments_start_a_run_with_the_defaults(workdir, monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        "dmt.tasks.run_task",
-        lambda config, _: started.append(config) or TaskResult(workdir),
-    )
+def test_no_arguments_start_a_run_with_the_defaults(workdir, started):
     assert distill_main([]) == 0
     assert started == [Config()]
 

@@ -84,6 +84,13 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     with out.stdout_to_stderr():
         run_dir = run_task_as_command(config, resume_dir).run_dir
     record = read_record(run_dir)
+    print_summary(config.task, run_dir, record, out)
+    results = {name: record[name] for name in REPORTED_RESULTS if name in record}
+    out.print_json({"run_dir": str(run_dir), **results})
+
+
+def print_summary(task: str, run_dir: Path, record: dict[str, Any], out: Output) -> None:
+    """Print the results of a run as a table."""
     from dmt.report import consolidation, distillation, slot_transfer
 
     reports: dict[str, Any] = {
@@ -91,9 +98,7 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
         "consolidate": consolidation,
         "sleep": slot_transfer,
     }
-    out.print_summary(reports[config.task].summarize(run_dir, record))
-    results = {name: record[name] for name in REPORTED_RESULTS if name in record}
-    out.print_json({"run_dir": str(run_dir), **results})
+    out.print_summary(reports[task].summarize(run_dir, record))
 
 
 def load_config(args: argparse.Namespace, resume_dir: Path | None) -> Config:
