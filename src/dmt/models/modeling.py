@@ -32,6 +32,7 @@ from dmt.memory.registry import get_memory_class
 from dmt.models import external_tensors
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
+from dmt.models.hub_files import get_auto_map, write_hub_files
 from dmt.ops import use_onednn_linear
 
 
@@ -107,6 +108,10 @@ class MemoryGPT2Config(GPT2Config):
     external_tensors: str | None = None
     memory_tokens: dict | None = None
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: saved folders name the installed package, no copy of its code."""
+
 
 class MemoryLlamaConfig(LlamaConfig):
     """A Llama's config and its memories, as in `MemoryGPT2Config`."""
@@ -116,6 +121,10 @@ class MemoryLlamaConfig(LlamaConfig):
     memory: dict | None = None
     external_tensors: str | None = None
     memory_tokens: dict | None = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: saved folders name the installed package, no copy of its code."""
 
 
 def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
@@ -199,11 +208,17 @@ class _MemoryModelMixin(PreTrainedModel):
         self.config.external_tensors = external_tensors.save_model_tensors(
             self, Path(str(save_directory))
         )
+        self.config.auto_map = get_auto_map(type(self.config), type(self))
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.external_tensors = slots_digest  # what is in RAM goes on without the file
         copy_facts(self, Path(str(save_directory)))
+        write_hub_files(Path(str(save_directory)), self.config, type(self))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: saved folders name the installed package, no copy of its code."""
 
 
 class MemoryGPT2Model(_MemoryModelMixin, GPT2Model):

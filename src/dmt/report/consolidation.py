@@ -19,6 +19,7 @@ from dmt.report.curves import overlay_curves
 from dmt.report.distillation import format_percent, format_provenance, list_run_locations
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
 from dmt.report.html import Card, Page, write_report_safely
+from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.results import build_results_table, collect_results
 from dmt.report.summary import Summary
 from dmt.report.tables import Row, Table
@@ -190,6 +191,11 @@ def write_report(
         run_dir / "report.html",
     )
     logger.info("report    %s; %s", run_dir / "report.md", page_message)
+    if (run_dir / "student").is_dir():
+        teacher = get_display_name(config.teacher)
+        summary = f"{teacher} with a context consolidated into it ({describe_target(config)})."
+        record = read_record(run_dir)
+        write_model_card(run_dir / "student", config, record, summary, build_table(record))
     steps = config.stages.end_to_end_steps if needs_training(config) else 0
     log_hparams(config, run_dir, results, SETTING_GROUPS["consolidate"], steps)
 

@@ -17,6 +17,7 @@ from dmt.evaluation.samples import SamplePair, format_samples_table
 from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
 from dmt.report.hparams import find_changed_settings
 from dmt.report.html import Card, Page, Sample, write_report_safely
+from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.results import build_results_table, collect_results
 from dmt.report.summary import Summary
 from dmt.report.svg import Plot, Series, draw_plot
@@ -73,6 +74,9 @@ def write_report(
         lambda: build_distillation_page(run_dir, config, record), run_dir / "report.html"
     )
     logger.info("report    %s; %s", run_dir / "report.md", page_message)
+    if (run_dir / "student").is_dir():
+        summary = f"{describe_teacher(config)} {describe_run(config, record)}"
+        write_model_card(run_dir / "student", config, record, summary, table)
 
 
 def build_title(run_dir: Path, config: Config) -> str:
@@ -81,6 +85,14 @@ def build_title(run_dir: Path, config: Config) -> str:
     texts = [f"{name}={text}" for name, text in changed.items()][:MAX_TITLE_SETTINGS]
     more = [f"{len(changed) - len(texts)} more"] if len(changed) > len(texts) else []
     return ": ".join([run_dir.name, *([", ".join([*texts, *more])] if texts else [])])
+
+
+def describe_teacher(config: Config) -> str:
+    """Return what the student of a run is, in a sentence."""
+    return (
+        f"{get_display_name(config.teacher)} with its feed-forward blocks replaced by memory "
+        "layers, distilled from it."
+    )
 
 
 def describe_run(config: Config, record: Mapping[str, Any]) -> str:
