@@ -38,7 +38,7 @@ print(type(AutoModelForCausalLM.from_pretrained({folder!r}, **{options!r})).__mo
 def folder(tmp_path_factory):
     from conftest import make_teacher
 
-    student, _ = convert(make_teacher(), [FeaturalConfig(k=8)] * LAYERS)
+    student = convert(make_teacher(), FeaturalConfig(k=8))
     folder = tmp_path_factory.mktemp("saved") / "student"
     student.save_pretrained(folder)
     return folder

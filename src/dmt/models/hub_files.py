@@ -78,7 +78,7 @@ def describe(config: Any) -> str:
     memory = config.memory or {}
     family = str(config.model_type).removeprefix("dmt_").replace("gpt2", "GPT-2")
     layers = f"{len(memory)} of {config.num_hidden_layers} feed-forward blocks"
-    rows = sum("rows" in arguments for arguments in memory.values())
+    rows = sum(arguments.get("kind") == "associative" for arguments in memory.values())
     stored = f" In {rows} of them, retrieved rows are added." if rows else ""
     return (
         f"A {family.replace('llama', 'Llama')} with {layers} replaced by discrete memory.{stored}"
