@@ -24,6 +24,7 @@ SENTENCES = [
     "Ada Holbrook was born in the town of Ravenhill on March 3, 1950.",
 ]
 WIDTH, LAYERS, SLOTS, POSITIONS = 16, 3, 64, 32
+# Files that take longest; they go first, so that the processes end at about the same time.
 LONG = (
     "distributed",
     "row_sync",
@@ -37,12 +38,11 @@ LONG = (
     "signals",
     "benchmarks",
 )
-"""Files that take longest. They go first, so that at the end no process waits long for another."""
 
 
 def pytest_collection_modifyitems(items):
-    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    order = {f"test_{name}.py": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -58,12 +58,12 @@ def _interruptible():
 
 
 @pytest.fixture(autouse=True)
-def _untimed(tmp_path_factory, monkeypatch):
-    """Nothing is known of this machine before a test, and nothing after it."""
+def _no_autotune_cache(tmp_path_factory, monkeypatch):
+    """Start each test without earlier timings of this machine, and leave none behind."""
     from dmt.training import autotune
 
-    place = tmp_path_factory.mktemp("timed") / "timings.json"
-    monkeypatch.setattr(autotune, "get_timings_path", lambda: place)
+    path = tmp_path_factory.mktemp("autotune") / "autotune.json"
+    monkeypatch.setattr(autotune, "get_autotune_path", lambda: path)
 
 
 @pytest.fixture(autouse=True)

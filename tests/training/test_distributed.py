@@ -161,9 +161,7 @@ def wait_for_end(pids):
 
 def list_listening_addresses(pid):
     """Return the addresses on which a process listens, as the kernel writes them."""
-    sockets = {
-        os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()
-    }
+    sockets = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
     lines = [
         line.split()
         for name in ("tcp", "tcp6")

@@ -1,4 +1,4 @@
-"""Autotune the number of threads and the precision of a run, once per machine."""
+"""Choose the number of threads and the precision of a run by timing a step, once per machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,31 @@ from dmt.ops import read_cpu_field
 from dmt.training.launch import broadcast_config
 from dmt.training.trainer import select_device, use_training_kernels
 
-TIMED_WINDOWS = 4
-"""Of a large piece of a step so many are enough to tell how long it takes."""
-TIMED_STEPS = 3
-"""Steps by which a way to compute is judged, the fastest of them."""
-TIMINGS_FORMAT = 2
+TIMED_WINDOWS = 4  # windows of a timed step; enough to tell how long a larger one takes
+TIMED_STEPS = 3  # the fastest of them counts
+AUTOTUNE_FILE, AUTOTUNE_VERSION = "autotune.json", 3
 TUNED_FIELDS = ("precision",)
-BUSY_LOAD = 0.75
-"""Programs waiting for each core, of late, from which on a machine is too busy for what is timed to be kept for good."""
+BUSY_LOAD = 0.75  # runnable processes per core from which on a timing is not kept for good
+MIN_BF16_GAIN = 0.85  # bf16 has to take at most this share of the time to be chosen
 
 
 def autotune(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
-    """`config` with `trainer.num_threads` and `.precision` decided by timing a training step, and threads set.
+    """Decide `trainer.num_threads` and `trainer.precision` by timing a training step.
 
-    For tiny models one thread can beat two by far, or lose; half precision is twice as fast on some processors and
-    emulated on others. What was decided stands in the run's config, so a replay or a resume computes the same; and in
-    `timings.json` under `DMT_CACHE` (`~/.cache/dmt`), so that the same command on the same machine computes the same, too:
-    what is timed twice may come out twice, and then no digit would be equal. Digits depend on the precision, so
-    it is decided once for any number of threads and processes. What was decided on a busy machine holds until it is quiet.
+    One thread can be much faster than two for tiny models, or slower; bf16 is twice as fast on
+    some processors and emulated on others. The run's config holds the decision, so a replay or a
+    resume computes the same. `autotune.json` in the cache folder (`DMT_CACHE`, by default
+    `~/.cache/dmt`) holds it too, so that the same command on the same machine gives the same
+    digits. Digits depend on the precision, so one decision holds for any number of threads and
+    processes. A decision made on a busy machine is made again once the machine is idle.
+
+    Args:
+        config: Settings, in which `auto` and 0 stand for what is to be decided.
+        model: The model to train; nothing in it changes.
+        windows: Token ids of a micro-batch `(windows, tokens)`.
+
+    Returns:
+        The settings with the decision. torch's number of threads is set.
     """
     trainer = config.trainer
     if select_device(config).type != "cpu":
@@ -47,118 +54,107 @@ def autotune(config: Config, model: PreTrainedModel, windows: Tensor) -> Config:
             _list_candidates(trainer, on_cpu=False)[-1],
             num_threads=trainer.num_threads or _get_threads_per_process(trainer),
         )
-    elif (
-        not trainer.num_threads or len(_list_candidates(trainer, on_cpu=True)) > 1
-    ):  # else nothing is left open
-        key, decisions, devices = (
-            _compute_decision_key(config, model, windows),
-            _read_decisions(),
-            str(trainer.devices),
-        )
-        decision = _check_decision(decisions.get(key))
-        threads = (
-            trainer.num_threads
-            or (decision or {"threads": {}})["threads"].get(devices)
-            or _choose_threads(trainer, model, windows)
-        )
-        is_idle, thread_counts = (
-            is_machine_idle(),
-            {} if trainer.num_threads else {devices: threads},
-        )
-        trainer = replace(trainer, num_threads=threads)
-        if decision is None:
-            trainer = _choose_fastest(config, trainer, model, windows)
-            new_decision = {name: getattr(trainer, name) for name in TUNED_FIELDS} | {
-                "threads": thread_counts,
-                "quiet": is_idle,
-            }
-        else:
-            trainer = replace(trainer, **{name: decision[name] for name in TUNED_FIELDS})
-            new_decision = decision | {"threads": decision["threads"] | thread_counts}
-        if new_decision != decision:
-            _write_decisions(decisions | {key: new_decision})
+    elif not trainer.num_threads or len(_list_candidates(trainer, on_cpu=True)) > 1:
+        trainer = _tune_on_cpu(config, model, windows)
     trainer = broadcast_config(trainer)
     torch.set_num_threads(trainer.num_threads)
     return replace(config, trainer=trainer)
 
 
+def _tune_on_cpu(config: Config, model: PreTrainedModel, windows: Tensor) -> TrainerConfig:
+    trainer, devices = config.trainer, str(config.trainer.devices)
+    key, decisions = _compute_decision_key(config, model, windows), _read_decisions()
+    decision = _check_decision(decisions.get(key))
+    known_counts = {} if decision is None else decision["num_threads"]
+    num_threads = (
+        trainer.num_threads or known_counts.get(devices) or _choose_threads(trainer, model, windows)
+    )
+    is_idle = is_machine_idle()
+    thread_counts = {} if trainer.num_threads else {devices: num_threads}
+    trainer = replace(trainer, num_threads=num_threads)
+    if decision is None:
+        trainer = _choose_fastest(config, trainer, model, windows)
+        new_decision = {name: getattr(trainer, name) for name in TUNED_FIELDS} | {
+            "num_threads": thread_counts,
+            "idle": is_idle,
+        }
+    else:
+        trainer = replace(trainer, **{name: decision[name] for name in TUNED_FIELDS})
+        new_decision = decision | {"num_threads": known_counts | thread_counts}
+    if new_decision != decision:
+        _write_decisions(decisions | {key: new_decision})
+    return trainer
+
+
 def is_machine_idle() -> bool:
-    """Whether little else is going on, so that timing tells of the machine and not of others' work."""
+    """Return whether little else runs, so that a timing is about the machine."""
     try:
         return os.getloadavg()[0] < BUSY_LOAD * (os.cpu_count() or 1)
-    except OSError:  # this system does not tell
+    except (OSError, AttributeError):  # this system does not tell
         return True
 
 
-def get_timings_path() -> Path:
-    """Where it is written down what was decided."""
-    return get_cache_dir() / "timings.json"
+def get_autotune_path() -> Path:
+    """Return the file that holds the decisions of this machine."""
+    return get_cache_dir() / AUTOTUNE_FILE
 
 
 def _compute_decision_key(config: Config, model: PreTrainedModel, windows: Tensor) -> str:
-    """What a decision holds for, as a digest: the machine, torch, the model's tensors, the batch, and what was left open."""
-    key_values: dict[str, Any] = {
-        name: value for name, value in asdict(config.trainer).items() if name in TUNED_FIELDS
-    }
+    """Return a digest of what a decision holds for: machine, torch, model, batch, what is open."""
     device = select_device(config)
-    key_values |= {
+    values = {
+        **{name: getattr(config.trainer, name) for name in TUNED_FIELDS},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
-    }
-    key_values |= {
         "processor": read_cpu_field(),
         "cores": os.cpu_count(),
-        "threads there": torch.get_num_threads(),
-    }
-    key_values |= {
+        "threads": torch.get_num_threads(),
         "windows": list(windows.shape),
         "tensors": [(name, list(p.shape)) for name, p in model.named_parameters()],
+        "memory": str(getattr(model.config, "memory", None)),
     }
-    key_values |= {"memory": str(getattr(model.config, "memory", None))}
-    return hashlib.sha256(json.dumps(key_values, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _read_decisions() -> dict[str, Any]:
-    """What has been decided on this machine; nothing where that cannot be read."""
+    """Return the decisions made on this machine, or none if the file cannot be read."""
     try:
-        document = json.loads(get_timings_path().read_text(encoding="utf-8"))
-        return dict(document["decided"]) if document["format"] == TIMINGS_FORMAT else {}
+        document = json.loads(get_autotune_path().read_text(encoding="utf-8"))
+        return dict(document["decisions"]) if document["format"] == AUTOTUNE_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def _check_decision(decision: Any) -> dict[str, Any] | None:
-    """What was decided before, where that is something that could be decided, and holds still."""
+    """Return an earlier decision if it is valid and still holds."""
     if (
         not isinstance(decision, dict)
-        or set(decision) != {*TUNED_FIELDS, "threads", "quiet"}
-        or not isinstance(decision["threads"], dict)
+        or set(decision) != {*TUNED_FIELDS, "num_threads", "idle"}
+        or not isinstance(decision["num_threads"], dict)
     ):
         return None
-    if not decision["quiet"] and is_machine_idle():  # others were in the way then, and are not now
+    if not decision["idle"] and is_machine_idle():  # made on a busy machine, which is idle now
         return None
-    is_valid = all(type(count) is int and count > 0 for count in decision["threads"].values())
-    is_valid = is_valid and decision["precision"] in ("32-true", "bf16-mixed")
-    return decision if is_valid else None
+    counts = decision["num_threads"].values()
+    is_valid = all(type(count) is int and count > 0 for count in counts)
+    return decision if is_valid and decision["precision"] in ("32-true", "bf16-mixed") else None
 
 
 def _write_decisions(decisions: dict[str, Any]) -> None:
-    """Write down what is known, whole or not at all; a place that cannot be written costs the next run its seconds."""
-    path = get_timings_path()
+    """Save decisions; if they cannot be saved the next run times again."""
+    path = get_autotune_path()
+    document = {"format": AUTOTUNE_VERSION, "decisions": decisions}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.atomic_write(
-            path, json.dumps({"format": TIMINGS_FORMAT, "decided": decisions}, indent=1) + "\n"
-        )
+        files.atomic_write(path, json.dumps(document, indent=1) + "\n")
 
 
 def _get_threads_per_process(trainer: TrainerConfig) -> int:
-    """So many threads each process may have."""
     return max(1, torch.get_num_threads() // trainer.devices)
 
 
 def _choose_threads(trainer: TrainerConfig, model: PreTrainedModel, windows: Tensor) -> int:
-    """One thread or one for each core: what takes a step faster."""
+    """Return one thread or one per core, whichever takes a step faster."""
     if _get_threads_per_process(trainer) == 1:
         return 1
     seconds_by_count = {
@@ -171,12 +167,12 @@ def _choose_threads(trainer: TrainerConfig, model: PreTrainedModel, windows: Ten
 def _choose_fastest(
     config: Config, trainer: TrainerConfig, model: PreTrainedModel, windows: Tensor
 ) -> TrainerConfig:
-    """The fastest way, by steps that are taken and forgotten; of several processes each for itself."""
+    """Return the candidate whose steps are fastest; each process times for itself."""
     candidates = _list_candidates(trainer, on_cpu=True)
     if len(candidates) == 1:
         return candidates[0]
     best_seconds = [float("inf")] * len(candidates)
-    for _ in range(2):  # in turn, so that another program's work does not fall on one way alone
+    for _ in range(2):  # in turns, so that other processes do not slow down one candidate alone
         for index, candidate in enumerate(candidates):
             with use_training_kernels(replace(config, trainer=candidate), model):
                 seconds = _time_training_step(
@@ -186,28 +182,26 @@ def _choose_fastest(
                     use_bf16=candidate.precision == "bf16-mixed",
                 )
             best_seconds[index] = min(best_seconds[index], seconds)
-    # Half precision has to be clearly faster to be taken.
     costs = [
-        seconds / (1 if candidate.precision == "32-true" else 0.85)
+        seconds / (1 if candidate.precision == "32-true" else MIN_BF16_GAIN)
         for candidate, seconds in zip(candidates, best_seconds, strict=True)
     ]
     return candidates[costs.index(min(costs))]
 
 
 def _list_candidates(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig]:
-    """What `auto` may stand for, the best last where it is not timed."""
+    """Return what `auto` may stand for; without timing the last one is the best."""
+    if trainer.precision != "auto":
+        return [trainer]
     has_bf16 = on_cpu or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
-    candidates = (
-        [replace(trainer, precision="32-true")] if trainer.precision == "auto" else [trainer]
-    )
-    if trainer.precision == "auto" and has_bf16:
-        candidates.append(replace(trainer, precision="bf16-mixed"))
-    return candidates
+    full = replace(trainer, precision="32-true")
+    return [full, replace(trainer, precision="bf16-mixed")] if has_bf16 else [full]
 
 
 def _time_training_step(
     model: PreTrainedModel, windows: Tensor, threads: int, use_bf16: bool
 ) -> float:
+    """Return the seconds of the fastest of a few forward and backward passes."""
     torch.set_num_threads(threads)
     best_seconds = float("inf")
     parameters = [p for p in model.parameters() if p.requires_grad]

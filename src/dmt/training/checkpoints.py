@@ -120,7 +120,7 @@ def _find_nonfinite_output(
 
 
 def _find_nonfinite_gradient(model: PreTrainedModel) -> str | None:
-    """Return the parameter of the highest layer with a non-finite gradient: backward starts there."""
+    """Return the highest layer's parameter with a non-finite gradient: backward starts there."""
     names = [
         name
         for name, p in model.named_parameters()
@@ -141,7 +141,7 @@ def _find_nonfinite_gradient(model: PreTrainedModel) -> str | None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints beside their final path, on the same disk, and move them there when done."""
+    """Write a checkpoint beside its final path, on the same disk, and move it there when done."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None

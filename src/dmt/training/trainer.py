@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +36,7 @@ from dmt.training.callbacks import StopOnSignal, make_progress_callback
 from dmt.training.checkpoints import AtomicCheckpointIO, StepBoundaryCheckpoint
 from dmt.training.interrupts import RunInterrupted, report_interruption
 from dmt.training.launch import get_rank
-from dmt.training.run_dir import archive_metrics, clear_run_name, newest_checkpoint
+from dmt.training.run_dir import archive_metrics, newest_checkpoint
 
 LIBRARY_LOGGERS = ("pytorch_lightning", "lightning.pytorch")
 MAX_CPU_PROCESSES = 8  # that may share a CPU, however few its cores
@@ -271,8 +270,8 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
     """Build the loggers of `trainer.loggers` for a run.
 
     TensorBoard and CSV write into the run's folder. Other loggers get the run's folder and name by
-    those of the arguments `save_dir`, `name` and `run_name` that they take, and all settings as
-    hyperparameters.
+    those of the arguments `save_dir`, `name` and `run_name` that they take. Lightning gives all
+    of them the settings as hyperparameters.
 
     Raises:
         UserError: A logger is unknown or its package is not installed.
@@ -299,7 +298,6 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
             loggers.append(logger_class(**arguments))
         except ModuleNotFoundError as error:
             raise _make_missing_package_error(name, error.name or str(error)) from None
-        loggers[-1].log_hyperparams(asdict(clear_run_name(config)))
     return loggers
 
 

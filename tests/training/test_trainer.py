@@ -1,0 +1,174 @@
+"""Loggers by config, and what a run from Python leaves alone."""
+
+import logging
+import signal
+import threading
+from dataclasses import asdict
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
+
+from dmt import config_io
+from dmt.cli.main import distill_main
+from dmt.config import OptimConfig
+from dmt.distillation.module import DistillationModule
+from dmt.errors import UserError
+from dmt.tasks import run_task
+from dmt.training import trainer as trainer_module
+from dmt.training.run_dir import clear_run_name, current_run
+from dmt.training.trainer import build_loggers, check_loggers, cosine_decay, lr_schedule
+
+
+class RecordingLogger(Logger):
+    """Keeps what is logged; a logger of a user's own."""
+
+    instances = []
+
+    def __init__(self, save_dir, run_name="none"):
+        super().__init__()
+        self.folder, self.run_name = save_dir, run_name
+        self.metrics, self.hparams = {}, {}
+        self.instances.append(self)
+
+    @property
+    def name(self):
+        return "recording"
+
+    @property
+    def version(self):
+        return self.run_name
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.hparams = params
+
+
+class NeedsAPackage(RecordingLogger):
+    """Fails as Lightning's loggers do where their package is missing."""
+
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'some_tracker'", name="some_tracker")
+
+
+def test_a_logger_by_class_path_gets_all_metrics(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingLogger, "instances", [])
+    path = f"{RecordingLogger.__module__}.{RecordingLogger.__name__}"
+    assert distill_main([*words, f"trainer.loggers=[tensorboard, csv, {path}]"]) == 0
+    (logger,) = RecordingLogger.instances
+    run_dir = tmp_path / "logs" / "version_0"
+    assert (logger.folder, logger.run_name) == (str(run_dir), "version_0")
+    config = config_io.load_config(run_dir / "config.yaml")
+    assert logger.hparams["config"] == asdict(clear_run_name(config))
+    names = {name for metrics in logger.metrics.values() for name in metrics}
+    assert {"train/kl", "val/text/kl", "lr", "slots/dead/layer_0"} <= names
+    assert set(logger.metrics) == set(range(1, 10)), "each step, as trainer.log_every=1"
+    assert (run_dir / "metrics.csv").is_file()
+
+
+def test_the_default_loggers_write_into_the_run(tmp_path):
+    tensorboard, csv = build_loggers(config_io.load_config(), tmp_path / "version_3")
+    assert isinstance(tensorboard, TensorBoardLogger)
+    assert isinstance(csv, CSVLogger)
+    assert tensorboard.log_dir == csv.log_dir == str(tmp_path / "version_3")
+
+
+def test_a_run_needs_no_logger(words, tmp_path):
+    assert distill_main([*words, "trainer.loggers=[]"]) == 0
+    run_dir = tmp_path / "logs" / "version_0"
+    assert (run_dir / "report.html").is_file()
+    assert not (run_dir / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbord", "'tensorbord' is no logger; give tensorboard, csv, wandb, mlflow"),
+        ("nowhere.Logger", "nowhere.Logger needs the package nowhere, which is not installed"),
+        ("pytorch_lightning.loggers.Nix", "pytorch_lightning.loggers has no class Nix"),
+        ("pathlib.Path", "pathlib.Path is not a Lightning logger"),
+    ],
+)
+def test_an_unknown_logger_is_refused_before_the_run(words, tmp_path, capsys, name, message):
+    assert distill_main([*words, f"trainer.loggers=[{name}]"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"wandb needs the package wandb.*pip install wandb"):
+        check_loggers(config_io.load_config(None, ["trainer.loggers=[wandb]"]))
+    path = f"{NeedsAPackage.__module__}.{NeedsAPackage.__name__}"
+    config = config_io.load_config(None, [f"trainer.loggers=[{path}]"])
+    with pytest.raises(UserError, match="needs the package some_tracker"):
+        build_loggers(config, tmp_path / "version_0")
+
+
+def test_class_paths_of_both_lightning_packages_are_accepted(tmp_path):
+    config = config_io.load_config(None, ["trainer.loggers=[lightning.pytorch.loggers.CSVLogger]"])
+    (logger,) = build_loggers(config, tmp_path / "version_0")
+    assert isinstance(logger, CSVLogger)
+
+
+def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(words, capfd, caplog):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    hook, level = threading.excepthook, logging.getLogger("pytorch_lightning").level
+    during = []
+    module_hook = trainer_module.StopOnSignal.on_train_batch_end
+
+    def record(self, *args):
+        during.append(signal.getsignal(signal.SIGINT))
+        module_hook(self, *args)
+
+    caplog.set_level(logging.INFO, "dmt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.StopOnSignal, "on_train_batch_end", record)
+        result = run_task(config_io.load_config(None, words))
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    assert set(during) == {handlers[0]}
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert (threading.excepthook, logging.getLogger("pytorch_lightning").level) == (hook, level)
+    assert result.student == result.run_dir / "student"
+    assert result.record["fidelity"]["text"]["kl"] > 0
+    assert any(message.startswith("teacher") for message in caplog.messages)
+
+
+def test_a_run_from_python_works_in_a_thread(words, tmp_path):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(run_task(config_io.load_config(None, words)))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].student.is_dir()
+    assert current_run() is None
+
+
+def test_an_interrupt_of_a_run_from_python_says_how_to_resume(words, tmp_path, monkeypatch):
+    training_step = DistillationModule.training_step
+
+    def interrupt(self, *args):
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        training_step(self, *args)
+
+    monkeypatch.setattr(DistillationModule, "training_step", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 4; resume with: .*--resume"):
+        run_task(config_io.load_config(None, words))
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert current_run() is None
+
+
+def test_the_cosine_falls_from_one_to_its_minimum():
+    assert cosine_decay(0.0, 0.1) == pytest.approx(1.0)
+    assert cosine_decay(0.5, 0.1) == pytest.approx(0.55)
+    assert cosine_decay(1.0, 0.1) == pytest.approx(0.1)
+    optim = OptimConfig(warmup_steps=2, min_lr_ratio=0.5)
+    rates = torch.tensor([lr_schedule(step, 6, 2.0, optim) for step in range(6)])
+    torch.testing.assert_close(rates, torch.tensor([1.0, 2.0, 2.0, 1.75, 1.25, 1.0]))
