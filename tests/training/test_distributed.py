@@ -227,7 +227,8 @@ from dmt.training.callbacks import StopOnSignal
 from dmt.training.checkpoints import AtomicCheckpointIO
 from dmt.cli.main import distill_main as main
 
-moments, agree, save = eval(sys.argv.pop(1)), StopOnSignal.on_train_batch_end, AtomicCheckpointIO.save_checkpoint
+moments = eval(sys.argv.pop(1))
+agree, save = StopOnSignal.on_train_batch_end, AtomicCheckpointIO.save_checkpoint
 
 def send_signal(rank, step, position):
     if (rank, step, position) in moments:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows: runs by their names, curves of what was measured, settings that tell variants apart."""
+"""What TensorBoard shows: runs by name, curves of measured values, settings that differ."""
 
 import json
 

@@ -50,6 +50,7 @@ class SlotUsage(Callback):
         self._usage: dict[int, UsageCounts] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start counting reads."""
         memories = get_featural_memories(module.student)  # type: ignore[arg-type]
         self._usage = self._recording.enter_context(record_usage(memories))
 
@@ -57,6 +58,7 @@ class SlotUsage(Callback):
         self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log the counts and stop counting."""
         self._recording.close()
         for layer, rank_counts in self._usage.items():
             counts = rank_counts.all_reduce()
@@ -83,6 +85,7 @@ class StoredRowUsage(Callback):
         self._stats: dict[int, RetrievalStats] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start recording retrievals."""
         memories = get_associative_memories(module.student)  # type: ignore[arg-type]
         self._stats = self._recording.enter_context(record_retrieval(memories))
 
@@ -90,6 +93,7 @@ class StoredRowUsage(Callback):
         self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log the statistics and stop recording."""
         self._recording.close()
         for layer, memory in get_associative_memories(module.student).items():  # type: ignore[arg-type]
             stats = self._stats[layer].all_reduce(memory.rows.keys.device)
@@ -114,6 +118,7 @@ class SideBySideSamples(Callback):
         self.tokenizer = tokenizer
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write samples of each corpus to TensorBoard."""
         if not (writer := get_tensorboard_writer(trainer)):
             return
         for corpus in trainer.datamodule.corpora:  # type: ignore[attr-defined]
@@ -132,6 +137,7 @@ class ChartGroups(Callback):
     """Put curves that belong together on one chart: a metric of all corpora, or of all layers."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write the layout to TensorBoard at the first step."""
         if (writer := get_tensorboard_writer(trainer)) and not trainer.global_step:
             corpora = [corpus.name for corpus in trainer.datamodule.corpora]  # type: ignore[attr-defined]
             writer.add_custom_scalars(self.build_layout(module, corpora))
@@ -213,11 +219,13 @@ class ProgressLog(Callback):
         self._start = self._last_line = (0.0, 0)  # time and step
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Remember when training started."""
         self._start = self._last_line = (time.monotonic(), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
     ) -> None:
+        """Log a line if the last one is old enough."""
         now, step = time.monotonic(), trainer.global_step
         if not trainer.is_global_zero or now - self._last_line[0] < self.interval:
             return
@@ -275,6 +283,7 @@ class StopOnSignal(Callback):
         self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Install the signal handlers."""
         if (
             not signals.stops_at_step_end()
             or threading.current_thread() is not threading.main_thread()
@@ -296,6 +305,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
     ) -> None:
+        """Save and stop if any process received a signal."""
         # The signal may have reached one process alone, but all have to stop after the same step.
         # A signal during this call counts for the next step.
         if signum := int(all_reduce_max(self.received_signal or 0)):
@@ -305,11 +315,13 @@ class StopOnSignal(Callback):
             trainer.save_checkpoint(self.checkpoint_dir / f"step_{trainer.global_step}.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Restore the signal handlers."""
         self._restore_handlers()
 
     def on_exception(
         self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
     ) -> None:
+        """Restore the signal handlers."""
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:

@@ -163,17 +163,20 @@ class StepBoundaryCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
     ) -> None:
+        """Note that a step has begun."""
         self._in_step = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any
     ) -> None:  # type: ignore[override]
+        """Note that the step is complete, and save if it is due."""
         self._in_step = False
         super().on_train_batch_end(trainer, pl_module, *batch)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        """Save unless the exception came in the middle of a step."""
         if trainer.world_size > 1:
             return  # saving takes all processes, and the others may be gone
         if not self._in_step and not isinstance(exception, NonFiniteError):

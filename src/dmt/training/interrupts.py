@@ -1,4 +1,4 @@
-"""Runs that end early, by a signal, by non-finite numbers or by the disk: one line with a remedy."""
+"""Runs that end early, by a signal, non-finite numbers or the disk: one line with a remedy."""
 
 from __future__ import annotations
 

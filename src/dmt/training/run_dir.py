@@ -1,4 +1,4 @@
-"""The folder of one run, `<log_dir>/version_N` or by its name: its lock, `run.json`, checkpoints."""
+"""The folder of one run, `<log_dir>/version_N` or by name: its lock, `run.json`, checkpoints."""
 
 from __future__ import annotations
 

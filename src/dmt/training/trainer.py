@@ -348,7 +348,7 @@ def fit(
     trainer = pl.Trainer(
         accelerator=trainer_config.accelerator,
         devices=trainer_config.devices,
-        # Buffers start equal and change in the same way; the layer-wise stage trains memories alone.
+        # Buffers start and stay equal; the layer-wise stage trains memories alone.
         strategy=DDPStrategy(find_unused_parameters=True, forward_sync_buffers=False)
         if is_distributed()
         else "auto",
