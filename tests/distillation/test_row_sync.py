@@ -552,7 +552,7 @@ def test_a_step_that_does_not_end_is_as_if_it_had_not_been(
     else:
         assert ended == 2
         assert said.startswith(
-            "error: step 9: what the memory of layer 1 is given to keep is not finite; nothing of this step"
+            "error: step 9: a row written by layer 1 is not finite; nothing of this step"
         )
         assert "the last good checkpoint is step_8.ckpt" in said
     monkeypatch.undo()

@@ -1,22 +1,18 @@
-"""Losses between a student's signals and a teacher's: masked, per token, independent of how a batch is split.
+"""Losses between student and teacher: masked, per token, independent of micro-batches.
 
-Every term is a sum over valid tokens divided by a count that the caller gives, the number of valid tokens of the whole
-batch. So the gradient is the same however many pieces the batch is computed in. Each term's name is its weight's name.
+Every term is a sum over valid tokens divided by the number of valid tokens of the whole step, so
+the gradient does not depend on how a step is split. A term has the name of its weight in
+`LossConfig`.
 
-A few tokens, mostly a window's first, get block outputs hundreds of times as long as others: they say nothing of the rest.
+Outliers. A few tokens, mostly the first of a window, have block outputs hundreds of times as long
+as others. In SmolLM2 one such token has norm 25,000 where the median is 32. Counted like any other
+it would dominate means, variances and squared errors, so statistics leave out such tokens and
+errors weigh them less. Source: massive activations, Sun et al. 2024, arXiv 2402.17762.
 
-In SmolLM2 one such token is 25,000 long where the median is 32. Counted like any other it would set every mean, every
-variance and the whole of a squared error, so what is measured over tokens leaves such tokens out and errors weigh them less.
-
-Source: massive activations, Sun et al. 2024, arXiv 2402.17762.
-
-Losses over a vocabulary in pieces: one piece's logits exist at a time, and their gradient is known without a graph.
-
-A student's and a teacher's logits for 2,048 tokens of 50,000 words are a hundred million numbers each, and an automatic
-gradient keeps several such. Here each piece's gradient goes through the head at once and only what it leaves on hidden
-states and the head's weights is kept.
-
-Source: the idea of Liger Kernel's fused linear losses (Hsu et al. 2024, arXiv 2410.10989).
+Chunks. Student's and teacher's logits for 2,048 tokens of a vocabulary of 50,000 are 100 million
+numbers each, and automatic gradients keep several such tensors. With `loss.chunk_size` the logits
+of one chunk exist at a time; their gradient is computed in closed form and goes through the head at
+once. Source: the idea of Liger Kernel's fused linear losses, Hsu et al. 2024, arXiv 2410.10989.
 """
 
 from __future__ import annotations
@@ -45,67 +41,201 @@ from dmt.ops import (
     softmax_and_logsumexp,
 )
 
-OUTLIER_FACTOR = 10.0
-"""A state longer than this many times the median is an outlier."""
+OUTLIER_FACTOR = 10.0  # a state is an outlier if its norm is this many times the median
+
+# Takes the logits of a chunk, which it may overwrite, and the chunk; yields for each term its value
+# () and its gradient in the logits.
+ChunkTerms = Callable[[Tensor, slice], Iterator[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LossScales:
+    """Variances of the teacher, summed over the width, that turn squared errors into fractions.
+
+    They are fixed before training: with the variance of a batch the loss would depend on how a
+    step is split.
+
+    Attributes:
+        block_variances: of each block's output, `(layers,)`.
+        hidden_variance: of the last hidden state, `()`.
+        outlier_norms: norm from which a block's output is an outlier, `(layers,)`.
+    """
+
+    block_variances: Tensor
+    hidden_variance: Tensor
+    outlier_norms: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of a micro-batch and how many tokens count in the whole step.
+
+    Attributes:
+        tokens: token ids `(batch, time)`.
+        mask: which tokens count, bool of the same shape.
+        tokens_in_step: valid tokens of the step on this process, the divisor of most terms.
+        targets_in_step: valid next tokens of the step on this process, the divisor of `ce`.
+        window_ids: indices of the windows in the training data `(batch,)`, for the logit cache.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    tokens_in_step: float
+    targets_in_step: float
+    window_ids: Tensor | None = None
+
+    @staticmethod
+    def full_step(tokens: Tensor, mask: Tensor | None = None) -> Batch:
+        """Make a batch that is a whole step."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        return Batch(tokens, mask, float(mask.sum()), float(next_token_mask(mask).sum()))
+
+
+def compute_loss_terms(
+    student: ForwardOutputs,
+    teacher: ForwardOutputs | SparseDistribution,
+    batch: Batch,
+    weights: LossConfig,
+    scales: LossScales,
+    layers: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """Compute the terms whose weight is not zero, unweighted.
+
+    Args:
+        student: outputs of the student for the tokens of the batch.
+        teacher: outputs of the teacher, or its cached distributions, which allow `kl` and `ce`.
+        batch: the tokens and which of them count.
+        weights: weights of the terms, temperature and chunk size.
+        scales: variances of the teacher.
+        layers: layers of the term `block_fvu`; all if None.
+
+    Returns:
+        A scalar for each term: nats per token or a fraction of variance.
+    """
+    terms: dict[str, Tensor] = {}
+    if weights.kl or weights.reverse_kl or weights.ce:
+        terms.update(_compute_token_terms(student, teacher, batch, weights))
+    if isinstance(teacher, SparseDistribution):
+        return terms
+    mask, num_tokens = batch.mask, batch.tokens_in_step
+    if weights.hidden_mse:
+        error = squared_error(student.hidden, teacher.hidden, mask, num_tokens)
+        terms["hidden_mse"] = error / scales.hidden_variance
+    if weights.hidden_cosine:
+        similarity = F.cosine_similarity(student.hidden.float(), teacher.hidden.float(), dim=-1)
+        terms["hidden_cosine"] = ((1 - similarity) * mask).sum() / num_tokens
+    if weights.block_fvu:
+        fvu = block_fvu(student.block_outputs, teacher.block_outputs, mask, num_tokens, scales)
+        terms["block_fvu"] = fvu.mean() if layers is None else fvu[list(layers)].mean()
+    return terms
+
+
+def sum_weighted_terms(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
+    """Return the loss: every term times the weight of its name, summed."""
+    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+
+
+def next_token_mask(mask: Tensor) -> Tensor:
+    """Return the positions whose next token counts, `(batch, time)`, false at the last one."""
+    return F.pad(mask[:, :-1] & mask[:, 1:], (0, 1))
+
+
+def squared_error(
+    output: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    num_tokens: float,
+    outlier_norm: Tensor | None = None,
+) -> Tensor:
+    """Compute the squared distance of states `(batch, time, width)`, a mean over `num_tokens`."""
+    error = (output.float() - target.float()).square().sum(-1) * mask
+    if outlier_norm is not None:
+        error = error * outlier_weights(target, outlier_norm)
+    return error.sum() / num_tokens
+
+
+def block_fvu(
+    outputs: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    mask: Tensor,
+    num_tokens: float,
+    scales: LossScales,
+) -> Tensor:
+    """Compute the fraction of variance unexplained of each block's output, `(layers,)`."""
+    outlier_norms: list[Tensor | None] = (
+        [None] * len(targets) if scales.outlier_norms is None else list(scales.outlier_norms)
+    )
+    errors = [
+        squared_error(output, target, mask, num_tokens, outlier_norm)
+        for output, target, outlier_norm in zip(outputs, targets, outlier_norms, strict=True)
+    ]
+    return torch.stack(errors) / scales.block_variances
 
 
 def outlier_threshold(states: Tensor) -> Tensor:
-    """Length `()` beyond which one of these states `(..., width)` is an outlier."""
+    """Return the norm `()` from which one of the states `(..., width)` is an outlier."""
     return OUTLIER_FACTOR * states.float().norm(dim=-1).median()
 
 
 def inlier_mask(states: Tensor) -> Tensor:
-    """Which of `states` `(..., width)` are no outliers: a mask `(...)`."""
+    """Return which of the states `(..., width)` are no outliers, `(...)`."""
     return states.float().norm(dim=-1) <= outlier_threshold(states)
 
 
 def outlier_weights(states: Tensor, outlier_norm: Tensor) -> Tensor:
-    """What each state's squared error counts `(...)`: 1, or less by the square of how much longer than `limit` it is."""
-    return (
-        (outlier_norm / states.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny))
-        .square()
-        .clamp(max=1)
-    )
+    """Return the weight of each state's squared error, `(...)`.
 
-
-ChunkTerms = Callable[[Tensor, slice], Iterator[tuple[Tensor, Tensor]]]
-"""For a piece's logits, which it may overwrite, and its place: each term, a scalar, and its gradient in the logits."""
+    It is 1, or for outliers the square of `outlier_norm` divided by their norm.
+    """
+    norms = states.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (outlier_norm / norms).square().clamp(max=1)
 
 
 def sampled_kl_with_grad(
     student_logits: Tensor, teacher: SparseDistribution, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """`sampled_kl` per token and its gradient in `given` `(tokens, vocabulary)`, which is overwritten."""
+    """Compute `sampled_kl` per token and its gradient in `student_logits` without a graph.
+
+    `student_logits` `(tokens, vocabulary)` are overwritten.
+    """
     student_logits = divide_by_temperature(student_logits, temperature)
     student_log_probs = student_logits.gather(-1, teacher.ids)
     student_probs, student_lse = softmax_and_logsumexp(student_logits, student_logits)
     student_log_probs -= student_lse.unsqueeze(-1)
-    weights, control_weight = (
-        teacher.weights,
-        control_variate_weight(teacher, student_log_probs).unsqueeze(-1),
-    )
+    weights = teacher.weights
+    control_weight = control_variate_weight(teacher, student_log_probs).unsqueeze(-1)
     control = control_weight * (weights / teacher.log_probs.exp() * student_log_probs.exp())
-    value = (weights * (teacher.log_probs - student_log_probs) + control).sum(
-        -1
-    ) - control_weight.squeeze(-1)
+    value = (weights * (teacher.log_probs - student_log_probs) + control).sum(-1)
+    value = value - control_weight.squeeze(-1)
     grad = student_probs.mul_((weights - control).sum(-1, keepdim=True)).scatter_add_(
         -1, teacher.ids, control - weights
     )
     return value * temperature**2, multiply_by_temperature(grad, temperature)
 
 
+# Value and gradient of each term over the vocabulary, by the name of the term.
 TERMS_WITH_GRAD: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "kl": kl_with_grad,
     "reverse_kl": reverse_kl_with_grad,
     "ce": ce_with_grad,
 }
-"""Value and gradient of each term that is about logits, by the term's name."""
 
 
 def chunked_loss(
     head: nn.Module, chunk_terms: ChunkTerms, chunks: list[slice], num_terms: int, hidden: Tensor
 ) -> Tensor:
-    """Terms, summed over pieces of `hidden` `(tokens, width)`, as one tensor `(terms,)` that gradients flow through."""
+    """Sum terms over chunks of `hidden` `(tokens, width)`; gradients flow through the result.
+
+    Args:
+        head: from hidden states to logits.
+        chunk_terms: values and gradients of the terms of a chunk.
+        chunks: slices of the tokens.
+        num_terms: number of terms.
+        hidden: hidden states.
+
+    Returns:
+        The terms, `(terms,)`.
+    """
     head_params = [parameter for parameter in head.parameters() if parameter.requires_grad]
     totals: Tensor = _ChunkedLoss.apply(head, chunk_terms, chunks, num_terms, hidden, *head_params)
     return totals
@@ -134,7 +264,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = head(chunk_hidden)
             for term, (value, logit_grad) in enumerate(chunk_terms(logits.detach(), chunk)):
                 totals[term] += value
-                if is_linear:  # added up in place: a gradient of the whole head for each piece would be as large as the head
+                if is_linear:
+                    # Accumulated in place: a gradient of the head per chunk is as large as the head.
                     grads[0][term, chunk] = linear(logit_grad, head.weight.t())  # type: ignore[assignment]
                     for weight_grad in grads[1:]:
                         weight_grad[term].addmm_(logit_grad.t(), chunk_hidden)
@@ -156,9 +287,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if upstream[0].numel() == 1:
-            scale = upstream[
-                0
-            ].item()  # one, as a rule, and then there is nothing to do for millions of numbers
+            scale = upstream[0].item()  # mostly 1, which saves a pass over millions of numbers
             grads = [saved[0] if scale == 1 else saved[0] * scale for saved in ctx.saved_tensors]
         else:
             grads = [
@@ -169,7 +298,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
-    """Whether a head is a product with its weight and no more, so that its gradient can be written down."""
+    """Return whether a head is only a product with its weight, so its gradient is known."""
     has_hooks = head._forward_hooks or head._forward_pre_hooks
     autocast_enabled = torch.is_autocast_enabled(hidden.device.type)
     return (
@@ -181,122 +310,10 @@ def _is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class LossScales:
-    """Variances that turn squared errors into fractions: summed over the width, one per layer and one for the last hidden.
-
-    Fixed before training: the variance of a batch would make the loss depend on how a batch is split.
-    """
-
-    block_variances: Tensor  # (layers,)
-    hidden_variance: Tensor  # ()
-    outlier_norms: Tensor | None = (
-        None  # (layers,): length beyond which a block's output counts less, see `outliers`
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids `(batch, time)`, which of them count (same shape, bool), and how many do in the whole step.
-
-    Attributes:
-        tokens_in_step: valid tokens of the step, over all pieces and processes: the divisor of `kl` and the like.
-        targets_in_step: valid next tokens of the step: the divisor of `ce`.
-        window_ids: indices of the windows in the training data `(batch,)`, for the logit cache.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    tokens_in_step: float
-    targets_in_step: float
-    window_ids: Tensor | None = None
-
-    @staticmethod
-    def full_step(tokens: Tensor, mask: Tensor | None = None) -> Batch:
-        """A batch that is a step of its own."""
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        return Batch(tokens, mask, float(mask.sum()), float(next_token_mask(mask).sum()))
-
-
-def next_token_mask(mask: Tensor) -> Tensor:
-    """Positions whose next token counts: `(batch, time)`, false at the last position."""
-    return F.pad(mask[:, :-1] & mask[:, 1:], (0, 1))
-
-
-def compute_loss_terms(
-    student: ForwardOutputs,
-    teacher: ForwardOutputs | SparseDistribution,
-    batch: Batch,
-    weights: LossConfig,
-    scales: LossScales,
-    layers: Sequence[int] | None = None,
-) -> dict[str, Tensor]:
-    """The terms whose weight is not zero, unweighted, each a scalar: nats per token or a fraction of variance.
-
-    Args:
-        teacher: what it says now, or its distributions as they were kept, which know of `kl` and `ce` alone.
-        layers: whose blocks `block` is about; all where it is left out.
-    """
-    terms: dict[str, Tensor] = {}
-    if weights.kl or weights.reverse_kl or weights.ce:
-        terms.update(_compute_token_terms(student, teacher, batch, weights))
-    if isinstance(teacher, SparseDistribution):
-        return terms
-    mask, num_tokens = batch.mask, batch.tokens_in_step
-    if weights.hidden_mse:
-        terms["hidden_mse"] = (
-            squared_error(student.hidden, teacher.hidden, mask, num_tokens) / scales.hidden_variance
-        )
-    if weights.hidden_cosine:
-        similarity = F.cosine_similarity(student.hidden.float(), teacher.hidden.float(), dim=-1)
-        terms["hidden_cosine"] = ((1 - similarity) * mask).sum() / num_tokens
-    if weights.block_fvu:
-        fvu = block_fvu(student.block_outputs, teacher.block_outputs, mask, num_tokens, scales)
-        terms["block_fvu"] = fvu.mean() if layers is None else fvu[list(layers)].mean()
-    return terms
-
-
-def sum_weighted_terms(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
-    """The loss: every term times the setting of its name."""
-    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
-
-
-def squared_error(
-    output: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    num_tokens: float,
-    outlier_norm: Tensor | None = None,
-) -> Tensor:
-    """Squared distance of states `(batch, time, width)`, summed over the width, mean over `count` tokens."""
-    error = (output.float() - target.float()).square().sum(-1) * mask
-    return (
-        error if outlier_norm is None else error * outlier_weights(target, outlier_norm)
-    ).sum() / num_tokens
-
-
-def block_fvu(
-    outputs: tuple[Tensor, ...],
-    targets: tuple[Tensor, ...],
-    mask: Tensor,
-    num_tokens: float,
-    scales: LossScales,
-) -> Tensor:
-    """Fraction of variance unexplained of each block's output, `(layers,)`."""
-    outlier_norms: list[Tensor | None] = (
-        [None] * len(targets) if scales.outlier_norms is None else list(scales.outlier_norms)
-    )
-    errors = [
-        squared_error(output, target, mask, num_tokens, outlier_norm)
-        for output, target, outlier_norm in zip(outputs, targets, outlier_norms, strict=True)
-    ]
-    return torch.stack(errors) / scales.block_variances
-
-
 def _select_teacher_fns(
     teacher: ForwardOutputs | SparseDistribution,
 ) -> tuple[Callable[[slice], Any], Callable[..., Tensor]]:
-    """What the teacher says of a piece of the tokens, and the KL from it."""
+    """Return a function from a chunk to the teacher's logits or distributions, and their KL."""
     if isinstance(teacher, SparseDistribution):
         return teacher.__getitem__, sampled_kl
     teacher_hidden, head = teacher.hidden.flatten(0, 1), teacher.head
@@ -344,7 +361,7 @@ def _compute_token_terms(
     ) -> Iterator[tuple[Tensor, Tensor]]:
         teacher_chunk = get_teacher_chunk(chunk)
         for name in names:
-            is_last = name == names[-1]  # a slope overwrites what it is given
+            is_last = name == names[-1]  # the functions overwrite their arguments
             teacher_copy = (
                 teacher_chunk
                 if is_last or isinstance(teacher_chunk, SparseDistribution)

@@ -1,6 +1,6 @@
-"""Keeps stored rows and the model that reads them in step: what a step wrote is on disk when the step ends.
+"""Keep the stored rows of a student in step with training and checkpoints.
 
-What stored rows are taught: what each block of the student should have said.
+What a step wrote is in the store when the step ends. The rows' targets come from the teacher.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ def set_row_targets(
     student_outputs: ForwardOutputs,
     teacher_outputs: ForwardOutputs,
 ) -> None:
-    """Tell the memories that wrote in the student's last pass what they should have answered.
+    """Set the targets of the rows that memories wrote in the student's last forward pass.
 
-    A memory should say what the teacher's own block says of what the student gives it. The topmost one has nobody above it
-    that mends what went wrong below, or has learnt to live with it: it should say what makes the state after its layer
-    the teacher's.
+    The target is the output of the teacher's block for the student's block input. In the topmost
+    memory it is what makes the state after its layer equal to the teacher's: no layer above can
+    correct the errors of the layers below.
 
     Args:
-        student, teacher: the models.
-        seen, wanted: what they made of the same tokens, with blocks.
+        student: model whose memories wrote.
+        teacher: model to imitate.
+        student_outputs: the student's outputs for the tokens, with blocks.
+        teacher_outputs: the teacher's outputs for the same tokens, with blocks.
     """
     writing_memories = {
         layer: memory
@@ -69,9 +71,15 @@ def set_row_targets(
 def propose_rows(
     student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, tag: str = ""
 ) -> None:
-    """Let the student's memories offer rows for token ids `(batch, time)`, without a gradient; `settle` takes them in.
+    """Let the student's memories queue rows for a text; `AssociativeMemory.commit_step` stores them.
 
-    How much rows count beside the base is set by what they would have said of this text (`AssociativeMemory.weigh`).
+    The null logit, which balances rows and base, is calibrated on the same text.
+
+    Args:
+        student: model whose memories write.
+        teacher: model that gives the targets.
+        tokens: token ids `(batch, time)`.
+        tag: tag of the rows.
     """
     memories = get_associative_memories(student).values()
     with enable_writes(memories, tag):
@@ -82,24 +90,29 @@ def propose_rows(
             memory.calibrate_null_logit()
 
 
+# Statistics that every read changes: a checkpoint has them as of its step, the store as of the last
+# flush.
 ROW_STATS = ("score", "score_step", "last_read", "reads", "used")
-"""What changes with every read, so that a checkpoint has it as of its step and the store only as of the last flush."""
 
 
 class RowStoreSync:
-    """The rows of all associative memories of a student in a store, one namespace a layer.
+    """The rows of all associative memories of a student in a store, one namespace per layer.
 
-    Of several processes that train together the first writes; the others read the same store when they begin or resume,
-    and from then on come to the same rows by themselves (`AssociativeMemory.settle`).
+    Of several processes the first writes. The others read the store when they begin or resume, and
+    compute the same rows from then on (`AssociativeMemory.commit_step`).
 
     Args:
-        config: where and how.
-        store: an open store; closed with this. Of all processes but the first: opened for reading only.
-        student: its associative memories are watched over.
-        run: the folder of the run; its path marks the rows that the run writes.
+        config: type of the values and interval between flushes of usage.
+        store: an open store, closed with this; read-only in all processes but the first.
+        student: the model with the memories.
+        run_dir: folder of the run; its path marks the rows that the run writes.
+
+    Attributes:
+        step_metrics: rows stored, inserted, evicted and merged in the last step, by layer.
+        dirty: whether a step has changed the model and is not committed to the store.
 
     Raises:
-        UserError: the store has other memories than the student.
+        UserError: the store has memories of another shape.
     """
 
     def __init__(
@@ -118,18 +131,16 @@ class RowStoreSync:
         self.step_metrics: dict[str, float] = {}
         self._checkpoint_steps = (0, 0)
         self.dirty = False
-        """Whether a step has changed the model and is not in the store to its end: nothing to go on from."""
 
     def load_rows(self) -> None:
-        """Take into the memories the rows that are there: of a new run those that other runs left in a shared store."""
+        """Load the rows in the store into the memories; other runs may have left some there."""
         for layer, memory in self.memories.items():
             namespace = self.namespaces[layer]
             memory.rows.load_rows(
                 self.store.scan(namespace), expected_rows=self.store.count(namespace)
             )
-            stats = (
-                memory.rows.stats
-            )  # steps are counted anew, so what other runs warmed is as warm as when they ended
+            stats = memory.rows.stats
+            # Steps begin at 0 again: scores are those at the end of the other runs.
             stats.score[:] = decayed_score(
                 stats.score,
                 stats.score_step,
@@ -137,11 +148,14 @@ class RowStoreSync:
                 memory.insert_policy.decay,
             )
             stats.score_step[:] = 0
-        self.store.next_id = int(broadcast(self.store.next_id))  # whoever only reads counts along
+        self.store.next_id = int(broadcast(self.store.next_id))  # readers count too
 
     def rollback_run(self) -> None:
-        """Drop what this run wrote before it ended without a checkpoint, to begin it again. Not for a new run: one before it,
-        whose folder is gone, may have had the same path, and its rows in a shared store are not this one's."""
+        """Delete what this run wrote before it ended without a checkpoint.
+
+        Not for a new run: a deleted run may have had the same path, and its rows in a shared store
+        do not belong to this one.
+        """
         if not self.store.read_only:
             self.store.rewind(self.run_label, 0)
 
@@ -164,11 +178,11 @@ class RowStoreSync:
             yield bool(writing)
 
     def commit_step(self, step: int) -> None:
-        """End step number `step`: everything it wrote, in all layers, goes to the store in one transaction.
+        """Commit everything that step `step` wrote, in all layers, in one transaction.
 
         Raises:
-            UserError: the store cannot be written, in every process.
-            NotFinite: what was offered is not.
+            UserError: the store cannot be written; raised in every process.
+            NonFiniteError: a queued row is not finite.
         """
         changes: dict[Namespace, StepChanges] = {}
         now = broadcast(time.time())
@@ -179,9 +193,7 @@ class RowStoreSync:
             except UserError:
                 raise
             except ValueError:
-                raise NonFiniteError(
-                    step, f"what the memory of layer {layer} is given to keep"
-                ) from None
+                raise NonFiniteError(step, f"a row written by layer {layer}") from None
             usage = memory.rows.pop_usage() if step % self.flush_every == 0 else None
             changes[self.namespaces[layer]] = StepChanges(result.inserts, result.removals, usage)
             removed_counts = {
@@ -205,21 +217,22 @@ class RowStoreSync:
                 commit_error = error
         if broadcast(commit_error is not None):
             raise commit_error or UserError(
-                f"store {self.store.url}: whoever writes to it could not at step {step}"
+                f"store {self.store.url}: rank 0 failed to commit step {step}"
             )
         self.dirty = False
 
     def checkpoint_state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` needs beside the store to go on as if nothing had happened: no keys, no values.
+        """Return what a checkpoint of `step` needs beside the store: ids and usage, no keys or values.
 
-        Two checkpoints are kept, and this one is not yet: what left the memories before the older can leave the disk now.
+        Rows that left the memories before the older of the last two checkpoints are purged.
 
         Raises:
-            UserError: the store lacks what a step wrote, so that there is nothing to go on from here.
+            UserError: the store lacks rows of a step.
         """
         if self.dirty:
             raise UserError(
-                f"store {self.store.url}: step {step} was not written to its end; go on from the checkpoint before"
+                f"store {self.store.url}: step {step} was not committed; resume from the checkpoint "
+                "before it"
             )
         if step > self._checkpoint_steps[1] and not self.store.read_only:
             self.store.purge(self.run_label, self._checkpoint_steps[0], other_runs=False)
@@ -229,18 +242,21 @@ class RowStoreSync:
         }
 
     def restore_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Be as at the end of step `step`, when `state` was taken: rows written later are dropped, those that left come back.
+        """Restore the rows as of the end of step `step`: later ones are deleted, removed ones return.
+
+        Args:
+            step: step of the checkpoint.
+            state: what `checkpoint_state` returned then.
 
         Raises:
-            UserError: the store does not hold the rows that the checkpoint speaks of.
+            UserError: the store does not have the rows of the checkpoint.
         """
-        self.run_label, self.dirty = state["run"], False  # a folder may have been renamed since
+        self.run_label, self.dirty = state["run"], False  # the folder may have been renamed since
         if not self.store.read_only:
             self.store.rewind(self.run_label, step)
-        self.store.next_id = int(
-            broadcast(self.store.next_id)
-        )  # and nobody reads before that is done
-        self._checkpoint_steps = (0, 0)  # the one before this may be there still
+        # Also a barrier: no process reads before the store is rewound.
+        self.store.next_id = int(broadcast(self.store.next_id))
+        self._checkpoint_steps = (0, 0)  # the checkpoint before this one may still exist
         for layer, memory in self.memories.items():
             saved = state[str(layer)]
             rows = memory.rows
@@ -249,17 +265,18 @@ class RowStoreSync:
                 self.store.scan(namespace), saved["ids"].numpy(), self.store.count(namespace)
             )
             if not torch.equal(rows.ids.cpu(), saved["ids"]):
+                num_saved = int((saved["ids"] >= 0).sum())
                 raise UserError(
-                    f"store {self.store.url}: layer {layer} has {len(rows):,} rows, the checkpoint of step {step} "
-                    f"{int((saved['ids'] >= 0).sum()):,} that are not the same; another run has written to it since, or it is "
-                    "not the store that this run wrote"
+                    f"store {self.store.url}: layer {layer} has {len(rows):,} rows, the checkpoint "
+                    f"of step {step} has {num_saved:,} other ones; another run has written to the "
+                    "store since, or this run used another store"
                 )
             for name in ROW_STATS:
                 getattr(rows.stats, name)[:] = saved[name].numpy()
             memory.set_recent_hidden(saved["tape"], saved["tape_ids"])
 
     def close(self) -> None:
-        """Write down usage that was not yet, and let others write."""
+        """Flush the usage of rows and close the store."""
         try:
             if self.store.read_only:
                 return
@@ -281,6 +298,6 @@ def _memory_state(memory: AssociativeMemory) -> dict[str, torch.Tensor]:
 
 
 def _run_label(run_dir: Path) -> str:
-    """What marks the rows of a run in a store that several may share: a digest of its path and, for people, the end of it."""
+    """Return the mark of a run's rows in a shared store: a digest of its path and the path's end."""
     path = str(run_dir.resolve())
     return f"{hashlib.sha256(path.encode()).hexdigest()[:12]} {path[-60:]}"
