@@ -1,7 +1,4 @@
-"""Documents to windows of token ids, and the order in which training reads them.
-
-What a text begins with, for a model.
-"""
+"""From documents to windows of token ids, and the order in which training reads them."""
 
 from __future__ import annotations
 
@@ -20,12 +17,13 @@ from dmt.config import Config
 from dmt.data.corpora import Corpus, Probe, load_corpus
 from dmt.errors import UserError
 
-MEMORY_TOKEN_FORMAT = "<|memory_{}|>"
-"""How memory tokens (`models/tokens.py`) are written."""
+MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
+TOKENIZE_BATCH_SIZE = 1_000  # documents tokenized at once
+PACK_BATCH_SIZE = 16  # documents tokenized at once where a few windows are enough
 
 
 def get_prefix_ids(tokenizer: Any) -> list[int]:
-    """Token ids that stand before a document: the one that ends the document before it, where a tokenizer has one, and memory."""
+    """Return the token ids before a document: end of text, if the tokenizer has it, and memory."""
     eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     count = getattr(tokenizer, "init_kwargs", {}).get("memory_tokens", 0)
     return eos_ids + [
@@ -34,14 +32,15 @@ def get_prefix_ids(tokenizer: Any) -> list[int]:
     ]
 
 
-TOKENIZE_BATCH_SIZE = 1_000
-"""Documents tokenised at once."""
-PACK_BATCH_SIZE = 16  # documents tokenized at once where a few windows are enough
-
-
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """One corpus as windows of token ids `(windows, block)` by split."""
+    """A corpus as windows of token ids `(windows, time)`.
+
+    Attributes:
+        name: name of the corpus.
+        train, validation, test: windows of each split.
+        probes, unseen_probes: questions, see `Corpus`.
+    """
 
     name: str
     train: Tensor
@@ -52,7 +51,9 @@ class TokenizedCorpus:
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCorpus:
-    """Tokenise; documents follow each other with the end-of-text token before each, cut into windows without overlap.
+    """Tokenize a corpus and cut it into windows without overlap.
+
+    Documents follow each other, each after the prefix of `get_prefix_ids`.
 
     Raises:
         UserError: a split is shorter than one window.
@@ -62,8 +63,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
         stream = token_stream(getattr(corpus, split), tokenizer)
         if len(stream) < seq_len:
             raise UserError(
-                f"data.corpora: the {split} part of {corpus.name} has {len(stream)} tokens, fewer than data.seq_len={seq_len}; "
-                "give it more text or set a smaller data.seq_len"
+                f"data.corpora: the {split} part of {corpus.name} has {len(stream)} tokens, fewer "
+                f"than data.seq_len={seq_len}; give it more text or set a smaller data.seq_len"
             )
         splits[split] = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
     return TokenizedCorpus(
@@ -72,6 +73,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
 
 
 def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
+    """Return the token ids of documents one after the other, `(tokens,)`."""
     start = torch.tensor(get_prefix_ids(tokenizer), dtype=torch.long)
     chunks = [
         chunk
@@ -84,7 +86,7 @@ def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
 def _tokenize_documents(
     documents: list[str], tokenizer: Any, batch_size: int = TOKENIZE_BATCH_SIZE
 ) -> Iterator[list[int]]:
-    """Token ids of each document, some documents at a time."""
+    """Yield the token ids of each document."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for start in range(0, len(documents), batch_size):
         batch = documents[start : start + batch_size]
@@ -93,7 +95,7 @@ def _tokenize_documents(
             continue
         backend.no_truncation()
         backend.no_padding()
-        # Without the place of each token in the text, which nobody asks for, this takes two thirds of the time.
+        # Without offsets, which are not needed, this takes two thirds of the time.
         yield from (
             encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
         )
@@ -131,12 +133,17 @@ def pack_windows(
 
 
 def select_first_windows(windows: Tensor, tokens: int) -> Tensor:
-    """As many of `windows` `(windows, block)` as `tokens` fill, at least one."""
+    """Return the first windows `(windows, time)` that have `tokens` tokens, at least one."""
     return windows[: max(1, tokens // windows.shape[1])]
 
 
 class WindowDataset(Dataset):
-    """Windows of all corpora one after the other; `numbered`, each comes with its number."""
+    """Windows of all corpora one after the other.
+
+    Args:
+        windows: windows `(windows, time)` of each corpus.
+        with_index: whether an item is a window with its index.
+    """
 
     def __init__(self, windows: list[Tensor], with_index: bool = False) -> None:
         self.windows, self.with_index = torch.cat(windows), with_index
@@ -149,18 +156,21 @@ class WindowDataset(Dataset):
 
 
 class StepSampler(Sampler[list[int]]):
-    """Window numbers of each step: a function of seed and step alone, so a resumed run reads on where it stopped.
+    """Sample the window indices of each step: a function of seed and step alone.
 
-    Corpora take turns so that after any number of windows each has had its share to within one window; within a
-    corpus an epoch visits every window once, in an order of its own.
+    So a resumed run continues where it stopped. Corpora take turns: after any number of windows
+    each has had its share to within one window. An epoch of a corpus visits every window once, in
+    an order of its own.
 
     Args:
-        sizes: windows of each corpus, numbered one after the other.
-        shares: what part of the windows each corpus gives; they sum to one.
-        batch: windows in a step, all processes together.
-        steps: number of steps of the whole run.
-        start: asked for the first step when iteration begins.
-        rank, world: this process takes one of `world` equal parts of a step, so that parts in order are the step.
+        sizes: number of windows of each corpus; indices run through all corpora.
+        mixture_weights: share of each corpus; they sum to one.
+        batch_size: windows in a step, of all processes together.
+        steps: steps of the run.
+        seed: seed of the order.
+        get_first_step: called for the first step when iteration begins.
+        rank: this process, which takes one of `world_size` equal parts of each step.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -174,17 +184,12 @@ class StepSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.sizes, self.mixture_weights, self.batch_size, self.steps, self.seed = (
-            sizes,
-            mixture_weights,
-            batch_size,
-            steps,
-            seed,
-        )
+        self.sizes, self.mixture_weights = sizes, mixture_weights
+        self.batch_size, self.steps, self.seed = batch_size, steps, seed
         self.get_first_step, self.rank, self.world_size = get_first_step, rank, world_size
 
     def __len__(self) -> int:
-        return self.steps  # of the whole run: Lightning counts the steps before a resume as fetched
+        return self.steps  # of the run: Lightning counts the steps before a resume as fetched
 
     def __iter__(self) -> Iterator[list[int]]:
         first_step = self.get_first_step()
@@ -217,7 +222,13 @@ class StepSampler(Sampler[list[int]]):
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Training windows of every corpus mixed by share; validation windows of each corpus apart."""
+    """Training windows of all corpora mixed by weight, and validation windows of each corpus.
+
+    Args:
+        config: settings; the corpora are those of `data`.
+        tokenizer: the model's tokenizer.
+        steps: training steps.
+    """
 
     def __init__(self, config: Config, tokenizer: Any, steps: int) -> None:
         super().__init__()
@@ -225,6 +236,7 @@ class TextDataModule(pl.LightningDataModule):
         self.corpora: list[TokenizedCorpus] = []
 
     def setup(self, stage: str | None = None) -> None:
+        """Load and tokenize the corpora, once."""
         if not self.corpora:
             data = self.config.data
             self.corpora = [
@@ -234,16 +246,18 @@ class TextDataModule(pl.LightningDataModule):
             name_counts = Counter(corpus.name for corpus in self.corpora)
             if duplicates := [name for name, count in name_counts.items() if count > 1]:
                 raise UserError(
-                    f"data.corpora: two are called {duplicates[0]}, and results are told by name; rename a file or folder"
+                    f"data.corpora: two are called {duplicates[0]}, and results are reported by "
+                    "name; rename a file or folder"
                 )
 
     @property
     def mixture_weights(self) -> list[float]:
-        """What part of the training windows each corpus gives."""
+        """Share of the training windows of each corpus."""
         weights = self.config.data.mixture_weights or [len(corpus.train) for corpus in self.corpora]
         return [weight / sum(weights) for weight in weights]
 
     def train_dataloader(self) -> DataLoader:
+        """Return the training windows of this process, in the order of `StepSampler`."""
         trainer = self.trainer
         sampler = self._make_sampler(
             get_first_step=lambda: trainer.global_step if trainer else 0,
@@ -269,11 +283,11 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def training_dataset(self, with_index: bool = False) -> WindowDataset:
-        """Training windows of all corpora."""
+        """Return the training windows of all corpora."""
         return WindowDataset([corpus.train for corpus in self.corpora], with_index)
 
     def window_indices_from(self, step: int) -> list[int]:
-        """Numbers of the training windows that are read from `step` to the last step, each once, ascending."""
+        """Return the ascending indices of the windows that are read from `step` on."""
         total = sum(
             len(corpus.train)
             for corpus, weight in zip(self.corpora, self.mixture_weights, strict=True)
@@ -287,21 +301,23 @@ class TextDataModule(pl.LightningDataModule):
         return sorted(indices)
 
     def val_dataloader(self) -> list[DataLoader]:
+        """Return the validation windows of this process, a loader per corpus."""
         data, trainer = self.config.data, self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         loaders = []
         for corpus in self.corpora:
             windows = select_first_windows(corpus.validation, data.validation_tokens)
-            rank_windows = (
-                windows[rank::world_size] if len(windows) >= world_size else windows
-            )  # sums are over processes: means stay right
-            loaders.append(
-                DataLoader(WindowDataset([rank_windows]), batch_size=data.micro_batch_size)
-            )  # type: ignore[arg-type]
+            # Metrics are sums over processes, so means stay right if all measure the same windows.
+            rank_windows = windows[rank::world_size] if len(windows) >= world_size else windows
+            dataset = WindowDataset([rank_windows])
+            loaders.append(DataLoader(dataset, batch_size=data.micro_batch_size))  # type: ignore[arg-type]
         return loaders
 
     def calibration_windows(self, tokens: int) -> Tensor:
-        """Training windows `(windows, block)` of at least `tokens` tokens, mixed by share; the same for every process."""
+        """Return training windows `(windows, time)` of at least `tokens` tokens, mixed by weight.
+
+        They are the same in every process.
+        """
         count = max(1, -(-tokens // self.config.data.seq_len))
         sizes = [len(corpus.train) for corpus in self.corpora]
         sampler = StepSampler(sizes, self.mixture_weights, count, 1, self.config.seed + 1)

@@ -1,7 +1,4 @@
-"""Before any gradient: measure what dropped slots would have said on average, and keep it in the biases.
-
-How much a model's answer moves when the output of a feed-forward block does: what slots are worth, in nats.
-"""
+"""Calibration without training: variances, slot means, biases, thresholds, the Fisher metric."""
 
 from __future__ import annotations
 
@@ -29,15 +26,23 @@ from dmt.models.forward import (
 )
 from dmt.ops import symmetric_root
 
+BUDGET_PASSES = 3  # passes over the calibration text that move the shared threshold to its budget
+
 
 def measure_fisher(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> Tensor:
-    """Fisher information of each block's output, `(layers, width, width)`, over token ids `(windows, time)`.
+    """Measure the Fisher information of each block's output, `(layers, width, width)`.
 
-    A small change d of one block's output at one token moves the model's distributions, of that token and those after
-    it, by a KL of about `d F d / 2` nats in all. Sampled: next tokens are drawn from the model itself, and F is the mean
-    outer product of the gradient of their log-probability.
+    A small change d of a block's output at one token changes the model's distributions, at that
+    token and later ones, by a total KL of about `d F d / 2` nats. F is the mean outer product of
+    the gradients of the log-probability of next tokens that are sampled from the model.
 
-    Source: Amari 1998, section 4 (the metric); Kunstner et al. 2019, arXiv 1905.12558 (why to draw, not take the text's own).
+    Args:
+        model: the model.
+        windows: token ids `(windows, time)`.
+        batch_size: windows computed at once.
+
+    Source: Amari 1998, section 4 (the metric); Kunstner et al. 2019, arXiv 1905.12558 (why sampled
+        tokens and not those of the text).
     """
     blocks = dict(enumerate(get_architecture(model.config.model_type).blocks(model)))
     total, num_tokens = torch.zeros(()), 0
@@ -85,13 +90,14 @@ def sample_output_gradients(
     return inputs, dict(zip(modules, gradients, strict=True))
 
 
-BUDGET_PASSES = 3
-"""Passes through the calibration text in which the shared threshold is moved to where the budget is met."""
-
-
 @torch.no_grad()
 def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> LossScales:
-    """Variances of the teacher's block outputs and last hidden states over token ids `(windows, time)`, outliers left out."""
+    """Measure the variances of the teacher's block outputs and last hidden states.
+
+    Args:
+        teacher: the model.
+        windows: token ids `(windows, time)`; outliers are left out.
+    """
     teacher_outputs = forward_teacher(teacher, windows, capture_blocks=True)
     block_outputs = teacher_outputs.block_outputs
     return LossScales(
@@ -103,13 +109,20 @@ def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> LossScales:
 
 @torch.no_grad()
 def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
-    """Set slot means and output biases so that each memory's output has the teacher's mean, lowest layer first.
+    """Set slot means and output biases so that each memory's output has the teacher's mean.
 
-    First the metric that ranks slots and the threshold that memories share, from the teacher's own inputs. Then passes
-    through the student: each memory is set when its input arrives, so the layers above already see its corrected output.
+    First the metric that ranks slots and the shared threshold are set, from the teacher's inputs.
+    Then the student reads the text: each memory is set when its input arrives, lowest layer first,
+    so the layers above already read its corrected output.
 
-    Source: the bias correction of data-free quantisation (Nagel et al. 2019, arXiv 1906.04721, section 4.2), here for
-        slots that are not read; ranking by deviation from the mean is ours (EXPERIMENTS.md).
+    Args:
+        student: model whose memories are set.
+        teacher: model to imitate.
+        windows: token ids `(windows, time)`.
+
+    Source: the bias correction of data-free quantization (Nagel et al. 2019, arXiv 1906.04721,
+        section 4.2), here for slots that are not read; ranking by deviation from the mean is ours
+        (docs/experiments).
     """
     teacher_outputs: ForwardOutputs = forward_teacher(teacher, windows, capture_blocks=True)
     memories = get_featural_memories(student)

@@ -417,10 +417,9 @@ def _open_checked(
             f"are damaged, the first is record {corrupt_rows[0]}; {advice}"
         )
     cache = LogitCache(records)
-    if (
-        cache.window_ids.max() >= len(windows)
-        or _hash_windows(windows[torch.from_numpy(cache.window_ids)]) != metadata.get("windows")
-    ):
+    if cache.window_ids.max() >= len(windows) or _hash_windows(
+        windows[torch.from_numpy(cache.window_ids)]
+    ) != metadata.get("windows"):
         raise UserError(
             f"logit_cache.dir={cache_dir} was made from other training windows: data.corpora, seed "
             f"or the tokenizer differ; {advice}"

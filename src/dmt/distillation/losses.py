@@ -265,7 +265,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for term, (value, logit_grad) in enumerate(chunk_terms(logits.detach(), chunk)):
                 totals[term] += value
                 if is_linear:
-                    # Accumulated in place: a gradient of the head per chunk is as large as the head.
+                    # In place: a gradient of the head for each chunk is as large as the head.
                     grads[0][term, chunk] = linear(logit_grad, head.weight.t())  # type: ignore[assignment]
                     for weight_grad in grads[1:]:
                         weight_grad[term].addmm_(logit_grad.t(), chunk_hidden)

@@ -135,10 +135,12 @@ class DistillationModule(TrainingModule):
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the trainable parameters."""
         value_ids = {id(memory.values) for memory in get_featural_memories(self.student).values()}
         return build_adamw(self.trainable_parameters().values(), self.settings.optim, value_ids)
 
     def on_fit_start(self) -> None:
+        """Put the student into training mode and the teacher on its device."""
         reset_counts(get_featural_memories(self.student).values())
         self.student.train()  # a converted student is in eval mode
         self.teacher.to(self.device)  # type: ignore[arg-type]
@@ -281,11 +283,13 @@ class DistillationModule(TrainingModule):
         return ["data"]
 
     def on_validation_start(self) -> None:
+        """Start new sums for every validation loader."""
         self.teacher.to(self.device)  # type: ignore[arg-type]
         self.val_metrics = [FidelityMetrics() for _ in self._val_names()]
         self.val_errors, self.num_val_windows = [], 0
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the sums of its loader."""
         tokens, _ = _unpack_batch(batch)
         teacher = forward_teacher(self.teacher, tokens, capture_blocks=True)
         student = forward_with_activations(self.student, tokens)
@@ -294,6 +298,7 @@ class DistillationModule(TrainingModule):
         self.num_val_windows += len(tokens)
 
     def on_validation_epoch_end(self) -> None:
+        """Log fidelity by corpus and the error of each memory."""
         for corpus, rank_metrics in zip(self._val_names(), self.val_metrics, strict=True):
             metrics = rank_metrics.all_reduce()
             for name in FIDELITY_METRICS:
@@ -309,6 +314,7 @@ class DistillationModule(TrainingModule):
             self.row_sync.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave stored rows out of the checkpoint; they are in the store."""
         teacher_keys = [name for name in checkpoint["state_dict"] if "teacher" in name]
         assert not teacher_keys, f"no checkpoint may contain the teacher, got {teacher_keys[:3]}"
         if self.row_sync is not None:
@@ -318,6 +324,7 @@ class DistillationModule(TrainingModule):
             checkpoint["rows"] = self.row_sync.checkpoint_state(self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore stored rows as of the step of the checkpoint."""
         if self.row_sync is not None:
             self.row_sync.restore_checkpoint(checkpoint["global_step"], checkpoint["rows"])
             own_state = self.state_dict()

@@ -71,7 +71,7 @@ def set_row_targets(
 def propose_rows(
     student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, tag: str = ""
 ) -> None:
-    """Let the student's memories queue rows for a text; `AssociativeMemory.commit_step` stores them.
+    """Let the student's memories queue rows for a text; `commit_step` of a memory stores them.
 
     The null logit, which balances rows and base, is calibrated on the same text.
 
@@ -222,7 +222,7 @@ class RowStoreSync:
         self.dirty = False
 
     def checkpoint_state(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint of `step` needs beside the store: ids and usage, no keys or values.
+        """Return what a checkpoint of `step` needs beside the store: ids and usage.
 
         Rows that left the memories before the older of the last two checkpoints are purged.
 
@@ -231,8 +231,8 @@ class RowStoreSync:
         """
         if self.dirty:
             raise UserError(
-                f"store {self.store.url}: step {step} was not committed; resume from the checkpoint "
-                "before it"
+                f"store {self.store.url}: step {step} was not committed; resume from the "
+                "checkpoint before it"
             )
         if step > self._checkpoint_steps[1] and not self.store.read_only:
             self.store.purge(self.run_label, self._checkpoint_steps[0], other_runs=False)
@@ -242,7 +242,7 @@ class RowStoreSync:
         }
 
     def restore_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Restore the rows as of the end of step `step`: later ones are deleted, removed ones return.
+        """Restore the rows as of step `step`: later ones are deleted, removed ones return.
 
         Args:
             step: step of the checkpoint.
@@ -298,6 +298,6 @@ def _memory_state(memory: AssociativeMemory) -> dict[str, torch.Tensor]:
 
 
 def _run_label(run_dir: Path) -> str:
-    """Return the mark of a run's rows in a shared store: a digest of its path and the path's end."""
+    """Return the mark of a run's rows in a shared store: a digest and the end of its path."""
     path = str(run_dir.resolve())
     return f"{hashlib.sha256(path.encode()).hexdigest()[:12]} {path[-60:]}"
