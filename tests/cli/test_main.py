@@ -656,7 +656,7 @@ def test_settings_that_the_teacher_contradicts(workdir, capsys, tiny_run):
     message = get_error(capsys, [*dense_run, "memory.kind=dense"])
     assert (
         message
-        == "every layer is left dense, so there is nothing to distil; give a layer memory.kind=featural"
+        == "every layer is dense, so there is nothing to distill; give a layer memory.kind=featural"
     )
     assert list(workdir.iterdir()) == []
 

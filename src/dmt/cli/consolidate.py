@@ -67,7 +67,6 @@ def _add_consolidate(commands: Any) -> None:
         "The result is a new run; the model itself is not changed.",
         (
             "dmt consolidate --file page.txt --questions page.jsonl",
-            "dmt consolidate --file page.txt --target weights --trainable slots",
             'dmt consolidate "Ada keeps seven geese." --model smollm2 --row-method gradient',
             "dmt consolidate --from rows --to slots  # the same as dmt sleep",
         ),
@@ -98,10 +97,11 @@ def _add_consolidate(commands: Any) -> None:
         dest="source",
         choices=("context", "rows"),
         default="context",
-        help="what is consolidated; rows: stored facts and rows (default: context)",
+        help="rows: as dmt sleep, with its options (default: context)",
     )
     parser.add_argument("--to", dest="destination", choices=("slots",), help="with --from rows")
-    _add_transfer_arguments(parser)
+    for action in _add_transfer_arguments(parser):
+        action.help = argparse.SUPPRESS  # see dmt sleep --help
     add_model_argument(
         parser, "a run, a saved student, embedded, smollm2 or a hub name (default: the newest run)"
     )
@@ -137,16 +137,16 @@ def _add_sleep(commands: Any) -> None:
     parser.set_defaults(source="rows", destination="slots", text=None)
 
 
-def _add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a transfer from rows to slots."""
-    parser.add_argument("--tag", help="only facts and rows with this tag")
-    parser.add_argument(
+def _add_transfer_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add and return the options of a transfer from rows to slots."""
+    tag = parser.add_argument("--tag", help="only facts and rows with this tag")
+    min_hits = parser.add_argument(
         "--min-hits",
         type=non_negative_int,
         metavar="N",
         help="only facts and rows that fired at least N times (default: 0)",
     )
-    parser.add_argument(
+    replay_data = parser.add_argument(
         "--replay-data",
         nargs="+",
         metavar="CORPUS",
@@ -157,6 +157,7 @@ def _add_transfer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the run's folder (default: the next one in lightning_logs/)",
     )
+    return [tag, min_hits, replay_data]
 
 
 def run_consolidate(args: argparse.Namespace, out: Output) -> None:
