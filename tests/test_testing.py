@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import dmt
-from dmt.config import AssociativeConfig, FeaturalConfig
+from dmt.config import MEMORY_CONFIGS, AssociativeConfig, FeaturalConfig
 from dmt.errors import UserError
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, registry
 from dmt.testing import MEMORY_CHECKS, MemoryUnderTest, check_memory
 
 
@@ -79,7 +79,15 @@ class Linear(dmt.MemoryLayer):
         return hidden @ self.matrix
 
 
-dmt.register_memory("test_linear", config=LinearConfig)(Linear)
+@pytest.fixture(scope="module", autouse=True)
+def _registry():
+    """Register the right memory, and leave the registry as it was."""
+    saved = [(table, dict(table)) for table in (MEMORY_CONFIGS, registry._MEMORY_CLASSES)]
+    dmt.register_memory("test_linear", config=LinearConfig)(Linear)
+    yield
+    for table, items in saved:
+        table.clear()
+        table.update(items)
 
 
 class LeaksTheFuture(Linear):

@@ -12,10 +12,10 @@ from conftest import LAYERS, make_llama, make_teacher
 from transformers import AutoModelForCausalLM
 
 import dmt
-from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
+from dmt.config import MEMORY_CONFIGS, AssociativeConfig, DenseConfig, FeaturalConfig
 from dmt.config_io import load_config, resolve_layer_memories, save_config
 from dmt.errors import UserError
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, registry
 from dmt.memory.registry import get_memory_class, list_memories
 from dmt.models.conversion import convert_blocks, get_memories
 from dmt.testing import check_memory
@@ -24,15 +24,19 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 KIND = "own_memory:RowAttention"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def own_memory():
+    """The module of the example; the registry is left as it was."""
+    saved = [(table, dict(table)) for table in (MEMORY_CONFIGS, registry._MEMORY_CLASSES)]
     sys.path.insert(0, str(EXAMPLES))
-    try:
-        import own_memory
+    import own_memory
 
-        yield own_memory
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    yield own_memory
+    sys.path.remove(str(EXAMPLES))
+    del sys.modules["own_memory"]
+    for table, items in saved:
+        table.clear()
+        table.update(items)
 
 
 def test_the_built_in_kinds_are_registered_in_the_same_way():
