@@ -41,7 +41,7 @@ from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
 from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.loading import load_teacher
-from dmt.models.modeling import MemoryGPT2Config, MemoryGPT2LMHeadModel
+from dmt.models.modeling import STUDENT_CLASSES
 
 SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -120,18 +120,20 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     """A student with `count` slots a layer on the disk, made in pieces."""
     width, layers = shape["n_embd"], shape["n_layer"]
     how = {
+        "kind": "featural",
         "num_slots": count,
         "k": K,
         "search": "int8",
         "offload": "slots",
         "activation_function": "gelu_new",
     }
-    config = MemoryGPT2Config(
-        **shape, memory={str(layer): how for layer in range(layers)}, slots="written below"
+    config_class, model_class = STUDENT_CLASSES["gpt2"]
+    config = config_class(
+        **shape, memory={str(layer): how for layer in range(layers)}, external_tensors="written below"
     )
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = MemoryGPT2LMHeadModel(config)
+        model = model_class(config)
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():

@@ -39,6 +39,8 @@ _EXPORTS = {
     "distill": "dmt.distillation.run",
     "evaluate": "dmt.evaluation.metrics",
     "load": "dmt.models.loading",
+    "register_architecture": "dmt.models.modeling",
+    "register_corpus": "dmt.data.corpora",
     "register_memory": "dmt.memory.registry",
     "trace": "dmt.evaluation.trace",
     "transfer_to_slots": "dmt.consolidation.sleep",

@@ -41,9 +41,13 @@ from dmt.paths import check_run_name
 from dmt.validation import ARG, ArgumentError, coerce, field_types
 
 EMBEDDED_TEACHER_DIR = Path(__file__).parent / "assets"
-READER_DIR = EMBEDDED_TEACHER_DIR / "reader"  # continues from the embedded teacher: scripts/reader.yaml
+READER_DIR = (
+    EMBEDDED_TEACHER_DIR / "reader"
+)  # continues from the embedded teacher: scripts/reader.yaml
 SMOLLM2 = "smollm2"  # the teacher that `python -m dmt.models.smollm2` fetches
-CONFIG_HEADER = "# Settings of dmt, version {}\n"  # first line of a run's settings; without, version 1
+CONFIG_HEADER = (
+    "# Settings of dmt, version {}\n"  # first line of a run's settings; without, version 1
+)
 MAX_TEACHER_LAYERS = 1_000  # layers of a teacher whose config.json is not on this machine
 
 
@@ -157,9 +161,7 @@ def _merge_group(
     return {**previous, **updates}
 
 
-def _merge_memory(
-    previous: dict[str, Any], changes: dict[Any, Any], prefix: str
-) -> dict[str, Any]:
+def _merge_memory(previous: dict[str, Any], changes: dict[Any, Any], prefix: str) -> dict[str, Any]:
     """Return the settings of a memory with `changes`, checked against the fields of its kind.
 
     Settings that an earlier source gave for another kind stay in the result, unused, so that they

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import Field, field, fields, is_dataclass
-from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +17,7 @@ from dmt.errors import UserError, format_value
 
 ARG = "\0"  # stands before the name of an argument in the message of an `ArgumentError`
 UNION_TYPES = (Union, UnionType)
+_FIELD_TYPES: dict[Any, dict[str, Any]] = {}  # evaluated annotations by class
 
 _TYPE_DESCRIPTIONS: dict[Any, str] = {
     int: "a whole number",
@@ -100,11 +100,13 @@ def check_fields(config: Any) -> None:
         _check_range(config_field, value)
 
 
-@lru_cache(maxsize=None)
 def field_types(cls: Any) -> dict[str, Any]:
     """Return the evaluated annotations of a dataclass by field name."""
+    if cls in _FIELD_TYPES:
+        return _FIELD_TYPES[cls]
     annotations = get_type_hints(cls)
-    return {config_field.name: annotations[config_field.name] for config_field in fields(cls)}
+    _FIELD_TYPES[cls] = {item.name: annotations[item.name] for item in fields(cls)}
+    return _FIELD_TYPES[cls]
 
 
 def _check_range(config_field: Field[Any], value: Any) -> None:

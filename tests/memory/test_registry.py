@@ -1,8 +1,10 @@
 """A kind of memory from a file of one's own: named by path, trained, saved and loaded again."""
 
 import json
+import re
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,3 +193,18 @@ def test_a_class_of_a_function_is_named_by_its_short_name():
 
     assert Memory.kind == EmptyConfig().kind == "test_local"
     assert load_config(None, ["memory.kind=test_local"]).memory == EmptyConfig()
+
+
+def test_the_guide_builds_a_memory_that_passes_every_check():
+    text = (EXAMPLES.parent / "docs" / "guides" / "own-memory.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    code = blocks[0].replace('"row_attention"', '"guide_row_attention"')
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    namespace = {"__name__": "guide", "model": make_teacher()}
+    sys.modules["guide"] = types.ModuleType("guide")
+    try:
+        sys.modules["guide"].__dict__.update(namespace)
+        exec("\n".join([code, *blocks[1:]]), sys.modules["guide"].__dict__)
+    finally:
+        del sys.modules["guide"]

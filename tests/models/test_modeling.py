@@ -7,10 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LAYERS, SLOTS
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    pipeline,
+)
 
+import dmt
 from dmt.config import DenseConfig, FeaturalConfig
+from dmt.errors import UserError
+from dmt.models.architectures import ARCHITECTURES
 from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.modeling import STUDENT_CLASSES
 
 VARIANTS = {
     "default": FeaturalConfig(),
@@ -117,3 +127,41 @@ def test_pipeline_in_process(student, tokenizer):
         "the quick", max_new_tokens=4, do_sample=False
     )
     assert said[0]["generated_text"].startswith("the quick")
+
+
+def test_a_new_family_is_one_entry(tokens, tmp_path):
+    config = Qwen2Config(
+        vocab_size=int(tokens.max()) + 1,
+        hidden_size=16,
+        intermediate_size=SLOTS,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    teacher = Qwen2ForCausalLM(config).eval()
+    with pytest.raises(UserError, match=r"'qwen2' is not supported; supported are gpt2, llama, "):
+        dmt.convert(teacher, FeaturalConfig(k=SLOTS))
+    classes = ("Qwen2Config", "Qwen2Model", "Qwen2ForCausalLM")
+    try:
+        dmt.register_architecture("qwen2", replace(ARCHITECTURES["llama"], classes=classes))
+        with pytest.raises(UserError, match="family=qwen2 is supported already"):
+            dmt.register_architecture("qwen2", ARCHITECTURES["llama"])
+        student = dmt.convert(teacher, FeaturalConfig(k=SLOTS, selection="score"))
+        assert type(student).__name__ == "MemoryQwen2ForCausalLM"
+        student.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            expected = teacher(tokens).logits
+            torch.testing.assert_close(student(tokens).logits, expected)
+            assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    finally:
+        ARCHITECTURES.pop("qwen2", None)
+        STUDENT_CLASSES.pop("qwen2", None)
+
+
+def test_a_family_that_transformers_lacks_is_refused():
+    classes = ("NoConfig", "GPT2Model", "GPT2LMHeadModel")
+    with pytest.raises(UserError, match="has no NoConfig"):
+        dmt.register_architecture("no", replace(ARCHITECTURES["gpt2"], classes=classes))

@@ -1,4 +1,8 @@
-"""Where the feed-forward blocks are. The only module that knows the names inside a model; a family is one entry."""
+"""Where the feed-forward blocks of a model are.
+
+The only module that knows names inside a model. A family of models is one entry in
+`ARCHITECTURES`, or one call of `dmt.register_architecture`.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,23 @@ class Architecture:
     """One family of models.
 
     Args:
+        classes: names of the config, the backbone and the language model in transformers.
         layers: path of the list of transformer blocks from the language model.
         block: attribute of a transformer block that holds its feed-forward block.
-        tensors: where a memory's `keys`, `values` `(slots, width)` and, where the block has them, `gains`, `key_bias`,
-            `gain_bias`, `output_bias` are found: names within the block. A block is then
-            `sum_i act(x . keys[i] + key_bias[i]) (x . gains[i] + gain_bias[i]) values[i] + output_bias`.
-        transposed: those of them that are stored as `(width, slots)`.
+        tensor_names: names within the block of a memory's `keys`, `values` `(num_slots, width)`
+            and, where the block has them, `gains`, `key_bias`, `gain_bias`, `output_bias`. The
+            block computes `sum_i act(x . keys[i] + key_bias[i]) (x . gains[i] + gain_bias[i])
+            values[i] + output_bias`.
+        transposed: those of them that are stored as `(width, num_slots)`.
         activation: config attribute that names the block's function.
-        backbone: attribute of the language model that gives hidden states, the head left out.
-        norm: path of the norm between the last transformer block and the head.
+        backbone: attribute of the language model that computes hidden states, without the head.
+        final_norm: path of the norm between the last transformer block and the head.
         no_dropout: config values that switch every dropout off.
-        positions: path of the table of positions, of which each token reads a row; empty where there is none.
+        position_embedding: path of the table of positions, of which each token reads a row; empty
+            where there is none.
     """
 
+    classes: tuple[str, str, str]
     layers: str
     block: str
     tensor_names: dict[str, str]
@@ -43,7 +51,7 @@ class Architecture:
         return "gains" in self.tensor_names
 
     def read_tensors(self, block: nn.Module) -> dict[str, Tensor]:
-        """A feed-forward block's tensors under the names of a memory's parameters, sharing storage."""
+        """Return a block's tensors under the names of a memory's parameters, sharing storage."""
         state = block.state_dict(keep_vars=True)
         tensors = {
             parameter: state[name] for parameter, name in self.tensor_names.items() if name in state
@@ -54,26 +62,27 @@ class Architecture:
         }
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """Feed-forward blocks of `model` in order, or the memories that stand in their places."""
+        """Return the feed-forward blocks of `model` in order, or the memories that replace them."""
         return [layer.get_submodule(self.block) for layer in self.transformer_blocks(model)]
 
     def transformer_blocks(self, model: nn.Module) -> nn.ModuleList:
-        """Transformer blocks of `model` in order: attention, feed-forward block and what is around them."""
+        """Return the transformer blocks of `model` in order."""
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList), f"{self.layers} is a list of layers"
         return layers
 
     def replace_block(self, model: nn.Module, layer: int, block: nn.Module) -> None:
-        """Put `block` where layer `layer` has its feed-forward block."""
+        """Replace the feed-forward block of a layer."""
         setattr(model.get_submodule(f"{self.layers}.{layer}"), self.block, block)
 
     def block_name(self, layer: int) -> str:
-        """Full name of a layer's feed-forward block, as it begins the names of its tensors."""
+        """Return the full name of a layer's block, with which the names of its tensors begin."""
         return f"{self.layers}.{layer}.{self.block}"
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
+        classes=("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
         layers="transformer.h",
         block="mlp",
         # Conv1D holds its weight as (in, out): neuron i is column i of the first and row i of the second.
@@ -91,6 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_embedding="transformer.wpe",
     ),
     "llama": Architecture(
+        classes=("LlamaConfig", "LlamaModel", "LlamaForCausalLM"),
         layers="model.layers",
         block="mlp",
         tensor_names={
@@ -111,14 +121,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(model_type: str) -> Architecture:
-    """The entry of a transformers `model_type`, for a teacher or for a student made from it.
+    """Return the entry of a transformers `model_type`, of a teacher or a student made from it.
 
     Raises:
-        UserError: the family is not in the table.
+        UserError: the family is not supported.
     """
     family = model_type.removeprefix("dmt_")
     if family not in ARCHITECTURES:
         raise UserError(
-            f"teacher: a model of type {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"teacher: a model of type {model_type!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}, others with dmt.register_architecture"
         )
     return ARCHITECTURES[family]

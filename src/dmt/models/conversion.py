@@ -125,7 +125,7 @@ def convert(
         from dmt.distillation.calibration import calibrate_memories
 
         calibrate_memories(student, model, windows)
-    student.transfer_report = report
+    student.transfer_report = report  # type: ignore[assignment]
     return student
 
 

@@ -1,6 +1,7 @@
-"""Students as transformers models: `import dmt`, then the Auto classes save, load and generate them as any other.
+"""Students as transformers models, which the Auto classes save, load and generate from.
 
-Memory tokens: embeddings that stand before every text and are no words. A model reads them and never says them.
+Also memory tokens: embeddings that stand before every text and belong to no word. A model reads
+them and never generates them.
 """
 
 from __future__ import annotations
@@ -9,20 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    GPT2PreTrainedModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from dmt.errors import UserError
@@ -30,18 +20,19 @@ from dmt.files import STUDENT_VERSION, check_version
 from dmt.memory.base import MemoryLayer
 from dmt.memory.registry import get_memory_class
 from dmt.models import external_tensors
-from dmt.models.architectures import get_architecture
+from dmt.models.architectures import ARCHITECTURES, Architecture, get_architecture
 from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
 from dmt.models.hub_files import get_auto_map, write_hub_files
 from dmt.ops import use_onednn_linear
 
 
 class MemoryTokenEmbedding(nn.Embedding):
-    """A model's table of embeddings, whose rows the head may share, and `count` more that it does not.
+    """A model's embeddings, which the head may share, and more of memory tokens that it does not.
 
     Args:
-        vocabulary, width: of the table `(vocabulary, width)`.
-        count: memory tokens, `memory` `(count, width)`.
+        vocab_size: rows of the shared table `(vocab_size, width)`.
+        width: size of an embedding.
+        count: memory tokens; `memory` is `(count, width)`.
         first: token id of the first of them, at least as large as that of any word.
     """
 
@@ -51,7 +42,7 @@ class MemoryTokenEmbedding(nn.Embedding):
         self.memory = nn.Parameter(torch.empty(count, width).normal_(std=0.02))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids `(...)` to `(..., width)`."""
+        """Map token ids `(...)` to embeddings `(..., width)`."""
         memory_ids = ids - self.first
         embeddings = super().forward(ids.clamp_max(min(self.first, self.num_embeddings) - 1))
         return torch.where(
@@ -61,18 +52,19 @@ class MemoryTokenEmbedding(nn.Embedding):
         )
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows of the module."""
         return f"{super().extra_repr()}, memory={len(self.memory)}"
 
 
 def get_memory_tokens(model: PreTrainedModel) -> MemoryTokenEmbedding | None:
-    """A model's memory tokens, where it has any."""
+    """Return a model's memory tokens, None where it has none."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MemoryTokenEmbedding) else None
 
 
 @torch.no_grad()
 def init_memory_tokens(model: PreTrainedModel, token_ids: Tensor) -> None:
-    """Let memory tokens begin as the embeddings of words with these ids `(n,)`, repeated as often as needed."""
+    """Set memory tokens to the embeddings of token ids `(n,)`, repeated as often as needed."""
     embedding = get_memory_tokens(model)
     assert embedding is not None, "the model has memory tokens"
     embedding.memory.copy_(
@@ -82,6 +74,7 @@ def init_memory_tokens(model: PreTrainedModel, token_ids: Tensor) -> None:
     )
 
 
+# Arguments of `from_pretrained` that say where files come from.
 HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -90,41 +83,6 @@ HUB_ARGUMENTS = (
     "revision",
     "subfolder",
 )
-"""What `from_pretrained` is told about where files come from."""
-
-
-class MemoryGPT2Config(GPT2Config):
-    """A GPT-2's config and, for each layer that has a memory, the arguments that build it.
-
-    `memory` maps a layer number (as a string, JSON has no other keys) to arguments of its `FeaturalMemory`; or to `rows`,
-    arguments of an `AssociativeMemory`, and `base`, those of its base or None. `slots` is the digest of the file beside the
-    weights that holds slots which are not among them (`models/slots.py`), where there is one. `memory_tokens` are `count` and
-    `first` of `models/tokens.py`, where there are any. `dmt` is the version of all this.
-    """
-
-    model_type = "dmt_gpt2"
-    dmt: int = STUDENT_VERSION
-    memory: dict | None = None
-    external_tensors: str | None = None
-    memory_tokens: dict | None = None
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: saved folders name the installed package, no copy of its code."""
-
-
-class MemoryLlamaConfig(LlamaConfig):
-    """A Llama's config and its memories, as in `MemoryGPT2Config`."""
-
-    model_type = "dmt_llama"
-    dmt: int = STUDENT_VERSION
-    memory: dict | None = None
-    external_tensors: str | None = None
-    memory_tokens: dict | None = None
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: saved folders name the installed package, no copy of its code."""
 
 
 def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
@@ -137,7 +95,8 @@ def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
 
 
 class _MemoryModelMixin(PreTrainedModel):
-    # On the inner and the outer model alike: loading asks the one that holds a module how to initialise it.
+    # Of the backbone and of the whole model: loading asks the one that holds a module how to
+    # initialize it.
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,17 +108,17 @@ class _MemoryModelMixin(PreTrainedModel):
             module.memory.normal_(std=0.02)
 
     def install_memories(self) -> None:
-        """Put the memories that the config names where the feed-forward blocks are."""
+        """Replace feed-forward blocks by the memories that the config names."""
         config: Any = self.config
         check_version(
             config.dmt,
             STUDENT_VERSION,
             "this student is of version",
-            "distil it anew, or use the dmt that made it",
+            "distill it again, or use the dmt that made it",
         )
         arch = get_architecture(config.model_type)
         for layer, arguments in (config.memory or {}).items():
-            memory_class = _get_memory_class(arguments["kind"], layer)
+            memory_class = _get_memory_class(str(arguments.get("kind")), layer)
             memory_arguments = {name: arguments[name] for name in arguments if name != "kind"}
             memory = memory_class.from_arguments(config.hidden_size, arch.gated, memory_arguments)
             arch.replace_block(self, int(layer), memory)
@@ -173,7 +132,7 @@ class _MemoryModelMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As ever; slots in a file of their own, and what a book beside the weights says, facts and rows, are there too."""
+        """Load a student, with slots of a file of their own, stored rows and facts."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.external_tensors:
@@ -196,7 +155,7 @@ class _MemoryModelMixin(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As ever; slots in a file of their own, stored rows and facts go along, and the config says what there is of them."""
+        """Save a student, with slots in a file of their own, stored rows and facts."""
         for layer, block in enumerate(get_architecture(self.config.model_type).blocks(self)):
             if isinstance(block, MemoryLayer):
                 arguments = self.config.memory[str(layer)]
@@ -212,7 +171,7 @@ class _MemoryModelMixin(PreTrainedModel):
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.external_tensors = slots_digest  # what is in RAM goes on without the file
+            self.config.external_tensors = slots_digest  # tensors in RAM do not need the file
         copy_facts(self, Path(str(save_directory)))
         write_hub_files(Path(str(save_directory)), self.config, type(self))
 
@@ -221,63 +180,100 @@ class _MemoryModelMixin(PreTrainedModel):
         """Do nothing: saved folders name the installed package, no copy of its code."""
 
 
-class MemoryGPT2Model(_MemoryModelMixin, GPT2Model):
-    """The backbone of a student made from a GPT-2."""
-
-    config_class = MemoryGPT2Config
+# Config and model of a student by the family of its teacher.
+STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {}
 
 
-class MemoryGPT2LMHeadModel(_MemoryModelMixin, GPT2LMHeadModel):
-    """A GPT-2 with memories in the layers its config names; what `AutoModelForCausalLM` gives for a saved student."""
+def register_architecture(family: str, architecture: Architecture) -> None:
+    """Support a family of models: its students can be made, saved and loaded.
 
-    config_class = MemoryGPT2Config
+    ```python
+    register_architecture("mistral", replace(ARCHITECTURES["llama"], classes=(
+        "MistralConfig", "MistralModel", "MistralForCausalLM")))
+    ```
 
-    def __init__(self, config: MemoryGPT2Config) -> None:
-        GPT2PreTrainedModel.__init__(self, config)
-        self.transformer = MemoryGPT2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.install_memories()
-        self.post_init()
+    Args:
+        family: the `model_type` of transformers.
+        architecture: where the feed-forward blocks are.
 
-
-class MemoryLlamaModel(_MemoryModelMixin, LlamaModel):
-    """The backbone of a student made from a Llama."""
-
-    config_class = MemoryLlamaConfig
-
-
-class MemoryLlamaForCausalLM(_MemoryModelMixin, LlamaForCausalLM):
-    """A Llama with memories in the layers its config names."""
-
-    config_class = MemoryLlamaConfig
-
-    def __init__(self, config: MemoryLlamaConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = MemoryLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.install_memories()
-        self.post_init()
+    Raises:
+        UserError: the family is supported already, or transformers lacks its classes.
+    """
+    if family in STUDENT_CLASSES:
+        raise UserError(f"family={family} is supported already")
+    missing = [name for name in architecture.classes if not hasattr(transformers, name)]
+    if missing:
+        raise UserError(f"transformers {transformers.__version__} has no {', '.join(missing)}")
+    config_class, model_class = _make_student_classes(family, architecture)
+    ARCHITECTURES[family] = architecture
+    STUDENT_CLASSES[family] = (config_class, model_class)
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
 
 
-STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {
-    "gpt2": (MemoryGPT2Config, MemoryGPT2LMHeadModel),
-    "llama": (MemoryLlamaConfig, MemoryLlamaForCausalLM),
-}
-"""Config and model of a student by the teacher's `model_type`."""
+def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any, Any]:
+    """Make `MemoryGPT2Config`, `MemoryGPT2LMHeadModel` and so on from the family's classes."""
+    config_base, backbone_base, model_base = (
+        getattr(transformers, name) for name in architecture.classes
+    )
 
-for _config_class, _model_class in STUDENT_CLASSES.values():
-    AutoConfig.register(_config_class.model_type, _config_class)
-    AutoModelForCausalLM.register(_config_class, _model_class)
+    class StudentConfig(config_base):  # type: ignore[valid-type,misc]
+        # `memory` maps a layer number (a string, JSON has no other keys) to the `kind` of its
+        # memory and the arguments of `MemoryLayer.from_arguments`. `external_tensors` is the
+        # digest of the file beside the weights that holds slots, where there is one.
+        # `memory_tokens` are `count` and `first` of a `MemoryTokenEmbedding`.
+        model_type = f"dmt_{family}"
+        dmt: int = STUDENT_VERSION
+        memory: dict | None = None
+        external_tensors: str | None = None
+        memory_tokens: dict | None = None
+
+        @classmethod
+        def register_for_auto_class(cls, auto_class: Any = None) -> None:
+            """Do nothing: saved folders name the installed package, no copy of its code."""
+
+    class StudentBackbone(_MemoryModelMixin, backbone_base):  # type: ignore[valid-type,misc]
+        config_class = StudentConfig
+
+    class StudentModel(_MemoryModelMixin, model_base):  # type: ignore[valid-type,misc]
+        config_class = StudentConfig
+
+        def __init__(self, config: Any) -> None:
+            PreTrainedModel.__init__(self, config)
+            setattr(self, architecture.backbone, StudentBackbone(config))
+            self.vocab_size = config.vocab_size
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.install_memories()
+            self.post_init()
+
+    for cls, base in (
+        (StudentConfig, config_base),
+        (StudentBackbone, backbone_base),
+        (StudentModel, model_base),
+    ):
+        cls.__name__ = cls.__qualname__ = f"Memory{base.__name__}"
+        cls.__doc__ = f"`{base.__name__}` of a student, with memories."
+        globals()[cls.__name__] = cls
+    return StudentConfig, StudentModel
 
 
 def build_student(
     teacher_config: Any, memory: dict[str, dict[str, Any]], no_dropout: dict[str, float]
 ) -> PreTrainedModel:
-    """A student of the teacher's shape with fresh weights; `memory` as in `MemoryGPT2Config`."""
+    """Return a student of the teacher's shape with fresh weights.
+
+    Args:
+        teacher_config: the teacher's config.
+        memory: for each layer with a memory, its `kind` and arguments.
+        no_dropout: config values that switch every dropout off.
+    """
     config_class, model_class = STUDENT_CLASSES[teacher_config.model_type.removeprefix("dmt_")]
     excluded = ("model_type", "architectures", "memory", "dtype", "external_tensors", "dmt")
     settings = {
         name: value for name, value in teacher_config.to_dict().items() if name not in excluded
     }
     return model_class(config_class(**{**settings, **no_dropout}, memory=memory))
+
+
+for _family, _architecture in ARCHITECTURES.items():
+    register_architecture(_family, _architecture)
