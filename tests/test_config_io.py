@@ -122,7 +122,7 @@ WRONG = [
         "memory.search=approximate",
         "memory.search must be one of exact, int8, ivf, got approximate",
     ),
-    ("task=", "task must be one of distill, consolidate, got nothing"),
+    ("task=", "task must be one of distill, consolidate, sleep, got nothing"),
     # lists
     (
         "data.corpora=speeches",
