@@ -119,17 +119,20 @@ def limited(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
 def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     """A student with `count` slots a layer on the disk, made in pieces."""
     width, layers = shape["n_embd"], shape["n_layer"]
-    how = {
+    arguments = {
         "kind": "featural",
         "num_slots": count,
         "k": K,
         "search": "int8",
         "offload": "slots",
+        "activation": "block",
         "activation_function": "gelu_new",
     }
     config_class, model_class = STUDENT_CLASSES["gpt2"]
     config = config_class(
-        **shape, memory={str(layer): how for layer in range(layers)}, external_tensors="written below"
+        **shape,
+        memory={str(layer): arguments for layer in range(layers)},
+        external_tensors="written below",
     )
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -142,7 +145,7 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
                 ("ln_1.weight", "ln_2.weight", "ln_f.weight")
             ) else parameter.normal_(std=0.02)
     base = torch.randn(PIECE, width) / width**0.5
-    lengths = base.norm(dim=-1).repeat(-(-count // PIECE))[:count]
+    norms = base.norm(dim=-1).repeat(-(-count // PIECE))[:count]
     codes = Int8Matrix(base)
 
     def pieces(of: Tensor, layer: int) -> Iterator[Tensor]:
@@ -162,7 +165,7 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
         tables[f"{name}.key_scales"] = TensorSpec(
             torch.float32, (count,), pieces(codes.scales, layer)
         )
-        tables[f"{name}.lengths"] = make_spec(lengths)
+        tables[f"{name}.value_norms"] = make_spec(norms)
     place = external_tensors.position_embedding_path(model)
     tables[f"{place}.weight"] = make_spec(0.02 * torch.randn(config.n_positions, width))
     folder.mkdir(parents=True)
@@ -277,7 +280,9 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
     for disk in ("none", "values", "slots"):
         for kind in ("float32", "int8"):
             for linear in (False, True):
-                name = f"disk={disk} value_type={kind}{' with the linear map' if linear else ''}"
+                name = (
+                    f"offload={disk} value_dtype={kind}{' with the linear map' if linear else ''}"
+                )
                 ways.append(
                     (
                         name,

@@ -16,11 +16,10 @@ from dmt.testing import MEMORY_CHECKS, MemoryUnderTest, check_memory
 
 def store_rows(memory, hidden):
     """Store a row for each hidden state in an associative memory."""
-    memory.writing = True
-    memory(hidden)
-    memory.set_targets(hidden.flip(0))
+    with memory.writes_enabled():
+        memory(hidden)
+        memory.set_targets(hidden.flip(0))
     memory.commit_step(1, 0.0, lambda count: np.arange(count))
-    memory.writing = False
     # Rows just written carry a straight-through gradient, which finite differences do not have.
     memory.set_recent_hidden(hidden[:0], torch.zeros(0, dtype=torch.long))
 

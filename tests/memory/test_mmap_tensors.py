@@ -1,4 +1,4 @@
-"""Slots in a file: the same answers as from RAM, rows read where they are asked for, and refusals in one line."""
+"""Slots in a file: the same outputs as from RAM, mapped reads, one-line errors."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from dmt.config import MEMORY_CONFIGS, DenseConfig
 from dmt.config_io import load_config
 from dmt.editing.edit import solve_value
 from dmt.errors import UserError
-from dmt.evaluation.metrics import measure_sizes as reported
+from dmt.evaluation.metrics import measure_sizes
 from dmt.evaluation.trace import trace
 from dmt.memory import FeaturalMemory, featural, mmap_tensors
 from dmt.memory.mmap_tensors import (
@@ -38,12 +38,12 @@ from dmt.models.conversion import convert_blocks, get_associative_memories, get_
 from dmt.models.fingerprint import hash_model
 
 assert dmt
-GENERATED = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-DISKS = ["values", "slots"]
+GENERATION = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+OFFLOADS = ["values", "slots"]
 
 
 def make(family=make_teacher, threshold=0.3, **changes):
-    """A student with nothing left at a value that a fresh model has too."""
+    """Create a student none of whose values is an initial one."""
     settings = {
         "mean_k": None if "k" in changes else 8,
         "search": "int8" if changes.get("offload") == "slots" else "exact",
@@ -54,57 +54,64 @@ def make(family=make_teacher, threshold=0.3, **changes):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-        for part in get_featural_memories(student).values():
-            if part.metric is not None:
-                part.metric.add_(0.1 * torch.randn_like(part.metric))
-            if part.threshold is not None:
-                part.threshold.fill_(threshold)
-    for associative in get_associative_memories(student).values():
-        associative.writing = True
-    return student.eval()
+        for memory in get_featural_memories(student).values():
+            if memory.metric is not None:
+                memory.metric.add_(0.1 * torch.randn_like(memory.metric))
+            if memory.threshold is not None:
+                memory.threshold.fill_(threshold)
+        student.eval()
+        for memory in get_associative_memories(student).values():
+            with memory.writes_enabled():
+                memory(torch.randn(6, WIDTH))
+                memory.set_targets(torch.randn(6, WIDTH))
+            memory.commit_step()
+    return student
 
 
 @torch.no_grad()
-def rounded(student):
-    """The same student with each value rounded as it is kept."""
+def round_values(student):
+    """Round each value of a student as saving does."""
     for memory in get_featural_memories(student).values():
         rows, scales = quantize_rows(memory.values, memory.value_dtype)
         memory.values.copy_(dequantize_rows(rows, scales, torch.float32))
     return student
 
 
-def saved(student, folder, dtype=torch.float32):
+def save_and_load(student, folder, dtype=torch.float32):
     student.save_pretrained(folder)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
     assert not [
-        str(each.message)
-        for each in said
-        if "slots" in str(each.message) or "buffer" in str(each.message)
+        str(warning.message)
+        for warning in caught
+        if "slots" in str(warning.message) or "buffer" in str(warning.message)
     ]
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    for part in (*model.parameters(), *model.buffers()):
-        part.data = part.data.clone()  # weights begin where the file has them, and sums of one token depend on that in the last bit
+    # Sums over one token depend in the last bit on where weights begin in memory.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 
 @torch.no_grad()
-def assert_same(one, other, tokens):
-    """Logits of whole windows, of one token, of two; generated from caches, alone and together: all to the last bit."""
-    for given in (tokens, tokens[:1], tokens[:1, :1], tokens[:2, :1]):
-        assert torch.equal(one(given).logits, other(given).logits)
+def assert_same(first, second, tokens):
+    """Compare logits of windows, of one and of two tokens, and cached generation, to the bit."""
+    for batch in (tokens, tokens[:1], tokens[:1, :1], tokens[:2, :1]):
+        assert torch.equal(first(batch).logits, second(batch).logits)
     for prompts in (tokens[:1, :6], tokens[:, :6]):
         mask = torch.ones_like(prompts)
-        said = [model.generate(prompts, attention_mask=mask, **GENERATED) for model in (one, other)]
-        assert torch.equal(*said)
-    assert one(tokens).logits.isfinite().all()
+        generated = [
+            model.generate(prompts, attention_mask=mask, **GENERATION) for model in (first, second)
+        ]
+        assert torch.equal(*generated)
+    assert first(tokens).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("value_type", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
 @pytest.mark.parametrize(
     "changes",
@@ -124,107 +131,108 @@ def assert_same(one, other, tokens):
     ],
     ids=str,
 )
-def test_a_student_in_a_file_says_what_it_said(family, changes, value_type, tokens, tmp_path):
+def test_a_student_in_a_file_equals_the_one_in_ram(family, changes, value_dtype, tokens, tmp_path):
     if family is make_llama and changes.get("search") == "ivf":
         pytest.skip("one key")
-    student = make(family, value_dtype=value_type, **changes)
-    loaded = saved(student, tmp_path)
-    assert_same(loaded, rounded(student), tokens)
+    student = make(family, value_dtype=value_dtype, **changes)
+    loaded = save_and_load(student, tmp_path)
+    assert_same(loaded, round_values(student), tokens)
 
 
-@pytest.mark.parametrize("value_type", ["float32", "float16", "int8"])
-@pytest.mark.parametrize(("weighting", "ranking"), KINDS)
-@pytest.mark.parametrize("disk", DISKS)
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(("activation", "selection"), KINDS)
+@pytest.mark.parametrize("offload", OFFLOADS)
 @torch.no_grad()
 def test_every_kind_of_memory_reads_a_file(
-    weighting, ranking, disk, value_type, tmp_path, monkeypatch
+    activation, selection, offload, value_dtype, tmp_path, monkeypatch
 ):
-    if disk == "slots" and weighting == "distance":
-        pytest.skip("refused")
-    monkeypatch.setattr(
-        mmap_tensors, "MAX_CONVERTED_VALUES", 5 * 16
-    )  # so that sums are made in several pieces
-    how = {
-        "activation": weighting,
-        "selection": ranking,
-        "value_dtype": value_type,
-        "offload": disk,
+    if offload == "slots" and activation == "distance":
+        pytest.skip("rejected")
+    # So that sums are made in several chunks.
+    monkeypatch.setattr(mmap_tensors, "MAX_CONVERTED_VALUES", 5 * 16)
+    options = {
+        "activation": activation,
+        "activation_function": "gelu_new",
+        "selection": selection,
+        "value_dtype": value_dtype,
+        "offload": offload,
+        "metric": "fisher",
+        "search": "int8" if offload == "slots" else "exact",
     }
-    how |= {"metric": "fisher", "search": "int8" if disk == "slots" else "exact"}
-    there = FeaturalMemory(16, 64, 8, **how).eval()
-    there.values.normal_()
-    there.metric.normal_()
-    if there.means is not None:
-        there.means.normal_()
-    write_tensor_file(
-        tmp_path / "slots", {f"m.{name}": table for name, table in there.export_specs().items()}
-    )
-    there.values.copy_(dequantize_rows(*quantize_rows(there.values, value_type), torch.float32))
-    other = FeaturalMemory(16, 64, 8, **how).eval()
-    other.load_state_dict(
-        {
-            **other.state_dict(),
-            **{k: v for k, v in there.state_dict().items() if k not in there.external_names},
-        }
-    )
-    other.release_tensors()
-    assert not set(there.external_names) & set(other.state_dict())
-    other.attach_file(MmapTensorFile(tmp_path / "slots"), "m")
-    for tokens in (1, 2, 40, *([] if weighting == "distance" else [0])):
+    memory = FeaturalMemory(16, 64, 8, **options).eval()
+    memory.values.normal_()
+    memory.metric.normal_()
+    if memory.means is not None:
+        memory.means.normal_()
+    specs = {f"m.{name}": spec for name, spec in memory.export_specs().items()}
+    write_tensor_file(tmp_path / "slots", specs)
+    memory.values.copy_(dequantize_rows(*quantize_rows(memory.values, value_dtype), torch.float32))
+    loaded = FeaturalMemory(16, 64, 8, **options).eval()
+    resident = {
+        name: tensor
+        for name, tensor in memory.state_dict().items()
+        if name not in memory.external_names
+    }
+    loaded.load_state_dict({**loaded.state_dict(), **resident})
+    loaded.release_tensors()
+    assert not set(memory.external_names) & set(loaded.state_dict())
+    loaded.attach_file(MmapTensorFile(tmp_path / "slots"), "m")
+    for tokens in (1, 2, 40, *([] if activation == "distance" else [0])):
         hidden = torch.randn(tokens, 16)
-        assert torch.equal(there(hidden), other(hidden))
+        assert torch.equal(memory(hidden), loaded(hidden))
         if tokens:
-            for mine, theirs in zip(
-                there.select_with_weights(hidden), other.select_with_weights(hidden), strict=True
+            for expected, actual in zip(
+                memory.select_with_weights(hidden), loaded.select_with_weights(hidden), strict=True
             ):
-                assert torch.equal(mine, theirs)
+                assert torch.equal(expected, actual)
             with torch.enable_grad():
                 hidden.requires_grad_(True)
-                directions = torch.randn(tokens, 16)
+                direction = torch.randn(tokens, 16)
                 grads = [
-                    torch.autograd.grad((memory(hidden) * directions).sum(), hidden)[0]
-                    for memory in (there, other)
+                    torch.autograd.grad((layer(hidden) * direction).sum(), hidden)[0]
+                    for layer in (memory, loaded)
                 ]
             torch.testing.assert_close(*grads)
-            torch.testing.assert_close(other(hidden.detach()), other.forward(hidden).detach())
-    assert torch.equal(other.value_norms(), there.value_norms())
-    assert torch.equal(other.constant_output(), there.constant_output())
-    assert 0 <= other.measure_recall(torch.randn(9, 16)) <= 1
+            torch.testing.assert_close(loaded(hidden.detach()), loaded.forward(hidden).detach())
+    assert torch.equal(loaded.value_norms(), memory.value_norms())
+    assert torch.equal(loaded.constant_output(), memory.constant_output())
+    assert 0 <= loaded.measure_recall(torch.randn(9, 16)) <= 1
 
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_slots_on_the_disk_are_found_by_codes_and_weighed_exactly(tokens, grad):
+def test_offloaded_slots_are_searched_by_codes_and_weighed_exactly(tokens, grad):
     memory = FeaturalMemory(16, 256, 8, search="int8", offload="slots").eval()
     hidden = torch.randn(tokens, 16)
     with torch.set_grad_enabled(grad):
         assert memory._uses_candidates(tokens)
-        assert memory.train()._looks_up(tokens) == (tokens < 16 and not grad)
+        assert memory.train()._uses_candidates(tokens) == (tokens < 16 and not grad)
         memory.eval()
-        chosen = memory.select_slots(hidden)
-        wanted = (
-            memory.compute_weights(hidden, memory.compute_scores(hidden)) * chosen
+        mask = memory.select_slots(hidden)
+        expected = (
+            memory.compute_weights(hidden, memory.compute_scores(hidden)) * mask
         ) @ memory.values + memory.constant_output()
-        torch.testing.assert_close(memory(hidden), wanted)
+        torch.testing.assert_close(memory(hidden), expected)
 
 
-def test_rows_are_converted_so_many_at_a_time(monkeypatch):
+def test_rows_are_converted_in_chunks(monkeypatch):
     monkeypatch.setattr(mmap_tensors, "MAX_CONVERTED_VALUES", 5 * 16)
-    table, asked = torch.randn(64, 16), []
+    table, chunk_sizes = torch.randn(64, 16), []
     ids, weights = torch.randint(0, 64, (9, 3)), torch.randn(9, 3)
-    said = mmap_tensors.sum_embedding_bags(
-        lambda rows: asked.append(len(rows)) or table[rows], 16, ids, weights
+    output = mmap_tensors.sum_embedding_bags(
+        lambda row_ids: chunk_sizes.append(len(row_ids)) or table[row_ids], 16, ids, weights
     )
-    torch.testing.assert_close(said, (table[ids] * weights.unsqueeze(-1)).sum(1))
-    assert len(asked) == 9
-    assert max(asked) <= 5
-    wide = mmap_tensors.sum_embedding_bags(
-        lambda rows: table[rows], 16, torch.randint(0, 64, (2, 40)), torch.ones(2, 40)
-    )  # one bag is more than that
-    assert wide.shape == (2, 16)
+    torch.testing.assert_close(output, (table[ids] * weights.unsqueeze(-1)).sum(1))
+    assert len(chunk_sizes) == 9
+    assert max(chunk_sizes) <= 5
+    # One bag is larger than a chunk.
+    large_bags = mmap_tensors.sum_embedding_bags(
+        table.__getitem__, 16, torch.randint(0, 64, (2, 40)), torch.ones(2, 40)
+    )
+    assert large_bags.shape == (2, 16)
 
 
-def test_rounding_is_as_stated(tokens):
+def test_rounding_errors_are_bounded(tokens):
     values = torch.randn(50, 16) * torch.logspace(-3, 3, 50).unsqueeze(-1)
     values[7] = 0
     for kind, bound in (("float32", 0.0), ("float16", 2.0**-11), ("int8", 0.5 / 127)):
@@ -239,30 +247,29 @@ def test_rounding_is_as_stated(tokens):
     assert quantize_rows(values, "int8")[0].abs().amax(-1)[0] == 127
 
 
-def test_a_rounded_student_is_near(tokens, tmp_path):
-    plain = make(k=NEURONS)
-    near = []
+def test_a_rounded_student_has_nearly_the_same_logits(tokens, tmp_path):
+    distances = []
     for kind in ("float16", "int8"):
         torch.manual_seed(0)
-        loaded = saved(make(k=NEURONS, value_dtype=kind), tmp_path / kind)
+        loaded = save_and_load(make(k=NEURONS, value_dtype=kind), tmp_path / kind)
         torch.manual_seed(0)
         plain = make(k=NEURONS)
         with torch.no_grad():
-            near.append(
+            distances.append(
                 float(
                     (loaded(tokens).logits - plain(tokens).logits).norm()
                     / plain(tokens).logits.norm()
                 )
             )
-    assert 0 < near[0] < 1e-3
-    assert near[0] < near[1] < 0.02
+    assert 0 < distances[0] < 1e-3
+    assert distances[0] < distances[1] < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("disk", DISKS)
-def test_a_model_in_half_precision_reads_the_file(dtype, disk, tokens, tmp_path):
-    student = make(k=NEURONS, offload=disk)
-    half = saved(student, tmp_path, dtype)
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_model_in_half_precision_reads_the_file(dtype, offload, tokens, tmp_path):
+    student = make(k=NEURONS, offload=offload)
+    half = save_and_load(student, tmp_path, dtype)
     with torch.no_grad():
         said, wanted = half(tokens).logits.float(), student(tokens).logits
         alone = half(tokens[:1, :1]).logits
@@ -270,351 +277,339 @@ def test_a_model_in_half_precision_reads_the_file(dtype, disk, tokens, tmp_path)
     assert alone.dtype == dtype
 
 
-@pytest.mark.parametrize("disk", DISKS)
-def test_saved_again_it_is_the_same(disk, tokens, tmp_path):
-    student = make(offload=disk, value_dtype="int8")
-    once = saved(student, tmp_path / "one")
-    before = (tmp_path / "one" / external_tensors.SLOTS_FILE).read_bytes()
-    again = saved(once, tmp_path / "two")
-    assert_same(once, again, tokens)
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_student_saved_twice_is_the_same(offload, tokens, tmp_path):
+    student = make(offload=offload, value_dtype="int8")
+    first = save_and_load(student, tmp_path / "one")
+    slots_file = tmp_path / "one" / external_tensors.SLOTS_FILE
+    before = slots_file.read_bytes()
+    second = save_and_load(first, tmp_path / "two")
+    assert_same(first, second, tokens)
     assert (tmp_path / "two" / external_tensors.SLOTS_FILE).read_bytes() == before
-    inode = (tmp_path / "one" / external_tensors.SLOTS_FILE).stat().st_ino
-    same = saved(once, tmp_path / "one")  # onto the file that is mapped
-    assert (tmp_path / "one" / external_tensors.SLOTS_FILE).stat().st_ino == inode
-    assert_same(once, same, tokens)
-    saved(
-        make(offload=disk, value_dtype="int8", threshold=0.1), tmp_path / "one"
-    )  # another one in its place: a file of its own
-    assert_same(once, again, tokens)
-    assert hash_model(once) == hash_model(again)
+    inode = slots_file.stat().st_ino
+    onto_itself = save_and_load(first, tmp_path / "one")  # onto the file that is mapped
+    assert slots_file.stat().st_ino == inode
+    assert_same(first, onto_itself, tokens)
+    # Another student saved there gets a new file; the mapped one lives on.
+    save_and_load(make(offload=offload, value_dtype="int8", threshold=0.1), tmp_path / "one")
+    assert_same(first, second, tokens)
+    assert hash_model(first) == hash_model(second)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_student_in_ram_goes_on_after_it_was_saved(tokens, tmp_path):
+def test_a_student_in_ram_can_be_trained_after_saving(tokens, tmp_path):
     student = make(offload="values")
-    loaded = saved(student, tmp_path)
+    loaded = save_and_load(student, tmp_path)
     assert student.config.external_tensors is None
     assert (
         loaded.config.external_tensors
-        == json.loads((tmp_path / "config.json").read_text())["slots"]
+        == json.loads((tmp_path / "config.json").read_text())["external_tensors"]
     )
     student.train()
     student(tokens, labels=tokens).loss.backward()
     assert get_featural_memories(student)[0].values.grad is not None
     student.eval()
-    assert_same(saved(student, tmp_path), loaded, tokens)
+    assert_same(save_and_load(student, tmp_path), loaded, tokens)
 
 
-def test_other_values_are_another_model(tmp_path):
+def test_the_model_hash_covers_values_in_the_file(tmp_path):
     student = make(offload="values")
-    before = hash_model(saved(student, tmp_path / "a"))
+    before = hash_model(save_and_load(student, tmp_path / "a"))
     with torch.no_grad():
         get_featural_memories(student)[2].values[5, 3] += 1
-    assert hash_model(saved(student, tmp_path / "b")) != before
+    assert hash_model(save_and_load(student, tmp_path / "b")) != before
 
 
-def test_what_is_in_the_file_is_not_among_the_weights(tmp_path):
-    for disk, gone in (
+def test_tensors_in_the_file_are_not_among_the_weights(tmp_path):
+    for offload, names in (
         ("none", {"values"}),
         ("values", {"values", "metric"}),
         ("slots", {"values", "metric", "keys"}),
     ):
-        student = make(offload=disk, value_dtype="float16")
-        held = set(student.state_dict())
-        loaded = saved(student, tmp_path / disk)
-        parts = {f"transformer.h.{layer}.{block}" for layer, block in ((0, "mlp"), (2, "mlp"))}
-        positions = {"transformer.wpe.weight"} if disk == "slots" else set()
-        assert (
-            held - set(loaded.state_dict())
-            == {f"{part}.{name}" for part in parts for name in gone} | positions
-        )
-        with safe_open(tmp_path / disk / "model.safetensors", "pt") as weights:
-            assert not {
-                name for name in weights.keys() if name.rpartition(".")[2] in gone and "mlp" in name
-            }  # noqa: SIM118
-        with safe_open(
-            tmp_path / disk / external_tensors.SLOTS_FILE, "pt"
-        ) as file:  # which anybody's safetensors can read
-            for part in parts:
-                assert torch.equal(
-                    file.get_tensor(f"{part}.values"), loaded.get_submodule(part).values
-                )
-    assert not (tmp_path / "plain").exists()
+        student, folder = make(offload=offload, value_dtype="float16"), tmp_path / offload
+        state_names = set(student.state_dict())
+        loaded = save_and_load(student, folder)
+        blocks = {f"transformer.h.{layer}.mlp" for layer in (0, 2)}
+        positions = {"transformer.wpe.weight"} if offload == "slots" else set()
+        external = {f"{block}.{name}" for block in blocks for name in names} | positions
+        assert state_names - set(loaded.state_dict()) == external
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            assert not external & set(weights.keys())
+        # Any reader of safetensors can read the file.
+        with safe_open(folder / external_tensors.SLOTS_FILE, "pt") as file:
+            for block in blocks:
+                values = loaded.get_submodule(block).values
+                assert torch.equal(file.get_tensor(f"{block}.values"), values)
     make().save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / external_tensors.SLOTS_FILE).exists()
-    assert (
-        "slots" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-        or not make().config.external_tensors
-    )
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert not config.get("external_tensors")
+    assert not make().config.external_tensors
 
 
-def test_sizes_are_counted_where_they_are(tmp_path):
-    teacher, numbers = make_teacher(), {}
-    for disk in ("none", "values", "slots"):
-        loaded = saved(
-            make(offload=disk, value_dtype="int8", skip_connection=False), tmp_path / disk
-        )
-        numbers[disk] = (
+def test_sizes_in_ram_and_on_disk_are_counted(tmp_path):
+    teacher, sizes = make_teacher(), {}
+    for offload in ("none", "values", "slots"):
+        student = make(offload=offload, value_dtype="int8", skip_connection=False)
+        loaded = save_and_load(student, tmp_path / offload)
+        sizes[offload] = (
             external_tensors.measure_bytes(loaded),
-            reported(teacher, loaded, tmp_path / disk),
+            measure_sizes(teacher, loaded, tmp_path / offload),
         )
-    table = 2 * NEURONS * WIDTH
-    assert numbers["none"][0]["disk"] == 0
-    assert "student_offloaded" not in numbers["none"][1]
-    assert numbers["values"][0]["disk"] == table + 2 * 4 * WIDTH**2
-    positions = 4 * POSITIONS * WIDTH
-    assert numbers["slots"][0]["disk"] == table + 2 * 4 * WIDTH**2 + 4 * table + positions
-    # what goes with the file in RAM: scales and lengths; and codes of keys with a scale for each
-    assert numbers["none"][0]["ram"] - numbers["values"][0]["ram"] == table + 2 * 4 * WIDTH**2
+    table, metrics, positions = 2 * NEURONS * WIDTH, 2 * 4 * WIDTH**2, 4 * POSITIONS * WIDTH
+    assert sizes["none"][0]["disk"] == 0
+    assert "student_offloaded" not in sizes["none"][1]
+    assert sizes["values"][0]["disk"] == table + metrics
+    assert sizes["slots"][0]["disk"] == table + metrics + 4 * table + positions
+    # In RAM are scales and value norms, and with offloaded keys their codes, with scales.
+    assert sizes["none"][0]["ram"] - sizes["values"][0]["ram"] == table + metrics
     assert (
-        numbers["values"][0]["ram"] - numbers["slots"][0]["ram"]
+        sizes["values"][0]["ram"] - sizes["slots"][0]["ram"]
         == positions + 4 * table - table - 2 * 4 * NEURONS
     )
-    for disk, (mine, said) in numbers.items():
-        assert said.get("student_offloaded", 0) == mine["disk"]
+    for offload, (measured, reported) in sizes.items():
+        assert reported.get("student_offloaded", 0) == measured["disk"]
         files = [
-            tmp_path / disk / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)
+            tmp_path / offload / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)
         ]
-        assert said["student_on_disk"] == sum(file.stat().st_size for file in files)
+        assert reported["student_on_disk"] == sum(file.stat().st_size for file in files)
     parameters = sum(p.numel() * 4 for p in loaded.parameters())
-    kept = sum(memory.mmap_tensors.num_bytes for memory in get_featural_memories(loaded).values())
-    assert numbers["slots"][1]["student"] == parameters + kept
-    assert kept == table + 2 * 3 * 4 * NEURONS  # codes; scales of codes and of values, lengths
+    resident = sum(m.mmap_tensors.num_bytes for m in get_featural_memories(loaded).values())
+    assert sizes["slots"][1]["student"] == parameters + resident
+    assert resident == table + 2 * 3 * 4 * NEURONS  # codes; scales of codes and values, norms
 
 
 ANONYMOUS = """
 import re, sys, torch
 from pathlib import Path
 from dmt.memory import FeaturalMemory
-from dmt.memory.paging import Mapped
+from dmt.memory.mmap_tensors import MmapTensorFile
 torch.set_num_threads(1)
-def anonymous(): return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
-kind, disk = sys.argv[2:]
+def anonymous_mb():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status).group(1)) / 1024
 with torch.device("meta"):
-    memory = FeaturalMemory(512, 32768, 32, value_type=kind, disk=disk, search="int8" if disk == "slots" else "exact").eval()
-memory.leave()
+    memory = FeaturalMemory(512, 32768, 32, value_dtype=sys.argv[2], offload="values").eval()
+memory.release_tensors()
 memory.to_empty(device="cpu")
 with torch.no_grad():
-    for part in memory.parameters():
-        part.zero_()
-mapped = Mapped(Path(sys.argv[1]))
-before = anonymous()
-memory.take(mapped, "m")
-taken = anonymous() - before
+    for parameter in memory.parameters():
+        parameter.zero_()
+file = MmapTensorFile(Path(sys.argv[1]))
+before = anonymous_mb()
+memory.attach_file(file, "m")
+attached = anonymous_mb() - before
 with torch.no_grad():
     for tokens in (1, 1, 20, 300):
         memory(torch.randn(tokens, 512))
-    ids = torch.arange(32768)
-    for part in ids.split(1000):
-        memory.value_rows(part)
-print(taken, anonymous() - before)
+    for ids in torch.arange(32768).split(1000):
+        memory.gather_values(ids)
+print(attached, anonymous_mb() - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
-@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
-def test_a_large_table_takes_no_memory_of_its_own(kind, tmp_path):
-    dtype, of = (
-        {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}[kind],
-        (32_768, 512),
-    )
+@pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
+def test_a_large_table_takes_no_memory_of_its_own(value_dtype, tmp_path):
+    dtype = mmap_tensors.VALUE_TYPES[value_dtype]
     rows = torch.randint(-100, 100, (1024, 512)).to(dtype)
-    tables = {
-        "m.values": TensorSpec(dtype, of, (rows for _ in range(32))),
-        "m.lengths": make_spec(torch.rand(32_768)),
+    specs = {
+        "m.values": TensorSpec(dtype, (32_768, 512), (rows for _ in range(32))),
+        "m.value_norms": make_spec(torch.rand(32_768)),
     }
-    if kind == "int8":
-        tables["m.scales"] = make_spec(torch.rand(32_768))
-    write_tensor_file(tmp_path / "file", tables)
-    done = subprocess.run(
-        [sys.executable, "-c", ANONYMOUS, tmp_path / "file", kind, "values"],
+    if value_dtype == "int8":
+        specs["m.scales"] = make_spec(torch.rand(32_768))
+    write_tensor_file(tmp_path / "file", specs)
+    process = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS, tmp_path / "file", value_dtype],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    taken, after = map(float, done.stdout.split())
-    assert taken < 4  # MB; the table has 16, 32 or 64
-    # scores of 300 tokens, their masks and rows converted are freed again; some of it stays with the allocator
-    assert after < taken + 200
+    assert process.returncode == 0, process.stderr
+    attached, after = map(float, process.stdout.split())
+    assert attached < 4  # MB; the table has 16, 32 or 64
+    # Scores of 300 tokens, their masks and converted rows are freed again, some of it only to
+    # the allocator.
+    assert after < attached + 200
 
 
-def test_tables_are_mapped_and_the_file_is_never_written(tmp_path):
-    loaded = saved(make(offload="slots"), tmp_path)
+def test_tensors_are_mapped_and_the_file_is_never_written(tmp_path):
+    loaded = save_and_load(make(offload="slots"), tmp_path)
     before = (tmp_path / external_tensors.SLOTS_FILE).read_bytes()
     if sys.platform.startswith("linux"):
         with open("/proc/self/maps") as maps:
             spans = [
-                line.split()[0].split("-")
+                [int(bound, 16) for bound in line.split()[0].split("-")]
                 for line in maps
                 if line.rstrip().endswith(str(tmp_path / external_tensors.SLOTS_FILE))
             ]
+
+        def is_mapped(tensor):
+            return any(begin <= tensor.data_ptr() < end for begin, end in spans)
+
         for memory in get_featural_memories(loaded).values():
-            for name in ("values", "keys", "metric"):
-                place = getattr(memory, name).data_ptr()
-                assert any(int(begin, 16) <= place < int(end, 16) for begin, end in spans), name
-            place = (
-                memory.mmap_tensors.key_codes.rows.data_ptr()
-            )  # a quarter of the keys: what does not fit may be read again
-            assert any(int(begin, 16) <= place < int(end, 16) for begin, end in spans)
-            place = memory.mmap_tensors.value_norms.data_ptr()
-            assert not any(int(begin, 16) <= place < int(end, 16) for begin, end in spans)
+            assert all(is_mapped(getattr(memory, name)) for name in ("values", "keys", "metric"))
+            assert is_mapped(memory.mmap_tensors.key_codes.rows)
+            assert not is_mapped(memory.mmap_tensors.value_norms)
     with torch.no_grad():
         loaded(torch.zeros(1, 4, dtype=torch.long))
         assert not any(
             memory._tensor_cache._entries for memory in get_featural_memories(loaded).values()
-        ), "nothing is made from whole tables"
+        ), "nothing is derived from whole tables"
         get_featural_memories(loaded)[0].values.zero_()
     assert (tmp_path / external_tensors.SLOTS_FILE).read_bytes() == before
 
 
 def test_it_cannot_be_trained(tokens, tmp_path):
-    for how in ({"offload": "values"}, {"offload": "slots"}, {"value_dtype": "int8"}):
-        loaded = saved(make(**how), tmp_path)
-        with pytest.raises(
-            UserError, match=r"memory\.disk=none memory\.value_type=float32"
-        ) as refused:
+    for changes in ({"offload": "values"}, {"offload": "slots"}, {"value_dtype": "int8"}):
+        loaded = save_and_load(make(**changes), tmp_path)
+        with pytest.raises(UserError, match="offload=none and value_dtype=float32") as error:
             loaded.train()
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(error.value)
         loaded.eval()
-        loaded(tokens).logits.sum().backward()  # in eval mode what is not in the file has gradients
+        loaded(tokens).logits.sum().backward()  # in eval mode other weights have gradients
         assert loaded.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("disk", DISKS)
-def test_a_fact_can_be_drafted_for_it(disk, tokens, tmp_path):
-    student = make(offload=disk).requires_grad_(False)
-    loaded = saved(student, tmp_path).requires_grad_(False)
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_edit_can_be_solved_for_it(offload, tokens, tmp_path):
+    student = make(offload=offload).requires_grad_(False)
+    loaded = save_and_load(student, tmp_path).requires_grad_(False)
     columns = torch.arange(5)
-    found = [
+    values = [
         solve_value(
             model, tokens[:1], torch.zeros_like(columns), columns, tokens[0, 1:6], 1, 2
         ).values
         for model in (student, loaded)
     ]
     torch.testing.assert_close(
-        *found, rtol=1e-4, atol=1e-4
-    )  # with gradients, RAM multiplies by all values, the file sums those read
+        *values, rtol=1e-4, atol=1e-4
+    )  # with gradients RAM multiplies by all values, the file sums those read
 
 
-def test_inspection_is_the_same(tokenizer, tokens, tmp_path):
-    for how in (
+def test_traces_are_the_same(tokenizer, tokens, tmp_path):
+    for changes in (
         {"offload": "values"},
         {"offload": "slots"},
         {"offload": "values", "k": 8, "projections": True},
     ):
-        student = make(**how)
-        found = [
-            trace(model, tokenizer, tokens[0]) for model in (student, saved(student, tmp_path))
-        ]
-        assert found[0] == found[1]
-        assert any(each.activations for each in found[0])
-    nothing = make(offload="values", threshold=1e9)
-    assert not any(each.activations for each in trace(nothing, tokenizer, tokens[0]))
+        student = make(**changes)
+        expected = trace(student, tokenizer, tokens[0])
+        assert trace(save_and_load(student, tmp_path), tokenizer, tokens[0]) == expected
+        assert any(token.activations for token in expected)
+    nothing_read = make(offload="values", threshold=1e9)
+    assert not any(token.activations for token in trace(nothing_read, tokenizer, tokens[0]))
 
 
-def refusal(folder):
-    with pytest.raises(UserError) as refused:
+def load_error(folder):
+    """Return the one-line error of loading a student."""
+    with pytest.raises(UserError) as error:
         AutoModelForCausalLM.from_pretrained(folder)
-    assert "\n" not in str(refused.value)
-    assert str(folder / external_tensors.SLOTS_FILE) in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(error.value)
+    assert str(folder / external_tensors.SLOTS_FILE) in str(error.value)
+    return str(error.value)
 
 
-def test_a_file_that_is_missing_cut_short_or_foreign_is_refused_in_a_line(tmp_path):
-    make(offload="values").save_pretrained(tmp_path / "a")
-    file = tmp_path / "a" / external_tensors.SLOTS_FILE
-    good = file.read_bytes()
-    for length in (0, 5, 8, 100, 4096, len(good) // 2, len(good) - 1):
-        file.write_bytes(good[:length])
-        assert "not a whole file" in refusal(tmp_path / "a")
-    for wrong in (good + b"x", b"\xff" * 8 + good[8:], b"{}" * 3000):
-        file.write_bytes(wrong)
-        assert "not a whole file" in refusal(tmp_path / "a")
-    for version, advice in (("2", "a newer dmt made it"), ("0", "save the student anew")):
-        file.write_bytes(good.replace(b'"format": "1"', f'"format": "{version}"'.encode()))
-        assert f"its format is {version}, this dmt knows 1; {advice}" in refusal(tmp_path / "a")
-    file.write_bytes(good.replace(b'"F32"', b'"F99"', 1))
-    assert "not a whole file" in refusal(tmp_path / "a")
+def test_a_missing_damaged_or_foreign_file_is_rejected_in_a_line(tmp_path):
+    folder = tmp_path / "a"
+    make(offload="values").save_pretrained(folder)
+    file = folder / external_tensors.SLOTS_FILE
+    content = file.read_bytes()
+    for length in (0, 5, 8, 100, 4096, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:length])
+        assert "not a complete file" in load_error(folder)
+    for damaged in (content + b"x", b"\xff" * 8 + content[8:], b"{}" * 3000):
+        file.write_bytes(damaged)
+        assert "not a complete file" in load_error(folder)
+    for version, advice in (("2", "newer dmt"), ("0", "save the student again")):
+        file.write_bytes(content.replace(b'"format": "1"', f'"format": "{version}"'.encode()))
+        message = load_error(folder)
+        assert f"its format is {version}" in message
+        assert advice in message
+    file.write_bytes(content.replace(b'"F32"', b'"F99"', 1))
+    assert "not a complete file" in load_error(folder)
+    file.write_bytes(content.replace(b'"digest"', b'"digits"', 1))
+    assert "no digest in its metadata" in load_error(folder)
     file.unlink()
-    assert "is not there" in refusal(tmp_path / "a")
+    assert "does not exist" in load_error(folder)
     torch.manual_seed(5)
     make(offload="values").save_pretrained(tmp_path / "b")
     shutil.copy(tmp_path / "b" / external_tensors.SLOTS_FILE, file)
-    assert "another student" in refusal(tmp_path / "a")
-    file.write_bytes(good)
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    config["memory"]["0"]["value_type"] = "float16"
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    assert "than config.json says" in refusal(tmp_path / "a")
+    assert "another student" in load_error(folder)
+    file.write_bytes(content)
+    config = json.loads((folder / "config.json").read_text())
+    config["memory"]["0"]["value_dtype"] = "float16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "does not match config.json" in load_error(folder)
     config["memory"]["0"] |= {"value_dtype": "float32", "offload": "slots", "search": "int8"}
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    assert "does not hold" in refusal(tmp_path / "a")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "has no tensor" in load_error(folder)
 
 
-def test_a_file_that_went_away_cannot_be_saved_along(tmp_path):
-    loaded = saved(make(offload="values"), tmp_path / "a")
+def test_a_file_that_is_gone_cannot_be_copied(tmp_path):
+    loaded = save_and_load(make(offload="values"), tmp_path / "a")
     (tmp_path / "a" / external_tensors.SLOTS_FILE).unlink()
-    with pytest.raises(UserError, match="cannot be copied"):
+    with pytest.raises(UserError, match="cannot copy"):
         loaded.save_pretrained(tmp_path / "b")
     make(offload="values", threshold=0.1).save_pretrained(tmp_path / "a")
     torch.manual_seed(5)
     make(offload="values").save_pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match="another file than the one"):
+    with pytest.raises(UserError, match="no longer the file"):
         loaded.save_pretrained(tmp_path / "b")
     assert not list((tmp_path / "b").glob("slots*"))
 
 
-def test_what_is_not_opened_says_so(tokens, tmp_path):
+def test_a_memory_without_its_file_is_an_error(tokens, tmp_path):
     make(offload="values").save_pretrained(tmp_path)
     config = AutoModelForCausalLM.from_pretrained(tmp_path).config
     with pytest.raises(UserError, match="from_pretrained"):
         AutoModelForCausalLM.from_config(config).eval()(tokens)
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_tensor_file(tmp_path / "file", {"a": make_spec(torch.ones(3, 4))})
     before = (tmp_path / "file").read_bytes()
-    with pytest.raises(AssertionError, match="pieces"):
+    with pytest.raises(AssertionError, match="chunks"):
         write_tensor_file(
             tmp_path / "file", {"a": TensorSpec(torch.float32, (3, 4), [torch.ones(2, 4)])}
         )
     assert (tmp_path / "file").read_bytes() == before
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         write_tensor_file(tmp_path / "nowhere" / "file", {"a": make_spec(torch.ones(3, 4))})
 
 
-def test_tables_come_back_as_they_were_given(tmp_path):
-    given = {
+def test_tensors_are_read_as_they_were_written(tmp_path):
+    tensors = {
         "bytes": torch.randint(-128, 127, (7, 3), dtype=torch.int8),
         "halves": torch.randn(5, 3).half(),
-        "one": torch.randn(()),
+        "scalar": torch.randn(()),
         "floats": torch.randn(9, 2),
-        "none": torch.zeros(0, 4),
-        "turned": torch.randn(4, 6).t(),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 6).t(),
     }
-    digest = write_tensor_file(
-        tmp_path / "file", {name: make_spec(tensor) for name, tensor in given.items()}
-    )
+
+    def write(name):
+        specs = {name: make_spec(tensor) for name, tensor in tensors.items()}
+        return write_tensor_file(tmp_path / name, specs)
+
+    digest = write("file")
     mapped = MmapTensorFile(tmp_path / "file")
     assert mapped.digest == digest
-    for name, tensor in given.items():
-        assert torch.equal(mapped[name], tensor)
-        assert mapped[name].dtype == tensor.dtype
-    given["bytes"][0, 0] += 1
-    assert (
-        write_tensor_file(
-            tmp_path / "other", {name: make_spec(tensor) for name, tensor in given.items()}
-        )
-        != digest
-    )
-    assert (
-        int.from_bytes((tmp_path / "file").read_bytes()[:8], "little") % 4096 == 4088
-    )  # tables begin where pages do
+    for name, tensor in tensors.items():
+        for loaded in (mapped[name], mapped.read_sequentially(name)):
+            assert torch.equal(loaded, tensor)
+            assert loaded.dtype == tensor.dtype
+    assert sorted(map(tuple, mapped.shapes)) == sorted(tuple(t.shape) for t in tensors.values())
+    tensors["bytes"][0, 0] += 1
+    assert write("other") != digest
+    # Tensors begin where pages do.
+    header_bytes = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert header_bytes % 4096 == 4088
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (
             ("memory.offload=slots",),
@@ -639,13 +634,13 @@ def test_tables_come_back_as_they_were_given(tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(words, told):
-    with pytest.raises(UserError, match=re.escape(told)):
-        load_config(None, words)
+def test_contradicting_settings_are_rejected(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(None, overrides)
 
 
 @pytest.mark.parametrize(
-    "how",
+    "arguments",
     [
         {"offload": "slots"},
         {"offload": "slots", "search": "ivf"},
@@ -655,9 +650,9 @@ def test_settings_that_cannot_be_are_refused(words, told):
     ],
     ids=str,
 )
-def test_memories_that_cannot_be_are_refused(how):
-    with pytest.raises(ValueError, match=r"disk|value_type"):
-        FeaturalMemory(8, 16, 4, **how)
+def test_contradicting_arguments_are_rejected(arguments):
+    with pytest.raises(ValueError, match=r"offload|value_dtype"):
+        FeaturalMemory(8, 16, 4, **arguments)
 
 
 @pytest.mark.parametrize("kind", ["featural", "associative"])
@@ -695,11 +690,11 @@ def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeyp
 
 def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(featural, "MAX_EXACT_SLOTS", 0)
-    student = rounded(make(offload="values", search="int8", value_dtype="int8"))
-    assert_same(saved(student, tmp_path), student, tokens)
+    student = round_values(make(offload="values", search="int8", value_dtype="int8"))
+    assert_same(save_and_load(student, tmp_path), student, tokens)
 
 
-def test_the_benchmark_makes_its_tables(monkeypatch):
+def test_the_benchmark_prints_its_table(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks import disk
 
@@ -708,7 +703,7 @@ def test_the_benchmark_makes_its_tables(monkeypatch):
         "in RAM",
         "on the disk",
         "dense",
-        "disk=slots value_type=int8",
+        "offload=slots value_dtype=int8",
     ]
     assert all(line.get("same tokens", True) for line in lines)
     assert "| in RAM |" in disk.table(lines)
