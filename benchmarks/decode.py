@@ -47,7 +47,6 @@ VARIANTS = {
     "exact, linear map": ("exact", True),
     "int8 keys": ("int8", False),
     "ivf": ("ivf", False),
-    "product": ("product", False),
 }
 
 
@@ -199,7 +198,7 @@ def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
     )  # candidates for whole windows too, as a token alone would have
     rows = []
     try:
-        for search in ("exact", "int8", "ivf", "product"):
+        for search in ("exact", "int8", "ivf"):
             recalls = []
             for layer, memory in get_featural_memories(model).items():
                 memory.search = search

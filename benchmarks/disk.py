@@ -298,7 +298,7 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
                 )
     for name, settings in ways[:1] + ways[-2:-1] if quick else ways:
         place = folder / "dense"
-        held = {"ram": whole_bytes, "offload": 0}
+        held = {"ram": whole_bytes, "disk": 0}
         if settings is not None:
             place = folder / "student"
             convert_blocks(dense, [settings] * config.n_layer)[0].save_pretrained(place)
@@ -363,7 +363,7 @@ def fidelity(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
             made.append(
                 {
                     "table": "kl",
-                    "variant": f"disk={disk} value_type={kind}",
+                    "variant": f"offload={disk} value_dtype={kind}",
                     "KL": f"{tally.kl:.5f}",
                     "ppl_ratio": f"{tally.ppl_ratio:.5f}",
                     "same top-1": f"{tally.top1_agreement:.4f}",

@@ -76,7 +76,6 @@ def index_bytes(memory: FeaturalMemory) -> int:
         "exact": 0,
         "int8": slots * (width + 4),
         "ivf": slots * (width + 9),
-        "product": slots * 16,
     }[memory.search]
 
 
@@ -181,7 +180,7 @@ def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[Row]:
             tell(found)
         keys = nn.functional.normalize(torch.randn(min(slots, 100_000), WIDE), dim=-1)
         hidden = torch.randn(TOKENS, WIDE)
-        for search, k in (("ivf", 32), ("ivf", 128), ("product", 32)):
+        for search, k in (("ivf", 32), ("ivf", 128)):
             memory = filled(keys, slots, k, search=search)
 
             forward, back = both_ways(memory, hidden, 2 if slots >= 1_000_000 else repeats)
