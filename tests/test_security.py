@@ -277,7 +277,8 @@ def test_words_in_a_store_are_text(place):  # noqa: F811
         ledger = FactTable(store)
         ledger.create(
             4,
-            {"listens": 0, "answers": 1},
+            0,
+            1,
             {"mean": np.zeros(4, np.float32), "metric": np.eye(4, dtype=np.float32)},
         )
         rows = np.ones((1, 4), np.float32)

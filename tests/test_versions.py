@@ -37,7 +37,7 @@ KNOWN, NEWER = "this dmt knows", "a newer dmt made it: update dmt"
 
 def said_of_schema(place: str, name: str):
     return lambda version: execute_sql(
-        place, f"UPDATE dmt_about SET value='{version}' WHERE name='{name}'"
+        place, f"UPDATE dmt_metadata SET value='{version}' WHERE name='{name}'"
     )()
 
 
@@ -65,14 +65,14 @@ KINDS = {
     "student": (
         lambda version: edit_json(f"{STUDENT}/config.json", dmt=version)(),
         [*ASK, *MODEL],
-        f"--model {STUDENT}: version",
+        f"model {STUDENT}: version",
     ),
     "slots": (
         lambda version: edit_header(SLOTS, format=str(version)),
         [*ASK, "-m", "logs/version_1"],
         f"{SLOTS}: its format is",
     ),
-    "store": (said_of_schema(STORE, "schema"), store_run(STORE), f"store {STORE}: schema version"),
+    "store": (said_of_schema(STORE, "schema_version"), store_run(STORE), f"store {STORE}: schema version"),
     "facts": (
         said_of_schema(FACTS_DB, "facts"),
         ["dmt", "memory", "list", *MODEL],

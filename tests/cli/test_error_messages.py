@@ -473,34 +473,34 @@ STORES = {
         store_run("logs/version_2/memory.db"),
         ["schema version 99", "a newer dmt made it", "update"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_about SET value='99' WHERE name='schema'"
+            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='99' WHERE name='schema_version'"
         ),
     ),
     "older schema": Case(
         store_run("logs/version_2/memory.db"),
-        ["schema version 1", "this dmt knows 2"],
+        ["schema version 1", "this dmt knows 3"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_about SET value='1' WHERE name='schema'"
+            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='1' WHERE name='schema_version'"
         ),
     ),
     "invalid schema version": Case(
         store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db", "schema"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='schema'"
+            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='x' WHERE name='schema_version'"
         ),
     ),
     "rows of another model": Case(
         store_run("logs/version_2/memory.db"),
         ["its rows belong to another model", "give a new file"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_about SET value='x' WHERE name='model'"
+            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='x' WHERE name='model_fingerprint'"
         ),
     ),
     "rows of no model": Case(
         store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db"],
-        execute_sql("logs/version_2/memory.db", "DELETE FROM dmt_about WHERE name='model'"),
+        execute_sql("logs/version_2/memory.db", "DELETE FROM dmt_metadata WHERE name='model_fingerprint'"),
     ),
     "folder as store": Case(store_run("teacher"), ["store teacher: it cannot be opened"]),
     "store in a missing folder": Case(
@@ -526,7 +526,7 @@ STORES = {
         ["store http://127.0.0.1/x.db: http is not supported", "give a file"],
     ),
     "store in memory": Case(
-        store_run("sqlite://"), ["a store outlives the program", "give a file"]
+        store_run("sqlite://"), ["a store must outlive the program", "give a file"]
     ),
     "truncated store": Case(
         store_run("logs/version_2/memory.db"),
@@ -602,7 +602,7 @@ RUNS = {
     ),
     "missing student": Case(
         ["dmt", "generate", "x", "-m", "nowhere"],
-        ["--model nowhere: nothing is there", "give a run's folder"],
+        ["model nowhere: nothing is there", "give a run's folder"],
     ),
     "no run in this folder": Case(
         ["dmt", "generate", "x"],
@@ -610,7 +610,7 @@ RUNS = {
     ),
     "student of a newer version": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
+        [f"model {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
         edit_json(f"{STUDENT}/config.json", dmt=9),
     ),
     "run config of a newer version": Case(
@@ -628,42 +628,42 @@ RUNS = {
     ),
     "student config is a list": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         write_file(f"{STUDENT}/config.json", "[]"),
     ),
     "student with an unknown memory argument": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         lambda: edit_memory_config(wonder=1),
     ),
     "student with a trillion slots": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT}"],
+        [f"model {STUDENT}"],
         lambda: edit_memory_config(slots=10**12),
     ),
     "student with memory in a missing layer": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         lambda: edit_memory_config("7"),
     ),
     "student with a layer named by a word": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         lambda: edit_memory_config("first"),
     ),
     "student without weights": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         delete(f"{STUDENT}/model.safetensors"),
     ),
     "student with truncated weights": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"--model {STUDENT} cannot be loaded"],
+        [f"model {STUDENT} cannot be loaded"],
         truncate(f"{STUDENT}/model.safetensors", 999),
     ),
     "student with weights of another model": Case(
         ["dmt", "generate", "x", *MODEL],
-        ["--model", "its weights are not those"],
+        ["model ", "its weights are not those"],
         lambda: (
             delete(FACTS_DB)(),
             shutil.copy("teacher/model.safetensors", f"{STUDENT}/model.safetensors"),
@@ -706,12 +706,12 @@ RUNS = {
     "memory.db of a newer schema": Case(
         ["dmt", "memory", "list", *MODEL],
         ["schema version 99", "a newer dmt made it"],
-        execute_sql(FACTS_DB, "UPDATE dmt_about SET value='99' WHERE name='schema'"),
+        execute_sql(FACTS_DB, "UPDATE dmt_metadata SET value='99' WHERE name='schema_version'"),
     ),
     "facts of a newer schema": Case(
         ["dmt", "memory", "list", *MODEL],
         ["facts of version 99", "a newer dmt made it"],
-        execute_sql(FACTS_DB, "UPDATE dmt_about SET value='99' WHERE name='facts'"),
+        execute_sql(FACTS_DB, "UPDATE dmt_metadata SET value='99' WHERE name='facts_version'"),
     ),
     "memory.db without the facts table": Case(
         ["dmt", "memory", "list", *MODEL],
@@ -844,7 +844,7 @@ COMMANDS = {
     ),
     "pack of an older version": Case(
         IMPORT_PACK,
-        ["pack pack: version 0, this dmt knows 1", "export it anew"],
+        ["pack pack: version 0, this dmt knows 2", "export it anew"],
         edit_json("pack/manifest.json", version=0),
     ),
     "truncated pack": Case(
@@ -882,7 +882,7 @@ COMMANDS = {
     ),
     "pack without permission": Case(
         ["dmt", "memory", "export", "/proc/x/pack", *MODEL],
-        ["/proc/x/pack cannot be written", "give another place"],
+        ["/proc/x/pack cannot be written", "give another path"],
     ),
     "merge of a missing pack": Case(
         ["dmt", "memory", "merge", "nowhere", "-o", "new"], ["pack nowhere: nothing is there"]

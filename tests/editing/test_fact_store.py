@@ -1239,7 +1239,7 @@ def test_facts_of_another_version_and_stores_of_another_model_are_refused(
     with pytest.raises(UserError, match="another model"):
         opened(place, make_teacher(len(tokenizer), n_layer=2), tokenizer)
     with sqlite3.connect(place) as other:
-        other.execute("UPDATE dmt_about SET value = '9' WHERE name = 'facts'")
+        other.execute("UPDATE dmt_metadata SET value = '9' WHERE name = 'facts_version'")
     other.close()
     with pytest.raises(UserError, match="facts of version 9, this dmt knows 1"):
         opened(place, teacher, tokenizer, read_only=True)

@@ -232,8 +232,8 @@ def whole_files(run):
     if (run / "memory.db").exists():
         with closing(sqlite3.connect(run / "memory.db")) as opened:
             assert opened.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            if opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'dmt_states'").fetchall():
+            if opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'dmt_row_stats'").fetchall():
                 newest = opened.execute(
-                    "SELECT max(step) FROM dmt_states GROUP BY namespace"
+                    "SELECT max(step) FROM dmt_row_stats GROUP BY namespace"
                 ).fetchall()
                 assert len(set(newest)) <= 1, newest  # a step writes in every layer

@@ -155,7 +155,7 @@ def steps_in(store):
         contextlib.suppress(sqlite3.OperationalError),
         closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as opened,
     ):
-        return opened.execute("SELECT max(step) FROM dmt_states").fetchone()[0] or 0
+        return opened.execute("SELECT max(step) FROM dmt_row_stats").fetchone()[0] or 0
     return 0
 
 

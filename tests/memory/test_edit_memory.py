@@ -827,9 +827,8 @@ def store_with_facts(place, model, layers=(1, 2)):
     store = RowStore(str(place), hash_model(model))
     drawn = np.random.default_rng(0)
     tensors = {"mean": drawn.normal(size=WIDTH), "metric": drawn.normal(size=(WIDTH, WIDTH))}
-    names = {"listens": layers[0], "answers": layers[1]}
     FactTable(store).create(
-        WIDTH, names, {name: array.astype(np.float32) for name, array in tensors.items()}
+        WIDTH, *layers, {name: array.astype(np.float32) for name, array in tensors.items()}
     )
     keys, values = (drawn.normal(size=(2, WIDTH)).astype(np.float32) * 5 for _ in range(2))
     FactTable(store).add([(told(), keys, values)])

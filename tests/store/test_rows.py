@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from dmt.errors import UserError
 from dmt.store import RowInsert, RowStore, RowUsage, StepChanges
-from dmt.store.database import row_metadata
+from dmt.store.database import row_metadata, translate_errors
 
 MODEL = "f" * 64
 
@@ -125,8 +125,8 @@ def test_usage_is_as_it_was_told_last(place):
         about = next(store.scan(space)).metadata
         assert about["reads"] == [5, 1, 0]
         assert about["last_read"] == [30.0, 60.0, None]
-        assert about["heat"] == [0.5, 2.0, 1.0]
-        assert about["heat_step"] == [3, 3, 1]
+        assert about["score"] == [0.5, 2.0, 1.0]
+        assert about["score_step"] == [3, 3, 1]
 
 
 def on_disk(store):
@@ -134,7 +134,7 @@ def on_disk(store):
     with store.engine.connect() as connection:
         rows, states = (
             {number for (number,) in connection.exec_driver_sql(f"SELECT id FROM {table}")}
-            for table in ("dmt_rows", "dmt_states")
+            for table in ("dmt_rows", "dmt_row_stats")
         )
     assert rows == states
     return rows
@@ -186,7 +186,7 @@ def test_a_step_is_written_whole_or_not_at_all(place, spoilt):
         getattr(bad, spoilt)[1, 2] = np.nan
         with pytest.raises(UserError, match=f"{spoilt} of layer_1 are not finite at step 4"):
             store.commit("run", 4, {spaces[0]: StepChanges([good]), spaces[1]: StepChanges([bad])})
-        twice = RowInsert(good.ids, good.keys, good.values, good.heat)
+        twice = RowInsert(good.ids, good.keys, good.values, good.scores)
         store.commit("run", 5, {spaces[0]: StepChanges([good])})
         with pytest.raises(UserError):
             store.commit(
@@ -238,8 +238,10 @@ def test_refuses_what_is_not_its_own(place):
     with pytest.raises(UserError, match="belong to another model"):
         RowStore(place, "a" * 64)
     with RowStore(place, MODEL) as store, store.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE dmt_about SET value = '99' WHERE name = 'schema'")
-    with pytest.raises(UserError, match="schema version 99, this dmt knows 2"):
+        connection.exec_driver_sql(
+            "UPDATE dmt_metadata SET value = '99' WHERE name = 'schema_version'"
+        )
+    with pytest.raises(UserError, match="schema version 99, this dmt knows 3"):
         RowStore(place, MODEL)
 
 
@@ -254,7 +256,7 @@ def test_refuses_files_that_are_no_store(tmp_path):
         RowStore(str(tmp_path / "other.db"), MODEL)
     with pytest.raises(UserError, match="cannot be opened"):
         RowStore(str(tmp_path / "nowhere" / "rows.db"), MODEL)
-    with pytest.raises(UserError, match="outlives the program"):
+    with pytest.raises(UserError, match="outlive the program"):
         RowStore("sqlite://", MODEL)
     with pytest.raises(UserError, match="mysql"):
         RowStore("mysql://somebody@localhost/rows", MODEL)
@@ -316,7 +318,7 @@ def test_every_column_comes_back(place):
             "pinned": [True, False, True],
             "entries": np.array([1, 5, 2]),
         }
-        part = replace(some(store, 3, **how), heat=np.float32([0.5, 1, 2]))
+        part = replace(some(store, 3, **how), scores=np.float32([0.5, 1, 2]))
         store.commit("run", 4, {space: StepChanges([part])})
         store.commit(
             "other",
@@ -332,15 +334,15 @@ def test_every_column_comes_back(place):
             "entries": [1, 5, 2, 1],
             "last_read": [None] * 4,
             "reads": [0] * 4,
-            "heat": [0.5, 1.0, 2.0, 1.0],
-            "heat_step": [4, 4, 4, 6],
-            "deleted": [None, "merged", None, None],
+            "score": [0.5, 1.0, 2.0, 1.0],
+            "score_step": [4, 4, 4, 6],
+            "deleted_reason": [None, "merged", None, None],
             "deleted_run": [None, "other", None, None],
             "deleted_step": [None, 6, None, None],
         }
         store.rewind("other", 5)
         about = next(store.scan(space, include_deleted=True)).metadata
-        assert [about[name] for name in ("deleted", "deleted_run", "deleted_step")] == [
+        assert [about[name] for name in ("deleted_reason", "deleted_run", "deleted_step")] == [
             [None] * 3
         ] * 3
 
@@ -393,15 +395,15 @@ def test_holding_the_right_to_write_holds_no_transaction(place):
 WRITER = """
 import sys
 import numpy as np
-from dmt.store import Changes, Insert, Store
-store = Store(sys.argv[1], "f" * 64)
-space = store.namespace("layer_0", 4, 6)
+from dmt.store import RowInsert, RowStore, StepChanges
+store = RowStore(sys.argv[1], "f" * 64)
+namespace = store.get_or_create_namespace("layer_0", 4, 6)
 step = int(sys.argv[2])
 while True:
     step += 1
-    ids = store.take_ids(50)
     keys, values = np.full((50, 4), step, np.float32), np.full((50, 6), step, np.float32)
-    store.commit("run", step, {space: Changes([Insert(ids, keys, values, np.ones(50, np.float32))])})
+    rows = RowInsert(store.reserve_ids(50), keys, values, np.ones(50, np.float32))
+    store.commit("run", step, {namespace: StepChanges([rows])})
     print(step, flush=True)
 """
 
@@ -447,11 +449,11 @@ def test_values_too_large_for_half_precision_are_refused(place):
         with pytest.raises(UserError, match="float16"):
             store.commit("run", 1, {space: StepChanges([large])})
         assert store.count(space) == 0
-        with pytest.raises(UserError, match="heat"):
+        with pytest.raises(UserError, match="scores"):
             store.commit(
                 "run",
                 1,
-                {space: StepChanges([replace(some(store, 2), heat=np.float32([1, np.nan]))])},
+                {space: StepChanges([replace(some(store, 2), scores=np.float32([1, np.nan]))])},
             )
         with pytest.raises(UserError, match="float32"):
             store.get_or_create_namespace("layer_0", 4, 6, "float32")
@@ -577,6 +579,6 @@ def test_a_store_half_made_is_no_store_and_is_made_again(tmp_path, monkeypatch):
 def test_what_a_server_complains_about_is_told_plainly(database, told_as):
     with (
         pytest.raises(UserError, match=f"^store somewhere: {told_as}"),
-        database.translate_errors("somewhere"),
+        translate_errors("somewhere"),
     ):
         raise OperationalError("SELECT", {}, Exception(database))

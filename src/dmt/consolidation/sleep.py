@@ -34,7 +34,7 @@ from dmt.consolidation.slot_training import (
 )
 from dmt.data.corpora import Corpus, load_corpus
 from dmt.data.windows import get_prefix_ids, pack_windows
-from dmt.editing.fact_store import FactStore, has_fact_store, load_student, open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows
 from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.metrics import measure_fidelity
@@ -43,11 +43,12 @@ from dmt.files import atomic_directory
 from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.fact_hooks import FACTS_FILE, copy_database, detach, disabled, get_fact_hooks
 from dmt.models.fingerprint import hash_model
+from dmt.models.loading import load
 from dmt.models.forward import forward_with_activations, forward_with_prefix
 from dmt.report import slot_transfer
 from dmt.report.curves import read_curves
 from dmt.store import RowStore
-from dmt.store.facts import CONSOLIDATED, FactTable, rebind_model
+from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord, StepChanges
 from dmt.training.run_dir import (
     create_run_dir,
@@ -281,9 +282,9 @@ def plan_slot_transfer(folder: Path, tag: str | None = None, min_hits: int = 0) 
         UserError: the student has no slots that may change, or no such facts or rows.
     """
     if has_fact_store(folder):
-        fact_store = open_fact_store(folder, read_only=True)
+        fact_store = FactStore.open(folder, read_only=True)
     else:
-        fact_store = FactStore(*load_student(folder), None)
+        fact_store = FactStore(*load(folder), None)
     model = fact_store.model
     layers = _find_trainable_layers(model)
     fact_table = FactTable(fact_store.db) if fact_store.db is not None else None
@@ -306,7 +307,7 @@ def plan_slot_transfer(folder: Path, tag: str | None = None, min_hits: int = 0) 
     history = [
         fact
         for fact in (() if fact_table is None else fact_table.read(include_deleted=True))
-        if fact.deleted_reason == CONSOLIDATED
+        if fact.deleted_reason == TRANSFERRED
     ]
     latest = select_latest_facts(history, list(fact_store.records.values()))
     are_predicted = check_facts(model, fact_store.tokenizer, latest)
@@ -395,7 +396,7 @@ def build_module(
         fact_store.hooks.set_rows(
             [fact_row for fact in plan.facts for fact_row in fact_store.get_rows(fact.id)]
         )  # other facts remain rows, so slots should not learn them
-    student = load_student(plan.folder)[0]
+    student = load(plan.folder)[0]
     detach(student)
     memories = get_featural_memories(student)
     drop_rows(student, plan.rows)
@@ -498,10 +499,10 @@ def copy_fact_store(plan: SlotTransferPlan, student: PreTrainedModel, folder: Pa
     copy_database(plan.folder / FACTS_FILE, folder / FACTS_FILE)
     with closing(RowStore(str(folder / FACTS_FILE))) as store:
         fact_table = FactTable(store)
-        fact_table.soft_delete([fact.id for fact in plan.facts], CONSOLIDATED)
+        fact_table.soft_delete([fact.id for fact in plan.facts], TRANSFERRED)
         namespaces = {namespace.name: namespace for namespace in store.list_namespaces()}
         changes = {
-            namespaces[f"layer_{layer}"]: StepChanges(removals=[(np.array(row_ids), CONSOLIDATED)])
+            namespaces[f"layer_{layer}"]: StepChanges(removals=[(np.array(row_ids), TRANSFERRED)])
             for layer, row_ids in plan.rows.items()
             if f"layer_{layer}" in namespaces
         }
@@ -514,8 +515,8 @@ def evaluate_transfer(
     config: Config, plan: SlotTransferPlan, folder: Path, corpora: Sequence[Corpus]
 ) -> dict[str, Any]:
     """Compare the saved student, loaded again, with the student it comes from."""
-    teacher, tokenizer = load_student(plan.folder)
-    student = load_student(folder)[0]
+    teacher, tokenizer = load(plan.folder)
+    student = load(folder)[0]
     with disabled(student):
         recalls = [
             _compute_recall(model, tokenizer, facts)

@@ -156,9 +156,7 @@ class FactStore:
                 self.model, self.tokenizer, facts, prose, log, layers, value_layer
             )
         tensors = {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
-        self.fact_table.create(
-            len(calibration.mean), {"listens": key_layer, "answers": value_layer}, tensors
-        )
+        self.fact_table.create(len(calibration.mean), key_layer, value_layer, tensors)
         self._attach_hooks(create_fact_hooks(self.fact_table.store, self.model.config.eos_token_id))
 
     def write(

@@ -310,11 +310,9 @@ def create_fact_hooks(store: RowStore, eos_ids: int | Sequence[int] | None) -> F
     fact_table = FactTable(store)
     if not fact_table.exists:
         return None
-    settings, calibration = fact_table.read_settings(), fact_table.read_calibration()
+    calibration = fact_table.read_calibration()
     mean, metric = (torch.from_numpy(calibration[name]) for name in ("mean", "metric"))
-    return FactHooks(
-        EditMemory(len(mean), mean, metric), settings["listens"], settings["answers"], eos_ids
-    )
+    return FactHooks(EditMemory(len(mean), mean, metric), *fact_table.read_layers(), eos_ids)
 
 
 def load_fact_rows(fact_table: FactTable, facts: Sequence[FactRecord]) -> dict[int, list[FactRow]]:

@@ -1,19 +1,19 @@
-"""From a place a person names to a database that is ours: opened, checked, or refused in one line.
+"""Schema of a store, its database engine, validation, error messages and the write lock.
 
-Tables of a store. What a row is never changes; how it fares lies apart, where a change moves few bytes.
-
-A row that leaves is only marked, so a run can be taken back.
+The content of a row never changes. Its statistics are in a table of their own, where an update
+moves few bytes. A deleted row is only marked, so that a run can be rewound to an earlier step.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -41,24 +41,23 @@ from dmt.files import check_version
 
 
 class RawBytes(LargeBinary):
-    """Bytes as they are: both databases take them, so nothing is wrapped on the way in, value by value."""
+    """A binary column without conversion: both drivers take `bytes` directly."""
 
     cache_ok = True
 
     def bind_processor(self, dialect: Any) -> None:
-        """None."""
+        """Return None: values are passed on unchanged."""
 
 
 ROW_ID_TYPE = BigInteger().with_variant(Integer, "sqlite")
-SCHEMA_VERSION = 2
-"""Of the tables below; a store of another version is refused."""
+SCHEMA_VERSION = 3  # of the tables below; other versions are refused
 
 row_metadata = MetaData()
 
-meta_table = Table(
-    "dmt_about",
+metadata_table = Table(
+    "dmt_metadata",
     row_metadata,
-    Column("name", String(40), primary_key=True),  # schema, model, created
+    Column("name", String(40), primary_key=True),  # schema_version, model_fingerprint, ...
     Column("value", Text, nullable=False),
 )
 
@@ -75,43 +74,38 @@ namespaces_table = Table(
 rows_table = Table(
     "dmt_rows",
     row_metadata,
-    # Numbers are given out by the one writer, so that a row is known by its number before it is on disk.
+    # The only writer assigns the IDs, so that a row has its ID before it is on disk.
     Column("id", ROW_ID_TYPE, primary_key=True, autoincrement=False),
     Column("key", RawBytes, nullable=False),
     Column("value", RawBytes, nullable=False),
     Column("created", Float, nullable=False),  # seconds since 1970
     Column("tag", Text, nullable=False),
-    Column(
-        "entries", Integer, nullable=False
-    ),  # insertions that recombination has put into this row
+    Column("entries", Integer, nullable=False),  # insertions that were merged into this row
 )
 
-states_table = Table(
-    "dmt_states",
+row_stats_table = Table(
+    "dmt_row_stats",
     row_metadata,
-    Column("id", ROW_ID_TYPE, primary_key=True, autoincrement=False),  # the row's
+    Column("id", ROW_ID_TYPE, primary_key=True, autoincrement=False),  # row ID
     Column("namespace", Integer, nullable=False),
     Column("run", String(80), nullable=False),
     Column("step", Integer, nullable=False),
     Column("pinned", Boolean, nullable=False),
     Column("last_read", Float, nullable=True),  # seconds since 1970
     Column("reads", BigInteger, nullable=False),
-    Column(
-        "score", Float, nullable=False
-    ),  # LRFU's combined recency and frequency, as of `score_step`
+    Column("score", Float, nullable=False),  # LRFU recency and frequency, as of `score_step`
     Column("score_step", Integer, nullable=False),
-    Column(
-        "deleted", String(20), nullable=True
-    ),  # why it left: evicted, merged, forgotten, replaced; null: it is there
+    # evicted, merged, forgotten, replaced or transferred; null while the row is active
+    Column("deleted_reason", String(20), nullable=True),
     Column("deleted_run", String(80), nullable=True),
     Column("deleted_step", Integer, nullable=True),
-    Index("dmt_states_present", "namespace", "deleted", "id"),
-    Index("dmt_states_written", "run", "step"),
-    Index("dmt_states_deleted", "deleted_run", "deleted_step"),
+    Index("dmt_row_stats_live", "namespace", "deleted_reason", "id"),
+    Index("dmt_row_stats_written", "run", "step"),
+    Index("dmt_row_stats_deleted", "deleted_run", "deleted_step"),
 )
 
-FACTS_VERSION = 1
-"""Of the tables of facts, which a store has from the first fact on; in `dmt_about` under `facts`."""
+# Of the fact tables, which are created with the first fact; in `dmt_metadata` as `facts_version`.
+FACTS_VERSION = 2
 
 fact_metadata = MetaData()
 
@@ -125,11 +119,10 @@ facts_table = Table(
     Column("tag", Text, nullable=False),
     Column("source", Text, nullable=False),
     Column("created", Float, nullable=False),  # seconds since 1970
-    Column("subject_ids", Text, nullable=False),  # JSON: token ids of each way it is written
-    Column("answer_ids", Text, nullable=False),  # JSON: token ids
-    Column(
-        "deleted_reason", String(20), nullable=True
-    ),  # forgotten, replaced or evicted; null: it is there
+    Column("subject_ids", Text, nullable=False),  # JSON: token IDs of each spelling
+    Column("answer_ids", Text, nullable=False),  # JSON: token IDs
+    # forgotten, replaced, evicted or transferred; null while the fact is active
+    Column("deleted_reason", String(20), nullable=True),
     Column("deleted_at", Float, nullable=True),
     Column("replaced_by", ROW_ID_TYPE, nullable=True),
     Index("dmt_facts_tag", "tag"),
@@ -138,78 +131,79 @@ facts_table = Table(
 fact_rows_table = Table(
     "dmt_fact_rows",
     fact_metadata,
-    Column(
-        "row", ROW_ID_TYPE, primary_key=True, autoincrement=False
-    ),  # a row of the namespace `facts`
-    Column("fact", ROW_ID_TYPE, nullable=False, index=True),
-    Column("said", Integer, nullable=False),  # tokens of the answer that are said before this one
-    Column("reach", Float, nullable=False),
+    # A row of the namespace `facts`.
+    Column("row_id", ROW_ID_TYPE, primary_key=True, autoincrement=False),
+    Column("fact_id", ROW_ID_TYPE, nullable=False, index=True),
+    Column("answer_position", Integer, nullable=False),  # index of the answer token it predicts
+    Column("threshold", Float, nullable=False),
 )
 
-tensors_table = Table(
-    "dmt_tensors",
+calibration_table = Table(
+    "dmt_calibration",
     fact_metadata,
     Column("name", String(40), primary_key=True),
     Column("shape", Text, nullable=False),  # JSON
     Column("data", RawBytes, nullable=False),  # float32
 )
 
-
-BUSY_TIMEOUT = 30
-"""How long a reader or writer waits for another one's transaction."""
+BUSY_TIMEOUT = 30  # seconds that a connection waits for another one's transaction
 DAMAGED_HINT = "the file is damaged; restore a copy, or give a new file"
+# Bytes: several rows of 768 numbers fit. A third faster than SQLite's 4,096 (benchmarks/store.py).
 PAGE_SIZE = 32_768
-"""Bytes of an SQLite page: a row of 768 numbers fits several times (benchmarks/store.py: a third faster than the usual 4,096)."""
 
 
-def create_store_engine(store_url: str, mode: str = "rwc") -> tuple[Engine, Path | None]:
-    """An engine for a file or a database URL, and the file where it is one; nothing is opened yet.
+def create_store_engine(url: str, mode: str = "rwc") -> tuple[Engine, Path | None]:
+    """Create an engine for a file or a database URL, without opening a connection.
 
-    `mode` is SQLite's: `ro` to read only, `rw` for a file that is there, `rwc` to make one too.
+    Each transaction has a connection of its own, so that none is shared with a forked process.
 
-    Connections are made for each transaction and closed after it, so that none is ever shared with a forked process.
+    Args:
+        url: a file, or a database URL.
+        mode: SQLite's: `ro` reads only, `rw` needs an existing file, `rwc` creates one.
+
+    Returns:
+        The engine, and the path of the database file; None for a database server.
 
     Raises:
-        UserError: not a place that a store can be in.
+        UserError: `url` is malformed, or its database or driver is not supported.
     """
-    if "://" not in store_url:
-        return _create_sqlite_engine(Path(store_url), mode)
-    raw_url, store_url = store_url, redact_url(store_url)
+    if "://" not in url:
+        return _create_sqlite_engine(Path(url), mode)
+    label = f"store {redact_url(url)}"
     try:
-        url = make_url(raw_url)
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        if backend not in ("sqlite", "postgresql"):
             raise UserError(
-                f"store {store_url}: {url.get_backend_name()} is not supported; give a file, sqlite:/// or postgresql://"
+                f"{label}: {backend} is not supported; give a file, sqlite:/// or postgresql://"
             )
-        if url.get_backend_name() == "postgresql":
-            return create_engine(
-                url, poolclass=NullPool, connect_args={"connect_timeout": 10}
-            ), None
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if backend == "postgresql":
+            connect_args = {"connect_timeout": 10}
+            return create_engine(parsed, poolclass=NullPool, connect_args=connect_args), None
     except UserError:
         raise
-    except (ArgumentError, NoSuchModuleError, ValueError):  # of a port that is no number
+    except (ArgumentError, NoSuchModuleError, ValueError):  # ValueError: the port is not a number
         raise UserError(
-            f"store {store_url}: not a file or a database URL; give a file, sqlite:/// or postgresql://"
+            f"{label}: not a file or a database URL; give a file, sqlite:/// or postgresql://"
         ) from None
     except ModuleNotFoundError:
         raise UserError(
-            f"store {store_url}: PostgreSQL needs a driver: pip install 'dmt[postgresql]'"
+            f"{label}: PostgreSQL needs a driver: pip install 'dmt[postgresql]'"
         ) from None
-    if not url.database or url.database == ":memory:":
-        raise UserError(
-            f"store {store_url}: a store outlives the program; give a file or postgresql://"
-        )
-    return _create_sqlite_engine(Path(url.database), mode)
+    if not parsed.database or parsed.database == ":memory:":
+        raise UserError(f"{label}: a store must outlive the program; give a file or postgresql://")
+    return _create_sqlite_engine(Path(parsed.database), mode)
 
 
 def _create_sqlite_engine(path: Path, mode: str) -> tuple[Engine, Path]:
-    path = path.expanduser().absolute()  # once: the program may go to another folder later
+    path = path.expanduser().absolute()  # once: the working directory may change later
     wal_path = path.with_name(f"{path.name}-wal")
 
     def open_connection() -> sqlite3.Connection:
-        # What lies where nothing can be written, and nobody is writing, is read as it is: SQLite would make files beside it.
+        # A database in a read-only folder without a writer is opened as immutable, since SQLite
+        # would create files beside it otherwise.
         immutable = mode == "ro" and not wal_path.exists() and not os.access(path.parent, os.W_OK)
         return sqlite3.connect(
             f"{path.as_uri()}?mode={mode}{'&immutable=1' * immutable}",
@@ -221,36 +215,31 @@ def _create_sqlite_engine(path: Path, mode: str) -> tuple[Engine, Path]:
 
     @event.listens_for(engine, "connect")
     def set_pragmas(connection: sqlite3.Connection, _: Any) -> None:
-        connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # heard when a file is made
-        connection.execute(
-            "PRAGMA synchronous=NORMAL"
-        )  # in WAL mode a killed program loses nothing that was committed
+        connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # takes effect when a file is created
+        # In WAL mode a killed program loses nothing that was committed.
+        connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA trusted_schema=OFF")
 
     return engine, path
 
 
-def redact_url(store_url: str) -> str:
-    """`place` as it may be shown to people: a URL without its password."""
+def redact_url(url: str) -> str:
+    """Return `url` without its password, fit for messages."""
     try:
-        return (
-            make_url(store_url).render_as_string(hide_password=True)
-            if "://" in store_url
-            else store_url
-        )
+        return make_url(url).render_as_string(hide_password=True) if "://" in url else url
     except (ArgumentError, ValueError):
-        return store_url
+        return url
 
 
 @contextmanager
-def translate_errors(store_url: str) -> Iterator[None]:
-    """Turn what a database complains about into one line about `place`."""
+def translate_errors(label: str) -> Iterator[None]:
+    """Turn database errors into a one-line `UserError` about the store `label`."""
     try:
         yield
     except DBAPIError as error:
-        raise UserError(f"store {store_url}: {_explain_error(error)}") from None
+        raise UserError(f"store {label}: {_explain_error(error)}") from None
     except SQLAlchemyError as error:
-        raise UserError(f"store {store_url}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"store {label}: {str(error).splitlines()[0]}") from None
 
 
 def _explain_error(error: DBAPIError) -> str:
@@ -270,65 +259,87 @@ def _explain_error(error: DBAPIError) -> str:
         "no such column": DAMAGED_HINT,
         "malformed": DAMAGED_HINT,
     }
-    return next(
-        (f"{hint} ({message})" for pattern, hint in hints.items() if pattern in message), message
-    )
+    for pattern, hint in hints.items():
+        if pattern in message:
+            return f"{hint} ({message})"
+    return message
 
 
-def check_store(engine: Engine, store_url: str, model_hash: str | None) -> bool:
-    """Whether there is a store already; `model` is the fingerprint of the model that wants to use it.
+def check_store(engine: Engine, label: str, model_hash: str | None) -> bool:
+    """Check that a database is a store of this model, or empty.
+
+    Args:
+        engine: of the database.
+        label: name of the store in messages.
+        model_hash: fingerprint of the model that wants to use the store; None accepts any model.
+
+    Returns:
+        Whether the store exists already.
 
     Raises:
-        UserError: something else is there, or a store of another version, or another model's.
+        WrongModelError: the database is no store, or the store of another model.
+        UserError: the store has another version.
     """
     table_names = set(inspect(engine).get_table_names())
-    if meta_table.name not in table_names:
-        if other_tables := sorted(table_names):
+    if metadata_table.name not in table_names:
+        if table_names:
+            names = ", ".join(sorted(table_names)[:3])
             raise WrongModelError(
-                f"store {store_url}: a database of something else (tables {', '.join(other_tables[:3])}); give a new file"
+                f"store {label}: a database of something else (tables {names}); give a new file"
             )
         return False
     with engine.connect() as connection:
-        metadata = {row.name: row.value for row in connection.execute(select(meta_table))}
-    remedy = "use the dmt that made it, or give a new file and write anew"
+        metadata = {row.name: row.value for row in connection.execute(select(metadata_table))}
     check_version(
-        metadata.get("schema"), SCHEMA_VERSION, f"store {store_url}: schema version", remedy
+        metadata.get("schema_version"),
+        SCHEMA_VERSION,
+        f"store {label}: schema version",
+        "use the dmt that made it, or give a new file and write again",
     )
-    if model_hash is not None and (stored_hash := metadata.get("model", "nobody's")) != model_hash:
+    stored_hash = metadata.get("model_fingerprint", "unknown")
+    if model_hash is not None and stored_hash != model_hash:
         raise WrongModelError(
-            f"store {store_url}: its rows belong to another model ({stored_hash[:12]}, this one is {model_hash[:12]}); give a new file"
+            f"store {label}: its rows belong to another model ({stored_hash[:12]}, this one is "
+            f"{model_hash[:12]}); give a new file"
         )
     return True
 
 
-def acquire_write_lock(store_url: str, path: Path | None, engine: Engine) -> Any:
-    """Hold this until the program ends: the proof that nobody else writes. A killed program lets go of it.
+def acquire_write_lock(label: str, path: Path | None, engine: Engine) -> Callable[[], None]:
+    """Become the only writer of a store; the lock of a killed program is free again.
+
+    Args:
+        label: name of the store in messages.
+        path: the database file; None for a database server.
+        engine: of the database.
+
+    Returns:
+        A function that releases the lock.
 
     Raises:
-        UserError: somebody else holds it.
+        UserError: another program holds the lock, or the lock file cannot be created.
     """
     if path is not None:
-        import fcntl  # not on Windows, and then only there a clear failure
-
+        lock = FileLock(f"{path}.lock", mode=0o644, blocking=False, thread_local=False)
         try:
-            descriptor = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"store {label}: another program is writing to it; wait for that, or give another "
+                "file"
+            ) from None
         except OSError as error:
             raise UserError(
-                f"store {store_url}: it cannot be written to; make it and its folder writable, or give another ({error.strerror})"
+                f"store {label}: it cannot be written to; make it and its folder writable, or give "
+                f"another ({error.strerror})"
             ) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise UserError(
-                f"store {store_url}: another program is writing to it; wait for that, or give another file"
-            ) from None
-        return descriptor
+        return lock.release
     connection = engine.connect()
     if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(7104133)").scalar():
         connection.close()
         raise UserError(
-            f"store {store_url}: another program is writing to it; wait for that, or give another database"
+            f"store {label}: another program is writing to it; wait for that, or give another "
+            "database"
         )
     connection.commit()
-    return connection
+    return connection.close

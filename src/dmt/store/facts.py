@@ -1,4 +1,7 @@
-"""Facts in a store: what they say, which rows say it, and what became of them. Nothing is ever written over."""
+"""Tables of facts in a store: their text, their rows and their history.
+
+Nothing is overwritten: a deleted fact stays in the history and can be restored.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,29 @@ from dmt.files import check_version
 from dmt.store.database import (
     DAMAGED_HINT,
     FACTS_VERSION,
+    calibration_table,
     fact_metadata,
     fact_rows_table,
     facts_table,
-    meta_table,
-    states_table,
-    tensors_table,
+    metadata_table,
+    row_stats_table,
     translate_errors,
 )
 from dmt.store.records import FactRecord, FloatArray, IntArray, Namespace, RowInsert, StepChanges
 from dmt.store.rows import RowStore
 
-FACTS_NAMESPACE = "facts"
-"""Namespace of their rows."""
-IMPORTED_PREFIX = "settled "
-"""Begins the names under which `dmt_about` keeps which namespaces have been settled."""
-NO_RUN = "dmt"
-"""What marks rows that no run wrote."""
-CONSOLIDATED = "slept"
-"""Why a fact is gone that is in slots now (`dmt sleep`)."""
+FACTS_NAMESPACE = "facts"  # holds the rows of facts
+IMPORTED_PREFIX = "imported "  # of the metadata that lists the namespaces `mark_imported` marked
+NO_RUN = "dmt"  # run name of rows that no run wrote
+TRANSFERRED = "transferred"  # deletion reason of facts that are in the slots now (`dmt sleep`)
+MAX_IDS_PER_QUERY = 500
 
 
 class FactTable:
     """The facts of one model in its store.
 
     Args:
-        store: stays open and is closed by whoever opened it.
+        store: stays open; its owner closes it.
     """
 
     def __init__(self, store: RowStore) -> None:
@@ -50,65 +50,79 @@ class FactTable:
 
     @property
     def exists(self) -> bool:
-        """Whether there has been a fact.
+        """Whether the tables of facts were created, with the first fact.
 
         Raises:
-            UserError: the tables are of another version.
+            UserError: they have another version.
         """
-        with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            metadata = dict(connection.execute(select(meta_table.c.name, meta_table.c.value)).all())  # type: ignore[arg-type]
-        version = metadata.get("facts")
+        version = self._read_metadata("facts_version").get("facts_version")
         if version is not None:
-            remedy = "use the dmt that made it, or write its facts anew"
             check_version(
-                version, FACTS_VERSION, f"store {self.store.url}: facts of version", remedy
+                version,
+                FACTS_VERSION,
+                f"store {self.store.url}: facts of version",
+                "use the dmt that made it, or write its facts again",
             )
         return version is not None
 
     def create(
-        self, width: int, settings: dict[str, int], calibration: dict[str, NDArray[np.float32]]
+        self,
+        width: int,
+        key_layer: int,
+        value_layer: int,
+        calibration: dict[str, NDArray[np.float32]],
     ) -> None:
-        """Make room for facts: numbers to be kept by name, and tensors; what was there of these is replaced."""
+        """Create the tables, or replace the layers and the calibration of existing ones.
+
+        Args:
+            width: size of a hidden state.
+            key_layer: the layer whose block input is compared with keys.
+            value_layer: the layer to whose block output values are added.
+            calibration: tensors by name.
+        """
         self.store.get_or_create_namespace(FACTS_NAMESPACE, width, width)
+        metadata = {
+            "facts_version": FACTS_VERSION,
+            "facts_key_layer": key_layer,
+            "facts_value_layer": value_layer,
+        }
+        tensors = [
+            {
+                "name": name,
+                "shape": json.dumps(array.shape),
+                "data": array.astype("<f4").tobytes(),
+            }
+            for name, array in calibration.items()
+        ]
 
         def write(connection: Connection) -> None:
             fact_metadata.create_all(connection, checkfirst=True)
-            connection.execute(delete(tensors_table))
+            connection.execute(delete(calibration_table))
+            connection.execute(insert(calibration_table), tensors)
             connection.execute(
-                insert(tensors_table),
-                [
-                    {
-                        "name": name,
-                        "shape": json.dumps(array.shape),
-                        "data": array.astype("<f4").tobytes(),
-                    }
-                    for name, array in calibration.items()
-                ],
+                delete(metadata_table).where(metadata_table.c.name.in_(list(metadata)))
             )
-            metadata = {
-                "facts": FACTS_VERSION,
-                **{f"facts_{name}": value for name, value in settings.items()},
-            }
-            connection.execute(delete(meta_table).where(meta_table.c.name.in_(list(metadata))))
             connection.execute(
-                insert(meta_table),
+                insert(metadata_table),
                 [{"name": name, "value": str(value)} for name, value in metadata.items()],
             )
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
-    def read_settings(self) -> dict[str, int]:
-        """What `begin` was given."""
+    def read_layers(self) -> tuple[int, int]:
+        """Return the key layer and the value layer."""
+        metadata = self._read_metadata("facts_key_layer", "facts_value_layer")
+        return int(metadata["facts_key_layer"]), int(metadata["facts_value_layer"])
+
+    def _read_metadata(self, *names: str) -> dict[str, str]:
+        query = select(metadata_table).where(metadata_table.c.name.in_(names))
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            records = connection.execute(
-                select(meta_table).where(meta_table.c.name.startswith("facts_"))
-            ).all()
-        return {row.name.removeprefix("facts_"): int(row.value) for row in records}
+            return {row.name: row.value for row in connection.execute(query)}
 
     def read_calibration(self) -> dict[str, NDArray[np.float32]]:
-        """What `begin` was given."""
+        """Return the tensors of the calibration by name."""
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            records = connection.execute(select(tensors_table)).all()
+            records = connection.execute(select(calibration_table)).all()
         return {
             row.name: np.frombuffer(row.data, "<f4").reshape(json.loads(row.shape)).copy()
             for row in records
@@ -116,11 +130,11 @@ class FactTable:
 
     @property
     def namespace(self) -> Namespace:
-        """Where the rows are."""
+        """The namespace that holds the rows."""
         return next(
-            candidate
-            for candidate in self.store.list_namespaces()
-            if candidate.name == FACTS_NAMESPACE
+            namespace
+            for namespace in self.store.list_namespaces()
+            if namespace.name == FACTS_NAMESPACE
         )
 
     def add(
@@ -128,27 +142,28 @@ class FactTable:
         entries: Sequence[tuple[FactRecord, FloatArray, FloatArray]],
         replacements: dict[int, int] | None = None,
     ) -> list[FactRecord]:
-        """Write facts with keys and values `(tokens, width)` of each, all or none; with their numbers.
+        """Write facts, all or none of them.
 
         Args:
-            replaces: which fact that is there is replaced by which of `new`.
+            entries: facts without IDs, with keys and values `(tokens, width)`.
+            replacements: by ID of an active fact the index of the entry that replaces it.
+
+        Returns:
+            The facts with the IDs of facts and rows.
         """
         row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            last_id = (
-                connection.execute(select(func.max(facts_table.c.id))).scalar_one() or 0
-            )  # facts never leave the table
-        added, offset = [], 0
+            # Facts never leave the table, so that the ID after the largest one is new.
+            last_id = connection.execute(select(func.max(facts_table.c.id))).scalar_one() or 0
+        added: list[FactRecord] = []
+        offset = 0
         for fact_id, (fact, keys, _) in enumerate(entries, last_id + 1):
-            added.append(
-                replace(fact, id=fact_id, rows=tuple(row_ids[offset : offset + len(keys)].tolist()))
-            )
+            rows = tuple(row_ids[offset : offset + len(keys)].tolist())
+            added.append(replace(fact, id=fact_id, rows=rows))
             offset += len(keys)
-        changes = (
-            {self.namespace: StepChanges([_build_insert(row_ids, added, entries)])}
-            if len(row_ids)
-            else {}
-        )
+        changes: dict[Namespace, StepChanges] = {}
+        if len(row_ids):
+            changes[self.namespace] = StepChanges([_build_insert(row_ids, added, entries)])
         replaced_by = {old_id: added[index].id for old_id, index in (replacements or {}).items()}
 
         def write(connection: Connection) -> None:
@@ -156,10 +171,10 @@ class FactTable:
                 connection.execute(insert(facts_table), [_fact_columns(fact) for fact in added])
                 row_columns = [
                     {
-                        "row": row_id,
-                        "fact": fact.id,
-                        "said": position,
-                        "reach": fact.thresholds[position],
+                        "row_id": row_id,
+                        "fact_id": fact.id,
+                        "answer_position": position,
+                        "threshold": fact.thresholds[position],
                     }
                     for fact in added
                     for position, row_id in enumerate(fact.rows)
@@ -172,75 +187,78 @@ class FactTable:
         return added
 
     def soft_delete(self, fact_ids: Sequence[int], reason: str) -> None:
-        """Facts are there no more: `forgotten` or `evicted`. What they said stays in the history."""
-        if fact_ids:
-            self.store.commit(
-                NO_RUN,
-                0,
-                {},
-                extra_write=lambda connection: _soft_delete(connection, list(fact_ids), reason, {}),
-            )
+        """Mark facts and their rows as deleted: `forgotten`, `evicted` or `transferred`."""
+        if not fact_ids:
+            return
+
+        def write(connection: Connection) -> None:
+            _soft_delete(connection, list(fact_ids), reason, {})
+
+        self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
     def undelete(self, fact_id: int, replaced_ids: Sequence[int]) -> None:
-        """A fact is there again; others, which contradict it, are replaced by it.
+        """Restore a fact, and mark the facts that contradict it as replaced by it.
 
         Raises:
-            UserError: it has slept: slots say it now, and its rows belong to the model of the evening before.
+            UserError: the fact was transferred: the slots state it now, and its rows belong to the
+                model from before.
         """
+        query = select(facts_table.c.deleted_reason).where(facts_table.c.id == fact_id)
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            reason = connection.execute(
-                select(facts_table.c.deleted_reason).where(facts_table.c.id == fact_id)
-            ).scalar_one_or_none()
-        if reason == CONSOLIDATED:
+            reason = connection.execute(query).scalar_one_or_none()
+        if reason == TRANSFERRED:
             raise UserError(
-                f"fact {fact_id} has slept: it is in the student's slots; to have it as a row too, write it again"
+                f"fact {fact_id} was transferred to the model's slots; to have it as a row too, "
+                "write it again"
             )
 
         def write(connection: Connection) -> None:
             if replaced_ids:
-                _soft_delete(
-                    connection, list(replaced_ids), "replaced", dict.fromkeys(replaced_ids, fact_id)
-                )
-            fact_columns = {"deleted_reason": None, "deleted_at": None, "replaced_by": None}
+                replaced_by = dict.fromkeys(replaced_ids, fact_id)
+                _soft_delete(connection, list(replaced_ids), "replaced", replaced_by)
             connection.execute(
-                update(facts_table).where(facts_table.c.id == fact_id).values(fact_columns)
+                update(facts_table)
+                .where(facts_table.c.id == fact_id)
+                .values(deleted_reason=None, deleted_at=None, replaced_by=None)
             )
-            row_id_query = select(fact_rows_table.c.row).where(fact_rows_table.c.fact == fact_id)
-            row_columns = {"deleted": None, "deleted_run": None, "deleted_step": None}
+            row_ids = select(fact_rows_table.c.row_id).where(fact_rows_table.c.fact_id == fact_id)
             connection.execute(
-                update(states_table).where(states_table.c.id.in_(row_id_query)).values(row_columns)
+                update(row_stats_table)
+                .where(row_stats_table.c.id.in_(row_ids))
+                .values(deleted_reason=None, deleted_run=None, deleted_step=None)
             )
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
     def read(self, include_deleted: bool = False) -> list[FactRecord]:
-        """Facts that are there, in the order of their numbers; with `gone` those that were, too."""
+        """Return the active facts in the order of their IDs; with `include_deleted` all facts."""
         query = select(facts_table).order_by(facts_table.c.id)
         if not include_deleted:
             query = query.where(facts_table.c.deleted_reason.is_(None))
+        row_query = select(fact_rows_table).order_by(
+            fact_rows_table.c.fact_id, fact_rows_table.c.answer_position
+        )
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
             records = connection.execute(query).all()
-            answer_rows: dict[int, list[Any]] = {}
-            for answer_row in connection.execute(
-                select(fact_rows_table).order_by(fact_rows_table.c.fact, fact_rows_table.c.said)
-            ):
-                answer_rows.setdefault(answer_row.fact, []).append(answer_row)
+            rows_by_fact: dict[int, list[Any]] = {}
+            for row in connection.execute(row_query):
+                rows_by_fact.setdefault(row.fact_id, []).append(row)
         try:
-            return [_fact_record(row, answer_rows.get(row.id, [])) for row in records]
-        except (ValueError, TypeError) as error:  # token ids that are no JSON
+            return [_fact_record(record, rows_by_fact.get(record.id, [])) for record in records]
+        except (ValueError, TypeError) as error:  # token IDs that are not JSON
             raise UserError(f"store {self.store.url}: {DAMAGED_HINT} ({error})") from None
 
     def read_states(self, records: Iterable[FactRecord]) -> tuple[IntArray, FloatArray, FloatArray]:
-        """Rows of these facts that are there: numbers `(n,)`, keys and values `(n, width)`, in the order of their numbers."""
+        """Return IDs `(n,)`, keys and values `(n, width)` of the active rows of these facts."""
         row_ids = np.array(sorted(row for fact in records for row in fact.rows), np.int64)
         batch = self.store.get(self.namespace, row_ids)
         return batch.ids, batch.keys, batch.values
 
     def read_usage(self) -> dict[int, tuple[int, float]]:
-        """How often each row has answered, and when last (0: never)."""
-        query = select(states_table.c.id, states_table.c.reads, states_table.c.last_read).where(
-            states_table.c.namespace == self.namespace.id
-        )
+        """Return by row ID how often the row fired, and when last (seconds since 1970; 0: never)."""
+        query = select(
+            row_stats_table.c.id, row_stats_table.c.reads, row_stats_table.c.last_read
+        ).where(row_stats_table.c.namespace == self.namespace.id)
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
             return {
                 row.id: (int(row.reads), float(row.last_read or 0))
@@ -248,16 +266,21 @@ class FactTable:
             }
 
     def record_usage(self, counts: dict[int, int]) -> None:
-        """Note that rows have answered so many times, now."""
+        """Add to the rows' usage: by row ID how often the row has fired just now."""
         if not counts:
             return
-        statement = update(states_table).where(states_table.c.id == bindparam("row"))
-        statement = statement.values(
-            reads=states_table.c.reads + bindparam("more"), last_read=bindparam("when")
+        statement = (
+            update(row_stats_table)
+            .where(row_stats_table.c.id == bindparam("row_id"))
+            .values(
+                reads=row_stats_table.c.reads + bindparam("count"),
+                last_read=bindparam("new_last_read"),
+            )
         )
         now = time.time()
         parameters = [
-            {"row": row_id, "more": count, "when": now} for row_id, count in counts.items()
+            {"row_id": row_id, "count": count, "new_last_read": now}
+            for row_id, count in counts.items()
         ]
 
         def write(connection: Connection) -> None:
@@ -267,31 +290,35 @@ class FactTable:
 
 
 def rebind_model(store: RowStore, model_hash: str) -> None:
-    """Let a store be that of another model from now on, by its fingerprint: one made from the model it was of."""
+    """Make the store belong to the model with this fingerprint, which was made from its model."""
 
     def write(connection: Connection) -> None:
         connection.execute(
-            update(meta_table).where(meta_table.c.name == "model").values(value=model_hash)
+            update(metadata_table)
+            .where(metadata_table.c.name == "model_fingerprint")
+            .values(value=model_hash)
         )
 
     store.commit(NO_RUN, 0, {}, extra_write=write)
 
 
 def imported_namespaces(store: RowStore) -> set[str]:
-    """Names of the namespaces into which all rows of a saved model's memory have been taken: from then on they count, not its."""
+    """Return the namespaces that hold all rows of a saved model's memory.
+
+    From then on the rows in the store count, not those beside the model's weights.
+    """
+    query = select(metadata_table.c.name).where(
+        metadata_table.c.name.startswith(IMPORTED_PREFIX, autoescape=True)
+    )
     with translate_errors(store.url), store.engine.connect() as connection:
-        names = connection.execute(
-            select(meta_table.c.name).where(
-                meta_table.c.name.startswith(IMPORTED_PREFIX, autoescape=True)
-            )
-        ).scalars()
-        return {name.removeprefix(IMPORTED_PREFIX) for name in names}
+        return {name.removeprefix(IMPORTED_PREFIX) for name in connection.execute(query).scalars()}
 
 
 def mark_imported(connection: Connection, namespace: str) -> None:
-    """Say so, in the transaction that takes them in."""
+    """Mark a namespace as imported, in the transaction that writes its rows."""
     connection.execute(
-        insert(meta_table), {"name": f"{IMPORTED_PREFIX}{namespace}", "value": str(time.time())}
+        insert(metadata_table),
+        {"name": f"{IMPORTED_PREFIX}{namespace}", "value": str(time.time())},
     )
 
 
@@ -300,45 +327,39 @@ def _build_insert(
     records: Sequence[FactRecord],
     entries: Sequence[tuple[FactRecord, FloatArray, FloatArray]],
 ) -> RowInsert:
-    keys, values = (
-        np.concatenate([entry[index] for entry in entries]).astype(np.float32) for index in (1, 2)
-    )
+    keys = np.concatenate([keys for _, keys, _ in entries]).astype(np.float32)
+    values = np.concatenate([values for _, _, values in entries]).astype(np.float32)
     tags = [fact.tag for fact in records for _ in fact.rows]
     created = [fact.created for fact in records for _ in fact.rows]
-    return RowInsert(
-        row_ids, keys, values, np.ones(len(row_ids), np.float32), tags, created=created
-    )
+    scores = np.ones(len(row_ids), np.float32)
+    return RowInsert(row_ids, keys, values, scores, tags, created=created)
 
 
 def _soft_delete(
     connection: Connection, fact_ids: list[int], reason: str, replaced_by: dict[int, int]
 ) -> None:
-    now = time.time()
-    fact_update = update(facts_table).where(
-        facts_table.c.id == bindparam("number"), facts_table.c.deleted_reason.is_(None)
-    )
-    fact_update = fact_update.values(
-        deleted_reason=reason, deleted_at=now, replaced_by=bindparam("by")
-    )
     connection.execute(
-        fact_update, [{"number": fact_id, "by": replaced_by.get(fact_id)} for fact_id in fact_ids]
+        update(facts_table)
+        .where(facts_table.c.id == bindparam("fact_id"), facts_table.c.deleted_reason.is_(None))
+        .values(
+            deleted_reason=reason, deleted_at=time.time(), replaced_by=bindparam("replacement")
+        ),
+        [{"fact_id": fact_id, "replacement": replaced_by.get(fact_id)} for fact_id in fact_ids],
     )
-    row_update = update(states_table).where(
-        states_table.c.id == bindparam("part"), states_table.c.deleted.is_(None)
-    )
-    row_update = row_update.values(deleted=reason, deleted_run=NO_RUN, deleted_step=0)
-    for start in range(0, len(fact_ids), 500):
-        row_ids = (
-            connection.execute(
-                select(fact_rows_table.c.row).where(
-                    fact_rows_table.c.fact.in_(fact_ids[start : start + 500])
-                )
-            )
-            .scalars()
-            .all()
+    row_update = (
+        update(row_stats_table)
+        .where(
+            row_stats_table.c.id == bindparam("row_id"), row_stats_table.c.deleted_reason.is_(None)
         )
+        .values(deleted_reason=reason, deleted_run=NO_RUN, deleted_step=0)
+    )
+    for start in range(0, len(fact_ids), MAX_IDS_PER_QUERY):
+        query = select(fact_rows_table.c.row_id).where(
+            fact_rows_table.c.fact_id.in_(fact_ids[start : start + MAX_IDS_PER_QUERY])
+        )
+        row_ids = connection.execute(query).scalars().all()
         if row_ids:
-            connection.execute(row_update, [{"part": row_id} for row_id in row_ids])
+            connection.execute(row_update, [{"row_id": row_id} for row_id in row_ids])
 
 
 def _fact_columns(fact: FactRecord) -> dict[str, Any]:
@@ -355,20 +376,20 @@ def _fact_columns(fact: FactRecord) -> dict[str, Any]:
     }
 
 
-def _fact_record(row: Any, answer_rows: Sequence[Any]) -> FactRecord:
+def _fact_record(record: Any, rows: Sequence[Any]) -> FactRecord:
     return FactRecord(
-        row.id,
-        row.prompt,
-        row.answer,
-        row.subject,
-        row.tag,
-        row.source,
-        row.created,
-        tuple(tuple(token_ids) for token_ids in json.loads(row.subject_ids)),
-        tuple(json.loads(row.answer_ids)),
-        tuple(answer_row.row_id for answer_row in answer_rows),
-        tuple(answer_row.threshold for answer_row in answer_rows),
-        row.deleted_reason,
-        row.deleted_at,
-        row.replaced_by,
+        record.id,
+        record.prompt,
+        record.answer,
+        record.subject,
+        record.tag,
+        record.source,
+        record.created,
+        tuple(tuple(token_ids) for token_ids in json.loads(record.subject_ids)),
+        tuple(json.loads(record.answer_ids)),
+        tuple(row.row_id for row in rows),
+        tuple(row.threshold for row in rows),
+        record.deleted_reason,
+        record.deleted_at,
+        record.replaced_by,
     )

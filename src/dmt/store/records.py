@@ -1,4 +1,4 @@
-"""What goes into a store and comes out of it, many rows at a time."""
+"""Typed records that go into a store and come out of it, many rows at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-VALUE_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+# How values are stored, by the name of their type; keys are always float32.
+VALUE_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """One layer's part of a store."""
+    """The part of a store that holds the rows of one layer, or of the facts.
+
+    Attributes:
+        id: primary key.
+        name: `layer_<n>` or `facts`.
+        key_width: numbers in a key.
+        value_width: numbers in a value.
+        value_dtype: a key of `VALUE_DTYPES`.
+    """
 
     id: int
     name: str
@@ -28,7 +37,18 @@ class Namespace:
 
 @dataclass(frozen=True)
 class RowInsert:
-    """Rows to be written: numbers `(n,)`, keys `(n, key width)`, values `(n, value width)`, entries each stands for."""
+    """Rows to write, arrays over the same `n` rows.
+
+    Attributes:
+        ids: `(n,)` row IDs, from `RowStore.reserve_ids`.
+        keys: `(n, key_width)`.
+        values: `(n, value_width)`.
+        scores: `(n,)` LRFU scores.
+        tag: one tag for all rows, or one for each.
+        entries: `(n,)` insertions that each row stands for; 1 where it is None.
+        created: seconds since 1970; now where it is None.
+        pinned: whether a row is exempt from eviction.
+    """
 
     ids: IntArray
     keys: FloatArray
@@ -42,7 +62,15 @@ class RowInsert:
 
 @dataclass(frozen=True)
 class RowUsage:
-    """How rows have been used, of those read since this was last written: all `(n,)`, and all as of now."""
+    """Usage of rows that were read since the last commit, arrays over the same `n` rows.
+
+    Attributes:
+        ids: `(n,)` row IDs.
+        reads: `(n,)` total reads.
+        last_read: `(n,)` seconds since 1970.
+        scores: `(n,)` LRFU scores.
+        score_steps: `(n,)` the step at which each score was computed.
+    """
 
     ids: IntArray
     reads: IntArray
@@ -53,7 +81,13 @@ class RowUsage:
 
 @dataclass(frozen=True)
 class StepChanges:
-    """What one step does to one namespace; removals are numbers and why they leave."""
+    """What one step changes in one namespace.
+
+    Attributes:
+        inserts: new rows.
+        removals: row IDs `(n,)` and the reason for their removal.
+        usage: new usage statistics.
+    """
 
     inserts: list[RowInsert] = field(default_factory=list)
     removals: list[tuple[IntArray, str]] = field(default_factory=list)
@@ -62,7 +96,14 @@ class StepChanges:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows as read: arrays over the same `n` rows, `about` the other columns by name."""
+    """Rows read from a store, arrays over the same `n` rows.
+
+    Attributes:
+        ids: `(n,)` row IDs.
+        keys: `(n, key_width)`.
+        values: `(n, value_width)`.
+        metadata: the other columns, lists of `n` by column name.
+    """
 
     ids: IntArray
     keys: FloatArray
@@ -72,17 +113,23 @@ class RowBatch:
 
 @dataclass(frozen=True)
 class FactRecord:
-    """One fact as a store knows it.
+    """One stored fact.
 
     Attributes:
-        prompt, answer: the text that asks and the text that follows it.
-        subject: whom it is about; empty where that does not matter.
-        subject_ids: token ids of each way the subject is written.
-        answer_ids: of the answer, and of the full stop that ends it where one was written.
-        rows: numbers of its rows, in the order of the answer's tokens.
-        reach: cosine from which on each of them answers.
-        gone: why it is not there any more; None: it is.
-        replaced_by: number of the fact that took its place.
+        id: fact ID.
+        prompt: the text up to the answer.
+        answer: the text that follows the prompt.
+        subject: the entity that the fact is about; empty where it applies to any.
+        tag: label to filter by.
+        source: where the fact comes from.
+        created: seconds since 1970.
+        subject_ids: token IDs of each spelling of the subject.
+        answer_ids: token IDs of the answer, its final full stop included where one was written.
+        rows: row IDs, in the order of the answer's tokens.
+        thresholds: the cosine from which on each row fires.
+        deleted_reason: why the fact was deleted; None while it is active.
+        deleted_at: when, in seconds since 1970.
+        replaced_by: ID of the fact that replaced this one.
     """
 
     id: int
@@ -102,5 +149,5 @@ class FactRecord:
 
     @property
     def sentence(self) -> str:
-        """What it says."""
+        """Prompt and answer as one text."""
         return self.prompt + self.answer

@@ -1,4 +1,4 @@
-"""The system of record of associative memories: rows in SQL, written in whole steps."""
+"""The store of associative rows: SQL tables that are written in whole steps."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from dmt.store.database import (
     acquire_write_lock,
     check_store,
     create_store_engine,
-    meta_table,
+    metadata_table,
     namespaces_table,
     redact_url,
     row_metadata,
     rows_table,
-    states_table,
+    row_stats_table,
     translate_errors,
 )
 from dmt.store.records import (
-    VALUE_TYPES,
+    VALUE_DTYPES,
     IntArray,
     Namespace,
     RowBatch,
@@ -46,33 +46,31 @@ from dmt.store.records import (
     StepChanges,
 )
 
-SCAN_ROWS = 2_000
-"""Rows that a scan takes from the database at once: few enough for the memory they took to be used again by the next."""
-STATE_COLUMNS = [column for column in states_table.columns if column is not states_table.c.id]
-ROW_QUERY = select(rows_table, *STATE_COLUMNS).join_from(
-    rows_table, states_table, rows_table.c.id == states_table.c.id
-)
-"""Rows with how they fare."""
+SCAN_ROWS = 2_000  # rows per query of a scan: small enough for their memory to be reused
+ROW_QUERY = select(
+    rows_table, *[column for column in row_stats_table.columns if column.name != "id"]
+).join_from(rows_table, row_stats_table, rows_table.c.id == row_stats_table.c.id)
+# Columns of `RowBatch.metadata`.
 METADATA_COLUMNS = [
-    name
-    for name in ROW_QUERY.selected_columns.keys()
-    if name not in ("id", "namespace", "key", "value")
-]  # noqa: SIM118
-"""What is told of a row beside its number, key and value."""
+    column.name
+    for column in ROW_QUERY.selected_columns
+    if column.name not in ("id", "namespace", "key", "value")
+]
 
 
 class RowStore:
     """Rows of all associative memories of one model, in an SQLite file or a PostgreSQL database.
 
-    One program writes, any number read; readers see whole steps only. Numbers of rows are given out by `take_ids`.
+    One program writes, any number read; readers see whole steps only.
 
     Args:
-        place: a file, or a database URL (`sqlite:///file`, `postgresql://user@host/name`).
-        model: fingerprint of the model whose rows these are; None opens any model's, to look at it.
-        read_only: nothing is written and nobody is kept from writing.
+        url: a file, or a database URL (`sqlite:///file`, `postgresql://user@host/name`).
+        model_hash: fingerprint of the model that the rows belong to; None opens the store of any.
+        read_only: write nothing and take no lock.
 
     Raises:
-        UserError: the place cannot be used, and why.
+        WrongModelError: the database is no store, or the store of another model.
+        UserError: the database cannot be used, and why.
     """
 
     def __init__(self, url: str, model_hash: str | None = None, read_only: bool = False) -> None:
@@ -80,62 +78,58 @@ class RowStore:
             url, "ro" if read_only else "rw" if model_hash is None else "rwc"
         )
         self.url, self.read_only = redact_url(url), read_only
-        self._write_lock: Any = None
+        self._release_write_lock: Callable[[], None] | None = None
         self._writer_pid = os.getpid()
-        if (read_only or model_hash is None) and self.path is not None and not self.path.exists():
+        must_exist = read_only or model_hash is None
+        if must_exist and self.path is not None and not self.path.exists():
             raise UserError(f"store {self.url}: no store is there")
         with translate_errors(self.url):
             exists = check_store(self.engine, self.url, model_hash)
-            if not exists and (read_only or model_hash is None):
+            if must_exist and not exists:
                 raise UserError(f"store {self.url}: no store is there")
             if not read_only:
-                self._write_lock = acquire_write_lock(self.url, self.path, self.engine)
-                exists = exists or check_store(
-                    self.engine, self.url, model_hash
-                )  # whoever was writing may have made it meanwhile
-                if (
-                    self.path is not None
-                ):  # readers and the writer do not wait for each other; stays with the file
+                self._release_write_lock = acquire_write_lock(self.url, self.path, self.engine)
+                # The writer before this one may have created the tables meanwhile.
+                exists = exists or check_store(self.engine, self.url, model_hash)
+                if self.path is not None:
+                    # Readers and the writer do not wait for each other; the mode stays in the file.
                     with self.engine.connect() as connection:
                         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             try:
                 if not exists:
                     self._create_tables(str(model_hash))
+                query = select(metadata_table.c.value).where(metadata_table.c.name == "next_row_id")
                 with self.engine.connect() as connection:
-                    stored_id = connection.execute(
-                        select(meta_table.c.value).where(meta_table.c.name == "next_id")
-                    ).scalar_one()
-                    self.next_id = int(stored_id)
-                    """The number that the next row will have."""
+                    self.next_id = int(connection.execute(query).scalar_one())
             except BaseException:
                 self.close()
                 raise
 
     def _create_tables(self, model_hash: str) -> None:
         metadata = {
-            "schema": str(SCHEMA_VERSION),
-            "model": model_hash,
-            "created": str(time.time()),
-            "next_id": "1",
+            "schema_version": str(SCHEMA_VERSION),
+            "model_fingerprint": model_hash,
+            "created_at": str(time.time()),
+            "next_row_id": "1",
         }
         with self.engine.begin() as connection:
-            if self.path is not None:  # or each table would be a transaction of its own
+            if self.path is not None:  # else each table would be a transaction of its own
                 connection.exec_driver_sql("BEGIN")
             row_metadata.create_all(connection)
             connection.execute(
-                insert(meta_table),
+                insert(metadata_table),
                 [{"name": name, "value": value} for name, value in metadata.items()],
             )
 
     def close(self) -> None:
-        """Let others write. Nothing is lost without it."""
-        if self._write_lock is None or self._writer_pid != os.getpid():
+        """Release the write lock. Everything was committed before."""
+        if self._release_write_lock is None or self._writer_pid != os.getpid():
             return
-        if isinstance(self._write_lock, int):
-            os.close(self._write_lock)
-        else:
-            self._write_lock.close()
-        self._write_lock = None
+        self._release_write_lock()
+        self._release_write_lock = None
+
+    def __repr__(self) -> str:
+        return f"RowStore({self.url!r}, read_only={self.read_only})"
 
     def __enter__(self) -> RowStore:
         return self
@@ -146,22 +140,20 @@ class RowStore:
     def get_or_create_namespace(
         self, name: str, key_width: int, value_width: int, value_dtype: str = "float32"
     ) -> Namespace:
-        """The namespace of this name, made where it is not there yet.
+        """Return the namespace `name`; create it where it does not exist.
 
         Raises:
-            UserError: it is there with other widths or another type.
+            UserError: it exists with other widths or another type.
         """
+        expected = (key_width, value_width, value_dtype)
         for existing in self.list_namespaces():
             if existing.name != name:
                 continue
-            if (existing.key_width, existing.value_width, existing.value_dtype) != (
-                key_width,
-                value_width,
-                value_dtype,
-            ):
+            if (existing.key_width, existing.value_width, existing.value_dtype) != expected:
                 raise UserError(
-                    f"store {self.url}: {name} has keys of {existing.key_width} and values of {existing.value_width} numbers in "
-                    f"{existing.value_dtype}, the memory {key_width} and {value_width} in {value_dtype}; give a new file"
+                    f"store {self.url}: {name} has keys of {existing.key_width} and values of "
+                    f"{existing.value_width} numbers in {existing.value_dtype}, the memory "
+                    f"{key_width} and {value_width} in {value_dtype}; give a new file"
                 )
             return existing
         self._check_writable()
@@ -174,7 +166,7 @@ class RowStore:
         return created
 
     def list_namespaces(self) -> list[Namespace]:
-        """All of them, in the order in which they were made."""
+        """Return all namespaces, in the order of their creation."""
         with translate_errors(self.url), self.engine.connect() as connection:
             return [
                 Namespace(*record)
@@ -184,7 +176,7 @@ class RowStore:
             ]
 
     def reserve_ids(self, count: int) -> IntArray:
-        """Numbers that no row has or had, `(count,)`."""
+        """Return `(count,)` row IDs that no row has or had."""
         first, self.next_id = self.next_id, self.next_id + count
         return np.arange(first, first + count, dtype=np.int64)
 
@@ -195,10 +187,16 @@ class RowStore:
         changes: dict[Namespace, StepChanges],
         extra_write: Callable[[Connection], None] | None = None,
     ) -> None:
-        """Write all that a step did, to all namespaces, and what `also` writes, or nothing.
+        """Write all changes of a step, or none of them.
+
+        Args:
+            run: name of the run, by which `rewind` finds its changes.
+            step: number of the step.
+            changes: what changes in which namespace.
+            extra_write: writes more in the same transaction.
 
         Raises:
-            UserError: a number that is not finite, or the database refuses; then nothing is written.
+            UserError: a number is not finite, or the database refuses; then nothing is written.
         """
         self._check_writable()
         inserts = [
@@ -208,7 +206,7 @@ class RowStore:
             for row in self._build_rows(namespace, batch, run, step)
         ]
         removals = [
-            {"row": int(row_id), "why": reason, "by": run, "at": step}
+            {"row_id": int(row_id), "reason": reason, "in_run": run, "at_step": step}
             for change in changes.values()
             for row_ids, reason in change.removals
             for row_id in row_ids
@@ -224,34 +222,36 @@ class RowStore:
         with translate_errors(self.url), self.engine.begin() as connection:
             if inserts:
                 connection.execute(insert(rows_table), [row for row, _ in inserts])
-                connection.execute(insert(states_table), [state for _, state in inserts])
-                # Kept apart from the rows: a row that is purged or taken back leaves no number to be given out again.
-                next_id_update = (
-                    update(meta_table)
-                    .where(meta_table.c.name == "next_id")
+                connection.execute(insert(row_stats_table), [stats for _, stats in inserts])
+                # Stored beside the rows: the ID of a purged or rewound row is never reused.
+                connection.execute(
+                    update(metadata_table)
+                    .where(metadata_table.c.name == "next_row_id")
                     .values(value=str(self.next_id))
                 )
-                connection.execute(next_id_update)
             if removals:
-                removal_update = update(states_table).where(
-                    states_table.c.id == bindparam("row"), states_table.c.deleted.is_(None)
-                )
                 connection.execute(
-                    removal_update.values(
-                        deleted=bindparam("why"),
-                        deleted_run=bindparam("by"),
-                        deleted_step=bindparam("at"),
+                    update(row_stats_table)
+                    .where(
+                        row_stats_table.c.id == bindparam("row_id"),
+                        row_stats_table.c.deleted_reason.is_(None),
+                    )
+                    .values(
+                        deleted_reason=bindparam("reason"),
+                        deleted_run=bindparam("in_run"),
+                        deleted_step=bindparam("at_step"),
                     ),
                     removals,
                 )
             if usage_rows:
-                usage_update = update(states_table).where(states_table.c.id == bindparam("row"))
                 connection.execute(
-                    usage_update.values(
-                        reads=bindparam("times"),
-                        last_read=bindparam("when"),
-                        score=bindparam("warmth"),
-                        score_step=bindparam("as_of"),
+                    update(row_stats_table)
+                    .where(row_stats_table.c.id == bindparam("row_id"))
+                    .values(
+                        reads=bindparam("new_reads"),
+                        last_read=bindparam("new_last_read"),
+                        score=bindparam("new_score"),
+                        score_step=bindparam("new_score_step"),
                     ),
                     usage_rows,
                 )
@@ -262,26 +262,25 @@ class RowStore:
         self, namespace: Namespace, batch: RowInsert, run: str, step: int
     ) -> Iterator[tuple[dict[str, Any], ...]]:
         count = len(batch.ids)
-        for name, array, width in (
+        expected_widths = (
             ("keys", batch.keys, namespace.key_width),
             ("values", batch.values, namespace.value_width),
-        ):
+        )
+        for name, array, width in expected_widths:
             if array.shape != (count, width):
                 raise UserError(
-                    f"store {self.url}: {name} of {namespace.name} must be {(count, width)}, got {array.shape}"
+                    f"store {self.url}: {name} of {namespace.name} must be {(count, width)}, got "
+                    f"{array.shape}"
                 )
-        with np.errstate(over="ignore"):  # told below, in one line
-            keys, values = (
-                batch.keys.astype("<f4"),
-                batch.values.astype(VALUE_TYPES[namespace.value_dtype]),
-            )
-        for name, stored in (("keys", keys), ("values", values), ("score", batch.scores)):
+        with np.errstate(over="ignore"):  # reported below, in one line
+            keys = batch.keys.astype("<f4")
+            values = batch.values.astype(VALUE_DTYPES[namespace.value_dtype])
+        for name, stored in (("keys", keys), ("values", values), ("scores", batch.scores)):
             if not np.isfinite(stored).all():
-                suffix = (
-                    " in float16" if name == "values" and np.isfinite(batch.values).all() else ""
-                )
+                overflows = name == "values" and np.isfinite(batch.values).all()
                 raise UserError(
-                    f"store {self.url}: {name} of {namespace.name} are not finite{suffix} at step {step}; nothing was written"
+                    f"store {self.url}: {name} of {namespace.name} are not finite"
+                    f"{' in float16' if overflows else ''} at step {step}; nothing was written"
                 )
         now = time.time()
         tags = [batch.tag] * count if isinstance(batch.tag, str) else batch.tag
@@ -300,7 +299,7 @@ class RowStore:
                 "tag": tags[i],
                 "entries": int(entries[i]),
             }
-            state = {
+            stats = {
                 "id": row_id,
                 "namespace": namespace.id,
                 "run": run,
@@ -310,17 +309,21 @@ class RowStore:
                 "score": float(batch.scores[i]),
                 "score_step": step,
             }
-            yield row, state
+            yield row, stats
 
     def scan(self, namespace: Namespace, include_deleted: bool = False) -> Iterator[RowBatch]:
-        """All rows of a namespace in the order of their numbers, some thousands at a time; with `gone`, those that left too.
+        """Yield all rows of a namespace in the order of their IDs, in batches of `SCAN_ROWS`.
 
-        All of them as of one moment, whatever is written meanwhile.
+        All batches are of the same moment, whatever is written meanwhile.
+
+        Args:
+            namespace: where to read.
+            include_deleted: yield deleted rows too.
         """
         last_id = 0
-        query = ROW_QUERY.where(states_table.c.namespace == namespace.id)
+        query = ROW_QUERY.where(row_stats_table.c.namespace == namespace.id)
         if not include_deleted:
-            query = query.where(states_table.c.deleted.is_(None))
+            query = query.where(row_stats_table.c.deleted_reason.is_(None))
         with translate_errors(self.url), self.engine.connect() as connection:
             if self.path is not None:
                 connection.exec_driver_sql("BEGIN")
@@ -328,8 +331,8 @@ class RowStore:
                 connection.execution_options(isolation_level="REPEATABLE READ")
             while True:
                 batch_query = (
-                    query.where(states_table.c.id > last_id)
-                    .order_by(states_table.c.id)
+                    query.where(row_stats_table.c.id > last_id)
+                    .order_by(row_stats_table.c.id)
                     .limit(SCAN_ROWS)
                 )
                 records = connection.execute(batch_query).all()
@@ -340,15 +343,15 @@ class RowStore:
                 last_id = records[-1].id
 
     def get(self, namespace: Namespace, ids: Sequence[int] | IntArray) -> RowBatch:
-        """The rows of these numbers that are there, in the order of their numbers."""
+        """Return the active rows with these IDs, in the order of the IDs."""
         records: list[Any] = []
         row_ids = [int(row_id) for row_id in ids]
         with translate_errors(self.url), self.engine.connect() as connection:
             for start in range(0, len(row_ids), SCAN_ROWS):
-                id_filter = states_table.c.id.in_(row_ids[start : start + SCAN_ROWS])
+                id_filter = row_stats_table.c.id.in_(row_ids[start : start + SCAN_ROWS])
                 query = ROW_QUERY.where(
-                    states_table.c.namespace == namespace.id,
-                    states_table.c.deleted.is_(None),
+                    row_stats_table.c.namespace == namespace.id,
+                    row_stats_table.c.deleted_reason.is_(None),
                     id_filter,
                 )
                 records += connection.execute(query).all()
@@ -365,9 +368,9 @@ class RowStore:
                 count, namespace.key_width
             )
             values = np.frombuffer(
-                b"".join(columns["value"]), VALUE_TYPES[namespace.value_dtype]
+                b"".join(columns["value"]), VALUE_DTYPES[namespace.value_dtype]
             ).reshape(count, namespace.value_width)
-        except (ValueError, KeyError, TypeError) as error:  # a row that is cut short
+        except (ValueError, KeyError, TypeError) as error:  # a truncated row
             raise UserError(f"store {self.url}: {DAMAGED_HINT} ({error})") from None
         metadata = {name: list(columns[name]) for name in METADATA_COLUMNS}
         return RowBatch(
@@ -378,39 +381,53 @@ class RowStore:
         )
 
     def count(self, namespace: Namespace) -> int:
-        """Rows that are there."""
+        """Count the active rows of a namespace."""
         query = select(func.count()).where(
-            states_table.c.namespace == namespace.id, states_table.c.deleted.is_(None)
+            row_stats_table.c.namespace == namespace.id, row_stats_table.c.deleted_reason.is_(None)
         )
         with translate_errors(self.url), self.engine.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
     def rewind(self, run: str, step: int) -> tuple[int, int]:
-        """Undo what `run` did after `step`: rows it wrote are gone, rows it took away are back; how many of each."""
+        """Undo what `run` changed after `step`.
+
+        Returns:
+            How many rows were erased that it had written, and how many restored that it had deleted.
+        """
         self._check_writable()
         with translate_errors(self.url), self.engine.begin() as connection:
             erased = _erase_rows(
-                connection, and_(states_table.c.run == run, states_table.c.step > step)
+                connection, and_(row_stats_table.c.run == run, row_stats_table.c.step > step)
             )
-            cleared = {"deleted": None, "deleted_run": None, "deleted_step": None}
+            cleared = {"deleted_reason": None, "deleted_run": None, "deleted_step": None}
             restored = connection.execute(
-                update(states_table)
-                .where(states_table.c.deleted_run == run, states_table.c.deleted_step > step)
+                update(row_stats_table)
+                .where(row_stats_table.c.deleted_run == run, row_stats_table.c.deleted_step > step)
                 .values(cleared)
             )
         return erased, restored.rowcount
 
     def purge(self, run: str, step: int, other_runs: bool = True) -> int:
-        """Take rows off the disk that left up to `step` of this run or, with `others`, in another; how many.
+        """Erase deleted rows from the disk. No checkpoint before `step` can be resumed then.
 
-        They cannot come back, so no checkpoint before that can be gone on from.
+        Args:
+            run: erase rows that this run deleted up to `step`.
+            step: the last step to erase.
+            other_runs: erase rows that other runs deleted, too.
+
+        Returns:
+            How many rows were erased.
         """
         self._check_writable()
-        condition = and_(states_table.c.deleted_run == run, states_table.c.deleted_step <= step)
+        condition = and_(
+            row_stats_table.c.deleted_run == run, row_stats_table.c.deleted_step <= step
+        )
         if other_runs:
-            condition = or_(condition, states_table.c.deleted_run != run)
+            condition = or_(condition, row_stats_table.c.deleted_run != run)
         with translate_errors(self.url), self.engine.begin() as connection:
-            return _erase_rows(connection, and_(states_table.c.deleted.is_not(None), condition))
+            return _erase_rows(
+                connection, and_(row_stats_table.c.deleted_reason.is_not(None), condition)
+            )
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -422,19 +439,19 @@ class RowStore:
 
 
 def _erase_rows(connection: Connection, condition: ColumnElement[bool]) -> int:
-    """Take the rows of these states off the disk; how many."""
+    """Erase the rows whose statistics meet `condition`, and return how many."""
     connection.execute(
-        delete(rows_table).where(rows_table.c.id.in_(select(states_table.c.id).where(condition)))
+        delete(rows_table).where(rows_table.c.id.in_(select(row_stats_table.c.id).where(condition)))
     )
-    return int(connection.execute(delete(states_table).where(condition)).rowcount)
+    return int(connection.execute(delete(row_stats_table).where(condition)).rowcount)
 
 
 def _usage_rows(usage: RowUsage) -> Iterator[dict[str, Any]]:
     for i in range(len(usage.ids)):
         yield {
-            "row": int(usage.ids[i]),
-            "times": int(usage.reads[i]),
-            "when": float(usage.last_read[i]),
-            "warmth": float(usage.scores[i]),
-            "as_of": int(usage.score_steps[i]),
+            "row_id": int(usage.ids[i]),
+            "new_reads": int(usage.reads[i]),
+            "new_last_read": float(usage.last_read[i]),
+            "new_score": float(usage.scores[i]),
+            "new_score_step": int(usage.score_steps[i]),
         }
