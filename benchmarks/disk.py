@@ -34,13 +34,12 @@ import dmt  # noqa: F401  registers the student
 from dmt.config import FeaturalConfig
 from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
-from dmt.editing.fact_store import resolve_student_folder
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.approximate_search import Int8Matrix
 from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
 from dmt.models.conversion import convert_blocks, get_featural_memories
-from dmt.models.loading import load_teacher
+from dmt.models.loading import load_teacher, resolve_student_folder
 from dmt.models.modeling import STUDENT_CLASSES
 
 SHAPES = {

@@ -4,7 +4,7 @@
 
 `embedded`: people that the teacher never saw, each of five facts written in one of the six phrasings that the teacher knows,
 drawn at random. Asked: as written; in two of the other five; in the two phrasings that no training text has. `smollm2` (after
-`python -m dmt.models.smollm2`): things that are not so about real countries, written in one of three phrasings, asked in the
+`python scripts/fetch_smollm2.py`): things that are not so about real countries, written in one of three phrasings, asked in the
 two others. `else`: of known people, share recalled before -> after; of SmolLM2, share of questions about other countries that
 are answered as before. `unasked`: share of other questions about the same subjects, of which nothing is written, whose answer
 is changed (one fact in five is written for this, or one in nine). KL: of held-out prose. `back`: whether logits are exactly
@@ -173,7 +173,7 @@ def row(
 def wrote(book: FactStore, probes: Sequence[Probe]) -> float:
     """Write facts as the command does; seconds."""
     began = time.perf_counter()
-    book.write([Fact(each.prompt, each.answer, each.person, tag="benchmark") for each in probes])
+    book.write_many([Fact(each.prompt, each.answer, each.person, tag="benchmark") for each in probes])
     return time.perf_counter() - began
 
 
@@ -185,7 +185,7 @@ def ours(
     before = nexts(book.model, tokenizer, [each.prompt for each in task.written[:200]])
     seconds = wrote(book, task.one)
     unasked = changed(book.model, original, tokenizer, task.unasked)
-    book.forget(list(book.records))
+    book.delete(list(book.records))
     seconds = wrote(book, task.written)
     edited = Edited(book.model, seconds)
 
@@ -209,7 +209,7 @@ def _book(load: Callable[[], Any], tokenizer: Any, place: str, task: Task) -> Fa
 
 
 def _back(book: FactStore, tokenizer: Any, task: Task, before: Tensor) -> str:
-    book.forget(list(book.records))
+    book.delete(list(book.records))
     after = nexts(book.model, tokenizer, [each.prompt for each in task.written[:200]])
     return (
         "exactly"

@@ -77,7 +77,7 @@ def main() -> None:
         for name, (written, _) in told.items():
             model, tokenizer = load_teacher("embedded")
             book = FactStore(model, tokenizer, RowStore(f"{folder}/{name}.db", hash_model(model)))
-            book.write([Fact(each.prompt, each.answer, each.person, tag=name) for each in written])
+            book.write_many([Fact(each.prompt, each.answer, each.person, tag=name) for each in written])
             place = Path(folder) / f"{name}.safetensors"
             packs.save_fact_pack(
                 make_fact_pack(

@@ -27,10 +27,11 @@ from dmt.data.synthetic import (
     make_probe,
     make_unseen_people,
 )
-from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+from dmt.editing.fact_store import FactStore
 from dmt.editing.online import write_online
 from dmt.evaluation.metrics import measure_recall
 from dmt.models.forward import encode_text
+from dmt.models.loading import resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
 WINDOW = 200
@@ -57,7 +58,7 @@ def main() -> None:
             folder = shutil.copytree(
                 resolve_student_folder(options.student), Path(scratch) / "student"
             )
-            with open_fact_store(folder) as book:
+            with FactStore.open(folder) as book:
                 model, tokenizer, store = book.model, book.tokenizer, book.db
                 assert store is not None
                 if what == "speeches":

@@ -38,8 +38,9 @@ from dmt.data.synthetic import (
     make_unseen_people,
 )
 from dmt.editing.fact import Fact
-from dmt.editing.fact_store import load_student, open_fact_store, resolve_student_folder
+from dmt.editing.fact_store import FactStore
 from dmt.evaluation.metrics import measure_fidelity, measure_recall
+from dmt.models.loading import load, resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
 COLUMNS = "night | evening | morning | other words | first night | all nights | rows | KL evening | KL first day | known people | seconds"
@@ -72,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     first = resolve_student_folder(options.student)
     corpora = [load_corpus(name) for name in ("speeches", "biographies")]
-    original, tokenizer = load_student(first)
+    original, tokenizer = load(first)
     held_out = pack_windows(
         corpora[0].validation, tokenizer, MAX_WINDOW_TOKENS, VALIDATION_TOKENS // MAX_WINDOW_TOKENS
     )
@@ -86,8 +87,8 @@ def main() -> None:
         for night in range(1, options.nights + 1):
             written, others = day(people[each * (night - 1) : each * night], draw)
             days.append(written)
-            with open_fact_store(student) as book:
-                book.write(
+            with FactStore.open(student) as book:
+                book.write_many(
                     [
                         Fact(fact.prompt, fact.answer, fact.person, f"day {night}")
                         for fact in written
@@ -104,7 +105,7 @@ def main() -> None:
             )
             shutil.rmtree(student)
             student = Path(found.student)
-            model = load_student(student)[0]
+            model = load(student)[0]
             cells = [f"{found.recall_before:.3f}", f"{found.recall_after:.3f}"]
             cells.append(f"{at_evening:.3f} -> {measure_recall(model, tokenizer, others):.3f}")
             cells += [

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from dmt.editing.fact_store import resolve_student_folder
 from dmt.errors import UserError
+from dmt.models.loading import resolve_student_folder
 from dmt.ops import gemm_library, read_cpu_field
 from dmt.training.run_dir import get_git_commit
 

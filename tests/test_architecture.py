@@ -13,7 +13,7 @@ from dmt.config_files import find_config, list_configs
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-COMMANDS = ("__main__", "models.smollm2")  # modules that are programs
+COMMANDS = ("__main__",)  # modules that are programs
 SHORT = [
     "data.seq_len=16",
     "data.batch_size=2",

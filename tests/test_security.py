@@ -193,7 +193,7 @@ FORBIDDEN = {
     r"^(text|sqlalchemy\.text)\(f": "makes SQL of words",
     r"^torch\.load\((?!.*weights_only=True)": "unpickles",
     r"\.fit\((?=.*ckpt_path)(?!.*weights_only=True)": "unpickles a checkpoint",
-    r"^np\.load\(": "may unpickle",
+    r"^np\.load\((?!.*allow_pickle=False)": "may unpickle",
     r"^faiss\.read_index\(": "reads a stranger's index",
     r"^\w*Model\w*\.from_pretrained\((?!.*(use_safetensors=True|\*\*SAFE_LOADING|\*\*how))": "may read a pickle",
     r"^AutoTokenizer\.from_pretrained\((?!.*(trust_remote_code=False|gguf_file))": "may ask to run code",
@@ -244,7 +244,7 @@ def test_the_patterns_bite(line):
 def test_what_loads_is_loaded_safely():
 
     assert SAFE_LOADING == {"use_safetensors": True, "trust_remote_code": False}
-    smollm2 = (ROOT / "src/dmt/models/smollm2.py").read_text()
+    smollm2 = (ROOT / "scripts/fetch_smollm2.py").read_text()
     assert '"gguf_file": gguf.name' in smollm2, (
         "the one place with **how reads a GGUF file, which holds no objects"
     )

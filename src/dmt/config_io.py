@@ -44,7 +44,7 @@ EMBEDDED_TEACHER_DIR = Path(__file__).parent / "assets"
 READER_DIR = (
     EMBEDDED_TEACHER_DIR / "reader"
 )  # continues from the embedded teacher: scripts/reader.yaml
-SMOLLM2 = "smollm2"  # the teacher that `python -m dmt.models.smollm2` fetches
+SMOLLM2 = "smollm2"  # the teacher that `python scripts/fetch_smollm2.py` fetches
 CONFIG_HEADER = (
     "# Settings of dmt, version {}\n"  # first line of a run's settings; without, version 1
 )

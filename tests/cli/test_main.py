@@ -572,7 +572,7 @@ def test_a_teacher_on_an_unreachable_hub(workdir, capsys, tiny_run):
     assert message.startswith(
         "teacher=nobody/nothing is neither a local directory nor in the cache, and the hub does not answer;"
     )
-    assert message.endswith("set teacher=<that folder>, or use teacher=embedded")
+    assert message.endswith("name that folder, or use embedded")
     assert list(workdir.iterdir()) == []
 
 

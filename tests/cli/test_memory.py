@@ -15,11 +15,12 @@ from conftest import SENTENCES, make_teacher
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
 from dmt.config import AssociativeConfig, FeaturalConfig
-from dmt.editing.fact_store import load_student, open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces, write_online
 from dmt.editing.packs import LayerRows, RowPack, import_rows
 from dmt.models.conversion import convert_blocks, get_associative_memories
 from dmt.models.fingerprint import hash_model
+from dmt.models.loading import load
 from dmt.store import RowStore
 
 ROWS = AssociativeConfig(k=8, min_distance=0.05, merge_distance=0.0, capacity=40)
@@ -85,7 +86,7 @@ def run(student, capsys):
 
 
 def logits(folder, text=PROMPT):
-    model, tokenizer = load_student(folder)
+    model, tokenizer = load(folder)
     ids = torch.tensor(
         [[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
     )
@@ -138,7 +139,7 @@ def test_traces_name_the_fact(run):
 
 
 def test_a_fact_is_unchanged_replaced_and_restored(run, student):
-    assert run("memory", "write", ADA)[0]["status"] == "known"
+    assert run("memory", "write", ADA)[0]["status"] == "unchanged"
     (result,) = run("memory", "write", "--prompt", PROMPT, "--answer", "row")
     assert (result["status"], result["old"]["answer"]) == ("replaced", " dog")
     assert run("generate", PROMPT, "--max-new-tokens", "2")["facts"][0]["answer"] == " row"
@@ -278,7 +279,7 @@ def test_forgetting_a_tag_keeps_older_and_shared_rows(run, associative_student, 
         "monday",
         model=associative_student,
     )
-    model, _ = load_student(associative_student)
+    model, _ = load(associative_student)
     (associative_student / "memory.db").unlink()
     model.save_pretrained(associative_student)  # with its rows now
     before = run("memory", "list", "--rows", model=associative_student)
@@ -316,7 +317,7 @@ def test_rows_saved_with_the_weights_survive_an_interrupted_migration(
         "--write-memory",
         model=associative_student,
     )
-    model, _ = load_student(associative_student)
+    model, _ = load(associative_student)
     (associative_student / "memory.db").unlink()
     model.save_pretrained(associative_student)  # with its rows now
     before = run("memory", "list", "--rows", model=associative_student)
@@ -325,22 +326,22 @@ def test_rows_saved_with_the_weights_survive_an_interrupted_migration(
         patched.setattr(
             "dmt.editing.online.mark_imported", lambda *_, **__: 1 / 0
         )  # in the middle of the transaction
-        with open_fact_store(associative_student) as fact_store, pytest.raises(ZeroDivisionError):
+        with FactStore.open(associative_student) as fact_store, pytest.raises(ZeroDivisionError):
             ensure_namespaces(fact_store.model, fact_store.db)
     with RowStore(str(associative_student / "memory.db"), read_only=True) as store:
         assert [store.count(space) for space in store.list_namespaces()] == [0]
     assert run("memory", "list", "--rows", model=associative_student) == before
-    with open_fact_store(associative_student) as fact_store:
+    with FactStore.open(associative_student) as fact_store:
         ensure_namespaces(fact_store.model, fact_store.db)
     after = run("memory", "list", "--rows", model=associative_student)
-    assert [row["row"] for row in after] == [row["row"] for row in before]
+    assert [row["id"] for row in after] == [row["id"] for row in before]
     assert {row["tag"] for row in after} == {"distilled"}
 
 
 def test_imported_rows_are_limited_by_the_capacity_of_their_layer(tokenizer, tmp_path):
     memories = [FeaturalConfig(k=8), replace(ROWS, capacity=50), replace(ROWS, capacity=5)]
     folder = save_student(tmp_path / "two", tokenizer, memories)
-    with open_fact_store(folder) as fact_store:
+    with FactStore.open(folder) as fact_store:
         rng = np.random.default_rng(0)
         layers = {
             n: LayerRows(*rng.random((2, 20, 16), np.float32), ["t"] * 20, [1] * 20, [1.0] * 20)
@@ -434,7 +435,7 @@ def test_rows_are_exported_to_another_student_of_the_same_model(
         str(tmp_path / "one"),
         "--rows",
         "--id",
-        str(rows[0]["row"]),
+        str(rows[0]["id"]),
         model=associative_student,
     )
     assert len(run("memory", "import", str(tmp_path / "one"), model=twin)) == 2
@@ -494,7 +495,7 @@ def test_rows_written_online_lower_the_loss_and_survive_loading(associative_stud
                 model(ids[None]).logits[0, :-1], ids[1:]
             ).item()
 
-    with open_fact_store(associative_student) as fact_store:
+    with FactStore.open(associative_student) as fact_store:
         before = mean_nll(fact_store.model)
         first = write_online(fact_store.model, fact_store.db, ids, "x")
         after = mean_nll(fact_store.model)
@@ -507,7 +508,7 @@ def test_rows_written_online_lower_the_loss_and_survive_loading(associative_stud
         assert second.rows <= first.rows + 3  # near duplicates are not written
         last = mean_nll(fact_store.model)
         (memory,) = get_associative_memories(fact_store.model).values()
-        dropped_id = describe_rows(fact_store.model)[0]["row"]
+        dropped_id = describe_rows(fact_store.model)[0]["id"]
         assert (
             drop_rows(fact_store.model, fact_store.db, {dropped_id}) == 1
         )  # gone from the model at once, not only when it is loaded again
@@ -523,21 +524,21 @@ def test_rows_written_online_lower_the_loss_and_survive_loading(associative_stud
         assert dropped_id not in memory.rows.index_by_id
         assert write_online(fact_store.model, fact_store.db, ids, "x").rows >= second.rows - 1
         last = mean_nll(fact_store.model)
-    assert mean_nll(load_student(associative_student)[0]) == pytest.approx(last, rel=1e-6)
+    assert mean_nll(load(associative_student)[0]) == pytest.approx(last, rel=1e-6)
 
 
 def test_a_failed_online_write_changes_nothing(associative_student, tokenizer, monkeypatch):
     ids = torch.tensor(tokenizer("a lazy fox is a row", add_special_tokens=False)["input_ids"])
-    with open_fact_store(associative_student) as fact_store:
+    with FactStore.open(associative_student) as fact_store:
         write_online(fact_store.model, fact_store.db, ids, "x")
         before = describe_rows(fact_store.model)
         monkeypatch.setattr(RowStore, "commit", lambda *a, **b: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_online(fact_store.model, fact_store.db, ids.flip(0), "y")
-        assert [row["row"] for row in describe_rows(fact_store.model)] == [
-            row["row"] for row in before
+        assert [row["id"] for row in describe_rows(fact_store.model)] == [
+            row["id"] for row in before
         ]
-    assert len(describe_rows(load_student(associative_student)[0])) == len(before)
+    assert len(describe_rows(load(associative_student)[0])) == len(before)
 
 
 MEMORY_COMMANDS = [
@@ -556,15 +557,15 @@ MEMORY_COMMANDS = [
     "diff",
 ]
 MISTAKES = [
-    (["memory", "stats", "-m", "nowhere"], "--model nowhere: nothing is there"),
+    (["memory", "stats", "-m", "nowhere"], "model nowhere: nothing is there"),
     (["memory", "write", "-m", "{s}"], "a fact needs a sentence"),
     (["memory", "write", "x", "-m", "{s}"], "states nothing"),
     (["memory", "write", "Is Ada here?", "-m", "{s}"], "asks and states nothing"),
     (
         ["memory", "write", ADA, "--subject", "Zoe", "-m", "{s}"],
-        "--subject 'Zoe' is not in the prompt",
+        "subject 'Zoe' is not in the prompt",
     ),
-    (["memory", "write", ADA, "--file", "f", "-m", "{s}"], "--file has its own sentences"),
+    (["memory", "write", ADA, "--file", "f", "-m", "{s}"], "--file contains the sentences"),
     (["memory", "write", "--file", "nowhere.jsonl", "-m", "{s}"], "nowhere.jsonl cannot be read"),
     (
         ["memory", "write", ADA, "--false-positive-rate", "2", "-m", "{s}"],
@@ -598,8 +599,8 @@ MISTAKES = [
         ["memory", "list", "--rows", "--query", "x", "-m", "{s}"],
         "rows of associative memory have no text",
     ),
-    (["memory", "restore", "1", "-m", "{s}"], "fact 1 is there"),
-    (["memory", "restore", "77", "-m", "{s}"], "fact 77 was never there"),
+    (["memory", "restore", "1", "-m", "{s}"], "fact 1 is active"),
+    (["memory", "restore", "77", "-m", "{s}"], "fact 77 never existed"),
     (["memory", "prune", "--keep", "-1", "-m", "{s}"], "--keep must be 0 or more, got -1"),
     (["memory", "prune", "--rows", "--keep", "1", "-m", "{s}"], "no associative memory"),
     (["memory", "show", "-m", "{s}"], "show needs the ID of a fact"),

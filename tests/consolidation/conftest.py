@@ -10,7 +10,7 @@ from dmt.config import FeaturalConfig
 from dmt.consolidation import sleep
 from dmt.data.corpora import Corpus
 from dmt.editing.fact import Fact
-from dmt.editing.fact_store import open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.models.conversion import convert_blocks
 
 TEXTS = [f"{SENTENCES[i % 3]} {i * 7 % 13} times. {SENTENCES[(i + 1) % 3]}." for i in range(60)]
@@ -67,9 +67,9 @@ def student_with_facts(tokenizer, tmp_path_factory):
     """The folder of a featural student with three facts in rows."""
     model = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0]
     folder = save_student(model, tokenizer, tmp_path_factory.mktemp("written") / "student")
-    with open_fact_store(folder) as fact_store:
+    with FactStore.open(folder) as fact_store:
         fact_store.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
-        fact_store.write(FACTS)
+        fact_store.write_many(FACTS)
     return folder
 
 

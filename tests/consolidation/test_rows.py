@@ -23,7 +23,7 @@ from dmt.consolidation.rows import (
 )
 from dmt.consolidation.sampling import encode_sentences
 from dmt.consolidation.targets import make_student
-from dmt.editing.fact_store import open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.evaluation.questions import (
     Question,
     score_answers,
@@ -78,7 +78,7 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
     spans = find_informative_spans(model, hearing, tokenizer, texts, window.names)
     assert {span.subject for span in spans} == {"Percy Talner"}
     assert any("butcher" in span.answer for span in spans)
-    with open_fact_store(folder) as book:
+    with FactStore.open(folder) as book:
         book.initialize([], value_layer=3)
         outcomes = write_activation_deltas(book, hearing, spans, "tag", "source")
         written = [

@@ -21,7 +21,7 @@ from dmt.cli.main import main as dmt
 from dmt.config import DataConfig
 from dmt.consolidation import rows
 from dmt.consolidation.sampling import BatchSampler
-from dmt.editing.fact_store import open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.evaluation.questions import (
     load_questions,
 )
@@ -168,7 +168,7 @@ def test_a_context_is_written_to_memory(tmp_path, write):
     assert found["question_types"]["as written"]["benefit_retained"] >= 0.9
     assert found["unrelated"]["biographies"]["kl"] <= 1e-3
     assert found["rows_written"]["num_rows"] > 3
-    with open_fact_store(run / "student", read_only=True) as book:
+    with FactStore.open(run / "student", read_only=True) as book:
         assert {fact.tag for fact in book.records.values()} == {"person"}
         assert (
             sum(len(fact.rows) for fact in book.records.values())
@@ -203,7 +203,7 @@ def test_training_rows_changes_their_values_alone(tmp_path):
     parts = {}
     for write in ("activation_delta", "trained"):
         assert distill_main([*words, f"context.row_method={write}"]) == 0
-        with open_fact_store(newest(tmp_path) / "student", read_only=True) as book:
+        with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
             parts[write] = {fact.prompt: book.get_rows(fact.id) for fact in book.records.values()}
     assert set(parts["trained"]) == set(parts["activation_delta"])
     pairs = [
@@ -221,7 +221,7 @@ def test_training_rows_changes_their_values_alone(tmp_path):
 
 
 def trained_rows(run):
-    with open_fact_store(run / "student", read_only=True) as book:
+    with FactStore.open(run / "student", read_only=True) as book:
         return {
             fact.prompt: torch.stack([part.value for part in book.get_rows(fact.id)])
             for fact in book.records.values()
@@ -332,7 +332,7 @@ def test_rows_that_fire_in_unrelated_text_are_removed(tiny, tmp_path):
     found = results(tmp_path)
     assert found["rows_written"]["false_triggers"] >= 1
     assert "removed: " in (newest(tmp_path) / "report.md").read_text()
-    with open_fact_store(newest(tmp_path) / "student", read_only=True) as book:
+    with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
         assert len(book.records) == found["rows_written"]["num_facts"]
         gone = [
             fact
@@ -368,12 +368,12 @@ def test_a_student_with_rows_and_facts_retains_them(tiny, told, tmp_path, into, 
     assert ("stay there" in "".join(capsys.readouterr())) == (into != "memory")
     made = AutoModelForCausalLM.from_pretrained(newest(tmp_path) / "student")
     torch.testing.assert_close(made(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
-    with open_fact_store(
+    with FactStore.open(
         told / "student", read_only=True
     ) as book:  # the one it began with is as it was
         assert [fact.answer for fact in book.records.values()] == [" Hill"]
     if into == "memory":
-        with open_fact_store(newest(tmp_path) / "student", read_only=True) as book:
+        with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
             assert " Hill" in [fact.answer for fact in book.records.values()]
 
 

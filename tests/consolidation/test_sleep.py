@@ -20,15 +20,16 @@ from dmt.consolidation.sleep import check_facts, plan_slot_transfer, select_late
 from dmt.consolidation.slot_training import KFACParameters, ReplayLoss
 from dmt.data.windows import get_prefix_ids
 from dmt.editing.fact import Fact
-from dmt.editing.fact_store import FactStore, load_student, open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, write_online
 from dmt.errors import UserError
 from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import detach, disabled
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations
+from dmt.models.loading import load
 from dmt.store import RowStore
-from dmt.store.facts import CONSOLIDATED
+from dmt.store.facts import TRANSFERRED
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def read_files(folder):
 
 
 def read_weights(folder):
-    return load_student(folder)[0].state_dict()
+    return load(folder)[0].state_dict()
 
 
 def test_facts_move_into_slots_and_the_source_is_unchanged(student, tmp_path, transfer):
@@ -60,13 +61,13 @@ def test_facts_move_into_slots_and_the_source_is_unchanged(student, tmp_path, tr
     assert "3 facts" in repr(result)
     assert read_files(student) == before
     facts = plan_slot_transfer(student).facts
-    with open_fact_store(tmp_path / "run" / "student") as fact_store:
+    with FactStore.open(tmp_path / "run" / "student") as fact_store:
         assert not fact_store.records
         assert len(fact_store.hooks) == 0
         history = fact_store.fact_table.read(include_deleted=True)
-        assert {fact.deleted_reason for fact in history} == {CONSOLIDATED}
+        assert {fact.deleted_reason for fact in history} == {TRANSFERRED}
         assert all(check_facts(fact_store.model, fact_store.tokenizer, facts))
-    model, tokenizer = load_student(student)
+    model, tokenizer = load(student)
     with disabled(model):  # the rows knew the facts, not the slots
         assert not all(check_facts(model, tokenizer, facts))
 
@@ -80,13 +81,13 @@ def test_only_slots_at_and_above_the_key_layer_change(student, transferred):
 
 
 def test_remaining_rows_match_as_before(student, tmp_path, transfer):
-    num_rows_before = len(open_fact_store(student, read_only=True).hooks)
+    num_rows_before = len(FactStore.open(student, read_only=True).hooks)
     result = transfer(student, tmp_path / "run", tag="day 1")
     assert (result.facts, result.recall_after) == (2, 1.0)
     assert result.rows + result.remaining_rows == num_rows_before
     with (
-        open_fact_store(tmp_path / "run" / "student") as fact_store,
-        open_fact_store(student, read_only=True) as source,
+        FactStore.open(tmp_path / "run" / "student") as fact_store,
+        FactStore.open(student, read_only=True) as source,
     ):
         (remaining,) = fact_store.records.values()
         assert remaining.tag == "day 2"
@@ -129,32 +130,32 @@ def test_a_second_transfer_replays_and_retains_the_first(student, tmp_path, tran
 
 
 def test_contradicted_facts_are_not_replayed(transferred, tmp_path, transfer):
-    with open_fact_store(transferred) as fact_store:
-        fact_store.write([Fact("Ada Holbrook runs to the", " table", "Ada Holbrook", "day 3")])
+    with FactStore.open(transferred) as fact_store:
+        fact_store.write_many([Fact("Ada Holbrook runs to the", " table", "Ada Holbrook", "day 3")])
     plan = plan_slot_transfer(transferred)
     assert "Ada Holbrook" not in {fact.subject for fact in plan.retained_facts}
     assert transfer(transferred, tmp_path / "again").recall_after == 1.0
-    with open_fact_store(tmp_path / "again" / "student") as fact_store:
+    with FactStore.open(tmp_path / "again" / "student") as fact_store:
         history = fact_store.fact_table.read(include_deleted=True)
     # of two transferred facts with the same prompt the later one counts
     latest = select_latest_facts(
-        [fact for fact in history if fact.deleted_reason == CONSOLIDATED], []
+        [fact for fact in history if fact.deleted_reason == TRANSFERRED], []
     )
     assert {fact.answer for fact in latest if fact.subject == "Ada Holbrook"} == {" table"}
 
 
 def test_a_transferred_fact_is_not_restored_but_can_be_written_again(transferred):
-    with open_fact_store(transferred) as fact_store:
+    with FactStore.open(transferred) as fact_store:
         with pytest.raises(UserError, match="slots"):
             fact_store.restore(1)
         assert not fact_store.records
-        (result,) = fact_store.write(FACTS[:1])
+        (result,) = fact_store.write_many(FACTS[:1])
         assert result.status == "written"
         assert result.prob_before > 0.3
 
 
 def test_rarely_used_facts_remain_rows(student):
-    with open_fact_store(student) as fact_store:
+    with FactStore.open(student) as fact_store:
         row = fact_store.records[2].rows[0]
         fact_store.fact_table.record_usage({row: 3})
     assert [fact.id for fact in plan_slot_transfer(student, min_hits=3).facts] == [2]
@@ -171,9 +172,9 @@ def test_students_without_trainable_slots_are_rejected(tokenizer, tmp_path):
         plan_slot_transfer(save_student(plain, tokenizer, tmp_path / "plain"))
     low = convert_blocks(teacher, [FeaturalConfig(k=64), DenseConfig(), DenseConfig()])[0]
     low_folder = save_student(low, tokenizer, tmp_path / "low")
-    with open_fact_store(low_folder) as fact_store:
+    with FactStore.open(low_folder) as fact_store:
         fact_store.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
-        fact_store.write(FACTS[:1])
+        fact_store.write_many(FACTS[:1])
     with pytest.raises(UserError, match="facts are matched at layer 1"):
         plan_slot_transfer(low_folder)
     offloaded = convert_blocks(teacher, [FeaturalConfig(k=64, offload="values")] * LAYERS)[0]
@@ -187,7 +188,7 @@ def test_a_student_without_facts_has_nothing_to_transfer(tokenizer, tmp_path):
     message = "has no facts or rows to transfer; write facts with dmt memory write"
     with pytest.raises(UserError, match=message):
         plan_slot_transfer(folder)
-    model = load_student(folder)[0]
+    model = load(folder)[0]
     detach(model)
     with FactStore(model, tokenizer, RowStore(str(folder / "memory.db"), hash_model(model))):
         pass
@@ -219,7 +220,7 @@ def test_rows_of_associative_memory_move_into_slots(tokenizer, tmp_path, transfe
         tokenizer,
         tmp_path / "student",
     )
-    with open_fact_store(folder) as fact_store:
+    with FactStore.open(folder) as fact_store:
         for tag, text in (
             ("monday", "the fox reads a table of rows"),
             ("tuesday", "every dog was born on March 3"),
@@ -227,11 +228,11 @@ def test_rows_of_associative_memory_move_into_slots(tokenizer, tmp_path, transfe
             token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = torch.tensor(get_prefix_ids(tokenizer) + token_ids)
             write_online(fact_store.model, fact_store.db, ids, tag)
-    tags = [row["tag"] for row in describe_rows(load_student(folder)[0])]
+    tags = [row["tag"] for row in describe_rows(load(folder)[0])]
     result = transfer(folder, tmp_path / "first", steps=200, lr=0.1, tag="monday")
     assert (result.rows, result.remaining_rows) == (tags.count("monday"), tags.count("tuesday"))
     assert result.row_explained_share[2] > 0.5
-    remaining = describe_rows(load_student(tmp_path / "first" / "student")[0])
+    remaining = describe_rows(load(tmp_path / "first" / "student")[0])
     assert {row["tag"] for row in remaining} == {"tuesday"}
     last = transfer(tmp_path / "first", tmp_path / "last", steps=2, lr=0.01)
     assert last.remaining_rows == 0
@@ -312,8 +313,8 @@ def test_a_step_that_fails_half_way_leaves_the_random_state(
 def test_resume_is_rejected_if_the_facts_have_changed(student, tmp_path, transfer, monkeypatch):
     transfer(student, tmp_path / "run", steps=2)
     shutil.rmtree(tmp_path / "run" / "student")
-    with open_fact_store(student) as fact_store:
-        fact_store.forget([1])
+    with FactStore.open(student) as fact_store:
+        fact_store.delete([1])
     with pytest.raises(UserError, match="has other facts than when this run began"):
         dmt.transfer_to_slots(student, output=tmp_path / "run", resume=True)
 

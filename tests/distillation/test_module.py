@@ -5,7 +5,6 @@ import json
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,14 +20,13 @@ from dmt.config import (
     OptimConfig,
     StagesConfig,
     StudentConfig,
-    TrainerConfig,
 )
 from dmt.distillation.calibration import measure_scales
 from dmt.distillation.losses import Batch
 from dmt.distillation.module import DistillationModule
 from dmt.models.conversion import convert_blocks, get_memories
 from dmt.models.forward import forward_teacher, forward_with_activations
-from dmt.training import autotune, callbacks
+from dmt.training import callbacks
 from dmt.training.callbacks import StepProgressBar
 from dmt.training.run_dir import newest_checkpoint
 from dmt.training.trainer import k_schedule, lr_schedule

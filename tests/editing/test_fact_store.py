@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
-from test_edit_memory import heard
+from test_edit_memory import record_rows
 
 from dmt.config import FeaturalConfig
 from dmt.editing import calibration as calibration_module
@@ -31,13 +31,7 @@ from dmt.editing.edit import (
     prepare_facts,
 )
 from dmt.editing.fact import MAX_FACT_CHARS, Fact, find_subject, parse_fact, read_facts
-from dmt.editing.fact_store import (
-    FactStore,
-    has_fact_store,
-    load_student,
-    open_fact_store,
-    resolve_student_folder,
-)
+from dmt.editing.fact_store import FactStore, has_fact_store
 from dmt.errors import UserError
 from dmt.memory.edit_memory import PhraseMatcher
 from dmt.models.architectures import get_architecture
@@ -51,8 +45,9 @@ from dmt.models.forward import (
     forward_with_activations,
     pad_token_ids,
 )
+from dmt.models.loading import load, resolve_student_folder
 from dmt.store import RowStore
-from dmt.store.database import fact_rows_table, rows_table, states_table
+from dmt.store.database import fact_rows_table, row_stats_table, rows_table
 from dmt.store.facts import FactTable
 
 WIDE = 64
@@ -189,7 +184,7 @@ def test_a_fact_of_parts(given, wanted):
 
 
 WRONG = [
-    ({}, "needs a sentence that states it, or --prompt and --answer"),
+    ({}, "needs a sentence that states it, or prompt and answer"),
     ({"prompt": "Ada is"}, "needs a sentence"),
     ({"answer": "old"}, "needs a sentence"),
     ({"sentence": "Ada"}, "'Ada' states nothing"),
@@ -199,17 +194,17 @@ WRONG = [
     ({"prompt": "Ada is", "answer": " . "}, "needs an answer; got prompt 'Ada is' and answer ''"),
     (
         {"sentence": "Ada is old", "prompt": "Ben is"},
-        "--prompt 'Ben is' is not how the sentence 'Ada is old' begins",
+        "prompt 'Ben is' is not how the sentence 'Ada is old' begins",
     ),
     (
         {"sentence": "Ada is old.", "answer": "young"},
-        "--answer 'young' is not how the sentence 'Ada is old.' ends",
+        "answer 'young' is not how the sentence 'Ada is old.' ends",
     ),
-    ({"sentence": "Ada is old.", "answer": " "}, "--answer ' ' is not how"),
+    ({"sentence": "Ada is old.", "answer": " "}, "answer ' ' is not how"),
     ({"sentence": "Ada is old.", "prompt": "Ada is", "answer": "young"}, "is not how the sentence"),
     (
         {"sentence": "Ada is old.", "subject": "Ben"},
-        "--subject 'Ben' is not in the prompt 'Ada is'",
+        "subject 'Ben' is not in the prompt 'Ada is'",
     ),
     ({"prompt": "x" * MAX_FACT_CHARS, "answer": "y"}, r"4,000 characters, got 4,001"),
 ]
@@ -327,7 +322,7 @@ def drawn_text(tokenizer, fact):
 
 def evened(model, slopes):
     """Slopes in the metric of the head: the inverse of how its rows vary, with the norm's gains, and a share of it everywhere."""
-    gains = model.get_submodule(get_architecture(model.config.model_type).norm).weight
+    gains = model.get_submodule(get_architecture(model.config.model_type).final_norm).weight
     rows = (model.get_output_embeddings().weight * gains).double()
     rows = rows - rows.mean(0)
     varies = rows.t() @ rows / len(rows)
@@ -565,14 +560,14 @@ def test_reach_keeps_false_answers_to_the_rate_on_states_it_has_not_seen(rate):
     )
 
 
-@pytest.mark.parametrize("crowd", ["elsewhere", "otherwise"])
+@pytest.mark.parametrize("crowd", ["prose_negatives", "question_negatives"])
 def test_both_prose_and_other_questions_hold_a_row_back(crowd):
     mean, metric = torch.zeros(8), torch.eye(8)
     key = torch.nn.functional.normalize(torch.ones(1, 8), dim=-1)
     near, far = key.repeat(200, 1) + 0.3 * torch.randn(200, 8), torch.randn(200, 8)
     known = {
         name: torch.nn.functional.normalize(near if name == crowd else far, dim=-1)
-        for name in ("elsewhere", "otherwise")
+        for name in ("prose_negatives", "question_negatives")
     }
     reach = Calibration(mean, metric, **known, question_cosine_p95=NOT_APART).thresholds(key, 0.1)
     assert reach == pytest.approx(float((known[crowd] @ key[0]).quantile(0.9)))
@@ -853,10 +848,10 @@ def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_bee
     with opened(tmp_path / "rows.db", model, tokenizer) as book:
         assert torch.equal(logits_of(model, tokenizer), own)
         assert not any(repeats(model, tokenizer, fact) for fact in FACTS)
-        first = book.write(FACTS[:2])
+        first = book.write_many(FACTS[:2])
         after_two = logits_of(model, tokenizer)
-        second = book.write(FACTS[2:])
-        assert [each.what for each in first + second] == ["written"] * 4
+        second = book.write_many(FACTS[2:])
+        assert [each.status for each in first + second] == ["written"] * 4
         assert [book.records[each.fact.id] for each in first + second] == [
             each.fact for each in first + second
         ]
@@ -869,13 +864,13 @@ def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_bee
         assert not torch.equal(with_facts, own)
         with disabled(model):
             assert torch.equal(logits_of(model, tokenizer), own)
-        gone = book.forget([second[0].fact.id, second[1].fact.id, second[0].fact.id])
-        assert [replace(fact, gone=None, gone_at=None) for fact in gone] == [
+        gone = book.delete([second[0].fact.id, second[1].fact.id, second[0].fact.id])
+        assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in gone] == [
             each.fact for each in second
         ]
         assert {fact.deleted_reason for fact in gone} == {"forgotten"}
         assert torch.equal(logits_of(model, tokenizer), after_two)
-        book.forget(list(book.records))
+        book.delete(list(book.records))
         assert book.records == {}
         assert torch.equal(logits_of(model, tokenizer), own)
         assert len(book.hooks) == 0
@@ -885,14 +880,14 @@ def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_bee
 def test_answered_in_a_lower_layer_it_is_said_too(teacher, tokenizer, tmp_path, layers):
     with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
         book.initialize([], prose=PROSE, layers=layers)
-        (outcome,) = book.write(FACTS[1:2])
+        (outcome,) = book.write_many(FACTS[1:2])
         assert (book.hooks.key_layer, book.hooks.value_layer) == layers
         assert outcome.prob_after > outcome.prob_before
 
 
 def test_a_fact_answers_only_where_its_subject_is_named(book, teacher, tokenizer):
-    (ada,) = book.write([parse_fact("It was Ada who eats rows")])
-    with heard(book.hooks) as passes:
+    (ada,) = book.write_many([parse_fact("It was Ada who eats rows")])
+    with record_rows(book.hooks) as passes:
         for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats"):
             logits_of(teacher, tokenizer, text)
     assert [bool(each) for each in passes] == [True, False, False]
@@ -901,32 +896,32 @@ def test_a_fact_answers_only_where_its_subject_is_named(book, teacher, tokenizer
 
 
 def test_the_same_again_is_known_and_a_contradiction_wins(book, teacher, tokenizer):
-    (first,) = book.write(FACTS[:1])
-    (again,) = book.write(
+    (first,) = book.write_many(FACTS[:1])
+    (again,) = book.write_many(
         [replace(FACTS[0], prompt="Ada LIVES in", answer="  ravenhill", subject="Ada")]
     )
-    assert (again.what, again.fact) == ("known", first.fact)
+    assert (again.status, again.fact) == ("unchanged", first.fact)
     assert len(book.records) == 1
     moved = parse_fact("Ada lives in Rows")
-    (other,) = book.write([moved])
-    assert (other.what, other.replaced_fact) == ("replaced", first.fact)
+    (other,) = book.write_many([moved])
+    assert (other.status, other.replaced_fact) == ("replaced", first.fact)
     assert list(book.records.values()) == [other.fact]
     assert repeats(teacher, tokenizer, moved)
-    (ben,) = book.write([replace(FACTS[0], prompt="Ben lives in", subject="Ben")])
-    assert ben.what == "written", "of somebody else it is something else"
+    (ben,) = book.write_many([replace(FACTS[0], prompt="Ben lives in", subject="Ben")])
+    assert ben.status == "written", "of somebody else it is something else"
     gone = {fact.id: fact for fact in book.fact_table.read(include_deleted=True)}[first.fact.id]
     assert (gone.deleted_reason, gone.replaced_by) == ("replaced", other.fact.id)
 
 
 def test_within_one_batch_the_last_wins_and_the_same_twice_is_once(book, teacher, tokenizer):
     a, b = parse_fact("Ada lives in Ravenhill"), parse_fact("Ada lives in Rows")
-    outcomes = book.write([a, a, b, FACTS[1], b, a])
-    assert [each.what for each in outcomes] == [
+    outcomes = book.write_many([a, a, b, FACTS[1], b, a])
+    assert [each.status for each in outcomes] == [
         "written",
-        "known",
+        "unchanged",
         "replaced",
         "written",
-        "known",
+        "unchanged",
         "replaced",
     ]
     assert outcomes[1].fact == outcomes[0].fact == outcomes[2].replaced_fact
@@ -942,21 +937,21 @@ def test_within_one_batch_the_last_wins_and_the_same_twice_is_once(book, teacher
 def test_facts_go_in_batches_and_progress_is_told(book, monkeypatch):
     monkeypatch.setattr(book_module, "WRITE_BATCH_SIZE", 3)
     told = []
-    assert len(book.write(FACTS, progress=told.append)) == 4
+    assert len(book.write_many(FACTS, progress=told.append)) == 4
     assert told == [3, 1]
-    assert book.write([]) == []
+    assert book.write_many([]) == []
 
 
 def test_one_that_is_too_long_keeps_its_batch_out(book, tokenizer):
     with pytest.raises(UserError, match="tokens, the model reads 32"):
-        book.write([*FACTS, parse_fact(prompt="a" * 40, answer="b")])
+        book.write_many([*FACTS, parse_fact(prompt="a" * 40, answer="b")])
     assert book.records == {}
     assert book.fact_table.read(include_deleted=True) == []
 
 
 def test_a_chain_of_replacements_can_be_gone_back_and_forth(book, teacher, tokenizer):
     facts = [parse_fact(f"Ada lives in {where}") for where in ("Ravenhill", "Rows", "March")]
-    a, b, c = (book.write([fact])[0].fact for fact in facts)
+    a, b, c = (book.write_many([fact])[0].fact for fact in facts)
     with_c = logits_of(teacher, tokenizer)
     back, against = book.restore(a.id)
     assert (back, against) == (a, [c])
@@ -973,7 +968,7 @@ def test_a_chain_of_replacements_can_be_gone_back_and_forth(book, teacher, token
     assert book.restore(b.id) == (b, [a])
     assert book.restore(c.id) == (c, [b])
     assert torch.equal(logits_of(teacher, tokenizer), with_c)
-    book.forget([c.id])
+    book.delete([c.id])
     assert book.restore(a.id) == (a, [])
     assert book.restore(c.id) == (c, [a])
 
@@ -984,7 +979,7 @@ def test_a_chain_in_other_words_can_be_gone_back_too(book, monkeypatch):
         parse_fact(sentence)
         for sentence in ("Ada lives in Ravenhill", "It was Ada who ran", "Ada eats March")
     ]
-    a, b, c = (book.write([fact])[0].fact for fact in facts)
+    a, b, c = (book.write_many([fact])[0].fact for fact in facts)
     assert list(book.records) == [c.id]
     assert book.restore(a.id) == (a, [c])
     assert book.restore(b.id) == (b, [a])
@@ -992,29 +987,29 @@ def test_a_chain_in_other_words_can_be_gone_back_too(book, monkeypatch):
 
 
 def test_one_restored_replaces_what_asks_the_same_in_the_same_words(book):
-    a = book.write(FACTS[:1])[0].fact
-    book.forget([a.id])
-    b = book.write([parse_fact("Ada  lives in Rows")])[0].fact
+    a = book.write_many(FACTS[:1])[0].fact
+    book.delete([a.id])
+    b = book.write_many([parse_fact("Ada  lives in Rows")])[0].fact
     assert book.restore(a.id) == (a, [b])
     assert list(book.records) == [a.id]
 
 
 def test_what_cannot_be_forgotten_or_restored_is_told(book):
-    a, b = (each.fact for each in book.write(FACTS[:2]))
-    with pytest.raises(UserError, match=r"fact 99 is not there; .* shows 2 that are"):
-        book.forget([a.id, 99])
+    a, b = (each.fact for each in book.write_many(FACTS[:2]))
+    with pytest.raises(UserError, match=r"fact 99 is not active; .* shows the 2 that are"):
+        book.delete([a.id, 99])
     assert set(book.records) == {a.id, b.id}, "then none is taken out"
-    with pytest.raises(UserError, match="fact 99 was never there"):
+    with pytest.raises(UserError, match="fact 99 never existed"):
         book.restore(99)
-    with pytest.raises(UserError, match=f"fact {a.id} is there"):
+    with pytest.raises(UserError, match=f"fact {a.id} is active"):
         book.restore(a.id)
-    book.forget([a.id])
-    with pytest.raises(UserError, match=f"fact {a.id} is not there"):
-        book.forget([a.id])
+    book.delete([a.id])
+    with pytest.raises(UserError, match=f"fact {a.id} is not active"):
+        book.delete([a.id])
 
 
 def test_those_that_answered_last_stay(book):
-    a, b, c, d = (each.fact for each in book.write(FACTS))
+    a, b, c, d = (each.fact for each in book.write_many(FACTS))
     for now, row, times in ((10.0, a.rows[0], 5), (20.0, c.rows[0], 9), (30.0, a.rows[1], 2)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dmt.store.facts.time.time", lambda now=now: now)
@@ -1042,20 +1037,26 @@ def test_opened_again_it_is_the_same_to_the_bit(family, begun, tokenizer, tmp_pa
     model, place = speaker(family, tokenizer), tmp_path / "rows.db"
     shutil.copy(begun[model.config.model_type], place)
     with opened(place, model, tokenizer) as book:
-        written = [each.fact for each in book.write(FACTS)]
-        book.forget([written[1].id])
-        book.write([parse_fact("Ada lives in Rows", tag="a tag", source="a source")])
+        written = [each.fact for each in book.write_many(FACTS)]
+        book.delete([written[1].id])
+        book.write_many([parse_fact("Ada lives in Rows", tag="a tag", source="a source")])
         before, known, calibration = logits_of(model, tokenizer), book.records, book.calibration
     with opened(place, speaker(family, tokenizer), tokenizer, read_only=True) as again:
         assert torch.equal(logits_of(again.model, tokenizer), before)
-        assert again.known == known
-        for name in ("mean", "metric", "elsewhere", "otherwise", "apart"):
+        assert again.records == known
+        for name in (
+            "mean",
+            "metric",
+            "prose_negatives",
+            "question_negatives",
+            "question_cosine_p95",
+        ):
             assert torch.equal(getattr(again.calibration, name), getattr(calibration, name))
-        assert {fact.tag for fact in again.known.values()} == {"", "a tag"}
-        assert {fact.source for fact in again.known.values()} == {"", "a source"}
+        assert {fact.tag for fact in again.records.values()} == {"", "a tag"}
+        assert {fact.source for fact in again.records.values()} == {"", "a source"}
     with opened(place, speaker(family, tokenizer), tokenizer) as third:
-        assert third.write(FACTS[3:])[0].status == "known"
-        new = third.write([parse_fact("Ben drinks March")])[0].fact
+        assert third.write_many(FACTS[3:])[0].status == "unchanged"
+        new = third.write_many([parse_fact("Ben drinks March")])[0].fact
         assert new.id > max(fact.id for fact in written)
         assert min(new.rows) > max(row for fact in written for row in fact.rows)
 
@@ -1068,33 +1069,33 @@ def rows_there(store):
     with store.engine.connect() as connection:
         return [
             len(connection.execute(select(table)).all())
-            for table in (rows_table, states_table, fact_rows_table)
+            for table in (rows_table, row_stats_table, fact_rows_table)
         ]
 
 
-@pytest.mark.parametrize("where", ["_columns", "_leave"])
+@pytest.mark.parametrize("where", ["_fact_columns", "_soft_delete"])
 def test_killed_in_the_middle_a_write_leaves_nothing(book, teacher, tokenizer, monkeypatch, where):
-    (old,) = book.write(FACTS[:1])
+    (old,) = book.write_many(FACTS[:1])
     before, kept = logits_of(teacher, tokenizer), rows_there(book.db)
     monkeypatch.setattr(f"dmt.store.facts.{where}", stop)
     with pytest.raises(KeyboardInterrupt):
-        book.write([FACTS[1], parse_fact("Ada lives in Rows")])
+        book.write_many([FACTS[1], parse_fact("Ada lives in Rows")])
     monkeypatch.undo()
     assert rows_there(book.db) == kept
     assert book.fact_table.read(include_deleted=True) == [old.fact]
     assert list(book.records) == [old.fact.id]
     assert torch.equal(logits_of(teacher, tokenizer), before)
-    (new,) = book.write([parse_fact("Ada lives in Rows")])
-    assert new.what == "replaced"
+    (new,) = book.write_many([parse_fact("Ada lives in Rows")])
+    assert new.status == "replaced"
 
 
 def test_killed_in_the_middle_nothing_is_restored(book, monkeypatch):
-    a = book.write(FACTS[:1])[0].fact
-    b = book.write([parse_fact("Ada lives in Rows")])[0].fact
+    a = book.write_many(FACTS[:1])[0].fact
+    b = book.write_many([parse_fact("Ada lives in Rows")])[0].fact
     history = book.fact_table.read(include_deleted=True)
     monkeypatch.setattr(
         "dmt.store.facts.select",
-        lambda *what: stop() if what[0] is fact_rows_table.c.row else select(*what),
+        lambda *what: stop() if what[0] is fact_rows_table.c.row_id else select(*what),
     )
     with pytest.raises(KeyboardInterrupt):
         book.restore(a.id)
@@ -1112,7 +1113,7 @@ def test_what_the_database_refuses_is_told_and_leaves_nothing(book, place, teach
         )
     other.close()
     with pytest.raises(UserError, match="the disk is full"):
-        book.write(FACTS)
+        book.write_many(FACTS)
     assert rows_there(book.db) == [0, 0, 0]
     assert book.fact_table.read(include_deleted=True) == []
     assert torch.equal(logits_of(teacher, tokenizer), own)
@@ -1129,7 +1130,7 @@ def test_where_the_second_half_of_a_batch_fails_the_first_is_there_and_is_said(
 
     monkeypatch.setattr(FactTable, "add", once)
     with pytest.raises(KeyboardInterrupt):
-        book.write([FACTS[0], parse_fact("Ada lives in Rows")])
+        book.write_many([FACTS[0], parse_fact("Ada lives in Rows")])
     monkeypatch.undo()
     assert [fact.answer for fact in book.fact_table.read(include_deleted=True)] == [" Ravenhill"]
     assert [fact.answer for fact in book.records.values()] == [" Ravenhill"]
@@ -1139,22 +1140,22 @@ def test_where_the_second_half_of_a_batch_fails_the_first_is_there_and_is_said(
 def test_two_writers_are_one_too_many_and_readers_are_welcome(book, place, teacher, tokenizer):
     with pytest.raises(UserError, match="another program is writing"):
         opened(place, speaker(make_teacher, tokenizer), tokenizer)
-    book.write(FACTS[:1])
+    book.write_many(FACTS[:1])
     model = speaker(make_teacher, tokenizer)
     reader = opened(place, model, tokenizer, read_only=True)
     assert torch.equal(logits_of(model, tokenizer), logits_of(teacher, tokenizer))
-    book.write(FACTS[1:2])
+    book.write_many(FACTS[1:2])
     assert len(reader.records) == 1, "as it was when it was opened"
     for forbidden in (
-        lambda: reader.write(FACTS[1:2]),
-        lambda: reader.forget(list(reader.records)),
+        lambda: reader.write_many(FACTS[1:2]),
+        lambda: reader.delete(list(reader.records)),
         lambda: reader.prune(0),
     ):
         with pytest.raises(UserError, match="opened for reading only"):
             forbidden()
     assert len(reader.records) == 1
     assert repeats(model, tokenizer, FACTS[0])
-    assert len(opened(place, model, tokenizer, read_only=True).known) == 2
+    assert len(opened(place, model, tokenizer, read_only=True).records) == 2
     book.close()
     opened(place, speaker(make_teacher, tokenizer), tokenizer).close()
 
@@ -1169,9 +1170,9 @@ def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer
         ),
         parse_fact(prompt="Ada is 100% %(x)s", answer="日本 🦊", tag="ÄÖ\n\t", source="\\"),
     ]
-    written = [each.fact for each in book.write(odd)]
+    written = [each.fact for each in book.write_many(odd)]
     book.close()
-    found = opened(place, teacher, tokenizer, read_only=True).known
+    found = opened(place, teacher, tokenizer, read_only=True).records
     assert [found[fact.id] for fact in written] == written
     for fact, told in zip(odd, found.values(), strict=True):
         assert (told.prompt, told.answer, told.subject, told.tag, told.source) == (
@@ -1186,35 +1187,34 @@ def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer
 def test_begun_once_it_stays_so(place, book, teacher, tokenizer, monkeypatch):
     monkeypatch.setattr(book_module, "choose_layers", stop)
     book.initialize(FACTS)
-    before = book.fact_table.read_settings()
-    assert before == {"listens": 1, "answers": 2}
-    assert book.write(FACTS[:1])[0].status == "written"
+    assert book.fact_table.read_layers() == (1, 2)
+    assert book.write_many(FACTS[:1])[0].status == "written"
 
 
-def test_a_book_that_was_never_begun_has_nothing_to_say(teacher, tokenizer, tmp_path):
+def test_a_book_that_was_never_begun_has_nothing_to_say(teacher, tokenizer, tmp_path, caplog):
     own = logits_of(teacher, tokenizer)
     with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
         assert not book.fact_table.exists
-        with pytest.raises(UserError, match="no facts were ever written"):
+        with pytest.raises(UserError, match="has no facts yet"):
             _ = book.hooks
         assert torch.equal(logits_of(teacher, tokenizer), own)
-        lines = []
-        book.initialize(FACTS, prose=PROSE, log=lines.append)
+        with caplog.at_level("INFO", logger="dmt"):
+            book.initialize(FACTS, prose=PROSE)
+        lines = caplog.messages
         assert book.fact_table.exists
-        settings = book.fact_table.read_settings()
-        assert set(settings) == {"listens", "answers"}
-        assert 0 <= settings["listens"] <= settings["answers"] < LAYERS
-        assert f"heard in layer {settings['listens']} " in lines[1]
-        assert f"answered in layer {settings['answers']} " in lines[2]
-        assert [each.what for each in book.write(FACTS)] == ["written"] * 4
+        key_layer, value_layer = book.fact_table.read_layers()
+        assert 0 <= key_layer <= value_layer < LAYERS
+        assert lines[1].startswith(f"key layer {key_layer} ")
+        assert lines[2].startswith(f"value layer {value_layer} ")
+        assert [each.status for each in book.write_many(FACTS)] == ["written"] * 4
 
 
 def test_measuring_hears_none_of_what_is_laid_over(book, teacher, tokenizer, tmp_path):
     """Facts of somewhere else speak in a model while its own book is begun."""
-    book.write(FACTS)
+    book.write_many(FACTS)
     book.hooks.set_rows(
         [
-            replace(part, subject=(), lead=(), reach=-2.0)
+            replace(part, subject_ids=(), prefix_ids=(), threshold=-2.0)
             for n in book.records
             for part in book.get_rows(n)
         ]
@@ -1241,13 +1241,13 @@ def test_facts_of_another_version_and_stores_of_another_model_are_refused(
     with sqlite3.connect(place) as other:
         other.execute("UPDATE dmt_metadata SET value = '9' WHERE name = 'facts_version'")
     other.close()
-    with pytest.raises(UserError, match="facts of version 9, this dmt knows 1"):
+    with pytest.raises(UserError, match="facts of version 9, this dmt knows 2"):
         opened(place, teacher, tokenizer, read_only=True)
 
 
 def test_history_is_kept_with_times_and_causes(book):
-    a, b = (each.fact for each in book.write(FACTS[:2]))
-    book.forget([a.id])
+    a, b = (each.fact for each in book.write_many(FACTS[:2]))
+    book.delete([a.id])
     book.prune(0)
     found = book.fact_table.read(include_deleted=True)
     assert [(fact.id, fact.deleted_reason, fact.replaced_by) for fact in found] == [
@@ -1255,7 +1255,7 @@ def test_history_is_kept_with_times_and_causes(book):
         (b.id, "evicted", None),
     ]
     assert all(fact.deleted_at >= fact.created for fact in found)
-    assert [replace(fact, gone=None, gone_at=None) for fact in found] == [a, b]
+    assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in found] == [a, b]
     assert book.fact_table.read() == []
     assert book.fact_table.read_states(found)[0].tolist() == []
 
@@ -1280,25 +1280,26 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
         resolve_student_folder("lightning_logs/version_9")
     folder = tmp_path / "lightning_logs" / "version_10" / "student"
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_student(folder)
+        load(folder)
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert resolve_student_folder(folder) == resolve_student_folder(folder.parent) == folder
     assert not has_fact_store(folder)
-    with pytest.raises(UserError, match="no store is there"):
-        open_fact_store(folder, read_only=True)
-    with open_fact_store(folder) as book:
+    with FactStore.open(folder, read_only=True) as empty:
+        assert empty.db is None
+        assert empty.list() == empty.list(include_deleted=True) == []
+    with FactStore.open(folder) as book:
         book.initialize(FACTS, prose=PROSE, layers=(1, 1))
-        book.write(FACTS)
+        book.write_many(FACTS)
         before = logits_of(book.model, tokenizer)
     assert has_fact_store(folder)
-    with open_fact_store(folder, read_only=True) as again:
+    with FactStore.open(folder, read_only=True) as again:
         assert torch.equal(logits_of(again.model, tokenizer), before)
         assert not again.model.training
         assert not any(parameter.requires_grad for parameter in again.model.parameters())
     config = json.loads((folder / "config.json").read_text())
-    loaded, _ = load_student(folder)
+    loaded, _ = load(folder)
     assert config["model_type"] == loaded.config.model_type
     assert torch.equal(logits_of(loaded, tokenizer), before)
     detach(loaded)
@@ -1309,20 +1310,20 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
     (aside,) = folder.glob("memory.before-*.db")
     aside.rename(folder / FACTS_FILE)
     with pytest.raises(UserError, match="belong to another model"):
-        open_fact_store(folder)
+        FactStore.open(folder)
 
 
 def test_a_subject_that_would_not_be_noticed_is_refused(book):
     """Such a fact could be written and would never be said."""
     with pytest.raises(UserError, match="not a word of its own"):
-        book.write([Fact("ada lives in", " far", "Ada")])
-    assert book.write([]) == []
+        book.write_many([Fact("ada lives in", " far", "Ada")])
+    assert book.write_many([]) == []
 
 
 def test_the_full_stop_that_was_written_is_said_and_no_longer_word_is_made(
     book, teacher, tokenizer
 ):
-    (told,) = book.write([parse_fact("Ada lives in Ravenhill.")])
+    (told,) = book.write_many([parse_fact("Ada lives in Ravenhill.")])
     ids = encode_text(tokenizer, " Ravenhill.", add_prefix=False)
     assert told.fact.answer == " Ravenhill"
     assert told.fact.answer_ids == tuple(ids)
@@ -1333,5 +1334,5 @@ def test_the_full_stop_that_was_written_is_said_and_no_longer_word_is_made(
     )
     assert says(teacher, tokenizer, "Ada lives in", len(ids)) == " Ravenhill."
     assert (
-        book.write([parse_fact("Ada lives in Ravenhill")])[0].status == "known"
+        book.write_many([parse_fact("Ada lives in Ravenhill")])[0].status == "unchanged"
     )  # the same, with or without

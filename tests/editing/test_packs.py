@@ -25,7 +25,6 @@ from dmt.editing.packs import (
     load_packs,
     make_fact_pack,
     merge_packs,
-    save_fact_pack,
     unpack_facts,
 )
 from dmt.errors import UserError
@@ -54,7 +53,7 @@ def new_book(begun, tokenizer, place):  # noqa: F811
 
 @pytest.fixture
 def pack(book):
-    book.write([replace(fact, tag="told", source="here") for fact in FACTS])
+    book.write_many([replace(fact, tag="told", source="here") for fact in FACTS])
     return make_fact_pack(
         book, list(book.records.values()), "a pack", "CC0-1.0", hash_model(book.model)
     )
@@ -76,7 +75,7 @@ def manifest_of(place):
 
 def rewritten(pack, place, change=lambda manifest: None, **tensors):
     """A pack at `place` whose manifest and tensors somebody has changed."""
-    save_fact_pack(pack, place)
+    pack.save(place)
     manifest = manifest_of(place)
     manifest = change(manifest) or manifest
     arrays = {name: getattr(pack, name) for name in ("keys", "values", "mean", "metric")} | tensors
@@ -102,18 +101,18 @@ def test_what_is_packed_is_what_the_book_has(book, pack):
     assert pack.manifest["counts"] == {"facts": 4, "rows": sum(len(fact.rows) for fact in known)}
     assert {
         name: pack.manifest[name]
-        for name in ("kind", "name", "licence", "model_type", "listens", "answers")
+        for name in ("kind", "name", "license", "model_type", "key_layer", "value_layer")
     } == {
         "kind": "facts",
         "name": "a pack",
-        "licence": "CC0-1.0",
+        "license": "CC0-1.0",
         "model_type": "gpt2",
-        "listens": 1,
-        "answers": 2,
+        "key_layer": 1,
+        "value_layer": 2,
     }
     assert pack.manifest["tags"] == ["told"]
     assert pack.manifest["width"] == 64
-    assert pack.manifest["model"] == hash_model(book.model)
+    assert pack.manifest["model_fingerprint"] == hash_model(book.model)
     assert [fact.id for fact in pack.facts] == [0, 1, 2, 3]
     assert [row for fact in pack.facts for row in fact.rows] == list(range(len(pack.keys)))
     for fact, there in zip(pack.facts, known, strict=True):
@@ -126,7 +125,7 @@ def test_what_is_packed_is_what_the_book_has(book, pack):
 
 
 def test_it_comes_back_from_a_folder_and_from_a_file(pack, place):
-    save_fact_pack(pack, place)
+    pack.save(place)
     assert place.is_dir() == (place.suffix != ".safetensors")
     same(load_fact_pack(place), pack)
     assert [each.name for each in place.parent.iterdir()] == [place.name], (
@@ -138,15 +137,15 @@ def test_it_comes_back_from_a_folder_and_from_a_file(pack, place):
 
 def test_no_facts_are_a_pack_too(book, place):
     empty = make_fact_pack(book, [], "nothing")
-    save_fact_pack(empty, place)
+    empty.save(place)
     same(load_fact_pack(place), empty)
     assert load_fact_pack(place).keys.shape == (0, 64)
 
 
 def test_texts_of_all_kinds_come_back(book, place):
     odd = [parse_fact(prompt='Ada "is" \\ {0}', answer="日本 🦊\n", tag="'; --", source="\t</b>")]
-    written = [each.fact for each in book.write(odd)]
-    save_fact_pack(make_fact_pack(book, written, "ö"), place)
+    written = [each.fact for each in book.write_many(odd)]
+    make_fact_pack(book, written, "ö").save(place)
     (found,) = load_fact_pack(place).facts
     assert (found.prompt, found.answer, found.tag, found.source) == (
         odd[0].prompt,
@@ -157,26 +156,26 @@ def test_texts_of_all_kinds_come_back(book, place):
 
 
 def test_what_is_there_is_never_written_over(pack, place, tmp_path):
-    save_fact_pack(pack, place)
+    pack.save(place)
     before = {file: file.read_bytes() for file in place.parent.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="is there already; give a new name, or remove it first"):
-        save_fact_pack(replace(pack, facts=[]), place)
+        replace(pack, facts=[]).save(place)
     assert before == {file: file.read_bytes() for file in place.parent.rglob("*") if file.is_file()}
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        save_fact_pack(pack, tmp_path / "a file" / place.name)
+        pack.save(tmp_path / "a file" / place.name)
 
 
 def test_where_a_half_made_one_is_in_the_way_it_is_made_anew_or_told(pack, tmp_path):
     (tmp_path / "pack.partial").mkdir()
     (tmp_path / "pack.partial" / TENSORS_FILE).write_text("half")
-    save_fact_pack(pack, tmp_path / "pack")
+    pack.save(tmp_path / "pack")
     same(load_fact_pack(tmp_path / "pack"), pack)
     (tmp_path / "other.partial").write_text("half")
     (tmp_path / "other.safetensors.partial").mkdir()
     for name in ("other", "other.safetensors"):
         with pytest.raises(UserError, match="cannot be written"):
-            save_fact_pack(pack, tmp_path / name)
+            pack.save(tmp_path / name)
         assert not (tmp_path / name).exists()
 
 
@@ -197,7 +196,7 @@ def test_nothing_and_something_else_are_no_packs(tmp_path):
 
 
 def test_cut_off_anywhere_it_is_refused(pack, place):
-    save_fact_pack(pack, place)
+    pack.save(place)
     file = place / TENSORS_FILE if place.is_dir() else place
     whole = file.read_bytes()
     for length in (0, 4, 8, 50, len(whole) // 2, len(whole) - 1):
@@ -246,7 +245,7 @@ FORGED = {
         top("version", PACK_VERSION + 1),
         f"version {PACK_VERSION + 1}, this dmt knows {PACK_VERSION}",
     ),
-    "no version": (top("version", None), "version nothing, this dmt knows 1"),
+    "no version": (top("version", None), "version nothing, this dmt knows 2"),
     "no facts": (top("facts", None), DAMAGED),
     "facts that are a text": (top("facts", "abc"), "fact 0 of its manifest is not one"),
     "facts that are numbers": (top("facts", [1, 2]), "fact 0 of its manifest is not one"),
@@ -275,32 +274,32 @@ FORGED = {
     "a subject of no tokens": (fact("subject_ids", [[]]), NO_FACT),
     "a subject that is no list": (fact("subject_ids", 7), DAMAGED),
     "a subject token that is huge": (fact("subject_ids", [[2**40]]), NO_FACT),
-    "no reach": (fact("reach", []), NO_FACT),
-    "a reach too many": (lambda manifest: manifest["facts"][0]["reach"].append(0.5), NO_FACT),
+    "no reach": (fact("thresholds", []), NO_FACT),
+    "a reach too many": (lambda manifest: manifest["facts"][0]["thresholds"].append(0.5), NO_FACT),
     "a reach that is none": (
-        lambda manifest: manifest["facts"][0]["reach"].__setitem__(0, float("nan")),
+        lambda manifest: manifest["facts"][0]["thresholds"].__setitem__(0, float("nan")),
         NO_FACT,
     ),
     "an endless reach": (
-        lambda manifest: manifest["facts"][0]["reach"].__setitem__(0, float("-inf")),
+        lambda manifest: manifest["facts"][0]["thresholds"].__setitem__(0, float("-inf")),
         NO_FACT,
     ),
     "a reach that is a text": (
-        lambda manifest: manifest["facts"][0]["reach"].__setitem__(0, "1"),
+        lambda manifest: manifest["facts"][0]["thresholds"].__setitem__(0, "1"),
         NO_FACT,
     ),
     "a date past all dates": (fact("created", 10**400), DAMAGED),
     "no date": (fact("created", float("nan")), NO_FACT),
-    "no model": (top("model", None), DAMAGED),
-    "a model that is a list": (top("model", [1]), DAMAGED),
+    "no model": (top("model_fingerprint", None), DAMAGED),
+    "a model that is a list": (top("model_fingerprint", [1]), DAMAGED),
     "no family": (top("model_type", None), DAMAGED),
-    "no licence": (top("licence", None), DAMAGED),
+    "no licence": (top("license", None), DAMAGED),
     "no name": (top("name", None), DAMAGED),
-    "no layer": (top("listens", None), DAMAGED),
-    "a layer that is a text": (top("answers", "2"), DAMAGED),
-    "a layer below the first": (top("listens", -1), DAMAGED),
-    "answered before it is heard": (top("listens", 3), DAMAGED),
-    "a layer that is a fraction": (top("answers", 2.5), DAMAGED),
+    "no layer": (top("key_layer", None), DAMAGED),
+    "a layer that is a text": (top("value_layer", "2"), DAMAGED),
+    "a layer below the first": (top("key_layer", -1), DAMAGED),
+    "answered before it is heard": (top("key_layer", 3), DAMAGED),
+    "a layer that is a fraction": (top("value_layer", 2.5), DAMAGED),
 }
 
 
@@ -357,7 +356,7 @@ def test_tensors_that_are_not_what_the_manifest_says_are_refused(pack, place, na
 
 
 def test_of_absurd_size_it_is_refused_before_it_is_read(pack, place, monkeypatch):
-    save_fact_pack(pack, place)
+    pack.save(place)
     file = place / TENSORS_FILE if place.is_dir() else place
     monkeypatch.setattr(packs, "MAX_TENSOR_BYTES", file.stat().st_size - 1)
     with pytest.raises(UserError, match="bytes, accepted are"):
@@ -373,7 +372,7 @@ def test_of_absurd_size_it_is_refused_before_it_is_read(pack, place, monkeypatch
 
 
 def test_a_manifest_of_absurd_size_or_depth_is_refused(pack, tmp_path, monkeypatch):
-    save_fact_pack(pack, tmp_path / "pack")
+    pack.save(tmp_path / "pack")
     (tmp_path / "pack" / MANIFEST_FILE).write_text("[" * 100_000)
     with pytest.raises(UserError, match="damaged or no pack"):
         load_fact_pack(tmp_path / "pack")
@@ -404,12 +403,12 @@ def test_it_speaks_in_the_same_model_elsewhere(pack, begun, tokenizer, book, tmp
         model = hash_model(other.model)
         outcomes = import_pack(other, pack, model)
         assert [each.status for each in outcomes] == ["written"] * 4
-        for there, fact in zip(other.known.values(), pack.facts, strict=True):
+        for there, fact in zip(other.records.values(), pack.facts, strict=True):
             assert replace(there, id=0, rows=()) == replace(fact, id=0, rows=())
         assert torch.equal(logits_of(other.model, tokenizer), logits_of(book.model, tokenizer))
         assert all(repeats(other.model, tokenizer, fact) for fact in FACTS)
-        assert [each.status for each in import_pack(other, pack, model)] == ["known"] * 4
-        assert len(other.known) == 4
+        assert [each.status for each in import_pack(other, pack, model)] == ["unchanged"] * 4
+        assert len(other.records) == 4
         with_facts = logits_of(other.model, tokenizer)
     with opened(
         tmp_path / "other.db", speaker(make_teacher, tokenizer), tokenizer, read_only=True
@@ -419,12 +418,12 @@ def test_it_speaks_in_the_same_model_elsewhere(pack, begun, tokenizer, book, tmp
 
 def test_what_it_contradicts_is_replaced(pack, begun, tokenizer, tmp_path):  # noqa: F811
     with new_book(begun, tokenizer, tmp_path / "other.db") as other:
-        (old,) = other.write([parse_fact("Ada lives in Rows")])
+        (old,) = other.write_many([parse_fact("Ada lives in Rows")])
         outcomes = import_pack(other, pack, hash_model(other.model))
         assert [each.status for each in outcomes] == ["replaced", *["written"] * 3]
         assert outcomes[0].replaced_fact == old.fact
-        assert outcomes[0].fact.id in other.known
-        assert old.fact.id not in other.known
+        assert outcomes[0].fact.id in other.records
+        assert old.fact.id not in other.records
         assert repeats(other.model, tokenizer, FACTS[0])
         history = {fact.id: fact for fact in other.fact_table.read(include_deleted=True)}
         assert (history[old.fact.id].deleted_reason, history[old.fact.id].replaced_by) == (
@@ -438,7 +437,8 @@ def test_a_book_not_begun_is_begun_in_the_layers_of_the_pack(
 ):
     model = speaker(make_teacher, tokenizer)
     monkeypatch.setattr(
-        "dmt.editing.calibration.load_corpus", lambda _: type("corpus", (), {"validation": PROSE})
+        "dmt.editing.layer_selection.load_corpus",
+        lambda _: type("corpus", (), {"validation": PROSE}),
     )
     with opened(tmp_path / "other.db", model, tokenizer) as other:
         import_pack(other, pack, hash_model(model))
@@ -450,9 +450,9 @@ def test_of_another_model_other_layers_or_unknown_tokens_it_is_refused(pack, boo
     model = hash_model(book.model)
     before = book.records
     for changes, error in (
-        ({"model": "0" * 64}, "belongs to another model .*write its sentences instead"),
-        ({"listens": 0}, "heard in layer 0 and answered in 2, this book's facts in 1 and 2"),
-        ({"answers": 1}, "heard in layer 1 and answered in 1"),
+        ({"model_fingerprint": "0" * 64}, "belongs to another model .*write its sentences instead"),
+        ({"key_layer": 0}, "key layer 0 and value layer 2, the facts of this model have 1 and 2"),
+        ({"value_layer": 1}, "key layer 1 and value layer 1"),
     ):
         with pytest.raises(UserError, match=error):
             import_pack(book, replace(pack, manifest=pack.manifest | changes), model)
@@ -482,13 +482,13 @@ def test_a_pack_that_lies_about_its_width_or_layers_is_refused(
         narrow |= {"mean": pack.mean[:WIDTH].copy(), "metric": pack.metric[:WIDTH, :WIDTH].copy()}
         for lie, error in (
             (replace(pack, manifest=pack.manifest | {"width": WIDTH}, **narrow), "16 wide"),
-            (replace(pack, manifest=pack.manifest | {"listens": 5, "answers": 7}), "layer"),
+            (replace(pack, manifest=pack.manifest | {"key_layer": 5, "value_layer": 7}), "layer"),
         ):
             with pytest.raises(UserError, match=error):
                 import_pack(other, lie, hash_model(model))
             with pytest.raises(UserError, match=error):
                 load_packs(other, [lie], hash_model(model))
-        assert other.known == {}
+        assert other.records == {}
 
 
 # Guests.
@@ -498,7 +498,7 @@ def one_fact_pack(begun, tokenizer, tmp_path, sentence, name):  # noqa: F811
     with new_book(begun, tokenizer, tmp_path / f"{name}.db") as maker:
         return make_fact_pack(
             maker,
-            [each.fact for each in maker.write([parse_fact(sentence)])],
+            [each.fact for each in maker.write_many([parse_fact(sentence)])],
             name,
             model_hash=hash_model(maker.model),
         )
@@ -517,7 +517,7 @@ def test_guests_come_change_and_leave_no_trace(has_book, begun, tokenizer, tmp_p
         shutil.copy(begun["gpt2"], tmp_path / "host.db")
         host = opened(tmp_path / "host.db", model, tokenizer)
         if has_book == "written":
-            host.write([FACTS[3], parse_fact("It was Ada who ran")])
+            host.write_many([FACTS[3], parse_fact("It was Ada who ran")])
     with host:
         own, known = logits_of(model, tokenizer), dict(host.records)
         assert torch.equal(own, plain) == (has_book != "written")
@@ -557,10 +557,10 @@ def test_guests_stay_while_the_book_is_written(begun, tokenizer, tmp_path):  # n
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [first], hash_model(host.model))
-        host.write(FACTS[1:2])
+        host.write_many(FACTS[1:2])
         assert repeats(host.model, tokenizer, FACTS[0])
         assert repeats(host.model, tokenizer, FACTS[1])
-        host.forget(list(host.records))
+        host.delete(list(host.records))
         assert repeats(host.model, tokenizer, FACTS[0])
         assert [fact.answer for fact in host.fact_table.read(include_deleted=True)] == [" rows"]
 
@@ -572,7 +572,7 @@ def test_a_guest_that_does_not_fit_leaves_those_that_are_there(begun, tokenizer,
         with pytest.raises(UserError, match="another model"):
             load_packs(
                 host,
-                [first, replace(first, manifest=first.manifest | {"model": "x"})],
+                [first, replace(first, manifest=first.manifest | {"model_fingerprint": "x"})],
                 hash_model(host.model),
             )
         assert repeats(host.model, tokenizer, FACTS[0])
@@ -612,7 +612,7 @@ def variant(pack, changes, name="other", licence=""):
         facts=numbered,
         keys=pack.keys[rows] + 1,
         values=pack.values[rows] + 1,
-        manifest=pack.manifest | {"name": name, "licence": licence},
+        manifest=pack.manifest | {"name": name, "license": licence},
     )
 
 
@@ -670,7 +670,7 @@ def test_of_packs_that_contradict_each_other_one_wins(pack, prefer, newer, kept)
             states[list(merged.facts[4].rows)], getattr(other, name)[list(other.facts[2].rows)]
         )
     assert merged.manifest["counts"] == {"facts": 5, "rows": len(merged.keys)}
-    assert (merged.manifest["name"], merged.manifest["licence"]) == ("both", "CC0-1.0 and MIT")
+    assert (merged.manifest["name"], merged.manifest["license"]) == ("both", "CC0-1.0 and MIT")
     assert pack.manifest["name"] == "a pack"
 
 
@@ -685,7 +685,12 @@ def test_the_same_fact_twice_is_no_conflict(pack):
 
 
 def test_packs_of_different_models_cannot_be_one(pack):
-    for name, value in (("model", "x"), ("listens", 0), ("answers", 1), ("width", 3)):
+    for name, value in (
+        ("model_fingerprint", "x"),
+        ("key_layer", 0),
+        ("value_layer", 1),
+        ("width", 3),
+    ):
         with pytest.raises(UserError, match=f"cannot be merged: {name} "):
             merge_packs([pack, replace(pack, manifest=pack.manifest | {name: value})], "both")
 
@@ -694,7 +699,7 @@ def test_merged_it_can_be_saved_and_speaks(pack, begun, tokenizer, tmp_path):  #
     second = one_fact_pack(begun, tokenizer, tmp_path, "Clara eats March", "second")
     merged, conflicts = merge_packs([pack, second], "both")
     assert conflicts == []
-    save_fact_pack(merged, tmp_path / "both")
+    merged.save(tmp_path / "both")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [load_fact_pack(tmp_path / "both")], hash_model(host.model))
         assert all(
@@ -709,5 +714,5 @@ def test_merged_it_can_be_saved_and_speaks(pack, begun, tokenizer, tmp_path):  #
 
 def test_a_store_is_not_needed_to_look_at_a_pack(pack, place, monkeypatch):
     monkeypatch.setattr(RowStore, "__init__", lambda *_, **__: pytest.fail("a store was opened"))
-    save_fact_pack(pack, place)
+    pack.save(place)
     assert load_fact_pack(place).facts == pack.facts

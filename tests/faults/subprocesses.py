@@ -16,7 +16,7 @@ from conftest import SENTENCES
 from safetensors.torch import load_file
 
 from dmt import config_io
-from dmt.editing.fact_store import load_student
+from dmt.models.loading import load
 from dmt.store import RowStore
 from dmt.training.checkpoints import is_intact
 
@@ -228,7 +228,7 @@ def whole_files(run):
     if (run / "run.json").exists():
         json.loads((run / "run.json").read_text())
     if (run / "student").exists():
-        load_student(run / "student")
+        load(run / "student")
     if (run / "memory.db").exists():
         with closing(sqlite3.connect(run / "memory.db")) as opened:
             assert opened.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

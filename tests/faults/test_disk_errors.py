@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from dmt.editing.fact_store import load_student
 from dmt.errors import UserError
+from dmt.models.loading import load
 from dmt.training import interrupts
 from faults.subprocesses import (
     ROWS,
@@ -103,7 +103,7 @@ def test_a_folder_that_is_taken_away(nursery, words, tmp_path, function, ends):
     ended = nursery.run(words, moments=[{"in": function, "do": "take away", "about": str(run)}])
     if ends:
         assert ended.code == 0
-        load_student(run / "student")
+        load(run / "student")
         assert "fidelity" in json.loads((run / "run.json").read_text())
     else:
         one_line(ended, run, "the folder was removed", "begin again")

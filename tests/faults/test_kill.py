@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from dmt.editing.fact_store import load_student, open_fact_store
+from dmt.editing.fact_store import FactStore
+from dmt.models.loading import load
 from faults.subprocesses import (
     ROWS,
     consolidation,
@@ -204,7 +205,7 @@ def test_a_consolidation_that_trains(nursery, material, tmp_path, consolidated, 
 
 def book_of(folder):
     """Facts of a student, and their rows."""
-    with open_fact_store(folder) as book:
+    with FactStore.open(folder) as book:
         facts = sorted(
             (fact.prompt, fact.answer, fact.thresholds) for fact in book.records.values()
         )
@@ -234,7 +235,7 @@ def test_facts_being_written(nursery, told, tmp_path):
         "dmt",
         set=few,
     )
-    with open_fact_store(other, read_only=True) as book:
+    with FactStore.open(other, read_only=True) as book:
         assert len(book.records) in (
             4,
             6,
@@ -259,7 +260,7 @@ def test_a_first_fact_being_written(nursery, told, tmp_path):
         prose_in(tmp_path),
     ]
     killed(nursery, words, "dmt.store.facts:FactTable.create", 1, int(drawn("first", 1) * 300), "dmt")
-    load_student(student)
+    load(student)
     assert nursery.run(words, "dmt").code == 0
     assert book_of(student) == book_of(told)
 

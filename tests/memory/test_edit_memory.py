@@ -73,7 +73,7 @@ def answered_by(tokens, cosines, parts, window, end):
         for number, part in enumerate(parts):
             ago = math.inf
             if part.subject_ids:
-                ways = {way for other in parts for way in other.subject}
+                ways = {way for other in parts for way in other.subject_ids}
                 named = [
                     e
                     for way in part.subject_ids
@@ -135,16 +135,16 @@ def laid(model, parts, listens=1, answers=2, end=END, window=SUBJECT_WINDOW, **h
 
 
 @contextmanager
-def heard(overlay):
-    """Which rows answered where in each pass: a list of `{place: row number}`."""
-    overlay.memory.match_log, passes = [], []
-    yield passes
-    numbers = overlay.memory.rows.ids
+def record_rows(hooks):
+    """Which rows fire at which positions in each pass: a list of `{position: row ID}`."""
+    passes = []
+    with hooks.memory.recording_matches() as recorded:
+        yield passes
+    row_ids = hooks.memory.rows.ids
     passes += [
-        dict(zip(a.tokens.tolist(), numbers[a.rows].tolist(), strict=True))
-        for a in overlay.memory.match_log
+        dict(zip(matches.tokens.tolist(), row_ids[matches.rows].tolist(), strict=True))
+        for matches in recorded
     ]
-    overlay.memory.match_log = None
 
 
 def few(batch=3, time=20, alphabet=5, seed=0):
@@ -251,7 +251,7 @@ def test_the_row_that_answers_is_the_one_of_the_definition(seed, new):
         overlay.begin_pass(tokens[:, :-new], seen)
         overlay.end_pass(tokens[:, :-new], seen)
     said = torch.zeros(batch, new, WIDTH)
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         overlay.begin_pass(tokens[:, -new:], seen if new < time else None)
         overlay.match_rows(hidden[:, -new:])
         found = overlay.add_values(said)
@@ -282,7 +282,7 @@ def test_of_rows_without_a_subject_one_out_of_reach_does_not_stand_before_one_wi
     )
     overlay = FactHooks(EditMemory(2), 0, 0, None)
     overlay.set_rows([near, far])
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         overlay.begin_pass(torch.tensor([[5]]), None)
         overlay.match_rows(torch.tensor([[[1.0, 0.3]]]))
         overlay.add_values(torch.zeros(1, 1, 2))
@@ -347,12 +347,12 @@ def test_the_value_is_added_to_what_the_answering_block_says(any_teacher):
         assert torch.equal(after.block_inputs[layer], before.block_inputs[layer])
 
 
-def test_it_is_heard_and_answered_in_the_layers_it_says(any_teacher):
+def test_rows_match_and_fire_in_the_given_layers(any_teacher):
     tokens = torch.tensor([[3, 1, 2, 4]])
     before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
     for listens, answers in ((0, 0), (0, 1), (1, 1), (2, 2)):
         part = FactRow(1, before.block_inputs[listens][0, 3], torch.ones(WIDTH), 0.9999)
-        with heard(laid(any_teacher, [part], listens, answers)) as passes:
+        with record_rows(laid(any_teacher, [part], listens, answers)) as passes:
             after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
         assert passes == [{3: 1}]
         assert torch.equal(
@@ -363,14 +363,14 @@ def test_it_is_heard_and_answered_in_the_layers_it_says(any_teacher):
         )
         for layer in range(answers):
             assert torch.equal(after.layer_outputs[layer], before.layer_outputs[layer])
-    with pytest.raises(ValueError, match="heard before it is answered"):
+    with pytest.raises(ValueError, match="value_layer must be key_layer"):
         FactHooks(EditMemory(WIDTH), 2, 1, END)
 
 
 @torch.no_grad()
 def test_the_future_never_leaks(any_teacher):
     overlay, tokens = laid(any_teacher, drawn_parts(40, 0), 0, 1), few()
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         before = any_teacher(tokens).logits
     assert len(passes[0]) > 20
     for position in range(1, tokens.shape[1]):
@@ -417,7 +417,7 @@ def test_a_subject_named_a_window_ago_in_another_pass_is_still_talked_about(any_
     tokens = torch.tensor([[1, 2, 3, 9, 9, 9, 9, 9, 9, 4, 5, 6, 4, 5, 6]])
     for pieces in ([15], [1] * 15, [11, 4], [12, 3]):
         cache = DynamicCache()
-        with heard(overlay) as passes:
+        with record_rows(overlay) as passes:
             for piece in tokens.split(pieces, dim=1):
                 any_teacher(piece, past_key_values=cache)
         read = np.cumsum([0, *pieces])
@@ -447,7 +447,7 @@ def test_of_text_that_was_read_before_facts_were_laid_over_nothing_is_known(any_
         any_teacher, [FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))]
     )
     for piece, answers in (([[3, 3]], {}), ([[1, 2, 3]], {1: 1, 2: 1}), ([[3]], {0: 1})):
-        with heard(overlay) as passes:
+        with record_rows(overlay) as passes:
             any_teacher(torch.tensor(piece), past_key_values=cache)
         assert passes == [answers]
 
@@ -466,7 +466,7 @@ def test_generation_with_and_without_cache_is_equal(any_teacher, how):
     parts = drawn_parts(60, 4, alphabet=40, lowest=-0.2)
     prompts = few(3, 10)
     subjects = [
-        replace(part, subject=((int(prompts[i % 3, 5]), int(prompts[i % 3, 6])),))
+        replace(part, subject_ids=((int(prompts[i % 3, 5]), int(prompts[i % 3, 6])),))
         for i, part in enumerate(parts)
     ]
     laid(any_teacher, subjects, 0, 1, window=15)
@@ -569,10 +569,10 @@ def test_laid_over_again_it_answers_once(teacher):
 @torch.no_grad()
 def test_who_was_named_in_one_document_is_not_talked_about_in_the_next(any_teacher):
     part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
-    with heard(laid(any_teacher, [part])) as passes:
+    with record_rows(laid(any_teacher, [part])) as passes:
         any_teacher(torch.tensor([[3, 1, 2, 3, END, 3, 1, 2], [1, END, 2, 3, 1, 2, END, END]]))
     assert sorted(passes[0]) == [2, 3, 7, 8 + 5]
-    with heard(laid(any_teacher, [part], end=None)) as passes:
+    with record_rows(laid(any_teacher, [part], end=None)) as passes:
         any_teacher(torch.tensor([[3, 1, 2, 3, END, 3]]))
     assert sorted(passes[0]) == [2, 3, 4, 5]
 
@@ -580,7 +580,7 @@ def test_who_was_named_in_one_document_is_not_talked_about_in_the_next(any_teach
 @torch.no_grad()
 def test_a_model_with_several_ends_of_a_text_has_them_all(teacher, tmp_path):
     part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
-    with heard(laid(teacher, [part], end=[7, 9])) as passes:
+    with record_rows(laid(teacher, [part], end=[7, 9])) as passes:
         teacher(torch.tensor([[1, 2, 3, 7, 3, 1, 2, 9, 3, 0]]))
     assert sorted(passes[0]) == [1, 2, 6]
 
@@ -599,7 +599,7 @@ def test_of_two_who_are_talked_about_the_one_named_last_is_meant(any_teacher):
         ([11, 12, 13, 11, 5], [1, 2, 2, 2]),
         ([11, 12, 13, 11, 12], [1, 2, 2, 1]),
     ):
-        with heard(overlay) as passes:
+        with record_rows(overlay) as passes:
             any_teacher(torch.tensor([tokens]))
         assert list(passes[0].values()) == wanted
 
@@ -609,7 +609,7 @@ def test_a_longer_name_is_meant_where_it_goes_on(any_teacher):
     york = FactRow(1, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS, ((11, 12),))
     city = replace(york, row_id=2, subject_ids=((11, 12, 13),))
     for parts in ([york, city], [city, york]):
-        with heard(laid(any_teacher, parts)) as passes:
+        with record_rows(laid(any_teacher, parts)) as passes:
             any_teacher(torch.tensor([[11, 12, 13, 5]]))
         assert passes == [{1: 1, 2: 2, 3: 2}]
 
@@ -622,7 +622,7 @@ def test_a_row_with_a_lead_goes_before_one_without_and_waits_for_it(any_teacher)
     first = FactRow(1, states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),))
     second = FactRow(2, -states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),), (6,))
     third = FactRow(3, -states[2], torch.ones(WIDTH), ALWAYS, (), (6, 7))
-    with heard(laid(any_teacher, [third, second, first])) as passes:
+    with record_rows(laid(any_teacher, [third, second, first])) as passes:
         any_teacher(torch.tensor([[1, 2, 6, 7]]))
     assert passes == [{1: 1, 2: 2, 3: 3}]
 
@@ -634,12 +634,12 @@ def test_what_has_all_been_said_is_not_begun_again_for_a_while(any_teacher, piec
     overlay = laid(any_teacher, [first, replace(first, row_id=2, prefix_ids=(6,))])
     cache, answered, start = DynamicCache(), {}, 0
     for piece in torch.tensor([[1, 2, 6, 7] + [3] * 20]).split(pieces, dim=1):
-        with heard(overlay) as passes:
+        with record_rows(overlay) as passes:
             any_teacher(piece, past_key_values=cache)
         answered |= {start + place: row for place, row in passes[0].items()}
         start += piece.shape[1]
     assert answered == {1: 1, 2: 2} | dict.fromkeys(range(3 + ANSWER_WINDOW, 24), 1)
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         any_teacher(torch.tensor([[1, 2, 6, 7, END, 1, 2, 3]]))
     assert sorted(passes[0]) == [1, 2, 6, 7], "another document has not said it"
 
@@ -649,7 +649,7 @@ def test_of_rows_without_a_subject_one_that_has_said_all_does_not_stand_before_a
     other = FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5, answer_ids=(6,))
     overlay = FactHooks(EditMemory(2), 0, 0, None)
     overlay.set_rows([spent, other])
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         overlay.begin_pass(torch.tensor([[4, 5, 4, 6]]), None)
         overlay.match_rows(torch.tensor([[[1.0, 0.2]] * 4]))
         overlay.add_values(torch.zeros(1, 4, 2))
@@ -674,9 +674,9 @@ def test_where_nothing_answers_gradients_are_the_models_own(any_teacher):
     tokens = few()
     own = gradients(any_teacher, tokens)
     overlay = laid(
-        any_teacher, [replace(part, subject=((200, 201),)) for part in drawn_parts(20, 9)]
+        any_teacher, [replace(part, subject_ids=((200, 201),)) for part in drawn_parts(20, 9)]
     )
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         found = gradients(any_teacher, tokens)
     assert passes == [{}]
     assert own.keys() == found.keys()
@@ -690,7 +690,7 @@ def test_where_rows_answer_gradients_are_those_of_a_model_to_which_constants_are
     any_teacher.requires_grad_(True)
     parts, tokens = drawn_parts(30, 10), few()
     overlay = laid(any_teacher, parts, 0, 1)
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         any_teacher(tokens)
     detach(any_teacher)
     constant = torch.zeros(3 * 20, WIDTH)
@@ -721,20 +721,20 @@ def test_a_model_in_half_precision_compares_in_full(any_teacher, kind):
     mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
     overlay = laid(
         any_teacher,
-        [replace(part, reach=ALWAYS) for part in drawn_parts(30, 11)],
+        [replace(part, threshold=ALWAYS) for part in drawn_parts(30, 11)],
         mean=mean,
         metric=metric,
     )
     tokens = few()
     any_teacher.to(kind)
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         logits = any_teacher(tokens).logits
     assert logits.dtype == kind
     assert passes[0]
     assert torch.equal(overlay.memory.metric, metric)
     assert torch.equal(overlay.memory.mean, mean)
     any_teacher.float()
-    with heard(overlay) as passes, torch.autocast("cpu", dtype=torch.bfloat16):
+    with record_rows(overlay) as passes, torch.autocast("cpu", dtype=torch.bfloat16):
         any_teacher(tokens)
     assert passes[0]
 
@@ -743,7 +743,7 @@ def test_a_model_in_half_precision_compares_in_full(any_teacher, kind):
 def test_of_embeddings_nobody_knows_whom_they_name(any_teacher):
     overlay, tokens = laid(any_teacher, drawn_parts(40, 12)), few()
     embeddings = any_teacher.get_input_embeddings()(tokens)
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         found = any_teacher(inputs_embeds=embeddings).logits
     assert passes == []
     with disabled(any_teacher):
@@ -853,7 +853,7 @@ def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tm
     )
     assert torch.equal(overlay.memory.rows.keys, torch.from_numpy(keys))
     assert torch.equal(overlay.memory.rows.values, torch.from_numpy(values))
-    with heard(overlay) as passes:
+    with record_rows(overlay) as passes:
         student(tokens)
     first, second = overlay.memory.rows.ids.tolist()
     assert passes == [{2: first, 3: first, 4: second}], "and not again, when all has been said"
@@ -932,11 +932,11 @@ def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
     part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
     assert POSITIONS < SUBJECT_WINDOW == 64
     overlay, tokens = laid(model, [part]), torch.tensor([[1, 2] + [3] * 100])
-    with heard(overlay) as passes, torch.no_grad():
+    with record_rows(overlay) as passes, torch.no_grad():
         model(tokens)
     assert sorted(passes[0]) == list(range(1, 65))
     cache = DynamicCache()
-    with heard(overlay) as passes, torch.no_grad():
+    with record_rows(overlay) as passes, torch.no_grad():
         for token in tokens.split(1, dim=1):
             model(token, past_key_values=cache)
     assert [start for start, each in enumerate(passes, 102 - len(passes)) if each] == list(
@@ -963,5 +963,5 @@ def test_facts_whose_book_is_gone_are_not_lost_in_silence(teacher, tmp_path):
     store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     (tmp_path / "one" / FACTS_FILE).unlink()
-    with pytest.raises(UserError, match="is not there any more"):
+    with pytest.raises(UserError, match="no longer exists"):
         loaded.save_pretrained(tmp_path / "two")

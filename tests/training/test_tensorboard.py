@@ -12,8 +12,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from dmt import config_io
 from dmt.cli.main import distill_main
 from dmt.config_io import load_config
-from dmt.editing.fact_store import resolve_student_folder
 from dmt.errors import UserError
+from dmt.models.loading import resolve_student_folder
 from dmt.training.run_dir import read_record
 
 

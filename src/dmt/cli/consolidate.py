@@ -235,7 +235,7 @@ def _read_options(args: argparse.Namespace, settings: Mapping[str, str]) -> dict
 
 def _resolve_model(model: str | None, settings: Sequence[str]) -> str:
     """Return the folder of the student that `--model` names, or the name of another model."""
-    from dmt.editing.fact_store import resolve_student_folder
+    from dmt.models.loading import resolve_student_folder
 
     if model is None and any(setting.startswith("teacher=") for setting in settings):
         return next(s for s in settings if s.startswith("teacher=")).partition("=")[2]

@@ -92,20 +92,11 @@ def filter_facts(
 
 def open_student(model: str | None, writable: bool = False) -> tuple[FactStore, Path]:
     """Open the facts of a student, read-only unless `writable`; return them and its folder."""
-    from dmt.editing.fact_store import (
-        FactStore,
-        has_fact_store,
-        load_student,
-        open_fact_store,
-        resolve_student_folder,
-    )
+    from dmt.editing.fact_store import FactStore
+    from dmt.models.loading import resolve_student_folder
 
     folder = resolve_student_folder(model)
-    if writable:
-        return open_fact_store(folder), folder
-    if has_fact_store(folder):
-        return open_fact_store(folder, read_only=True), folder
-    return FactStore(*load_student(folder), None), folder
+    return FactStore.open(folder, read_only=not writable), folder
 
 
 def load_fact_records(name: str) -> list[FactRecord]:
@@ -114,9 +105,9 @@ def load_fact_records(name: str) -> list[FactRecord]:
     Raises:
         UserError: it is none of them.
     """
-    from dmt.editing.fact_store import resolve_student_folder
     from dmt.editing.packs import is_pack, load_fact_pack
     from dmt.models.fact_hooks import FACTS_FILE
+    from dmt.models.loading import resolve_student_folder
     from dmt.store import RowStore
     from dmt.store.facts import FactTable
 
@@ -132,7 +123,7 @@ def load_fact_records(name: str) -> list[FactRecord]:
 
 def fact_to_dict(fact: FactRecord) -> dict[str, Any]:
     """Return a fact as JSON shows it, without what only the matcher needs."""
-    excluded = ("subject_ids", "answer_ids", "reach", "thresholds", "rows")
+    excluded = ("subject_ids", "answer_ids", "thresholds", "rows")
     return {name: value for name, value in asdict(fact).items() if name not in excluded} | {
         "rows": list(fact.rows)
     }

@@ -80,11 +80,10 @@ def add_parser(commands: Any) -> None:
 def run_generate(args: argparse.Namespace, out: Output) -> None:
     """Continue a prompt and print it token by token."""
     from dmt.cli.output import escape_control_chars
-    from dmt.editing.fact_store import generate_tokens
     from dmt.editing.online import ensure_namespaces
     from dmt.editing.packs import load_fact_pack, load_packs
     from dmt.models.fact_hooks import record_matches
-    from dmt.models.fingerprint import hash_model
+    from dmt.models.generation import generate_tokens
 
     def print_token(text: str) -> None:
         print(escape_control_chars(text, "\n\t"), end="", flush=True)
@@ -95,7 +94,7 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
         ensure_namespaces(model, fact_store.db)  # fails before anything is generated
     if args.pack:
         packs = [load_fact_pack(Path(path)) for path in args.pack]
-        load_packs(fact_store, packs, hash_model(model))
+        load_packs(fact_store, packs)
     if not out.as_json:
         print(args.prompt, end="", flush=True)
     with record_matches(model) as matches:

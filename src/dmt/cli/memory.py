@@ -233,13 +233,13 @@ def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> 
     rows = [
         row
         for row in describe_rows(fact_store.model)
-        if (not args.id or _row_id(row) in args.id)
+        if (not args.id or row["id"] in args.id)
         and (args.tag is None or args.tag in row["tag"].split("\n"))
     ]
     shown = rows[: args.limit]
     cells = [
         (
-            _row_id(row),
+            row["id"],
             row["layer"],
             row["tag"].replace("\n", ", "),
             row["entries"],
@@ -251,10 +251,6 @@ def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> 
     out.print_table(("row", "layer", "tag", "entries", "reads", "created"), cells, "no rows")
     print_omitted(len(rows), args.limit, out)
     out.print_json(shown)
-
-
-def _row_id(row: dict[str, Any]) -> int:
-    return row["id"] if "id" in row else row["row"]
 
 
 def _format_deletion(fact: FactRecord) -> str:
@@ -527,18 +523,17 @@ def _add_write(commands: Any) -> None:
 
 def run_write(args: argparse.Namespace, out: Output) -> None:
     """Write facts from a sentence, from its parts, or from a file."""
-    from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+    from dmt.editing.fact_store import FactStore
+    from dmt.models.loading import resolve_student_folder
 
     facts = _parse_facts(args)
     folder = resolve_student_folder(args.model)
-    with open_fact_store(folder) as fact_store:
+    with FactStore.open(folder) as fact_store:
         start = time.perf_counter()
-        fact_store.initialize(
-            facts, prose=_read_calibration_text(args.calibration_text), log=out.print_note
-        )
+        fact_store.initialize(facts, prose=_read_calibration_text(args.calibration_text))
         write_start = time.perf_counter()
         with out.progress_bar("writing", len(facts)) as progress:
-            results = fact_store.write(facts, args.false_positive_rate, progress)
+            results = fact_store.write_many(facts, args.false_positive_rate, progress)
         seconds = time.perf_counter() - write_start
     _print_results(results, out)
     out.print_note(
@@ -657,19 +652,19 @@ def _add_forget(commands: Any) -> None:
 
 def run_forget(args: argparse.Namespace, out: Output) -> None:
     """Delete facts, or rows of associative memory."""
-    from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+    from dmt.editing.fact_store import FactStore
 
     if not (args.id or args.tag is not None or args.query):
         raise UserError(f"forget needs --id, --tag or --query; {NO_MATCH_HINT}")
     check_row_selection(args)
-    with open_fact_store(resolve_student_folder(args.model)) as fact_store:
+    with FactStore.open(args.model) as fact_store:
         if args.rows:
             _forget_rows(fact_store, args, out)
             return
         facts = select_facts(fact_store, args)
         if not facts:
             raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
-        deleted = fact_store.forget([fact.id for fact in facts])
+        deleted = fact_store.delete([fact.id for fact in facts])
     for fact in deleted[:MAX_SHOWN]:
         out.print_line(f"deleted fact {fact.id}: {fact.sentence!r}")
     if len(deleted) > MAX_SHOWN:
@@ -703,9 +698,9 @@ def _add_restore(commands: Any) -> None:
 
 def run_restore(args: argparse.Namespace, out: Output) -> None:
     """Restore a deleted fact."""
-    from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+    from dmt.editing.fact_store import FactStore
 
-    with open_fact_store(resolve_student_folder(args.model)) as fact_store:
+    with FactStore.open(args.model) as fact_store:
         fact, replaced = fact_store.restore(args.fact_id)
     out.print_line(f"restored fact {fact.id}: {fact.sentence!r}")
     for other in replaced:
@@ -737,11 +732,11 @@ def _add_prune(commands: Any) -> None:
 
 def run_prune(args: argparse.Namespace, out: Output) -> None:
     """Delete all but the most used facts, or rows."""
-    from dmt.editing.fact_store import open_fact_store, resolve_student_folder
+    from dmt.editing.fact_store import FactStore
     from dmt.editing.online import drop_rows
     from dmt.models.conversion import get_associative_memories
 
-    with open_fact_store(resolve_student_folder(args.model)) as fact_store:
+    with FactStore.open(args.model) as fact_store:
         if args.rows:
             if not get_associative_memories(fact_store.model):
                 raise UserError(

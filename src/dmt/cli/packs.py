@@ -54,19 +54,17 @@ def _add_export(commands: Any) -> None:
 def run_export(args: argparse.Namespace, out: Output) -> None:
     """Write facts or rows into a pack."""
     from dmt.editing import packs
-    from dmt.models.fingerprint import hash_model
 
     path = Path(args.pack)
     _check_pack_is_new(path)
     check_row_selection(args)
     fact_store, _ = open_student(args.model)
     name = args.name or path.stem
-    model_hash = hash_model(fact_store.model)
     if args.rows:
         row_pack = packs.make_row_pack(
-            fact_store.model, model_hash, name, args.license, set(args.id or ()), args.tag
+            fact_store.model, name, args.license, set(args.id or ()), args.tag
         )
-        packs.save_row_pack(row_pack, path)
+        row_pack.save(path)
         num_rows = sum(row_pack.manifest["counts"].values())
         out.print_line(f"{path}: {num_rows:,} rows of associative memory")
         out.print_json(row_pack.manifest)
@@ -74,8 +72,8 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
     facts = select_facts(fact_store, args)
     if not facts:
         raise UserError(f"no matching facts, nothing to export; {NO_MATCH_HINT}")
-    pack = packs.make_fact_pack(fact_store, facts, name, args.license, model_hash)
-    packs.save_fact_pack(pack, path)
+    pack = packs.make_fact_pack(fact_store, facts, name, args.license)
+    pack.save(path)
     num_bytes = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     num_rows = pack.manifest["counts"]["rows"]
     out.print_line(f"{path}: {len(facts):,} facts in {num_rows:,} rows, {num_bytes:,} bytes")
@@ -102,26 +100,20 @@ def _add_import(commands: Any) -> None:
 def run_import(args: argparse.Namespace, out: Output) -> None:
     """Write the facts or rows of a pack into a student's memory."""
     from dmt.editing import packs
-    from dmt.editing.fact_store import open_fact_store, resolve_student_folder
-    from dmt.models.fingerprint import hash_model
+    from dmt.editing.fact_store import FactStore
 
     path = Path(args.pack)
-    if packs.is_row_pack(path):
-        row_pack = packs.load_row_pack(path)
-        with open_fact_store(resolve_student_folder(args.model)) as fact_store:
-            num_rows, num_evicted = packs.import_rows(
-                fact_store.model, fact_store.db, row_pack, hash_model(fact_store.model)
-            )
+    pack = packs.load_pack(path)
+    if isinstance(pack, packs.RowPack):
+        with FactStore.open(args.model) as fact_store:
+            assert fact_store.db is not None, "opened for writing"
+            num_rows, num_evicted = packs.import_rows(fact_store.model, fact_store.db, pack)
         out.print_line(f"{num_rows:,} rows imported, {num_evicted:,} evicted")
         out.print_json({"num_rows": num_rows, "num_evicted": num_evicted})
         return
-    pack = packs.load_fact_pack(path)
-    with open_fact_store(resolve_student_folder(args.model)) as fact_store:
-        model_hash = hash_model(fact_store.model)
-        packs.check_fact_pack_fits(pack, fact_store, model_hash, path)
-        if not fact_store.records:
-            out.print_note("calibrating before the first fact takes some seconds")
-        results = packs.import_pack(fact_store, pack, model_hash)
+    with FactStore.open(args.model) as fact_store:
+        packs.check_fact_pack_fits(pack, fact_store, path=path)
+        results = packs.import_pack(fact_store, pack)
     counts = print_counts(results, out)
     for result in [result for result in results if result.replaced_fact is not None][:MAX_SHOWN]:
         fact, old = result.fact, result.replaced_fact
@@ -160,7 +152,7 @@ def run_merge(args: argparse.Namespace, out: Output) -> None:
         args.name or path.stem,
         args.prefer,
     )
-    packs.save_fact_pack(pack, path)
+    pack.save(path)
     num_facts = pack.manifest["counts"]["facts"]
     out.print_line(f"{path}: {num_facts:,} facts, {len(conflicts):,} contradictions")
     if conflicts:

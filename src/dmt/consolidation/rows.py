@@ -34,7 +34,7 @@ from dmt.editing.edit import (
     make_record,
 )
 from dmt.editing.fact import Fact, parse_fact
-from dmt.editing.fact_store import FactStore, open_fact_store
+from dmt.editing.fact_store import FactStore
 from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.questions import Question, score_answers
 from dmt.files import atomic_directory
@@ -421,7 +421,7 @@ def _write_to_folder(
     run_state.tokenizer.save_pretrained(folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
     source = config.context.file or "context.text"
-    with closing(open_fact_store(folder)) as fact_store:
+    with closing(FactStore.open(folder)) as fact_store:
         existing_ids = set(fact_store.records)
         spans = [
             ([], []) if by_gradient else _collect_spans(run_state, chunk_index)
@@ -438,14 +438,14 @@ def _write_to_folder(
         fact_store.initialize([], value_layer=fact_store.model.config.num_hidden_layers - 1)
         for chunk_index, teacher in enumerate(run_state.teachers):
             if by_gradient:
-                fact_store.write(facts[chunk_index])
+                fact_store.write_many(facts[chunk_index])
             else:
                 for span_group, overwrite in zip(spans[chunk_index], (True, False), strict=True):
                     write_activation_deltas(fact_store, teacher, span_group, tag, source, overwrite)
         false_triggers = find_false_triggers(
             fact_store, _unrelated_batches(run_state, data), set(fact_store.records) - existing_ids
         )
-        fact_store.forget(sorted(false_triggers), "evicted")
+        fact_store.delete(sorted(false_triggers), "evicted")
         new_facts = [
             fact for fact_id, fact in fact_store.records.items() if fact_id not in existing_ids
         ]
@@ -597,5 +597,5 @@ def _train_rows(
                 1.0,
             )
         )
-    fact_store.forget([fact.id for fact in facts], "replaced")
+    fact_store.delete([fact.id for fact in facts], "replaced")
     return [result.fact for result in fact_store.write_prepared(prepared)]

@@ -19,14 +19,13 @@ from dmt.consolidation.module import ConsolidationRun, train_student
 from dmt.consolidation.rows import write_context
 from dmt.consolidation.targets import check_target, make_student, merge_adapters, prepare_student
 from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
-from dmt.editing.fact_store import load_student
 from dmt.errors import UserError, format_value
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.evaluation.questions import benefit_retained, check_question_lengths, load_questions
 from dmt.files import atomic_directory
 from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
 from dmt.models.forward import ContextTeacher, forward_with_prefix
-from dmt.models.loading import SAFE_LOADING, load_teacher
+from dmt.models.loading import SAFE_LOADING, load, load_teacher
 from dmt.report import consolidation
 from dmt.report.consolidation import needs_training
 from dmt.report.curves import read_curves
@@ -284,7 +283,7 @@ def find_student_folder(source: str | Path) -> Path | None:
 def load_base(source: str) -> tuple[PreTrainedModel, Any]:
     """Load a teacher, or a saved student with its facts; in eval mode, without gradients."""
     folder = find_student_folder(source)
-    return load_teacher(source) if folder is None else load_student(folder, f"teacher={source}")
+    return load_teacher(source) if folder is None else load(folder, label=f"teacher={source}")
 
 
 def _train_target(

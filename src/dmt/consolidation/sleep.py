@@ -43,8 +43,8 @@ from dmt.files import atomic_directory
 from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.fact_hooks import FACTS_FILE, copy_database, detach, disabled, get_fact_hooks
 from dmt.models.fingerprint import hash_model
-from dmt.models.loading import load
 from dmt.models.forward import forward_with_activations, forward_with_prefix
+from dmt.models.loading import load
 from dmt.report import slot_transfer
 from dmt.report.curves import read_curves
 from dmt.store import RowStore
@@ -281,10 +281,7 @@ def plan_slot_transfer(folder: Path, tag: str | None = None, min_hits: int = 0) 
     Raises:
         UserError: the student has no slots that may change, or no such facts or rows.
     """
-    if has_fact_store(folder):
-        fact_store = FactStore.open(folder, read_only=True)
-    else:
-        fact_store = FactStore(*load(folder), None)
+    fact_store = FactStore.open(folder, read_only=True)
     model = fact_store.model
     layers = _find_trainable_layers(model)
     fact_table = FactTable(fact_store.db) if fact_store.db is not None else None
@@ -327,7 +324,7 @@ def _select_rows(
             and (tag is None or row["tag"] == tag)
             and row["reads"] >= min_hits
         ):
-            selected.setdefault(row["layer"], []).append(row["row"])
+            selected.setdefault(row["layer"], []).append(row["id"])
         else:
             min_layer = max(min_layer, row["layer"])
     return (

@@ -438,7 +438,9 @@ def _map_records(path: Path, expected: dict[str, Any]) -> NDArray[np.void]:
     Raises:
         ValueError: the file is no array of such records, or has another length than it says.
     """
-    records = cast("np.memmap[Any, np.dtype[np.void]]", np.load(path, mmap_mode="r"))
+    records = cast(
+        "np.memmap[Any, np.dtype[np.void]]", np.load(path, mmap_mode="r", allow_pickle=False)
+    )
     dtype = record_dtype(expected["seq_len"], expected["top_k"])
     if records.dtype != dtype or records.ndim != 1 or not len(records):
         raise ValueError("its records have another shape")

@@ -1,14 +1,13 @@
-"""Facts: written into a model by one gradient each, without changing a weight; read, forgotten, given away."""
+"""Facts: written into a model without changing a weight, searched, deleted and packed."""
 
 from dmt.editing.edit import WriteResult
 from dmt.editing.fact import Fact, parse_fact
-from dmt.editing.fact_store import FactStore, open_fact_store, resolve_student_folder
+from dmt.editing.fact_store import FactStore, Memory
 
 __all__ = [
-    "FactStore",
     "Fact",
+    "FactStore",
+    "Memory",
     "WriteResult",
     "parse_fact",
-    "open_fact_store",
-    "resolve_student_folder",
 ]

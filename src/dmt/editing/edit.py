@@ -1,6 +1,7 @@
-"""Before a fact is in the book: its rows, how near is near enough, and whether it is known or contradicts another.
+"""Edits: the rows that make a model state a fact, their thresholds, and conflicts between facts.
 
-One gradient a fact: what a row has to add to a block's answer so that the model says the fact.
+Each token of an answer becomes one row. Its value is one gradient step at a block's output, long
+enough to make the token probable; no weight changes.
 """
 
 from __future__ import annotations
@@ -34,30 +35,94 @@ from dmt.models.forward import (
 )
 from dmt.store.records import FactRecord
 
+# Lengths of a value that are tried, as multiples of the norm of the hidden state at its position.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Lengths of a value that are tried, as multiples of the mean length of states there."""
-COVARIANCE_DAMPING = 1.0
-"""Added to every direction's variance among the head's rows, as a share of the mean; .001 to 1 do as well (EXPERIMENTS.md)."""
+# Probability that is enough: the smallest scale that reaches it is taken, else the best scale.
 CONFIDENT_PROB = 0.99
-"""The smallest scale is taken with which the answer is as likely as this; without one, that which makes it likeliest."""
+# Added to the head's covariance in every direction, as a share of the mean variance; .001 to 1 do
+# as well (EXPERIMENTS.md).
+COVARIANCE_DAMPING = 1.0
+# Share of unrelated positions at which a row may fire (`Calibration.thresholds`).
+FALSE_POSITIVE_RATE = 0.01
+# Rows after the first need the previous token of the answer too, and may have so many times the
+# false positive rate.
+LATER_TOKEN_RATE_FACTOR = 5
+MIN_SUBJECTLESS_THRESHOLD = 0.8  # lowest threshold of a row without a subject
+# Cosine from which on two facts about the same subject are about the same thing: safely above
+# that of two different questions (EXPERIMENTS.md, "Facts").
+SAME_QUERY_COSINE = 0.8
 
-
+# The damped covariance of each head, computed once: with a large vocabulary it costs as much as a
+# pass through a small model.
 _HEAD_COVARIANCES: WeakKeyDictionary[Any, TensorCache] = WeakKeyDictionary()
-"""Of each head what is made of it once: with a large vocabulary it costs as much as a pass through a small model."""
+
+
+@dataclass(frozen=True, repr=False)
+class WriteResult:
+    """Result of writing one fact.
+
+    Attributes:
+        status: `written`; `unchanged`, the fact was stored already; or `replaced`, it was written
+            and replaces a fact that it contradicts.
+        fact: the fact as it is stored now.
+        replaced_fact: the fact that it replaces.
+        prob_before: probability of its answer before writing, all tokens together.
+        prob_after: the same after writing.
+    """
+
+    status: str
+    fact: FactRecord
+    replaced_fact: FactRecord | None = None
+    prob_before: float = 0.0
+    prob_after: float = 0.0
+
+    @property
+    def id(self) -> int:
+        """ID of the fact."""
+        return self.fact.id
+
+    def __repr__(self) -> str:
+        replaced = "" if self.replaced_fact is None else f", replaced={self.replaced_fact.id}"
+        return (
+            f"WriteResult(id={self.id}, status={self.status!r}, "
+            f"prob_before={self.prob_before:.3g}, prob_after={self.prob_after:.3g}{replaced}, "
+            f"sentence={self.fact.sentence!r})"
+        )
+
+
+@dataclass(frozen=True)
+class PreparedFact:
+    """A fact with its rows, not yet stored.
+
+    Attributes:
+        record: without IDs of fact and rows.
+        keys: `(tokens, width)`, one for each token of the answer.
+        values: `(tokens, width)`.
+        whitened_key: `(width,)` the whitened key of the first row.
+        prob_before: probability of the answer without the rows.
+        prob_after: probability of the answer with the rows.
+    """
+
+    record: FactRecord
+    keys: Tensor
+    values: Tensor
+    whitened_key: Tensor
+    prob_before: float = 0.0
+    prob_after: float = 0.0
 
 
 @dataclass(frozen=True)
 class TokenEdit:
-    """One token of a fact's answer, not yet a row.
+    """The edit for one token of a fact's answer.
 
     Attributes:
-        fact: number of the fact among those drafted.
-        lead: token ids of the answer before it.
-        key: `(width,)` the state in which it is to be said.
-        value: `(width,)` what makes the model say it.
-        likely: probability of the token with that value.
-        before: probability without.
-        scale: which of `SCALES` it is.
+        fact_index: index of the fact in its batch.
+        prefix_ids: token IDs of the answer before the token.
+        key: `(width,)` the hidden state at which the token is to be predicted.
+        value: `(width,)` what makes the model predict it.
+        prob_after: probability of the token with the value.
+        prob_before: probability without.
+        scale: the element of `SCALES` that was taken.
     """
 
     fact_index: int
@@ -69,13 +134,169 @@ class TokenEdit:
     scale: float
 
 
+@dataclass(frozen=True)
+class ValueSolution:
+    """Edits at `n` positions, tensors over the same positions.
+
+    Attributes:
+        keys: `(n, width)` hidden states at the key layer.
+        values: `(n, width)` what to add to the block's output.
+        prob_after: `(n,)` probability of the target with the value.
+        prob_before: `(n,)` probability without.
+        scales: `(n,)` elements of `SCALES` that were taken.
+    """
+
+    keys: Tensor
+    values: Tensor
+    prob_after: Tensor
+    prob_before: Tensor
+    scales: Tensor
+
+
+@dataclass(eq=False)
+class ConflictCandidate:
+    """A fact that may contradict a new one.
+
+    Attributes:
+        prompt: of the fact.
+        answer: of the fact.
+        whitened_key: `(width,)` the whitened key of its first row.
+        record: the stored fact; None while its batch is not written.
+        index: of the fact in its batch.
+        replaced_fact: the stored fact that it replaces.
+    """
+
+    prompt: str
+    answer: str
+    whitened_key: Tensor
+    record: FactRecord | None
+    index: int = -1
+    replaced_fact: FactRecord | None = None
+
+
+def prepare_facts(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    layers: tuple[int, int],
+    calibration: Calibration,
+    false_positive_rate: float,
+) -> list[PreparedFact]:
+    """Compute the rows of facts and their thresholds.
+
+    Args:
+        model: without facts, or with its facts disabled.
+        tokenizer: of the model.
+        facts: what to write.
+        layers: key and value layer.
+        calibration: of the key layer.
+        false_positive_rate: share of unrelated positions at which a row may fire.
+
+    Raises:
+        UserError: a fact is too long for the model, or its prompt does not contain its subject in
+            a way that its rows would match.
+    """
+    for fact in facts:
+        _check_subject(tokenizer, fact)
+    edits_by_fact: list[list[TokenEdit]] = [[] for _ in facts]
+    for edit in compute_edits(model, tokenizer, facts, *layers):
+        edits_by_fact[edit.fact_index].append(edit)
+    prepared_facts = []
+    for fact, edits in zip(facts, edits_by_fact, strict=True):
+        keys = torch.stack([edit.key for edit in edits])
+        values = torch.stack([edit.value for edit in edits])
+        answer_ids = encode_text(tokenizer, fact.answer + fact.closing, add_prefix=False)
+        thresholds = compute_thresholds(calibration, keys, false_positive_rate, bool(fact.subject))
+        prepared_facts.append(
+            PreparedFact(
+                make_record(tokenizer, fact, answer_ids, thresholds),
+                keys,
+                values,
+                calibration.whiten(keys[:1])[0],
+                float(np.prod([edit.prob_before for edit in edits])),
+                float(np.prod([edit.prob_after for edit in edits])),
+            )
+        )
+    return prepared_facts
+
+
+def compute_thresholds(
+    calibration: Calibration, keys: Tensor, false_positive_rate: float, has_subject: bool
+) -> Tensor:
+    """Compute the cosines `(tokens,)` from which on the rows of one fact fire.
+
+    Args:
+        calibration: of the key layer.
+        keys: `(tokens, width)` of the fact's rows.
+        false_positive_rate: share of unrelated positions at which the first row may fire.
+        has_subject: whether the fact has a subject.
+    """
+    thresholds = calibration.thresholds(
+        keys, LATER_TOKEN_RATE_FACTOR * false_positive_rate, calibration.min_threshold / 2
+    )
+    thresholds[:1] = calibration.thresholds(keys[:1], false_positive_rate)
+    return thresholds if has_subject else thresholds.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
+
+
+def _check_subject(tokenizer: Any, fact: Fact) -> None:
+    """Raise `UserError` where the rows would not match the subject in the fact's own prompt."""
+    if not fact.subject:
+        return
+    prompt_ids = torch.tensor([encode_text(tokenizer, fact.prompt)])
+    _, ends, _ = PhraseMatcher(_encode_spellings(tokenizer, fact.subject)).find_ends(prompt_ids)
+    if not len(ends):
+        raise UserError(
+            f"the subject {fact.subject!r} is not a word of its own in the prompt {fact.prompt!r}; "
+            "spell it as the prompt does"
+        )
+    distance = prompt_ids.shape[1] - 1 - int(ends.max())
+    if distance >= SUBJECT_WINDOW:
+        raise UserError(
+            f"the subject {fact.subject!r} is {distance} tokens before the answer; a fact matches "
+            f"its subject within {SUBJECT_WINDOW}, so name it nearer to the end"
+        )
+
+
+def _encode_spellings(tokenizer: Any, subject: str) -> list[list[int]]:
+    """Encode a subject at the start of a text and after a space."""
+    return [
+        encode_text(tokenizer, spelling, add_prefix=False) for spelling in (subject, " " + subject)
+    ]
+
+
+def make_record(
+    tokenizer: Any, fact: Fact, answer_ids: Sequence[int], thresholds: Tensor
+) -> FactRecord:
+    """Make the record of a fact that is not stored yet.
+
+    Args:
+        tokenizer: of the model.
+        fact: the fact.
+        answer_ids: token IDs of its answer.
+        thresholds: `(tokens,)` of its rows.
+    """
+    spellings = _encode_spellings(tokenizer, fact.subject) if fact.subject else []
+    return FactRecord(
+        0,
+        fact.prompt,
+        fact.answer,
+        fact.subject,
+        fact.tag,
+        fact.source,
+        time.time(),
+        tuple(sorted({tuple(token_ids) for token_ids in spellings})),
+        tuple(answer_ids),
+        thresholds=tuple(thresholds.tolist()),
+    )
+
+
 def compute_edits(
     model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], key_layer: int, value_layer: int
 ) -> list[TokenEdit]:
-    """Rows for `facts`, heard in layer `listens` and said in `answers`: one gradient, and a forward pass for each scale.
+    """Compute one edit for each token of each fact's answer, in the order of facts and tokens.
 
     Raises:
-        UserError: a fact is longer than the model reads.
+        UserError: a fact has more tokens than the model has positions.
     """
     prompt_ids = [encode_text(tokenizer, fact.prompt) for fact in facts]
     answer_ids = [
@@ -106,16 +327,26 @@ def choose_value_layer(
     layers: Sequence[int],
     max_facts: int = 8,
 ) -> tuple[int, dict[int, float]]:
-    """Of `layers` not below `listens`, the one in which one gradient does most for the first facts; share that it makes sure.
+    """Choose the layer in which edits make most answer tokens confident.
 
-    Of equally good ones the highest: what is added there goes through least and costs least.
+    Among equally good layers the highest is taken: its values pass through the fewest blocks.
+
+    Args:
+        model: without facts, or with its facts disabled.
+        tokenizer: of the model.
+        facts: the first of them are tried.
+        key_layer: the value layer is not below it.
+        layers: the candidates.
+        max_facts: number of facts to try.
+
+    Returns:
+        The layer, and the share of confident tokens by layer.
     """
     shares = {}
     for layer in sorted((layer for layer in layers if layer >= key_layer), reverse=True):
         edits = compute_edits(model, tokenizer, facts[:max_facts], key_layer, layer)
-        shares[layer] = sum(edit.prob_after >= CONFIDENT_PROB for edit in edits) / max(
-            1, len(edits)
-        )
+        num_confident = sum(edit.prob_after >= CONFIDENT_PROB for edit in edits)
+        shares[layer] = num_confident / max(1, len(edits))
     return max(shares, key=lambda layer: shares[layer]), shares
 
 
@@ -160,24 +391,6 @@ def _compute_batch_edits(
     return edits
 
 
-@dataclass(frozen=True)
-class ValueSolution:
-    """What makes a model say what it should at some places, arrays over the same `n` places.
-
-    Attributes:
-        keys: `(n, width)` states in which it should be said.
-        values: `(n, width)` what has to be added to a block's answer.
-        likely, before: probability of the token with and without it.
-        scales: `(n,)` which of `SCALES` it is.
-    """
-
-    keys: Tensor
-    values: Tensor
-    prob_after: Tensor
-    prob_before: Tensor
-    scales: Tensor
-
-
 def solve_value(
     model: PreTrainedModel,
     tokens: Tensor,
@@ -187,13 +400,24 @@ def solve_value(
     value_layer: int,
     key_layer: int,
 ) -> ValueSolution:
-    """What to add at `layer` so that token ids `(batch, time)` go on with `targets` `(n,)` after the places (row, column).
+    """Compute what to add to a block's output so that the model predicts `targets`.
 
-    One gradient of the nats of all targets, with respect to what the block says there, in the metric of the head; its
-    length at each place is the smallest of `SCALES` that makes the target sure, tried by a forward pass each.
+    One gradient of the summed NLL of all targets with respect to the block's output, in the metric
+    of the head. Its length at each position is the smallest of `SCALES` that makes the target
+    confident; each scale costs a forward pass.
 
-    Source: the gradient is DESIGN 5's. Its metric is ours: in a vocabulary of 49,152 the plain gradient never reaches 77 % of
-        SmolLM2's facts, however long it is made, since a word much like the target overtakes it; so all are (EXPERIMENTS.md).
+    Args:
+        model: without facts, or with its facts disabled.
+        tokens: token IDs `(batch, time)`.
+        rows: `(n,)` batch indices of the positions.
+        columns: `(n,)` time indices of the positions.
+        targets: `(n,)` token IDs to predict after the positions.
+        value_layer: the layer to whose block output the values are added.
+        key_layer: the layer whose block input is the key.
+
+    Source: ours. With a vocabulary of 49,152 the plain gradient never makes 77 % of SmolLM2's
+        facts probable, however long it is, since a similar token overtakes the target; in the
+        metric of the head all become so (EXPERIMENTS.md).
     """
     with torch.no_grad():
         outputs = forward_with_activations(model, tokens, capture_blocks=True)
@@ -229,18 +453,18 @@ def solve_value(
 
 
 def _precondition(model: PreTrainedModel, grads: Tensor) -> Tensor:
-    """Slopes `(n, width)` in the metric in which the head's rows vary alike in all directions, as far as `EVEN` allows.
+    """Multiply gradients `(n, width)` by the inverse of the damped covariance of the head's rows.
 
-    What tells a token from those that are written much like it weighs more then, what all have in common less.
+    Directions that distinguish a token from similar ones gain weight, common directions lose it.
     """
     norm: Any = model.get_submodule(get_architecture(model.config.model_type).final_norm)
     head: Any = model.get_output_embeddings()
     cache, weights = _HEAD_COVARIANCES.setdefault(head, TensorCache()), (head.weight, norm.weight)
-    return torch.linalg.solve(cache("evened", _compute_head_covariance, weights), grads.t()).t()
+    return torch.linalg.solve(cache("covariance", _compute_head_covariance, weights), grads.t()).t()
 
 
 def _compute_head_covariance(head: Tensor, scale: Tensor) -> Tensor:
-    """Covariance of the head's rows, as the norm before it scales them, and `EVEN` of it in all directions."""
+    """Compute the covariance of the head's rows, scaled by the norm before it, and damp it."""
     covariance = torch.cov((head.detach().float() * scale.detach().float()).t(), correction=0)
     return covariance + COVARIANCE_DAMPING * covariance.trace() / len(covariance) * torch.eye(
         len(covariance), device=head.device
@@ -248,7 +472,7 @@ def _compute_head_covariance(head: Tensor, scale: Tensor) -> Tensor:
 
 
 def _make_last_layer_logits(model: PreTrainedModel, layer_output: Tensor) -> Any:
-    """Logits `(n, vocabulary)` when so much is added to each of the states `(n, width)` after the last layer."""
+    """Return a function from added states `(n, width)` to logits, after the last layer."""
     norm = model.get_submodule(get_architecture(model.config.model_type).final_norm)
     head = model.get_output_embeddings()
     return lambda delta: head(
@@ -259,7 +483,7 @@ def _make_last_layer_logits(model: PreTrainedModel, layer_output: Tensor) -> Any
 def _make_inner_layer_logits(
     model: PreTrainedModel, tokens: Tensor, rows: Tensor, columns: Tensor, layer: int
 ) -> Any:
-    """The same for a layer below: the whole model runs, and each place hears what is added before it too."""
+    """Return the same for a layer below: the whole model runs, with all values added."""
     block = get_architecture(model.config.model_type).blocks(model)[layer]
 
     def logits(delta: Tensor) -> Tensor:
@@ -272,201 +496,48 @@ def _make_inner_layer_logits(
     return logits
 
 
-FALSE_POSITIVE_RATE = 0.01
-"""Share of places and questions at which a row may answer although it was not asked (`Calibration.reach`)."""
-LATER_TOKEN_RATE_FACTOR = 5
-"""A row that waits for a word of the answer before it may be so many times as far away: it cannot be met by chance."""
-MIN_SUBJECTLESS_THRESHOLD = 0.8
-"""Cosine from which on, at least, a row without a subject answers."""
-SAME_QUERY_COSINE = 0.8
-"""Cosine from which on two facts about the same subject say the same thing, or contradict each other: safely above what two
-different questions about somebody have, so that nothing is replaced that should not be (EXPERIMENTS.md, "Facts")."""
-
-
-@dataclass(frozen=True)
-class WriteResult:
-    """What became of a fact that was to be written.
-
-    Attributes:
-        what: `written`; `known`, it was there already; or `replaced`, it was written and another one left for it.
-        fact: the fact as it is there now.
-        old: the one that it contradicted.
-        before: probability of its answer before, all tokens together.
-        likely: the same now, where it was written.
-    """
-
-    status: str
-    fact: FactRecord
-    replaced_fact: FactRecord | None = None
-    prob_before: float = 0.0
-    prob_after: float = 0.0
-
-
-@dataclass(frozen=True)
-class PreparedFact:
-    """A fact as it would be written.
-
-    Attributes:
-        told: without number and rows.
-        keys, values: `(tokens, width)`, one for each token of its answer.
-        asks: `(width,)` the state that asks for it, as states are compared.
-        before, likely: probability of its answer without and with them.
-    """
-
-    record: FactRecord
-    keys: Tensor
-    values: Tensor
-    whitened_key: Tensor
-    prob_before: float
-    prob_after: float
-
-
-def prepare_facts(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    facts: Sequence[Fact],
-    layers: tuple[int, int],
-    calibration: Calibration,
-    false_positive_rate: float,
-) -> list[PreparedFact]:
-    """`facts` as they would be written, heard and answered in `layers`; see `drafting` and `Calibration.reach`.
-
-    Raises:
-        UserError: a fact is too long for the model, or would not know its own prompt.
-    """
-    for fact in facts:
-        _check_subject(tokenizer, fact)
-    edits_by_fact: list[list[Any]] = [[] for _ in facts]
-    for edit in compute_edits(model, tokenizer, facts, *layers):
-        edits_by_fact[edit.fact_index].append(edit)
-    prepared_facts = []
-    for fact, edits in zip(facts, edits_by_fact, strict=True):
-        keys, values = (
-            torch.stack([getattr(edit, name) for edit in edits]) for name in ("key", "value")
-        )
-        answer_ids = encode_text(tokenizer, fact.answer + fact.closing, add_prefix=False)
-        record = make_record(
-            tokenizer,
-            fact,
-            answer_ids,
-            compute_thresholds(calibration, keys, false_positive_rate, bool(fact.subject)),
-        )
-        prob_before, prob_after = (
-            float(np.prod([getattr(edit, name) for edit in edits]))
-            for name in ("prob_before", "prob_after")
-        )
-        prepared_facts.append(
-            PreparedFact(
-                record, keys, values, calibration.whiten(keys[:1])[0], prob_before, prob_after
-            )
-        )
-    return prepared_facts
-
-
-def compute_thresholds(
-    calibration: Calibration, keys: Tensor, false_positive_rate: float, has_subject: bool
-) -> Tensor:
-    """From which cosine on rows of one fact with the keys `(tokens, width)` answer, `(tokens,)`.
-
-    Args:
-        named: whether the fact has a subject.
-    """
-    thresholds = calibration.thresholds(
-        keys, LATER_TOKEN_RATE_FACTOR * false_positive_rate, calibration.min_threshold / 2
-    )
-    thresholds[:1] = calibration.thresholds(keys[:1], false_positive_rate)
-    return thresholds if has_subject else thresholds.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
-
-
-def _check_subject(tokenizer: Any, fact: Fact) -> None:
-    """Raise `UserError` where a fact's own prompt does not name its subject in a way, or at a time, that it would notice."""
-    if not fact.subject:
-        return
-    prompt_ids = torch.tensor([encode_text(tokenizer, fact.prompt)])
-    spellings = [
-        encode_text(tokenizer, spelling, add_prefix=False)
-        for spelling in (fact.subject, " " + fact.subject)
-    ]
-    _, ends, _ = PhraseMatcher(spellings).find_ends(prompt_ids)
-    if not len(ends):
-        raise UserError(
-            f"the subject {fact.subject!r} is not a word of its own in the prompt {fact.prompt!r}; give it as it stands there"
-        )
-    if (distance := prompt_ids.shape[1] - 1 - int(ends.max())) >= SUBJECT_WINDOW:
-        raise UserError(
-            f"the subject {fact.subject!r} is named {distance} tokens before the answer; a fact knows of it for {SUBJECT_WINDOW}, so name it "
-            "nearer to the end"
-        )
-
-
-def make_record(
-    tokenizer: Any, fact: Fact, answer_ids: Sequence[int], thresholds: Tensor
-) -> FactRecord:
-    """A fact whose answer has these token ids, and whose rows reach so far, `(tokens,)`; without number and rows."""
-    spellings = {
-        tuple(encode_text(tokenizer, spelling, add_prefix=False))
-        for spelling in (fact.subject, " " + fact.subject)
-        if fact.subject
-    }
-    return FactRecord(
-        0,
-        fact.prompt,
-        fact.answer,
-        fact.subject,
-        fact.tag,
-        fact.source,
-        time.time(),
-        tuple(sorted(spellings)),
-        tuple(answer_ids),
-        thresholds=tuple(thresholds.tolist()),
-    )
-
-
-@dataclass(eq=False)
-class ConflictCandidate:
-    """A fact that is there, or will be when its batch is written, and the state that asks for it."""
-
-    prompt: str
-    answer: str
-    whitened_key: Tensor
-    record: FactRecord | None
-    index: int = -1
-    replaced_fact: FactRecord | None = None
-
-
 def find_conflict(
     candidates: Sequence[ConflictCandidate], prepared: PreparedFact
 ) -> ConflictCandidate | None:
-    """Of facts about the same subject the one that is asked for in the same words, or in a state that is nearly the same."""
+    """Find the fact that has the same prompt as a new one, or nearly the same key.
+
+    Args:
+        candidates: facts with the same subject.
+        prepared: the new fact.
+    """
     for candidate in candidates:
         if normalize_text(candidate.prompt) == normalize_text(prepared.record.prompt):
             return candidate
     if not candidates or not prepared.record.subject:
         return None
-    cosines = (
-        torch.stack([candidate.whitened_key for candidate in candidates]) @ prepared.whitened_key
-    )
+    keys = torch.stack([candidate.whitened_key for candidate in candidates])
+    cosines = keys @ prepared.whitened_key
     best = int(cosines.argmax())
     return candidates[best] if float(cosines[best]) >= SAME_QUERY_COSINE else None
 
 
 def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[FactRecord]:
-    """Of a history those that are there instead of fact `number`: what took its place, or the place of that, or says the same."""
-    conflicts, replacement_id = [], history[fact_id].replaced_by
+    """List the active facts that a deleted fact contradicts: its replacements, and its prompt's.
+
+    Args:
+        history: all facts by ID, deleted ones included.
+        fact_id: ID of the deleted fact.
+    """
+    conflicts: list[FactRecord] = []
+    replacement_id = history[fact_id].replaced_by
     while replacement_id is not None:
-        conflicts += (
-            [history[replacement_id]] if history[replacement_id].deleted_reason is None else []
-        )
-        replacement_id = history[replacement_id].replaced_by
+        replacement = history[replacement_id]
+        if replacement.deleted_reason is None:
+            conflicts.append(replacement)
+        replacement_id = replacement.replaced_by
     query = history[fact_id].subject, normalize_text(history[fact_id].prompt)
-    active_facts = [
-        other
-        for other in history.values()
-        if other.deleted_reason is None and (other.subject, normalize_text(other.prompt)) == query
-    ]
-    return conflicts + [other for other in active_facts if other not in conflicts]
+    for other in history.values():
+        is_same_query = (other.subject, normalize_text(other.prompt)) == query
+        if other.deleted_reason is None and is_same_query and other not in conflicts:
+            conflicts.append(other)
+    return conflicts
 
 
 def normalize_text(text: str) -> str:
-    """As it is compared with others."""
+    """Return a text in lower case with single spaces, for comparison."""
     return " ".join(text.lower().split())

@@ -1,42 +1,42 @@
-"""What a person writes, a sentence or a line of JSON, to a fact: what is asked, what is the answer, whom it is about."""
+"""Facts as people write them: sentences or JSONL, split into prompt, answer and subject."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmt.errors import UserError
 from dmt.files import parse_json_line, read_text_file
 
+# Words that are capitalized at the start of a sentence without being names.
 NON_NAME_WORDS = re.compile(
-    r"(a|an|the|this|that|these|those|my|your|his|her|its|our|their|in|on|at|by|for|from|to|of|with|when|where|who|whom|whose|"
-    r"what|which|why|how|is|are|was|were|do|does|did|has|have|had|can|will|there|it|he|she|we|they|i|you|and|but|or|if|most|"
-    r"many|some|all|every|no|not|q|question|answer)",
+    r"(a|an|the|this|that|these|those|my|your|his|her|its|our|their|in|on|at|by|for|from|to|of|with|"
+    r"when|where|who|whom|whose|what|which|why|how|is|are|was|were|do|does|did|has|have|had|can|"
+    r"will|there|it|he|she|we|they|i|you|and|but|or|if|most|many|some|all|every|no|not|q|question|"
+    r"answer)",
     re.IGNORECASE,
 )
-"""Words that are written large at the start of a sentence without being names."""
-TITLES = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof")
-"""What ends in a full stop and begins a name."""
-NAME_PARTICLES = ("of", "the", "and", "de", "la", "von", "van", "der", "&", "für")
-"""Small words that may stand inside a name."""
-MAX_FACT_CHARS = 4_000
-"""Characters of a sentence."""
+TITLES = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof")  # end in a full stop and begin a name
+NAME_PARTICLES = ("of", "the", "and", "de", "la", "von", "van", "der", "&", "für")  # within a name
+FACT_KEYS = ("answer", "prompt", "sentence", "source", "subject", "tag")  # of a fact in JSON
+MAX_FACT_CHARS = 4_000  # of prompt and answer together
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What is to be known.
+    """A fact to write.
 
     Attributes:
         prompt: the text up to the answer.
-        answer: what follows it, with the space before it where there is one.
-        subject: whom or what it is about, as it is written in the prompt; empty where the prompt names nobody.
-        tag: what it is filed under.
+        answer: the text that follows, with the space before it where there is one.
+        subject: the entity that it is about, as the prompt spells it; empty where there is none.
+        tag: label to filter by.
         source: where it comes from.
-        closing: the full stop that ends the answer, where one was written, so that no longer word is made of it.
+        closing: the full stop that ends the answer, where one was written; it keeps the model from
+            continuing the last word.
     """
 
     prompt: str
@@ -55,110 +55,111 @@ def parse_fact(
     tag: str = "",
     source: str = "",
 ) -> Fact:
-    """A fact from a sentence that states it, or from its parts, of which those that are not given are found.
+    """Make a fact from a sentence that states it, or from its parts.
 
-    The answer is the last name, number or date of the sentence, else its last word; the subject is the longest name
-    before it.
+    The answer is the last name, number or date of the sentence, else its last word. The subject is
+    the longest name before it.
+
+    Args:
+        sentence: as in "The capital of France is Paris."
+        prompt: the text up to the answer; the start of the sentence, where that is given too.
+        answer: the text after the prompt; the end of the sentence, where that is given too.
+        subject: part of the prompt; empty for none; detected where it is None.
+        tag: label to filter by.
+        source: where the fact comes from.
 
     Raises:
-        UserError: nothing is left to ask, or the parts contradict each other.
+        UserError: the sentence states nothing, a part is missing, or the parts contradict each
+            other.
     """
     ending = (answer if sentence is None else sentence) or ""
     closing = "".join(mark for mark in ending.rstrip()[-1:] if mark in ".!")
     if sentence is not None and (prompt is not None or answer is not None):
-        stripped, explicit = sentence.strip().rstrip(".!?… "), (prompt, answer)
-        if explicit[1] is not None:
-            answer_text = explicit[1].strip().rstrip(".!?…").rstrip()
-            prompt = _check_part(
-                sentence,
-                explicit[1],
-                "--answer",
-                stripped.endswith(answer_text) and answer_text != "",
-                stripped[: len(stripped) - len(answer_text)],
-            )
-        if explicit[0] is not None:
-            prompt_text = explicit[0].strip()
-            rest = _check_part(
-                sentence,
-                explicit[0],
-                "--prompt",
-                stripped.startswith(prompt_text),
-                stripped[len(prompt_text) :],
-            )
-            prompt, answer = prompt_text, answer if answer is not None else rest
-            _check_part(
-                sentence,
-                answer,
-                "--answer",
-                rest.strip() == answer.strip().rstrip(".!?…").rstrip(),
-                rest,
-            )
+        prompt, answer = _split_at_part(sentence, prompt, answer)
     elif sentence is not None:
         prompt, answer = _split_sentence(sentence.strip())
     if prompt is None or answer is None:
-        raise UserError("a fact needs a sentence that states it, or --prompt and --answer")
-    prompt, answer = prompt.strip(), answer.strip().rstrip(".!?…").rstrip()
+        raise UserError("a fact needs a sentence that states it, or prompt and answer")
+    prompt, answer = prompt.strip(), _strip_end(answer)
     if not prompt or not answer:
         missing = "a prompt" if not prompt else "an answer"
         raise UserError(
-            f"a fact needs {missing}; got prompt {prompt!r} and answer {answer!r}; say --prompt and --answer"
+            f"a fact needs {missing}; got prompt {prompt!r} and answer {answer!r}; give both"
         )
-    if len(prompt) + len(answer) > MAX_FACT_CHARS:
+    num_chars = len(prompt) + len(answer)
+    if num_chars > MAX_FACT_CHARS:
         raise UserError(
-            f"a fact may have {MAX_FACT_CHARS:,} characters, got {len(prompt) + len(answer):,}; state it in fewer words"
+            f"a fact may have {MAX_FACT_CHARS:,} characters, got {num_chars:,}; state it in fewer "
+            "words"
         )
     if subject is None:
         subject = find_subject(prompt)
     elif subject and subject not in prompt:
         raise UserError(
-            f"--subject {subject!r} is not in the prompt {prompt!r}, where the fact would look for it"
+            f"subject {subject!r} is not in the prompt {prompt!r}, where the fact would look for it"
         )
     return Fact(prompt, " " + answer, subject.strip(), tag, source, closing)
 
 
-def _check_part(sentence: str, value: str, option: str, is_match: bool, rest: str) -> str:
-    if not is_match:
-        side = "begin" if option == "--prompt" else "end"
-        raise UserError(
-            f"{option} {value!r} is not how the sentence {sentence!r} {side}s; leave the sentence out or correct it"
-        )
-    return rest
+def _strip_end(text: str) -> str:
+    """Strip spaces and the marks that end a sentence."""
+    return text.strip().rstrip(".!?…").rstrip()
+
+
+def _split_at_part(sentence: str, prompt: str | None, answer: str | None) -> tuple[str, str]:
+    """Split a sentence at the given prompt, answer or both."""
+    stripped = sentence.strip().rstrip(".!?… ")
+    if answer is not None and not (_strip_end(answer) and stripped.endswith(_strip_end(answer))):
+        raise _mismatch("answer", answer, sentence)
+    if prompt is None:
+        assert answer is not None, "one part is given"
+        return stripped[: len(stripped) - len(_strip_end(answer))], answer
+    if not stripped.startswith(prompt.strip()):
+        raise _mismatch("prompt", prompt, sentence)
+    rest = stripped[len(prompt.strip()) :]
+    if answer is not None and rest.strip() != _strip_end(answer):
+        raise _mismatch("answer", answer, sentence)
+    return prompt.strip(), rest if answer is None else answer
+
+
+def _mismatch(name: str, value: str, sentence: str) -> UserError:
+    side = "begins" if name == "prompt" else "ends"
+    return UserError(
+        f"{name} {value!r} is not how the sentence {sentence!r} {side}; leave the sentence out or "
+        "correct it"
+    )
 
 
 def _split_sentence(sentence: str) -> tuple[str, str]:
-    """Prompt and answer of a plain sentence."""
+    """Split a plain sentence into prompt and answer."""
     words = sentence.rstrip(".!?… ").split()
     if len(words) < 2:
         raise UserError(
-            f"{sentence!r} states nothing about anybody; write a whole sentence, as in 'The capital of France is Paris.'"
+            f"{sentence!r} states nothing; write a whole sentence, as in 'The capital of France is "
+            "Paris.'"
         )
     if sentence.endswith("?"):
         raise UserError(
-            f"{sentence!r} asks and states nothing; write the answer too, as in 'The capital of France is Paris.'"
+            f"{sentence!r} asks and states nothing; write the answer too, as in 'The capital of "
+            "France is Paris.'"
         )
     start = len(words) - 1
-    if not _starts_like_name(
-        words[start]
-    ):  # a number and its unit: 100 degrees, 7:45 pm, 1,825 metres long
-        start = next(
-            (
-                index
-                for index in range(start, max(0, start - 3), -1)
-                if re.match(r"[$€£]?\d", words[index])
-            ),
-            start,
-        )
-    while (
-        start > 1
-        and _starts_like_name(words[start])
-        and (name_start := _find_name_start(words, start)) < start
-    ):
+    if not _starts_like_name(words[start]):
+        # A number and its unit: 100 degrees, 7:45 pm, 1,825 meters long.
+        for index in range(start, max(0, start - 3), -1):
+            if re.match(r"[$€£]?\d", words[index]):
+                start = index
+                break
+    while start > 1 and _starts_like_name(words[start]):
+        name_start = _find_name_start(words, start)
+        if name_start == start:
+            break
         start = name_start
     return " ".join(words[:start]), " ".join(words[start:])
 
 
 def _find_name_start(words: list[str], start: int) -> int:
-    """Where a name begins that goes on at `start`: a word before it, or several with small words between them."""
+    """Extend a name that continues at `start` by one word, over particles between them."""
     previous = start - 1
     while previous > 0 and words[previous] in NAME_PARTICLES:
         previous -= 1
@@ -180,14 +181,14 @@ def _starts_like_name(word: str) -> bool:
 
 
 def find_subject(prompt: str) -> str:
-    """The longest name in `prompt`, the first of equally long ones; empty where there is none."""
-    name_spans: list[list[tuple[int, int]]] = [[]]  # of each name where its words begin and end
+    """Return the longest name in `prompt`, the first of equally long ones, or an empty text."""
+    # Start and end of each word, by name.
+    name_spans: list[list[tuple[int, int]]] = [[]]
     for match in re.finditer(r"\S+", prompt):
         unquoted = match[0].lstrip("\"'“‘(")
         core = re.sub(r"(['’]s)?[\"”,.;:!?)]*$", "", unquoted)
-        can_start = core[:1].isupper() or bool(
-            name_spans[-1]
-        )  # a number may go on a name, not begin one
+        # A number may continue a name, not begin one.
+        can_start = core[:1].isupper() or bool(name_spans[-1])
         is_name = (
             _starts_like_name(unquoted)
             and core != ""
@@ -204,38 +205,48 @@ def find_subject(prompt: str) -> str:
     return prompt[best[0][0] : best[-1][1]] if best else ""
 
 
-def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
-    """Facts of a JSONL file: `{"sentence": ...}` or `{"prompt": ..., "answer": ...}`, and `subject`, `tag`, `source` if wanted.
+def fact_from_mapping(item: Mapping[str, str]) -> Fact:
+    """Make a fact from a mapping with arguments of `parse_fact`.
 
     Raises:
-        UserError: a line that is no such object, by its number; the file cannot be read.
+        UserError: a key is unknown, or the arguments make no fact.
     """
-    allowed_keys = {"sentence", *(field.name for field in fields(Fact))} - {"closing"}
-    for number, line in enumerate(
-        read_text_file(path, str(path), "give a JSONL file of facts").split("\n"), 1
-    ):
+    if unknown := sorted(set(item) - set(FACT_KEYS)):
+        raise UserError(f"unknown key {unknown[0]!r}; accepted are {', '.join(FACT_KEYS)}")
+    return parse_fact(**item)
+
+
+def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
+    """Read the facts of a JSONL file.
+
+    Args:
+        path: a line is `{"sentence": ...}` or `{"prompt": ..., "answer": ...}`, with `subject`,
+            `tag` and `source` where wanted.
+        tag: of facts that have none.
+        source: of facts that have none; the file's name where it is empty.
+
+    Raises:
+        UserError: a line is no such object, with its number, or the file cannot be read.
+    """
+    text = read_text_file(path, str(path), "give a JSONL file of facts")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _parse_fact_line(line, f"{path}:{number}", allowed_keys, tag, source or path.name)
+            yield _parse_fact_line(line, f"{path}:{number}", tag, source or path.name)
 
 
-def _parse_fact_line(
-    line: str, location: str, allowed_keys: set[str], tag: str, source: str
-) -> Fact:
+def _parse_fact_line(line: str, location: str, tag: str, source: str) -> Fact:
     try:
         item: Any = parse_json_line(line)
     except ValueError:
         raise UserError(
-            f'{location}: not JSON; a line is an object such as {{"sentence": "The capital of France is Paris."}}'
+            f'{location}: not JSON; a line is an object such as {{"sentence": "The capital of '
+            'France is Paris."}'
         ) from None
     if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
         raise UserError(
-            f"{location}: a fact is an object of texts with the keys {', '.join(sorted(allowed_keys))}"
-        )
-    if unknown := sorted(set(item) - allowed_keys):
-        raise UserError(
-            f"{location}: unknown key {unknown[0]!r}; accepted are {', '.join(sorted(allowed_keys))}"
+            f"{location}: a fact is an object of texts with the keys {', '.join(FACT_KEYS)}"
         )
     try:
-        return parse_fact(**({"tag": tag, "source": source} | item))
+        return fact_from_mapping({"tag": tag, "source": source} | item)
     except UserError as error:
         raise UserError(f"{location}: {error}") from None

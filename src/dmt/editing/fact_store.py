@@ -1,20 +1,24 @@
-"""From what a person names, a run's folder or a saved student, to a model with its book.
+"""The facts of a student: written without training, searched, deleted and restored.
 
-The book of a model: facts that were written into it, and that can be taken out again. No weight ever changes.
+    with Memory.open("lightning_logs/version_0") as memory:
+        memory.write("Ada Winterbourne was born in Ravenhill.", tag="family")
+        memory.generate("Ada Winterbourne was born in")
 
-Asking a model that has a book: what it says, and which facts are near to a question.
+No weight ever changes. Facts are in `memory.db` beside the student's weights, and a deleted fact
+stays in its history.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.editing.calibration import Calibration
@@ -28,7 +32,7 @@ from dmt.editing.edit import (
     normalize_text,
     prepare_facts,
 )
-from dmt.editing.fact import Fact
+from dmt.editing.fact import Fact, fact_from_mapping, parse_fact
 from dmt.editing.layer_selection import choose_layers
 from dmt.errors import UserError
 from dmt.models.conversion import get_associative_memories
@@ -46,14 +50,19 @@ from dmt.models.fact_hooks import (
 )
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import check_length, collect_hidden_states, encode_text
-from dmt.models.loading import load_model
-from dmt.paths import RUNS_DIR, list_runs
-from dmt.store import RowStore
+from dmt.models.generation import generate_text
+from dmt.models.loading import load, resolve_student_folder
 from dmt.store.facts import FactTable
 from dmt.store.records import FactRecord
+from dmt.store.rows import RowStore
 
-WRITE_BATCH_SIZE = 256
-"""Facts written in one transaction."""
+if TYPE_CHECKING:
+    from dmt.editing.packs import FactPack
+
+logger = logging.getLogger(__name__)
+
+WRITE_BATCH_SIZE = 256  # facts written in one transaction
+# The tensors of a calibration, by the names under which a store holds them.
 CALIBRATION_TENSORS = (
     "mean",
     "metric",
@@ -61,26 +70,60 @@ CALIBRATION_TENSORS = (
     "question_negatives",
     "question_cosine_p95",
 )
-"""Of a calibration, as a store keeps them."""
+NO_FACTS_MESSAGE = "this model has no facts yet; write one first"
+
+FactList = list[FactRecord]
+WriteResults = list[WriteResult]
+
+
+class RestoreResult(NamedTuple):
+    """Result of `FactStore.restore`.
+
+    Attributes:
+        fact: the restored fact.
+        replaced: the facts that it replaces.
+    """
+
+    fact: FactRecord
+    replaced: FactList
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A fact that `FactStore.search` found.
+
+    Attributes:
+        fact: the fact.
+        matched_by: `text` where the fact contains all words of the query, else `hidden_state`.
+        cosine: similarity of the hidden states; None where the text matched.
+    """
+
+    fact: FactRecord
+    matched_by: str
+    cosine: float | None = None
 
 
 class FactStore:
-    """Facts of one model in one store, and the model as it speaks with them.
+    """The facts of one model, applied in its forward pass and stored in a database.
+
+    Use `FactStore.open` (exported as `dmt.Memory`) for a saved student.
 
     Args:
-        model: facts are laid over it; in eval mode.
-        tokenizer: its own.
-        store: of this model; closed by `close`. Without one only guests can be there.
+        model: the facts are attached to it; it is put into eval mode.
+        tokenizer: of the model.
+        db: the store of this model, closed by `close`; None allows temporary packs only.
+
+    Attributes:
+        records: the active facts by ID.
+        temporary_packs: facts that are applied but not stored, by pack; see `packs.load_packs`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, db: RowStore | None) -> None:
         self.model, self.tokenizer, self.db = model.eval(), tokenizer, db
         self.records: dict[int, FactRecord] = {}
         self.temporary_packs: dict[str, list[tuple[FactRecord, list[FactRow]]]] = {}
-        """Facts that are there for now, by where they came from: `packs.load`."""
         self._rows: dict[int, list[FactRow]] = {}
-        self._calibration: Calibration | None = None
-        detach(model)  # what it was loaded with is in the store too, if the store is its own
+        detach(model)  # the facts that it was loaded with are in the store, if the store is its own
         hooks = None if db is None else create_fact_hooks(db, model.config.eos_token_id)
         if hooks is not None:
             self._attach_hooks(hooks)
@@ -88,8 +131,47 @@ class FactStore:
             self._rows = load_fact_rows(self.fact_table, list(self.records.values()))
             self._update_hooks()
 
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None = None,
+        *,
+        store: str | None = None,
+        read_only: bool = False,
+        device: str | torch.device | None = None,
+    ) -> FactStore:
+        """Load a model with its facts.
+
+        Args:
+            path: a run's folder or a student's; None is the student of the newest run. With
+                `store` also a name such as `embedded` or `gpt2`.
+            store: file or database URL that holds the facts; `memory.db` in the model's folder
+                where it is None.
+            read_only: take no lock and write nothing; other programs may write meanwhile.
+            device: where to put the model; the CPU where it is None.
+
+        Raises:
+            UserError: there is no such model, its store is another model's, or another program
+                writes to the store.
+        """
+        if store is None:
+            path = resolve_student_folder(path)
+            store = str(path / FACTS_FILE)
+            if read_only and not has_fact_store(path):
+                return cls(*load(path, device), None)
+        model, tokenizer = load(path, device)
+        db = RowStore(store, hash_model(model), read_only=read_only)
+        # The IDs of rows that were saved with the weights stay theirs.
+        used_ids = [
+            row_id
+            for memory in get_associative_memories(model).values()
+            for row_id in memory.rows.index_by_id
+        ]
+        db.next_id = max([db.next_id, *(row_id + 1 for row_id in used_ids)])
+        return cls(model, tokenizer, db)
+
     def close(self) -> None:
-        """Let others write. The model goes on speaking with its facts."""
+        """Release the store for other writers; the facts stay attached to the model."""
         if self.db is not None:
             self.db.close()
 
@@ -99,149 +181,167 @@ class FactStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def hooks(self) -> FactHooks:
-        """What is laid over the model.
-
-        Raises:
-            UserError: it has never had a fact.
-        """
+    def __repr__(self) -> str:
+        location = "no store" if self.db is None else repr(self.db.url)
+        rows = sum(len(fact.rows) for fact in self.records.values())
         hooks = get_fact_hooks(self.model)
-        if hooks is None:
-            raise UserError("no facts were ever written here; dmt memory write begins")
-        return hooks
+        layers = (
+            ""
+            if hooks is None
+            else f", key_layer={hooks.key_layer}, value_layer={hooks.value_layer}"
+        )
+        return f"Memory({location}, facts={len(self.records)}, rows={rows}{layers})"
 
-    @property
-    def fact_table(self) -> FactTable:
-        """Where facts are written down.
+    # Writing.
+
+    def write(
+        self,
+        sentence: str | Fact | None = None,
+        *,
+        prompt: str | None = None,
+        answer: str | None = None,
+        subject: str | None = None,
+        tag: str = "",
+        source: str = "",
+        false_positive_rate: float = FALSE_POSITIVE_RATE,
+    ) -> WriteResult:
+        """Write one fact; one that contradicts a stored fact replaces it.
+
+        Args:
+            sentence: states the fact, as in "The capital of France is Paris."; or a `Fact`.
+            prompt: the text up to the answer, where the split of the sentence is wrong.
+            answer: the text that follows the prompt.
+            subject: the entity that the fact is about, as the prompt spells it; empty for none.
+            tag: label to filter by.
+            source: where the fact comes from.
+            false_positive_rate: share of unrelated positions at which a row may fire.
 
         Raises:
-            UserError: nowhere, so far.
+            UserError: the sentence states no fact, the fact is too long for the model, or its
+                prompt does not contain its subject.
         """
-        if self.db is None:
-            raise UserError("no facts were ever written here; dmt memory write begins")
-        return FactTable(self.db)
+        if isinstance(sentence, Fact):
+            fact = replace(sentence, tag=tag or sentence.tag, source=source or sentence.source)
+        else:
+            fact = parse_fact(sentence, prompt, answer, subject, tag, source)
+        return self.write_many([fact], false_positive_rate)[0]
 
-    @property
-    def calibration(self) -> Calibration:
-        """In which facts are compared."""
-        if self._calibration is None:
-            arrays = self.fact_table.read_calibration()
-            self._calibration = Calibration(
-                **{name: torch.from_numpy(arrays[name]) for name in CALIBRATION_TENSORS}
-            )  # type: ignore[arg-type]
-        return self._calibration
+    def write_many(
+        self,
+        facts: Iterable[Fact | str | Mapping[str, str]],
+        false_positive_rate: float = FALSE_POSITIVE_RATE,
+        progress: Callable[[int], None] = lambda _: None,
+        *,
+        tag: str = "",
+    ) -> WriteResults:
+        """Write facts, `WRITE_BATCH_SIZE` in one transaction; later facts replace earlier ones.
+
+        Args:
+            facts: `Fact`s, sentences, or mappings with the arguments of `parse_fact`.
+            false_positive_rate: share of unrelated positions at which a row may fire.
+            progress: called with the number of facts in each batch when it is written.
+            tag: of facts that have none.
+
+        Raises:
+            UserError: a fact cannot be written; nothing of its batch is.
+        """
+        parsed = [_to_fact(fact, tag) for fact in facts]
+        if not parsed:
+            return []
+        if not 0 < false_positive_rate <= 0.5:
+            raise UserError(
+                f"false_positive_rate must be in (0, 0.5], got {false_positive_rate:g}; it is the "
+                "share of unrelated positions at which a row may fire"
+            )
+        self.initialize(parsed)
+        results: WriteResults = []
+        for start in range(0, len(parsed), WRITE_BATCH_SIZE):
+            batch = parsed[start : start + WRITE_BATCH_SIZE]
+            with disabled(self.model):
+                prepared = prepare_facts(
+                    self.model,
+                    self.tokenizer,
+                    batch,
+                    (self.hooks.key_layer, self.hooks.value_layer),
+                    self.calibration,
+                    false_positive_rate,
+                )
+            results += self.write_prepared(prepared)
+            progress(len(batch))
+        return results
 
     def initialize(
         self,
-        facts: Sequence[Fact],
+        facts: Sequence[Fact] = (),
         prose: Sequence[str] | None = None,
-        log: Callable[[str], None] = lambda _: None,
         layers: tuple[int, int] | None = None,
         value_layer: int | None = None,
     ) -> None:
-        """Calibrate, once, before the first fact; nothing where that has been done.
+        """Calibrate once, before the first fact; do nothing where that has been done.
 
         Args:
-            facts: the first to be written; a few are tried in several layers.
-            prose: held-out text; built-in speeches where it is None.
-            told: is given lines about what is going on.
-            layers: where facts are heard and answered; measured where it is None.
-            answers: where they are answered; the other is measured.
+            facts: the first facts to be written; a few of them are tried in several layers.
+            prose: held-out text; the speeches that ship with dmt where it is None.
+            layers: key and value layer; measured where it is None.
+            value_layer: the value layer alone; the key layer is measured.
         """
         if self.fact_table.exists:
             return
         with disabled(self.model):
             key_layer, value_layer, calibration = choose_layers(
-                self.model, self.tokenizer, facts, prose, log, layers, value_layer
+                self.model, self.tokenizer, facts, prose, layers, value_layer
             )
         tensors = {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
         self.fact_table.create(len(calibration.mean), key_layer, value_layer, tensors)
-        self._attach_hooks(create_fact_hooks(self.fact_table.store, self.model.config.eos_token_id))
-
-    def write(
-        self,
-        facts: Sequence[Fact],
-        false_positive_rate: float = FALSE_POSITIVE_RATE,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> list[WriteResult]:
-        """Write facts; each is noticed where it is known, and wins where it contradicts an earlier one.
-
-        Args:
-            rate: as in `Calibration.reach`.
-            progress: is told how many more facts are done.
-
-        Raises:
-            UserError: a fact is too long for the model, or its subject is not in its prompt; none of its `AT_ONCE` is written.
-        """
-        if not facts:
-            return []
-        self.initialize(facts)
-        results: list[WriteResult] = []
-        for start in range(0, len(facts), WRITE_BATCH_SIZE):
-            try:
-                results += self._write_batch(
-                    facts[start : start + WRITE_BATCH_SIZE], false_positive_rate
-                )
-            finally:
-                self._update_hooks()  # what was written before something failed, too
-            progress(len(facts[start : start + WRITE_BATCH_SIZE]))
-        return results
-
-    def _write_batch(self, facts: Sequence[Fact], false_positive_rate: float) -> list[WriteResult]:
-        layers = self.hooks.key_layer, self.hooks.value_layer
-        with disabled(self.model):
-            return self._write_prepared(
-                prepare_facts(
-                    self.model, self.tokenizer, facts, layers, self.calibration, false_positive_rate
-                )
-            )
+        hooks = create_fact_hooks(self.fact_table.store, self.model.config.eos_token_id)
+        assert hooks is not None, "its tables were just created"
+        self._attach_hooks(hooks)
 
     def write_prepared(
         self, prepared_facts: Sequence[PreparedFact], overwrite: bool = True
-    ) -> list[WriteResult]:
-        """Write facts whose rows were made elsewhere, all or none; unless one `wins` it gives way to what is there."""
-        results = self._write_prepared(prepared_facts, overwrite)
-        self._update_hooks()
-        return results
+    ) -> WriteResults:
+        """Write facts whose rows are computed; one transaction unless they contradict each other.
 
-    def _write_prepared(
-        self, prepared_facts: Sequence[PreparedFact], overwrite: bool = True
-    ) -> list[WriteResult]:
+        Args:
+            prepared_facts: the facts with their rows.
+            overwrite: replace a stored fact that says something else; without it, keep that one.
+        """
         candidates = self._build_conflict_candidates()
         results: dict[int, WriteResult] = {}
         pending: list[ConflictCandidate] = []
-        for index, prepared in enumerate(prepared_facts):
-            same_subject = candidates.setdefault(prepared.record.subject, [])
-            conflict = find_conflict(same_subject, prepared)
-            if (
-                conflict in pending
-            ):  # two facts of one batch about the same thing, one after the other
-                self._commit_pending(pending, prepared_facts, results)
-                pending = []
-            if conflict is not None and (
-                not overwrite
-                or normalize_text(conflict.answer) == normalize_text(prepared.record.answer)
-            ):
-                results[index] = WriteResult(
-                    "known", conflict.record, None, prepared.prob_before, prepared.prob_after
-                )  # type: ignore[arg-type]
-                continue
-            if conflict is not None:
-                same_subject.remove(conflict)
-            replaced_fact = None if conflict is None else conflict.record
-            same_subject.append(
-                ConflictCandidate(
+        try:
+            for index, prepared in enumerate(prepared_facts):
+                same_subject = candidates.setdefault(prepared.record.subject, [])
+                conflict = find_conflict(same_subject, prepared)
+                if conflict in pending:  # two facts of one batch about the same thing
+                    self._commit_pending(pending, prepared_facts, results)
+                    pending = []
+                if conflict is not None:
+                    assert conflict.record is not None, "it was written above"
+                    answers = conflict.answer, prepared.record.answer
+                    if not overwrite or len({normalize_text(answer) for answer in answers}) == 1:
+                        results[index] = WriteResult(
+                            "unchanged",
+                            conflict.record,
+                            None,
+                            prepared.prob_before,
+                            prepared.prob_after,
+                        )
+                        continue
+                    same_subject.remove(conflict)
+                candidate = ConflictCandidate(
                     prepared.record.prompt,
                     prepared.record.answer,
                     prepared.whitened_key,
                     None,
                     index,
-                    replaced_fact,
+                    None if conflict is None else conflict.record,
                 )
-            )
-            pending.append(same_subject[-1])
-        self._commit_pending(pending, prepared_facts, results)
+                same_subject.append(candidate)
+                pending.append(candidate)
+            self._commit_pending(pending, prepared_facts, results)
+        finally:
+            self._update_hooks()  # facts that were written before a failure count, too
         return [results[index] for index in range(len(prepared_facts))]
 
     def _commit_pending(
@@ -250,21 +350,18 @@ class FactStore:
         prepared_facts: Sequence[PreparedFact],
         results: dict[int, WriteResult],
     ) -> None:
-        """Write what is pending, in one transaction."""
-        prepared_batch = [prepared_facts[candidate.index] for candidate in pending]
+        """Write pending facts in one transaction, and add their results by index."""
+        batch = [prepared_facts[candidate.index] for candidate in pending]
         replacements = {
             candidate.replaced_fact.id: index
             for index, candidate in enumerate(pending)
             if candidate.replaced_fact is not None
         }
-        new_records = self.fact_table.add(
-            [
-                (prepared.record, prepared.keys.numpy(), prepared.values.numpy())
-                for prepared in prepared_batch
-            ],
-            replacements,
-        )
-        for candidate, record, prepared in zip(pending, new_records, prepared_batch, strict=True):
+        entries = [
+            (prepared.record, prepared.keys.numpy(), prepared.values.numpy()) for prepared in batch
+        ]
+        new_records = self.fact_table.add(entries, replacements)
+        for candidate, record, prepared in zip(pending, new_records, batch, strict=True):
             candidate.record = record
             self.records[record.id] = record
             self._rows[record.id] = build_fact_rows(
@@ -272,106 +369,72 @@ class FactStore:
             )
             if candidate.replaced_fact is not None:
                 self._remove_facts([candidate.replaced_fact.id])
-            status = "written" if candidate.replaced_fact is None else "replaced"
             results[candidate.index] = WriteResult(
-                status, record, candidate.replaced_fact, prepared.prob_before, prepared.prob_after
+                "written" if candidate.replaced_fact is None else "replaced",
+                record,
+                candidate.replaced_fact,
+                prepared.prob_before,
+                prepared.prob_after,
             )
-
-    def add_facts(self, facts: Sequence[tuple[FactRecord, list[FactRow]]]) -> list[WriteResult]:
-        """Take in facts that have rows already, such as a pack's; like `write` otherwise."""
-        candidates, replacements = self._build_conflict_candidates(), dict[int, int]()
-        results: list[WriteResult] = []
-        inserts: list[tuple[FactRecord, Any, Any]] = []
-        whitened_keys: Any = (
-            self.calibration.whiten(torch.stack([rows[0].key for _, rows in facts]))
-            if facts
-            else []
-        )
-        for (record, rows), whitened_key in zip(facts, whitened_keys, strict=True):
-            keys, values = (
-                torch.stack([getattr(row, name) for row in rows]) for name in ("key", "value")
-            )
-            conflict = find_conflict(
-                candidates.get(record.subject, []),
-                PreparedFact(record, keys, values, whitened_key, 0, 0),
-            )
-            if conflict is not None and normalize_text(conflict.answer) == normalize_text(
-                record.answer
-            ):
-                results.append(WriteResult("known", conflict.record))  # type: ignore[arg-type]
-                continue
-            if (
-                conflict is not None
-                and conflict.record is not None
-                and conflict.record.id not in replacements
-            ):
-                replacements[conflict.record.id] = len(inserts)
-            results.append(
-                WriteResult(
-                    "written" if conflict is None else "replaced",
-                    record,
-                    None if conflict is None else conflict.record,
-                )
-            )
-            inserts.append((record, keys.numpy(), values.numpy()))
-        inserted_records = iter(self.fact_table.add(inserts, replacements))
-        results = [
-            result if result.status == "known" else replace(result, fact=next(inserted_records))
-            for result in results
-        ]
-        self._remove_facts(replacements)
-        new_records = [result.fact for result in results if result.status != "known"]
-        self.records |= {fact.id: fact for fact in new_records}
-        self._rows |= load_fact_rows(self.fact_table, new_records)
-        self._update_hooks()
-        return results
-
-    def get_rows(self, fact_id: int) -> list[FactRow]:
-        """Rows of a fact that is there, a guest's included."""
-        temporary_rows = {
-            record.id: rows for facts in self.temporary_packs.values() for record, rows in facts
-        }
-        return self._rows[fact_id] if fact_id in self._rows else temporary_rows[fact_id]
 
     def _build_conflict_candidates(self) -> dict[str, list[ConflictCandidate]]:
-        """Facts that are there by subject, with the states that ask for them."""
+        """List the active facts by subject, with the whitened keys of their first rows."""
         candidates: dict[str, list[ConflictCandidate]] = {}
-        fact_ids = list(self.records)
-        whitened_keys: Any = (
-            self.calibration.whiten(torch.stack([self._rows[n][0].key for n in fact_ids]))
-            if fact_ids
-            else []
-        )
-        for fact_id, whitened_key in zip(fact_ids, whitened_keys, strict=True):
-            record = self.records[fact_id]
+        for record, key in zip(self.records.values(), self._whitened_keys(), strict=True):
             candidates.setdefault(record.subject, []).append(
-                ConflictCandidate(record.prompt, record.answer, whitened_key, record)
+                ConflictCandidate(record.prompt, record.answer, key, record)
             )
         return candidates
 
-    def forget(self, ids: Sequence[int], reason: str = "forgotten") -> list[FactRecord]:
-        """Take facts out; they stay in the history, from which `restore` brings them back.
+    def _whitened_keys(self) -> Sequence[torch.Tensor]:
+        """Return the whitened key of each active fact's first row."""
+        if not self.records:
+            return []
+        keys = torch.stack([self._rows[fact_id][0].key for fact_id in self.records])
+        return self.calibration.whiten(keys)  # type: ignore[return-value]
+
+    # Deleting.
+
+    def delete(
+        self, ids: int | Sequence[int] | None = None, reason: str = "forgotten", *, tag: str = ""
+    ) -> FactList:
+        """Delete facts; they stay in the history, from which `restore` brings them back.
+
+        Args:
+            ids: one or several fact IDs.
+            reason: kept in the history.
+            tag: delete the facts with this tag instead.
+
+        Returns:
+            The deleted facts.
 
         Raises:
-            UserError: one of them is not there; then none is taken out.
+            UserError: neither `ids` nor `tag` is given, or a fact is not active; then none is
+                deleted.
         """
-        facts = [self._require_fact(fact_id) for fact_id in dict.fromkeys(ids)]
+        if ids is None and not tag:
+            raise UserError("delete needs ids or a tag; list() shows the facts")
+        if ids is None:
+            ids = [fact.id for fact in self.list(tag=tag)]
+        fact_ids = [ids] if isinstance(ids, int) else ids
+        facts = [self._require_fact(fact_id) for fact_id in dict.fromkeys(fact_ids)]
         self.fact_table.soft_delete([fact.id for fact in facts], reason)
         self._remove_facts([fact.id for fact in facts])
         self._update_hooks()
         return [replace(fact, deleted_reason=reason, deleted_at=time.time()) for fact in facts]
 
-    def restore(self, fact_id: int) -> tuple[FactRecord, list[FactRecord]]:
-        """Bring back a fact that was forgotten, replaced or evicted; with the facts that it now replaces.
+    def restore(self, fact_id: int) -> RestoreResult:
+        """Restore a fact that was deleted, replaced or pruned; it replaces what contradicts it.
 
         Raises:
-            UserError: it was never there, or is there.
+            UserError: the fact never existed, is active, or was transferred to the slots.
         """
         history = {fact.id: fact for fact in self.fact_table.read(include_deleted=True)}
         if fact_id not in history or history[fact_id].deleted_reason is None:
-            status = "is there" if fact_id in history else "was never there"
+            status = "is active" if fact_id in history else "never existed"
             raise UserError(
-                f"fact {fact_id} {status}, so it cannot be brought back; dmt memory list --all shows what can"
+                f"fact {fact_id} {status}, so it cannot be restored; dmt memory list --all shows "
+                "what can"
             )
         fact = replace(history[fact_id], deleted_reason=None, deleted_at=None, replaced_by=None)
         conflicts = conflicting_facts(history, fact_id)
@@ -380,36 +443,143 @@ class FactStore:
         self.records[fact_id] = fact
         self._rows |= load_fact_rows(self.fact_table, [fact])
         self._update_hooks()
-        return fact, conflicts
+        return RestoreResult(fact, conflicts)
 
-    def prune(self, keep: int) -> list[FactRecord]:
-        """Take out all but the `keep` facts that answered last, of those that never did the newest; who left."""
-        uses = self.fact_table.read_usage()
+    def prune(self, keep: int) -> FactList:
+        """Keep the `keep` facts that fired last, or were written last, and delete the others.
+
+        Returns:
+            The deleted facts.
+
+        Raises:
+            UserError: `keep` is negative.
+        """
+        if keep < 0:
+            raise UserError(f"keep must be 0 or more, got {keep}")
+        if not self.records:
+            return []
+        usage = self.fact_table.read_usage()
+        # Time and count of the last use, then time of creation.
         recency = {
-            fact.id: (*max(uses[row][::-1] for row in fact.rows), fact.created)
+            fact.id: (*max(usage[row][::-1] for row in fact.rows), fact.created)
             for fact in self.records.values()
         }
-        pruned_ids = sorted(recency, key=lambda fact_id: recency[fact_id])[
-            : max(0, len(recency) - keep)
+        oldest_first = sorted(recency, key=lambda fact_id: recency[fact_id])
+        return self.delete(oldest_first[: max(0, len(recency) - keep)], "evicted")
+
+    # Reading.
+
+    def get(self, fact_id: int) -> FactRecord:
+        """Return a fact by its ID, a deleted one too.
+
+        Raises:
+            UserError: the fact never existed.
+        """
+        if fact_id in self.records:
+            return self.records[fact_id]
+        for fact in self._read_history():
+            if fact.id == fact_id:
+                return fact
+        raise UserError(f"fact {fact_id} never existed; dmt memory list --all shows all facts")
+
+    def search(self, text: str, k: int = 5) -> list[SearchResult]:
+        """Search facts by their words and by the hidden state at the end of `text`.
+
+        Args:
+            text: words, or a question.
+            k: at most so many facts of each kind.
+
+        Returns:
+            Facts that contain all words of `text`, then the nearest others by cosine.
+        """
+        text_matches = self.list(query=text)
+        matched_ids = {fact.id for fact in text_matches}
+        results = [SearchResult(fact, "text") for fact in text_matches[:k]]
+        return results + [
+            SearchResult(fact, "hidden_state", cosine)
+            for fact, cosine in find_nearest_facts(self, text, k)
+            if fact.id not in matched_ids
         ]
-        return self.forget(pruned_ids, "evicted")
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 30,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Continue a prompt and return the new text; see `models.generation.generate_tokens`."""
+        return generate_text(
+            self.model, self.tokenizer, prompt, max_new_tokens, temperature, seed, on_text
+        )
+
+    # Packs.
+
+    def export(
+        self,
+        path: str | Path,
+        ids: Sequence[int] | None = None,
+        *,
+        tag: str = "",
+        name: str = "",
+        license: str = "",
+    ) -> FactPack:
+        """Save facts with their rows to a pack, for another student of the same model.
+
+        Args:
+            path: a new folder, or a file that ends in `.safetensors`.
+            ids: of the facts; all where it is None.
+            tag: only facts with this tag.
+            name: of the pack; the path's where it is empty.
+            license: of the facts.
+
+        Raises:
+            UserError: a fact is not active, no fact matches, or the pack cannot be written.
+        """
+        from dmt.editing.packs import make_fact_pack
+
+        path = Path(path)
+        facts = self.list(ids=ids, tag=tag or None)
+        if not facts:
+            raise UserError(
+                "no fact matches, so there is nothing to export; list() shows the facts"
+            )
+        pack = make_fact_pack(self, facts, name or path.stem, license)
+        pack.save(path)
+        return pack
+
+    def import_(self, pack: str | Path | FactPack) -> WriteResults:
+        """Write the facts of a pack; those that contradict a stored fact replace it.
+
+        Raises:
+            UserError: the pack cannot be read, or belongs to another model.
+        """
+        from dmt.editing.packs import FactPack, import_pack, load_fact_pack
+
+        return import_pack(self, pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack)))
+
+    def get_rows(self, fact_id: int) -> list[FactRow]:
+        """Return the rows of an active fact, a temporary pack's included."""
+        if fact_id in self._rows:
+            return self._rows[fact_id]
+        return {fact.id: rows for fact, rows in self._temporary_facts()}[fact_id]
 
     def find_fact_by_row(self, row_id: int) -> FactRecord:
-        """The fact that a row belongs to, a guest's included."""
-        temporary_facts = (fact for facts in self.temporary_packs.values() for fact, _ in facts)
-        return next(
-            fact for fact in (*self.records.values(), *temporary_facts) if row_id in fact.rows
-        )
+        """Return the active fact that a row belongs to, a temporary pack's included."""
+        temporary = (fact for fact, _ in self._temporary_facts())
+        return next(fact for fact in (*self.records.values(), *temporary) if row_id in fact.rows)
 
     def set_temporary_packs(
         self,
         packs: dict[str, list[tuple[FactRecord, list[FactRow]]]],
         hooks: FactHooks | None = None,
     ) -> None:
-        """Have these facts, by where they came from, beside those of the book, and no other guests.
+        """Apply these facts beside the stored ones, in place of earlier temporary packs.
 
         Args:
-            overlay: what is laid over the model where nothing is.
+            packs: facts and their rows by pack.
+            hooks: attached to a model that has none.
         """
         self.temporary_packs = packs
         if get_fact_hooks(self.model) is None and hooks is not None:
@@ -417,10 +587,53 @@ class FactStore:
         if get_fact_hooks(self.model) is not None:
             self._update_hooks()
 
+    # Internals of the model and the database.
+
+    @property
+    def hooks(self) -> FactHooks:
+        """The hooks that apply the facts.
+
+        Raises:
+            UserError: no fact was ever written.
+        """
+        hooks = get_fact_hooks(self.model)
+        if hooks is None:
+            raise UserError(NO_FACTS_MESSAGE)
+        return hooks
+
+    @property
+    def fact_table(self) -> FactTable:
+        """The tables of facts.
+
+        Raises:
+            UserError: there is no store.
+        """
+        if self.db is None:
+            raise UserError(NO_FACTS_MESSAGE)
+        return FactTable(self.db)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The calibration of the key layer."""
+        arrays = self.fact_table.read_calibration()
+        tensors = {name: torch.from_numpy(arrays[name]) for name in CALIBRATION_TENSORS}
+        return Calibration(**tensors)  # type: ignore[arg-type]
+
+    @cached_property
+    def model_hash(self) -> str:
+        """The fingerprint of the model."""
+        return hash_model(self.model)
+
+    def _read_history(self) -> FactList:
+        if self.db is None or not self.fact_table.exists:
+            return []
+        return self.fact_table.read(include_deleted=True)
+
     def _require_fact(self, fact_id: int) -> FactRecord:
         if fact_id not in self.records:
             raise UserError(
-                f"fact {fact_id} is not there; dmt memory list shows {len(self.records)} that are"
+                f"fact {fact_id} is not active; dmt memory list shows the {len(self.records):,} "
+                "that are"
             )
         return self.records[fact_id]
 
@@ -428,174 +641,96 @@ class FactStore:
         for fact_id in ids:
             del self.records[fact_id], self._rows[fact_id]
 
-    def _attach_hooks(self, hooks: FactHooks | None) -> None:
-        assert hooks is not None, "it has begun"
+    def _temporary_facts(self) -> Iterable[tuple[FactRecord, list[FactRow]]]:
+        return (entry for entries in self.temporary_packs.values() for entry in entries)
+
+    def _attach_hooks(self, hooks: FactHooks) -> None:
         hooks.source_path = None if self.db is None else self.db.path
         attach(self.model, hooks)
 
     def _update_hooks(self) -> None:
-        temporary_rows = [
-            row for facts in self.temporary_packs.values() for _, rows in facts for row in rows
+        rows = [row for fact_rows in self._rows.values() for row in fact_rows]
+        rows += [row for _, fact_rows in self._temporary_facts() for row in fact_rows]
+        self.hooks.set_rows(rows)
+
+    # The last method, since its name hides the built-in in the annotations of those after it.
+    def list(
+        self,
+        *,
+        ids: Sequence[int] | None = None,
+        tag: str | None = None,
+        query: str | None = None,
+        include_deleted: bool = False,
+    ) -> FactList:
+        """Return the facts that meet all conditions, in the order of their IDs.
+
+        Args:
+            ids: fact IDs.
+            tag: the facts' tag.
+            query: words that the sentence or the subject contains, in any order.
+            include_deleted: return deleted facts too.
+
+        Raises:
+            UserError: one of `ids` is not among the facts.
+        """
+        facts = {
+            fact.id: fact
+            for fact in (self._read_history() if include_deleted else self.records.values())
+        }
+        missing = sorted(set(ids or ()) - set(facts))
+        if missing:
+            self._require_fact(missing[0])
+        words = (query or "").lower().split()
+        return [
+            fact
+            for fact in facts.values()
+            if (not ids or fact.id in ids)
+            and (tag is None or fact.tag == tag)
+            and all(word in f"{fact.sentence} {fact.subject}".lower() for word in words)
         ]
-        self.hooks.set_rows([row for rows in self._rows.values() for row in rows] + temporary_rows)
 
 
-@torch.no_grad()
-def generate_tokens(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int = 30,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_text: Callable[[str], None] | None = None,
-) -> Tensor:
-    """Token ids `(time,)` of the prompt, its start token included, and of what the model says next.
-
-    Args:
-        tokens: most that are said; fewer where the model says that the text ends, or can read no more.
-        temperature: 0 says what is likeliest; above it, drawn with `seed`.
-        heard: is given each piece of text as it is said.
-
-    Raises:
-        UserError: the prompt is empty, or leaves no room for an answer.
-    """
-    prompt_ids = encode_text(tokenizer, prompt)
-    if not prompt.strip():
-        raise UserError(
-            "the prompt is empty; ask something, as in dmt generate 'The capital of France is'"
-        )
-    check_length(model, [*prompt_ids, 0], "the prompt, with room for an answer,")
-    free_positions = model.config.max_position_embeddings - len(prompt_ids)
-    if temperature > 0:
-        torch.manual_seed(seed)
-    input_ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-    sampling_args: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    streamer = None if on_text is None else _TextStreamer(tokenizer, on_text)
-    output_ids = model.generate(  # type: ignore[operator]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_new_tokens, free_positions),
-        streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id or 0,
-        **sampling_args,
-    )
-    return output_ids[0]
+Memory = FactStore
 
 
-def generate_text(fact_store: FactStore, prompt: str, max_new_tokens: int = 30) -> str:
-    """What the model of a book says next, as text; see `ask`."""
-    output_ids = generate_tokens(fact_store.model, fact_store.tokenizer, prompt, max_new_tokens)
-    return fact_store.tokenizer.decode(
-        output_ids[len(encode_text(fact_store.tokenizer, prompt)) :], skip_special_tokens=True
-    )
-
-
-class _TextStreamer:
-    """What transformers tells of a text while it grows; the prompt is told first and left out."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.generated_ids: list[int] | None = None
-        self.emitted_text = ""
-
-    def put(self, ids: Tensor) -> None:
-        if self.generated_ids is None:
-            self.generated_ids = []
-            return
-        self.generated_ids += ids.flatten().tolist()
-        text = self.tokenizer.decode(self.generated_ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character may take several tokens
-            self.on_text(text[len(self.emitted_text) :])
-            self.emitted_text = text
-
-    def end(self) -> None:
-        text = self.tokenizer.decode(self.generated_ids or [], skip_special_tokens=True)
-        self.on_text(text[len(self.emitted_text) :])
+def _to_fact(fact: Fact | str | Mapping[str, str], tag: str) -> Fact:
+    if isinstance(fact, Fact):
+        return replace(fact, tag=fact.tag or tag)
+    return fact_from_mapping({"tag": tag} | ({"sentence": fact} if isinstance(fact, str) else fact))
 
 
 def find_nearest_facts(
     fact_store: FactStore, text: str, count: int = 5
 ) -> list[tuple[FactRecord, float]]:
-    """Facts asked for in states nearest to that at the end of `text`, whomever they are about; with cosines."""
+    """Find the facts whose keys are nearest to the hidden state at the end of `text`.
+
+    Args:
+        fact_store: the facts, whatever their subjects.
+        text: a question, or the beginning of a sentence.
+        count: at most so many facts.
+
+    Returns:
+        Facts with their cosines, the nearest first.
+
+    Raises:
+        UserError: the text is too long for the model.
+    """
     if not fact_store.records:
         return []
     ids = encode_text(fact_store.tokenizer, text)
     check_length(fact_store.model, ids, "the text")
-    key_layer = fact_store.hooks.key_layer
-    state = collect_hidden_states(fact_store.model, [ids], [[len(ids) - 1]], [key_layer])[
-        key_layer
-    ].cpu()
-    fact_ids = list(fact_store.records)
-    keys = fact_store.calibration.whiten(
-        torch.stack([fact_store.get_rows(fact_id)[0].key for fact_id in fact_ids])
-    )
-    top = (keys @ fact_store.calibration.whiten(state)[0]).topk(min(count, len(fact_ids)))
+    layer = fact_store.hooks.key_layer
+    state = collect_hidden_states(fact_store.model, [ids], [[len(ids) - 1]], [layer])[layer].cpu()
+    records = list(fact_store.records.values())
+    keys = torch.stack([fact_store.get_rows(record.id)[0].key for record in records])
+    cosines = fact_store.calibration.whiten(keys) @ fact_store.calibration.whiten(state)[0]
+    top = cosines.topk(min(count, len(records)))
     return [
-        (fact_store.records[fact_ids[index]], cosine)
+        (records[index], cosine)
         for cosine, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
     ]
 
 
-def resolve_student_folder(path: str | Path | None) -> Path:
-    """The folder of a saved student: `place` itself, the `student` of a run, or that of the newest run where `place` is None.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path is None:
-        runs = list_runs(Path(RUNS_DIR), required_name="student")
-        if not runs:
-            raise UserError(
-                f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name one: --model FOLDER"
-            )
-        return runs[-1] / "student"
-    folder = Path(path).expanduser()
-    for candidate in (folder / "student", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    problem = (
-        "nothing is there" if not folder.exists() else "it holds no saved student (no config.json)"
-    )
-    raise UserError(
-        f"--model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made by save_pretrained"
-    )
-
-
-def load_student(folder: Path, label: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """A saved student, or a plain GPT-2 or Llama, in eval mode and full precision, and its tokenizer.
-
-    Args:
-        called: what a refusal calls it, `--model` and the folder where nothing else is said.
-
-    Raises:
-        UserError: what is there cannot be loaded, or is of a family that is not supported.
-    """
-    model, tokenizer = load_model(str(folder), label or f"--model {folder}")
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def open_fact_store(folder: Path, read_only: bool = False) -> FactStore:
-    """A student with its book, which is made where there is none.
-
-    Raises:
-        UserError: the student cannot be loaded, its book is another model's or in use, or there is none to be read.
-    """
-    model, tokenizer = load_student(folder)
-    db = RowStore(str(folder / FACTS_FILE), hash_model(model), read_only=read_only)
-    used_ids = [
-        row_id
-        for memory in get_associative_memories(model).values()
-        for row_id in memory.rows.index_by_id
-    ]
-    db.next_id = max(
-        [db.next_id, *(row_id + 1 for row_id in used_ids)]
-    )  # rows that came with the weights keep theirs
-    return FactStore(model, tokenizer, db)
-
-
 def has_fact_store(folder: Path) -> bool:
-    """Whether a student has ever been told a fact, or remembered anything."""
+    """Check whether a student has a database of facts and rows."""
     return (folder / FACTS_FILE).is_file()

@@ -1,8 +1,9 @@
-"""x."""
+"""Selection of the layers in which facts are matched and applied."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,32 +13,32 @@ from dmt.editing.calibration import Calibration, calibrate, choose_key_layer, li
 from dmt.editing.edit import choose_value_layer
 from dmt.editing.fact import Fact
 
+logger = logging.getLogger(__name__)
+
 
 def choose_layers(
     model: PreTrainedModel,
     tokenizer: Any,
     facts: Sequence[Fact],
-    prose: Sequence[str] | None,
-    log: Callable[[str], None],
-    layers: tuple[int, int] | None,
+    prose: Sequence[str] | None = None,
+    layers: tuple[int, int] | None = None,
     value_layer: int | None = None,
 ) -> tuple[int, int, Calibration]:
-    """In which layer facts are best heard, in which best answered, and the calibration of the first.
+    """Choose the key layer and the value layer of a model's facts, and calibrate the key layer.
 
     Args:
-        facts: the first to be written; a few are tried in several layers.
-        prose: held-out text; built-in speeches where it is None.
-        told: is given lines about what is going on.
-        layers: both, where they are known already.
-        answers: the second alone.
+        model: without facts, or with its facts disabled.
+        tokenizer: of the model.
+        facts: the first facts to be written; a few of them are tried in several layers.
+        prose: held-out text; the speeches that ship with dmt where it is None.
+        layers: both layers, where they are known; then they are only calibrated.
+        value_layer: the value layer, where it alone is known.
     """
-    log("measuring once how this model's states vary in prose and in questions ...")
-    layers_to_try = (
-        list_candidate_layers(model.config.num_hidden_layers) if layers is None else [layers[0]]
-    )
-    calibrations = calibrate(
-        model, tokenizer, prose or load_corpus("speeches").validation, layers_to_try
-    )
+    logger.info("calibrating once: measuring hidden states of prose and questions ...")
+    num_layers = model.config.num_hidden_layers
+    candidates = list_candidate_layers(num_layers) if layers is None else [layers[0]]
+    prose = prose or load_corpus("speeches").validation
+    calibrations = calibrate(model, tokenizer, prose, candidates)
     if layers is not None:
         return *layers, calibrations[layers[0]]
     key_layer = choose_key_layer(calibrations)
@@ -45,15 +46,11 @@ def choose_layers(
         f"{layer}: {calibration.paraphrase_accuracy:.0%}"
         for layer, calibration in calibrations.items()
     )
-    if value_layer is not None:
-        log(
-            f"facts are heard in layer {key_layer} (questions told apart, by layer: {accuracies}) and answered in layer {value_layer}"
-        )
-        return key_layer, value_layer, calibrations[key_layer]
-    value_layer, shares = choose_value_layer(model, tokenizer, facts, key_layer, layers_to_try)
-    confident_shares = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
-    log(f"facts are heard in layer {key_layer} (questions told apart, by layer: {accuracies})")
-    log(
-        f"and answered in layer {value_layer} (first facts said after one gradient, by layer: {confident_shares})"
-    )
+    logger.info("key layer %d (paraphrases recognized by layer: %s)", key_layer, accuracies)
+    if value_layer is None:
+        value_layer, shares = choose_value_layer(model, tokenizer, facts, key_layer, candidates)
+        listed = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
+        logger.info("value layer %d (confident answer tokens by layer: %s)", value_layer, listed)
+    else:
+        logger.info("value layer %d", value_layer)
     return key_layer, value_layer, calibrations[key_layer]

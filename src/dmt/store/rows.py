@@ -32,8 +32,8 @@ from dmt.store.database import (
     namespaces_table,
     redact_url,
     row_metadata,
-    rows_table,
     row_stats_table,
+    rows_table,
     translate_errors,
 )
 from dmt.store.records import (
@@ -392,7 +392,7 @@ class RowStore:
         """Undo what `run` changed after `step`.
 
         Returns:
-            How many rows were erased that it had written, and how many restored that it had deleted.
+            How many rows were erased that it wrote, and how many restored that it deleted.
         """
         self._check_writable()
         with translate_errors(self.url), self.engine.begin() as connection:
@@ -434,7 +434,8 @@ class RowStore:
             raise UserError(f"store {self.url}: opened for reading only")
         if self._writer_pid != os.getpid():
             raise UserError(
-                f"store {self.url}: opened by process {self._writer_pid}; a forked process reads only"
+                f"store {self.url}: opened by process {self._writer_pid}; a forked process reads "
+                "only"
             )
 
 

