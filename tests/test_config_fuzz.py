@@ -1,4 +1,7 @@
-"""Whatever settings are drawn, a run begins to train or is refused in one line, with nothing written. Drawn from the schema."""
+"""Whatever settings are drawn from the schema, a run trains or is refused in one line.
+
+A refused run writes nothing.
+"""
 
 import contextlib
 import io
@@ -17,13 +20,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as draw
 
 from dmt.cli.main import distill_main
-from dmt.config import Config, FeaturalConfig, MemoryConfig
+from dmt.config import AssociativeConfig, Config, FeaturalConfig
 from dmt.data.tokenizer import train_tokenizer
 from dmt.models.conversion import convert_blocks
 
 EXAMPLES = int(os.environ.get("DMT_FUZZ", "80"))
 """Runs that are drawn; with DMT_FUZZ=5000 in the environment so many, of another kind each time."""
-LATE = "the context tells this model nothing"
+LATE = "the context does not change the model's predictions"
 LONGEST = 120
 """Seconds after which a run that has not begun is taken for one that hangs."""
 TINY = [
@@ -163,7 +166,7 @@ OWN = {
 """Values of settings that are texts or lists, by the setting."""
 
 
-def drawn_for(name: str, kind: Any) -> draw.SearchStrategy[str]:
+def draw_value(name: str, kind: Any) -> draw.SearchStrategy[str]:
     """A value for a setting as it is typed: one that fits its annotation, or an oddity."""
     if name in OWN:
         return draw.one_of(
@@ -174,38 +177,42 @@ def drawn_for(name: str, kind: Any) -> draw.SearchStrategy[str]:
         if get_origin(kind) is not Literal
         else [kind]
     )
-    found: list[str] = []
+    typed: list[str] = []
     for choice in choices:
         if get_origin(choice) is Literal:
-            found += get_args(choice)
+            typed += get_args(choice)
         else:
-            found += {int: WHOLE, float: REAL, bool: ["true", "false"]}.get(choice, ["x"])
+            typed += {int: WHOLE, float: REAL, bool: ["true", "false"]}.get(choice, ["x"])
     if type(None) in get_args(kind):
-        found.append("")
-    usual = [value for value in found if value not in WHOLE or value in USUAL]
+        typed.append("")
+    usual = [value for value in typed if value not in WHOLE or value in USUAL]
     return draw.one_of(
-        *[draw.sampled_from(usual)] * 8, *[draw.sampled_from(found)] * 3, draw.sampled_from(ODD)
+        *[draw.sampled_from(usual)] * 8, *[draw.sampled_from(typed)] * 3, draw.sampled_from(ODD)
     )
 
 
-def every_setting() -> dict[str, draw.SearchStrategy[str]]:
-    found = {}
+def draw_settings() -> dict[str, draw.SearchStrategy[str]]:
+    strategies = {}
     for name, kind in get_type_hints(Config).items():
         if not is_dataclass(kind):
-            found[name] = drawn_for(name, kind)
+            strategies[name] = draw_value(name, kind)
+            continue
+        if name == "memory":
+            strategies |= {f"memory.{inner}": MEMORY[inner] for inner in MEMORY}
             continue
         for inner, inner_kind in get_type_hints(kind).items():
-            found[f"{name}.{inner}"] = drawn_for(f"{name}.{inner}", inner_kind)
-    found["student.layer_overrides"] = draw.lists(rule, max_size=2).map(
+            strategies[f"{name}.{inner}"] = draw_value(f"{name}.{inner}", inner_kind)
+    strategies["student.layer_overrides"] = draw.lists(rule, max_size=2).map(
         lambda rules: f"[{', '.join(rules)}]"
     )
-    return found
+    return strategies
 
 
 MEMORY = {
-    item.name: drawn_for(f"memory.{item.name}", get_type_hints(MemoryConfig)[item.name])
-    for item in fields(MemoryConfig)
-}
+    item.name: draw_value(f"memory.{item.name}", get_type_hints(AssociativeConfig)[item.name])
+    for item in fields(AssociativeConfig)
+    if item.name != "kind"
+} | {"kind": draw.sampled_from(["featural", "associative", "dense", "sparse", "x:y", ""])}
 changes = draw.lists(
     draw.sampled_from(sorted(MEMORY)).flatmap(
         lambda name: MEMORY[name].map(lambda value: f"{name}: {value}")
@@ -216,7 +223,7 @@ layers = draw.sampled_from(["all", "0", "0-1", "2-", "last", "7", "x", "[0, 2]"]
 rule = draw.tuples(layers, changes).map(
     lambda parts: f"{{layers: {parts[0]}, memory: {{{', '.join(parts[1])}}}}}"
 )
-SETTINGS = every_setting()
+SETTINGS = draw_settings()
 one = draw.sampled_from(sorted(SETTINGS)).flatmap(
     lambda name: SETTINGS[name].map(lambda value: f"{name}={value}")
 )
@@ -251,7 +258,9 @@ def place(tmp_path_factory, tokenizer):
     """A folder with what words may name."""
 
     folder = tmp_path_factory.mktemp("fuzz")
-    student, _ = convert_blocks(make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3)
+    student, _ = convert_blocks(
+        make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3
+    )
     made = {
         "gpt2": make_teacher(len(tokenizer)),
         "llama": make_llama(len(tokenizer)),
@@ -275,8 +284,8 @@ def place(tmp_path_factory, tokenizer):
     return folder
 
 
-class Begun(BaseException):
-    """The first step is done, and that is all that was wanted."""
+class FirstStepDone(BaseException):
+    """The first step is done; the test needs no more."""
 
 
 class FirstStep(pl.Callback):
@@ -288,31 +297,31 @@ class FirstStep(pl.Callback):
         FirstStep.begun = True
 
     def on_train_batch_end(self, *_: Any) -> None:
-        raise Begun
+        raise FirstStepDone
 
 
-def run_until_first_step(given: list[str]) -> tuple[int | None, str, str]:
-    """Exit code, None where a step of training began, and what was said."""
-    trainer, FirstStep.begun = pl.Trainer, False
+def run_until_first_step(arguments: list[str]) -> tuple[int | None, str, str]:
+    """Return the exit code, None where a step of training began, stdout and stderr."""
+    original_trainer, FirstStep.begun = pl.Trainer, False
 
-    def stopping(*, callbacks: list[pl.Callback], **named: Any) -> pl.Trainer:
-        return trainer(callbacks=[*callbacks, FirstStep()], **named)
+    def make_trainer(*, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+        return original_trainer(callbacks=[*callbacks, FirstStep()], **options)
 
     def hang(*_: Any) -> None:
-        raise AssertionError(f"hangs: {given}")
+        raise AssertionError(f"hangs: {arguments}")
 
     out, err = io.StringIO(), io.StringIO()
     before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)}
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(LONGEST)
     try:
-        trainer.pl.Trainer = stopping
+        pl.Trainer = make_trainer
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code: int | None = distill_main(given)
-    except Begun:
+            code: int | None = distill_main(arguments)
+    except FirstStepDone:
         code = None
     finally:
-        trainer.pl.Trainer = trainer
+        pl.Trainer = original_trainer
         signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -329,7 +338,7 @@ def run_until_first_step(given: list[str]) -> tuple[int | None, str, str]:
 @given(words)
 @example(
     ["memory.search=ivf", "memory.num_slots=1000000007"]
-)  # each of these was something else once
+)  # each of these was another failure once
 @example(["task=consolidate", "teacher=long", "context.target=weights", "logit_cache.dir=new"])
 @example(["task=consolidate", "teacher=student"])
 @example(["trainer.num_threads=1000000007"])
@@ -337,14 +346,14 @@ def run_until_first_step(given: list[str]) -> tuple[int | None, str, str]:
 @example(["data.corpora=[utf16.txt]"])
 def test_every_config_begins_to_train_or_is_refused_in_one_line(place, words):
     before = snapshot(place)
-    there = Path.cwd()
+    original_folder = Path.cwd()
     os.chdir(place)
     try:
         code, out, err = run_until_first_step(
             [*TINY, "teacher=gpt2", "trainer.log_dir=logs", *words]
         )
     finally:
-        os.chdir(there)
+        os.chdir(original_folder)
     try:
         judge(words, code, out, err, before, snapshot(place))
     finally:
@@ -368,10 +377,8 @@ def judge(
             err,
         )
         return
-    if (
-        LATE in err
-    ):  # known only once the model has read the context, and said, what it would do; its folder is gone again
-        out = ""
+    if LATE in err:  # known only after the model has read the context; its folder is deleted again
+        out, err = "", err.splitlines()[-1]
         after = {
             path: about
             for path, about in after.items()
@@ -379,5 +386,5 @@ def judge(
         }
     line_of(code, out, err)
     assert after == before, (
-        f"{words} was refused, and something was written: {sorted(set(after) - set(before))[:5]} {err}"
+        f"{words} was refused, and wrote {sorted(set(after) - set(before))[:5]}: {err}"
     )

@@ -70,7 +70,7 @@ def written(folder: Path, content: str | bytes) -> Path:
     return file
 
 
-# --- wrong words ------------------------------------------------------------------------------------------------------
+# --- wrong words --------------------------------------------------------------------------------
 
 WRONG = [
     # types
@@ -102,11 +102,17 @@ WRONG = [
     ('teacher="a\\nb"', "teacher must be text, got 'a\\nb'"),
     (
         "teacher=${oc.env:HOME}",
-        "teacher must be text, got ${oc.env:HOME}; ${...} is not filled in here, write the value itself",
+        (
+            "teacher must be text, got ${oc.env:HOME}; ${...} is not filled in here, write the "
+            "value itself"
+        ),
     ),
     (
         "loss.kl=${loss.ce}",
-        "loss.kl must be a number, got ${loss.ce}; ${...} is not filled in here, write the value itself",
+        (
+            "loss.kl must be a number, got ${loss.ce}; ${...} is not filled in here, write the "
+            "value itself"
+        ),
     ),
     ("teacher=${", "cannot read teacher=${: ${...} is not filled in here, write the value itself"),
     # choices
@@ -126,12 +132,18 @@ WRONG = [
     # lists
     (
         "data.corpora=speeches",
-        "data.corpora must be a list such as [speeches, biographies], got speeches; write data.corpora=[speeches]",
+        (
+            "data.corpora must be a list such as [speeches, biographies], got speeches; write "
+            "data.corpora=[speeches]"
+        ),
     ),
     ("data.corpora=", "data.corpora must be a list such as [speeches, biographies], got nothing"),
     (
         "data.corpora=[]",
-        "data.corpora is empty; name at least one of speeches, biographies, a file, a folder, hub:<dataset>",
+        (
+            "data.corpora is empty; name at least one of speeches, biographies, a file, a "
+            "folder, hub:<dataset>"
+        ),
     ),
     ("data.corpora=[speeches,[a]]", "data.corpora[1] must be text, got [a]"),
     (
@@ -149,15 +161,24 @@ WRONG = [
     ),
     (
         "data.mixture_weights=[1,-1]",
-        "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got [1.0, -1.0]",
+        (
+            "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got "
+            "[1.0, -1.0]"
+        ),
     ),
     (
         "data.mixture_weights=[0,0]",
-        "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got [0.0, 0.0]",
+        (
+            "data.mixture_weights must be one number >= 0 for each of the 2 data.corpora, got "
+            "[0.0, 0.0]"
+        ),
     ),
     (
         "student.layer_overrides={k: 3}",
-        "student.layer_overrides must be a list of rules such as [{layers: 0-1, memory: {k: 64}}], got {k: 3}",
+        (
+            "student.layer_overrides must be a list of rules such as [{layers: 0-1, memory: {k: "
+            "64}}], got {k: 3}"
+        ),
     ),
     (
         "student.layer_overrides=[3]",
@@ -184,18 +205,27 @@ WRONG = [
     ("memory={kk: 3}", "memory.kk is not a setting; did you mean memory.k?"),
     (
         "memory.k",
-        "cannot read memory.k: a setting is written key=value, as in memory.k=64; --help lists them",
+        (
+            "cannot read memory.k: a setting is written key=value, as in memory.k=64; --help "
+            "lists them"
+        ),
     ),
     ("=3", "cannot read =3: a setting is written key=value, as in memory.k=64; --help lists them"),
     ("", "cannot read '': a setting is written key=value, as in memory.k=64; --help lists them"),
     # YAML inside a word
     (
         "memory.k=[",
-        "cannot read memory.k=[: not valid YAML (did not find expected node content); fix or quote it",
+        (
+            "cannot read memory.k=[: not valid YAML (did not find expected node content); fix or "
+            "quote it"
+        ),
     ),
     (
         "teacher=a: b: c",
-        "cannot read teacher=a: b: c: not valid YAML (mapping values are not allowed in this context)",
+        (
+            "cannot read teacher=a: b: c: not valid YAML (mapping values are not allowed in this "
+            "context)"
+        ),
     ),
     (
         "teacher=!!python/name:os.system x",
@@ -267,7 +297,10 @@ CONTRADICTIONS = [
     ),
     (
         ["memory.selection=score"],
-        "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k to a number",
+        (
+            "memory.k=auto compares slots of all layers, which scores do not allow; set memory.k "
+            "to a number"
+        ),
     ),
     (
         ["stages.calibration_tokens=0"],
@@ -275,7 +308,10 @@ CONTRADICTIONS = [
     ),
     (
         ["memory.activation=softmax"],
-        "memory.selection=contribution needs a weight per slot, which memory.activation=softmax does not have",
+        (
+            "memory.selection=contribution needs a weight per slot, which "
+            "memory.activation=softmax does not have"
+        ),
     ),
     (
         [
@@ -322,7 +358,8 @@ def test_settings_that_contradict_each_other_are_refused(shaped, words, message)
         ["memory.mean_k=8", "student.layer_overrides=[{layers: 1, memory: {k: 4}}]"],
         ["memory.mean_k=8", "student.layer_overrides=[{layers: 0, memory: {kind: dense}}]"],
         [
-            "student.layer_overrides=[{layers: 0, memory: {k: 8, selection: score, metric: euclidean}}]"
+            "student.layer_overrides=[{layers: 0, memory: {k: 8, selection: score, metric: "
+            "euclidean}}]"
         ],
         ["memory.activation=softmax", "memory.selection=score", "memory.k="],
         ["data.seq_len=256"],
@@ -340,7 +377,7 @@ def test_the_edge_of_what_is_allowed_is_allowed(shaped, words):
     load_config(None, [shaped, *words])
 
 
-# --- right words ------------------------------------------------------------------------------------------------------
+# --- right words --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -403,12 +440,15 @@ def test_every_shipped_config_loads(file):
     load_config(file)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 WRONG_FILES = [
     (
         "memory:\n\tk: 3\n",
-        "line 2: not valid YAML (found character that cannot start any token); indent with spaces, not tabs",
+        (
+            "line 2: not valid YAML (found character that cannot start any token); indent with "
+            "spaces, not tabs"
+        ),
     ),
     (
         "memory: {k: 3\n",
@@ -499,7 +539,7 @@ def test_a_wrong_argument_is_named_as_in_the_call():
         LossConfig(kl=-1)
 
 
-# --- rules per layer --------------------------------------------------------------------------------------------------
+# --- rules per layer ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -557,7 +597,10 @@ def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
 WRONG_RULES = [
     (
         "[{layers: 0, memory: {kk: 3}}]",
-        "student.layer_overrides[0].memory.kk is not a setting; did you mean student.layer_overrides[0].memory.k?",
+        (
+            "student.layer_overrides[0].memory.kk is not a setting; did you mean "
+            "student.layer_overrides[0].memory.k?"
+        ),
     ),
     (
         "[{layers: 0, memory: {k: three}}]",
@@ -565,7 +608,10 @@ WRONG_RULES = [
     ),
     (
         "[{layers: 0, memory: {kind: sparse}}]",
-        "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, or a class such as my_package.my_module:MyMemory, got sparse",
+        (
+            "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, "
+            "or a class such as my_package.my_module:MyMemory, got sparse"
+        ),
     ),
     (
         "[{layers: 0, memory: {k: 0}}]",
@@ -573,11 +619,17 @@ WRONG_RULES = [
     ),
     (
         "[{layers: 0, memory: {}}, {layers: 1, memory: {num_slots: 32, k: 64, init: random}}]",
-        "student.layer_overrides[1].memory.k must be in [1, student.layer_overrides[1].memory.num_slots=32], got 64",
+        (
+            "student.layer_overrides[1].memory.k must be in [1, "
+            "student.layer_overrides[1].memory.num_slots=32], got 64"
+        ),
     ),
     (
         "[{layers: 0, memory: {mean_k: 8}}]",
-        "memory.mean_k must be the same in all layers with memory.k=auto, which share one budget, got 8 and nothing",
+        (
+            "memory.mean_k must be the same in all layers with memory.k=auto, which share one "
+            "budget, got 8 and nothing"
+        ),
     ),
     (
         "[{layers: 1, memory: {selection: centered}}]",
@@ -593,11 +645,17 @@ WRONG_RULES = [
     ),
     (
         "[{memory: {k: 3}}]",
-        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {memory: {k: 3}}",
+        (
+            "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, "
+            "got {memory: {k: 3}}"
+        ),
     ),
     (
         "[{layers: 0}]",
-        "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, got {layers: 0}",
+        (
+            "student.layer_overrides[0] must be a rule such as {layers: 0-1, memory: {k: 64}}, "
+            "got {layers: 0}"
+        ),
     ),
     (
         "[{layers: 0, memory: }]",
@@ -627,7 +685,8 @@ def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
         shaped, "student.layer_overrides=[{layers: 2-4, memory: {k: 3}}]"
     )
     assert (
-        "student.layer_overrides[0].memory.k must be in [1, student.layer_overrides[0].memory.num_slots=512], got 600"
+        "student.layer_overrides[0].memory.k must be in [1, "
+        "student.layer_overrides[0].memory.num_slots=512], got 600"
         in refusal(shaped, "student.layer_overrides=[{layers: 2, memory: {k: 600}}]")
     )
     load_config(
@@ -640,7 +699,8 @@ def test_nothing_heavy_is_imported_to_refuse_a_rule():
     script = (
         "import sys; from dmt.config_io import load_config; from dmt.errors import UserError\n"
         "try: load_config(None, ['student.layer_overrides=[{layers: 0, memory: {kk: 3}}]'])\n"
-        "except UserError: print(*{'torch', 'transformers', 'pytorch_lightning', 'pandas'} & set(sys.modules), 'refused')"
+        "except UserError: print(*{'torch', 'transformers', 'pytorch_lightning', 'pandas'} & "
+        "set(sys.modules), 'refused')"
     )
     environment = {"PYTHONPATH": str(Path(dmt.__file__).parents[1])}
     done = subprocess.run(
@@ -649,7 +709,7 @@ def test_nothing_heavy_is_imported_to_refuse_a_rule():
     assert done.stdout.split() == ["refused"], done.stderr
 
 
-# --- the teacher's shape ----------------------------------------------------------------------------------------------
+# --- the teacher's shape ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -682,15 +742,21 @@ def test_the_embedded_teacher_fits_the_defaults():
     assert read_teacher_shape("embedded") is not None
 
 
-# --- to a file and back -----------------------------------------------------------------------------------------------
+# --- to a file and back -------------------------------------------------------------------------
 
 
 def test_a_saved_config_loads_as_itself(tmp_path, shaped):
     words = [
         shaped,
         "memory.k=64",
-        "student.layer_overrides=[{layers: 0-2, memory: {k: 8}}, {layers: '3', memory: {num_slots: null}}]",
-        "data.corpora=[./1.txt, 'on', '1e3', 'null', '~/x: y # z', 'ümläut', '2026-10-01', '012', '???']",
+        (
+            "student.layer_overrides=[{layers: 0-2, memory: {k: 8}}, {layers: '3', memory: "
+            "{num_slots: null}}]"
+        ),
+        (
+            "data.corpora=[./1.txt, 'on', '1e3', 'null', '~/x: y # z', 'ümläut', '2026-10-01', "
+            "'012', '???']"
+        ),
         "loss.kl=3e-05",
         "trainer.progress_bar=no",
         "trainer.log_dir=2026",
@@ -702,7 +768,7 @@ def test_a_saved_config_loads_as_itself(tmp_path, shaped):
     assert load_config(tmp_path / "config.yaml") == Config()
 
 
-# --- --help -----------------------------------------------------------------------------------------------------------
+# --- --help -------------------------------------------------------------------------------------
 
 
 def list_fields():
@@ -713,7 +779,9 @@ def list_fields():
                 yield f"{group}.{item.name}".lstrip("."), annotations[item.name]
 
 
-@pytest.mark.parametrize(("key", "annotation"), list(list_fields()), ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(
+    ("key", "annotation"), list(list_fields()), ids=lambda part: str(part)[:40]
+)
 def test_help_prints_every_field_with_default_choices_and_docstring(key, annotation):
     entry = re.search(rf"^{re.escape(key)}=(.*)\n    (\S.*)$", describe_settings(), re.MULTILINE)
     assert entry, f"{key} is not in --help"
@@ -743,7 +811,7 @@ def test_help_prints_nothing_twice():
     } <= set(lines), "as they are typed"
 
 
-# --- anything at all --------------------------------------------------------------------------------------------------
+# --- anything at all ----------------------------------------------------------------------------
 
 ODDITIES = [
     "null",

@@ -227,5 +227,5 @@ def test_a_class_that_is_not_registered_is_refused():
     class Unregistered(dmt.MemoryLayer):
         pass
 
-    with pytest.raises(UserError, match="put @dmt.register_memory above it"):
+    with pytest.raises(UserError, match=r"put @dmt\.register_memory above it"):
         check_memory(Unregistered)

@@ -25,8 +25,9 @@ class MemoryConfig:
     """
 
     kind: str = field(default="", init=False)
-    """`featural`: a top-k key-value layer in place of the feed-forward block; `associative`: kNN attention over
-    stored rows, beside a `base`; `dense`: keep the block; or a class of your own, `my_package.my_module:MyMemory`."""
+    """`featural`: a top-k key-value layer in place of the feed-forward block; `associative`: kNN
+    attention over stored rows, beside a `base`; `dense`: keep the block; or a class of your own,
+    `my_package.my_module:MyMemory`."""
 
     kind_name: ClassVar[str] = ""
 
@@ -42,7 +43,7 @@ class MemoryConfig:
     def check_block(
         self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
     ) -> None:
-        """Raise `ArgumentError` where the memory cannot replace a block of `num_neurons` neurons."""
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
 
     @property
     def has_slots(self) -> bool:
@@ -69,34 +70,45 @@ class FeaturalConfig(MemoryConfig):
     kind_name: ClassVar[str] = "featural"
 
     init: Literal["ff", "random"] = "ff"
-    """`ff`: slots are the neurons of the replaced block, so k = num_slots equals the teacher; `random`: from scratch."""
+    """`ff`: slots are the neurons of the replaced block, so k = num_slots equals the teacher;
+    `random`: from scratch."""
     activation: Literal["block", "relu", "softmax", "distance"] = "block"
-    """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of the distance."""
+    """Score to weight: the block's own activation, relu, softmax over the k scores, or a kernel of
+    the distance."""
     selection: Literal["score", "contribution", "centered"] = "contribution"
-    """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its mean| x |value|."""
+    """Which k slots are read: highest score, largest |weight| x |value|, or largest |weight - its
+    mean| x |value|."""
     metric: Literal["euclidean", "fisher"] = "fisher"
-    """Norm of a value in `selection`: Euclidean, or how far it moves the model's output, measured by calibration."""
+    """Norm of a value in `selection`: Euclidean, or how far it moves the model's output, measured
+    by calibration."""
     gradient: Literal["selected", "straight_through"] = "selected"
-    """Gradient of the scores: of the k slots that are read, or as if all slots were (straight-through)."""
+    """Gradient of the scores: of the k slots that are read, or as if all slots were
+    (straight-through)."""
     num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
     """Slots of the memory; empty means one for each neuron of the replaced block."""
     k: int | Literal["auto"] | None = bounded("auto", minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """Slots read per token; empty means one sixteenth of the slots; `auto`: `mean_k` on average, more where it pays."""
+    """Slots read per token; empty means one sixteenth of the slots; `auto`: `mean_k` on average,
+    more where it pays."""
     mean_k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """With `k: auto`, mean slots read per token and layer; empty means one sixteenth of the slots."""
+    """With `k: auto`, mean slots read per token and layer; empty means one sixteenth of the
+    slots."""
     heads: int = bounded(1, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """Groups that share the slots; each reads k / heads of its own, and has its own query with `projections`."""
+    """Groups that share the slots; each reads k / heads of its own, and has its own query with
+    `projections`."""
     projections: bool = False
     """Learn a query and an output projection (they start as the identity with `init: ff`)."""
     skip_connection: bool = True
-    """Add a linear map of the hidden state that replaces the mean output of slots that are not read."""
+    """Add a linear map of the hidden state that replaces the mean output of slots that are not
+    read."""
     search: Literal["exact", "int8", "ivf"] = "exact"
-    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits, or by faiss's
-    inverted file. Used where that is faster."""
+    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits,
+    or by faiss's inverted file. Used where that is faster."""
     value_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """Type of the values in a saved student; `int8` has one scale per row. Training is in float32."""
+    """Type of the values in a saved student; `int8` has one scale per row. Training is in
+    float32."""
     offload: Literal["none", "values", "slots"] = "none"
-    """What a saved student reads from disk row by row: nothing, values, or values and keys (with `search: int8`)."""
+    """What a saved student reads from disk row by row: nothing, values, or values and keys (with
+    `search: int8`)."""
 
     @property
     def has_slots(self) -> bool:
@@ -175,7 +187,7 @@ class FeaturalConfig(MemoryConfig):
     def check_block(
         self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
     ) -> None:
-        """Raise `ArgumentError` where the memory cannot replace a block of `num_neurons` neurons."""
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
         num_slots = self.num_slots or num_neurons
         for name, count in (("k", self.k), ("mean_k", self.mean_k)):
             if isinstance(count, int) and count > num_slots:
@@ -212,23 +224,27 @@ class AssociativeConfig(FeaturalConfig):
     base: Literal["featural", "none"] = "featural"
     """What is added to the rows: a featural memory made by the settings above, or nothing."""
     value_target: Literal["residual", "teacher", "projection"] = "residual"
-    """Value of a row: the teacher's output minus the base's, the teacher's output, or a learned projection (without a teacher)."""
+    """Value of a row: the teacher's output minus the base's, the teacher's output, or a learned
+    projection (without a teacher)."""
     knn_k: int = bounded(8, minimum=1)
     """Stored rows read per token."""
     min_distance: float = bounded(0.2, minimum=0, maximum=2)
     """A state is not stored where the nearest row is at most this far (keys have length 1)."""
     merge_distance: float = bounded(0.55, minimum=0, maximum=2)
-    """A state beyond `min_distance` is merged into the nearest row up to this distance, and added beyond it."""
+    """A state beyond `min_distance` is merged into the nearest row up to this distance, and added
+    beyond it."""
     capacity: int = bounded(65_536, minimum=1)
     """Most rows of a layer; the coldest that are not pinned are evicted."""
     lrfu_decay: float = bounded(0.01, minimum=0, maximum=1)
-    """What is evicted first: 0 the least frequently, 1 the least recently read, between them LRFU; heat halves in 1 / this steps."""
+    """What is evicted first: 0 the least frequently, 1 the least recently read, between them LRFU;
+    heat halves in 1 / this steps."""
     index: Literal["exact", "bf16", "flat", "ivf"] = "exact"
-    """How rows are searched: all compared, exactly; all in bfloat16 and the nearest exactly (one row in ten thousand
-    is missed where rows lie `merge_distance` apart, more where they crowd); or by faiss, `ivf` from 10,000 rows on,
-    which may miss some, and others after a resume."""
+    """How rows are searched: all compared, exactly; all in bfloat16 and the nearest exactly (one
+    row in ten thousand is missed where rows lie `merge_distance` apart, more where they crowd); or
+    by faiss, `ivf` from 10,000 rows on, which may miss some, and others after a resume."""
     write_start: float = bounded(0.8, minimum=0, maximum=1)
-    """Fraction of the end-to-end stage after which rows are written and read; before it the base learns alone."""
+    """Fraction of the end-to-end stage after which rows are written and read; before it the base
+    learns alone."""
 
     @property
     def has_slots(self) -> bool:
@@ -266,7 +282,8 @@ class StudentConfig(_CheckedConfig):
     """Which layers differ, and what is trained."""
 
     layer_overrides: list[dict[str, Any]] = field(default_factory=list)
-    """Per-layer differences, later ones win: `[{layers: 0-1, memory: {k: 64}}, {layers: 3, memory: {kind: dense}}]`."""
+    """Per-layer differences, later ones win: `[{layers: 0-1, memory: {k: 64}}, {layers: 3, memory:
+    {kind: dense}}]`."""
     trainable: Literal["all", "memory"] = "all"
     """What the end-to-end stage trains: every weight of the student, or the memories alone."""
 
@@ -276,16 +293,18 @@ class DataConfig(_CheckedConfig):
     """Text, and how it is cut into windows."""
 
     corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
-    """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder of them;
-    `hub:<dataset>[:<config>]`."""
+    """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder
+    of them; `hub:<dataset>[:<config>]`."""
     mixture_weights: list[float] = field(default_factory=list)
-    """Share of the training windows that each corpus gets, for example `[3, 1]`; empty means by size."""
+    """Share of the training windows that each corpus gets, for example `[3, 1]`; empty means by
+    size."""
     seq_len: int = bounded(256, minimum=2, limit=2**20)
     """Tokens in one training window; validation and test use the same window without overlap."""
     batch_size: int = bounded(8, minimum=1, limit=2**20)
     """Windows in one optimizer step, all processes together."""
     micro_batch_size: int = bounded(4, minimum=1, limit=2**20)
-    """Windows computed at once: fewer need less memory; gradients are the same, and of two processes the same to the last bit."""
+    """Windows computed at once: fewer need less memory; gradients are the same, and of two
+    processes the same to the last bit."""
     validation_tokens: int = bounded(16_384, minimum=1)
     """Tokens per corpus measured while training."""
     test_tokens: int = bounded(65_536, minimum=1)
@@ -322,13 +341,15 @@ class LossConfig(_CheckedConfig):
     hidden_mse: float = bounded(1.0, minimum=0)
     """Weight of the squared error of the last hidden state, as a fraction of its variance."""
     block_fvu: float = bounded(1.0, minimum=0)
-    """Weight of the squared error of each replaced block's output, as a fraction of its variance, mean over layers."""
+    """Weight of the squared error of each replaced block's output, as a fraction of its variance,
+    mean over layers."""
     hidden_cosine: float = bounded(0.0, minimum=0)
     """Weight of one minus the cosine between the last hidden states."""
     temperature: float = bounded(1.0, above=0)
     """Divides the logits of both sides in `kl` and `reverse_kl`."""
     chunk_size: int = bounded(0, minimum=0)
-    """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less memory."""
+    """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less
+    memory."""
 
 
 # The settings in `loss` that are weights; each is the name of its term.
@@ -342,19 +363,23 @@ class StagesConfig(_CheckedConfig):
     """Length and learning rate of each stage of a distillation."""
 
     calibration_tokens: int = bounded(8_192, minimum=0, limit=2**24)
-    """Tokens from which slot means and output biases are measured before any gradient step; 0 skips it."""
+    """Tokens from which slot means and output biases are measured before any gradient step; 0 skips
+    it."""
     layerwise_steps: int = bounded(100, minimum=0, limit=2**31)
-    """Steps in which each memory learns its own block's output from the teacher's inputs; 0 skips them."""
+    """Steps in which each memory learns its own block's output from the teacher's inputs; 0 skips
+    them."""
     layerwise_lr: float = bounded(2e-3, above=0)
     """Peak learning rate of the layer-wise stage."""
     layerwise_loss: Literal["fvu", "mse"] = "fvu"
-    """Squared error of each memory as a fraction of its block's variance, or unscaled (later layers then weigh more)."""
+    """Squared error of each memory as a fraction of its block's variance, or unscaled (later layers
+    then weigh more)."""
     end_to_end_steps: int = bounded(1_300, minimum=0, limit=2**31)
     """Steps in which the whole student learns the teacher's distribution; 0 skips them."""
     end_to_end_lr: float = bounded(1e-3, above=0)
     """Peak learning rate of the end-to-end stage."""
     k_warmup_factor: float = bounded(1.0, minimum=1)
-    """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A shared budget follows slowly."""
+    """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A
+    shared budget follows slowly."""
 
 
 @dataclass(frozen=True)
@@ -362,7 +387,8 @@ class OptimConfig(_CheckedConfig):
     """AdamW and its schedule."""
 
     warmup_steps: int = bounded(20, minimum=0)
-    """Steps of linear warm-up at the start of each stage; a cosine down to `min_lr_ratio` follows."""
+    """Steps of linear warm-up at the start of each stage; a cosine down to `min_lr_ratio`
+    follows."""
     min_lr_ratio: float = bounded(0.01, minimum=0, maximum=1)
     """Learning rate at the end of a stage, as a fraction of its peak."""
     beta1: float = bounded(0.9, minimum=0, below=1)
@@ -382,9 +408,11 @@ class StoreConfig(_CheckedConfig):
     """The database of stored rows."""
 
     url: Optional[str] = None
-    """Where rows are stored: a file or postgresql://; empty means `memory.db` in the run's folder."""
+    """Where rows are stored: a file or postgresql://; empty means `memory.db` in the run's
+    folder."""
     value_dtype: Literal["float32", "float16"] = "float32"
-    """Type of stored values; float16 takes half the space, and a resumed run then differs in the last digits."""
+    """Type of stored values; float16 takes half the space, and a resumed run then differs in the
+    last digits."""
     flush_every: int = bounded(20, minimum=1)
     """Steps between two writes of row usage; rows themselves are written at every step."""
 
@@ -394,10 +422,12 @@ class LogitCacheConfig(_CheckedConfig):
     """The teacher's distributions, stored on disk."""
 
     dir: Optional[str] = None
-    """Folder of the teacher's distributions for the end-to-end stage, which then learns from `loss.kl` and `loss.ce`
-    alone; made first where it is missing. Empty means that the teacher runs at every step."""
+    """Folder of the teacher's distributions for the end-to-end stage, which then learns from
+    `loss.kl` and `loss.ce` alone; made first where it is missing. Empty means that the teacher runs
+    at every step."""
     top_k: int = bounded(128, minimum=16)
-    """Outcomes stored of each token's distribution, the likeliest and a sample of the rest: 6 bytes each."""
+    """Outcomes stored of each token's distribution, the likeliest and a sample of the rest: 6 bytes
+    each."""
 
 
 @dataclass(frozen=True)
@@ -407,30 +437,37 @@ class ContextConfig(_CheckedConfig):
     text: Optional[str] = field(default=None, metadata={"multiline": True})
     """The context (task: consolidate); or name a `file`."""
     file: Optional[str] = None
-    """A UTF-8 text file that holds the context; where it is longer than the model reads at once, it is cut into chunks."""
+    """A UTF-8 text file that holds the context; where it is longer than the model reads at once, it
+    is cut into chunks."""
     questions: Optional[str] = None
-    """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and optionally `"kind"`: asked with the context, without, and after."""
+    """A .jsonl file, `{"prompt": ..., "answer": ...}` a line and optionally `"kind"`: asked with
+    the context, without, and after."""
     target: Literal["memory", "weights", "prompt"] = "memory"
-    """Where it goes: rows beside the student's weights, the weights themselves, or embeddings before every text."""
+    """Where it goes: rows beside the student's weights, the weights themselves, or embeddings
+    before every text."""
     objective: Literal["causal_lm", "logits", "hidden_last", "hidden_all", "generated"] = (
         "generated"
     )
-    """What is learned after the context, at every position: `causal_lm`: the context's own tokens, without a teacher; `logits`,
-    `hidden_last`, `hidden_all`: what the model with context computes on the repeated context; `generated`: its distributions on
-    that, on its continuations and on questions it asks itself."""
+    """What is learned after the context, at every position: `causal_lm`: the context's own tokens,
+    without a teacher; `logits`, `hidden_last`, `hidden_all`: what the model with context computes
+    on the repeated context; `generated`: its distributions on that, on its continuations and on
+    questions it asks itself."""
     row_method: Literal["activation_delta", "gradient", "trained"] = "activation_delta"
-    """With `target: memory`, what a row adds: the difference that the context makes to a layer, in one pass; one gradient step;
-    or the first, trained by the objective."""
+    """With `target: memory`, what a row adds: the difference that the context makes to a layer, in
+    one pass; one gradient step; or the first, trained by the objective."""
     trainable: Literal["all", "lora", "slots"] = "lora"
-    """With `target: weights`, which: all of them, a low-rank addition to each matrix (merged at the end), or slots of memories."""
+    """With `target: weights`, which: all of them, a low-rank addition to each matrix (merged at the
+    end), or slots of memories."""
     lora_rank: int = bounded(8, minimum=1, limit=2**14)
     """With `trainable: lora`, its rank."""
     prompt_length: int = bounded(16, minimum=1, limit=2**16)
     """With `target: prompt`, how many embeddings."""
     num_samples: int = bounded(96, minimum=1, limit=2**16)
-    """Texts that `generated` samples from the model with context, for each chunk; drawn again every `resample_every` steps."""
+    """Texts that `generated` samples from the model with context, for each chunk; drawn again every
+    `resample_every` steps."""
     qa_per_sentence: int = bounded(6, minimum=0, limit=2**10)
-    """Questions with answers that `generated` lets the model write about each sentence, few-shot; 0 means none."""
+    """Questions with answers that `generated` lets the model write about each sentence, few-shot; 0
+    means none."""
     resample_every: int = bounded(25, minimum=1)
     """Steps after which `generated` samples new texts."""
     temperature: float = bounded(0.8, above=0)
@@ -446,19 +483,22 @@ class SleepConfig(_CheckedConfig):
     """Facts and rows of a student to be moved into the slots of a new student (task: sleep)."""
 
     tag: Optional[str] = None
-    """Only facts and rows filed under this tag are moved into slots (task: sleep); empty means all."""
+    """Only facts and rows filed under this tag are moved into slots (task: sleep); empty means
+    all."""
     min_hits: int = bounded(0, minimum=0)
     """Only facts and rows that fired at least this often."""
     steps: int = bounded(200, minimum=1, limit=2**31)
     """Training steps."""
     lr: float = bounded(0.03, above=0, maximum=1)
-    """Peak learning rate, in preconditioned units: equally long steps change predictions on unrelated text equally."""
+    """Peak learning rate, in preconditioned units: equally long steps change predictions on
+    unrelated text equally."""
     momentum: float = bounded(0.9, minimum=0, below=1)
     """Momentum of SGD."""
     warmup_steps: int = bounded(10, minimum=0)
     """Steps of linear warm-up."""
     examples_per_step: int = bounded(64, minimum=2, limit=2**16)
-    """Replay examples of new facts in a step, and half as many of facts that earlier transfers have moved."""
+    """Replay examples of new facts in a step, and half as many of facts that earlier transfers have
+    moved."""
     max_paraphrases: int = bounded(3_000, minimum=0, limit=2**20)
     """Most sentences of the training text in which a fact's subject replaces a name."""
     kl_tolerance: float = bounded(0.1, minimum=0)
@@ -486,15 +526,19 @@ class TrainerConfig(_CheckedConfig):
     log_dir: str = "lightning_logs"
     """Each run makes a new folder `version_N` in here."""
     run_name: Optional[str] = None
-    """Name of the run's folder, and so of its curves; empty gives the next number. A resumed run keeps its own."""
+    """Name of the run's folder, and so of its curves; empty gives the next number. A resumed run
+    keeps its own."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     """What to compute on; `auto` takes what is available."""
     devices: int = bounded(1, minimum=1, limit=2**8)
-    """Processes, each with a device of its own, that share each step's windows (DDP); torchrun's number where it is used."""
+    """Processes, each with a device of its own, that share each step's windows (DDP); torchrun's
+    number where it is used."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster than `32-true`."""
+    """Lightning's precision; `auto` times a step and takes `bf16-mixed` where it is clearly faster
+    than `32-true`."""
     num_threads: int = bounded(0, minimum=0, limit=2**10)
-    """Threads each process computes with; 0 measures one against all cores at the start and takes the faster."""
+    """Threads each process computes with; 0 measures one against all cores at the start and takes
+    the faster."""
     log_every: int = bounded(10, minimum=1)
     """Steps between two points of the loss curves."""
     validate_every: int = bounded(200, minimum=0)
@@ -502,9 +546,11 @@ class TrainerConfig(_CheckedConfig):
     checkpoint_every: int = bounded(200, minimum=1)
     """Steps between two checkpoints."""
     progress_bar: bool = True
-    """Show progress: a bar in a terminal or a notebook, otherwise a line in the log every 30 seconds."""
+    """Show progress: a bar in a terminal or a notebook, otherwise a line in the log every 30
+    seconds."""
     loggers: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
-    """Where curves go: `tensorboard`, `csv` (the report needs it), `wandb`, `mlflow`, `comet`, `neptune`, or the path of a Lightning logger's class."""
+    """Where curves go: `tensorboard`, `csv` (the report needs it), `wandb`, `mlflow`, `comet`,
+    `neptune`, or the path of a Lightning logger's class."""
 
 
 @dataclass(frozen=True)
@@ -512,12 +558,14 @@ class Config(_CheckedConfig):
     """All settings of a run."""
 
     task: Literal["distill", "consolidate", "sleep"] = "distill"
-    """`distill` a student from a teacher, `consolidate` a context into a model, or `sleep`: move a student's rows into slots."""
+    """`distill` a student from a teacher, `consolidate` a context into a model, or `sleep`: move a
+    student's rows into slots."""
     seed: int = bounded(0, minimum=0, limit=2**32 - 1)
     """Fixes initial weights, data order and sampled text."""
     teacher: str = "embedded"
-    """`embedded` (ships with dmt), `reader` (the same, trained to use what it reads), `smollm2`, a hub name such as `gpt2`, or a
-    local folder made by `save_pretrained`; with `task: consolidate` or `sleep` also a saved student."""
+    """`embedded` (ships with dmt), `reader` (the same, trained to use what it reads), `smollm2`, a
+    hub name such as `gpt2`, or a local folder made by `save_pretrained`; with `task: consolidate`
+    or `sleep` also a saved student."""
     student: StudentConfig = field(default_factory=StudentConfig)
     memory: MemoryConfig = field(default_factory=FeaturalConfig)
     data: DataConfig = field(default_factory=DataConfig)

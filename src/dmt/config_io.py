@@ -260,7 +260,7 @@ def get_memory_config_class(kind: Any, name: str = "kind") -> type[MemoryConfig]
 def unknown_setting_error(
     name: str, siblings: Iterable[str], all_names: Iterable[str]
 ) -> UnknownSettingError:
-    """Return the error for an unknown key, with the nearest of `siblings`, or else of `all_names`."""
+    """Return the error for an unknown key, with the nearest of `siblings` or `all_names`."""
     siblings, all_names = list(siblings), list(all_names)
     leaf = name.rpartition(".")[2]
     suggestions = get_close_matches(name, siblings, 1, 0.8)
@@ -296,7 +296,7 @@ def _get_group_class(name: str) -> Any:
 
 
 def read_field_docs() -> dict[tuple[str, ...], str]:
-    """Return the text under each field by (class, field), and choices by (class, field, "choices")."""
+    """Return the text under each field by (class, field), choices by (class, field, "choices")."""
     docs: dict[tuple[str, ...], str] = {}
     for node in ast.parse(inspect.getsource(schema)).body:
         if not isinstance(node, ast.ClassDef):
@@ -452,9 +452,9 @@ def check_shared_budget(memories: Sequence[MemoryConfig], prefix: str = "") -> N
         values = list(dict.fromkeys(getattr(memory, setting) for memory in shared))
         if len(values) > 1:
             raise UserError(
-                f"{prefix}{setting} must be the same in all layers with {prefix}k=auto, which share "
-                f"one budget, got {' and '.join(map(format_value, values))}; set {prefix}k to a "
-                "number in the layers that differ"
+                f"{prefix}{setting} must be the same in all layers with {prefix}k=auto, which "
+                f"share one budget, got {' and '.join(map(format_value, values))}; set {prefix}k "
+                "to a number in the layers that differ"
             )
 
 

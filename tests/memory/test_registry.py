@@ -62,7 +62,8 @@ def test_a_path_in_the_settings_imports_the_class(own_memory, tmp_path):
 
 
 def test_layers_may_have_different_kinds(own_memory):
-    rules = f"[{{layers: 0, memory: {{kind: '{KIND}', num_rows: 8}}}}, {{layers: 1, memory: {{kind: dense}}}}]"
+    own = f"{{layers: 0, memory: {{kind: '{KIND}', num_rows: 8}}}}"
+    rules = f"[{own}, {{layers: 1, memory: {{kind: dense}}}}]"
     config = load_config(None, ["memory.k=16", f"student.layer_overrides={rules}"])
     assert resolve_layer_memories(config, 3) == [
         own_memory.RowAttentionConfig(num_rows=8),
@@ -176,13 +177,15 @@ def test_registration_refuses_what_cannot_work():
     class Memory(dmt.MemoryLayer):
         pass
 
-    with pytest.raises(UserError, match="must be a subclass of dmt.MemoryLayer"):
+    with pytest.raises(UserError, match=r"must be a subclass of dmt\.MemoryLayer"):
         dmt.register_memory("test_other", config=EmptyConfig)(torch.nn.Linear)
     with pytest.raises(UserError, match="config=int must be a dataclass"):
         dmt.register_memory("test_other", config=int)(Memory)
     with pytest.raises(UserError, match="must be a word such as low_rank, got a b"):
         dmt.register_memory("a b", config=EmptyConfig)(Memory)
-    with pytest.raises(UserError, match="featural is dmt.memory.featural:FeaturalMemory already"):
+    with pytest.raises(
+        UserError, match=r"featural is dmt\.memory\.featural:FeaturalMemory already"
+    ):
         dmt.register_memory("featural", config=EmptyConfig)(Memory)
 
 

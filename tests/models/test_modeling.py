@@ -1,4 +1,4 @@
-"""The saved student is a transformers model like any other, causal, and equal to the one in memory."""
+"""A saved student is a transformers model like any other, causal, equal to that in memory."""
 
 import subprocess
 import sys
@@ -99,13 +99,14 @@ def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer,
         "from transformers import AutoConfig, AutoModelForCausalLM, pipeline\n"
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)\n"
         f"print(AutoConfig.from_pretrained({str(tmp_path)!r}).model_type)\n"
-        f"print(len(pipeline('text-generation', {str(tmp_path)!r})('the fox', max_new_tokens=3)[0]['generated_text']))\n"
+        f"generate = pipeline('text-generation', {str(tmp_path)!r})\n"
+        "print(len(generate('the fox', max_new_tokens=3)[0]['generated_text']))\n"
     )
-    done = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    name, kind, length = done.stdout.split()
+    assert run.returncode == 0, run.stderr
+    name, kind, length = run.stdout.split()
     assert (name, kind) == ("MemoryGPT2LMHeadModel", "dmt_gpt2")
     assert int(length) > len("the fox")
 

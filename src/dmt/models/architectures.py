@@ -85,7 +85,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         classes=("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
         layers="transformer.h",
         block="mlp",
-        # Conv1D holds its weight as (in, out): neuron i is column i of the first and row i of the second.
+        # Conv1D stores its weight as (in, out): neuron i is column i of c_fc and row i of c_proj.
         tensor_names={
             "keys": "c_fc.weight",
             "key_bias": "c_fc.bias",

@@ -72,8 +72,8 @@ class TransferReport:
     def format_table(self) -> str:
         """Return one line per tensor."""
         return "\n".join(
-            f"{transfer.status:8} {transfer.source:40} {transfer.target:48} {transfer.elements:>12,}"
-            for transfer in self.transfers
+            f"{row.status:8} {row.source:40} {row.target:48} {row.elements:>12,}"
+            for row in self.transfers
         )
 
 
