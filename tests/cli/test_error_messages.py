@@ -897,7 +897,7 @@ COMMANDS = {
     ),
     "sleep without facts": Case(
         ["dmt", "sleep", "--tag", "none", "--replay-data", "text.txt", *MODEL],
-        ["has no rows like that to sleep on", "write facts with dmt memory write"],
+        ["has no facts or rows with this tag and number of hits to transfer", "write facts with dmt memory write"],
     ),
     "sleep with lr nan": Case(
         ["dmt", "sleep", "--lr", "nan", *MODEL], ["--lr must be in (0, 1], got nan"]

@@ -4,18 +4,7 @@ import math
 
 import torch
 
-from dmt.consolidation import sleep, slot_training
-from dmt.consolidation import sleep as sleeping
-
-
-def short_night():
-    """As much prose and as many sentences as tiny models need."""
-    (
-        sleeping.NUM_PROSE_WINDOWS,
-        sleeping.VALIDATION_TOKENS,
-        slot_training.PROSE_WEIGHT,
-        sleep.MAX_PARAPHRASES,
-    ) = 24, 320, 1.0, 24
+from dmt.consolidation import slot_training
 
 
 def spoil(step, where):
@@ -84,11 +73,11 @@ def overflow_in_the_weights():
     DistillationModule.training_step = spoilt
 
 
-def nan_in_the_night():
-    plain, calls = slot_training._ReplayLoss.compute_loss, []
+def nan_in_the_replay_loss():
+    plain, calls = slot_training.ReplayLoss.compute_loss, []
 
     def loss(self, *given):
         calls.append(1)
         return plain(self, *given) * (math.nan if len(calls) > 1 else 1.0)
 
-    slot_training._ReplayLoss.compute_loss = loss
+    slot_training.ReplayLoss.compute_loss = loss

@@ -78,7 +78,8 @@ def test_who_was_killed_holds_nothing(nursery, alone, words, tmp_path, held):
     run = tmp_path / "logs" / "version_0"
     while (
         nursery.run(
-            ["--resume", run], count=[["dmt.distillation.run:evaluate_student"], str(tmp_path / "calls")]
+            ["--resume", run],
+            count=[["dmt.distillation.run:evaluate_student"], str(tmp_path / "calls")],
         ).code
         != 0
     ):
@@ -113,22 +114,17 @@ def test_two_runs_that_write_one_store(nursery, words, tmp_path, held):
     assert release(first).code == 0
 
 
-def test_two_nights_to_one_folder(nursery, material, told, tmp_path, held):
+def test_two_slot_transfers_to_one_folder(nursery, material, told, tmp_path, held):
     start, release = held
     words = ["sleep", "-m", told, "--replay-data", material / "text.txt", *SLEEP, "--output"]
-    order = {"prepare": ["short_night"]}
-    assert nursery.run([*words, tmp_path / "alone"], "dmt", **order).code == 0
-    place = tmp_path / "morning"
-    first = start([*words, place], "dmt.consolidation.sleep:_copy_fact_store", "dmt", **order)
-    said = one_line(
-        nursery.run([*words, place], "dmt", **order),
-        f"--output {place}: another dmt sleep is about to write it",
-    )
-    assert "wait for that, or name another folder" in said
+    assert nursery.run([*words, tmp_path / "alone"], "dmt").code == 0
+    run = tmp_path / "run"
+    first = start([*words, run], "dmt.consolidation.sleep:copy_fact_store", "dmt")
+    one_line(nursery.run([*words, run], "dmt"), f"{run} exists")
+    one_line(nursery.run(["--resume", run]), "another program works on this run")
     assert release(first).code == 0
-    assert weights(place) == weights(tmp_path / "alone")
-    one_line(nursery.run([*words, place], "dmt", **order), f"--output {place} is there already")
-    assert sorted(file.name for file in tmp_path.iterdir() if "morning" in file.name) == ["morning"]
+    assert weights(run / "student") == weights(tmp_path / "alone" / "student")
+    one_line(nursery.run([*words, run], "dmt"), f"{run} exists")
 
 
 def test_two_that_write_the_teachers_answers(nursery, words, tmp_path, held):

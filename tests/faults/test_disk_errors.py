@@ -39,9 +39,9 @@ STAGES = [
 ]
 
 
-def one_line(ended, *parts):
-    """Whether a program ended as one does that a person can help: its last line."""
-    assert ended.code == 2, ended
+def one_line(ended, *parts, code=2):
+    """The last line of a program that ended with an error: code 2 for a mistake, 1 for a failure."""
+    assert ended.code == code, ended
     assert "Traceback" not in ended.err, ended.err
     assert ended.last.startswith("error: "), ended.err
     for part in parts:
@@ -205,15 +205,15 @@ def test_facts(nursery, told, small_disk, tmp_path, do):
     ("function", "do"),
     some(
         [
-            ("sleep:_copy_fact_store", "fill"),
+            ("sleep:copy_fact_store", "fill"),
             ("slot_training:KFACParameters.update_model", "fill"),
-            ("sleep:_copy_fact_store", "readonly"),
+            ("sleep:copy_fact_store", "readonly"),
         ]
     ),
 )
-def test_a_night(nursery, material, told, small_disk, function, do):
+def test_a_slot_transfer(nursery, material, told, small_disk, function, do):
     disk = small_disk(4)
-    student = copied(told, disk / "student")
+    student, run = copied(told, disk / "student"), disk / "run"
     before = {file.name: file.read_bytes() for file in student.iterdir()}
     words = [
         "sleep",
@@ -223,25 +223,23 @@ def test_a_night(nursery, material, told, small_disk, function, do):
         material / "text.txt",
         *SLEEP,
         "--output",
-        disk / "morning",
+        run,
     ]
     moment = {"in": f"dmt.consolidation.{function}", "do": do, "about": str(disk)}
-    said = one_line(
-        nursery.run(words, "dmt", prepare=["short_night"], moments=[moment]), disk / "morning"
-    )
-    assert "sleep again with: dmt sleep" in said
-    assert not (disk / "morning").exists()
+    said = one_line(nursery.run(words, "dmt", moments=[moment]), run, code=1)
+    assert f"--resume {run}" in said
+    assert not (run / "student").exists()
     if do == "fill":
-        assert not (disk / ".morning.partial").exists()
+        assert not (run / ".student.partial").exists()
         (disk / "filler").unlink()
     else:
         subprocess.run(["umount", str(disk)], check=True)
     assert {
         file.name: file.read_bytes() for file in student.iterdir() if file.name in before
     } == before
-    assert nursery.run(words, "dmt", prepare=["short_night"]).code == 0
-    assert weights(disk / "morning") != weights(student)
-    assert not (disk / ".morning.partial").exists()
+    assert nursery.run(["--resume", run]).code == 0
+    assert weights(run / "student") != weights(student)
+    assert not (run / ".student.partial").exists()
 
 
 @pytest.fixture

@@ -167,7 +167,13 @@ def alive(program):
 def test_the_teachers_answers_being_written(nursery, alone, words, tmp_path):
     place = tmp_path / "answers"
     given = [*words, *CACHE, f"logit_cache.dir={place}"]
-    killed(nursery, given, "dmt.distillation.logit_cache:_sample_window", 5, int(drawn("cache", 1) * 100))
+    killed(
+        nursery,
+        given,
+        "dmt.distillation.logit_cache:_sample_window",
+        5,
+        int(drawn("cache", 1) * 100),
+    )
     assert [file for file in place.iterdir() if file.name.endswith(".partial")]
     assert not (place / "logits.npy").exists()
     assert not (tmp_path / "logs").exists()
@@ -179,7 +185,11 @@ def test_the_teachers_answers_being_written(nursery, alone, words, tmp_path):
 def test_a_consolidation_that_writes_rows(nursery, material, tmp_path, consolidated):
     words = consolidation(material, tmp_path)
     killed(
-        nursery, words, "dmt.consolidation.rows:write_activation_deltas", 1, int(drawn("rows", 1) * 2_000)
+        nursery,
+        words,
+        "dmt.consolidation.rows:write_activation_deltas",
+        1,
+        int(drawn("rows", 1) * 2_000),
     )
     run = tmp_path / "logs" / "version_0"
     assert not (run / "student").exists()
@@ -259,37 +269,52 @@ def test_a_first_fact_being_written(nursery, told, tmp_path):
         "--calibration-text",
         prose_in(tmp_path),
     ]
-    killed(nursery, words, "dmt.store.facts:FactTable.create", 1, int(drawn("first", 1) * 300), "dmt")
+    killed(
+        nursery, words, "dmt.store.facts:FactTable.create", 1, int(drawn("first", 1) * 300), "dmt"
+    )
     load(student)
     assert nursery.run(words, "dmt").code == 0
     assert book_of(student) == book_of(told)
 
 
-SLEEP = ["--steps", "6", "--lr", "0.1"]
+SLEEP = [
+    "--steps",
+    "6",
+    "--lr",
+    "0.1",
+    "sleep.num_windows=24",
+    "sleep.eval_tokens=320",
+    "sleep.unrelated_kl_weight=1",
+    "sleep.max_paraphrases=24",
+    "trainer.checkpoint_every=2",
+    "trainer.progress_bar=false",
+]
 
 
 @pytest.mark.parametrize(
     "function",
-    ["dmt.consolidation.slot_training:KFACParameters.update_model", "dmt.consolidation.sleep:_copy_fact_store"],
+    [
+        "dmt.consolidation.slot_training:KFACParameters.update_model",
+        "dmt.consolidation.sleep:copy_fact_store",
+    ],
 )
-def test_a_night(nursery, material, told, tmp_path, function):
+def test_a_slot_transfer(nursery, material, told, tmp_path, function):
     student = copied(told, tmp_path / "student")
     before = {file.name: file.read_bytes() for file in student.iterdir()}
     words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP, "--output"]
-    assert nursery.run([*words, tmp_path / "whole"], "dmt", prepare=["short_night"]).code == 0
-    place = tmp_path / "morning"
+    assert nursery.run([*words, tmp_path / "complete"], "dmt").code == 0
+    run = tmp_path / "run"
     killed(
         nursery,
-        [*words, place],
+        [*words, run],
         function,
         1,
         int(drawn(function, 1) * 200),
         "dmt",
-        prepare=["short_night"],
     )
-    assert not place.exists()
+    assert not (run / "student").exists()
     after = {file.name: file.read_bytes() for file in student.iterdir()}
     assert {name: after[name] for name in before} == before
-    assert nursery.run([*words, place], "dmt", prepare=["short_night"]).code == 0
-    assert weights(place) == weights(tmp_path / "whole")
-    assert not list(tmp_path.glob(".morning*"))
+    assert nursery.run(["--resume", run]).code == 0
+    assert weights(run / "student") == weights(tmp_path / "complete" / "student")
+    assert not list(run.glob(".student*"))

@@ -8,6 +8,7 @@ import torch
 
 from faults.subprocesses import ROWS, consolidation, rows_of, whole_files
 from faults.test_disk_errors import one_line
+from faults.test_kill import SLEEP
 
 
 @pytest.mark.parametrize(
@@ -77,10 +78,7 @@ def test_weights_that_no_gradient_has_told_of_are_not_saved(nursery, words, tmp_
 
 def test_before_the_first_checkpoint(nursery, words, tmp_path):
     said = one_line(nursery.run([*words, "stages.layerwise_lr=1e30"]))
-    assert (
-        "there is no checkpoint yet, begin again with a lower rate: dmt distill --resume"
-        in said
-    )
+    assert "there is no checkpoint yet, begin again with a lower rate: dmt distill --resume" in said
     assert said.endswith("stages.layerwise_lr=2.5e+29")
     assert not (tmp_path / "logs" / "version_0" / "checkpoints").exists()
 
@@ -95,20 +93,10 @@ def test_a_consolidation(nursery, material, tmp_path):
     assert not (tmp_path / "logs" / "version_0" / "student").exists()
 
 
-def test_a_night(nursery, material, told, tmp_path):
-    words = [
-        "sleep",
-        "-m",
-        told,
-        "--replay-data",
-        material / "text.txt",
-        "--steps",
-        "6",
-        "--output",
-        tmp_path / "morning",
-    ]
-    said = one_line(nursery.run(words, "dmt", prepare=["short_night", "nan_in_the_night"]))
-    assert said.endswith(
-        "step 2 of the night: the loss of new is not finite; nothing was kept; sleep with a lower --lr than 0.03"
-    )
-    assert not (tmp_path / "morning").exists()
+def test_a_slot_transfer(nursery, material, told, tmp_path):
+    run = tmp_path / "run"
+    words = ["sleep", "-m", told, "--replay-data", material / "text.txt", *SLEEP, "--output", run]
+    said = one_line(nursery.run(words, "dmt", prepare=["nan_in_the_replay_loss"]))
+    assert "step 2: the loss is not finite" in said
+    assert said.endswith(f"--resume {run} sleep.lr=0.025")
+    assert not (run / "student").exists()

@@ -101,8 +101,18 @@ def test_the_teachers_answers_being_written(nursery, words, tmp_path):
     ("name", "into", "function", "nth"),
     [
         ("SIGTERM", "memory", "dmt.consolidation.rows:write_activation_deltas", 1),
-        ("SIGINT", "weights", "dmt.consolidation.module:ContextDistillationModule.training_step", 3),
-        ("SIGTERM", "weights", "dmt.consolidation.module:ContextDistillationModule.measure_scales", 1),
+        (
+            "SIGINT",
+            "weights",
+            "dmt.consolidation.module:ContextDistillationModule.training_step",
+            3,
+        ),
+        (
+            "SIGTERM",
+            "weights",
+            "dmt.consolidation.module:ContextDistillationModule.measure_scales",
+            1,
+        ),
         ("SIGINT", "weights", "dmt.consolidation.run:evaluate_student", 1),
     ],
     ids=lambda part: str(part).rpartition(":")[2],
@@ -117,36 +127,28 @@ def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, 
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "where"),
+    ("name", "function", "is_named"),
     [
-        ("SIGTERM", "slot_training:KFACParameters.update_model", "a run"),
-        ("SIGINT", "sleep:_copy_fact_store", "a folder"),
-        ("SIGTERM", "sleep:_evaluate_transfer", "a run"),
+        ("SIGTERM", "slot_training:KFACParameters.update_model", False),
+        ("SIGINT", "sleep:copy_fact_store", True),
+        ("SIGTERM", "sleep:evaluate_transfer", False),
     ],
 )
-def test_a_night(nursery, material, told, tmp_path, name, function, where):
+def test_a_slot_transfer(nursery, material, told, tmp_path, name, function, is_named):
     student = copied(told, tmp_path / "student")
     before = {file.name: file.read_bytes() for file in student.iterdir()}
-    place = (
-        tmp_path / "morning"
-        if where == "a folder"
-        else tmp_path / "lightning_logs" / "version_0" / "student"
-    )
+    run = tmp_path / "run" if is_named else tmp_path / "lightning_logs" / "version_0"
     words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP]
-    words += ["--output", place] if where == "a folder" else []
-    order = {"prepare": ["short_night"], "cwd": str(tmp_path)}
+    words += ["--output", run] if is_named else []
+    order = {"cwd": str(tmp_path)}
     said = stopped(nursery, words, name, f"dmt.consolidation.{function}", 1, program="dmt", **order)
-    if function == "sleep:_evaluate_transfer":
-        assert said.startswith("stopped while it was measured; the new student is whole: ")
-        assert (place / "memory.db").exists()
-    else:
-        assert f"{student} is as it was and nothing of the night was kept" in said
-        assert not place.exists()
-        assert not list(tmp_path.glob(".morning*"))
-        assert not list(tmp_path.glob("lightning_logs/*"))
+    assert f"--resume {run if is_named else run.relative_to(tmp_path)}" in said
+    assert (run / "student").exists() == (function == "sleep:evaluate_transfer")
     assert {
         file.name: file.read_bytes() for file in student.iterdir() if file.name in before
     } == before
+    assert nursery.run(["--resume", run], **order).code == 0
+    assert (run / "student" / "memory.db").exists()
 
 
 def test_facts_being_written(nursery, told, tmp_path):
@@ -157,7 +159,9 @@ def test_facts_being_written(nursery, told, tmp_path):
         "-m",
         copied(told, tmp_path / "student"),
     ]
-    said = stopped(nursery, words, "SIGTERM", "dmt.editing.fact_store:prepare_facts", 1, program="dmt")
+    said = stopped(
+        nursery, words, "SIGTERM", "dmt.editing.fact_store:prepare_facts", 1, program="dmt"
+    )
     assert said == "stopped; finished work is saved"
 
 

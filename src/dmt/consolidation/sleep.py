@@ -200,8 +200,8 @@ def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
     )
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
-    folder = find_student_folder(config.teacher)
-    if folder is None:
+    folder = find_student_folder(config.teacher) or Path(config.teacher).expanduser()
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"teacher={config.teacher} is not a saved student; give the folder of a run or student"
         )

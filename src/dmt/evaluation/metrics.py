@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from dmt.data.corpora import Corpus, Probe, load_corpus
 from dmt.data.windows import get_prefix_ids, select_first_windows, token_stream
 from dmt.distributed import all_reduce_sum
 from dmt.errors import UserError
+from dmt.evaluation.questions import Question, score_answers
 from dmt.memory.associative import RetrievalStats
 from dmt.memory.usage import UsageCounts
 from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
-from dmt.models.forward import forward_with_activations
+from dmt.models.forward import forward_with_activations, forward_with_prefix
 from dmt.ops import kl
 
 METRIC_NAMES = (
@@ -259,29 +261,19 @@ def measure_fidelity(
     return metrics
 
 
-@torch.no_grad()
-def measure_recall(
-    model: PreTrainedModel, tokenizer: Any, probes: list[Probe], batch_size: int = 128
-) -> float:
-    """Return the share of probes whose complete answer greedy decoding generates."""
-    correct, device = 0, next(model.parameters()).device
-    prefix = get_prefix_ids(tokenizer)
-    prompts = [
-        prefix + tokenizer(probe.prompt, add_special_tokens=False)["input_ids"] for probe in probes
-    ]
-    answers = [tokenizer(probe.answer, add_special_tokens=False)["input_ids"] for probe in probes]
-    order = sorted(range(len(probes)), key=lambda i: len(prompts[i]) + len(answers[i]))
+def measure_recall(model: PreTrainedModel, tokenizer: Any, probes: Sequence[Probe]) -> float:
+    """Return the share of probes whose complete answer greedy decoding generates.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        probes: prompts with one correct answer each.
+    """
+    predict = partial(forward_with_prefix, model, get_prefix_ids(tokenizer))
+    questions = [Question(probe.prompt, probe.answer) for probe in probes]
     with eval_mode(model):
-        for indices in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            sequences = [torch.tensor(prompts[i] + answers[i]) for i in indices]
-            # Padding is on the right, where a causal model does not see it.
-            tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
-            predicted = forward_with_activations(model, tokens).logits[:, :-1].argmax(-1)
-            matches = predicted == tokens[:, 1:]
-            for row, i in enumerate(indices):
-                end = len(prompts[i]) + len(answers[i]) - 1
-                correct += bool(matches[row, len(prompts[i]) - 1 : end].all())
-    return correct / len(probes)
+        device = next(model.parameters()).device
+        return score_answers(predict, tokenizer, questions, device).recall
 
 
 @torch.no_grad()

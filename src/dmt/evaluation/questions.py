@@ -166,10 +166,8 @@ def score_answers(
             span = slice(
                 len(prompt_ids[index]) - 1, len(prompt_ids[index]) + len(answer_ids[index]) - 1
             )
-            nlls[index], correct[index] = (
-                float(token_nlls[row, span].sum()),
-                bool(matches[row, span].all()),
-            )
+            nlls[index] = float(token_nlls[row, span].sum())
+            correct[index] = bool(matches[row, span].all())
     return AnswerScores(nlls, correct)
 
 
