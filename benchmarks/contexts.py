@@ -1,4 +1,4 @@
-"""Contexts for the embedded teacher, and questions about them: held-out people told once, asked in words seen and unseen.
+"""Write contexts about invented people for the embedded teacher, and questions about them.
 
 python -m benchmarks.contexts          # writes configs/consolidation/person.* and people.*
 """
@@ -20,17 +20,15 @@ from dmt.data.synthetic import (
 )
 from dmt.evaluation.questions import Question
 
-PLACE = Path(__file__).parents[1] / "configs" / "consolidation"
-SEED = 7
-"""Of the shipped people; the first of them is the person, the rest are the page."""
-STATED = 5
-"""Phrasings that state a fact, the first of each relation; the sixth asks for it."""
+FOLDER = Path(__file__).parents[1] / "configs" / "consolidation"
+SEED = 7  # of the shipped people; the first is the person, the rest are the page
+STATED = 5  # phrasings of a relation that state a fact; the sixth asks for it
 
 
-def told(person: Person, draw: random.Random) -> tuple[str, dict[str, int]]:
-    """A paragraph about a person, every relation once, and the phrasing of each."""
+def write_paragraph(person: Person, rng: random.Random) -> tuple[str, dict[str, int]]:
+    """Return a paragraph with every relation of a person, and the phrasing of each."""
     phrasings = {
-        relation: draw.randrange(STATED) for relation in draw.sample(RELATIONS, len(RELATIONS))
+        relation: rng.randrange(STATED) for relation in rng.sample(RELATIONS, len(RELATIONS))
     }
     sentences = []
     for relation, phrasing in phrasings.items():
@@ -49,29 +47,31 @@ def told(person: Person, draw: random.Random) -> tuple[str, dict[str, int]]:
 
 
 def page(people: list[Person], seed: int) -> tuple[str, list[Question]]:
-    """A paragraph a person; of each fact questions as written, in other phrasings the teacher knows, and in unseen ones."""
-    draw, paragraphs, questions = random.Random(f"page-{seed}"), [], []
+    """Return a paragraph per person, and questions in stated, trained and unseen phrasings."""
+    rng, paragraphs, questions = random.Random(f"page-{seed}"), [], []
     for person in people:
-        paragraph, phrasings = told(person, draw)
+        paragraph, phrasings = write_paragraph(person, rng)
         paragraphs.append(paragraph)
         for relation, phrasing in phrasings.items():
-            other = draw.choice([each for each in range(TRAINED_PHRASINGS) if each != phrasing])
+            other = rng.choice(
+                [number for number in range(TRAINED_PHRASINGS) if number != phrasing]
+            )
             unseen = range(TRAINED_PHRASINGS, TRAINED_PHRASINGS + HELD_OUT_PHRASINGS)
-            for kind, which in [
+            for question_type, number in [
                 ("as written", phrasing),
                 ("in other words", other),
-                *(("unseen words", each) for each in unseen),
+                *(("unseen words", unseen_number) for unseen_number in unseen),
             ]:
-                asked = make_probe(person, relation, which)
-                questions.append(Question(asked.prompt, asked.answer, kind))
+                probe = make_probe(person, relation, number)
+                questions.append(Question(probe.prompt, probe.answer, question_type))
     return "\n\n".join(paragraphs), questions
 
 
 def write(name: str, text: str, questions: list[Question]) -> None:
-    """As `configs/consolidation/NAME.txt` and `.jsonl`."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    (PLACE / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
-    (PLACE / f"{name}.jsonl").write_text(
+    """Write `configs/consolidation/NAME.txt` and `NAME.jsonl`."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    (FOLDER / f"{name}.jsonl").write_text(
         "".join(json.dumps(vars(question)) + "\n" for question in questions), encoding="utf-8"
     )
 

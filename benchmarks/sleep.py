@@ -1,12 +1,14 @@
-"""Nights of sleep, one after the other: facts about new people are written each day and moved into slots each night.
+"""Rounds of slot transfers: facts about new people are written and moved into slots in each round.
 
-    python benchmarks/sleep.py [--student lightning_logs/version_0] [--nights 10] [--facts 100] [--steps N] [--threads 1]
+    python -m benchmarks.sleep [--model lightning_logs/version_0] [--rounds 10] [--facts 100]
+                               [--steps N] [--lr X] [--threads 1]
 
-A row is a night. `evening`: share of the day's facts that are answered as written, with rows; `morning`: by the new student,
-without. `other words`: the same facts asked in two of the phrasings they were not written in, evening -> morning. `first night`,
-`all nights`: what was learnt in the first, and in all so far, as the new student answers it. `rows`: left. `KL`: on held-out
-speeches (validation windows), in nats per token, from the student of the evening and from the one before the first day. `known
-people`: facts of the teacher's own training text. Seconds are those of the night, with the measuring that `dmt sleep` does.
+A row is a round. `recall before`: share of the round's facts that the student predicts with rows;
+`recall after`: by the new student, without. `paraphrases`: the same facts in two of the phrasings
+they were not written in, before -> after. `first round`, `all rounds`: recall of the facts of the
+first round, and of all so far, by the new student. `rows`: rows that remain. `KL round` and `KL
+start`: on held-out speeches, nats per token, from the student before the round and before round 1.
+`known people`: recall of facts of the teacher's training text. Seconds include the evaluation.
 """
 
 from __future__ import annotations
@@ -19,15 +21,8 @@ from pathlib import Path
 
 import torch
 
-from dmt.consolidation.replay import pack_windows
-from dmt.consolidation.sleep import (
-    DEFAULT_LR,
-    DEFAULT_STEPS,
-    MAX_WINDOW_TOKENS,
-    VALIDATION_TOKENS,
-    plan_slot_transfer,
-    transfer_rows,
-)
+from dmt.config import SleepConfig
+from dmt.consolidation.sleep import transfer_to_slots
 from dmt.data.corpora import load_corpus
 from dmt.data.synthetic import (
     RELATIONS,
@@ -37,91 +32,110 @@ from dmt.data.synthetic import (
     make_probe,
     make_unseen_people,
 )
+from dmt.data.windows import pack_windows
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore
 from dmt.evaluation.metrics import measure_fidelity, measure_recall
 from dmt.models.loading import load, resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
-COLUMNS = "night | evening | morning | other words | first night | all nights | rows | KL evening | KL first day | known people | seconds"
+CORPORA = ("speeches", "biographies")
+COLUMNS = (
+    "round",
+    "recall before",
+    "recall after",
+    "paraphrases",
+    "first round",
+    "all rounds",
+    "rows",
+    "KL round",
+    "KL start",
+    "known people",
+    "seconds",
+)
 
 
-def day(people: list[Person], draw: random.Random) -> tuple[list[Probe], list[Probe]]:
-    """Facts about people in a phrasing each, and the same in two others."""
-    written, others = [], []
+def make_probes(people: list[Person], rng: random.Random) -> tuple[list[Probe], list[Probe]]:
+    """Return facts about people in one phrasing each, and the same in two others."""
+    probes, paraphrases = [], []
     for person in people:
         for relation in RELATIONS:
-            way = draw.randrange(TRAINED_PHRASINGS)
-            written.append(make_probe(person, relation, way))
-            ways = draw.sample([each for each in range(TRAINED_PHRASINGS) if each != way], 2)
-            others += [make_probe(person, relation, each) for each in ways]
-    return written, others
+            phrasing = rng.randrange(TRAINED_PHRASINGS)
+            probes.append(make_probe(person, relation, phrasing))
+            others = [number for number in range(TRAINED_PHRASINGS) if number != phrasing]
+            paraphrases += [
+                make_probe(person, relation, number) for number in rng.sample(others, 2)
+            ]
+    return probes, paraphrases
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--student")
-    parser.add_argument("--nights", type=int, default=10)
+    defaults = SleepConfig()
+    parser.add_argument("--model")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--lr", type=float, default=DEFAULT_LR)
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--lr", type=float, default=defaults.lr)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    torch.set_num_threads(options.threads)
-    first = resolve_student_folder(options.student)
-    corpora = [load_corpus(name) for name in ("speeches", "biographies")]
-    original, tokenizer = load(first)
+    torch.set_num_threads(args.threads)
+    source = resolve_student_folder(args.model)
+    corpora = [load_corpus(name) for name in CORPORA]
+    original, tokenizer = load(source)
+    seq_len = defaults.max_window_tokens
     held_out = pack_windows(
-        corpora[0].validation, tokenizer, MAX_WINDOW_TOKENS, VALIDATION_TOKENS // MAX_WINDOW_TOKENS
+        corpora[0].validation, tokenizer, seq_len, defaults.eval_tokens // seq_len
     )
-    each = -(-options.facts // len(RELATIONS))
-    people, draw = make_unseen_people(each * options.nights), random.Random(0)
-    days: list[list[Probe]] = []
-    print(f"| {COLUMNS} |\n|{'---:|' * len(COLUMNS.split('|'))}", flush=True)
-    with tempfile.TemporaryDirectory() as place:
-        student = Path(place) / "night_0"
-        shutil.copytree(first, student)
-        for night in range(1, options.nights + 1):
-            written, others = day(people[each * (night - 1) : each * night], draw)
-            days.append(written)
-            with FactStore.open(student) as book:
-                book.write_many(
+    people_per_round = -(-args.facts // len(RELATIONS))
+    people, rng = make_unseen_people(people_per_round * args.rounds), random.Random(0)
+    probes_by_round: list[list[Probe]] = []
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * len(COLUMNS)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        student = Path(folder) / "round_0" / "student"
+        shutil.copytree(source, student)
+        for number in range(1, args.rounds + 1):
+            first = people_per_round * (number - 1)
+            probes, paraphrases = make_probes(people[first : first + people_per_round], rng)
+            probes_by_round.append(probes)
+            with FactStore.open(student) as fact_store:
+                fact_store.write_many(
                     [
-                        Fact(fact.prompt, fact.answer, fact.person, f"day {night}")
-                        for fact in written
+                        Fact(probe.prompt, probe.answer, probe.person, f"round {number}")
+                        for probe in probes
                     ]
                 )
-                at_evening = measure_recall(book.model, tokenizer, others)
-            found = transfer_rows(
-                plan_slot_transfer(student),
-                corpora,
-                Path(place) / f"night_{night}",
-                options.steps,
-                options.lr,
-                night,
+                paraphrases_before = measure_recall(fact_store.model, tokenizer, paraphrases)
+            result = transfer_to_slots(
+                student,
+                steps=args.steps,
+                lr=args.lr,
+                seed=number,
+                replay_data=CORPORA,
+                output=Path(folder) / f"round_{number}",
+                trainer={"progress_bar": False, "num_threads": args.threads, "validate_every": 0},
             )
-            shutil.rmtree(student)
-            student = Path(found.student)
+            shutil.rmtree(student.parent)
+            student = Path(result.student)
             model = load(student)[0]
-            cells = [f"{found.recall_before:.3f}", f"{found.recall_after:.3f}"]
-            cells.append(f"{at_evening:.3f} -> {measure_recall(model, tokenizer, others):.3f}")
-            cells += [
-                f"{measure_recall(model, tokenizer, asked):.3f}"
-                for asked in (days[0], [fact for each in days for fact in each])
-            ]
-            cells += [
-                str(found.remaining_rows),
-                f"{found.kl['speeches']:.1e}",
+            all_probes = [probe for group in probes_by_round for probe in group]
+            cells = [
+                str(number),
+                f"{result.recall_before:.3f}",
+                f"{result.recall_after:.3f}",
+                f"{paraphrases_before:.3f} -> {measure_recall(model, tokenizer, paraphrases):.3f}",
+                f"{measure_recall(model, tokenizer, probes_by_round[0]):.3f}",
+                f"{measure_recall(model, tokenizer, all_probes):.3f}",
+                str(result.remaining_rows),
+                f"{result.kl['speeches']:.1e}",
                 f"{measure_fidelity(model, original, held_out).kl:.1e}",
-            ]
-            cells += [
                 f"{measure_recall(model, tokenizer, corpora[1].probes):.3f}",
-                f"{found.seconds:.0f}",
+                f"{result.seconds:.0f}",
             ]
-            print(f"| {night} | {' | '.join(cells)} |", flush=True)
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -444,8 +444,8 @@ def test_shipped_contexts_equal_the_output_of_their_script():
     people = contexts.make_unseen_people(9, seed=contexts.SEED)
     for name, some in (("person", people[:1]), ("people", people[1:])):
         text, questions = contexts.page(some, contexts.SEED)
-        assert (contexts.PLACE / f"{name}.txt").read_text() == text + "\n"
-        assert load_questions(contexts.PLACE / f"{name}.jsonl") == questions
+        assert (contexts.FOLDER / f"{name}.txt").read_text() == text + "\n"
+        assert load_questions(contexts.FOLDER / f"{name}.jsonl") == questions
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ def test_recall_counts_answers_that_greedy_decoding_generates(teacher, tokenizer
                 [wrong, generate_greedy(teacher, torch.cat([ids[0], wrong])[None], 2)[0]]
             )
         probes.append(Probe(prompt, _ExactAnswer(answer_ids.tolist()), "", "", 0))
-    assert measure_recall(
-        teacher, _ExactTokenizer(tokenizer), probes, batch_size=3
-    ) == pytest.approx(2 / 4)
+    recall = measure_recall(teacher, _ExactTokenizer(tokenizer), probes)
+    assert recall == pytest.approx(2 / 4)
 
 
 class _ExactAnswer(str):

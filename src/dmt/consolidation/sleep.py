@@ -206,7 +206,8 @@ def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
             f"teacher={config.teacher} is not a saved student; give the folder of a run or student"
         )
     plan = plan_slot_transfer(folder, config.sleep.tag, config.sleep.min_hits)
-    corpora = [load_corpus(source, config.seed) for source in config.data.corpora]
+    # Not with `config.seed`: splits are those that the student was most likely distilled on.
+    corpora = [load_corpus(source) for source in config.data.corpora]
     is_new = run_dir is None or newest_checkpoint(run_dir) is None
     run_dir = run_dir or create_run_dir(config)
     slot_transfer.log_plan(config, run_dir, plan)
