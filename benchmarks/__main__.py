@@ -1,12 +1,13 @@
-"""Every benchmark of speed, one table after the other: `python -m benchmarks`.
+"""Run every benchmark of speed, one table after the other: `python -m benchmarks`.
 
     python -m benchmarks [--only decode,step] [--quick] [--threads N] [--out FILE.json]
     python -m benchmarks --compare BEFORE.json AFTER.json
 
 Prints the tables with machine, versions and commit, and writes the same as JSON, by default to
-`lightning_logs/benchmarks/COMMIT.json`; `--compare` tells two such files apart, figure by figure. Each table is made by a
-process of its own. `--quick` takes tiny shapes: to see that everything runs, not for its figures. All of it takes about
-half an hour on two cores; each also runs alone, `python -m benchmarks.decode` say, with more to choose.
+`lightning_logs/benchmarks/COMMIT.json`; `--compare` shows how the figures of two such files differ.
+Each table is measured by a process of its own. `--quick` uses tiny shapes: it shows that everything
+runs, and its figures mean nothing. All takes about half an hour on two cores. Each benchmark also
+runs alone with more options, for example `python -m benchmarks.decode`.
 """
 
 from __future__ import annotations
@@ -31,65 +32,71 @@ TABLES = {
 }
 
 
-def one(name: str, quick: bool, threads: int | None) -> list[Row]:
-    """The rows of one benchmark, from a process of its own."""
-    words = [sys.executable, "-m", "benchmarks", "--child", name, *(["--quick"] if quick else [])]
-    words += ["--threads", str(threads)] if threads else []
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
+def run_table(name: str, quick: bool, threads: int | None) -> list[Row]:
+    """Return the rows of one benchmark, measured by a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "--child", name, *(["--quick"] if quick else [])]
+    command += ["--threads", str(threads)] if threads else []
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
         raise SystemExit(
-            f"error: {name} ended with {done.returncode}; python -m benchmarks.{name} shows more"
+            f"error: {name} ended with {process.returncode}; python -m benchmarks.{name} shows more"
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(TABLES), help=f"some of {', '.join(TABLES)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
-    parser.add_argument("--threads", type=int, help="as many as torch takes, if not given")
-    parser.add_argument("--out", type=Path, help="the file of figures")
+    parser.add_argument("--threads", type=int, help="number of threads (default: torch's)")
+    parser.add_argument("--out", type=Path, help="file for the figures")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two such files"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
+    return parser
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.child:
         import torch
 
-        if given.threads:
-            torch.set_num_threads(given.threads)
-        print(json.dumps(importlib.import_module(f"benchmarks.{given.child}").figures(given.quick)))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        print(json.dumps(importlib.import_module(f"benchmarks.{args.child}").figures(args.quick)))
         return
-    if given.compare:
-        before, after = map(read, given.compare)
-        for told, place in ((before, given.compare[0]), (after, given.compare[1])):
-            print(
-                f"{place}: "
-                + ", ".join(f"{name} {value}" for name, value in told["machine"].items())
-            )
-        print(table(compared(before, after)) or "no figure is in both")
+    if args.compare:
+        print_comparison(*args.compare)
         return
-    chosen = given.only.split(",")
-    if odd := [name for name in chosen if name not in TABLES]:
-        parser.error(f"--only {odd[0]}: there are {', '.join(TABLES)}")
-    where = machine()
-    place = (
-        given.out
-        or Path("lightning_logs") / "benchmarks" / f"{where['commit'].replace('+', '-')}.json"
-    )
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    made: dict[str, list[Row]] = {}
-    for name in chosen:
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in TABLES]:
+        parser.error(f"--only {unknown[0]}: there are {', '.join(TABLES)}")
+    environment = machine()
+    commit = environment["commit"].replace("+", "-")
+    path = args.out or Path("lightning_logs") / "benchmarks" / f"{commit}.json"
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
+    tables: dict[str, list[Row]] = {}
+    for name in names:
         print(f"\n## {name}: {TABLES[name]}\n", flush=True)
-        made[name] = one(name, given.quick, given.threads)
-        print(table(made[name]), flush=True)
-        write(
-            place, made, where
-        )  # after each, so that a benchmark that fails costs none of those before
-    print(f"\nthe figures are in {place}; python -m benchmarks --compare {place} OTHER.json")
+        tables[name] = run_table(name, args.quick, args.threads)
+        print(table(tables[name]), flush=True)
+        write(path, tables, environment)
+    print(f"\nthe figures are in {path}; python -m benchmarks --compare {path} OTHER.json")
+
+
+def print_comparison(before_path: Path, after_path: Path) -> None:
+    """Print the figures that two files share, those that changed most first."""
+    before, after = read(before_path), read(after_path)
+    for path, figures in ((before_path, before), (after_path, after)):
+        environment = ", ".join(f"{name} {value}" for name, value in figures["machine"].items())
+        print(f"{path}: {environment}")
+    print(table(compared(before, after)) or "no figure is in both")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from dmt.config import (
 from dmt.distillation.calibration import calibrate_memories
 from dmt.distillation.logit_cache import (
     open_logit_cache,
-    pack_records,
+    pack_record,
     sample_distribution,
     unpack_records,
 )
@@ -278,13 +278,13 @@ def _loss(
     settings = settings_of(name, folder, chunk)
     records: Any = None
     if way.endswith("cache"):
-        k, places = settings.logit_cache.top_k, torch.rand(len(theirs), 1, generator=generator)
-        pieces = zip(theirs.split(64), places.split(64), strict=True)
+        k, offsets = settings.logit_cache.top_k, torch.rand(len(theirs), 1, generator=generator)
+        parts = zip(theirs.split(block), offsets.split(block), strict=True)
         with torch.no_grad():
-            records = np.concatenate(
+            records = np.stack(
                 [
-                    pack_records(sample_distribution(heads[1](part), k, begins), config.vocab_size)
-                    for part, begins in pieces
+                    pack_record(window, sample_distribution(heads[1](part), k, part_offsets))
+                    for window, (part, part_offsets) in enumerate(parts)
                 ]
             )
     batch = Batch.full_step(tokens)
@@ -311,7 +311,7 @@ def _loss(
         shape = (windows, block, -1)
         teacher: Any = ForwardOutputs(theirs.view(shape), heads[1])
         if records is not None:
-            teacher = unpack_records(records, settings.logit_cache.top_k, config.vocab_size)
+            teacher = unpack_records(records)
         scales = LossScales(torch.ones(1), torch.ones(()))
         return compute_loss_terms(
             ForwardOutputs(mine.view(shape), heads[0]), teacher, batch, settings.loss, scales

@@ -138,11 +138,11 @@ def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
                         "figure": figure,
                         "before": before[key],
                         "after": after[key],
-                        "ppl_ratio": ratio,
+                        "ratio": ratio,
                     }
                 )
     return sorted(
-        rows, key=lambda row: -abs(math.log(row["ppl_ratio"])) if row["ppl_ratio"] > 0 else -math.inf
+        rows, key=lambda row: -abs(math.log(row["ratio"])) if row["ratio"] > 0 else -math.inf
     )
 
 

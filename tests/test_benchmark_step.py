@@ -1,4 +1,4 @@
-"""The benchmark of a step runs, on a tiny shape, and says what it promises."""
+"""The benchmark of a step runs on a tiny shape, and its variants compute the same loss."""
 
 import importlib.util
 from pathlib import Path
@@ -15,20 +15,20 @@ def step(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(
         module, "keep_freed_memory", lambda: None
-    )  # which would last for the other tests
+    )  # it would last for the other tests
     return module
 
 
-def test_ours_does_what_the_obvious_way_does_and_with_a_cache_nearly(step):
-    found = {
+def test_the_fast_step_computes_the_plain_loss_and_a_cached_one_nearly(step):
+    rows = {
         row["way"]: row for row in step.rows("quick", repeats=1, threads=1, inside=True, chunk=48)
     }
-    assert set(found) >= {way for way in (*step.STEPS, *step.LOSSES) if way != "loss: liger"}
-    for way, row in found.items():
+    assert set(rows) >= {way for way in (*step.STEPS, *step.LOSSES) if way != "loss: liger"}
+    for way, row in rows.items():
         assert row["seconds"] > 0, way
         assert "seconds_ratio" in row, way
-    assert found["loss: ours"]["value"] == pytest.approx(found["loss: dense"]["value"], rel=1e-4)
-    assert found["loss: ours, cache"]["value"] == pytest.approx(
-        found["loss: dense"]["value"], rel=0.05
+    assert rows["loss: ours"]["value"] == pytest.approx(rows["loss: dense"]["value"], rel=1e-4)
+    assert rows["loss: ours, cache"]["value"] == pytest.approx(
+        rows["loss: dense"]["value"], rel=0.05
     )
-    assert found["ours, cache"]["value"] == pytest.approx(found["ours"]["value"], rel=0.1, abs=1e-4)
+    assert rows["ours, cache"]["value"] == pytest.approx(rows["ours"]["value"], rel=0.1, abs=1e-4)

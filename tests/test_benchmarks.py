@@ -1,4 +1,4 @@
-"""The benchmarks of speed run, write what they print, and two files of figures can be told apart."""
+"""The benchmarks of speed run and write what they print; two files of figures can be compared."""
 
 import json
 import re
@@ -13,13 +13,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import consolidation, tables  # noqa: E402
 from benchmarks.__main__ import TABLES  # noqa: E402
-from benchmarks.__main__ import main as begun  # noqa: E402
+from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
 from benchmarks.where import Clocks, kind_of  # noqa: E402
 
 
-def command(*words):
+def run_benchmarks(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words],
+        [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,26 +28,28 @@ def command(*words):
 
 
 def test_tables_are_printed_and_written(tmp_path):
-    place = tmp_path / "deep" / "figures.json"
-    done = command("--quick", "--only", "products,decode", "--threads", "1", "--out", str(place))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(place.read_text())
-    assert set(found["tables"]) == {"products", "decode"}
-    assert {"commit", "processor", "torch", "transformers", "when"} <= set(found["machine"])
-    assert "## decode" in done.stdout
-    variants = [row["variant"] for row in found["tables"]["decode"] if "variant" in row]
+    path = tmp_path / "deep" / "figures.json"
+    process = run_benchmarks(
+        "--quick", "--only", "products,decode", "--threads", "1", "--out", str(path)
+    )
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(path.read_text())
+    assert set(figures["tables"]) == {"products", "decode"}
+    assert {"commit", "processor", "torch", "transformers", "when"} <= set(figures["machine"])
+    assert "## decode" in process.stdout
+    variants = [row["variant"] for row in figures["tables"]["decode"] if "variant" in row]
     assert {"dense (transformers)", "exact, float32 keys", "int8 keys", "ivf"} <= set(variants)
-    for row in found["tables"]["decode"]:
+    for row in figures["tables"]["decode"]:
         if row.get("variant", "").startswith(("dense", "exact")):
-            assert row["logits differ by"] < 1e-4  # the fast paths say what the plain ones say
-    for row in found["tables"]["decode"]:
-        assert f"{row.get('variant', row.get('search'))}" in done.stdout
-    same = command("--compare", str(place), str(place))
-    assert same.returncode == 0
-    assert "| decode | tiny, int8 keys | ms a token |" in same.stdout
+            assert row["logits differ by"] < 1e-4  # the fast paths compute the same
+    for row in figures["tables"]["decode"]:
+        assert f"{row.get('variant', row.get('search'))}" in process.stdout
+    comparison = run_benchmarks("--compare", str(path), str(path))
+    assert comparison.returncode == 0
+    assert "| decode | tiny, int8 keys | ms a token |" in comparison.stdout
 
 
-def test_the_table_of_consolidation_has_what_the_issue_asks_for(monkeypatch):
+def test_the_table_of_consolidation_reaches_its_targets(monkeypatch):
     monkeypatch.chdir(ROOT)
     [row] = consolidation.figures(quick=True, only="memory, gradient")
     assert float(row["as written: benefit"]) >= 0.9
@@ -64,13 +66,13 @@ def test_the_table_of_consolidation_has_what_the_issue_asks_for(monkeypatch):
     } == set(consolidation.OBJECTIVES)
 
 
-def test_every_table_has_a_module_that_gives_figures():
+def test_every_table_has_a_module_with_figures():
     for name in TABLES:
         assert "def figures(quick: bool" in (ROOT / "benchmarks" / f"{name}.py").read_text(), name
 
 
-def test_two_commits_are_told_apart_by_what_changed_most():
-    def made(fast, slow):
+def test_figures_that_changed_most_come_first():
+    def make_figures(fast, slow):
         rows = [
             {"way": "a", "k": 3, "ms": fast},
             {"way": "b", "k": 3, "ms": slow},
@@ -78,10 +80,10 @@ def test_two_commits_are_told_apart_by_what_changed_most():
         ]
         return {"machine": {}, "tables": {"t": rows, "gone": [{"way": "a", "ms": 1.0}]}}
 
-    old, new = made(1.0, 4.0), made(1.1, 1.0)
+    old, new = make_figures(1.0, 4.0), make_figures(1.1, 1.0)
     del new["tables"]["gone"]
     rows = tables.compared(old, new)
-    assert [(row["line"], row["ppl_ratio"]) for row in rows] == [
+    assert [(row["line"], row["ratio"]) for row in rows] == [
         ("b, 3", 0.25),
         ("a, 3", pytest.approx(1.1)),
     ]
@@ -91,25 +93,25 @@ def test_two_commits_are_told_apart_by_what_changed_most():
 @pytest.mark.parametrize(
     "text", ["{}", "[1]", "not json", '{"format": 99, "machine": {}, "tables": {}}']
 )
-def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, text, monkeypatch):
-    place = tmp_path / "odd.json"
-    place.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--compare", str(place), str(place)])
-    with pytest.raises(SystemExit) as ended:
-        begun()
-    assert re.fullmatch(rf"error: {re.escape(str(place))}.+", str(ended.value)), (
+def test_files_without_figures_are_rejected_in_one_line(tmp_path, text, monkeypatch):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--compare", str(path), str(path)])
+    with pytest.raises(SystemExit) as raised:
+        benchmarks_main()
+    assert re.fullmatch(rf"error: {re.escape(str(path))}.+", str(raised.value)), (
         "Python prints it, and ends with 1"
     )
 
 
-def test_a_table_that_is_not_there_is_refused(monkeypatch, capsys):
+def test_unknown_tables_are_rejected(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "decod"])
     with pytest.raises(SystemExit, match=r"^2$"):
-        begun()
+        benchmarks_main()
     assert "--only decod: there are products" in capsys.readouterr().err
 
 
-def test_cells():
+def test_numbers_in_cells():
     assert [tables.cell(value) for value in (1.23456, 12345.6, 12345, "x", float("nan"))] == [
         "1.235",
         "12,346",
@@ -119,7 +121,7 @@ def test_cells():
     ]
 
 
-def test_clocks_take_inner_time_out():
+def test_clocks_exclude_inner_time():
     class Part:
         def outer(self):
             return self.inner() + 1
@@ -136,7 +138,7 @@ def test_clocks_take_inner_time_out():
 
 
 def test_operations_have_kinds():
-    wanted = {
+    kinds = {
         "aten::addmm": "matrix products",
         "mkldnn::_linear_pointwise": "matrix products",
         "aten::topk": "choosing slots",
@@ -145,4 +147,4 @@ def test_operations_have_kinds():
         "aten::mul": "other arithmetic",
         "aten::_fused_adamw_": "optimiser",
     }
-    assert {name: kind_of(name) for name in wanted} == wanted
+    assert {name: kind_of(name) for name in kinds} == kinds
