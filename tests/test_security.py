@@ -21,16 +21,12 @@ from test_error_messages import CACHE, RESUME, ROWS_RUN, SLOTS, STUDENT, V0
 from test_rows import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
 
 from dmt.cli import main
+from dmt.config import Config, TrainerConfig
 from dmt.models.loading import SAFE_LOADING
 from dmt.store import RowStore, StepChanges
 from dmt.store.facts import FactTable
 from dmt.store.records import FactRecord
-from dmt.training.launch import (
-    INTERFACE_VARIABLE,
-    LAUNCH_VARIABLES,
-    RENDEZVOUS_VARIABLE,
-    _set_rank_zero_environment,
-)
+from dmt.training import launch
 
 ROOT = Path(__file__).parents[1]
 ASK, S = ["dmt", "generate", "Ada", "--max-new-tokens", "1"], ["-m", V0]
@@ -83,7 +79,7 @@ REPLACED = {
 
 @pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
 @pytest.mark.parametrize("what", REPLACED)
-def test_a_pickle_in_place_of_a_file_is_refused_and_not_loaded(what, form, shop, capsys):
+def test_a_pickle_in_place_of_a_file_is_refused(what, form, shop, capsys):
     name, words = REPLACED[what]
     form(name)
     before = snapshot(shop)
@@ -96,7 +92,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_loaded(what, form, shop,
 
 
 @pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
-def test_a_pickle_in_place_of_a_checkpoint_is_put_aside_and_not_loaded(form, shop, capsys):
+def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, shop, capsys):
     file = Path(f"{V0}/checkpoints/step_2.ckpt")
     form(str(file))
     planted = file.read_bytes()
@@ -272,21 +268,21 @@ def a_fact(words: str) -> FactRecord:
     )
 
 
-def test_words_in_a_store_are_text(place):  # noqa: F811
+def test_texts_in_a_store_are_not_sql(place):  # noqa: F811
     with RowStore(place, MODEL) as store:
-        ledger = FactTable(store)
-        ledger.create(
+        fact_table = FactTable(store)
+        fact_table.create(
             4,
             0,
             1,
             {"mean": np.zeros(4, np.float32), "metric": np.eye(4, dtype=np.float32)},
         )
         rows = np.ones((1, 4), np.float32)
-        ledger.add([(a_fact(words), rows, rows) for words in INJECTIONS])
+        fact_table.add([(a_fact(words), rows, rows) for words in INJECTIONS])
         space = store.get_or_create_namespace("x'; DROP TABLE dmt_rows; --", 4, 6)
         for number, words in enumerate(INJECTIONS):
             store.commit(words, number, {space: StepChanges([some(store, 1, tag=words)])})
-        found = ledger.read()
+        found = fact_table.read()
         assert (
             [fact.tag for fact in found]
             == [fact.source for fact in found]
@@ -296,18 +292,18 @@ def test_words_in_a_store_are_text(place):  # noqa: F811
         assert [tag for page in store.scan(space) for tag in page.metadata["tag"]] == INJECTIONS
         assert store.rewind("x' OR '1'='1 --", -1) == (0, 0)
         assert store.rewind("%", -1) == (1, 0), "of the run called % alone"
-        ledger.soft_delete([found[0].id], "'; DROP TABLE x;--")
-        assert len(ledger.read()) == len(INJECTIONS) - 1
-        assert len(ledger.read(include_deleted=True)) == len(INJECTIONS)
+        fact_table.soft_delete([found[0].id], "'; DROP TABLE x;--")
+        assert len(fact_table.read()) == len(INJECTIONS) - 1
+        assert len(fact_table.read(include_deleted=True)) == len(INJECTIONS)
         assert store.count(space) == len(INJECTIONS) - 1
-        tables = ("dmt_fact_rows", "dmt_facts", "dmt_tensors")
+        tables = ("dmt_fact_rows", "dmt_facts", "dmt_calibration")
         if not store.path:
             with store.engine.begin() as connection:  # the server is there for other tests too
                 for table in tables:
                     connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
-def test_words_of_the_command_are_text(shop, capsys):
+def test_texts_on_the_command_line_are_not_sql(shop, capsys):
     for words in INJECTIONS[:-1]:
         assert (
             main.main(
@@ -333,7 +329,9 @@ def test_words_of_the_command_are_text(shop, capsys):
             "% and _ are letters, and no sentence has them"
         )
         assert main.main(["memory", "search", words, "--json", *S]) == 0
-        assert not [each for each in json.loads(capsys.readouterr().out) if each["by"] == "words"]
+        assert not [
+            each for each in json.loads(capsys.readouterr().out) if each["matched_by"] == "text"
+        ]
         assert main.main(["memory", "forget", "--tag", words, *S]) == 0
     capsys.readouterr()
     assert main.main(["memory", "list", "--json", *S]) == 0
@@ -415,7 +413,7 @@ def test_absurd_files_are_refused_in_one_line_and_take_no_memory(shop):
     """All of them in a process that may take a third of a gigabyte more than it has once everything is imported."""
     script = f"""
 import contextlib, io, json, resource, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "cli")!r}, {str(ROOT / "tests" / "store")!r}]
 from pathlib import Path
 from test_security import *
 run([*ASK, *S]); run([*RESUME])
@@ -443,8 +441,8 @@ for spoil, words, file in (
     (lambda: sizes_of(n_embd=2**23), [], "teacher/config.json"),
     (lambda: sizes_of(vocab_size=2**23), [], "teacher/config.json"),
     (lambda: sizes_of(n_positions=2**23), [], "teacher/config.json"),
-    (lambda: slots_of(slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
-    (lambda: slots_of(k=2**25, slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
+    (lambda: slots_of(num_slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
+    (lambda: slots_of(k=2**25, num_slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
 ):
     good = Path(file).read_bytes()
     spoil()
@@ -478,7 +476,7 @@ print("FOUND" + json.dumps(found))
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/../../b", "~root/x"])
-def test_names_in_a_pack_are_never_paths(name, shop, capsys):
+def test_names_in_a_pack_are_not_paths(name, shop, capsys):
     """What a pack calls itself, its tags and its sources stay words; nothing is read or written where they point."""
     manifest = json.loads(Path("pack/manifest.json").read_text())
     manifest["name"] = name
@@ -501,7 +499,7 @@ def test_links_out_of_a_pack_are_not_followed(part, target, shop, capsys):
     capsys.readouterr()
     code = main.main(["memory", "import", "pack", *S])
     shown = capsys.readouterr()
-    assert f"{part} is no file of its own" in line_of(code, shown.out, shown.err)
+    assert f"{part} is not a regular file" in line_of(code, shown.out, shown.err)
 
 
 # --- who listens ------------------------------------------------------------------------------------------------------
@@ -528,23 +526,28 @@ def test_a_run_and_a_command_open_no_socket(shop, monkeypatch):
     opened = []
     monkeypatch.setattr(socket.socket, "bind", lambda self, address: opened.append(address))
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: opened.append(address))
-    monkeypatch.setattr(socket.socket, "match_rows", lambda self, *_: opened.append("listens"))
+    monkeypatch.setattr(socket.socket, "listen", lambda self, *_: opened.append("listens"))
     assert run(["stages.end_to_end_steps=1", "stages.layerwise_steps=0"]) == 0
     assert run([*ASK, *S]) == 0
     assert opened == []
 
 
-def test_processes_of_one_run_meet_by_a_file_and_on_loopback(tmp_path, monkeypatch):
+def test_processes_of_one_run_talk_over_loopback(monkeypatch):
+    interfaces = []
+    monkeypatch.delenv(launch.INTERFACE_VARIABLE, raising=False)
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        launch.dist,
+        "init_process_group",
+        lambda _: interfaces.append(os.environ[launch.INTERFACE_VARIABLE]),
+    )
+    with launch.distributed_context(Config(trainer=TrainerConfig(devices=2))):
+        pass
+    assert interfaces in (["lo"], ["lo0"]), "gloo listens on no other interface"
+    assert launch.INTERFACE_VARIABLE not in os.environ
 
-    for name in (INTERFACE_VARIABLE, RENDEZVOUS_VARIABLE, *LAUNCH_VARIABLES):
-        monkeypatch.setenv(name, "")  # put back afterwards
-        monkeypatch.delenv(name)
-    _set_rank_zero_environment(2, tmp_path)
-    assert os.environ[INTERFACE_VARIABLE] in ("lo", "lo0"), "gloo listens there alone"
-    assert Path(os.environ[RENDEZVOUS_VARIABLE]).parent == tmp_path, "no port is opened to meet at"
 
-
-def test_a_book_of_hostile_sql_runs_nothing(shop, capsys):
+def test_triggers_in_a_database_are_not_run(shop, capsys):
     """Triggers and views in a database that somebody gave away."""
     import sqlite3
 

@@ -119,14 +119,16 @@ def test_a_written_fact_is_generated_listed_shown_and_searched(run, student):
 
 def test_traces_name_the_fact(run):
     reads = run("memory", "trace", PROMPT, "--top-reads", "50")
-    (fact,) = [read for read in reads[-1]["reads"] if read["kind"] == "fact"]
-    assert (fact["number"], fact["tag"], fact["weight"]) == (1, "dogs", 1.0)
+    (fact,) = [read for read in reads[-1]["activations"] if read["kind"] == "fact"]
+    assert (fact["index"], fact["tag"], fact["weight"]) == (1, "dogs", 1.0)
     stats = run("memory", "stats")
     assert fact["layer"] == stats["value_layer"] != stats["key_layer"]
-    assert not [read for token in reads[:-1] for read in token["reads"] if read["kind"] == "fact"]
-    assert {read["layer"] for token in reads for read in token["reads"]} == {0, 1, 2}
+    assert not [
+        read for token in reads[:-1] for read in token["activations"] if read["kind"] == "fact"
+    ]
+    assert {read["layer"] for token in reads for read in token["activations"]} == {0, 1, 2}
     only = run("memory", "trace", PROMPT, "--layers", "0-1")
-    assert {read["layer"] for token in only for read in token["reads"]} == {0, 1}
+    assert {read["layer"] for token in only for read in token["activations"]} == {0, 1}
     trace = run("generate", PROMPT, "--max-new-tokens", "2", "--trace", "--top-reads", "50")[
         "trace"
     ]
@@ -134,14 +136,14 @@ def test_traces_name_the_fact(run):
     assert (
         trace[0]["token"] == reads[-1]["token"]
     )  # what was read where the first token of the answer was chosen
-    assert trace[0]["nexts"][0][0] == trace[1]["token"]
-    assert "fact" in {read["kind"] for read in trace[0]["reads"]}
+    assert trace[0]["next_tokens"][0][0] == trace[1]["token"]
+    assert "fact" in {read["kind"] for read in trace[0]["activations"]}
 
 
 def test_a_fact_is_unchanged_replaced_and_restored(run, student):
     assert run("memory", "write", ADA)[0]["status"] == "unchanged"
     (result,) = run("memory", "write", "--prompt", PROMPT, "--answer", "row")
-    assert (result["status"], result["old"]["answer"]) == ("replaced", " dog")
+    assert (result["status"], result["replaced_fact"]["answer"]) == ("replaced", " dog")
     assert run("generate", PROMPT, "--max-new-tokens", "2")["facts"][0]["answer"] == " row"
     assert [fact["deleted_reason"] for fact in run("memory", "list", "--all")] == ["replaced", None]
     assert run("memory", "restore", "1")["replaces"][0]["answer"] == " row"
