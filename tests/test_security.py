@@ -97,12 +97,9 @@ def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, shop,
     form(str(file))
     planted = file.read_bytes()
     assert run(RESUME) == 0
-    assert (
-        "step_2.ckpt (kept as step_2.ckpt.damaged); going on from step_1.ckpt before"
-        in capsys.readouterr().err
-    )
+    assert "step_2.ckpt (kept as step_2.ckpt.corrupt)" in capsys.readouterr().err
     assert not TRACE.exists()
-    assert file.with_name("step_2.ckpt.damaged").read_bytes() == planted
+    assert file.with_name("step_2.ckpt.corrupt").read_bytes() == planted
 
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])

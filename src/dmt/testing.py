@@ -265,7 +265,7 @@ def check_save_and_load(case: MemoryUnderTest) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         student.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
         with torch.no_grad():
             logits = loaded(tokens).logits
     state = student.state_dict()

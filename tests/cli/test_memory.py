@@ -286,9 +286,8 @@ def test_forgetting_a_tag_keeps_older_and_shared_rows(run, associative_student, 
     model.save_pretrained(associative_student)  # with its rows now
     before = run("memory", "list", "--rows", model=associative_student)
     config = json.loads((associative_student / "config.json").read_text())
-    config["memory"]["2"]["rows"]["policy"]["recombine"] = (
-        1.0  # much of what is read is merged into rows that are there
-    )
+    # Most of the new text is merged into stored rows.
+    config["memory"]["2"]["insert_policy"]["merge_distance"] = 1.0
     (associative_student / "config.json").write_text(json.dumps(config))
     assert run(
         "generate",
@@ -350,7 +349,9 @@ def test_imported_rows_are_limited_by_the_capacity_of_their_layer(tokenizer, tmp
             for n in (1, 2)
         }
         model = hash_model(fact_store.model)
-        pack = RowPack({"name": "x", "model": model, "model_type": "gpt2", "width": 16}, layers)
+        pack = RowPack(
+            {"name": "x", "model_fingerprint": model, "model_type": "gpt2", "width": 16}, layers
+        )
         assert import_rows(fact_store.model, fact_store.db, pack, model) == (40, 15)
         assert [
             len(memory.rows) for memory in get_associative_memories(fact_store.model).values()
@@ -445,7 +446,7 @@ def test_rows_are_exported_to_another_student_of_the_same_model(
     assert "holds rows, not facts" in run(
         "generate", text, "--pack", str(pack), model=twin, ok=False
     )
-    assert "no row is like that" in run(
+    assert "no row matches" in run(
         "memory", "export", str(tmp_path / "no"), "--rows", "--tag", "no", model=twin, ok=False
     )
     whole = pack.read_bytes()
