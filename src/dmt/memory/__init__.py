@@ -1,4 +1,4 @@
-"""Memory layers, which map hidden states `(batch, time, width)` to the same shape by reading rows."""
+"""Memory layers: `(batch, time, width)` to the same shape, by reading rows."""
 
 from dmt.memory.associative import AssociativeMemory
 from dmt.memory.featural import FeaturalMemory

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Maps queries `(tokens, width)` and a count to slot ids `(tokens, count)`, -1 where there are fewer.
+# Maps queries `(tokens, width)` and a count to slot ids `(tokens, count)`, -1 for none.
 CandidateSearch = Callable[[Tensor, int], Tensor]
 # Maps a slice of slot ids to one vector `(n, width)` each, so that no second copy of the table
 # exists.

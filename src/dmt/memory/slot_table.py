@@ -440,7 +440,7 @@ class SlotTable(MmapTensorsMixin):
 
     @torch.no_grad()
     def _record_reads(self, selected: Tensor, num_tokens: int | None = None) -> None:
-        """Count the reads in a mask `(tokens, num_slots)`, or in the ids `num_tokens` tokens read."""
+        """Count reads: a mask `(tokens, num_slots)`, or the ids that `num_tokens` tokens read."""
         if self._usage is not None:
             self._usage.add(selected, num_tokens)
         if self.budget_counts is not None and self.training:

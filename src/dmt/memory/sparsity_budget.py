@@ -61,7 +61,7 @@ def initialize_threshold(memories: Iterable[FeaturalMemory], hidden: Iterable[Te
 
 
 def reset_counts(memories: Iterable[FeaturalMemory]) -> None:
-    """Start to count what memories that share the budget read in training, for `update_threshold`."""
+    """Start to count the reads of memories that share the budget, for `update_threshold`."""
     for memory in select_thresholded(memories):
         memory.reset_budget_counts()
 
