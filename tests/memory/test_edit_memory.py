@@ -1,4 +1,4 @@
-"""Rows that answer: who is talked about, which row speaks, and that a model is exactly its own self wherever none does."""
+"""The edit memory and its hooks: which rows fire, and a model unchanged where none does."""
 
 import math
 import random
@@ -43,11 +43,10 @@ from dmt.store.facts import FactTable
 from dmt.store.records import FactRecord, StepChanges
 
 END = 0
-ALWAYS = -2.0
-"""A reach that every state is within."""
+ALWAYS_FIRES = -2.0  # a threshold below every cosine
 
 
-def ends_of(phrase, tokens):
+def phrase_ends(phrase, tokens):
     """Positions at which `phrase` has just been read, by definition."""
     return [
         t
@@ -56,14 +55,14 @@ def ends_of(phrase, tokens):
     ]
 
 
-def named_at(way, ways, tokens):
-    """Positions at which `way` ends and no longer one of `ways` does: who names New York has not named York."""
-    longer = {e for other in ways if len(other) > len(way) for e in ends_of(other, tokens)}
-    return [e for e in ends_of(way, tokens) if e not in longer]
+def subject_ends(way, ways, tokens):
+    """Return the positions at which `way` ends and no longer one of `ways` does."""
+    longer = {e for other in ways if len(other) > len(way) for e in phrase_ends(other, tokens)}
+    return [e for e in phrase_ends(way, tokens) if e not in longer]
 
 
-def answered_by(tokens, cosines, parts, window, end):
-    """At each place of one sequence the number of the row that answers, or None: the definition, row by row.
+def reference_rows(tokens, cosines, parts, window, end):
+    """Return for each position of a sequence the row that fires, or None: the definition.
 
     `cosines` is `(time, rows)`.
     """
@@ -77,18 +76,18 @@ def answered_by(tokens, cosines, parts, window, end):
                 named = [
                     e
                     for way in part.subject_ids
-                    for e in named_at(way, ways, tokens)
+                    for e in subject_ends(way, ways, tokens)
                     if 0 <= t - e < window
                 ]
                 named = [e for e in named if end not in tokens[e + 1 : t + 1]]
                 if not named:
                     continue
                 ago = t - max(named)
-            if part.prefix_ids and t not in ends_of(part.prefix_ids, tokens):
+            if part.prefix_ids and t not in phrase_ends(part.prefix_ids, tokens):
                 continue
             said = [
                 e
-                for e in ends_of(part.answer_ids, tokens)
+                for e in phrase_ends(part.answer_ids, tokens)
                 if 0 <= t - e < ANSWER_WINDOW and end not in tokens[e + 1 : t + 1]
             ]
             if part.answer_ids and said and not part.prefix_ids:
@@ -102,7 +101,7 @@ def answered_by(tokens, cosines, parts, window, end):
     return answers
 
 
-def drawn_parts(count, seed, alphabet=5, lowest=-0.6, width=WIDTH, scale=8.0):
+def random_rows(count, seed, alphabet=5, lowest=-0.6, width=WIDTH, scale=8.0):
     """Rows whose subjects and leads are met all the time."""
     chance, torch_chance = random.Random(seed), torch.Generator().manual_seed(seed)
 
@@ -127,28 +126,28 @@ def drawn_parts(count, seed, alphabet=5, lowest=-0.6, width=WIDTH, scale=8.0):
     return parts
 
 
-def laid(model, parts, listens=1, answers=2, end=END, window=SUBJECT_WINDOW, **how):
-    overlay = FactHooks(EditMemory(WIDTH, **how), listens, answers, end, window)
-    overlay.set_rows(parts)
-    attach(model, overlay)
-    return overlay
+def attach_rows(model, parts, listens=1, answers=2, end=END, window=SUBJECT_WINDOW, **how):
+    hooks = FactHooks(EditMemory(WIDTH, **how), listens, answers, end, window)
+    hooks.set_rows(parts)
+    attach(model, hooks)
+    return hooks
 
 
 @contextmanager
-def record_rows(hooks):
-    """Which rows fire at which positions in each pass: a list of `{position: row ID}`."""
+def record_passes(hooks):
+    """Record which rows fire in each pass: a list of `{position: row id}`."""
     passes = []
-    with hooks.memory.recording_matches() as recorded:
+    with hooks.memory.recording_matches() as log:
         yield passes
     row_ids = hooks.memory.rows.ids
     passes += [
         dict(zip(matches.tokens.tolist(), row_ids[matches.rows].tolist(), strict=True))
-        for matches in recorded
+        for matches in log
     ]
 
 
-def few(batch=3, time=20, alphabet=5, seed=0):
-    """Token ids of a small alphabet without the end of a document, so that known phrases are met."""
+def few_tokens(batch=3, time=20, alphabet=5, seed=0):
+    """Draw token ids of a small alphabet without end tokens, so that phrases occur."""
     return torch.randint(1, alphabet, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
@@ -156,7 +155,7 @@ def few(batch=3, time=20, alphabet=5, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_phrase_is_found_where_it_ends_and_nowhere_else(seed):
+def test_phrases_are_found_exactly_where_they_end(seed):
     chance = random.Random(seed)
     phrases = [
         tuple(chance.randrange(3) for _ in range(chance.randint(1, 4))) for _ in range(12)
@@ -166,7 +165,7 @@ def test_every_phrase_is_found_where_it_ends_and_nowhere_else(seed):
         (b, t, n)
         for b in range(4)
         for n, phrase in enumerate(phrases)
-        for t in ends_of(phrase, tokens[b].tolist())
+        for t in phrase_ends(phrase, tokens[b].tolist())
     }
     found = list(
         zip(*(each.tolist() for each in PhraseMatcher(phrases).find_ends(tokens)), strict=True)
@@ -175,13 +174,13 @@ def test_every_phrase_is_found_where_it_ends_and_nowhere_else(seed):
     assert PhraseMatcher(phrases).max_length == max(map(len, phrases))
 
 
-def test_phrases_of_one_hash_are_told_apart():
+def test_phrases_with_equal_hashes_are_distinguished():
     known = PhraseMatcher([(HASH_BASE + 4, 3), (4, 4), (4, 4)])
     assert sorted(known.find_ends(torch.tensor([[4, 4, 9]]))[2].tolist()) == [1, 2]
     assert known.find_ends(torch.tensor([[HASH_BASE + 4, 3]]))[2].tolist() == [0]
 
 
-def test_a_stream_shorter_than_every_phrase_and_no_phrases_at_all():
+def test_short_streams_and_no_phrases_have_no_matches():
     assert [len(each) for each in PhraseMatcher([(1, 2, 3)]).find_ends(torch.tensor([[1, 2]]))] == [
         0,
         0,
@@ -193,7 +192,7 @@ def test_a_stream_shorter_than_every_phrase_and_no_phrases_at_all():
 
 @pytest.mark.parametrize("new", [12, 5, 1])
 @pytest.mark.parametrize("end", [0, None])
-def test_who_was_named_how_long_ago_and_what_was_just_said(new, end, monkeypatch):
+def test_subjects_ages_prefixes_and_answers_equal_the_definition(new, end, monkeypatch):
     monkeypatch.setattr("dmt.memory.edit_memory.ANSWER_WINDOW", 3)
     window, time = 4, 12
     ways, subject_of, leads = (
@@ -210,14 +209,14 @@ def test_who_was_named_how_long_ago_and_what_was_just_said(new, end, monkeypatch
         for t in range(time - new, time):
             place = b * new + t - (time - new)
             for way, subject in zip(ways, subject_of.tolist(), strict=True):
-                for e in named_at(way, ways, line):
+                for e in subject_ends(way, ways, line):
                     if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
                         wanted[place, subject] = min(t - e, wanted.get((place, subject), window))
-            led |= {(place, n) for n, lead in enumerate(leads) if t in ends_of(lead, line)}
+            led |= {(place, n) for n, lead in enumerate(leads) if t in phrase_ends(lead, line)}
             said = {
                 (n, e)
                 for n, lead in enumerate(leads)
-                for e in ends_of(lead, line)
+                for e in phrase_ends(lead, line)
                 if 0 <= t - e < 3
             }
             spent |= {(place, n) for n, e in said if end is None or end not in line[e + 1 : t + 1]}
@@ -238,24 +237,24 @@ def test_who_was_named_how_long_ago_and_what_was_just_said(new, end, monkeypatch
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("new", [None, 3])
-def test_the_row_that_answers_is_the_one_of_the_definition(seed, new):
+def test_the_row_that_fires_is_the_one_of_the_definition(seed, new):
     window, time, batch = 6, 18, 3
-    parts = drawn_parts(40, seed)
+    parts = random_rows(40, seed)
     mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
     tokens, hidden = torch.randint(0, 5, (batch, time)), torch.randn(batch, time, WIDTH)
-    overlay = FactHooks(EditMemory(WIDTH, mean, metric), 0, 0, END, window)
-    overlay.set_rows(parts)
+    hooks = FactHooks(EditMemory(WIDTH, mean, metric), 0, 0, END, window)
+    hooks.set_rows(parts)
     new = new or time
     seen = DynamicCache()
     if new < time:
-        overlay.begin_pass(tokens[:, :-new], seen)
-        overlay.end_pass(tokens[:, :-new], seen)
+        hooks.begin_pass(tokens[:, :-new], seen)
+        hooks.end_pass(tokens[:, :-new], seen)
     said = torch.zeros(batch, new, WIDTH)
-    with record_rows(overlay) as passes:
-        overlay.begin_pass(tokens[:, -new:], seen if new < time else None)
-        overlay.match_rows(hidden[:, -new:])
-        found = overlay.add_values(said)
-        overlay.end_pass(tokens[:, -new:], None)
+    with record_passes(hooks) as passes:
+        hooks.begin_pass(tokens[:, -new:], seen if new < time else None)
+        hooks.match_rows(hidden[:, -new:])
+        found = hooks.add_values(said)
+        hooks.end_pass(tokens[:, -new:], None)
     keys = torch.nn.functional.normalize(
         (torch.stack([part.key for part in parts]) - mean) @ metric, dim=-1
     )
@@ -263,7 +262,7 @@ def test_the_row_that_answers_is_the_one_of_the_definition(seed, new):
     wanted = {}
     for b, line in enumerate(tokens.tolist()):
         for t, number in enumerate(
-            answered_by(line, (states[b] @ keys.t()).numpy(), parts, window, END)
+            reference_rows(line, (states[b] @ keys.t()).numpy(), parts, window, END)
         ):
             if number is not None and t >= time - new:
                 wanted[b * new + t - (time - new)] = number
@@ -275,36 +274,36 @@ def test_the_row_that_answers_is_the_one_of_the_definition(seed, new):
     assert not said.any(), "what the block said is left as it was"
 
 
-def test_of_rows_without_a_subject_one_out_of_reach_does_not_stand_before_one_within():
+def test_a_row_below_its_threshold_does_not_block_another_without_a_subject():
     near, far = (
         FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.999),
         FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5),
     )
-    overlay = FactHooks(EditMemory(2), 0, 0, None)
-    overlay.set_rows([near, far])
-    with record_rows(overlay) as passes:
-        overlay.begin_pass(torch.tensor([[5]]), None)
-        overlay.match_rows(torch.tensor([[[1.0, 0.3]]]))
-        overlay.add_values(torch.zeros(1, 1, 2))
+    hooks = FactHooks(EditMemory(2), 0, 0, None)
+    hooks.set_rows([near, far])
+    with record_passes(hooks) as passes:
+        hooks.begin_pass(torch.tensor([[5]]), None)
+        hooks.match_rows(torch.tensor([[[1.0, 0.3]]]))
+        hooks.add_values(torch.zeros(1, 1, 2))
     assert passes == [{0: 2}]
 
 
 @pytest.mark.parametrize("pairs", [1, 7])
-def test_many_pairs_are_compared_in_pieces(pairs, monkeypatch):
-    parts, tokens, hidden = drawn_parts(40, 3), few(), torch.randn(3, 20, WIDTH)
+def test_comparing_pairs_in_chunks_changes_nothing(pairs, monkeypatch):
+    parts, tokens, hidden = random_rows(40, 3), few_tokens(), torch.randn(3, 20, WIDTH)
     found = []
     for _ in range(2):
-        overlay = FactHooks(EditMemory(WIDTH), 0, 0, END)
-        overlay.set_rows(parts)
-        overlay.begin_pass(tokens, None)
-        overlay.match_rows(hidden)
-        found.append(overlay.add_values(torch.zeros(3, 20, WIDTH)))
+        hooks = FactHooks(EditMemory(WIDTH), 0, 0, END)
+        hooks.set_rows(parts)
+        hooks.begin_pass(tokens, None)
+        hooks.match_rows(hidden)
+        found.append(hooks.add_values(torch.zeros(3, 20, WIDTH)))
         monkeypatch.setattr("dmt.memory.edit_memory.MAX_PAIRS", pairs)
     assert torch.equal(*found)
     assert found[0].any()
 
 
-def test_reach_is_a_cosine_that_is_reached_from_itself_on():
+def test_a_row_fires_from_its_threshold_on():
     memory = EditMemory(4)
     nobody, ones = torch.tensor([NO_SUBJECT]), torch.ones(1, 4)
     for reach, answers in ((1.0 - 1e-6, 1), (1.0 + 1e-3, 0)):
@@ -321,11 +320,11 @@ def test_reach_is_a_cosine_that_is_reached_from_itself_on():
 # Laid over a model.
 
 
-def test_the_value_is_added_to_what_the_answering_block_says(any_teacher):
+def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
     tokens = torch.tensor([[3, 1, 2, 4, 4, 5]])
     before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
     part = FactRow(1, before.block_inputs[1][0, 3], torch.randn(WIDTH), 0.9999, ((1, 2),))
-    laid(any_teacher, [part])
+    attach_rows(any_teacher, [part])
     after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
     wanted = before.block_outputs[2].clone()
     wanted[0, 3] += part.value
@@ -337,7 +336,7 @@ def test_the_value_is_added_to_what_the_answering_block_says(any_teacher):
         .blocks(any_teacher)[2]
         .register_forward_hook(lambda *told: seen.append(told[2]))
     )
-    laid(any_teacher, [part])
+    attach_rows(any_teacher, [part])
     any_teacher(tokens)
     hook.remove()
     assert torch.equal(seen[0], wanted), (
@@ -352,7 +351,7 @@ def test_rows_match_and_fire_in_the_given_layers(any_teacher):
     before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
     for listens, answers in ((0, 0), (0, 1), (1, 1), (2, 2)):
         part = FactRow(1, before.block_inputs[listens][0, 3], torch.ones(WIDTH), 0.9999)
-        with record_rows(laid(any_teacher, [part], listens, answers)) as passes:
+        with record_passes(attach_rows(any_teacher, [part], listens, answers)) as passes:
             after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
         assert passes == [{3: 1}]
         assert torch.equal(
@@ -369,8 +368,8 @@ def test_rows_match_and_fire_in_the_given_layers(any_teacher):
 
 @torch.no_grad()
 def test_the_future_never_leaks(any_teacher):
-    overlay, tokens = laid(any_teacher, drawn_parts(40, 0), 0, 1), few()
-    with record_rows(overlay) as passes:
+    hooks, tokens = attach_rows(any_teacher, random_rows(40, 0), 0, 1), few_tokens()
+    with record_passes(hooks) as passes:
         before = any_teacher(tokens).logits
     assert len(passes[0]) > 20
     for position in range(1, tokens.shape[1]):
@@ -382,9 +381,9 @@ def test_the_future_never_leaks(any_teacher):
 
 
 @torch.no_grad()
-def test_one_sequence_never_sees_another_whatever_batch_it_is_in(any_teacher):
-    laid(any_teacher, drawn_parts(40, 1), 0, 1)
-    tokens = few(4)
+def test_sequences_of_a_batch_are_independent(any_teacher):
+    attach_rows(any_teacher, random_rows(40, 1), 0, 1)
+    tokens = few_tokens(4)
     changed = tokens.clone()
     changed[1] = tokens[1] % 4 + 1
     together = any_teacher(tokens).logits
@@ -397,9 +396,9 @@ def test_one_sequence_never_sees_another_whatever_batch_it_is_in(any_teacher):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[1] * 20, [9, 11], [3, 1, 7, 9]])
-def test_read_in_pieces_with_a_cache_it_is_the_same(any_teacher, pieces):
-    laid(any_teacher, drawn_parts(40, 2), 0, 1, window=6)
-    tokens = few()
+def test_passes_with_a_cache_equal_one_pass(any_teacher, pieces):
+    attach_rows(any_teacher, random_rows(40, 2), 0, 1, window=6)
+    tokens = few_tokens()
     tokens[1, 7] = tokens[2, 12] = END
     whole, cache, found = any_teacher(tokens).logits, DynamicCache(), []
     for piece in tokens.split(pieces, dim=1):
@@ -411,13 +410,13 @@ def test_read_in_pieces_with_a_cache_it_is_the_same(any_teacher, pieces):
 
 
 @torch.no_grad()
-def test_a_subject_named_a_window_ago_in_another_pass_is_still_talked_about(any_teacher):
-    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2, 3),), (4, 5, 6))
-    overlay = laid(any_teacher, [part], window=10)
+def test_a_subject_of_an_earlier_pass_matches_within_the_window(any_teacher):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2, 3),), (4, 5, 6))
+    hooks = attach_rows(any_teacher, [part], window=10)
     tokens = torch.tensor([[1, 2, 3, 9, 9, 9, 9, 9, 9, 4, 5, 6, 4, 5, 6]])
     for pieces in ([15], [1] * 15, [11, 4], [12, 3]):
         cache = DynamicCache()
-        with record_rows(overlay) as passes:
+        with record_passes(hooks) as passes:
             for piece in tokens.split(pieces, dim=1):
                 any_teacher(piece, past_key_values=cache)
         read = np.cumsum([0, *pieces])
@@ -428,8 +427,10 @@ def test_a_subject_named_a_window_ago_in_another_pass_is_still_talked_about(any_
 
 
 @torch.no_grad()
-def test_a_cache_that_is_cut_forgets_whom_was_named(any_teacher):
-    laid(any_teacher, [FactRow(1, torch.ones(WIDTH), 5 * torch.ones(WIDTH), ALWAYS, ((1, 2),))])
+def test_cropping_a_cache_removes_its_subjects(any_teacher):
+    attach_rows(
+        any_teacher, [FactRow(1, torch.ones(WIDTH), 5 * torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))]
+    )
     cache = DynamicCache()
     any_teacher(torch.tensor([[4, 4, 1, 2, 3]]), past_key_values=cache)
     cache.crop(-3)
@@ -440,14 +441,14 @@ def test_a_cache_that_is_cut_forgets_whom_was_named(any_teacher):
 
 
 @torch.no_grad()
-def test_of_text_that_was_read_before_facts_were_laid_over_nothing_is_known(any_teacher):
+def test_text_read_before_the_hooks_were_attached_has_no_matches(any_teacher):
     cache = DynamicCache()
     any_teacher(torch.tensor([[4, 1, 2]]), past_key_values=cache)
-    overlay = laid(
-        any_teacher, [FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))]
+    hooks = attach_rows(
+        any_teacher, [FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))]
     )
     for piece, answers in (([[3, 3]], {}), ([[1, 2, 3]], {1: 1, 2: 1}), ([[3]], {0: 1})):
-        with record_rows(overlay) as passes:
+        with record_passes(hooks) as passes:
             any_teacher(torch.tensor(piece), past_key_values=cache)
         assert passes == [answers]
 
@@ -463,13 +464,13 @@ GENERATION = {
 @torch.no_grad()
 @pytest.mark.parametrize("how", GENERATION.values(), ids=GENERATION)
 def test_generation_with_and_without_cache_is_equal(any_teacher, how):
-    parts = drawn_parts(60, 4, alphabet=40, lowest=-0.2)
-    prompts = few(3, 10)
+    parts = random_rows(60, 4, alphabet=40, lowest=-0.2)
+    prompts = few_tokens(3, 10)
     subjects = [
         replace(part, subject_ids=((int(prompts[i % 3, 5]), int(prompts[i % 3, 6])),))
         for i, part in enumerate(parts)
     ]
-    laid(any_teacher, subjects, 0, 1, window=15)
+    attach_rows(any_teacher, subjects, 0, 1, window=15)
     said = []
     for cached in (True, False):
         torch.manual_seed(7)
@@ -501,8 +502,8 @@ def test_generation_with_and_without_cache_is_equal(any_teacher, how):
 @torch.no_grad()
 @pytest.mark.parametrize("cached", [True, False])
 def test_left_padding_changes_nothing(any_teacher, cached):
-    laid(any_teacher, drawn_parts(40, 5, alphabet=6), 0, 1, window=8)
-    prompts = [few(1, time, seed=time) for time in (4, 10, 7)]
+    attach_rows(any_teacher, random_rows(40, 5, alphabet=6), 0, 1, window=8)
+    prompts = [few_tokens(1, time, seed=time) for time in (4, 10, 7)]
     how = {
         "max_new_tokens": 12,
         "do_sample": False,
@@ -520,16 +521,16 @@ def test_left_padding_changes_nothing(any_teacher, cached):
 
 
 @torch.no_grad()
-def test_taken_out_the_model_is_exactly_its_own_self(any_teacher):
-    parts, tokens = drawn_parts(40, 6), few()
+def test_without_rows_or_hooks_the_model_is_unchanged(any_teacher):
+    parts, tokens = random_rows(40, 6), few_tokens()
     own = any_teacher(tokens).logits
     state = {name: tensor.clone() for name, tensor in any_teacher.state_dict().items()}
-    overlay = laid(any_teacher, parts[:20])
+    hooks = attach_rows(any_teacher, parts[:20])
     some = any_teacher(tokens).logits
-    overlay.set_rows(parts)
-    assert len(overlay) == 40
+    hooks.set_rows(parts)
+    assert len(hooks) == 40
     assert not torch.equal(any_teacher(tokens).logits, some)
-    overlay.set_rows(parts[:20])
+    hooks.set_rows(parts[:20])
     assert torch.equal(any_teacher(tokens).logits, some)
     with disabled(any_teacher):
         assert torch.equal(any_teacher(tokens).logits, own)
@@ -539,9 +540,9 @@ def test_taken_out_the_model_is_exactly_its_own_self(any_teacher):
             "silence within silence ends with the outer one"
         )
     assert torch.equal(any_teacher(tokens).logits, some)
-    overlay.set_rows(())
+    hooks.set_rows(())
     assert torch.equal(any_teacher(tokens).logits, own)
-    overlay.set_rows(parts)
+    hooks.set_rows(parts)
     detach(any_teacher)
     assert torch.equal(any_teacher(tokens).logits, own)
     assert get_fact_hooks(any_teacher) is None
@@ -555,104 +556,104 @@ def test_taken_out_the_model_is_exactly_its_own_self(any_teacher):
 
 
 @torch.no_grad()
-def test_laid_over_again_it_answers_once(teacher):
-    parts, tokens = drawn_parts(40, 7), few()
-    overlay = laid(teacher, parts)
+def test_attaching_again_replaces_the_hooks(teacher):
+    parts, tokens = random_rows(40, 7), few_tokens()
+    hooks = attach_rows(teacher, parts)
     once = teacher(tokens).logits
-    attach(teacher, overlay)
+    attach(teacher, hooks)
     assert torch.equal(teacher(tokens).logits, once)
-    laid(teacher, drawn_parts(40, 8))
-    laid(teacher, parts)
+    attach_rows(teacher, random_rows(40, 8))
+    attach_rows(teacher, parts)
     assert torch.equal(teacher(tokens).logits, once)
 
 
 @torch.no_grad()
-def test_who_was_named_in_one_document_is_not_talked_about_in_the_next(any_teacher):
-    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
-    with record_rows(laid(any_teacher, [part])) as passes:
+def test_subjects_do_not_match_across_documents(any_teacher):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))
+    with record_passes(attach_rows(any_teacher, [part])) as passes:
         any_teacher(torch.tensor([[3, 1, 2, 3, END, 3, 1, 2], [1, END, 2, 3, 1, 2, END, END]]))
     assert sorted(passes[0]) == [2, 3, 7, 8 + 5]
-    with record_rows(laid(any_teacher, [part], end=None)) as passes:
+    with record_passes(attach_rows(any_teacher, [part], end=None)) as passes:
         any_teacher(torch.tensor([[3, 1, 2, 3, END, 3]]))
     assert sorted(passes[0]) == [2, 3, 4, 5]
 
 
 @torch.no_grad()
-def test_a_model_with_several_ends_of_a_text_has_them_all(teacher, tmp_path):
-    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
-    with record_rows(laid(teacher, [part], end=[7, 9])) as passes:
+def test_all_end_tokens_of_a_model_are_used(teacher, tmp_path):
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))
+    with record_passes(attach_rows(teacher, [part], end=[7, 9])) as passes:
         teacher(torch.tensor([[1, 2, 3, 7, 3, 1, 2, 9, 3, 0]]))
     assert sorted(passes[0]) == [1, 2, 6]
 
 
 @torch.no_grad()
-def test_of_two_who_are_talked_about_the_one_named_last_is_meant(any_teacher):
+def test_of_two_subjects_the_last_one_fires(any_teacher):
     named = (1, ((11, 12),)), (2, ((13,),))
     ada, ben = (
-        FactRow(row, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS, subject)
+        FactRow(row, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, subject)
         for row, subject in named
     )
-    overlay = laid(any_teacher, [ada, ben])
+    hooks = attach_rows(any_teacher, [ada, ben])
     for tokens, wanted in (
         ([11, 12, 5, 13, 5], [1, 1, 2, 2]),
         ([13, 5, 11, 12, 5], [2, 2, 2, 1, 1]),
         ([11, 12, 13, 11, 5], [1, 2, 2, 2]),
         ([11, 12, 13, 11, 12], [1, 2, 2, 1]),
     ):
-        with record_rows(overlay) as passes:
+        with record_passes(hooks) as passes:
             any_teacher(torch.tensor([tokens]))
         assert list(passes[0].values()) == wanted
 
 
 @torch.no_grad()
-def test_a_longer_name_is_meant_where_it_goes_on(any_teacher):
-    york = FactRow(1, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS, ((11, 12),))
+def test_the_longest_name_matches(any_teacher):
+    york = FactRow(1, torch.randn(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((11, 12),))
     city = replace(york, row_id=2, subject_ids=((11, 12, 13),))
     for parts in ([york, city], [city, york]):
-        with record_rows(laid(any_teacher, parts)) as passes:
+        with record_passes(attach_rows(any_teacher, parts)) as passes:
             any_teacher(torch.tensor([[11, 12, 13, 5]]))
         assert passes == [{1: 1, 2: 2, 3: 2}]
 
 
 @torch.no_grad()
-def test_a_row_with_a_lead_goes_before_one_without_and_waits_for_it(any_teacher):
+def test_a_row_with_a_prefix_comes_first_and_needs_it(any_teacher):
     states = forward_with_activations(
         any_teacher, torch.tensor([[1, 2, 6, 7]]), capture_blocks=True
     ).block_inputs[1][0]
-    first = FactRow(1, states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),))
-    second = FactRow(2, -states[2], torch.ones(WIDTH), ALWAYS, ((1, 2),), (6,))
-    third = FactRow(3, -states[2], torch.ones(WIDTH), ALWAYS, (), (6, 7))
-    with record_rows(laid(any_teacher, [third, second, first])) as passes:
+    first = FactRow(1, states[2], torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))
+    second = FactRow(2, -states[2], torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),), (6,))
+    third = FactRow(3, -states[2], torch.ones(WIDTH), ALWAYS_FIRES, (), (6, 7))
+    with record_passes(attach_rows(any_teacher, [third, second, first])) as passes:
         any_teacher(torch.tensor([[1, 2, 6, 7]]))
     assert passes == [{1: 1, 2: 2, 3: 3}]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [[24], [1] * 24, [5, 19]])
-def test_what_has_all_been_said_is_not_begun_again_for_a_while(any_teacher, pieces):
-    first = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),), (), (6, 7))
-    overlay = laid(any_teacher, [first, replace(first, row_id=2, prefix_ids=(6,))])
+def test_a_completed_answer_does_not_start_again_within_the_window(any_teacher, pieces):
+    first = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),), (), (6, 7))
+    hooks = attach_rows(any_teacher, [first, replace(first, row_id=2, prefix_ids=(6,))])
     cache, answered, start = DynamicCache(), {}, 0
     for piece in torch.tensor([[1, 2, 6, 7] + [3] * 20]).split(pieces, dim=1):
-        with record_rows(overlay) as passes:
+        with record_passes(hooks) as passes:
             any_teacher(piece, past_key_values=cache)
         answered |= {start + place: row for place, row in passes[0].items()}
         start += piece.shape[1]
     assert answered == {1: 1, 2: 2} | dict.fromkeys(range(3 + ANSWER_WINDOW, 24), 1)
-    with record_rows(overlay) as passes:
+    with record_passes(hooks) as passes:
         any_teacher(torch.tensor([[1, 2, 6, 7, END, 1, 2, 3]]))
     assert sorted(passes[0]) == [1, 2, 6, 7], "another document has not said it"
 
 
-def test_of_rows_without_a_subject_one_that_has_said_all_does_not_stand_before_another():
+def test_a_row_with_a_completed_answer_does_not_block_another():
     spent = FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.5, answer_ids=(5,))
     other = FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5, answer_ids=(6,))
-    overlay = FactHooks(EditMemory(2), 0, 0, None)
-    overlay.set_rows([spent, other])
-    with record_rows(overlay) as passes:
-        overlay.begin_pass(torch.tensor([[4, 5, 4, 6]]), None)
-        overlay.match_rows(torch.tensor([[[1.0, 0.2]] * 4]))
-        overlay.add_values(torch.zeros(1, 4, 2))
+    hooks = FactHooks(EditMemory(2), 0, 0, None)
+    hooks.set_rows([spent, other])
+    with record_passes(hooks) as passes:
+        hooks.begin_pass(torch.tensor([[4, 5, 4, 6]]), None)
+        hooks.match_rows(torch.tensor([[[1.0, 0.2]] * 4]))
+        hooks.add_values(torch.zeros(1, 4, 2))
     assert passes == [{0: 1, 1: 2, 2: 2}]
 
 
@@ -669,14 +670,14 @@ def gradients(model, tokens, **how):
     }
 
 
-def test_where_nothing_answers_gradients_are_the_models_own(any_teacher):
+def test_gradients_are_unchanged_where_no_row_fires(any_teacher):
     any_teacher.requires_grad_(True)
-    tokens = few()
+    tokens = few_tokens()
     own = gradients(any_teacher, tokens)
-    overlay = laid(
-        any_teacher, [replace(part, subject_ids=((200, 201),)) for part in drawn_parts(20, 9)]
+    hooks = attach_rows(
+        any_teacher, [replace(part, subject_ids=((200, 201),)) for part in random_rows(20, 9)]
     )
-    with record_rows(overlay) as passes:
+    with record_passes(hooks) as passes:
         found = gradients(any_teacher, tokens)
     assert passes == [{}]
     assert own.keys() == found.keys()
@@ -684,13 +685,11 @@ def test_where_nothing_answers_gradients_are_the_models_own(any_teacher):
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_where_rows_answer_gradients_are_those_of_a_model_to_which_constants_are_added(
-    any_teacher, checkpointing
-):
+def test_gradients_treat_values_as_constants(any_teacher, checkpointing):
     any_teacher.requires_grad_(True)
-    parts, tokens = drawn_parts(30, 10), few()
-    overlay = laid(any_teacher, parts, 0, 1)
-    with record_rows(overlay) as passes:
+    parts, tokens = random_rows(30, 10), few_tokens()
+    hooks = attach_rows(any_teacher, parts, 0, 1)
+    with record_passes(hooks) as passes:
         any_teacher(tokens)
     detach(any_teacher)
     constant = torch.zeros(3 * 20, WIDTH)
@@ -700,7 +699,7 @@ def test_where_rows_answer_gradients_are_those_of_a_model_to_which_constants_are
     hook = block.register_forward_hook(lambda _, __, said: said + constant.view_as(said))
     wanted = gradients(any_teacher, tokens)
     hook.remove()
-    attach(any_teacher, overlay)
+    attach(any_teacher, hooks)
     if checkpointing is not None:
         any_teacher.train()
         any_teacher.config.use_cache = False
@@ -717,33 +716,33 @@ def test_where_rows_answer_gradients_are_those_of_a_model_to_which_constants_are
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_compares_in_full(any_teacher, kind):
+def test_similarity_is_in_full_precision_in_a_half_precision_model(any_teacher, kind):
     mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
-    overlay = laid(
+    hooks = attach_rows(
         any_teacher,
-        [replace(part, threshold=ALWAYS) for part in drawn_parts(30, 11)],
+        [replace(part, threshold=ALWAYS_FIRES) for part in random_rows(30, 11)],
         mean=mean,
         metric=metric,
     )
-    tokens = few()
+    tokens = few_tokens()
     any_teacher.to(kind)
-    with record_rows(overlay) as passes:
+    with record_passes(hooks) as passes:
         logits = any_teacher(tokens).logits
     assert logits.dtype == kind
     assert passes[0]
-    assert torch.equal(overlay.memory.metric, metric)
-    assert torch.equal(overlay.memory.mean, mean)
+    assert torch.equal(hooks.memory.metric, metric)
+    assert torch.equal(hooks.memory.mean, mean)
     any_teacher.float()
-    with record_rows(overlay) as passes, torch.autocast("cpu", dtype=torch.bfloat16):
+    with record_passes(hooks) as passes, torch.autocast("cpu", dtype=torch.bfloat16):
         any_teacher(tokens)
     assert passes[0]
 
 
 @torch.no_grad()
-def test_of_embeddings_nobody_knows_whom_they_name(any_teacher):
-    overlay, tokens = laid(any_teacher, drawn_parts(40, 12)), few()
+def test_embeddings_without_ids_match_nothing(any_teacher):
+    hooks, tokens = attach_rows(any_teacher, random_rows(40, 12)), few_tokens()
     embeddings = any_teacher.get_input_embeddings()(tokens)
-    with record_rows(overlay) as passes:
+    with record_passes(hooks) as passes:
         found = any_teacher(inputs_embeds=embeddings).logits
     assert passes == []
     with disabled(any_teacher):
@@ -751,9 +750,9 @@ def test_of_embeddings_nobody_knows_whom_they_name(any_teacher):
 
 
 @torch.no_grad()
-def test_a_pass_that_fails_leaves_nothing_to_the_next(any_teacher):
-    laid(any_teacher, drawn_parts(40, 13))
-    tokens = few()
+def test_a_failed_pass_leaves_no_state(any_teacher):
+    attach_rows(any_teacher, random_rows(40, 13))
+    tokens = few_tokens()
     before = any_teacher(tokens).logits
     with pytest.raises((IndexError, RuntimeError)):
         any_teacher(torch.full((3, 20), 10**6))
@@ -763,9 +762,9 @@ def test_a_pass_that_fails_leaves_nothing_to_the_next(any_teacher):
 # What one model is.
 
 
-def test_a_fingerprint_is_of_weights_and_function_and_of_nothing_that_is_laid_over(any_teacher):
+def test_the_model_hash_covers_weights_and_activation_but_no_facts(any_teacher):
     own = hash_model(any_teacher)
-    laid(any_teacher, drawn_parts(5, 14))
+    attach_rows(any_teacher, random_rows(5, 14))
     assert hash_model(any_teacher) == own
     detach(any_teacher)
     name = get_architecture(any_teacher.config.model_type).activation
@@ -783,7 +782,7 @@ def test_a_fingerprint_is_of_weights_and_function_and_of_nothing_that_is_laid_ov
     assert len(own) == 64
 
 
-def test_stored_rows_are_not_part_of_a_fingerprint(teacher):
+def test_stored_rows_are_not_part_of_the_model_hash(teacher):
     student, _ = convert_blocks(teacher, [AssociativeConfig(), *[DenseConfig()] * 2])
     own = hash_model(student)
     rows = [tensor for name, tensor in student.state_dict().items() if ".rows." in name]
@@ -817,7 +816,7 @@ def told(answer=(4, 5), subject=((1, 2),), **more):
         1.0,
         subject,
         answer,
-        thresholds=tuple([ALWAYS] * len(answer)),
+        thresholds=tuple([ALWAYS_FIRES] * len(answer)),
         **more,
     )
 
@@ -836,7 +835,7 @@ def store_with_facts(place, model, layers=(1, 2)):
 
 
 @torch.no_grad()
-def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tmp_path):
+def test_facts_saved_beside_a_student_are_loaded_with_it(any_teacher, tmp_path):
     student, _ = convert_blocks(any_teacher, [FeaturalConfig()] * LAYERS)
     student.eval()
     tokens = torch.tensor([[3, 1, 2, 3, 4, 5]])
@@ -845,17 +844,17 @@ def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tm
     store.close()
     load_facts(student, tmp_path / "elsewhere.db")
     with_facts = student(tokens).logits
-    overlay = get_fact_hooks(student)
-    assert (overlay.key_layer, overlay.value_layer, overlay.eos_ids) == (
+    hooks = get_fact_hooks(student)
+    assert (hooks.key_layer, hooks.value_layer, hooks.eos_ids) == (
         1,
         2,
         student.config.eos_token_id,
     )
-    assert torch.equal(overlay.memory.rows.keys, torch.from_numpy(keys))
-    assert torch.equal(overlay.memory.rows.values, torch.from_numpy(values))
-    with record_rows(overlay) as passes:
+    assert torch.equal(hooks.memory.rows.keys, torch.from_numpy(keys))
+    assert torch.equal(hooks.memory.rows.values, torch.from_numpy(values))
+    with record_passes(hooks) as passes:
         student(tokens)
-    first, second = overlay.memory.rows.ids.tolist()
+    first, second = hooks.memory.rows.ids.tolist()
     assert passes == [{2: first, 3: first, 4: second}], "and not again, when all has been said"
     assert not torch.equal(with_facts, own)
 
@@ -882,7 +881,7 @@ def test_what_is_saved_beside_a_student_speaks_when_it_is_loaded(any_teacher, tm
 
 
 @torch.no_grad()
-def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, tmp_path):
+def test_saving_keeps_its_own_fact_file_and_backs_up_another(teacher, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
@@ -907,7 +906,7 @@ def test_saved_where_a_book_is_its_own_stays_and_another_is_put_aside(teacher, t
 
 
 @torch.no_grad()
-def test_loaded_in_half_precision_it_has_its_facts_too(teacher, tmp_path):
+def test_facts_are_loaded_in_half_precision_too(teacher, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
@@ -919,7 +918,7 @@ def test_loaded_in_half_precision_it_has_its_facts_too(teacher, tmp_path):
         assert not torch.equal(loaded(tokens).logits, with_facts)
 
 
-def test_a_store_without_facts_lays_nothing_over(teacher, tmp_path):
+def test_a_store_without_facts_attaches_no_hooks(teacher, tmp_path):
     with RowStore(str(tmp_path / FACTS_FILE), hash_model(teacher)) as store:
         assert not FactTable(store).exists
         store.commit("run", 1, {store.get_or_create_namespace("layer_9", 4, 6): StepChanges()})
@@ -927,16 +926,16 @@ def test_a_store_without_facts_lays_nothing_over(teacher, tmp_path):
     assert get_fact_hooks(teacher) is None
 
 
-def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
+def test_the_default_window_is_64_tokens(teacher):
     model = make_teacher(300, n_positions=128)
-    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS, ((1, 2),))
+    part = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))
     assert POSITIONS < SUBJECT_WINDOW == 64
-    overlay, tokens = laid(model, [part]), torch.tensor([[1, 2] + [3] * 100])
-    with record_rows(overlay) as passes, torch.no_grad():
+    hooks, tokens = attach_rows(model, [part]), torch.tensor([[1, 2] + [3] * 100])
+    with record_passes(hooks) as passes, torch.no_grad():
         model(tokens)
     assert sorted(passes[0]) == list(range(1, 65))
     cache = DynamicCache()
-    with record_rows(overlay) as passes, torch.no_grad():
+    with record_passes(hooks) as passes, torch.no_grad():
         for token in tokens.split(1, dim=1):
             model(token, past_key_values=cache)
     assert [start for start, each in enumerate(passes, 102 - len(passes)) if each] == list(
@@ -945,7 +944,7 @@ def test_a_window_is_no_longer_than_told_and_the_default_is_64(teacher):
 
 
 @torch.no_grad()
-def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_path):
+def test_facts_of_another_model_are_rejected_on_loading(teacher, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path / "one")
     store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
@@ -957,7 +956,7 @@ def test_the_book_of_another_model_is_refused_when_it_is_loaded(teacher, tmp_pat
 
 
 @torch.no_grad()
-def test_facts_whose_book_is_gone_are_not_lost_in_silence(teacher, tmp_path):
+def test_saving_without_the_fact_file_is_an_error(teacher, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path / "one")
     store_with_facts(tmp_path / "one" / FACTS_FILE, student)[0].close()
