@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 os.environ["COLUMNS"] = "90"  # argparse wraps help to the terminal's width
 
-from dmt.cli.config import describe_groups  # noqa: E402
+from dmt.cli.config import describe_settings  # noqa: E402
 from dmt.cli.main import build_parser  # noqa: E402
 from dmt.files import FILE_FORMATS  # noqa: E402
 from dmt.training.metrics import METRICS  # noqa: E402
@@ -48,19 +48,28 @@ def list_parsers(
 
 
 def render_config() -> str:
-    """Render every setting with its choices, default, and meaning."""
+    """Render every setting with its default, choices, and meaning."""
     parts = [NOTE, "# Settings\n"]
     parts.append(
         "A config file holds only what differs from these defaults. On the command line, write\n"
         "`key=value`. `dmt config --explain KEY` prints one entry.\n"
     )
-    for title, settings in describe_groups():
-        parts.append(f"## {title}\n\n| setting | type | default | meaning |\n|---|---|---|---|")
-        for setting in settings:
-            cells = (f"`{setting.name}`", setting.type, f"`{setting.default}`", setting.description)
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        parts.append("")
-    return "\n".join(parts)
+    group = None
+    for name, text in describe_settings().items():
+        if (prefix := name.rpartition(".")[0]) != group:
+            group = prefix
+            parts.append(f"\n## {group or 'Top level'}\n\n| setting | default | choices | meaning |")
+            parts.append("|---|---|---|---|")
+        head, _, description = text.partition("\n")
+        default, _, choices = head.partition("=")[2].partition("   [")
+        cells = (
+            f"`{name}`",
+            f"`{default.strip()}`" if default.strip() else "",
+            ", ".join(f"`{choice}`" for choice in choices.rstrip("]").split(", ") if choice),
+            " ".join(description.split()),
+        )
+        parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(parts) + "\n"
 
 
 def render_metrics() -> str:
