@@ -23,16 +23,30 @@ from dmt.cli.main import main
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GENERATED = ("reference", "experiments")
-PAGES = [README, *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name not in GENERATED)]
+PAGES = [
+    README,
+    *(p for p in DOCS if p.parent.name not in GENERATED),
+]
 PROGRAMS = ("pip", "python", "dmt", "torchrun", "tensorboard", "make")
-SMALL = (
-    "stages.calibration_tokens=256 stages.layerwise_steps=1 stages.end_to_end_steps=2 "
-    "optim.warmup_steps=1 trainer.num_threads=1 trainer.precision=32-true trainer.progress_bar=false "
-    "data.test_tokens=512 data.validation_tokens=256 data.seq_len=64 data.micro_batch_size=2"
-).split()
-SMALL_CONTEXT = (
-    "data.corpora=[notes.txt] data.test_tokens=512 context.num_samples=4 context.qa_per_sentence=1"
-).split()
+SMALL = [
+    "stages.calibration_tokens=256",
+    "stages.layerwise_steps=1",
+    "stages.end_to_end_steps=2",
+    "optim.warmup_steps=1",
+    "trainer.num_threads=1",
+    "trainer.precision=32-true",
+    "trainer.progress_bar=false",
+    "data.test_tokens=512",
+    "data.validation_tokens=256",
+    "data.seq_len=64",
+    "data.micro_batch_size=2",
+]
+SMALL_CONTEXT = [
+    "data.corpora=[notes.txt]",
+    "data.test_tokens=512",
+    "context.num_samples=4",
+    "context.qa_per_sentence=1",
+]
 ADA = "Ada Winterbourne was born in the town of Ravenhill."
 
 
@@ -104,14 +118,16 @@ def make_small(command, folder):
         return [*args, *SMALL_CONTEXT, "trainer.progress_bar=false"]
     teacher = "my-llama" if "smollm2" in args else "my-gpt2"
     settings = {arg.partition("=")[0] for arg in args}
-    own = {} if args == ["distill"] else {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
+    own = (
+        {} if args == ["distill"] else {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
+    )
     own = own or {"data.corpora": "[biographies]"}
     return [*args, *(f"{k}={v}" for k, v in own.items() if k not in settings), *SMALL]
 
 
 @pytest.fixture(scope="module")
 def newcomer(folder):
-    """The folder after the first commands of the docs: runs `version_0` to `version_3` and `wide`."""
+    """The folder after the first commands of the docs, with the runs that later ones name."""
     old = Path.cwd()
     os.chdir(folder)
     try:
@@ -165,7 +181,7 @@ def test_ci_runs_the_two_commands_of_the_readme():
 
 
 def list_benchmarks():
-    text = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
+    text = "\n".join(page.read_text() for page in DOCS)
     pattern = r"python (?:-m )?(benchmarks[./][\w/.]+(?: --[\w-]+)*|benchmarks\b)"
     return sorted({match.rstrip(".") for match in re.findall(pattern, text)})
 
@@ -215,12 +231,12 @@ def test_tensorboard_shows_the_runs_on_loopback_only(newcomer):
 
 def test_pages_are_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in DOCS:
         assert str(page.relative_to(ROOT / "docs")) in navigation
 
 
 def test_local_links_exist():
-    for page in [README, *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in [README, *DOCS]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
