@@ -30,7 +30,7 @@ LONG = (
     "row_sync",
     "kill",
     "module",
-    "readme",
+    "docs",
     "run",
     "disk_errors",
     "logit_cache",

@@ -23,10 +23,8 @@ from dmt.cli.main import main
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GENERATED = ("reference", "experiments")
-PAGES = [
-    README,
-    *(p for p in DOCS if p.parent.name not in GENERATED),
-]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, *(page for page in DOCS if page.parent.name not in GENERATED)]
 PROGRAMS = ("pip", "python", "dmt", "torchrun", "tensorboard", "make")
 SMALL = [
     "stages.calibration_tokens=256",
@@ -240,3 +238,11 @@ def test_local_links_exist():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_reference_pages_match_the_code():
+    script = str(ROOT / "scripts" / "generate_reference.py")
+    done = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

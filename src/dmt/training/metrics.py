@@ -1,6 +1,6 @@
 """Every metric that a run logs: its tag, its unit, and what it says.
 
-`docs/reference/metrics.md` is generated from this table, and a test checks that runs log nothing else.
+`docs/reference/metrics.md` is generated from this table. A test checks that runs log nothing else.
 """
 
 from __future__ import annotations
