@@ -24,7 +24,7 @@ class RowAttentionConfig(dmt.MemoryConfig):
 
 @dmt.register_memory("row_attention", config=RowAttentionConfig)
 class RowAttention(dmt.MemoryLayer):
-    """Every token reads all rows, weighted by softmax (Sukhbaatar et al. 2019, arXiv 1907.01470)."""
+    """Every token reads all rows, weighted by softmax (Sukhbaatar 2019, arXiv 1907.01470)."""
 
     def __init__(self, width: int, config: RowAttentionConfig) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ class RowAttention(dmt.MemoryLayer):
     def weights(self, hidden: torch.Tensor) -> torch.Tensor:
         return (self.scale * hidden @ self.keys.T).softmax(-1)
 
-    def select(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weights, ids = self.weights(hidden).topk(min(8, len(self.keys)))
-        return ids, weights
+        return ids, weights, self.values[ids]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.weights(hidden) @ self.values + self.output_bias

@@ -211,3 +211,12 @@ def test_the_guide_builds_a_memory_that_passes_every_check():
         exec("\n".join([code, *blocks[1:]]), sys.modules["guide"].__dict__)
     finally:
         del sys.modules["guide"]
+
+
+def test_a_trace_shows_the_rows_that_an_own_memory_selects(own_memory, tokenizer):
+    student = dmt.convert(make_teacher(len(tokenizer)), own_memory.RowAttentionConfig(num_rows=8))
+    traces = dmt.trace(student, tokenizer, "the fox runs")
+    activations = traces[-1].activations
+    assert {activation.layer for activation in activations} == set(range(LAYERS))
+    assert all(activation.kind == "slot" for activation in activations)
+    assert all(0 <= activation.index < 8 and activation.weight > 0 for activation in activations)

@@ -22,6 +22,7 @@ from dmt.data.windows import get_prefix_ids
 from dmt.errors import UserError
 from dmt.evaluation.metrics import eval_mode
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.base import MemoryLayer
 from dmt.memory.edit_memory import EditMemory, Matches
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import get_fact_hooks, record_matches
@@ -243,7 +244,12 @@ def _block_contributions(block: nn.Module, hidden: Tensor) -> list[_Contribution
     if isinstance(block, FeaturalMemory):
         return [_slot_contributions(block, hidden)]
     if not isinstance(block, AssociativeMemory):
-        return []
+        selection = block.select(hidden) if isinstance(block, MemoryLayer) else None
+        if selection is None:
+            return []
+        ids, weights, values = selection
+        active = torch.ones_like(ids, dtype=torch.bool)
+        return [_Contributions("slot", ids, weights, active, values, values.norm(dim=-1))]
     slots = (
         [_slot_contributions(block.base, hidden)] if isinstance(block.base, FeaturalMemory) else []
     )

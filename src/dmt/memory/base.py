@@ -110,10 +110,12 @@ class MemoryLayer(nn.Module):
         """
         return {}
 
-    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return rows read for `hidden` `(tokens, width)`: ids and weights, each `(tokens, n)`.
+    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the rows that a trace shows for `hidden` `(tokens, width)`.
 
-        A trace shows them. None where the memory has no rows.
+        Returns:
+            Ids and weights `(tokens, n)` and values `(tokens, n, width)`; None where the memory
+            has no rows.
         """
         return None
 
