@@ -24,7 +24,7 @@ def long_folder(tokenizer, tmp_path):
 
 @pytest.fixture
 def tiny(long_folder, text_file, tmp_path):
-    """Words of a consolidation that takes seconds."""
+    """Arguments of a consolidation that takes seconds."""
     return consolidation(long_folder, text_file, tmp_path, "context.prompt_length=3")
 
 
@@ -37,7 +37,7 @@ def test_options_become_settings(tiny, long_folder, tmp_path, capsys):
             ("task", "teacher", "context.file", "context.prompt_length", "stages")
         )
     ]
-    words = [
+    args = [
         "consolidate",
         "--model",
         str(long_folder),
@@ -48,9 +48,9 @@ def test_options_become_settings(tiny, long_folder, tmp_path, capsys):
         "--prompt-length",
         "3",
     ]
-    assert dmt([*words, "--steps", "2", "--lr", "0.01", "--json", *rest]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert Path(found["run_dir"]) == newest(tmp_path)
+    assert dmt([*args, "--steps", "2", "--lr", "0.01", "--json", *rest]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert Path(record["run_dir"]) == newest(tmp_path)
     config = config_io.load_config(newest(tmp_path) / "config.yaml")
     assert (
         config.context.prompt_length,

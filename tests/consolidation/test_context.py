@@ -61,8 +61,8 @@ def test_a_sentence_longer_than_a_chunk_is_split(embedded, text):
     _, tokenizer = embedded
     context = read_context(ContextConfig(text=text), tokenizer, 256)
     assert all(1 < len(window.ids) <= 256 - MAX_TEXT_TOKENS for window in context.chunks)
-    said = "".join(tokenizer.decode(window.ids[1:]) for window in context.chunks)
-    assert "".join(said.split()) == "".join(text.split())
+    message = "".join(tokenizer.decode(window.ids[1:]) for window in context.chunks)
+    assert "".join(message.split()) == "".join(text.split())
 
 
 def test_pronouns_are_replaced_by_the_last_name_across_chunks(embedded):
@@ -72,9 +72,9 @@ def test_pronouns_are_replaced_by_the_last_name_across_chunks(embedded):
         "It barks. Bo Ray was seen in Wall. His hat is red."
     )
     sentences = [
-        each
+        item
         for window in read_context(ContextConfig(text=text), tokenizer, 256).chunks
-        for each in window.sentences
+        for item in window.sentences
     ]
     assert sentences[1:3] == ["Ada Fox sells hats.", "Ada Fox's dog is called Rex."]
     assert (
@@ -113,7 +113,7 @@ def test_a_date_is_not_a_subject(embedded):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "message"),
     [
         ({}, "got neither"),
         ({"text": "a", "file": "b"}, "got both"),
@@ -122,9 +122,9 @@ def test_a_date_is_not_a_subject(embedded):
         ({"text": "a b c d e f g h", "max_tokens": 2}, "more than context.max_tokens=2"),
     ],
 )
-def test_invalid_contexts_are_rejected(embedded, given, said):
-    with pytest.raises(UserError, match=said):
-        read_context(ContextConfig(**given), embedded[1], 256)
+def test_invalid_contexts_are_rejected(embedded, settings, message):
+    with pytest.raises(UserError, match=message):
+        read_context(ContextConfig(**settings), embedded[1], 256)
 
 
 def test_binary_files_and_short_models_are_rejected(embedded, tmp_path):

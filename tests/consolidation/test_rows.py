@@ -74,13 +74,13 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
     make_student(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     window = read_context(ContextConfig(text=TEXT), tokenizer, 256).chunks[0]
-    hearing, texts = ContextTeacher(model, window.ids), encode_sentences(window, tokenizer)
-    spans = find_informative_spans(model, hearing, tokenizer, texts, window.names)
+    context_teacher, texts = ContextTeacher(model, window.ids), encode_sentences(window, tokenizer)
+    spans = find_informative_spans(model, context_teacher, tokenizer, texts, window.names)
     assert {span.subject for span in spans} == {"Percy Talner"}
     assert any("butcher" in span.answer for span in spans)
     with FactStore.open(folder) as book:
         book.initialize([], value_layer=3)
-        outcomes = write_activation_deltas(book, hearing, spans, "tag", "source")
+        outcomes = write_activation_deltas(book, context_teacher, spans, "tag", "source")
         written = [
             span
             for span, outcome in zip(spans, outcomes, strict=True)
@@ -90,13 +90,16 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
         assert {fact.tag for fact in book.records.values()} == {"tag"}
         for span in written:
             tokens = torch.tensor([span.ids])
-            mine, wanted = (
+            predicted, expected = (
                 forward_with_prefix(book.model, [0], tokens).logits[0],
-                hearing.predict(tokens).logits[0],
+                context_teacher.predict(tokens).logits[0],
             )
             where = slice(span.first - 1, span.last)
             torch.testing.assert_close(
-                mine[where].log_softmax(-1), wanted[where].log_softmax(-1), rtol=1e-3, atol=2e-3
+                predicted[where].log_softmax(-1),
+                expected[where].log_softmax(-1),
+                rtol=1e-3,
+                atol=2e-3,
             )
         alone = torch.tensor(
             [encode_text(tokenizer, "Ada Fox has worked for many years at", add_prefix=False)]
@@ -109,44 +112,46 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
 
 def test_questions_become_facts_where_the_context_answers_them(embedded):
     model, tokenizer = load_teacher("reader")
-    hearing, names = (
+    context_teacher, names = (
         ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR)),
         ["Percy Talner"],
     )
-    asked = [
+    generated = [
         ("Percy Talner works as a trained", "butcher"),
         ("Percy Talner works as a trained", "was"),
         ("He is a trained", "butcher"),
     ]
     texts = [
         encode_text(tokenizer, f"{prompt}\nAnswer: {answer}", add_prefix=False)
-        for prompt, answer in asked
+        for prompt, answer in generated
     ]
-    facts = extract_qa_facts(model, hearing, tokenizer, texts, names, "t", "s")
-    questions = [Question(f"{prompt}\nAnswer:", f" {answer}") for prompt, answer in asked[:2]]
-    found = [
+    facts = extract_qa_facts(model, context_teacher, tokenizer, texts, names, "t", "s")
+    questions = [Question(f"{prompt}\nAnswer:", f" {answer}") for prompt, answer in generated[:2]]
+    record = [
         score_answers(says, tokenizer, questions, torch.device("cpu")).nlls
-        for says in (lambda x: forward_with_prefix(model, [0], x), hearing.predict)
+        for says in (lambda x: forward_with_prefix(model, [0], x), context_teacher.predict)
     ]
-    wanted = [
-        q for q, without, known in zip(questions, *found, strict=True) if without - known >= 1
+    expected = [
+        q
+        for q, without, with_context in zip(questions, *record, strict=True)
+        if without - with_context >= 1
     ]
-    assert len(wanted) == 1, "the test tells one from the other"
+    assert len(expected) == 1, "the test tells one from the other"
     assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [
-        (q.prompt, q.answer, names[0]) for q in wanted
+        (q.prompt, q.answer, names[0]) for q in expected
     ]
 
 
 def test_is_stated_looks_for_subject_and_answer_in_one_sentence():
     window = SimpleNamespace(sentences=["Ada Fox sells hats.", "Bo Ray sells cats."])
-    work = SimpleNamespace(context=SimpleNamespace(chunks=[window]))
+    run_state = SimpleNamespace(context=SimpleNamespace(chunks=[window]))
     for answer, subject, stands in (
         (" hats", "Ada Fox", True),
         (" cats,", "Bo Ray", True),
         (" cats", "Ada Fox", False),
         (" cats", "", True),
     ):
-        assert rows._is_stated(work, Span((1, 2), 1, 1, "p", answer, subject)) == stands
+        assert rows._is_stated(run_state, Span((1, 2), 1, 1, "p", answer, subject)) == stands
 
 
 def config_of(**context):
@@ -172,11 +177,11 @@ def test_only_stated_spans_of_continuations_are_collected(monkeypatch):
     window = SimpleNamespace(
         sentences=["Ada Fox sells hats.", "Bo Ray sells cats."], names=["Ada Fox"]
     )
-    work = SimpleNamespace(
+    run_state = SimpleNamespace(
         context=SimpleNamespace(chunks=[window]),
         config=config_of(),
         teachers=[None],
         base=None,
         tokenizer=None,
     )
-    assert rows._collect_spans(work, 0) == ([], spans[:1])
+    assert rows._collect_spans(run_state, 0) == ([], spans[:1])

@@ -42,7 +42,7 @@ def long_folder(tokenizer, tmp_path):
 
 @pytest.fixture
 def tiny(long_folder, text_file, tmp_path):
-    """Words of a consolidation that takes seconds."""
+    """Arguments of a consolidation that takes seconds."""
     return consolidation(long_folder, text_file, tmp_path, "context.prompt_length=3")
 
 
@@ -63,26 +63,26 @@ def results(tmp_path):
 )
 def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
     assert distill_main([*tiny, f"context.objective={objective}", *where.split()]) == 0
-    found = results(tmp_path)
-    assert found["question_types"]["questions"]["num_questions"] == 1
+    record = results(tmp_path)
+    assert record["question_types"]["questions"]["num_questions"] == 1
     assert (newest(tmp_path) / "report.md").read_text().count("Ravenhill") >= 2
     page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
     check_self_contained(page)
     assert page.count("Ravenhill") >= 2
     assert "train/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "val/benefit_retained" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
-    found = events(newest(tmp_path))
-    there = found.Tags()["scalars"]
+    record = events(newest(tmp_path))
+    there = record.Tags()["scalars"]
     assert [
         tag
-        for group in charts(found).values()
+        for group in charts(record).values()
         for tags in group.values()
         for tag in tags
         if tag not in there
     ] == []
     assert "epoch" not in there
     assert {
-        tuple(event.step for event in found.Scalars(tag))
+        tuple(event.step for event in record.Scalars(tag))
         for tag in there
         if tag.startswith("hparam/")
     } == {(4,)}
@@ -120,7 +120,7 @@ def test_a_signal_during_evaluation_can_be_resumed(tiny, tmp_path, monkeypatch, 
 
 
 def test_weights_learn_the_context_and_change_little_else(tmp_path, capsys):
-    words = [
+    args = [
         str(PERSON.with_suffix(".yaml")),
         "context.target=weights",
         "context.objective=causal_lm",
@@ -137,19 +137,19 @@ def test_weights_learn_the_context_and_change_little_else(tmp_path, capsys):
         "trainer.precision=32-true",
         "trainer.accelerator=cpu",
     ]
-    kept = {}
-    for keep in (0, 1):
-        assert distill_main([*words, f"context.unrelated_kl_weight={keep}"]) == 0
-        found = results(tmp_path)
-        assert found["question_types"]["as written"]["log_prob_consolidated"] > -1.5
-        assert found["question_types"]["as written"]["log_prob_without_context"] < -5
-        kept[keep] = found["unrelated"]["biographies"]["kl"]
-    assert kept[1] < kept[0] / 2
+    kl_by_weight = {}
+    for weight in (0, 1):
+        assert distill_main([*args, f"context.unrelated_kl_weight={weight}"]) == 0
+        record = results(tmp_path)
+        assert record["question_types"]["as written"]["log_prob_consolidated"] > -1.5
+        assert record["question_types"]["as written"]["log_prob_without_context"] < -5
+        kl_by_weight[weight] = record["unrelated"]["biographies"]["kl"]
+    assert kl_by_weight[1] < kl_by_weight[0] / 2
 
 
 @pytest.mark.parametrize("write", ["activation_delta", "gradient", "trained"])
 def test_a_context_is_written_to_memory(tmp_path, write):
-    words = [
+    args = [
         str(PERSON.with_suffix(".yaml")),
         f"context.row_method={write}",
         "context.objective=logits",
@@ -163,16 +163,16 @@ def test_a_context_is_written_to_memory(tmp_path, write):
         "trainer.precision=32-true",
         "trainer.accelerator=cpu",
     ]
-    assert distill_main(words) == 0
-    found, run = results(tmp_path), newest(tmp_path)
-    assert found["question_types"]["as written"]["benefit_retained"] >= 0.9
-    assert found["unrelated"]["biographies"]["kl"] <= 1e-3
-    assert found["rows_written"]["num_rows"] > 3
+    assert distill_main(args) == 0
+    record, run = results(tmp_path), newest(tmp_path)
+    assert record["question_types"]["as written"]["benefit_retained"] >= 0.9
+    assert record["unrelated"]["biographies"]["kl"] <= 1e-3
+    assert record["rows_written"]["num_rows"] > 3
     with FactStore.open(run / "student", read_only=True) as book:
         assert {fact.tag for fact in book.records.values()} == {"person"}
         assert (
             sum(len(fact.rows) for fact in book.records.values())
-            == found["rows_written"]["num_rows"]
+            == record["rows_written"]["num_rows"]
         )
     base = load_teacher("reader")[0].state_dict()
     saved = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
@@ -180,11 +180,11 @@ def test_a_context_is_written_to_memory(tmp_path, write):
         "no weight changes"
     )
     if write == "gradient":
-        assert found["question_types"]["as written"]["recall_consolidated"] == 1
+        assert record["question_types"]["as written"]["recall_consolidated"] == 1
 
 
 def test_training_rows_changes_their_values_alone(tmp_path):
-    words = [
+    args = [
         str(PERSON.with_suffix(".yaml")),
         "context.objective=generated",
         "context.num_samples=4",
@@ -202,14 +202,14 @@ def test_training_rows_changes_their_values_alone(tmp_path):
     ]
     parts = {}
     for write in ("activation_delta", "trained"):
-        assert distill_main([*words, f"context.row_method={write}"]) == 0
+        assert distill_main([*args, f"context.row_method={write}"]) == 0
         with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
             parts[write] = {fact.prompt: book.get_rows(fact.id) for fact in book.records.values()}
     assert set(parts["trained"]) == set(parts["activation_delta"])
     pairs = [
         pair
-        for prompt, each in parts["trained"].items()
-        for pair in zip(each, parts["activation_delta"][prompt], strict=True)
+        for prompt, item in parts["trained"].items()
+        for pair in zip(item, parts["activation_delta"][prompt], strict=True)
     ]
     assert all(
         torch.equal(a.key, b.key)
@@ -229,7 +229,7 @@ def trained_rows(run):
 
 
 def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
-    words = [
+    args = [
         str(PERSON.with_suffix(".yaml")),
         "context.row_method=trained",
         "context.objective=logits",
@@ -246,8 +246,8 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
         "stages.end_to_end_lr=0.1",
         "trainer.validate_every=0",
     ]
-    assert distill_main(words) == 0
-    whole, original = trained_rows(newest(tmp_path)), BatchSampler.get_batch
+    assert distill_main(args) == 0
+    complete, original = trained_rows(newest(tmp_path)), BatchSampler.get_batch
 
     def stop(lessons, step):
         if step == 2:
@@ -255,23 +255,23 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
         return original(lessons, step)
 
     monkeypatch.setattr(BatchSampler, "get_batch", stop)
-    assert distill_main(words) == 128 + signal.SIGTERM
+    assert distill_main(args) == 128 + signal.SIGTERM
     run = newest(tmp_path)
     monkeypatch.setattr(BatchSampler, "get_batch", original)
     for _ in range(2):  # in the middle; after the last step, when all that is left is to measure
         assert distill_main(["--resume", str(run)]) == 0
-        again = trained_rows(run)
-        assert set(again) == set(whole)
-        assert len(whole) > 3
-        assert all(torch.equal(again[prompt], whole[prompt]) for prompt in whole)
-    assert results(tmp_path)["rows_written"]["num_facts"] == len(whole)
+        resumed = trained_rows(run)
+        assert set(resumed) == set(complete)
+        assert len(complete) > 3
+        assert all(torch.equal(resumed[prompt], complete[prompt]) for prompt in complete)
+    assert results(tmp_path)["rows_written"]["num_facts"] == len(complete)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture
-def told(tiny, long_folder, text_file, tmp_path):
+def run_with_fact(tiny, long_folder, text_file, tmp_path):
     """A student with stored rows in its last layer, that has been told a fact; its run's folder."""
-    distilled = [
+    distill_args = [
         f"teacher={long_folder}",
         f"data.corpora=[{text_file}]",
         f"trainer.log_dir={tmp_path / 'logs'}",
@@ -291,85 +291,92 @@ def told(tiny, long_folder, text_file, tmp_path):
         "student.layer_overrides=[{layers: last, "
         "memory: {kind: associative, write_start: 0, min_distance: 0}}]",
     ]
-    assert distill_main(distilled) == 0
+    assert distill_main(distill_args) == 0
     run = newest(tmp_path)
     assert dmt(["memory", "write", "Bo Ray was born in Hill.", "-m", str(run)]) == 0
     return run
 
 
-def test_only_rows_of_the_context_are_trained(tiny, told, monkeypatch):
+def test_only_rows_of_the_context_are_trained(tiny, run_with_fact, monkeypatch):
     slopes = []
 
-    def once(work, model, chosen, *_):
-        chosen["rows"].sum().backward()
-        slopes.append(chosen["rows"].grad)
+    def once(run_state, model, trainable, *_):
+        trainable["rows"].sum().backward()
+        slopes.append(trainable["rows"].grad)
 
     monkeypatch.setattr(rows, "train_student", once)
     monkeypatch.setattr(rows, "find_false_triggers", lambda *_: set())
     assert (
         distill_main(
-            [*tiny, f"teacher={told}", "context.row_method=trained", "context.objective=logits"]
+            [
+                *tiny,
+                f"teacher={run_with_fact}",
+                "context.row_method=trained",
+                "context.objective=logits",
+            ]
         )
         == 0
     )
-    moved = slopes[0].abs().sum(1) > 0
-    assert not moved[:5].any(), "the five rows of the fact that was there"
-    assert len(moved) > 5
-    assert moved[5:].all()
+    has_gradient = slopes[0].abs().sum(1) > 0
+    assert not has_gradient[:5].any(), "the five rows of the fact that was there"
+    assert len(has_gradient) > 5
+    assert has_gradient[5:].all()
 
 
 def test_a_consolidated_student_can_be_a_teacher(tiny, tmp_path):
     assert distill_main([*tiny, "context.target=weights"]) == 0
-    words = [word for word in tiny if not word.startswith(("task", "teacher", "context"))]
+    args = [word for word in tiny if not word.startswith(("task", "teacher", "context"))]
     more = ["stages.calibration_tokens=64", "stages.layerwise_steps=1", "memory.mean_k=8"]
-    assert distill_main([*words, *more, f"teacher={newest(tmp_path) / 'student'}"]) == 0
+    assert distill_main([*args, *more, f"teacher={newest(tmp_path) / 'student'}"]) == 0
 
 
 def test_rows_that_fire_in_unrelated_text_are_removed(tiny, tmp_path):
     assert (
         distill_main([*tiny, "context.row_method=gradient"]) == 0
     )  # the unrelated text says the same sentences
-    found = results(tmp_path)
-    assert found["rows_written"]["false_triggers"] >= 1
+    record = results(tmp_path)
+    assert record["rows_written"]["false_triggers"] >= 1
     assert "removed: " in (newest(tmp_path) / "report.md").read_text()
     with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
-        assert len(book.records) == found["rows_written"]["num_facts"]
-        gone = [
+        assert len(book.records) == record["rows_written"]["num_facts"]
+        removed = [
             fact
             for fact in book.fact_table.read(include_deleted=True)
             if fact.deleted_reason == "evicted"
         ]
-        assert len(gone) == found["rows_written"]["false_triggers"]
+        assert len(removed) == record["rows_written"]["false_triggers"]
 
 
 def test_a_stopped_run_resumes_to_equal_weights(tiny, tmp_path):
-    words = [*tiny, "context.target=prompt"]
-    assert distill_main(words) == 0
+    args = [*tiny, "context.target=prompt"]
+    assert distill_main(args) == 0
     run = newest(tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    complete = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     (run / "checkpoints" / "step_4.ckpt").unlink()
     shutil.rmtree(run / "student")
     assert distill_main(["--resume", str(run)]) == 0
-    again = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    resumed = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    assert all(torch.equal(resumed[name], complete[name]) for name in complete)
 
 
 @pytest.mark.parametrize("into", ["memory", "weights", "prompt"])
-def test_a_student_with_rows_and_facts_retains_them(tiny, told, tmp_path, into, tokens, capsys):
-    before = AutoModelForCausalLM.from_pretrained(told / "student")
-    words = [
+def test_a_student_with_rows_and_facts_retains_them(
+    tiny, run_with_fact, tmp_path, into, tokens, capsys
+):
+    before = AutoModelForCausalLM.from_pretrained(run_with_fact / "student")
+    args = [
         *tiny,
-        f"teacher={told}",
+        f"teacher={run_with_fact}",
         f"context.target={into}",
         "stages.end_to_end_lr=1e-30",
         "context.row_method=gradient",
     ]
-    assert distill_main(words) == 0
+    assert distill_main(args) == 0
     assert ("stay there" in "".join(capsys.readouterr())) == (into != "memory")
     made = AutoModelForCausalLM.from_pretrained(newest(tmp_path) / "student")
     torch.testing.assert_close(made(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
     with FactStore.open(
-        told / "student", read_only=True
+        run_with_fact / "student", read_only=True
     ) as book:  # the one it began with is as it was
         assert [fact.answer for fact in book.records.values()] == [" Hill"]
     if into == "memory":
@@ -378,7 +385,7 @@ def test_a_student_with_rows_and_facts_retains_them(tiny, told, tmp_path, into, 
 
 
 def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_path):
-    distilled = [
+    distill_args = [
         f"teacher={long_folder}",
         f"data.corpora=[{text_file}]",
         f"trainer.log_dir={tmp_path / 'logs'}",
@@ -396,16 +403,16 @@ def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_p
         "trainer.precision=32-true",
         "trainer.accelerator=cpu",
     ]
-    assert distill_main(distilled) == 0
+    assert distill_main(distill_args) == 0
     student = newest(tmp_path)
-    words = [
+    args = [
         *tiny,
         f"teacher={student}",
         "context.target=weights",
         "context.trainable=slots",
         "stages.end_to_end_lr=0.01",
     ]
-    assert distill_main(words) == 0
+    assert distill_main(args) == 0
     before, now = (
         AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
         for run in (student, newest(tmp_path))
@@ -416,7 +423,7 @@ def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
         (["context.file=null"], "got neither"),
         (["context.text=hello"], "got both"),
@@ -431,10 +438,10 @@ def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_p
     ],
 )
 def test_contradictions_are_rejected_before_a_run_folder_exists(
-    tiny, tmp_path, capsys, words, said
+    tiny, tmp_path, capsys, args, message
 ):
-    assert distill_main([*tiny, *words]) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert distill_main([*tiny, *args]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "logs").glob("version_*"))
 
 

@@ -44,21 +44,21 @@ def test_generated_questions_are_answered_by_their_sentence(embedded, monkeypatc
 
         def sample(self, opener, count, *_):
             assert tokenizer.decode(opener) == "Text: Ada Fox sells hats in Hill.\nQuestion:"
-            said = (
+            message = (
                 " Who sells hats?\nAnswer: Ada Fox.\n\nText: B",
                 " Who?\nAnswer: Bo Ray\n",
                 " Where?",
                 " Who sells hats?\nAnswer: Ada Fox",
             )
             assert count == 5
-            return [opener + encode_text(tokenizer, text, add_prefix=False) for text in said]
+            return [opener + encode_text(tokenizer, text, add_prefix=False) for text in message]
 
     monkeypatch.setattr(sampling, "ContextTeacher", Shown)
     wide = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4_096))
-    asked = sampling.generate_qa(
+    generated = sampling.generate_qa(
         wide, window, tokenizer, ContextConfig(text="x", qa_per_sentence=5), 0
     )
-    assert [tokenizer.decode(text) for text in asked] == [
+    assert [tokenizer.decode(text) for text in generated] == [
         "Question: Who sells hats?\nAnswer: Ada Fox"
     ]
 
@@ -67,9 +67,10 @@ def test_batches_are_a_function_of_seed_and_step(embedded):
     model, tokenizer = embedded
     settings_ = ContextConfig(text=TEXT, num_samples=6, resample_every=2)
     context = read_context(settings_, tokenizer, 256)
-    hearings = [ContextTeacher(model, window.ids) for window in context.chunks]
+    context_teachers = [ContextTeacher(model, window.ids) for window in context.chunks]
     first, second = (
-        BatchSampler(hearings, tokenizer, context, settings_, 4, 0, blocks=True) for _ in range(2)
+        BatchSampler(context_teachers, tokenizer, context, settings_, 4, 0, blocks=True)
+        for _ in range(2)
     )
     a, b = first.get_batch(3), second.get_batch(3)
     assert torch.equal(a.tokens, b.tokens)

@@ -38,10 +38,10 @@ def test_lora_starts_at_zero_and_is_merged(any_teacher, tokenizer, tokens):
     with torch.no_grad():
         for parameter in chosen.values():
             parameter.normal_(std=0.3)
-    wanted = student(tokens).logits.detach()
-    assert (wanted - any_teacher(tokens).logits).abs().max() > 0.1
+    expected = student(tokens).logits.detach()
+    assert (expected - any_teacher(tokens).logits).abs().max() > 0.1
     merged = merge_adapters(student)
-    torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-4)
     assert set(merged.state_dict()) == set(make_student(any_teacher).state_dict())
 
 
@@ -66,32 +66,32 @@ def test_memory_tokens_are_embeddings_in_front_of_every_text(
     embed = any_teacher.get_input_embeddings()
     with torch.no_grad():
         chosen["memory_tokens"].normal_()
-    given = torch.cat(
+    settings = torch.cat(
         [embed(torch.tensor([[0]] * 3)), chosen["memory_tokens"].expand(3, 3, 16), embed(tokens)], 1
     )
-    wanted = any_teacher(inputs_embeds=given).logits[:, 4:]
-    torch.testing.assert_close(forward_with_prefix(student, before, tokens).logits, wanted)
-    assert wanted.shape[-1] == any_teacher.config.vocab_size, (
+    expected = any_teacher(inputs_embeds=settings).logits[:, 4:]
+    torch.testing.assert_close(forward_with_prefix(student, before, tokens).logits, expected)
+    assert expected.shape[-1] == any_teacher.config.vocab_size, (
         "memory tokens are read and never said"
     )
     forward_with_prefix(student, before, tokens).logits.sum().backward()
     assert chosen["memory_tokens"].grad.abs().sum() > 0
     student.save_pretrained(tmp_path / "s")
     tokenizer.save_pretrained(tmp_path / "s")
-    loaded, again = (
+    loaded, resumed = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "s"),
         AutoTokenizer.from_pretrained(tmp_path / "s"),
     )
-    assert get_prefix_ids(again) == before
-    assert again("the quick")["input_ids"] == before + encode_text(
+    assert get_prefix_ids(resumed) == before
+    assert resumed("the quick")["input_ids"] == before + encode_text(
         tokenizer, "the quick", add_prefix=False
     )
-    torch.testing.assert_close(forward_with_prefix(loaded, before, tokens).logits, wanted)
-    said = loaded.generate(
+    torch.testing.assert_close(forward_with_prefix(loaded, before, tokens).logits, expected)
+    message = loaded.generate(
         torch.tensor([before]), max_new_tokens=4, do_sample=False, pad_token_id=0
     )
-    assert said.shape == (1, 8)
-    assert int(said[0, 4:].max()) < vocabulary
+    assert message.shape == (1, 8)
+    assert int(message[0, 4:].max()) < vocabulary
 
 
 def _saved(tokenizer, folder):

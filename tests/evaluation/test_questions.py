@@ -33,13 +33,13 @@ def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):
         Question("The capital of France is", " Paris"),
         Question("We", " the people of this country"),
     ]
-    found = score_answers(
+    record = score_answers(
         lambda tokens: forward_with_prefix(model, [0], tokens),
         tokenizer,
         questions,
         torch.device("cpu"),
     )
-    for question, nats, right in zip(questions, found.nlls, found.correct, strict=True):
+    for question, nats, right in zip(questions, record.nlls, record.correct, strict=True):
         prompt, answer = (
             encode_text(tokenizer, text, add_prefix=False)
             for text in (question.prompt, question.answer)
@@ -60,19 +60,19 @@ def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):
 
 
 def test_benefit_retained():
-    known, without = (
+    with_context, without = (
         AnswerScores([1.0, 3.0], [True, False]),
         AnswerScores([4.0, 8.0], [False, False]),
     )
-    assert benefit_retained(known, without, without) == 0
-    assert benefit_retained(known, without, known) == 1
-    assert benefit_retained(known, without, AnswerScores([2.5, 5.5], [True, True])) == 0.5
-    assert math.isnan(benefit_retained(without, known, known))
+    assert benefit_retained(with_context, without, without) == 0
+    assert benefit_retained(with_context, without, with_context) == 1
+    assert benefit_retained(with_context, without, AnswerScores([2.5, 5.5], [True, True])) == 0.5
+    assert math.isnan(benefit_retained(without, with_context, with_context))
     assert best_scores(
         [AnswerScores([1.0, 9.0], [True, False]), AnswerScores([2.0, 3.0], [False, True])]
     ) == AnswerScores([1.0, 3.0], [True, True])
-    assert known.mean_log_prob == -2
-    assert known.recall == 0.5
+    assert with_context.mean_log_prob == -2
+    assert with_context.recall == 0.5
 
 
 @pytest.mark.parametrize(

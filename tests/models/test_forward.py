@@ -32,25 +32,30 @@ def test_a_context_teacher_equals_a_forward_pass_with_the_context_in_front(make,
     positions = {"n_positions": 64} if make is make_teacher else {"max_position_embeddings": 64}
     model = make(len(tokenizer), **positions)
     before = [0, 5, 6, 7, 8]
-    hearing = ContextTeacher(model, before)
+    context_teacher = ContextTeacher(model, before)
     for _ in range(2):  # hearing one text leaves nothing behind for the next
-        seen = hearing.predict(tokens, blocks=True)
-        whole = forward_with_activations(
+        outputs = context_teacher.predict(tokens, blocks=True)
+        complete = forward_with_activations(
             model, torch.cat([torch.tensor([before] * 3), tokens], 1), capture_blocks=True
         )
-        torch.testing.assert_close(seen.logits, whole.logits[:, 5:], rtol=1e-4, atol=1e-4)
-        for mine, theirs in (
-            (seen.layer_outputs, whole.layer_outputs),
-            (seen.block_inputs, whole.block_inputs),
+        torch.testing.assert_close(outputs.logits, complete.logits[:, 5:], rtol=1e-4, atol=1e-4)
+        for predicted, theirs in (
+            (outputs.layer_outputs, complete.layer_outputs),
+            (outputs.block_inputs, complete.block_inputs),
         ):
-            assert len(mine) == model.config.num_hidden_layers
-            for a, b in zip(mine, theirs, strict=True):
+            assert len(predicted) == model.config.num_hidden_layers
+            for a, b in zip(predicted, theirs, strict=True):
                 torch.testing.assert_close(a, b[:, 5:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        forward_with_prefix(model, before, tokens).logits, whole.logits[:, 5:], rtol=1e-4, atol=1e-4
+        forward_with_prefix(model, before, tokens).logits,
+        complete.logits[:, 5:],
+        rtol=1e-4,
+        atol=1e-4,
     )
     width = model.config.hidden_size // (2 if make is make_teacher else 4) * 2
-    assert hearing.cache_bytes == 2 * model.config.num_hidden_layers * width * len(before) * 4
+    assert (
+        context_teacher.cache_bytes == 2 * model.config.num_hidden_layers * width * len(before) * 4
+    )
 
 
 def test_gradients_reach_the_prefix(teacher, tokens):
@@ -61,26 +66,26 @@ def test_gradients_reach_the_prefix(teacher, tokens):
 
 def test_samples_depend_on_the_seed_and_leave_the_global_generator_alone(embedded):
     model, tokenizer = embedded
-    hearing = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
+    context_teacher = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
     torch.manual_seed(3)
-    wanted = torch.rand(2)
+    expected = torch.rand(2)
     torch.manual_seed(3)
-    drawn = [
-        hearing.sample(opener, 3, 20, 1.0, seed, 0)
+    samples = [
+        context_teacher.sample(opener, 3, 20, 1.0, seed, 0)
         for seed, opener in ((1, []), (1, []), (2, []), (1, [5, 6]))
     ]
-    assert torch.equal(torch.rand(2), wanted)
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert all(len(text) <= 20 and 0 not in text for texts in drawn for text in texts)
-    assert all(text[:2] == [5, 6] for text in drawn[3])
-    assert hearing.sample([5] * 20, 3, 20, 1.0, 0, 0) == []
+    assert torch.equal(torch.rand(2), expected)
+    assert samples[0] == samples[1] != samples[2]
+    assert all(len(text) <= 20 and 0 not in text for texts in samples for text in texts)
+    assert all(text[:2] == [5, 6] for text in samples[3])
+    assert context_teacher.sample([5] * 20, 3, 20, 1.0, 0, 0) == []
 
 
 def test_samples_at_low_temperature_are_greedy_continuations_of_the_context(embedded):
     model, tokenizer = embedded
-    hearing = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
-    [cold] = hearing.sample([], 1, 8, 1e-4, 0, None)
-    given = torch.tensor([hearing.ids])
-    for token in cold:
-        assert int(forward_with_activations(model, given).logits[0, -1].argmax()) == token
-        given = torch.cat([given, torch.tensor([[token]])], 1)
+    context_teacher = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
+    [greedy] = context_teacher.sample([], 1, 8, 1e-4, 0, None)
+    settings = torch.tensor([context_teacher.ids])
+    for token in greedy:
+        assert int(forward_with_activations(model, settings).logits[0, -1].argmax()) == token
+        settings = torch.cat([settings, torch.tensor([[token]])], 1)
