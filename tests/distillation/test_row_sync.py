@@ -306,7 +306,7 @@ def test_a_store_that_is_not_the_runs_is_refused(words, tmp_path, capsys):
     for file in run.glob("memory.db*"):
         file.unlink()
     assert distill_main(["--resume", str(run)]) == 2
-    assert "not the store that this run wrote" in capsys.readouterr().err
+    assert "this run used another store" in capsys.readouterr().err
 
 
 def test_another_teachers_store_is_refused_before_a_folder_is_made(
@@ -574,9 +574,9 @@ def test_rows_that_another_run_left_are_as_warm_as_when_it_ended(teacher, tokens
     again.row_sync.load_rows()
     for memory in again.row_sync.memories.values():
         known = memory.rows.stats
-        assert (known.heat_step == 0).all()
-        assert (known.heat[(memory.rows.ids >= 0).numpy()] >= 1).all()
-        assert known.heat.max() < 100
+        assert (known.score_step == 0).all()
+        assert (known.score[(memory.rows.ids >= 0).numpy()] >= 1).all()
+        assert known.score.max() < 100
     taught(again, tokens, 1)
     assert all(memory.rows.stats.score.max() < 1_000 for memory in again.row_sync.memories.values())
 

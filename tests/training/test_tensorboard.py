@@ -124,7 +124,6 @@ def test_without_slots_no_number_of_slots_is_made_up(words, tmp_path):
     assert variant(found)["memory.num_slots"] == "default"
     page = (newest(tmp_path) / "report.html").read_text(encoding="utf-8")
     assert "stored rows, layer" in page
-    assert read_record(newest(tmp_path))["budgets"] == {}
 
 
 def test_hparams_tell_variants_apart_and_have_one_entry_a_run(words, tmp_path):

@@ -1,6 +1,8 @@
 """The sparsity sweep: a finished student measured with other numbers of active slots."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +10,20 @@ from conftest import LAYERS
 
 from dmt.config import FeaturalConfig
 from dmt.evaluation.metrics import measure_fidelity
-from dmt.evaluation.samples import K_FACTORS, sparsity_sweep
 from dmt.memory.sparsity_budget import initialize_threshold
 from dmt.memory.usage import record_usage
 from dmt.models.conversion import convert_blocks, get_featural_memories
 from dmt.models.forward import forward_with_activations
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.sparsity import K_FACTORS, sparsity_sweep  # noqa: E402
+
 
 def _student(teacher, **memory):
-    student, _ = convert_blocks(teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS)
+    student, _ = convert_blocks(
+        teacher, [replace(FeaturalConfig(k=8, mean_k=None), **memory)] * LAYERS
+    )
     return student.eval()
 
 
