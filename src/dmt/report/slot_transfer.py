@@ -13,6 +13,7 @@ from dmt.report.curves import overlay_curves
 from dmt.report.distillation import format_percent, format_provenance, list_run_locations
 from dmt.report.hparams import log_hparams
 from dmt.report.html import Card, Page, write_report_safely
+from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.summary import Summary
 from dmt.report.tables import Row, Table
 from dmt.training.run_dir import read_record
@@ -94,6 +95,10 @@ def write_report(run_dir: Path, config: Config) -> None:
     )
     log_hparams(config, run_dir, record, ("sleep",), config.sleep.steps)
     logger.info("report    %s; %s", run_dir / "report.md", page)
+    if (run_dir / "student").is_dir():
+        source = get_display_name(record["config"]["teacher"])
+        summary = f"{source} with stored facts moved into the weights of its memory layers."
+        write_model_card(run_dir / "student", config, record, summary, table)
 
 
 def _render_markdown(run_dir: Path, record: Mapping[str, Any], table: Table) -> str:
