@@ -83,6 +83,7 @@ class TrainingModule(pl.LightningModule):
         return {}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Do one optimizer step."""
         with self.step_context(self.global_step):
             self._run_step(batch)
 
