@@ -56,7 +56,7 @@ def test_equals_torch_in_value_and_gradient(onednn, shape, bias, turned):
 
 
 @needs_onednn
-def test_gradients_that_nobody_wants_are_not_computed(onednn):
+def test_unneeded_gradients_are_not_computed(onednn):
     hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6)
     linear(hidden, weight).sum().backward()
     assert len(onednn) == 2
@@ -64,7 +64,7 @@ def test_gradients_that_nobody_wants_are_not_computed(onednn):
 
 
 @needs_onednn
-def test_what_does_not_suit_goes_to_torch(onednn):
+def test_unsupported_inputs_use_torch(onednn):
     weight = torch.randn(5, 6)
     for odd in (torch.randn(6), torch.randn(0, 6), torch.randn(3, 6, dtype=torch.double)):
         assert torch.equal(linear(odd, weight.to(odd.dtype)), F.linear(odd, weight.to(odd.dtype)))
@@ -73,7 +73,7 @@ def test_what_does_not_suit_goes_to_torch(onednn):
     assert not onednn
 
 
-def test_small_products_and_other_machines_go_to_torch(monkeypatch):
+def test_small_products_and_other_machines_use_torch(monkeypatch):
     monkeypatch.setattr(ops, "onednn_linear", lambda *_: pytest.fail("oneDNN was asked"))
     monkeypatch.setattr(ops, "gemm_library", "onednn")
     linear(torch.randn(2, 6), torch.randn(5, 6))
@@ -82,7 +82,7 @@ def test_small_products_and_other_machines_go_to_torch(monkeypatch):
     linear(torch.randn(2, 6), torch.randn(5, 6))
 
 
-def test_the_choice_goes_by_the_processor(monkeypatch):
+def test_the_library_is_chosen_by_the_processor(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for vendor, wide, wanted in (
@@ -99,7 +99,7 @@ def test_the_choice_goes_by_the_processor(monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize("make", [make_teacher, make_llama])
-def test_a_quick_model_is_the_same_model(onednn, make):
+def test_onednn_maps_leave_a_model_the_same(onednn, make):
     plain = make()
     quick = copy.deepcopy(plain)
     assert use_onednn_linear(quick) is quick
@@ -112,7 +112,7 @@ def test_a_quick_model_is_the_same_model(onednn, make):
     assert onednn
 
 
-def test_teachers_and_students_that_are_loaded_take_the_quick_products(teacher_folder, tmp_path):
+def test_loaded_teachers_and_students_use_onednn_maps(teacher_folder, tmp_path):
     teacher = load_teacher(str(teacher_folder))[0]
     student = convert_blocks(teacher, [FeaturalConfig(k=8)] * LAYERS)[0]
     student.save_pretrained(tmp_path / "student")
@@ -124,7 +124,7 @@ def test_teachers_and_students_that_are_loaded_take_the_quick_products(teacher_f
         assert {type(module) for module in maps} == {OneDNNLinear, OneDNNConv1D}
 
 
-def test_a_quick_head_gives_its_gradient_in_place_like_a_plain_one():
+def test_an_onednn_head_counts_as_a_plain_linear_map():
     hidden = torch.randn(4, 8)
     assert losses._is_plain_linear(OneDNNLinear(8, 5, bias=False), hidden)
     assert not losses._is_plain_linear(OneDNNLinear(8, 5), hidden)

@@ -23,24 +23,31 @@ from dmt.store.records import RowBatch, RowInsert
 WIDE = InsertPolicy(min_distance=0.0, merge_distance=0.0, capacity=100, decay=0.1)
 
 
-def numbers():
+def make_id_allocator():
     given = iter(range(1, 10_000))
     return lambda count: np.array([next(given) for _ in range(count)], np.int64)
 
 
-def line(*positions):
-    """Keys on a line, so that distances are differences."""
+def keys_on_line(*positions):
+    """Keys on a keys_on_line, so that distances are differences."""
     return torch.tensor(positions, dtype=torch.float32).unsqueeze(-1).repeat(1, 2) / 2**0.5
 
 
-def offered(rows, positions, policy=WIDE, step=1, take=None, tags=None):
+def insert(rows, positions, policy=WIDE, step=1, take=None, tags=None):
     values = torch.tensor(positions, dtype=torch.float32).unsqueeze(-1) * 10
     return apply_insert_policy(
-        rows, line(*positions), values, tags or [""] * len(positions), policy, step, 5.0, take
+        rows,
+        keys_on_line(*positions),
+        values,
+        tags or [""] * len(positions),
+        policy,
+        step,
+        5.0,
+        take,
     ).changes
 
 
-def held(rows):
+def stored_positions(rows):
     return sorted(
         round(float(rows.keys[place, 0]) * 2**0.5, 3) for place in rows.index_by_id.values()
     )
@@ -49,7 +56,7 @@ def held(rows):
 @pytest.mark.parametrize(
     "columns", [7, MAX_PLAIN_TOPK, MAX_PLAIN_TOPK + BLOCK_SIZE, MAX_PLAIN_TOPK + BLOCK_SIZE + 5]
 )
-def test_the_largest_are_those_of_a_plain_choice(columns):
+def test_blocked_topk_equals_topk(columns):
     scores = torch.randn(6, columns)
     scores[0, -1] = 9.0  # in the piece that no block covers
     values, at = blocked_topk(scores, 5)
@@ -59,9 +66,7 @@ def test_the_largest_are_those_of_a_plain_choice(columns):
 
 
 @pytest.mark.parametrize("keys_at_once", [1, 6, 10, 20, 99])
-def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(
-    keys_at_once, monkeypatch
-):
+def test_exact_search_equals_the_definition_and_skips_empty_rows(keys_at_once, monkeypatch):
     monkeypatch.setattr("dmt.memory.knn_search.MAX_SCORES", 100)  # several pieces
     monkeypatch.setattr("dmt.memory.knn_search.KEY_CHUNK", keys_at_once)
     queries, keys = torch.randn(30, 4), torch.randn(20, 4)
@@ -76,7 +81,7 @@ def test_the_nearest_are_those_by_definition_and_a_missing_row_is_never_near(
     torch.testing.assert_close(wanted.gather(1, rows), distances)
 
 
-def test_halves_find_the_same_rows_at_the_same_distances(monkeypatch):
+def test_bf16_search_finds_the_same_rows_at_exact_distances(monkeypatch):
     monkeypatch.setattr("dmt.memory.knn_search.MAX_SCORES", 4_000)  # several pieces
     monkeypatch.setattr("dmt.memory.knn_search.KEY_CHUNK", 300)
     centre = torch.randn(
@@ -98,7 +103,7 @@ def test_halves_find_the_same_rows_at_the_same_distances(monkeypatch):
     assert bf16_knn(queries[:0], keys, keys.bfloat16(), handicap, 8)[1].shape == (0, 8)
 
 
-def test_gradients_go_straight_through_to_the_query_and_to_what_was_inserted():
+def test_straight_through_gradients_reach_queries_and_inserted_rows():
     queries, kept_keys, kept_values = (
         torch.zeros(*shape, requires_grad=True) for shape in ((2, 3), (4, 3), (4, 5))
     )
@@ -127,7 +132,7 @@ def test_lrfu_lies_between_frequency_and_recency(decay, out):
     assert eviction_order(heat, since, 60, decay, 1).tolist() == [out]
 
 
-def test_heat_is_the_sum_of_cooled_uses_and_survives_the_smallest_numbers():
+def test_scores_are_sums_of_decayed_uses_without_underflow():
     heat = decayed_score(
         decayed_score(np.ones(1), np.array([3]), 7, 0.5) + 1, np.array([7]), 9, 0.5
     )
@@ -137,9 +142,9 @@ def test_heat_is_the_sum_of_cooled_uses_and_survives_the_smallest_numbers():
     ]
 
 
-def test_use_warms_a_row_once_for_each_read():
-    rows, take = RowTable(2, 1), numbers()
-    offered(rows, [1, 2], take=take)
+def test_each_read_raises_the_score():
+    rows, take = RowTable(2, 1), make_id_allocator()
+    insert(rows, [1, 2], take=take)
     rows.record_reads(np.array([0, 0, 1]), np.array([0.5, 0.25, 1.0]), step=3, now=8.0, decay=1.0)
     usage = rows.pop_usage()
     assert usage.ids.tolist() == [1, 2]
@@ -149,29 +154,33 @@ def test_use_warms_a_row_once_for_each_read():
     assert rows.pop_usage() is None
 
 
-def test_what_is_near_is_known_what_is_less_near_is_merged_what_is_far_is_new():
-    rows, take = RowTable(2, 1), numbers()
+def test_rows_are_dropped_merged_or_inserted_by_distance():
+    rows, take = RowTable(2, 1), make_id_allocator()
     policy = InsertPolicy(min_distance=0.1, merge_distance=0.5, capacity=10, decay=0.1)
-    offered(rows, [0.0, 4.0], policy, take=take, tags=["a", "b"])
-    changes = offered(rows, [0.05, 0.4, 9.0], policy, step=2, take=take, tags=["x", "c", "d"])
-    assert held(rows) == [0.2, 4.0, 9.0]  # the mean of 0 and 0.4, one entry each
+    insert(rows, [0.0, 4.0], policy, take=take, tags=["a", "b"])
+    changes = insert(rows, [0.05, 0.4, 9.0], policy, step=2, take=take, tags=["x", "c", "d"])
+    assert stored_positions(rows) == [0.2, 4.0, 9.0]  # the mean of 0 and 0.4, one entry each
     assert [(ids.tolist(), why) for ids, why in changes.removals] == [([1], "merged")]
     merged, new = changes.inserts
     assert merged.entries.tolist() == [2]
     assert list(merged.tag) == ["a\nc"]
     assert merged.values.tolist() == [[2.0]]
     assert list(new.tag) == ["d"]
-    offered(rows, [0.5], policy, step=3, take=take)
-    np.testing.assert_allclose(held(rows)[0], (2 * 0.2 + 0.5) / 3, atol=1e-3)  # weighted by entries
-    offered(
+    insert(rows, [0.5], policy, step=3, take=take)
+    np.testing.assert_allclose(
+        stored_positions(rows)[0], (2 * 0.2 + 0.5) / 3, atol=1e-3
+    )  # weighted by entries
+    insert(
         rows, [4.2, 8.8, 4.4, 4.3], policy, step=4, take=take
     )  # several join one, and another joins another
-    np.testing.assert_allclose(held(rows)[1:], [(4 + 4.2 + 4.4 + 4.3) / 4, 8.9], atol=1e-3)
+    np.testing.assert_allclose(
+        stored_positions(rows)[1:], [(4 + 4.2 + 4.4 + 4.3) / 4, 8.9], atol=1e-3
+    )
 
 
-def test_a_row_that_is_there_already_is_known_and_so_is_one_just_as_far_as_novelty():
+def test_a_row_at_the_minimum_distance_is_a_duplicate():
     for novelty, position in ((0.0, 4.0), (2.0, 2.0)):
-        rows, take = RowTable(2, 1), numbers()
+        rows, take = RowTable(2, 1), make_id_allocator()
         policy = InsertPolicy(min_distance=novelty, merge_distance=novelty, capacity=10, decay=0.1)
         apply_insert_policy(
             rows, torch.tensor([[4.0, 0.0]]), torch.ones(1, 1), [""], policy, 1, 5.0, take
@@ -183,75 +192,75 @@ def test_a_row_that_is_there_already_is_known_and_so_is_one_just_as_far_as_novel
         assert len(rows) == 1
 
 
-def test_a_merged_row_keeps_the_oldest_creation_and_both_heats():
-    rows, take = RowTable(2, 1), numbers()
+def test_a_merged_row_has_the_oldest_creation_time_and_the_sum_of_scores():
+    rows, take = RowTable(2, 1), make_id_allocator()
     policy = InsertPolicy(min_distance=0.0, merge_distance=0.5, capacity=10, decay=0.5)
-    apply_insert_policy(rows, line(0.0), torch.zeros(1, 1), [""], policy, 1, 100.0, take)
+    apply_insert_policy(rows, keys_on_line(0.0), torch.zeros(1, 1), [""], policy, 1, 100.0, take)
     changes = apply_insert_policy(
-        rows, line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, take
+        rows, keys_on_line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, take
     ).changes
     assert list(changes.inserts[0].created) == [100.0]
     np.testing.assert_allclose(changes.inserts[0].scores, [2 ** (-0.5 * 2) + 1])
 
 
-def test_of_rows_offered_together_the_first_stands_for_the_others():
-    rows, take = RowTable(2, 1), numbers()
-    changes = offered(
+def test_of_rows_proposed_together_the_first_represents_those_near_it():
+    rows, take = RowTable(2, 1), make_id_allocator()
+    changes = insert(
         rows,
         [1.0, 1.05, 1.3, 7.0],
         InsertPolicy(0.1, 0.4, 10, 0.1),
         take=take,
         tags=["a", "b", "c", "d"],
     )
-    assert held(rows) == [1.15, 7.0]  # 1.05 is known once 1.0 is there, 1.3 joins it
+    assert stored_positions(rows) == [1.15, 7.0]  # 1.05 is known once 1.0 is there, 1.3 joins it
     assert changes.inserts[0].entries.tolist() == [2, 1]
     assert list(changes.inserts[0].tag) == ["a\nc", "d"]
 
 
-def test_over_capacity_the_coldest_leave_and_pinned_rows_never():
-    rows, take = RowTable(2, 1), numbers()
+def test_the_lowest_scores_are_evicted_and_pinned_rows_never():
+    rows, take = RowTable(2, 1), make_id_allocator()
     small = InsertPolicy(0.0, 0.0, 3, 0.0)
-    offered(rows, [1, 2, 3], small, take=take)
+    insert(rows, [1, 2, 3], small, take=take)
     rows.stats.pinned[rows.index_by_id[1]] = True
     rows.record_reads(np.array([rows.index_by_id[2]]), np.array([5.0]), 2, 0.0, 0.0)
-    changes = offered(rows, [4], small, step=3, take=take)
-    assert held(rows) == [1, 2, 4]
+    changes = insert(rows, [4], small, step=3, take=take)
+    assert stored_positions(rows) == [1, 2, 4]
     assert [(ids.tolist(), why) for ids, why in changes.removals] == [([3], "evicted")]
-    offered(rows, [5, 6, 7, 8], small, step=4, take=take)
-    assert held(rows) == [1, 7, 8]  # more than there is room for: the latest
+    insert(rows, [5, 6, 7, 8], small, step=4, take=take)
+    assert stored_positions(rows) == [1, 7, 8]  # more than there is room for: the latest
     rows.stats.pinned[:] = True
-    assert not offered(rows, [9], small, step=5, take=take).inserts
-    assert held(rows) == [1, 7, 8]
+    assert not insert(rows, [9], small, step=5, take=take).inserts
+    assert stored_positions(rows) == [1, 7, 8]
 
 
-def test_a_row_that_left_is_not_found():
+def test_a_deleted_row_is_not_found():
     rows = RowTable(2, 1)
-    offered(rows, [1, 2, 3], take=numbers())
-    assert rows.ids_at(rows.search(line(2.1), 1).indices[0]).tolist() == [2]
+    insert(rows, [1, 2, 3], take=make_id_allocator())
+    assert rows.ids_at(rows.search(keys_on_line(2.1), 1).indices[0]).tolist() == [2]
     rows.delete_rows([2])
-    assert rows.ids_at(rows.search(line(2.1), 1).indices[0]).tolist() == [3]
+    assert rows.ids_at(rows.search(keys_on_line(2.1), 1).indices[0]).tolist() == [3]
 
 
-def test_of_equally_cold_rows_the_oldest_leaves_wherever_it_lies():
-    rows, take = RowTable(2, 1), numbers()
+def test_of_equal_scores_the_oldest_row_is_evicted():
+    rows, take = RowTable(2, 1), make_id_allocator()
     small = InsertPolicy(0.0, 0.0, 3, 0.0)
-    offered(rows, [1, 2, 3], small, take=take)
+    insert(rows, [1, 2, 3], small, take=take)
     rows.delete_rows([1])
-    offered(rows, [4], small, take=take)  # where row 1 lay
-    offered(rows, [5], small, take=take)
-    assert held(rows) == [3, 4, 5]
+    insert(rows, [4], small, take=take)  # where row 1 lay
+    insert(rows, [5], small, take=take)
+    assert stored_positions(rows) == [3, 4, 5]
 
 
 def test_a_pinned_row_is_not_merged_into():
-    rows, take = RowTable(2, 1), numbers()
+    rows, take = RowTable(2, 1), make_id_allocator()
     policy = InsertPolicy(0.0, 0.5, 10, 0.1)
-    offered(rows, [1.0], policy, take=take)
+    insert(rows, [1.0], policy, take=take)
     rows.stats.pinned[0] = True
-    assert not offered(rows, [1.2], policy, step=2, take=take).inserts
-    assert held(rows) == [1.0]
+    assert not insert(rows, [1.2], policy, step=2, take=take).inserts
+    assert stored_positions(rows) == [1.0]
 
 
-def test_numbers_that_are_not_finite_change_nothing():
+def test_non_finite_rows_are_rejected_and_change_nothing():
     rows = RowTable(2, 1)
     with pytest.raises(ValueError, match="finite"):
         apply_insert_policy(
@@ -262,21 +271,21 @@ def test_numbers_that_are_not_finite_change_nothing():
             WIDE,
             1,
             0.0,
-            numbers(),
+            make_id_allocator(),
         )
     assert not len(rows)
 
 
-def test_fewer_rows_than_asked_for_are_infinitely_far():
+def test_missing_neighbors_are_infinitely_far():
     rows = RowTable(2, 1)
-    assert rows.search(line(1.0), 3).distances.isinf().all()
-    offered(rows, [1.0, 2.0], take=numbers())
-    found = rows.search(line(1.1), 5)
+    assert rows.search(keys_on_line(1.0), 3).distances.isinf().all()
+    insert(rows, [1.0, 2.0], take=make_id_allocator())
+    found = rows.search(keys_on_line(1.1), 5)
     assert found.distances.isinf().tolist() == [[False, False, True, True, True]]
 
 
 @pytest.mark.parametrize("expected", [0, 5, 40])
-def test_rows_come_back_from_many_pages_with_or_without_a_hint(expected, monkeypatch):
+def test_rows_are_loaded_from_many_batches_with_or_without_a_hint(expected, monkeypatch):
     monkeypatch.setattr("dmt.memory.row_table.GROWTH_STEP", 4)
     states = torch.randn(23, 3)
 
@@ -318,14 +327,14 @@ def test_rows_come_back_from_many_pages_with_or_without_a_hint(expected, monkeyp
         assert torch.equal(rows.ids[found.indices[:, 0]], torch.arange(23) + 100)
 
 
-def test_tags_are_joined_once_each_in_their_order():
+def test_joined_tags_are_unique_and_in_order():
     assert join_tags(["b", "a\nb", "", "c"]) == "b\na\nc"
 
 
 @pytest.mark.parametrize("kind", [*FAISS_KINDS, "bf16"])
-def test_an_index_finds_what_is_there_and_never_what_left(kind, monkeypatch):
+def test_an_index_finds_rows_and_never_deleted_ones(kind, monkeypatch):
     monkeypatch.setattr("dmt.memory.knn_search.IVF_MIN_ROWS", 400)
-    rows, take = RowTable(4, 1, index=kind), numbers()
+    rows, take = RowTable(4, 1, index=kind), make_id_allocator()
     generator = torch.Generator().manual_seed(0)
     policy, queries = InsertPolicy(0, 0, 900, 1.0), torch.randn(50, 4, generator=generator)
     hits = []
@@ -347,12 +356,12 @@ def test_an_index_finds_what_is_there_and_never_what_left(kind, monkeypatch):
     assert np.mean(hits) == 1 if kind == "flat" else np.mean(hits) > 0.9
 
 
-def test_an_index_of_no_known_kind_is_refused():
+def test_an_unknown_index_is_rejected():
     with pytest.raises(ValueError, match="flat, ivf"):
         RowTable(2, 1, index="tree")
 
 
-class AgainstADictionary(RuleBasedStateMachine):
+class RowTableMachine(RuleBasedStateMachine):
     """Any sequence of offers, reads, removals, pins and rebuilds: each number has its own key and value, bounds hold."""
 
     written = Bundle("written")
@@ -367,7 +376,7 @@ class AgainstADictionary(RuleBasedStateMachine):
     def begin(self, index, capacity, recombine, novelty, decay):
         self.rows, self.take, self.step, self.index = (
             RowTable(3, 2, index=index),
-            numbers(),
+            make_id_allocator(),
             0,
             index,
         )
@@ -476,15 +485,15 @@ class AgainstADictionary(RuleBasedStateMachine):
             np.testing.assert_array_equal(self.rows.values[place].numpy(), self.known[number][1])
 
 
-TestAgainstADictionary = AgainstADictionary.TestCase
-TestAgainstADictionary.settings = settings(
+TestRowTableMachine = RowTableMachine.TestCase
+TestRowTableMachine.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
-def test_room_is_made_when_it_is_needed_and_places_do_not_move():
-    rows, take = RowTable(2, 1), numbers()
-    offered(rows, range(10), InsertPolicy(0, 0, 10**6, 0), take=take)
+def test_the_table_grows_without_moving_rows():
+    rows, take = RowTable(2, 1), make_id_allocator()
+    insert(rows, range(10), InsertPolicy(0, 0, 10**6, 0), take=take)
     before = dict(rows.index_by_id)
     many = RowInsert(
         take(GROWTH_STEP * 2),

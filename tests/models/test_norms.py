@@ -44,7 +44,7 @@ def gradients(module, given, wanted):
 @pytest.mark.parametrize("how", [{}, {"bias": False}, {"elementwise_affine": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [ROWS, (5,), ()], ids=str)
-def test_values_and_gradients_are_those_of_torch(how, dtype, rows):
+def test_values_and_gradients_equal_those_of_torch(how, dtype, rows):
     plain = norm(torch.float32 if dtype is torch.bfloat16 else dtype, **how)
     steady = nn.Sequential(copy.deepcopy(plain))
     set_layer_norms(steady, deterministic=True)
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_torch(how, dtype, rows):
         torch.testing.assert_close(mine.double(), right, rtol=near, atol=near)
 
 
-def test_what_needs_no_gradient_gets_none():
+def test_frozen_parameters_get_no_gradient():
     steady = nn.Sequential(norm())
     set_layer_norms(steady, deterministic=True)
     steady[0].weight.requires_grad_(False)
@@ -70,7 +70,7 @@ def test_what_needs_no_gradient_gets_none():
     assert steady[0].bias.grad.equal(torch.full((WIDTH,), float(ROWS[0] * ROWS[1])))
 
 
-def test_the_number_of_threads_changes_no_bit(threads):
+def test_gradients_do_not_depend_on_the_number_of_threads(threads):
     steady = nn.Sequential(norm())
     set_layer_norms(steady, deterministic=True)
     given, wanted = torch.randn(2, *ROWS, WIDTH)
@@ -84,7 +84,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_number_of_threads_changes_no_bit_of_a_step(threads, half):
+def test_a_training_step_does_not_depend_on_the_number_of_threads(threads, half):
     """The default, whose products are of powers of two; how a library shares out others is its own matter."""
     config = Config(data=DataConfig(micro_batch_size=2))
     teacher, _ = load_teacher("embedded")
