@@ -38,9 +38,23 @@ LONG = (
     "signals",
     "benchmarks",
 )
+# Tests of more than five seconds, by the beginning of their node id below tests/. They get the
+# marker `slow`, which the default options leave out: `make test-all` and CI run them too.
+SLOW = (
+    "faults/",
+    "test_benchmark",
+    "test_readme.py::test_a_command",
+    "test_docs.py::test_commands",
+    "training/test_distributed.py",
+    "test_architecture.py::test_every_config_parses_and_runs_a_step",
+)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     order = {f"test_{name}.py": index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
