@@ -473,34 +473,40 @@ STORES = {
         store_run("logs/version_2/memory.db"),
         ["schema version 99", "a newer dmt made it", "update"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='99' WHERE name='schema_version'"
+            "logs/version_2/memory.db",
+            "UPDATE dmt_metadata SET value='99' WHERE name='schema_version'",
         ),
     ),
     "older schema": Case(
         store_run("logs/version_2/memory.db"),
         ["schema version 1", "this dmt knows 3"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='1' WHERE name='schema_version'"
+            "logs/version_2/memory.db",
+            "UPDATE dmt_metadata SET value='1' WHERE name='schema_version'",
         ),
     ),
     "invalid schema version": Case(
         store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db", "schema"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='x' WHERE name='schema_version'"
+            "logs/version_2/memory.db",
+            "UPDATE dmt_metadata SET value='x' WHERE name='schema_version'",
         ),
     ),
     "rows of another model": Case(
         store_run("logs/version_2/memory.db"),
         ["its rows belong to another model", "give a new file"],
         execute_sql(
-            "logs/version_2/memory.db", "UPDATE dmt_metadata SET value='x' WHERE name='model_fingerprint'"
+            "logs/version_2/memory.db",
+            "UPDATE dmt_metadata SET value='x' WHERE name='model_fingerprint'",
         ),
     ),
     "rows of no model": Case(
         store_run("logs/version_2/memory.db"),
         ["store logs/version_2/memory.db"],
-        execute_sql("logs/version_2/memory.db", "DELETE FROM dmt_metadata WHERE name='model_fingerprint'"),
+        execute_sql(
+            "logs/version_2/memory.db", "DELETE FROM dmt_metadata WHERE name='model_fingerprint'"
+        ),
     ),
     "folder as store": Case(store_run("teacher"), ["store teacher: it cannot be opened"]),
     "store in a missing folder": Case(

@@ -118,15 +118,14 @@ def test_a_written_fact_is_generated_listed_shown_and_searched(run, student):
 
 
 def test_traces_name_the_fact(run):
-    reads = run("memory", "trace", PROMPT, "--top-reads", "50")
-    (fact,) = [read for read in reads[-1]["activations"] if read["kind"] == "fact"]
+    traces = run("memory", "trace", PROMPT, "--top-reads", "50")
+    (fact,) = [read for read in traces[-1]["activations"] if read["kind"] == "fact"]
     assert (fact["index"], fact["tag"], fact["weight"]) == (1, "dogs", 1.0)
     stats = run("memory", "stats")
     assert fact["layer"] == stats["value_layer"] != stats["key_layer"]
-    assert not [
-        read for token in reads[:-1] for read in token["activations"] if read["kind"] == "fact"
-    ]
-    assert {read["layer"] for token in reads for read in token["activations"]} == {0, 1, 2}
+    earlier = [read for token in traces[:-1] for read in token["activations"]]
+    assert not [read for read in earlier if read["kind"] == "fact"]
+    assert {read["layer"] for token in traces for read in token["activations"]} == {0, 1, 2}
     only = run("memory", "trace", PROMPT, "--layers", "0-1")
     assert {read["layer"] for token in only for read in token["activations"]} == {0, 1}
     trace = run("generate", PROMPT, "--max-new-tokens", "2", "--trace", "--top-reads", "50")[
@@ -134,7 +133,7 @@ def test_traces_name_the_fact(run):
     ]
     assert len(trace) == 2
     assert (
-        trace[0]["token"] == reads[-1]["token"]
+        trace[0]["token"] == traces[-1]["token"]
     )  # what was read where the first token of the answer was chosen
     assert trace[0]["next_tokens"][0][0] == trace[1]["token"]
     assert "fact" in {read["kind"] for read in trace[0]["activations"]}
@@ -286,8 +285,8 @@ def test_forgetting_a_tag_keeps_older_and_shared_rows(run, associative_student, 
     model.save_pretrained(associative_student)  # with its rows now
     before = run("memory", "list", "--rows", model=associative_student)
     config = json.loads((associative_student / "config.json").read_text())
-    # Most of the new text is merged into stored rows.
-    config["memory"]["2"]["insert_policy"]["merge_distance"] = 1.0
+    memory = config["memory"]["2"]
+    memory["knn"]["insert_policy"]["merge_distance"] = 1.0  # merges most new rows into old ones
     (associative_student / "config.json").write_text(json.dumps(config))
     assert run(
         "generate",
