@@ -286,7 +286,7 @@ def test_forgetting_a_tag_keeps_older_and_shared_rows(run, associative_student, 
     before = run("memory", "list", "--rows", model=associative_student)
     config = json.loads((associative_student / "config.json").read_text())
     memory = config["memory"]["2"]
-    memory["knn"]["insert_policy"]["merge_distance"] = 1.0  # merges most new rows into old ones
+    memory["insert_policy"]["merge_distance"] = 1.0  # merges most new rows into old ones
     (associative_student / "config.json").write_text(json.dumps(config))
     assert run(
         "generate",

@@ -199,11 +199,11 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
             f"--resume {run_dir}: no run is there (no config.yaml);"
             f" there are: {', '.join(siblings) or 'none beside it'}"
         )
+    run_version = read_record(run_dir).get("dmt", "an earlier version")  # checks the format first
     try:
         return config_io.load_config(run_dir / "config.yaml", list(overrides))
     except UnknownSettingError as error:
         message = str(error).split(";")[0]
-        run_version = read_record(run_dir).get("dmt", "an earlier version")
         raise UserError(
             f"{message}: another version of dmt made this run ({run_version}; this is"
             f" {dmt.__version__}); resume it with that version or a newer one"
