@@ -205,6 +205,7 @@ def acquire_lock(
 
     lock = FileLock(lock_path, thread_local=False, fallback_to_soft=False)
     try:
+        lock_path.parent.stat()  # FileLock would create the folder
         try:
             lock.acquire(blocking=False)
         except Timeout:

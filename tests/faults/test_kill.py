@@ -44,7 +44,8 @@ TRAINING = [
     ("dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 3),
     (f"{RUN}:evaluate_student", 1),
     (f"{RUN}:_save_student", 1),
-    (f"{RUN}:_write_results", 1),
+    (f"{RUN}:measure_sizes", 1),
+    (f"{RUN}:log_hparams", 1),
 ]
 CACHE = ["loss.hidden_mse=0", "loss.block_fvu=0", "logit_cache.top_k=16"]
 
@@ -89,7 +90,7 @@ def test_a_distillation(nursery, alone, calls, words, tmp_path, function, nth):
     run = tmp_path / "logs" / "version_0"
     whole_files(run)
     reported = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
-    assert "fidelity" not in reported or function.endswith("_write_results")
+    assert "fidelity" not in reported or function.endswith("log_hparams")
     going_on = ["--resume", run] if (run / "config.yaml").exists() else [*words, *ROWS]
     ended = nursery.run(going_on)
     assert ended.code == 0, ended.err

@@ -30,7 +30,7 @@ STAGES = [
     ("SIGTERM", "dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 5),
     ("SIGINT", f"{RUN}:evaluate_student", 1),
     ("SIGTERM", f"{RUN}:_save_student", 1),
-    ("SIGINT", f"{RUN}:_write_results", 1),
+    ("SIGINT", f"{RUN}:measure_sizes", 1),
 ]
 
 

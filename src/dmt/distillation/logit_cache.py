@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tokenize
 import zlib
@@ -307,8 +306,6 @@ def _write_locked(
         lambda: logger.warning("waiting for another run that writes the cache %s", cache_dir),
     )
     try:
-        for stale_path in cache_dir.glob(f"{CACHE_FILE}.*.partial"):  # of a run that was killed
-            stale_path.unlink()
         if not (cache_dir / CACHE_FILE).exists():
             _write_cache(config, teacher, windows, window_ids, cache_dir, metadata)
     finally:
@@ -325,7 +322,6 @@ def _write_cache(
 ) -> None:
     dtype = record_dtype(config.data.seq_len, config.logit_cache.top_k)
     required_bytes = len(window_ids) * dtype.itemsize
-    temp_path = cache_dir / f"{CACHE_FILE}.{os.getpid()}.partial"
     try:
         if (free_bytes := shutil.disk_usage(cache_dir).free) < required_bytes:
             raise UserError(
@@ -337,7 +333,10 @@ def _write_cache(
         files.atomic_write(cache_dir / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
         message = f"caching the teacher's logits for {len(window_ids):,} windows"
         logger.info("%s, %.0f MB, in %s", message, required_bytes / 1e6, cache_dir)
-        with temp_path.open("wb") as file:
+        with (
+            files.atomic_path(cache_dir / CACHE_FILE) as partial_path,
+            partial_path.open("wb") as file,
+        ):
             header = {
                 "descr": np.lib.format.dtype_to_descr(dtype),
                 "fortran_order": False,
@@ -348,13 +347,8 @@ def _write_cache(
             for window_id in track(window_ids, message, disable=disabled):
                 distribution = _sample_window(config, teacher, windows, window_id)
                 file.write(pack_record(window_id, distribution).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temp_path.replace(cache_dir / CACHE_FILE)
     except OSError as error:
         raise _not_writable(cache_dir, error) from None
-    finally:
-        temp_path.unlink(missing_ok=True)
 
 
 def _not_writable(cache_dir: Path, error: OSError) -> UserError:

@@ -31,7 +31,7 @@ from dmt.editing.edit import (
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
-from dmt.files import check_version
+from dmt.files import atomic_path, check_version
 from dmt.memory.edit_memory import EditMemory
 from dmt.models.conversion import get_associative_memories
 from dmt.models.fact_hooks import FactHooks, FactRow, build_fact_rows, get_fact_hooks
@@ -87,16 +87,15 @@ class Pack(ABC):
         }
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-        partial_path = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
-                save_file(arrays, partial_path, metadata={"manifest": text})
-            else:
-                partial_path.mkdir(exist_ok=True)
-                save_file(arrays, partial_path / TENSORS_FILE)
-                (partial_path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
-            partial_path.replace(path)
+            with atomic_path(path) as partial_path:
+                if path.suffix == ".safetensors":
+                    save_file(arrays, partial_path, metadata={"manifest": text})
+                else:
+                    partial_path.mkdir()
+                    save_file(arrays, partial_path / TENSORS_FILE)
+                    (partial_path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be written ({reason}); give another path") from None

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmt.errors import UserError
-from dmt.files import check_version
+from dmt.files import atomic_path, check_version
 from dmt.memory.approximate_search import Int8Matrix, quantize_int8
 
 # Types that `value_dtype=` accepts for saved values.
@@ -117,9 +117,12 @@ def write_tensor_file(path: Path, specs: Mapping[str, TensorSpec]) -> str:
         {"__metadata__": {"format": FORMAT_VERSION, "digest": placeholder}, **header}
     )
     header_text += " " * (-(8 + len(header_text)) % HEADER_ALIGNMENT)
-    partial_path = path.with_name(f"{path.name}.partial")
     try:
-        with partial_path.open("wb") as stream:
+        # A process that maps the old file keeps reading it.
+        with (
+            atomic_path(path, fsync=False) as partial_path,
+            partial_path.open("wb") as stream,
+        ):
             stream.write(len(header_text).to_bytes(8, "little") + header_text.encode())
             for name in order:
                 for chunk in specs[name].chunks:
@@ -131,9 +134,7 @@ def write_tensor_file(path: Path, specs: Mapping[str, TensorSpec]) -> str:
             )
             stream.seek(8)
             stream.write(header_text.replace(placeholder, digest.hexdigest(), 1).encode())
-        partial_path.replace(path)  # a process that maps the old file keeps reading it
     except OSError as error:
-        partial_path.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path} ({error.strerror}); free some space, or save elsewhere"
         ) from None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.errors import UserError
+from dmt.files import atomic_path
 from dmt.memory import FeaturalMemory
 from dmt.memory.mmap_tensors import MmapTensorFile, TensorSpec, make_spec, write_tensor_file
 from dmt.models.architectures import get_architecture
@@ -109,22 +110,19 @@ def _position_specs(model: nn.Module) -> dict[str, TensorSpec]:
 
 
 def _copy_mapped_file(mapped: MmapTensorFile, path: Path) -> None:
-    partial_path = path.with_name(f"{SLOTS_FILE}.partial")
     try:
-        shutil.copyfile(mapped.path, partial_path)
-        if MmapTensorFile(partial_path).digest != mapped.digest:
-            raise UserError(
-                f"{mapped.path} is no longer the file that this student was loaded from; load the "
-                "student again to save it"
-            )
-        partial_path.replace(path)
+        with atomic_path(path, fsync=False) as partial_path:
+            shutil.copyfile(mapped.path, partial_path)
+            if MmapTensorFile(partial_path).digest != mapped.digest:
+                raise UserError(
+                    f"{mapped.path} is no longer the file that this student was loaded from; load "
+                    "the student again to save it"
+                )
     except OSError as error:
         raise UserError(
             f"cannot copy {mapped.path} to {path} ({error.strerror}); load the student again to "
             "save it"
         ) from None
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 def release_model_tensors(model: nn.Module) -> None:

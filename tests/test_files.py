@@ -1,0 +1,113 @@
+"""Atomic files and folders, locks and versions."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from dmt import files
+from dmt.errors import UserError
+from dmt.files import acquire_lock, atomic_path, atomic_write, release_lock
+
+
+def test_an_atomic_write_replaces_a_file_only_when_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    atomic_write(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as partial_path:
+        partial_path.write_text("half")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    atomic_write(path, "größer")
+    assert path.read_text(encoding="utf-8") == "größer"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_atomic_folder_is_there_when_complete(tmp_path):
+    path = tmp_path / "pack"
+    stale = tmp_path / "pack.partial"
+    stale.mkdir()
+    (stale / "left").write_text("of a process that was killed")
+    with atomic_path(path) as partial_path:
+        partial_path.mkdir()
+        (partial_path / "tensors").write_text("x")
+        assert not path.exists()
+    assert [file.name for file in path.iterdir()] == ["tensors"]
+    with pytest.raises(OSError, match="disk"), atomic_path(tmp_path / "other") as partial_path:
+        partial_path.mkdir()
+        raise OSError(errno.EIO, "disk")
+    assert [file.name for file in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_lock_refuses_another_process_and_is_released(tmp_path):
+    path = tmp_path / ".lock"
+    code = f"""
+from pathlib import Path
+from dmt.errors import UserError
+from dmt.files import acquire_lock
+try:
+    acquire_lock(Path({str(path)!r}), "it is in use")
+except UserError as error:
+    print(error)
+else:
+    print("locked")
+"""
+
+    def try_elsewhere():
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+        )
+        return done.stdout.strip()
+
+    lock = acquire_lock(path, "")
+    assert try_elsewhere() == "it is in use"
+    release_lock(lock, path)
+    assert not path.exists()
+    assert try_elsewhere() == "locked"
+    release_lock(acquire_lock(path, "of an ended process"), path)
+
+
+def test_who_waits_for_a_lock_gets_it(tmp_path):
+    path, waiting, order = tmp_path / ".lock", threading.Event(), []
+    lock = acquire_lock(path, "")
+
+    def wait():
+        other = acquire_lock(path, "", waiting.set)
+        order.append("second")
+        release_lock(other, path)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waiting.wait(10)
+    order.append("first")
+    release_lock(lock, path)
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert not path.exists()
+
+
+def test_a_lock_that_cannot_be_created_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"missing cannot be written to \(No such file"):
+        acquire_lock(tmp_path / "missing" / ".lock", "")
+
+
+def test_no_module_that_windows_lacks_is_imported():
+    code = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import dmt.cli.main, dmt.files, dmt.signals, dmt.paths, dmt.training.run_dir
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+def test_a_disk_error_is_named_with_its_remedy():
+    error = OSError(errno.ENOSPC, "No space left on device", "logs/run.json")
+    assert files.disk_error(error) == (f"the disk is full ({os.strerror(errno.ENOSPC)})", "make room")
+    wrapped = RuntimeError("writing failed")
+    wrapped.__cause__ = error
+    assert files.disk_error(wrapped) == files.disk_error(error)
+    assert files.describe_disk_error(error).startswith("logs/run.json: the disk is full")
+    assert files.disk_error(ValueError("os error")) is None
