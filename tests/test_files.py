@@ -31,13 +31,11 @@ def test_an_atomic_folder_is_there_when_complete(tmp_path):
     stale = tmp_path / "pack.partial"
     stale.mkdir()
     (stale / "left").write_text("of a process that was killed")
-    with atomic_path(path) as partial_path:
-        partial_path.mkdir()
+    with atomic_path(path, as_folder=True) as partial_path:
         (partial_path / "tensors").write_text("x")
         assert not path.exists()
     assert [file.name for file in path.iterdir()] == ["tensors"]
-    with pytest.raises(OSError, match="disk"), atomic_path(tmp_path / "other") as partial_path:
-        partial_path.mkdir()
+    with pytest.raises(OSError, match="disk"), atomic_path(tmp_path / "other", as_folder=True):
         raise OSError(errno.EIO, "disk")
     assert [file.name for file in tmp_path.iterdir()] == ["pack"]
 
@@ -105,7 +103,10 @@ import dmt.cli.main, dmt.files, dmt.signals, dmt.paths, dmt.training.run_dir
 
 def test_a_disk_error_is_named_with_its_remedy():
     error = OSError(errno.ENOSPC, "No space left on device", "logs/run.json")
-    assert files.disk_error(error) == (f"the disk is full ({os.strerror(errno.ENOSPC)})", "make room")
+    assert files.disk_error(error) == (
+        f"the disk is full ({os.strerror(errno.ENOSPC)})",
+        "make room",
+    )
     wrapped = RuntimeError("writing failed")
     wrapped.__cause__ = error
     assert files.disk_error(wrapped) == files.disk_error(error)

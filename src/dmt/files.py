@@ -85,18 +85,21 @@ def describe_disk_error(error: BaseException) -> str | None:
 
 
 @contextmanager
-def atomic_path(target: Path, *, fsync: bool = True) -> Iterator[Path]:
+def atomic_path(target: Path, *, as_folder: bool = False, fsync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `target`; move what was written there to `target` on success.
 
     Until then whatever was at `target` stays. On an error the temporary file is removed.
 
     Args:
-        target: File to replace, or folder to create. A folder can only replace an empty one.
+        target: File to replace, or folder to create.
+        as_folder: Create the temporary path as a folder, which can only replace an empty one.
         fsync: Flush to the disk before the move, so that the file survives a power cut.
     """
     partial_path = target.with_name(f"{target.name}.partial")
-    if partial_path.is_dir():  # of a process that was killed
-        shutil.rmtree(partial_path)
+    if as_folder:
+        if partial_path.is_dir():  # of a process that was killed
+            shutil.rmtree(partial_path)
+        partial_path.mkdir()
     try:
         yield partial_path
         if fsync:
@@ -105,9 +108,10 @@ def atomic_path(target: Path, *, fsync: bool = True) -> Iterator[Path]:
         if fsync:
             fsync_path(target.parent)
     finally:
-        if partial_path.is_dir():
+        if as_folder:
             shutil.rmtree(partial_path, ignore_errors=True)
-        partial_path.unlink(missing_ok=True)
+        elif not partial_path.is_dir():
+            partial_path.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:

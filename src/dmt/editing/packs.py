@@ -89,11 +89,11 @@ class Pack(ABC):
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as partial_path:
-                if path.suffix == ".safetensors":
+            is_file = path.suffix == ".safetensors"
+            with atomic_path(path, as_folder=not is_file) as partial_path:
+                if is_file:
                     save_file(arrays, partial_path, metadata={"manifest": text})
                 else:
-                    partial_path.mkdir()
                     save_file(arrays, partial_path / TENSORS_FILE)
                     (partial_path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
