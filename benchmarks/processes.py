@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TRAINING = ("layerwise/", "end_to_end/", "learning_rate")
+TRAINING = ("train/", "lr")
 UNTIL = (100, 200, 400, 700, 1_400)
 Curve = dict[tuple[int, str], float]
 
@@ -40,8 +40,15 @@ def run(config: str, devices: int, steps: int, more: list[str]) -> tuple[Curve, 
             f"stages.layerwise_steps={steps // 14}",
             f"stages.end_to_end_steps={steps - steps // 14}",
         ]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
         done = subprocess.run(
-            [sys.executable, str(ROOT / "distill.py"), str(ROOT / config), *words],
+            [
+                sys.executable,
+                *(launcher if devices > 1 else []),
+                str(ROOT / "distill.py"),
+                str(ROOT / config),
+                *words,
+            ],
             capture_output=True,
             text=True,
             check=False,

@@ -1,6 +1,6 @@
 """Seconds from a command to its first work: `python -m benchmarks.starting [--turns 5]`.
 
-Libraries are loaded by new processes that take turns: as Python does it, and as `dmt.starting.libraries` does it.
+Libraries are loaded by new processes that take turns: as Python does it, and as `dmt.signals.fast_imports` does it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.tables import Row, table
 SOURCE = Path(__file__).parents[1] / "src"
 WAYS = {
     "plain import": "import dmt.tasks",
-    "collector at rest": "from dmt import starting\nwith starting.libraries():\n import dmt.tasks",
+    "collector at rest": "from dmt import signals\nwith signals.fast_imports():\n import dmt.tasks",
 }
 
 

@@ -169,7 +169,7 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
         "step": inner,
         "kinds": dict(kinds),
         "steps": steps,
-        "threads": used["threads"],
+        "threads": used["num_threads"],
         "precision": used["precision"],
     }
 
