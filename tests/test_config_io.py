@@ -874,3 +874,13 @@ def test_a_config_made_in_code_is_checked_as_one_that_is_typed():
         check_config(Config(memory=FeaturalConfig(k=-1)))
     with pytest.raises(UserError, match=r"student.layer_overrides\[0\] must be a rule"):
         check_config(Config(student=StudentConfig(layer_overrides=[{"layers": "all"}])))
+
+
+def test_a_setting_that_only_an_override_has_changes_that_override():
+    path = Path(__file__).parents[1] / "configs" / "associative.yaml"
+    config = load_config(path, ["memory.capacity=1000"])
+    memories = resolve_layer_memories(config, 4)
+    assert memories[3].capacity == 1000
+    assert memories[0] == load_config(path).memory
+    with pytest.raises(UserError, match="memory.capacity is not a setting"):
+        load_config(path, ["student.layer_overrides=[]", "memory.capacity=1000"])

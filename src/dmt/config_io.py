@@ -58,7 +58,8 @@ def load_config(
 
     Args:
         path: a YAML file of differences from the defaults, or the `run.json` of a run.
-        overrides: `key=value`, the value in YAML; later ones win, and `memory.kind` goes first.
+        overrides: `key=value`, the value in YAML; later ones win, and `memory.kind` goes first. A
+            memory setting that only the kind of a layer override has changes that override.
 
     Raises:
         UnknownSettingError: a key names no setting.
@@ -73,7 +74,7 @@ def load_config(
             raise _wrap(error, f"{path}: ") from None
     changes = [_parse_override(override) for override in overrides]
     for change in sorted(changes, key=_sets_memory_kind, reverse=True):
-        values = _merge(values, change)
+        values = _merge_override(values, change)
     config = _build_config(values)
     check_config(config)
     return config
@@ -115,6 +116,38 @@ def _parse_override(override: str) -> dict[str, Any]:
 def _sets_memory_kind(change: dict[str, Any]) -> bool:
     memory = change.get("memory")
     return isinstance(memory, dict) and "kind" in memory
+
+
+def _merge_override(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with one `key=value`, moved into the layer overrides that it is about.
+
+    `dmt distill associative memory.capacity=1000` changes the associative layers, although the
+    memory of the other layers has no capacity.
+    """
+    memory = change.get("memory")
+    if isinstance(memory, dict) and len(memory) == 1:
+        leaf, value = next(iter(memory.items()))
+        student = values.get("student", {})
+        rules = student.get("layer_overrides", [])
+        top_kind = values.get("memory", {}).get("kind", FeaturalConfig.kind_name)
+        if leaf not in field_types(get_memory_config_class(top_kind, "memory.kind")) and any(
+            _rule_has_field(rule, leaf) for rule in rules
+        ):
+            rules = [
+                {**rule, "memory": {**rule["memory"], leaf: value}}
+                if _rule_has_field(rule, leaf)
+                else rule
+                for rule in rules
+            ]
+            return {**values, "student": {**student, "layer_overrides": rules}}
+    return _merge(values, change)
+
+
+def _rule_has_field(rule: Any, name: str) -> bool:
+    """Return whether a layer override sets a kind of memory that has the field `name`."""
+    memory = rule.get("memory") if isinstance(rule, dict) else None
+    kind = memory.get("kind") if isinstance(memory, dict) else None
+    return kind in MEMORY_CONFIGS and name in field_types(MEMORY_CONFIGS[kind])
 
 
 def _merge(values: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
