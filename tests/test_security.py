@@ -153,8 +153,8 @@ def test_code_beside_the_weights_is_not_run(folder, shop, capsys, monkeypatch):
     for name in ("config.json", "tokenizer_config.json"):
         file = Path(folder, name)
         calls = {
-            each: ["evil.Evil", "evil.Evil"] if each == "AutoTokenizer" else "evil.Evil"
-            for each in classes
+            entry: ["evil.Evil", "evil.Evil"] if entry == "AutoTokenizer" else "evil.Evil"
+            for entry in classes
         }
         file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": calls}))
     capsys.readouterr()
@@ -327,7 +327,7 @@ def test_texts_on_the_command_line_are_not_sql(shop, capsys):
         )
         assert main.main(["memory", "search", words, "--json", *S]) == 0
         assert not [
-            each for each in json.loads(capsys.readouterr().out) if each["matched_by"] == "text"
+            entry for entry in json.loads(capsys.readouterr().out) if entry["matched_by"] == "text"
         ]
         assert main.main(["memory", "forget", "--tag", words, *S]) == 0
     capsys.readouterr()

@@ -72,7 +72,11 @@ KINDS = {
         [*ASK, "-m", "logs/version_1"],
         f"{SLOTS}: its format is",
     ),
-    "store": (said_of_schema(STORE, "schema_version"), store_run(STORE), f"store {STORE}: schema version"),
+    "store": (
+        said_of_schema(STORE, "schema_version"),
+        store_run(STORE),
+        f"store {STORE}: schema version",
+    ),
     "facts": (
         said_of_schema(FACTS_DB, "facts"),
         ["dmt", "memory", "list", *MODEL],

@@ -130,9 +130,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize(("sentence", "prompt", "answer", "subject"), PLAIN)
-def test_a_sentence_is_what_is_asked_what_is_answered_and_whom_it_is_about(
-    sentence, prompt, answer, subject
-):
+def test_a_sentence_is_split_into_prompt_answer_and_subject(sentence, prompt, answer, subject):
     assert replace(parse_fact(sentence), closing="") == Fact(prompt, answer, subject)
     assert parse_fact(sentence).closing == (
         sentence.strip()[-1] if sentence.strip()[-1] in ".!" else ""
@@ -174,7 +172,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("given", "wanted"), PARTS, ids=lambda each: str(each)[:40])
-def test_a_fact_of_parts(given, wanted):
+def test_a_fact_is_made_from_its_parts(given, wanted):
     found = parse_fact(**given, tag="t", source="s")
     assert replace(found, closing="") == Fact(*wanted, "t", "s")
     assert found.closing == (
@@ -211,7 +209,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("given", "error"), WRONG, ids=lambda each: str(each)[:40])
-def test_what_states_nothing_is_refused_in_one_line(given, error):
+def test_texts_that_state_no_fact_are_refused_in_one_line(given, error):
     with pytest.raises(UserError, match=error) as told:
         parse_fact(**given)
     assert "\n" not in str(told.value)
@@ -269,7 +267,7 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         (r'{"sentence": "Ada is \ud800 old"}', "facts.jsonl:2: "),
     ],
 )
-def test_a_line_that_is_no_fact_is_told_with_its_number(tmp_path, line, error):
+def test_a_line_that_is_no_fact_is_reported_with_its_number(tmp_path, line, error):
     file = tmp_path / "facts.jsonl"
     file.write_text('{"sentence": "Ada is old"}\n' + line)
     found = read_facts(file)
@@ -278,7 +276,7 @@ def test_a_line_that_is_no_fact_is_told_with_its_number(tmp_path, line, error):
         next(found)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path):
+def test_an_unreadable_file_is_reported(tmp_path):
     for place, error in ((tmp_path / "none", "No such file"), (tmp_path, "directory")):
         with pytest.raises(UserError, match=f"cannot be read .*{error}"):
             list(read_facts(place))
@@ -333,7 +331,7 @@ def evened(model, slopes):
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_a_value_goes_against_the_gradient_and_is_as_short_as_makes_it_sure(
+def test_a_value_follows_the_negative_gradient_with_the_smallest_confident_scale(
     any_teacher, tokenizer, layer
 ):
     drafts = compute_edits(any_teacher, tokenizer, FACTS, 0, layer)
@@ -399,7 +397,7 @@ def test_the_gradient_is_a_finite_difference(layer, tokenizer):
         assert torch.cosine_similarity(found, -evened(model, slope[None])[0], dim=0) > 0.9999
 
 
-def test_a_scale_that_is_sure_goes_before_a_longer_one_and_the_likeliest_where_none_is(
+def test_the_smallest_confident_scale_is_taken_else_the_most_probable(
     monkeypatch, teacher, tokenizer
 ):
     wanted = [0.5, 0.2, 0.995, 0.999, 0.3, 1.0], [0.1, 0.6, 0.2, 0.5, 0.1, 0.0]
@@ -434,7 +432,7 @@ def test_a_scale_that_is_sure_goes_before_a_longer_one_and_the_likeliest_where_n
     assert made.prob_after.tolist() == pytest.approx([0.995, 0.6])
 
 
-def test_a_fact_is_drafted_the_same_whatever_batch_it_is_in(any_teacher, tokenizer, monkeypatch):
+def test_edits_do_not_depend_on_the_batch(any_teacher, tokenizer, monkeypatch):
     together = compute_edits(any_teacher, tokenizer, FACTS, 1, 2)
     for tokens in (1, 40):
         monkeypatch.setattr("dmt.models.forward.MAX_BATCH_TOKENS", tokens)
@@ -463,7 +461,7 @@ def test_a_fact_that_is_too_long_for_the_model_is_refused(teacher, tokenizer):
         compute_edits(teacher, tokenizer, [*FACTS, fits], 1, 2)
 
 
-def test_the_best_answerer_is_the_highest_of_the_best_not_below_the_listener(
+def test_the_value_layer_is_the_highest_of_the_best_not_below_the_key_layer(
     teacher, tokenizer, monkeypatch
 ):
     found, shares = choose_value_layer(teacher, tokenizer, FACTS, 1, range(LAYERS))
@@ -516,7 +514,7 @@ NOT_APART = torch.tensor(0.0)
 
 
 @pytest.mark.parametrize(("apart", "lowest"), [(-0.3, 0.5), (0.4, 0.5), (0.57, 0.57), (0.9, 0.65)])
-def test_no_row_answers_where_different_questions_are_not_told_apart_yet(apart, lowest):
+def test_no_row_fires_below_the_cosine_of_different_questions(apart, lowest):
     key = torch.tensor([[1.0, 0.0]])
     known = Calibration(torch.zeros(2), torch.eye(2), -key, -key, torch.tensor(apart))
     assert known.min_threshold == pytest.approx(lowest)
@@ -541,7 +539,7 @@ def test_how_near_two_different_questions_are():
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
-def test_reach_keeps_false_answers_to_the_rate_on_states_it_has_not_seen(rate):
+def test_thresholds_keep_the_false_positive_rate_on_unseen_states(rate):
     mean, metric = torch.randn(24), torch.randn(24, 24)
     drawn = torch.randn(4, 4000, 24) @ torch.randn(24, 24) + mean
     half = Calibration(mean, metric, mean, mean, mean)
@@ -561,7 +559,7 @@ def test_reach_keeps_false_answers_to_the_rate_on_states_it_has_not_seen(rate):
 
 
 @pytest.mark.parametrize("crowd", ["prose_negatives", "question_negatives"])
-def test_both_prose_and_other_questions_hold_a_row_back(crowd):
+def test_both_prose_and_other_questions_raise_thresholds(crowd):
     mean, metric = torch.zeros(8), torch.eye(8)
     key = torch.nn.functional.normalize(torch.ones(1, 8), dim=-1)
     near, far = key.repeat(200, 1) + 0.3 * torch.randn(200, 8), torch.randn(200, 8)
@@ -579,7 +577,7 @@ def test_both_prose_and_other_questions_hold_a_row_back(crowd):
     )
 
 
-def test_reach_of_many_long_answers_is_measured_too():
+def test_thresholds_of_many_rows_are_computed_in_chunks():
     others = torch.nn.functional.normalize(torch.randn(4000, 4), dim=-1)
     known = Calibration(torch.zeros(4), torch.eye(4), others, others[:5], NOT_APART)
     keys = torch.randn(5000, 4)  # twenty million cosines, more than Tensor.quantile takes
@@ -587,7 +585,7 @@ def test_reach_of_many_long_answers_is_measured_too():
     torch.testing.assert_close(reach[-3:], known.thresholds(keys[-3:], 0.2, 0.0))
 
 
-def test_calibration_measures_what_it_says(any_teacher, tokenizer):
+def test_calibration_matches_its_definition(any_teacher, tokenizer):
     found = calibrate(any_teacher, tokenizer, PROSE, [0, 2])
     assert set(found) == {0, 2}
     windows = [encode_text(tokenizer, text)[:32] for text in PROSE]
@@ -657,7 +655,7 @@ def test_too_little_prose_is_refused(teacher, tokenizer):
         calibrate(teacher, tokenizer, [short_names], [0])
 
 
-def test_windows_are_as_long_as_told_where_the_model_reads_more(tokenizer):
+def test_prose_windows_have_at_most_128_tokens(tokenizer):
     model = make_llama(len(tokenizer), max_position_embeddings=300)
     with pytest.raises(UserError, match="prose of 128 tokens at least"):
         calibrate(model, tokenizer, [PROSE[0][:60]], [0])
@@ -665,7 +663,7 @@ def test_windows_are_as_long_as_told_where_the_model_reads_more(tokenizer):
     assert len(found[1].prose_negatives) % (128 - 8) == 0
 
 
-def test_layers_that_may_listen_and_the_one_that_does():
+def test_candidate_layers_and_the_chosen_key_layer():
     assert list_candidate_layers(12) == [3, 6, 9, 11]
     assert list_candidate_layers(30) == [7, 15, 22, 29]
     assert [list_candidate_layers(n) for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
@@ -757,7 +755,7 @@ def repeats(model, tokenizer, fact):
     )
 
 
-def test_how_near_is_near_enough_for_each_row(book, tokenizer):
+def test_thresholds_of_the_rows_of_a_fact(book, tokenizer):
     lines = prepare_facts(book.model, tokenizer, FACTS, (1, 2), book.calibration, 0.01)
     for fact, line in zip(FACTS, lines, strict=True):
         drafts = compute_edits(book.model, tokenizer, [fact], 1, 2)
@@ -839,7 +837,7 @@ def test_two_facts_say_the_same_thing_in_the_same_words_or_in_nearly_the_same_st
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_been(
+def test_written_facts_are_generated_and_deleted_facts_leave_no_trace(
     family, begun, tokenizer, tmp_path
 ):
     model = speaker(family, tokenizer)
@@ -877,7 +875,7 @@ def test_what_is_written_is_said_and_what_is_forgotten_is_as_if_it_had_never_bee
 
 
 @pytest.mark.parametrize("layers", [(0, 0), (0, 1), (1, 1)])
-def test_answered_in_a_lower_layer_it_is_said_too(teacher, tokenizer, tmp_path, layers):
+def test_facts_can_be_applied_in_lower_layers(teacher, tokenizer, tmp_path, layers):
     with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
         book.initialize([], prose=PROSE, layers=layers)
         (outcome,) = book.write_many(FACTS[1:2])
@@ -885,7 +883,7 @@ def test_answered_in_a_lower_layer_it_is_said_too(teacher, tokenizer, tmp_path, 
         assert outcome.prob_after > outcome.prob_before
 
 
-def test_a_fact_answers_only_where_its_subject_is_named(book, teacher, tokenizer):
+def test_a_fact_fires_only_where_its_subject_occurs(book, teacher, tokenizer):
     (ada,) = book.write_many([parse_fact("It was Ada who eats rows")])
     with record_rows(book.hooks) as passes:
         for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats"):
@@ -895,7 +893,7 @@ def test_a_fact_answers_only_where_its_subject_is_named(book, teacher, tokenizer
     assert book.find_fact_by_row(ada.fact.rows[0]) == ada.fact
 
 
-def test_the_same_again_is_known_and_a_contradiction_wins(book, teacher, tokenizer):
+def test_a_repeated_fact_is_unchanged_and_a_contradiction_replaces(book, teacher, tokenizer):
     (first,) = book.write_many(FACTS[:1])
     (again,) = book.write_many(
         [replace(FACTS[0], prompt="Ada LIVES in", answer="  ravenhill", subject="Ada")]
@@ -949,7 +947,7 @@ def test_one_that_is_too_long_keeps_its_batch_out(book, tokenizer):
     assert book.fact_table.read(include_deleted=True) == []
 
 
-def test_a_chain_of_replacements_can_be_gone_back_and_forth(book, teacher, tokenizer):
+def test_a_chain_of_replacements_can_be_restored_both_ways(book, teacher, tokenizer):
     facts = [parse_fact(f"Ada lives in {where}") for where in ("Ravenhill", "Rows", "March")]
     a, b, c = (book.write_many([fact])[0].fact for fact in facts)
     with_c = logits_of(teacher, tokenizer)
@@ -973,7 +971,7 @@ def test_a_chain_of_replacements_can_be_gone_back_and_forth(book, teacher, token
     assert book.restore(c.id) == (c, [a])
 
 
-def test_a_chain_in_other_words_can_be_gone_back_too(book, monkeypatch):
+def test_a_chain_of_paraphrased_replacements_can_be_restored(book, monkeypatch):
     monkeypatch.setattr("dmt.editing.edit.SAME_QUERY_COSINE", -1.0)
     facts = [
         parse_fact(sentence)
@@ -994,7 +992,7 @@ def test_one_restored_replaces_what_asks_the_same_in_the_same_words(book):
     assert list(book.records) == [a.id]
 
 
-def test_what_cannot_be_forgotten_or_restored_is_told(book):
+def test_ids_that_cannot_be_deleted_or_restored_are_reported(book):
     a, b = (each.fact for each in book.write_many(FACTS[:2]))
     with pytest.raises(UserError, match=r"fact 99 is not active; .* shows the 2 that are"):
         book.delete([a.id, 99])
@@ -1008,7 +1006,7 @@ def test_what_cannot_be_forgotten_or_restored_is_told(book):
         book.delete([a.id])
 
 
-def test_those_that_answered_last_stay(book):
+def test_prune_keeps_the_facts_that_fired_last(book):
     a, b, c, d = (each.fact for each in book.write_many(FACTS))
     for now, row, times in ((10.0, a.rows[0], 5), (20.0, c.rows[0], 9), (30.0, a.rows[1], 2)):
         with pytest.MonkeyPatch.context() as patch:
@@ -1074,7 +1072,7 @@ def rows_there(store):
 
 
 @pytest.mark.parametrize("where", ["_fact_columns", "_soft_delete"])
-def test_killed_in_the_middle_a_write_leaves_nothing(book, teacher, tokenizer, monkeypatch, where):
+def test_an_interrupted_write_leaves_nothing(book, teacher, tokenizer, monkeypatch, where):
     (old,) = book.write_many(FACTS[:1])
     before, kept = logits_of(teacher, tokenizer), rows_there(book.db)
     monkeypatch.setattr(f"dmt.store.facts.{where}", stop)
@@ -1089,7 +1087,7 @@ def test_killed_in_the_middle_a_write_leaves_nothing(book, teacher, tokenizer, m
     assert new.status == "replaced"
 
 
-def test_killed_in_the_middle_nothing_is_restored(book, monkeypatch):
+def test_an_interrupted_restore_changes_nothing(book, monkeypatch):
     a = book.write_many(FACTS[:1])[0].fact
     b = book.write_many([parse_fact("Ada lives in Rows")])[0].fact
     history = book.fact_table.read(include_deleted=True)
@@ -1119,9 +1117,7 @@ def test_what_the_database_refuses_is_told_and_leaves_nothing(book, place, teach
     assert torch.equal(logits_of(teacher, tokenizer), own)
 
 
-def test_where_the_second_half_of_a_batch_fails_the_first_is_there_and_is_said(
-    book, teacher, tokenizer, monkeypatch
-):
+def test_facts_committed_before_a_failure_are_applied(book, teacher, tokenizer, monkeypatch):
     add, calls = FactTable.add, []
 
     def once(*given):
@@ -1137,7 +1133,7 @@ def test_where_the_second_half_of_a_batch_fails_the_first_is_there_and_is_said(
     assert repeats(teacher, tokenizer, FACTS[0])
 
 
-def test_two_writers_are_one_too_many_and_readers_are_welcome(book, place, teacher, tokenizer):
+def test_a_second_writer_is_refused_and_readers_are_not(book, place, teacher, tokenizer):
     with pytest.raises(UserError, match="another program is writing"):
         opened(place, speaker(make_teacher, tokenizer), tokenizer)
     book.write_many(FACTS[:1])
@@ -1184,14 +1180,14 @@ def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer
         )
 
 
-def test_begun_once_it_stays_so(place, book, teacher, tokenizer, monkeypatch):
+def test_calibration_runs_only_once(place, book, teacher, tokenizer, monkeypatch):
     monkeypatch.setattr(book_module, "choose_layers", stop)
     book.initialize(FACTS)
     assert book.fact_table.read_layers() == (1, 2)
     assert book.write_many(FACTS[:1])[0].status == "written"
 
 
-def test_a_book_that_was_never_begun_has_nothing_to_say(teacher, tokenizer, tmp_path, caplog):
+def test_a_store_without_facts_changes_nothing(teacher, tokenizer, tmp_path, caplog):
     own = logits_of(teacher, tokenizer)
     with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
         assert not book.fact_table.exists
@@ -1313,7 +1309,7 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
         FactStore.open(folder)
 
 
-def test_a_subject_that_would_not_be_noticed_is_refused(book):
+def test_a_subject_that_could_not_match_is_refused(book):
     """Such a fact could be written and would never be said."""
     with pytest.raises(UserError, match="not a word of its own"):
         book.write_many([Fact("ada lives in", " far", "Ada")])

@@ -96,7 +96,7 @@ def same(first, second):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
-def test_what_is_packed_is_what_the_book_has(book, pack):
+def test_a_pack_holds_the_stored_facts(book, pack):
     known = list(book.records.values())
     assert pack.manifest["counts"] == {"facts": 4, "rows": sum(len(fact.rows) for fact in known)}
     assert {
@@ -124,15 +124,15 @@ def test_what_is_packed_is_what_the_book_has(book, pack):
     np.testing.assert_array_equal(pack.mean, book.calibration.mean.numpy())
 
 
-def test_it_comes_back_from_a_folder_and_from_a_file(pack, place):
+def test_a_pack_is_loaded_from_a_folder_or_a_file(pack, place):
     pack.save(place)
     assert place.is_dir() == (place.suffix != ".safetensors")
     same(load_fact_pack(place), pack)
-    assert [each.name for each in place.parent.iterdir()] == [place.name], (
+    assert [entry.name for entry in place.parent.iterdir()] == [place.name], (
         "nothing half made is left"
     )
     if place.is_dir():
-        assert {each.name for each in place.iterdir()} == {MANIFEST_FILE, TENSORS_FILE}
+        assert {entry.name for entry in place.iterdir()} == {MANIFEST_FILE, TENSORS_FILE}
 
 
 def test_no_facts_are_a_pack_too(book, place):
@@ -144,7 +144,7 @@ def test_no_facts_are_a_pack_too(book, place):
 
 def test_texts_of_all_kinds_come_back(book, place):
     odd = [parse_fact(prompt='Ada "is" \\ {0}', answer="日本 🦊\n", tag="'; --", source="\t</b>")]
-    written = [each.fact for each in book.write_many(odd)]
+    written = [entry.fact for entry in book.write_many(odd)]
     make_fact_pack(book, written, "ö").save(place)
     (found,) = load_fact_pack(place).facts
     assert (found.prompt, found.answer, found.tag, found.source) == (
@@ -155,7 +155,7 @@ def test_texts_of_all_kinds_come_back(book, place):
     )
 
 
-def test_what_is_there_is_never_written_over(pack, place, tmp_path):
+def test_an_existing_path_is_never_overwritten(pack, place, tmp_path):
     pack.save(place)
     before = {file: file.read_bytes() for file in place.parent.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="is there already; give a new name, or remove it first"):
@@ -195,7 +195,7 @@ def test_nothing_and_something_else_are_no_packs(tmp_path):
         load_fact_pack(tmp_path)
 
 
-def test_cut_off_anywhere_it_is_refused(pack, place):
+def test_a_truncated_pack_is_refused(pack, place):
     pack.save(place)
     file = place / TENSORS_FILE if place.is_dir() else place
     whole = file.read_bytes()
@@ -355,7 +355,7 @@ def test_tensors_that_are_not_what_the_manifest_says_are_refused(pack, place, na
         load_fact_pack(place)
 
 
-def test_of_absurd_size_it_is_refused_before_it_is_read(pack, place, monkeypatch):
+def test_a_pack_of_absurd_size_is_refused_before_it_is_read(pack, place, monkeypatch):
     pack.save(place)
     file = place / TENSORS_FILE if place.is_dir() else place
     monkeypatch.setattr(packs, "MAX_TENSOR_BYTES", file.stat().st_size - 1)
@@ -398,16 +398,18 @@ def test_nothing_in_a_pack_is_run(pack, place):
 # Whose it is.
 
 
-def test_it_speaks_in_the_same_model_elsewhere(pack, begun, tokenizer, book, tmp_path):  # noqa: F811
+def test_an_imported_pack_works_in_another_copy_of_the_model(
+    pack, begun, tokenizer, book, tmp_path
+):  # noqa: F811
     with new_book(begun, tokenizer, tmp_path / "other.db") as other:
         model = hash_model(other.model)
         outcomes = import_pack(other, pack, model)
-        assert [each.status for each in outcomes] == ["written"] * 4
+        assert [entry.status for entry in outcomes] == ["written"] * 4
         for there, fact in zip(other.records.values(), pack.facts, strict=True):
             assert replace(there, id=0, rows=()) == replace(fact, id=0, rows=())
         assert torch.equal(logits_of(other.model, tokenizer), logits_of(book.model, tokenizer))
         assert all(repeats(other.model, tokenizer, fact) for fact in FACTS)
-        assert [each.status for each in import_pack(other, pack, model)] == ["unchanged"] * 4
+        assert [entry.status for entry in import_pack(other, pack, model)] == ["unchanged"] * 4
         assert len(other.records) == 4
         with_facts = logits_of(other.model, tokenizer)
     with opened(
@@ -416,11 +418,11 @@ def test_it_speaks_in_the_same_model_elsewhere(pack, begun, tokenizer, book, tmp
         assert torch.equal(logits_of(again.model, tokenizer), with_facts)
 
 
-def test_what_it_contradicts_is_replaced(pack, begun, tokenizer, tmp_path):  # noqa: F811
+def test_an_imported_pack_replaces_contradicted_facts(pack, begun, tokenizer, tmp_path):  # noqa: F811
     with new_book(begun, tokenizer, tmp_path / "other.db") as other:
         (old,) = other.write_many([parse_fact("Ada lives in Rows")])
         outcomes = import_pack(other, pack, hash_model(other.model))
-        assert [each.status for each in outcomes] == ["replaced", *["written"] * 3]
+        assert [entry.status for entry in outcomes] == ["replaced", *["written"] * 3]
         assert outcomes[0].replaced_fact == old.fact
         assert outcomes[0].fact.id in other.records
         assert old.fact.id not in other.records
@@ -498,14 +500,14 @@ def one_fact_pack(begun, tokenizer, tmp_path, sentence, name):  # noqa: F811
     with new_book(begun, tokenizer, tmp_path / f"{name}.db") as maker:
         return make_fact_pack(
             maker,
-            [each.fact for each in maker.write_many([parse_fact(sentence)])],
+            [entry.fact for entry in maker.write_many([parse_fact(sentence)])],
             name,
             model_hash=hash_model(maker.model),
         )
 
 
 @pytest.mark.parametrize("has_book", ["empty", "written", "none"])
-def test_guests_come_change_and_leave_no_trace(has_book, begun, tokenizer, tmp_path):  # noqa: F811
+def test_temporary_packs_leave_no_trace(has_book, begun, tokenizer, tmp_path):  # noqa: F811
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     second = one_fact_pack(begun, tokenizer, tmp_path, "Ben eats March", "second")
     model = speaker(make_teacher, tokenizer)
@@ -553,7 +555,7 @@ def test_guests_come_change_and_leave_no_trace(has_book, begun, tokenizer, tmp_p
             assert torch.equal(logits_of(again.model, tokenizer), own)
 
 
-def test_guests_stay_while_the_book_is_written(begun, tokenizer, tmp_path):  # noqa: F811
+def test_temporary_packs_stay_while_facts_are_written(begun, tokenizer, tmp_path):  # noqa: F811
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [first], hash_model(host.model))
@@ -565,7 +567,7 @@ def test_guests_stay_while_the_book_is_written(begun, tokenizer, tmp_path):  # n
         assert [fact.answer for fact in host.fact_table.read(include_deleted=True)] == [" rows"]
 
 
-def test_a_guest_that_does_not_fit_leaves_those_that_are_there(begun, tokenizer, tmp_path):  # noqa: F811
+def test_a_temporary_pack_that_does_not_fit_changes_nothing(begun, tokenizer, tmp_path):  # noqa: F811
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [first], hash_model(host.model))
@@ -641,7 +643,7 @@ def test_how_two_lists_of_facts_differ(pack):
     ("prefer", "newer", "kept"),
     [("newest", 1, 1), ("newest", -1, 0), ("first", 1, 0), ("first", -1, 0)],
 )
-def test_of_packs_that_contradict_each_other_one_wins(pack, prefer, newer, kept):
+def test_merge_keeps_one_of_two_contradicting_facts(pack, prefer, newer, kept):
     created = pack.facts[0].created + newer
     other = variant(
         pack,
@@ -695,7 +697,7 @@ def test_packs_of_different_models_cannot_be_one(pack):
             merge_packs([pack, replace(pack, manifest=pack.manifest | {name: value})], "both")
 
 
-def test_merged_it_can_be_saved_and_speaks(pack, begun, tokenizer, tmp_path):  # noqa: F811
+def test_a_merged_pack_can_be_saved_and_applied(pack, begun, tokenizer, tmp_path):  # noqa: F811
     second = one_fact_pack(begun, tokenizer, tmp_path, "Clara eats March", "second")
     merged, conflicts = merge_packs([pack, second], "both")
     assert conflicts == []

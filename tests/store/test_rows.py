@@ -113,7 +113,7 @@ def test_scan_goes_through_pages(place, monkeypatch):
         assert store.get(space, part.ids).ids.tolist() == part.ids.tolist()
 
 
-def test_usage_is_as_it_was_told_last(place):
+def test_usage_is_that_of_the_last_commit(place):
     with RowStore(place, MODEL) as store:
         space = store.get_or_create_namespace("layer_0", 4, 6)
         part = some(store, 3)
@@ -140,7 +140,7 @@ def on_disk(store):
     return rows
 
 
-def test_a_run_is_taken_back_to_a_step(place):
+def test_a_run_is_rewound_to_a_step(place):
     with RowStore(place, MODEL) as store:
         space = store.get_or_create_namespace("layer_0", 4, 6)
         old, early, late = (some(store, 2, seed) for seed in range(3))
@@ -472,7 +472,7 @@ def test_a_number_is_never_given_out_twice(place, gone):
         assert store.reserve_ids(1).tolist() == [5]
 
 
-def test_who_took_a_row_away_stays_so(place):
+def test_the_first_deletion_of_a_row_counts(place):
     with RowStore(place, MODEL) as store:
         space = store.get_or_create_namespace("layer_0", 4, 6)
         part = some(store, 1)
@@ -522,7 +522,7 @@ def test_asking_for_a_store_that_is_not_there_makes_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_password_is_not_told():
+def test_a_password_is_not_shown():
     with pytest.raises(UserError) as told:
         RowStore("postgresql://somebody:secret@127.0.0.1:9/rows", MODEL)
     assert "secret" not in str(told.value)
@@ -576,7 +576,7 @@ def test_a_store_half_made_is_no_store_and_is_made_again(tmp_path, monkeypatch):
         ("connection refused", "the server does not answer"),
     ],
 )
-def test_what_a_server_complains_about_is_told_plainly(database, told_as):
+def test_errors_of_a_server_are_explained(database, told_as):
     with (
         pytest.raises(UserError, match=f"^store somewhere: {told_as}"),
         translate_errors("somewhere"),
