@@ -161,7 +161,7 @@ def test_phrases_are_found_exactly_where_they_end(seed):
         tuple(chance.randrange(3) for _ in range(chance.randint(1, 4))) for _ in range(12)
     ]  # some are equal
     tokens = torch.randint(0, 3, (4, 9))
-    wanted = {
+    expected = {
         (b, t, n)
         for b in range(4)
         for n, phrase in enumerate(phrases)
@@ -170,7 +170,7 @@ def test_phrases_are_found_exactly_where_they_end(seed):
     found = list(
         zip(*(each.tolist() for each in PhraseMatcher(phrases).find_ends(tokens)), strict=True)
     )
-    assert sorted(found) == sorted(wanted)
+    assert sorted(found) == sorted(expected)
     assert PhraseMatcher(phrases).max_length == max(map(len, phrases))
 
 
@@ -204,14 +204,14 @@ def test_subjects_ages_prefixes_and_answers_equal_the_definition(new, end, monke
     spotted = match_phrases(
         tokens, new, PhraseMatcher(ways), subject_of, PhraseMatcher(leads), window, end
     )
-    wanted, led, spent = {}, set(), set()
+    expected, led, spent = {}, set(), set()
     for b, line in enumerate(tokens.tolist()):
         for t in range(time - new, time):
             place = b * new + t - (time - new)
             for way, subject in zip(ways, subject_of.tolist(), strict=True):
                 for e in subject_ends(way, ways, line):
                     if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
-                        wanted[place, subject] = min(t - e, wanted.get((place, subject), window))
+                        expected[place, subject] = min(t - e, expected.get((place, subject), window))
             led |= {(place, n) for n, lead in enumerate(leads) if t in phrase_ends(lead, line)}
             said = {
                 (n, e)
@@ -222,7 +222,7 @@ def test_subjects_ages_prefixes_and_answers_equal_the_definition(new, end, monke
             spent |= {(place, n) for n, e in said if end is None or end not in line[e + 1 : t + 1]}
     found = list(zip(spotted.subject_positions.tolist(), spotted.subjects.tolist(), strict=True))
     assert len(found) == len(set(found))
-    assert dict(zip(found, spotted.subject_ages.tolist(), strict=True)) == wanted
+    assert dict(zip(found, spotted.subject_ages.tolist(), strict=True)) == expected
     assert (
         set(zip(spotted.prefix_positions.tolist(), spotted.prefixes.tolist(), strict=True)) == led
     )
@@ -259,17 +259,17 @@ def test_the_row_that_fires_is_the_one_of_the_definition(seed, new):
         (torch.stack([part.key for part in parts]) - mean) @ metric, dim=-1
     )
     states = torch.nn.functional.normalize((hidden - mean) @ metric, dim=-1)
-    wanted = {}
+    expected = {}
     for b, line in enumerate(tokens.tolist()):
         for t, number in enumerate(
             reference_rows(line, (states[b] @ keys.t()).numpy(), parts, window, END)
         ):
             if number is not None and t >= time - new:
-                wanted[b * new + t - (time - new)] = number
-    assert len(wanted) > 5, "hardly anything is asked"
-    assert passes[0] == {place: parts[number].row_id for place, number in wanted.items()}
+                expected[b * new + t - (time - new)] = number
+    assert len(expected) > 5, "hardly anything is asked"
+    assert passes[0] == {place: parts[number].row_id for place, number in expected.items()}
     for place in range(batch * new):
-        value = parts[wanted[place]].value if place in wanted else torch.zeros(WIDTH)
+        value = parts[expected[place]].value if place in expected else torch.zeros(WIDTH)
         assert torch.equal(found.flatten(0, 1)[place], value)
     assert not said.any(), "what the block said is left as it was"
 
@@ -326,9 +326,9 @@ def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
     part = FactRow(1, before.block_inputs[1][0, 3], torch.randn(WIDTH), 0.9999, ((1, 2),))
     attach_rows(any_teacher, [part])
     after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
-    wanted = before.block_outputs[2].clone()
-    wanted[0, 3] += part.value
-    assert torch.equal(after.block_outputs[2], wanted)
+    expected = before.block_outputs[2].clone()
+    expected[0, 3] += part.value
+    assert torch.equal(after.block_outputs[2], expected)
     detach(any_teacher)
     seen = []
     hook = (
@@ -339,7 +339,7 @@ def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
     attach_rows(any_teacher, [part])
     any_teacher(tokens)
     hook.remove()
-    assert torch.equal(seen[0], wanted), (
+    assert torch.equal(seen[0], expected), (
         "who looked before sees what a block says with its facts too"
     )
     for layer in range(LAYERS):
@@ -594,7 +594,7 @@ def test_of_two_subjects_the_last_one_fires(any_teacher):
         for row, subject in named
     )
     hooks = attach_rows(any_teacher, [ada, ben])
-    for tokens, wanted in (
+    for tokens, expected in (
         ([11, 12, 5, 13, 5], [1, 1, 2, 2]),
         ([13, 5, 11, 12, 5], [2, 2, 2, 1, 1]),
         ([11, 12, 13, 11, 5], [1, 2, 2, 2]),
@@ -602,7 +602,7 @@ def test_of_two_subjects_the_last_one_fires(any_teacher):
     ):
         with record_passes(hooks) as passes:
             any_teacher(torch.tensor([tokens]))
-        assert list(passes[0].values()) == wanted
+        assert list(passes[0].values()) == expected
 
 
 @torch.no_grad()
@@ -697,7 +697,7 @@ def test_gradients_treat_values_as_constants(any_teacher, checkpointing):
         constant[place] = parts[row - 100].value
     block = get_architecture(any_teacher.config.model_type).blocks(any_teacher)[1]
     hook = block.register_forward_hook(lambda _, __, said: said + constant.view_as(said))
-    wanted = gradients(any_teacher, tokens)
+    expected = gradients(any_teacher, tokens)
     hook.remove()
     attach(any_teacher, hooks)
     if checkpointing is not None:
@@ -709,9 +709,9 @@ def test_gradients_treat_values_as_constants(any_teacher, checkpointing):
         any_teacher.activation_checkpointing_enable({"use_reentrant": checkpointing})
         any_teacher.enable_input_require_grads()
     found = gradients(any_teacher, tokens)
-    assert wanted.keys() == found.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
