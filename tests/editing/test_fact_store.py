@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
-from test_edit_memory import record_rows
+from test_edit_memory import record_passes
 
 from dmt.config import FeaturalConfig
 from dmt.editing import calibration as calibration_module
@@ -804,9 +804,9 @@ def line_of(prompt, subject, asks):
 
 
 def blank_told():
-    from test_edit_memory import told
+    from test_edit_memory import make_record
 
-    return told()
+    return make_record()
 
 
 @pytest.mark.parametrize(
@@ -885,7 +885,7 @@ def test_facts_can_be_applied_in_lower_layers(teacher, tokenizer, tmp_path, laye
 
 def test_a_fact_fires_only_where_its_subject_occurs(book, teacher, tokenizer):
     (ada,) = book.write_many([parse_fact("It was Ada who eats rows")])
-    with record_rows(book.hooks) as passes:
+    with record_passes(book.hooks) as passes:
         for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats"):
             logits_of(teacher, tokenizer, text)
     assert [bool(each) for each in passes] == [True, False, False]

@@ -9,7 +9,15 @@ import pytest
 import torch
 from conftest import WIDTH, make_llama, make_teacher
 from safetensors.numpy import save_file
-from test_fact_store import FACTS, PROSE, begun, logits_of, opened, repeats, speaker  # noqa: F401  (a fixture)
+from test_fact_store import (  # noqa: F401  (`begun` is a fixture)
+    FACTS,
+    PROSE,
+    begun,
+    logits_of,
+    opened,
+    repeats,
+    speaker,
+)
 
 from dmt.editing import packs
 from dmt.editing.fact import parse_fact

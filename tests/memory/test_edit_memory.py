@@ -211,7 +211,9 @@ def test_subjects_ages_prefixes_and_answers_equal_the_definition(new, end, monke
             for way, subject in zip(ways, subject_of.tolist(), strict=True):
                 for e in subject_ends(way, ways, line):
                     if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
-                        expected[place, subject] = min(t - e, expected.get((place, subject), window))
+                        expected[place, subject] = min(
+                            t - e, expected.get((place, subject), window)
+                        )
             led |= {(place, n) for n, lead in enumerate(leads) if t in phrase_ends(lead, line)}
             said = {
                 (n, e)
@@ -805,7 +807,7 @@ def test_stored_rows_are_not_part_of_the_model_hash(teacher):
 # From and to disk.
 
 
-def told(answer=(4, 5), subject=((1, 2),), **more):
+def make_record(answer=(4, 5), subject=((1, 2),), **more):
     return FactRecord(
         0,
         "who is",
@@ -830,7 +832,7 @@ def store_with_facts(place, model, layers=(1, 2)):
         WIDTH, *layers, {name: array.astype(np.float32) for name, array in tensors.items()}
     )
     keys, values = (drawn.normal(size=(2, WIDTH)).astype(np.float32) * 5 for _ in range(2))
-    FactTable(store).add([(told(), keys, values)])
+    FactTable(store).add([(make_record(), keys, values)])
     return store, keys, values
 
 
