@@ -1,5 +1,6 @@
 """Packs: what is given away comes back the same, what is not a pack is refused before it costs anything, guests leave no trace."""
 
+# ruff: noqa: F811  (fixtures are imported)
 import json
 import shutil
 from dataclasses import replace
@@ -47,13 +48,13 @@ def teacher(tokenizer):
 
 
 @pytest.fixture
-def book(begun, teacher, tokenizer, tmp_path):  # noqa: F811
+def book(begun, teacher, tokenizer, tmp_path):
     shutil.copy(begun["gpt2"], tmp_path / "rows.db")
     with opened(tmp_path / "rows.db", teacher, tokenizer) as made:
         yield made
 
 
-def new_book(begun, tokenizer, place):  # noqa: F811
+def new_book(begun, tokenizer, place):
     """The same model again with a book of its own, in which nothing is written yet."""
     shutil.copy(begun["gpt2"], place)
     return opened(place, speaker(make_teacher, tokenizer), tokenizer)
@@ -408,7 +409,7 @@ def test_nothing_in_a_pack_is_run(pack, place):
 
 def test_an_imported_pack_works_in_another_copy_of_the_model(
     pack, begun, tokenizer, book, tmp_path
-):  # noqa: F811
+):
     with new_book(begun, tokenizer, tmp_path / "other.db") as other:
         model = hash_model(other.model)
         outcomes = import_pack(other, pack, model)
@@ -426,7 +427,7 @@ def test_an_imported_pack_works_in_another_copy_of_the_model(
         assert torch.equal(logits_of(again.model, tokenizer), with_facts)
 
 
-def test_an_imported_pack_replaces_contradicted_facts(pack, begun, tokenizer, tmp_path):  # noqa: F811
+def test_an_imported_pack_replaces_contradicted_facts(pack, begun, tokenizer, tmp_path):
     with new_book(begun, tokenizer, tmp_path / "other.db") as other:
         (old,) = other.write_many([parse_fact("Ada lives in Rows")])
         outcomes = import_pack(other, pack, hash_model(other.model))
@@ -483,7 +484,7 @@ def test_of_another_model_other_layers_or_unknown_tokens_it_is_refused(pack, boo
 @pytest.mark.parametrize("begin", [True, False])
 def test_a_pack_that_lies_about_its_width_or_layers_is_refused(
     pack, begun, tokenizer, tmp_path, begin
-):  # noqa: F811
+):
     model = speaker(make_teacher, tokenizer)
     if begin:
         shutil.copy(begun["gpt2"], tmp_path / "other.db")
@@ -504,7 +505,7 @@ def test_a_pack_that_lies_about_its_width_or_layers_is_refused(
 # Guests.
 
 
-def one_fact_pack(begun, tokenizer, tmp_path, sentence, name):  # noqa: F811
+def one_fact_pack(begun, tokenizer, tmp_path, sentence, name):
     with new_book(begun, tokenizer, tmp_path / f"{name}.db") as maker:
         return make_fact_pack(
             maker,
@@ -515,7 +516,7 @@ def one_fact_pack(begun, tokenizer, tmp_path, sentence, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("has_book", ["empty", "written", "none"])
-def test_temporary_packs_leave_no_trace(has_book, begun, tokenizer, tmp_path):  # noqa: F811
+def test_temporary_packs_leave_no_trace(has_book, begun, tokenizer, tmp_path):
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     second = one_fact_pack(begun, tokenizer, tmp_path, "Ben eats March", "second")
     model = speaker(make_teacher, tokenizer)
@@ -563,7 +564,7 @@ def test_temporary_packs_leave_no_trace(has_book, begun, tokenizer, tmp_path):  
             assert torch.equal(logits_of(again.model, tokenizer), own)
 
 
-def test_temporary_packs_stay_while_facts_are_written(begun, tokenizer, tmp_path):  # noqa: F811
+def test_temporary_packs_stay_while_facts_are_written(begun, tokenizer, tmp_path):
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [first], hash_model(host.model))
@@ -575,7 +576,7 @@ def test_temporary_packs_stay_while_facts_are_written(begun, tokenizer, tmp_path
         assert [fact.answer for fact in host.fact_table.read(include_deleted=True)] == [" rows"]
 
 
-def test_a_temporary_pack_that_does_not_fit_changes_nothing(begun, tokenizer, tmp_path):  # noqa: F811
+def test_a_temporary_pack_that_does_not_fit_changes_nothing(begun, tokenizer, tmp_path):
     first = one_fact_pack(begun, tokenizer, tmp_path, "Ada lives in Ravenhill", "first")
     with new_book(begun, tokenizer, tmp_path / "host.db") as host:
         load_packs(host, [first], hash_model(host.model))
@@ -705,7 +706,7 @@ def test_packs_of_different_models_cannot_be_one(pack):
             merge_packs([pack, replace(pack, manifest=pack.manifest | {name: value})], "both")
 
 
-def test_a_merged_pack_can_be_saved_and_applied(pack, begun, tokenizer, tmp_path):  # noqa: F811
+def test_a_merged_pack_can_be_saved_and_applied(pack, begun, tokenizer, tmp_path):
     second = one_fact_pack(begun, tokenizer, tmp_path, "Clara eats March", "second")
     merged, conflicts = merge_packs([pack, second], "both")
     assert conflicts == []
