@@ -1,7 +1,7 @@
 """The package: its metadata, what is installed, and requirements that agree with each other."""
 
+import ast
 import importlib.metadata
-import re
 import sys
 import tomllib
 import zipfile
@@ -27,9 +27,13 @@ IMPORT_NAMES = {
 
 def list_imported_packages():
     """Return the top-level packages that the sources import, but for Python's and our own."""
-    pattern = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py")]
-    names = {name for source in sources for name in pattern.findall(source)}
+    names = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
     return {name for name in names if name not in sys.stdlib_module_names} - {"dmt"}
 
 

@@ -388,7 +388,7 @@ def test_other_commands_use_fast_imports(monkeypatch, capsys):
     )
     assert main.main(["memory", "stats", "--model", "nix"]) == 2
     assert entered
-    assert "--model nix" in capsys.readouterr().err
+    assert "model nix" in capsys.readouterr().err
 
 
 def test_help_and_mistakes_need_no_heavy_imports(workdir):
