@@ -403,8 +403,17 @@ try:
     main(["--help"])
 except SystemExit as help_exit:
     assert help_exit.code == 0
-for args in (["memory.kk=3"], ["memory.k=x"], ["memory.k=600", "memory.num_slots=512"], ["nix.yaml"], ["--nix"], ["--resume", "nix"],
-              ["student.layer_overrides=[{{layers: 0, memory: {{kk: 3}}}}]"], ["trainer.log_dir=/dev/null/x"], ["data.corpora=[]"]):
+for args in (
+    ["memory.kk=3"],
+    ["memory.k=x"],
+    ["memory.k=600", "memory.num_slots=512"],
+    ["nix.yaml"],
+    ["--nix"],
+    ["--resume", "nix"],
+    ["student.layer_overrides=[{{layers: 0, memory: {{kk: 3}}}}]"],
+    ["trainer.log_dir=/dev/null/x"],
+    ["data.corpora=[]"],
+):
     assert main(args) == 2, args
     imported = {HEAVY!r} & set(sys.modules)
     assert not imported, (args, imported)
@@ -472,9 +481,9 @@ def test_resume_names_the_existing_runs(workdir, no_run, capsys):
         (workdir / "logs" / f"version_{number}").mkdir(parents=True)
         save_config(Config(), workdir / "logs" / f"version_{number}" / "config.yaml")
     message = get_error(capsys, ["--resume", "logs/version_7"])
-    assert (
-        message
-        == "--resume logs/version_7: no run is there (no config.yaml); there are: logs/version_0, logs/version_1"
+    assert message == (
+        "--resume logs/version_7: no run is there (no config.yaml); "
+        "there are: logs/version_0, logs/version_1"
     )
 
 
@@ -533,9 +542,9 @@ def test_a_log_folder_that_is_a_file(workdir, no_run, capsys, below):
     (workdir / "taken").write_text("old")
     setting = "trainer.log_dir"
     message = get_error(capsys, [f"{setting}=taken{below}"])
-    assert (
-        message
-        == f"{setting}=taken{below} cannot be written (Not a directory); name another folder, as in {setting}=/tmp/dmt"
+    assert message == (
+        f"{setting}=taken{below} cannot be written (Not a directory); "
+        f"name another folder, as in {setting}=/tmp/dmt"
     )
     assert (workdir / "taken").read_text() == "old"
 
@@ -570,7 +579,8 @@ def test_a_missing_teacher(workdir, capsys, tiny_run, source):
 def test_a_teacher_on_an_unreachable_hub(workdir, capsys, tiny_run):
     message = get_error(capsys, [*tiny_run, "teacher=nobody/nothing"])
     assert message.startswith(
-        "teacher=nobody/nothing is neither a local directory nor in the cache, and the hub does not answer;"
+        "teacher=nobody/nothing is neither a local directory nor in the cache, "
+        "and the hub does not answer;"
     )
     assert message.endswith("name that folder, or use embedded")
     assert list(workdir.iterdir()) == []
@@ -618,7 +628,8 @@ def test_a_tokenizer_with_another_vocabulary(workdir, capsys, tiny_run, teacher_
     make_teacher(600).save_pretrained(teacher_folder)
     message = get_error(capsys, tiny_run)
     assert message.startswith(
-        f"teacher={teacher_folder}: its tokenizer has 300 tokens, its model 600; they belong to different models"
+        f"teacher={teacher_folder}: its tokenizer has 300 tokens, its model 600; "
+        "they belong to different models"
     )
     train_tokenizer([str(i) * 3 for i in range(10, 400)], 500, 32).save_pretrained(teacher_folder)
     make_teacher(300).save_pretrained(teacher_folder)
@@ -699,7 +710,8 @@ def test_a_corpus_shorter_than_a_window(workdir, tmp_path, capsys, tiny_run):
     file.write_text("\n\n".join(SENTENCES))
     message = get_error(capsys, [*tiny_run, f"data.corpora=[{file}]", "data.seq_len=32"])
     assert re.search(
-        r"part of short has \d+ tokens, fewer than data\.seq_len=32; give it more text or set a smaller data\.seq_len",
+        r"part of short has \d+ tokens, fewer than data\.seq_len=32; "
+        r"give it more text or set a smaller data\.seq_len",
         message,
     )
     assert list(workdir.iterdir()) == []

@@ -269,7 +269,7 @@ def test_write_memory_stays_within_capacity(run, associative_student):
 
 
 def test_forgetting_a_tag_keeps_older_and_shared_rows(run, associative_student, tokenizer):
-    """Rows that came with the weights, and those in which something else is too, stay when a conversation is forgotten."""
+    """Rows saved with the weights and rows with other tags too are kept."""
     run(
         "generate",
         "the quick brown fox",
