@@ -1,4 +1,4 @@
-"""The mutation check (`tests/mutants`): its list is about the product as it stands, and its command tells the truth."""
+"""The mutation check (`tests/mutations`): its catalog fits the product, and its command works."""
 
 import os
 import signal
@@ -8,59 +8,65 @@ import time
 from dataclasses import replace
 
 import pytest
-from mutations.catalog import FILES, LEAST, ROOT, chosen, stale
+from mutations.catalog import MIN_FILES, MIN_MUTATIONS, ROOT, find_outdated, load_mutations
 
 COMMAND = [sys.executable, "-m", "tests.mutations"]
-HALF = """
+# Checks one mutant with its own test, and once more with a test that cannot notice it.
+ONE_OF_TWO = """
 import sys
 from dataclasses import replace
 import tests.mutations.__main__ as command
-caught = next(each for each in command.chosen() if each.name == "kl-swapped")
-blind = replace(caught, name="blind", tests=("test_losses.py::test_next_token_mask",))
-command.chosen = lambda: [caught, blind]
+caught = next(item for item in command.load_mutations() if item.name == "kl-swapped")
+survivor = replace(
+    caught, name="survivor", tests=("distillation/test_losses.py::test_next_token_mask",)
+)
+command.load_mutations = lambda: [caught, survivor]
 sys.exit(command.main([]))
 """
 
 
-def test_every_line_is_there_once_and_every_test_exists():
-    mutants = chosen()
-    assert not stale(mutants), (
-        "lines moved or tests got other names: bring tests/mutations/mutations.toml up to date"
+def test_every_line_occurs_once_and_every_test_exists():
+    mutations = load_mutations()
+    assert not find_outdated(mutations), (
+        "lines or tests were changed: bring tests/mutations/mutations.toml up to date"
     )
-    assert len(mutants) >= LEAST
-    assert len({each.file for each in mutants}) >= FILES
-    assert all(each.what for each in mutants)
+    assert len(mutations) >= MIN_MUTATIONS
+    assert len({mutation.file for mutation in mutations}) >= MIN_FILES
+    assert all(mutation.what for mutation in mutations)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"line": "this stands nowhere"}, "0 times"),
+        ({"line": "no such line"}, "0 times"),
         ({"line": "return"}, "times, not once"),
-        ({"file": "nowhere.py"}, "0 times"),
+        ({"file": "no_such_file.py"}, "0 times"),
         (
-            {"mutant": "return F.kl_div( given, wanted, reduction='none', log_target=True)"},
+            {
+                "mutant": "divergence = F.kl_div( student_log_probs, teacher_log_probs,"
+                " reduction='none', log_target=True)"
+            },
             "means the same",
         ),
         ({"mutant": "return ("}, "does not compile"),
         ({"tests": ()}, "no test"),
         (
-            {"tests": ("test_losses.py::test_nothing",)},
+            {"tests": ("distillation/test_losses.py::test_nothing",)},
             "no test tests/distillation/test_losses.py::test_nothing",
         ),
-        ({"tests": ("test_losses.py",)}, "no test tests/distillation/test_losses.py"),
-        ({"tests": ("test_losses.py::signals",)}, "no test"),
+        ({"tests": ("distillation/test_losses.py",)}, "no test tests/distillation/test_losses.py"),
+        ({"tests": ("test_mutations.py::start",)}, "no test"),
     ],
     ids=str,
 )
-def test_a_list_that_is_stale_is_told(change, said):
-    fine = next(each for each in chosen() if each.name == "kl-swapped")
-    (wrong,) = stale([fine, replace(fine, **change)])
-    assert said in wrong
+def test_an_outdated_entry_is_reported(change, message):
+    entry = next(mutation for mutation in load_mutations() if mutation.name == "kl-swapped")
+    (problem,) = find_outdated([entry, replace(entry, **change)])
+    assert message in problem
 
 
-def run(command, place, **how):
-    environment = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(ROOT / "src")}
+def start(command, temp_dir, **options):
+    environment = {**os.environ, "TMPDIR": str(temp_dir), "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -68,37 +74,37 @@ def run(command, place, **how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **how,
+        **options,
     )
 
 
-def test_what_is_noticed_is_caught_and_what_is_not_survives(tmp_path):
-    file = ROOT / "src" / "dmt" / "distill" / "losses.py"
+def test_a_noticed_mutant_is_caught_and_another_survives(tmp_path):
+    file = ROOT / "src" / "dmt" / "ops.py"
     before = file.read_text(), file.stat().st_mtime_ns
-    with run([sys.executable, "-c", HALF], tmp_path) as check:
-        said, _ = check.communicate(timeout=300)
-    assert check.returncode == 1, "fewer than 28 of 30"
-    assert "caught by test_losses.py::test_kl_of_two_coins" in said
-    assert "blind" in said
-    assert said.count("SURVIVED") == 1
-    assert "\n1 of 2 caught" in said
+    with start([sys.executable, "-c", ONE_OF_TWO], tmp_path) as check:
+        out, err = check.communicate(timeout=300)
+    assert check.returncode == 1, f"fewer than 28 of 30 are caught\n{out}{err}"
+    assert "caught by distillation/test_losses.py::test_kl_of_two_coins" in out
+    assert "survivor" in out
+    assert out.count("SURVIVED") == 1
+    assert "\n1 of 2 caught" in out
     assert (file.read_text(), file.stat().st_mtime_ns) == before
     assert not list(tmp_path.iterdir())
 
 
-def test_stopped_it_leaves_nothing_behind(tmp_path):
-    with run([*COMMAND, "--only", "exit-1"], tmp_path, start_new_session=True) as check:
+def test_a_stopped_check_removes_its_copy(tmp_path):
+    with start([*COMMAND, "--only", "exit-code-1"], tmp_path, start_new_session=True) as check:
         while not list(tmp_path.glob("dmt-mutants-*/src")) and check.poll() is None:
             time.sleep(0.05)
         os.killpg(check.pid, signal.SIGINT)  # as a terminal does
-        _, said = check.communicate(timeout=60)
+        _, err = check.communicate(timeout=60)
     assert check.returncode == 130
-    assert said.splitlines()[-1] == "stopped; nothing is left behind"
+    assert err.splitlines()[-1] == "stopped; the copy is removed"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_is_not_there_is_told(tmp_path):
-    with run([*COMMAND, "--only", "nobody"], tmp_path) as check:
-        _, said = check.communicate(timeout=60)
+def test_an_unknown_name_is_reported(tmp_path):
+    with start([*COMMAND, "--only", "nobody"], tmp_path) as check:
+        _, err = check.communicate(timeout=60)
     assert check.returncode == 2
-    assert "no mutant is called nobody" in said
+    assert "no mutant is named nobody" in err

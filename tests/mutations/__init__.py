@@ -1,1 +1,4 @@
-"""A mutation check: chosen lines of the product are broken one by one, and tests should notice. `python -m tests.mutations`."""
+"""The mutation check: chosen lines are broken one by one, and tests should notice each.
+
+Run it with `python -m tests.mutations`.
+"""

@@ -1,6 +1,7 @@
-"""`python -m tests.mutations [--only NAME]`: break each chosen line in a copy of the product and see which test notices.
+"""`python -m tests.mutations`: break each chosen line in a copy of the product, run its tests.
 
-The libraries are loaded once; each mutant is a process of its own that has them already and loads the broken copy.
+Libraries are imported once. Every mutant is a forked process that has them already and imports the
+broken copy.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from py_compile import PycInvalidationMode
 from types import FrameType
 from typing import Any
 
-from .chosen import PRODUCT, ROOT, Mutant, chosen, stale
+from .catalog import PRODUCT, ROOT, Mutation, find_outdated, load_mutations
 
-COPIED = (
+COPIED_PATHS = (
     "src",
     "tests",
     "configs",
@@ -37,7 +38,7 @@ COPIED = (
     "README.md",
     "Makefile",
 )
-LIBRARIES = (
+PRELOADED_LIBRARIES = (
     "numpy",
     "torch",
     "transformers",
@@ -53,7 +54,7 @@ LIBRARIES = (
     "safetensors.numpy",
     "pytest",
 )
-OPTIONS = (
+PYTEST_OPTIONS = (
     "-q",
     "--numprocesses=0",
     "--dist=no",
@@ -64,154 +65,164 @@ OPTIONS = (
     "-W",
     "ignore::pytest.PytestAssertRewriteWarning",
 )
-PATIENCE = 300
-"""Seconds after which tests of one mutant are stopped: that is not noticing."""
-MANY = 5
-"""Tests more than which show how far they are."""
-OF_30 = 28
-"""Mutants that have to be caught of every 30."""
+TIMEOUT = 300  # seconds for the tests of one mutant; a mutant that exceeds it is not caught
+MAX_SILENT_TESTS = 5  # runs of more tests print a dot per passed test
+MIN_CAUGHT_OF_30 = 28  # mutants of every 30 that must be caught
 
 
-class Witness:
-    """A pytest plugin that remembers which tests failed and how many passed; a dot goes to the file `dots` for each."""
+class OutcomeRecorder:
+    """A pytest plugin that records failed tests and counts passed ones.
 
-    def __init__(self, dots: int) -> None:
+    Args:
+        dots_fd: file descriptor that gets a dot for each passed test.
+    """
+
+    def __init__(self, dots_fd: int) -> None:
         self.failed: list[str] = []
-        self.passed, self.dots = 0, dots
+        self.num_passed, self.dots_fd = 0, dots_fd
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the outcome of a phase of a test."""
         if report.failed:
             self.failed.append(report.nodeid)
         if report.when == "call" and report.passed:
-            self.passed += 1
-            os.write(self.dots, b".")
+            self.num_passed += 1
+            os.write(self.dots_fd, b".")
 
 
-def main(words: list[str]) -> int:
-    """Check all mutants, or those that are named; 0 where enough of them are caught, 1 where not, 2 where none can be judged."""
+def main(argv: list[str]) -> int:
+    """Check all mutants, or those named with `--only`.
+
+    Returns:
+        0 if enough are caught, 1 if not, 2 if none can be judged, 130 after a signal.
+    """
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument(
         "--only",
         action="append",
         metavar="NAME",
-        help="only the mutant of this name; may be repeated",
+        help="check only the mutant of this name; may be repeated",
     )
-    only = parser.parse_args(words).only or []
-    mutants = [each for each in chosen() if not only or each.name in only]
-    if unknown := sorted(set(only) - {each.name for each in mutants}):
+    names = parser.parse_args(argv).only or []
+    mutations = [mutation for mutation in load_mutations() if not names or mutation.name in names]
+    if unknown := sorted(set(names) - {mutation.name for mutation in mutations}):
         parser.error(
-            f"no mutant is called {unknown[0]}; tests/mutations/mutations.toml has them all"
+            f"no mutant is named {unknown[0]}; tests/mutations/mutations.toml lists all of them"
         )
-    if wrong := stale(mutants):
-        parser.error("; ".join(wrong))
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # else the copy would stay; SIGINT may have been ignored
-        signal.signal(number, _stop)
+    if problems := find_outdated(mutations):
+        parser.error("; ".join(problems))
+    # Else the copy would stay; SIGINT may be ignored by default.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _stop)
     try:
-        with _house() as house:
-            return _check(mutants, house)
+        with _temporary_copy() as checkout:
+            return _check_all(mutations, checkout)
     except KeyboardInterrupt:
-        print("stopped; nothing is left behind", file=sys.stderr)
+        print("stopped; the copy is removed", file=sys.stderr)
         return 130
 
 
-def _check(mutants: list[Mutant], house: Path) -> int:
-    began = time.perf_counter()
-    said = house / "said"
-    print(f"{len(mutants)} mutants; their tests, with nothing broken, first ...", flush=True)
-    nodes = list(dict.fromkeys(node for each in mutants for node in each.nodes))
-    before = _judge(nodes, house, said, 10 * PATIENCE)
+def _check_all(mutations: list[Mutation], checkout: Path) -> int:
+    start = time.perf_counter()
+    output_path = checkout / "output.txt"
+    print(f"{len(mutations)} mutants; first their tests with nothing broken ...", flush=True)
+    node_ids = list(dict.fromkeys(node for mutation in mutations for node in mutation.node_ids))
+    baseline = _run_tests(node_ids, checkout, output_path, 10 * TIMEOUT)
     print(file=sys.stderr)
-    if before["code"] not in (0, 1):
-        print(said.read_text(encoding="utf-8", errors="replace")[-4_000:])
+    if baseline["code"] not in (0, 1):
+        print(output_path.read_text(encoding="utf-8", errors="replace")[-4_000:])
         print(
-            f"with nothing broken the tests do not run to their end ({_why(before)}), so nothing can be judged",
+            "with nothing broken the tests do not run to their end "
+            f"({_explain_missing_result(baseline)}), so nothing can be judged",
             file=sys.stderr,
         )
         return 2
-    sick = {node.partition("[")[0] for node in before["failed"]}
-    for node in before["failed"]:
-        print(f"{node} fails with nothing broken: whoever it should notice is not judged")
-    print(f"{before['passed']} tests pass in {time.perf_counter() - began:.0f} s\n", flush=True)
-    wide, deep = (
-        max(len(word) for word in words)
-        for words in ([m.name for m in mutants], [m.file for m in mutants])
-    )
-    caught = 0
-    for number, each in enumerate(mutants, 1):
-        if well := not sick & {node.partition("[")[0] for node in each.nodes}:
-            found, seconds = _try(each, house, said)
+    broken_tests = {node.partition("[")[0] for node in baseline["failed"]}
+    for node in baseline["failed"]:
+        print(f"{node} fails with nothing broken: mutants that it should notice are not judged")
+    seconds = time.perf_counter() - start
+    print(f"{baseline['passed']} tests pass in {seconds:.0f} s\n", flush=True)
+    name_width = max(len(mutation.name) for mutation in mutations)
+    file_width = max(len(mutation.file) for mutation in mutations)
+    num_caught = 0
+    for number, mutation in enumerate(mutations, 1):
+        if broken_tests & {node.partition("[")[0] for node in mutation.node_ids}:
+            why = "its tests fail with nothing broken"
+            outcome, seconds = {"code": -1, "failed": [], "why": why}, 0.0
         else:
-            found, seconds = (
-                {"code": -1, "failed": [], "why": "its tests fail with nothing broken"},
-                0.0,
-            )
-        caught += well and found["code"] == 1 and bool(found["failed"])
+            outcome, seconds = _check_mutation(mutation, checkout, output_path)
+        num_caught += outcome["code"] == 1 and bool(outcome["failed"])
         print(
-            f"{number:>3}  {each.name:{wide}}  {each.file:{deep}}  {_said_of(found)}, {seconds:.1f} s\n     {each.what}",
+            f"{number:>3}  {mutation.name:{name_width}}  {mutation.file:{file_width}}  "
+            f"{_describe_outcome(outcome)}, {seconds:.1f} s\n     {mutation.what}",
             flush=True,
         )
-    print(f"\n{caught} of {len(mutants)} caught, {time.perf_counter() - began:.0f} s")
-    return 0 if caught * 30 >= OF_30 * len(mutants) else 1
+    print(f"\n{num_caught} of {len(mutations)} caught, {time.perf_counter() - start:.0f} s")
+    return 0 if num_caught * 30 >= MIN_CAUGHT_OF_30 * len(mutations) else 1
 
 
-def _said_of(found: dict[str, Any]) -> str:
-    """What became of a mutant, in words."""
-    if found["code"] == 1 and found["failed"]:
-        return f"caught by {found['failed'][0].removeprefix('tests/')}"
-    if found["code"] == 0:
+def _describe_outcome(outcome: dict[str, Any]) -> str:
+    """Say whether a mutant was caught, and by which test."""
+    if outcome["code"] == 1 and outcome["failed"]:
+        return f"caught by {outcome['failed'][0].removeprefix('tests/')}"
+    if outcome["code"] == 0:
         return "SURVIVED"
-    return f"SURVIVED: not judged, {_why(found)}"
+    return f"SURVIVED: not judged, {_explain_missing_result(outcome)}"
 
 
-def _why(found: dict[str, Any]) -> str:
-    """Why there is nothing to judge."""
-    return str(found["why"] or f"pytest ended with {found['code']}")
+def _explain_missing_result(outcome: dict[str, Any]) -> str:
+    return str(outcome["why"] or f"pytest ended with {outcome['code']}")
 
 
-def _try(mutant: Mutant, house: Path, said: Path) -> tuple[dict[str, Any], float]:
-    """Break the copy, run the mutant's tests, mend the copy."""
-    place, began = house / mutant.place, time.perf_counter()
-    source = place.read_text(encoding="utf-8")
-    place.write_text(mutant.applied(source), encoding="utf-8")
+def _check_mutation(
+    mutation: Mutation, checkout: Path, output_path: Path
+) -> tuple[dict[str, Any], float]:
+    """Break the copy, run the mutant's tests and repair the copy; return outcome and seconds."""
+    path, start = checkout / mutation.path, time.perf_counter()
+    source = path.read_text(encoding="utf-8")
+    path.write_text(mutation.apply(source), encoding="utf-8")
     try:
-        return _judge(["-x", *mutant.nodes], house, said, PATIENCE), time.perf_counter() - began
+        outcome = _run_tests(["-x", *mutation.node_ids], checkout, output_path, TIMEOUT)
+        return outcome, time.perf_counter() - start
     finally:
-        place.write_text(source, encoding="utf-8")
+        path.write_text(source, encoding="utf-8")
 
 
-def _judge(nodes: list[str], house: Path, said: Path, patience: float) -> dict[str, Any]:
-    """Run tests in a process of their own, against the copy; its exit code, the first that failed, how many passed."""
-    told = house / "told.json"
-    told.unlink(missing_ok=True)
+def _run_tests(
+    node_ids: list[str], checkout: Path, output_path: Path, timeout: float
+) -> dict[str, Any]:
+    """Run tests of the copy in a child process.
+
+    Returns:
+        `code`: pytest's exit code, -1 where there is none; `failed`: ids of the tests that failed;
+        `passed`: how many passed; `why`: the reason where there is no code.
+    """
+    result_path = checkout / "result.json"
+    result_path.unlink(missing_ok=True)
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        dots = os.dup(2) if len(nodes) > MANY else os.open(os.devnull, os.O_WRONLY)
-        _become(lambda: _run(nodes, house, told, dots), said)
-    ended = False
+        shows_dots = len(node_ids) > MAX_SILENT_TESTS
+        dots_fd = os.dup(2) if shows_dots else os.open(os.devnull, os.O_WRONLY)
+        _run_in_child(lambda: _run_pytest(node_ids, checkout, result_path, dots_fd), output_path)
+    has_ended = False
     try:
-        ended = _awaited(child, patience)
+        has_ended = _wait(child, timeout)
     finally:
-        if not ended and not _signalled(
-            child, signal.SIGINT
-        ):  # so that tests end what they have started
-            _awaited(child, 10)
-        _signalled(child, signal.SIGKILL)
+        # SIGINT first, so that tests end the processes that they have started.
+        if not has_ended and not _kill_group(child, signal.SIGINT):
+            _wait(child, 10)
+        _kill_group(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
-    why = "" if ended else f"no end in {patience:.0f} s"
-    found: dict[str, Any] = (
-        json.loads(told.read_text()) if told.exists() else {"code": -1, "failed": [], "passed": 0}
-    )
-    return found | {"why": why or ("" if told.exists() else "its process died")}
+    outcome: dict[str, Any] = {"code": -1, "failed": [], "passed": 0, "why": "its process died"}
+    if result_path.exists():
+        outcome |= json.loads(result_path.read_text()) | {"why": ""}
+    return outcome if has_ended else outcome | {"why": f"no end in {timeout:.0f} s"}
 
 
-def _awaited(child: int, seconds: float) -> bool:
-    """Whether a process ends within so many seconds."""
+def _wait(child: int, seconds: float) -> bool:
+    """Return whether a process ends within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -220,27 +231,29 @@ def _awaited(child: int, seconds: float) -> bool:
     return False
 
 
-def _signalled(child: int, number: int) -> bool:
-    """Whether the group of a process was there no more to be given a signal."""
+def _kill_group(child: int, signum: int) -> bool:
+    """Send a signal to the group of a process; return whether the group no longer exists."""
     try:
-        os.killpg(child, number)
+        os.killpg(child, signum)
     except (ProcessLookupError, PermissionError):
         return True
     return False
 
 
-def _become(work: Callable[[], None], said: Path) -> None:
-    """In a child process: do `work`, silently, in a group of its own, and never come back."""
+def _run_in_child(function: Callable[[], None], output_path: Path) -> None:
+    """Call `function` in a forked process, in a group of its own, and exit.
+
+    Its output goes to `output_path`.
+    """
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # even where whoever started us ignores it
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(out, number)
-        work()
+        # Even where the parent of this command ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        output_fd = os.open(output_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for fd in (1, 2):
+            os.dup2(output_fd, fd)
+        function()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -249,67 +262,73 @@ def _become(work: Callable[[], None], said: Path) -> None:
         os._exit(0)
 
 
-def _run(nodes: list[str], house: Path, told: Path, dots: int) -> None:
+def _run_pytest(node_ids: list[str], checkout: Path, result_path: Path, dots_fd: int) -> None:
     import pytest
 
-    os.chdir(house)
-    source = str(house / "src")
+    os.chdir(checkout)
+    source_dir, temp_dir = str(checkout / "src"), str(checkout / "tmp")
     os.environ.update(
-        PYTHONPATH=source, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TMPDIR=str(house / "tmp")
+        PYTHONPATH=source_dir, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TMPDIR=temp_dir
     )
-    tempfile.tempdir = str(house / "tmp")
-    sys.path[:] = [
-        source,
-        *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "src")),
+    tempfile.tempdir = temp_dir
+    other_paths = [
+        path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "src")
     ]
+    sys.path[:] = [source_dir, *other_paths]
     import dmt
 
-    assert Path(dmt.__file__).is_relative_to(house), f"{dmt.__file__} is not the copy"
-    witness = Witness(dots)
-    code = int(pytest.main([*OPTIONS, f"--basetemp={house / 't'}", *nodes], plugins=[witness]))
-    strange = [
+    assert Path(dmt.__file__).is_relative_to(checkout), f"{dmt.__file__} is not the copy"
+    recorder = OutcomeRecorder(dots_fd)
+    options = [*PYTEST_OPTIONS, f"--basetemp={checkout / 't'}"]
+    code = int(pytest.main([*options, *node_ids], plugins=[recorder]))
+    outside = [
         name
         for name, module in sys.modules.items()
-        if name.startswith("dmt") and not _is_in(module, house)
+        if name.startswith("dmt") and not _is_in(module, checkout)
     ]
-    assert not strange, f"{strange[0]} is not the copy's"
-    told.write_text(json.dumps({"code": code, "failed": witness.failed, "passed": witness.passed}))
+    assert not outside, f"{outside[0]} is not the copy's"
+    result = {"code": code, "failed": recorder.failed, "passed": recorder.num_passed}
+    result_path.write_text(json.dumps(result))
 
 
-def _is_in(module: Any, house: Path) -> bool:
+def _is_in(module: Any, checkout: Path) -> bool:
     file = getattr(module, "__file__", None)
-    return file is None or Path(file).is_relative_to(house)
+    return file is None or Path(file).is_relative_to(checkout)
 
 
 @contextlib.contextmanager
-def _house() -> Iterator[Path]:
-    """A copy of what tests need, compiled; libraries are loaded meanwhile, the product is not. Gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="dmt-mutants-", ignore_cleanup_errors=True) as place:
-        house = Path(place).resolve()
-        for name in COPIED:
+def _temporary_copy() -> Iterator[Path]:
+    """Copy and compile what tests need, and import the libraries but not the product.
+
+    The copy is removed at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="dmt-mutants-", ignore_cleanup_errors=True) as folder:
+        checkout = Path(folder).resolve()
+        for name in COPIED_PATHS:
             if (ROOT / name).is_dir():
                 shutil.copytree(
                     ROOT / name,
-                    house / name,
+                    checkout / name,
                     ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
                 )
             elif (ROOT / name).exists():
-                shutil.copy2(ROOT / name, house / name)
-        (house / "tmp").mkdir()
-        # By digest, not by time and size: what is loaded is what stands in the file, however fast it was changed.
+                shutil.copy2(ROOT / name, checkout / name)
+        (checkout / "tmp").mkdir()
+        # By digest, not by time and size, so that a file that was changed a moment ago is compiled
+        # again.
         compileall.compile_dir(
-            house / PRODUCT, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH
+            checkout / PRODUCT, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH
         )
-        for name in LIBRARIES:
+        for name in PRELOADED_LIBRARIES:
             import_module(name)
         assert not any(name.partition(".")[0] == "dmt" for name in sys.modules), (
-            "no mutant can be loaded over what is there"
+            "a mutant cannot replace modules that are imported already"
         )
-        yield house
+        yield checkout
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
+def _stop(signum: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signum)
 
 
 if __name__ == "__main__":

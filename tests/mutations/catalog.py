@@ -1,4 +1,4 @@
-"""The lines that are broken (`chosen.toml`), read and held against the product and its tests."""
+"""The lines that are broken (`mutations.toml`), compared with the product and its tests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PRODUCT, TESTS = Path("src/dmt"), Path("tests")
-LEAST, FILES = 30, 20
-"""Lines, and files that they are in, at least."""
+MIN_MUTATIONS, MIN_FILES = 80, 40  # entries, and files that they are in
 
 
 @dataclass(frozen=True)
-class Mutant:
-    """One line of the product, and what it becomes; attributes as `chosen.toml` describes them."""
+class Mutation:
+    """A line of the product, and what replaces it.
+
+    Attributes:
+        name: of the entry.
+        file: in `src/dmt`.
+        what: the mistake, in words.
+        line: text that the file has exactly once.
+        mutant: what replaces it.
+        tests: node ids in `tests/` that should notice.
+    """
 
     name: str
     file: str
@@ -26,61 +34,63 @@ class Mutant:
     tests: tuple[str, ...]
 
     @property
-    def place(self) -> Path:
-        """Its file, from the root."""
+    def path(self) -> Path:
+        """The file, relative to the root of the checkout."""
         return PRODUCT / self.file
 
     @property
-    def nodes(self) -> list[str]:
-        """Node ids of its tests, from the root."""
+    def node_ids(self) -> list[str]:
+        """Node ids of the tests, relative to the root of the checkout."""
         return [str(TESTS / test) for test in self.tests]
 
-    def applied(self, source: str) -> str:
-        """`source` of its file with the mistake in it."""
+    def apply(self, source: str) -> str:
+        """Return the `source` of the file with the mistake in it."""
         return source.replace(self.line, self.mutant, 1)
 
 
-def chosen() -> list[Mutant]:
-    """All of them, in the order of the file."""
-    found = tomllib.loads((Path(__file__).parent / "mutations.toml").read_text(encoding="utf-8"))
+def load_mutations() -> list[Mutation]:
+    """Return all mutations, in the order of the file."""
+    catalog = (Path(__file__).parent / "mutations.toml").read_text(encoding="utf-8")
     return [
-        Mutant(name, **(about | {"tests": tuple(about["tests"])})) for name, about in found.items()
+        Mutation(name, **(entry | {"tests": tuple(entry["tests"])}))
+        for name, entry in tomllib.loads(catalog).items()
     ]
 
 
-def stale(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
-    """What is wrong with the list by now, a line each: lines that moved, replacements that are none, tests that are gone."""
-    wrong = []
-    for each in mutants:
-        source = (
-            (root / each.place).read_text(encoding="utf-8") if (root / each.place).is_file() else ""
-        )
-        if (times := source.count(each.line)) != 1:
-            wrong.append(f"{each.name}: its line is in {each.file} {times} times, not once")
+def find_outdated(mutations: list[Mutation], root: Path = ROOT) -> list[str]:
+    """Return what is outdated, one line per problem: the line, its replacement or a test."""
+    problems = []
+    for mutation in mutations:
+        path = root / mutation.path
+        source = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if (count := source.count(mutation.line)) != 1:
+            problems.append(
+                f"{mutation.name}: its line is in {mutation.file} {count} times, not once"
+            )
             continue
         try:
-            if ast.dump(ast.parse(each.applied(source))) == ast.dump(ast.parse(source)):
-                wrong.append(f"{each.name}: its replacement means the same")
+            if ast.dump(ast.parse(mutation.apply(source))) == ast.dump(ast.parse(source)):
+                problems.append(f"{mutation.name}: its replacement means the same")
         except SyntaxError as error:
-            wrong.append(f"{each.name}: its replacement does not compile ({error.msg})")
-        if not each.tests:
-            wrong.append(f"{each.name}: it names no test")
-        wrong += [
-            f"{each.name}: there is no test {node}"
-            for node in each.nodes
-            if not _is_test(root, node)
+            problems.append(f"{mutation.name}: its replacement does not compile ({error.msg})")
+        if not mutation.tests:
+            problems.append(f"{mutation.name}: it names no test")
+        problems += [
+            f"{mutation.name}: there is no test {node_id}"
+            for node_id in mutation.node_ids
+            if not _test_exists(root, node_id)
         ]
-    return wrong
+    return problems
 
 
-def _is_test(root: Path, node: str) -> bool:
-    file, _, name = node.partition("[")[0].partition("::")
-    return name.startswith("test_") and name in _functions(root / file)
+def _test_exists(root: Path, node_id: str) -> bool:
+    file, _, name = node_id.partition("[")[0].partition("::")
+    return name.startswith("test_") and name in _function_names(root / file)
 
 
 @cache
-def _functions(file: Path) -> set[str]:
-    if not file.is_file():
+def _function_names(path: Path) -> set[str]:
+    if not path.is_file():
         return set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
