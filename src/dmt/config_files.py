@@ -66,8 +66,10 @@ def resolve_context_files(values: dict[Any, Any], config_path: Path) -> None:
         config_path: the config file.
     """
     context = values.get("context")
+    if not isinstance(context, dict):
+        return
     for name in ("file", "questions"):
-        path = context.get(name) if isinstance(context, dict) else None
+        path = context.get(name)
         if isinstance(path, str) and not Path(path).exists():
             beside = config_path.parent / path
             if beside.is_file():
@@ -75,7 +77,7 @@ def resolve_context_files(values: dict[Any, Any], config_path: Path) -> None:
 
 
 def _unknown_config_error(name: str, names: list[str]) -> UserError:
-    close = [known for known in names if known.endswith(f"/{name}")]
+    close = [candidate for candidate in names if candidate.endswith(f"/{name}")]
     close = close or get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}?" if close else "dmt config lists those that come with dmt"
     return UserError(

@@ -387,7 +387,8 @@ def measure_sizes(
     """Return bytes of weights: in memory, of the saved student on disk, and of what stays there.
 
     Args:
-        teacher, student: the models.
+        teacher: the original model.
+        student: the distilled model.
         student_dir: folder of the saved student.
     """
     models = {"teacher": teacher, "student": student}

@@ -43,7 +43,8 @@ def paired_samples(
     """Continue the first tokens of some windows with both models.
 
     Args:
-        student, teacher: the models.
+        student: the distilled model.
+        teacher: the original model.
         tokenizer: the tokenizer of both.
         windows: token ids `(windows, time)`.
     """

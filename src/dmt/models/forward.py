@@ -1,9 +1,4 @@
-"""A model that has read something: what it says about texts from there on, and what it goes on with.
-
-What a model says about a batch, in one typed object, so that losses know nothing of models.
-
-Hidden states of a model at the places that matter to facts, in padded batches.
-"""
+"""Forward passes that return activations: whole batches, chosen positions, and after a context."""
 
 from __future__ import annotations
 
@@ -27,14 +22,15 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 @dataclass(frozen=True)
 class ForwardOutputs:
-    """One model's answer to one batch of windows.
+    """Outputs and activations of one model on one batch of windows.
 
     Attributes:
         hidden: last hidden states `(batch, time, width)`, after the final norm.
-        head: turns hidden states into logits `(..., vocabulary)`; kept apart so that logits can be made in chunks.
-        block_inputs: what each feed-forward block or memory was given, by layer; empty unless asked for.
-        block_outputs: what each answered.
-        streams: the hidden state after each layer, to which that answer has been added.
+        head: maps hidden states to logits `(..., vocab_size)`; separate, so that losses can
+            compute logits in chunks.
+        block_inputs: input of each feed-forward block or memory, by layer; empty unless captured.
+        block_outputs: output of each block.
+        layer_outputs: residual stream after each layer.
     """
 
     hidden: Tensor
@@ -45,7 +41,7 @@ class ForwardOutputs:
 
     @property
     def logits(self) -> Tensor:
-        """`(batch, time, vocabulary)`, made anew at each call."""
+        """Logits `(batch, time, vocab_size)`, computed at each access."""
         return self.head(self.hidden)
 
 
@@ -69,7 +65,7 @@ def capture(
     on_input: Callable[[KeyT, Tensor], None] | None = None,
     on_output: Callable[[KeyT, Tensor], Tensor | None] | None = None,
 ) -> Iterator[Activations[KeyT]]:
-    """Record inputs and outputs of `modules` while the context is open; the hooks are removed after.
+    """Record inputs and outputs of `modules` while the context is open.
 
     Args:
         modules: modules by any key, such as blocks by layer.
@@ -160,28 +156,28 @@ def forward_teacher(
     attention_mask: Tensor | None = None,
     capture_blocks: bool = False,
 ) -> ForwardOutputs:
-    """`observe` in eval mode and without gradient."""
+    """Run `forward_with_activations` on a teacher in eval mode, without gradients."""
     assert not teacher.training, "a teacher stays in eval mode"
     return forward_with_activations(teacher, tokens, attention_mask, capture_blocks)
 
 
-MAX_BATCH_TOKENS = 2_048
-"""Tokens, padding included, that a batch has at most where it has more than one text."""
+MAX_BATCH_TOKENS = 2_048  # of a batch of several texts, padding included
 
 
 def encode_text(tokenizer: Any, text: str, add_prefix: bool = True) -> list[int]:
-    """Token ids of a text, with the token that begins a document where `start`."""
+    """Return the token ids of a text, after the tokens that begin a document if `add_prefix`."""
     return (get_prefix_ids(tokenizer) if add_prefix else []) + tokenizer(
         text, add_special_tokens=False, verbose=False
     )["input_ids"]
 
 
 def check_length(model: PreTrainedModel, ids: Sequence[int], label: str) -> None:
-    """Raise `UserError` where `what` has more tokens than the model has positions."""
+    """Raise `UserError` if the text called `label` has more tokens than the model has positions."""
     max_length = model.config.max_position_embeddings
     if len(ids) > max_length:
         raise UserError(
-            f"{label} has {len(ids):,} tokens, the model reads {max_length:,} at most; give a shorter text"
+            f"{label} has {len(ids):,} tokens, the model reads {max_length:,} at most; "
+            "give a shorter text"
         )
 
 
@@ -192,9 +188,16 @@ def collect_hidden_states(
     positions: Sequence[Sequence[int]],
     layers: Sequence[int],
 ) -> dict[int, Tensor]:
-    """What the feed-forward block of each of `layers` is given, `(n, width)`, at the `wanted` positions of `texts` (token ids).
+    """Collect the inputs of feed-forward blocks at chosen positions of texts.
 
-    In the order of the texts, and of the positions of each.
+    Args:
+        model: a causal language model of a supported architecture.
+        sequences: token ids of each text.
+        positions: positions to collect, for each text.
+        layers: layers whose block inputs are collected.
+
+    Returns:
+        States `(n, width)` by layer, in the order of the texts and of their positions.
     """
     states_by_layer: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     order: list[int] = []
@@ -220,7 +223,7 @@ def collect_hidden_states(
 
 
 def batch_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of texts in batches of about `TOKENS` tokens, those of like length together."""
+    """Yield indices of texts in batches of at most `MAX_BATCH_TOKENS`, similar lengths together."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > MAX_BATCH_TOKENS:
@@ -232,7 +235,7 @@ def batch_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def pad_token_ids(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids `(batch, time)`; padding stands on the right, where a causal model cannot see it."""
+    """Pad token ids to `(batch, time)`, on the right, which a causal model does not see."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(list(sequence)) for sequence in sequences], batch_first=True
     )
@@ -241,26 +244,31 @@ def pad_token_ids(sequences: Sequence[Sequence[int]]) -> Tensor:
 def forward_with_prefix(
     model: PreTrainedModel, prefix: Sequence[int], tokens: Tensor, blocks: bool = False
 ) -> ForwardOutputs:
-    """What `model` says of token ids `(batch, time)` that follow `before` `(n,)`: signals of those tokens alone, with gradient."""
+    """Run `model` on `tokens` `(batch, time)` after `prefix` `(n,)`, with gradients.
+
+    Returns:
+        Outputs at the positions of `tokens` alone.
+    """
     prefix_ids = torch.tensor(list(prefix), dtype=torch.long, device=tokens.device).expand(
         len(tokens), len(prefix)
     )
-    signals = forward_with_activations(
+    outputs = forward_with_activations(
         model, torch.cat([prefix_ids, tokens], 1), capture_blocks=blocks
     )
     prefix_len = len(prefix)
     layer_states = (
         tuple(state[:, prefix_len:] for state in states)
-        for states in (signals.block_inputs, signals.block_outputs, signals.layer_outputs)
+        for states in (outputs.block_inputs, outputs.block_outputs, outputs.layer_outputs)
     )
-    return ForwardOutputs(signals.hidden[:, prefix_len:], signals.head, *layer_states)
+    return ForwardOutputs(outputs.hidden[:, prefix_len:], outputs.head, *layer_states)
 
 
 class ContextTeacher:
-    """A model in eval mode that has read `ids` once and keeps what it remembers of them.
+    """A model in eval mode with a context in its KV cache.
 
     Args:
-        ids: token ids `(time,)`, from the start of a document on.
+        model: a causal language model in eval mode.
+        ids: token ids `(time,)` of the context, from the start of a document.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
@@ -272,10 +280,10 @@ class ContextTeacher:
 
     @property
     def cache_bytes(self) -> int:
-        """What keeping the read text takes: keys and values of every layer."""
-        tensors: list[Tensor] = [
+        """Bytes of the KV cache: keys and values of every layer."""
+        tensors: list[Any] = [
             tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)
-        ]  # type: ignore[misc]
+        ]
         return sum(
             tensor.numel() * tensor.element_size()
             for tensor in tensors
@@ -284,7 +292,7 @@ class ContextTeacher:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, blocks: bool = False) -> ForwardOutputs:
-        """What the model says of token ids `(batch, time)` that follow, padded on the right."""
+        """Run the model on token ids `(batch, time)` after the context, padded on the right."""
         return forward_with_activations(
             self.model, tokens, capture_blocks=blocks, past_key_values=self._copy_cache(len(tokens))
         )
@@ -299,9 +307,18 @@ class ContextTeacher:
         seed: int,
         eos_token_id: int | None,
     ) -> list[list[int]]:
-        """`count` texts of at most `length` tokens that begin with `opener`, drawn; without the token that ends a text.
+        """Sample continuations of the context, without changing the global random state.
 
-        The generator of everybody else's random numbers is left where it was.
+        Args:
+            prefix: token ids that every sample begins with.
+            num_samples: number of samples.
+            max_length: tokens per sample at most, `prefix` included.
+            temperature: sampling temperature.
+            seed: random seed.
+            eos_token_id: token that ends a sample; it is removed.
+
+        Returns:
+            Token ids of each sample; none where the context leaves no room.
         """
         max_new_tokens = min(
             max_length - len(prefix),
@@ -319,7 +336,7 @@ class ContextTeacher:
         device = self._to_tensor([0]).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            # Of what has been read the last token is read again: somebody has to be asked what comes next.
+            # Without a prefix, run the last context token again: its logits predict the next one.
             past = self._copy_cache(num_samples)
             if not prefix:
                 past.crop(-1)
@@ -341,7 +358,7 @@ class ContextTeacher:
         ]
 
     def _copy_cache(self, batch_size: int) -> DynamicCache:
-        """What was read, for so many texts."""
+        """Copy the KV cache of the context for a batch."""
         cache = copy.deepcopy(self._cache)
         if batch_size > 1:
             cache.batch_repeat_interleave(batch_size)

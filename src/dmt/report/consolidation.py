@@ -266,8 +266,7 @@ def _format_markdown(
     if answers := results.get("answers"):
         lines += ["## Questions", "", build_questions_table(answers, questions).to_markdown(), ""]
     lines.append(
-        f"Replay: `dmt distill {run_dir}/config.yaml`. Versions, machine and numbers: "
-        "`run.json`."
+        f"Replay: `dmt distill {run_dir}/config.yaml`. Versions, machine and numbers: `run.json`."
     )
     return "\n".join(lines) + "\n"
 

@@ -190,7 +190,8 @@ def create_store_engine(url: str, mode: str = "rwc") -> tuple[Engine, Path | Non
         ) from None
     except ModuleNotFoundError:
         raise UserError(
-            f"{label}: PostgreSQL needs a driver: pip install 'discrete-memory-transformers[postgresql]'"
+            f"{label}: PostgreSQL needs a driver: "
+            "pip install 'discrete-memory-transformers[postgresql]'"
         ) from None
     if not parsed.database or parsed.database == ":memory:":
         raise UserError(f"{label}: a store must outlive the program; give a file or postgresql://")

@@ -55,6 +55,7 @@ class SlotUsage(Callback):
         self._usage = self._recording.enter_context(record_usage(memories))
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: Any) -> None:
+        """Stop recording."""
         self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -90,6 +91,7 @@ class StoredRowUsage(Callback):
         self._stats = self._recording.enter_context(record_retrieval(memories))
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: Any) -> None:
+        """Stop recording."""
         self._recording.close()
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
