@@ -9,14 +9,17 @@ import threading
 import pytest
 
 from dmt import files
-from dmt.errors import UserError
+from dmt.errors import FailureError, UserError
 from dmt.files import acquire_lock, atomic_path, atomic_write, release_lock
 
 
 def test_an_atomic_write_replaces_a_file_only_when_complete(tmp_path):
     path = tmp_path / "a.txt"
     atomic_write(path, "old")
-    with pytest.raises(KeyboardInterrupt), atomic_path(path) as partial_path:
+    with (  # noqa: PT012 - the file is read while it is written
+        pytest.raises(KeyboardInterrupt),
+        atomic_path(path) as partial_path,
+    ):
         partial_path.write_text("half")
         assert path.read_text() == "old"
         raise KeyboardInterrupt
@@ -44,7 +47,7 @@ def test_a_lock_refuses_another_process_and_is_released(tmp_path):
     path = tmp_path / ".lock"
     code = f"""
 from pathlib import Path
-from dmt.errors import UserError
+from dmt.errors import FailureError, UserError
 from dmt.files import acquire_lock
 try:
     acquire_lock(Path({str(path)!r}), "it is in use")
@@ -68,7 +71,7 @@ else:
     release_lock(acquire_lock(path, "of an ended process"), path)
 
 
-def test_who_waits_for_a_lock_gets_it(tmp_path):
+def test_a_waiter_gets_the_lock_once_it_is_released(tmp_path):
     path, waiting, order = tmp_path / ".lock", threading.Event(), []
     lock = acquire_lock(path, "")
 
@@ -112,3 +115,12 @@ def test_a_disk_error_is_named_with_its_remedy():
     assert files.disk_error(wrapped) == files.disk_error(error)
     assert files.describe_disk_error(error).startswith("logs/run.json: the disk is full")
     assert files.disk_error(ValueError("os error")) is None
+
+
+def test_a_failing_disk_is_a_failure_and_a_forbidden_path_a_mistake():
+    failing = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    for code in failing:
+        assert files.disk_error_class(OSError(code, os.strerror(code))) is FailureError
+    for code in (errno.EACCES, errno.EPERM, errno.ENOENT):
+        assert files.disk_error_class(OSError(code, os.strerror(code))) is UserError
+    assert files.disk_error_class(ValueError("os error 28")) is FailureError

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmt.errors import UserError, format_value
+from dmt.errors import FailureError, UserError, format_value
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -38,6 +38,8 @@ ERRNO_ADVICE = {
     errno.EACCES: ("it may not be opened", "make it readable and writable"),
     errno.EPERM: ("it may not be changed", "make it writable"),
 }
+# The disk fails although the path is right. Other errors mean that the path is wrong.
+FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # SQLite's primary result code -> errno.
 SQLITE_ERRNOS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
@@ -53,6 +55,27 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
     Args:
         error: Any exception; its causes and contexts are searched too.
     """
+    if (cause := _find_disk_error(error)) is None:
+        return None
+    code, filename = cause
+    problem, advice = ERRNO_ADVICE[code]
+    if code == errno.EACCES and filename:  # one file of a folder, so name it
+        problem = f"{filename} may not be opened"
+    return f"{problem} ({os.strerror(code)})", advice
+
+
+def disk_error_class(error: BaseException) -> type[UserError]:
+    """Return `FailureError` if the disk failed (is full or read-only, say), else `UserError`.
+
+    Args:
+        error: An exception of reading or writing; its causes and contexts are searched too.
+    """
+    cause = _find_disk_error(error)
+    return FailureError if cause is not None and cause[0] in FAILURES else UserError
+
+
+def _find_disk_error(error: BaseException) -> tuple[int, Any] | None:
+    """Return a key of `ERRNO_ADVICE` and the file, if it is known; None for another error."""
     visited: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in visited:
@@ -65,11 +88,7 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
         if "PytorchStreamWriter failed" in str(current):
             code = errno.ENOSPC
         if code in ERRNO_ADVICE:
-            problem, advice = ERRNO_ADVICE[code]
-            filename = getattr(current, "filename", None)
-            if code == errno.EACCES and filename:  # one file of a folder, so name it
-                problem = f"{filename} may not be opened"
-            return f"{problem} ({os.strerror(code)})", advice
+            return code, getattr(current, "filename", None)
         current = current.__cause__ or current.__context__
     return None
 
@@ -218,7 +237,7 @@ def acquire_lock(
             on_wait()
             lock.acquire()
     except OSError as error:
-        raise UserError(
+        raise disk_error_class(error)(
             f"{lock_path.parent} cannot be written to ({error.strerror});"
             " make it writable or name another"
         ) from None

@@ -11,6 +11,7 @@ from typing import Any
 from dmt.cli.arguments import add_command
 from dmt.cli.output import Output, escape_control_chars
 from dmt.errors import UserError, format_value
+from dmt.files import disk_error_class
 from dmt.paths import expand_home
 from dmt.report.compare import Comparison, compare
 from dmt.report.html import write_page
@@ -67,7 +68,7 @@ def run_compare(args: argparse.Namespace, out: Output) -> None:
         try:
             write_page(comparison.to_page(), Path(page))
         except OSError as error:
-            raise UserError(
+            raise disk_error_class(error)(
                 f"--html {args.html} cannot be written ({error.strerror}); name another file"
             ) from None
     if output_format == "table":
@@ -140,6 +141,6 @@ def _check_html_path(target: str) -> None:
         with TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise UserError(
+        raise disk_error_class(error)(
             f"--html {target} cannot be written ({error.strerror}); name a file in another folder"
         ) from None

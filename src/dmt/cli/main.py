@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (message := files.describe_disk_error(error)) is None:
             raise
-        return _report_error(message, FAILURE)
+        is_failure = files.disk_error_class(error) is FailureError
+        return _report_error(message, FAILURE if is_failure else MISTAKE)
 
 
 def distill_main(argv: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from dmt import files
 from dmt.config import Config
-from dmt.errors import UserError, format_value
+from dmt.errors import FailureError, UserError, format_value
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 
@@ -324,7 +324,7 @@ def _write_cache(
     required_bytes = len(window_ids) * dtype.itemsize
     try:
         if (free_bytes := shutil.disk_usage(cache_dir).free) < required_bytes:
-            raise UserError(
+            raise FailureError(
                 f"logit_cache.dir={cache_dir} has {free_bytes / 1e9:.1f} GB free, the cache of "
                 f"{len(window_ids):,} windows needs {required_bytes / 1e9:.1f}; make room, name "
                 "another folder or set a smaller logit_cache.top_k"
@@ -352,7 +352,7 @@ def _write_cache(
 
 
 def _not_writable(cache_dir: Path, error: OSError) -> UserError:
-    return UserError(
+    return files.disk_error_class(error)(
         f"logit_cache.dir={cache_dir} cannot be written ({error.strerror}); name another folder"
     )
 

@@ -31,7 +31,7 @@ from dmt.editing.edit import (
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
-from dmt.files import atomic_path, check_version
+from dmt.files import atomic_path, check_version, disk_error_class
 from dmt.memory.edit_memory import EditMemory
 from dmt.models.conversion import get_associative_memories
 from dmt.models.fact_hooks import FactHooks, FactRow, build_fact_rows, get_fact_hooks
@@ -98,7 +98,9 @@ class Pack(ABC):
                     (partial_path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} cannot be written ({reason}); give another path") from None
+            raise disk_error_class(error)(
+                f"{path} cannot be written ({reason}); give another path"
+            ) from None
 
     def check_model(
         self, model: PreTrainedModel, model_hash: str, path: object, remedy: str

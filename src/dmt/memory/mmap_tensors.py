@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dmt.errors import UserError
-from dmt.files import atomic_path, check_version
+from dmt.files import atomic_path, check_version, disk_error_class
 from dmt.memory.approximate_search import Int8Matrix, quantize_int8
 
 # Types that `value_dtype=` accepts for saved values.
@@ -135,7 +135,7 @@ def write_tensor_file(path: Path, specs: Mapping[str, TensorSpec]) -> str:
             stream.seek(8)
             stream.write(header_text.replace(placeholder, digest.hexdigest(), 1).encode())
     except OSError as error:
-        raise UserError(
+        raise disk_error_class(error)(
             f"cannot write {path} ({error.strerror}); free some space, or save elsewhere"
         ) from None
     return digest.hexdigest()

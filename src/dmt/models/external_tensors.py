@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.errors import UserError
-from dmt.files import atomic_path
+from dmt.files import atomic_path, disk_error_class
 from dmt.memory import FeaturalMemory
 from dmt.memory.mmap_tensors import MmapTensorFile, TensorSpec, make_spec, write_tensor_file
 from dmt.models.architectures import get_architecture
@@ -119,7 +119,7 @@ def _copy_mapped_file(mapped: MmapTensorFile, path: Path) -> None:
                     "the student again to save it"
                 )
     except OSError as error:
-        raise UserError(
+        raise disk_error_class(error)(
             f"cannot copy {mapped.path} to {path} ({error.strerror}); load the student again to "
             "save it"
         ) from None

@@ -36,8 +36,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from dmt.errors import UserError, WrongModelError
-from dmt.files import check_version
+from dmt.errors import FailureError, UserError, WrongModelError
+from dmt.files import check_version, disk_error_class
 
 
 class RawBytes(LargeBinary):
@@ -146,6 +146,7 @@ calibration_table = Table(
     Column("data", RawBytes, nullable=False),  # float32
 )
 
+POSTGRESQL_DISK_FULL = "53100"  # SQLSTATE
 BUSY_TIMEOUT = 30  # seconds that a connection waits for another one's transaction
 DAMAGED_HINT = "the file is damaged; restore a copy, or give a new file"
 # Bytes: several rows of 768 numbers fit. A third faster than SQLite's 4,096 (benchmarks/store.py).
@@ -234,11 +235,13 @@ def redact_url(url: str) -> str:
 
 @contextmanager
 def translate_errors(label: str) -> Iterator[None]:
-    """Turn database errors into a one-line `UserError` about the store `label`."""
+    """Turn database errors into one line about the store `label`; a `FailureError` of the disk."""
     try:
         yield
     except DBAPIError as error:
-        raise UserError(f"store {label}: {_explain_error(error)}") from None
+        is_full = getattr(error.orig, "sqlstate", None) == POSTGRESQL_DISK_FULL
+        error_class = FailureError if is_full else disk_error_class(error)
+        raise error_class(f"store {label}: {_explain_error(error)}") from None
     except SQLAlchemyError as error:
         raise UserError(f"store {label}: {str(error).splitlines()[0]}") from None
 
@@ -330,7 +333,7 @@ def acquire_write_lock(label: str, path: Path | None, engine: Engine) -> Callabl
                 "file"
             ) from None
         except OSError as error:
-            raise UserError(
+            raise disk_error_class(error)(
                 f"store {label}: it cannot be written to; make it and its folder writable, or give "
                 f"another ({error.strerror})"
             ) from None

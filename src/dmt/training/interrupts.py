@@ -90,10 +90,14 @@ def _get_learning_rate(config: Config, step: int) -> tuple[str, float]:
 
 @contextmanager
 def report_disk_errors(log_dir: str) -> Iterator[None]:
-    """Turn disk errors into a `FailureError` about the current run.
+    """Turn disk errors into one line about the current run.
 
     Args:
         log_dir: What the message names if there is no run yet.
+
+    Raises:
+        FailureError: The disk failed, or the folder of the run was removed.
+        UserError: A file may not be opened.
     """
     try:
         yield
@@ -114,7 +118,8 @@ def report_disk_errors(log_dir: str) -> Iterator[None]:
             if run_dir is None
             else f"then resume with: {resume_command(run_dir)}"
         )
-        raise FailureError(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
+        error_class = files.disk_error_class(error)
+        raise error_class(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def check_writable(path: str, setting_name: str = "trainer.log_dir") -> None:
         with TemporaryFile(dir=existing_parent):
             pass
     except OSError as error:
-        raise UserError(
+        raise files.disk_error_class(error)(
             f"{setting_name}={path} cannot be written ({error.strerror});"
             f" name another folder, as in {setting_name}=/tmp/dmt"
         ) from None
