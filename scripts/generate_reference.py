@@ -31,13 +31,15 @@ from dmt.models.external_tensors import SLOTS_FILE  # noqa: E402
 from dmt.store.database import FACTS_VERSION, SCHEMA_VERSION  # noqa: E402
 from dmt.training.autotune import AUTOTUNE_FILE, AUTOTUNE_VERSION  # noqa: E402
 from dmt.training.metrics import METRICS  # noqa: E402
+from dmt.training.run_dir import REPORT_FILES  # noqa: E402
 
 # File, version, where the version is stored, what happens to older files.
 FILE_FORMATS = (
-    ("config.yaml", CONFIG_VERSION, "its first line", "read"),
+    ("config.yaml", CONFIG_VERSION, "its first line", "rejected; without that line, read"),
     ("run.json", RECORD_VERSION, "`format`", "rejected"),
-    ("checkpoints/*.ckpt", CHECKPOINT_VERSION, "`dmt`", "read"),
-    ("student/config.json", STUDENT_VERSION, "`dmt`", "read"),
+    ("`, `".join(REPORT_FILES), RECORD_VERSION, "`formats` of `run.json`", "rejected"),
+    ("checkpoints/*.ckpt", CHECKPOINT_VERSION, "`dmt`", "rejected"),
+    ("student/config.json", STUDENT_VERSION, "`dmt`", "rejected"),
     (f"student/{SLOTS_FILE}", SLOTS_VERSION, "`format` in the header", "rejected"),
     ("memory.db", SCHEMA_VERSION, "table `dmt_metadata`, `schema_version`", "rejected"),
     ("memory.db, facts", FACTS_VERSION, "table `dmt_metadata`, `facts_version`", "rejected"),
@@ -119,6 +121,10 @@ def render_file_formats() -> str:
     parts.append("| file | version | stored in | older versions |\n|---|---|---|---|")
     for file, version, stored_in, older in FILE_FORMATS:
         parts.append(f"| `{file}` | {version} | {stored_in} | {older} |")
+    parts.append(
+        "\nWeights (`model.safetensors`), `tokenizer.json`, and `events.out.tfevents.*` have the\n"
+        "formats of their libraries."
+    )
     return "\n".join(parts) + "\n"
 
 

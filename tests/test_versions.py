@@ -1,4 +1,4 @@
-"""Every file that is written states its version; an older one is read or refused, a newer one refused, in one clear line."""
+"""Every written file states its version; other versions are rejected in one line."""
 
 import json
 from pathlib import Path
@@ -22,63 +22,71 @@ from test_error_messages import (
     store_run,
     write_file,
 )
+from transformers import AutoModelForCausalLM
 
 import dmt
 from dmt import files
 from dmt.cli import main
 from dmt.config_io import load_config
 from dmt.distillation.logit_cache import FORMAT_VERSION
+from dmt.editing.packs import PACK_VERSION
 from dmt.files import check_version
 
 ROOT = Path(__file__).parents[1]
 STORE = "logs/version_2/memory.db"
-KNOWN, NEWER = "this dmt knows", "a newer dmt made it: update dmt"
+NEWER = "a newer dmt made it: update dmt"
 
 
-def said_of_schema(place: str, name: str):
+def set_database_version(path: str, name: str):
     return lambda version: execute_sql(
-        place, f"UPDATE dmt_metadata SET value='{version}' WHERE name='{name}'"
+        path, f"UPDATE dmt_metadata SET value='{version}' WHERE name='{name}'"
     )()
 
 
-def settings_of(version: str) -> None:
+def set_config_version(version: int) -> None:
     file = Path(V0) / "config.yaml"
-    write_file(str(file), file.read_text().replace("version 1", f"version {version}"))()
+    header = f"dmt, version {files.CONFIG_VERSION}\n"
+    assert header in file.read_text()
+    write_file(str(file), file.read_text().replace(header, f"dmt, version {version}\n"))()
 
 
-def checkpoint_of(version: int) -> None:
-    Path(V0, "checkpoints", "step_2.ckpt").unlink()  # a step is left to be done
+def set_checkpoint_version(version: int | None) -> None:
+    """Write `version` into the checkpoints, or remove it; one step is left to train."""
+    Path(V0, "checkpoints", "step_2.ckpt").unlink()
     for file in Path(V0, "checkpoints").iterdir():
-        found = torch.load(file, weights_only=True)
-        torch.save(found | {"dmt": version}, file)
+        checkpoint = torch.load(file, weights_only=True)
+        assert checkpoint.pop("dmt") == files.CHECKPOINT_VERSION
+        torch.save(checkpoint | ({} if version is None else {"dmt": version}), file)
 
 
-ASK = ["dmt", "generate", "Ada", "--max-new-tokens", "1"]
+GENERATE = ["dmt", "generate", "Ada", "--max-new-tokens", "1"]
+# By kind of file: how to change its version, a command that reads it, and the error up to the
+# version.
 KINDS = {
-    "config.yaml": (settings_of, RESUME, f"{V0}/config.yaml: settings of version"),
+    "config.yaml": (set_config_version, RESUME, f"{V0}/config.yaml: settings of version"),
     "run.json": (
         lambda version: edit_json(f"{V0}/run.json", format=version)(),
         RESUME,
         f"{V0}/run.json: version",
     ),
-    "checkpoint": (checkpoint_of, RESUME, f"{V0}/checkpoints/step_1.ckpt: version"),
+    "checkpoint": (set_checkpoint_version, RESUME, f"{V0}/checkpoints/step_1.ckpt: version"),
     "student": (
         lambda version: edit_json(f"{STUDENT}/config.json", dmt=version)(),
-        [*ASK, *MODEL],
+        [*GENERATE, *MODEL],
         f"model {STUDENT}: version",
     ),
     "slots": (
         lambda version: edit_header(SLOTS, format=str(version)),
-        [*ASK, "-m", "logs/version_1"],
+        [*GENERATE, "-m", "logs/version_1"],
         f"{SLOTS}: its format is",
     ),
     "store": (
-        said_of_schema(STORE, "schema_version"),
+        set_database_version(STORE, "schema_version"),
         store_run(STORE),
         f"store {STORE}: schema version",
     ),
     "facts": (
-        said_of_schema(FACTS_DB, "facts"),
+        set_database_version(FACTS_DB, "facts_version"),
         ["dmt", "memory", "list", *MODEL],
         f"store {FACTS_DB}: facts of version",
     ),
@@ -93,53 +101,84 @@ KINDS = {
         "the format version",
     ),
 }
-"""How a version is altered, the words that then are refused, and what the line says before the version."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("version", [0, 99])
-def test_another_version_is_refused_and_says_what_to_do(kind, version, shop, capsys):
-    alter, words, said = KINDS[kind]
-    alter(version)
+# 1 is the current version of slots.
+OTHER_VERSIONS = [
+    (kind, version) for kind in KINDS for version in (0, 1, 99) if (kind, version) != ("slots", 1)
+]
+
+
+@pytest.mark.parametrize(("kind", "version"), OTHER_VERSIONS)
+def test_another_version_is_rejected_with_advice(kind, version, shop, capsys):
+    change_version, args, prefix = KINDS[kind]
+    change_version(version)
     before = snapshot(shop)
     capsys.readouterr()
-    code = run(words)
-    shown = capsys.readouterr()
-    line = line_of(code, shown.out, shown.err)
-    assert said in line
+    code = run(args)
+    output = capsys.readouterr()
+    line = line_of(code, output.out, output.err)
+    assert prefix in line
     assert str(version) in line
     if kind == "cache":
         assert f"({version} in the cache, {FORMAT_VERSION} in this run) differ" in line
         assert "name another logit_cache.dir or delete" in line
     else:
-        assert f"{said} {version}, {KNOWN}" in line
+        assert f"{prefix} {version}, this dmt knows" in line
         assert (NEWER in line) is (version == 99)
     assert snapshot(shop) == before
 
 
-def test_what_was_made_before_there_were_versions_is_read(shop, capsys):
-    """Checkpoints, settings and students of dmt 0.1 state none."""
+@pytest.mark.parametrize(
+    ("remove_version", "args", "message"),
+    [
+        (
+            lambda: set_checkpoint_version(None),
+            RESUME,
+            f"{V0}/checkpoints/step_1.ckpt: version 1, this dmt knows 2; start again",
+        ),
+        (
+            edit_json(f"{STUDENT}/config.json", dmt=None),
+            [*GENERATE, *MODEL],
+            f"model {STUDENT}: version 1, this dmt knows 2; distill it again",
+        ),
+        (
+            edit_json(f"{V0}/run.json", format=None),
+            RESUME,
+            f"{V0}/run.json: version nothing, this dmt knows 2; use the dmt that made this run",
+        ),
+    ],
+    ids=["checkpoint", "student", "run.json"],
+)
+def test_files_without_a_version_are_rejected(remove_version, args, message, shop, capsys):
+    remove_version()
+    capsys.readouterr()
+    code = run(args)
+    output = capsys.readouterr()
+    assert message in line_of(code, output.out, output.err)
+
+
+def test_transformers_rejects_a_student_without_a_version(shop):
+    edit_json(f"{STUDENT}/config.json", dmt=None)()
+    with pytest.raises(dmt.errors.UserError, match="of version 1, this dmt knows 2; distill"):
+        AutoModelForCausalLM.from_pretrained(STUDENT)
+
+
+def test_a_config_without_a_version_is_read(shop):
+    """Hand-written files have none."""
     file = Path(V0) / "config.yaml"
-    first, rest = file.read_text().split("\n", 1)
-    assert first == "# Settings of dmt, version 1"
+    header, rest = file.read_text().split("\n", 1)
+    assert header == f"# Settings of dmt, version {files.CONFIG_VERSION}"
     file.write_text(rest)
-    edit_json(f"{STUDENT}/config.json", dmt=None)()
-    edit_json(f"{V0}/run.json", dmt=None)()
-    for checkpoint in Path(V0, "checkpoints").iterdir():
-        found = torch.load(checkpoint, weights_only=True)
-        assert found.pop("dmt") == 1
-        torch.save(found, checkpoint)
-    assert main.distill_main(RESUME) == 0
-    edit_json(f"{STUDENT}/config.json", dmt=None)()
-    assert run([*ASK, *MODEL]) == 0
     assert load_config(file).teacher == "teacher"
+    assert main.distill_main(RESUME) == 0
 
 
 def test_every_file_of_a_run_states_a_version(shop):
-    """In itself, or where only people read it in `run.json`, which says so of each."""
+    """In the file, or for files without room for it in `run.json`."""
     record = json.loads(Path(V0, "run.json").read_text())
     assert (record["format"], record["dmt"]) == (files.RECORD_VERSION, dmt.__version__)
-    stated = {
+    versioned_files = {
         "config.yaml",
         "run.json",
         "memory.db",
@@ -150,17 +189,17 @@ def test_every_file_of_a_run_states_a_version(shop):
     }
     for number in range(3):
         for file in Path(f"logs/version_{number}").iterdir():
-            assert file.name.startswith("events.out.tfevents") or file.name in stated, file
-    with safe_open(SLOTS, "np") as opened:
-        assert opened.metadata()["format"] == "1"
+            is_event_file = file.name.startswith("events.out.tfevents")
+            assert is_event_file or file.name in versioned_files, file
+    with safe_open(SLOTS, "np") as slots:
+        assert slots.metadata()["format"] == "1"
     assert json.loads(Path(CACHE_METADATA).read_text())["version"] == FORMAT_VERSION
     assert json.loads(Path(STUDENT, "config.json").read_text())["dmt"] == files.STUDENT_VERSION
-    assert json.loads(Path("pack/manifest.json").read_text())["version"] == 1
+    assert json.loads(Path("pack/manifest.json").read_text())["version"] == PACK_VERSION
 
 
-def test_the_readme_lists_every_kind():
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("## Versions of files") :]
+def test_the_reference_lists_every_file():
+    reference = (ROOT / "docs" / "reference" / "file-formats.md").read_text()
     for name in (
         "config.yaml",
         "run.json",
@@ -169,22 +208,22 @@ def test_the_readme_lists_every_kind():
         "slots.safetensors",
         "memory.db",
         "a pack",
-        "logits.npy",
+        "logit cache",
         "metrics.csv",
         "weight_map.txt",
         "report.md",
         "tokenizer.json",
         "events.out.tfevents",
     ):
-        assert name in table, name
+        assert name in reference, name
 
 
-@pytest.mark.parametrize("found", [1, "1"])
-def test_the_known_version_passes_as_a_number_or_its_digits(found):
-    check_version(found, 1, "x", "y")
+@pytest.mark.parametrize("version", [1, "1"])
+def test_the_supported_version_is_a_number_or_its_digits(version):
+    check_version(version, 1, "x", "y")
 
 
-@pytest.mark.parametrize("found", [None, True, 1.0, "one", "9" * 5000, [1], 2**80, -1, "²"])
-def test_what_is_no_version_is_refused(found):
+@pytest.mark.parametrize("version", [None, True, 1.0, "one", "9" * 5000, [1], 2**80, -1, "²"])
+def test_values_that_are_no_version_are_rejected(version):
     with pytest.raises(dmt.errors.UserError, match="this dmt knows 1"):
-        check_version(found, 1, "x: version", "make it anew")
+        check_version(version, 1, "x: version", "make it again")

@@ -45,9 +45,7 @@ READER_DIR = (
     EMBEDDED_TEACHER_DIR / "reader"
 )  # continues from the embedded teacher: scripts/reader.yaml
 SMOLLM2 = "smollm2"  # the teacher that `python scripts/fetch_smollm2.py` fetches
-CONFIG_HEADER = (
-    "# Settings of dmt, version {}\n"  # first line of a run's settings; without, version 1
-)
+CONFIG_HEADER = "# Settings of dmt, version {}\n"  # first line of a run's settings
 MAX_TEACHER_LAYERS = 1_000  # layers of a teacher whose config.json is not on this machine
 
 
@@ -702,7 +700,7 @@ def _read_config_file(path: Path) -> dict[Any, Any]:
             version_match[1],
             CONFIG_VERSION,
             f"{path}: settings of version",
-            "write those that differ from the defaults into a new file",
+            "write those that differ from the defaults into a new file (`dmt config --list`)",
         )
     values = _parse_yaml(text, str(path), is_file=True)
     if not isinstance(values, dict):

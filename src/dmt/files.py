@@ -21,12 +21,12 @@ from dmt.errors import FailureError, UserError, format_value
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# Versions of the files that dmt writes; docs/reference lists all of them. A file without a version
-# is of version 1.
-CONFIG_VERSION = 1  # of a run's config.yaml, in its first line
-RECORD_VERSION = 1  # of run.json, under `format`, and of the report files beside it
-CHECKPOINT_VERSION = 1  # of a checkpoint, under `dmt`
-STUDENT_VERSION = 1  # of a saved student, in its config.json under `dmt`
+# Versions of the files that dmt writes; docs/reference lists all of them. A checkpoint or a student
+# without a version is of version 1. A config file without one is written by hand, and is read.
+CONFIG_VERSION = 2  # of a run's config.yaml, in its first line
+RECORD_VERSION = 2  # of run.json, under `format`, and of the report files beside it
+CHECKPOINT_VERSION = 2  # of a checkpoint, under `dmt`
+STUDENT_VERSION = 2  # of a saved student, in its config.json under `dmt`
 
 # errno -> what is wrong and what helps.
 ERRNO_ADVICE = {

@@ -1309,6 +1309,23 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
         FactStore.open(folder)
 
 
+def test_facts_of_a_shipped_model_are_in_a_temporary_store(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with FactStore.open("embedded") as fact_store:
+        assert "temporary store, deleted on close; pass store=FILE" in caplog.text
+        store_path = fact_store.db.path
+        (result,) = fact_store.write_many([FACTS[0]])
+        assert store_path.exists()
+        assert fact_store.list() == [result.fact]
+    assert not store_path.parent.exists()
+    assert not list(tmp_path.iterdir())
+    with FactStore.open("embedded", read_only=True) as fact_store:
+        assert fact_store.db is None
+    with FactStore.open("embedded", store=str(tmp_path / "facts.db")) as fact_store:
+        fact_store.write_many([FACTS[0]])
+    assert (tmp_path / "facts.db").exists()
+
+
 def test_a_subject_that_could_not_match_is_refused(book):
     """Such a fact could be written and would never be said."""
     with pytest.raises(UserError, match="not a word of its own"):

@@ -11,6 +11,7 @@ stays in its history.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,12 @@ from dmt.models.fact_hooks import (
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import check_length, collect_hidden_states, encode_text
 from dmt.models.generation import generate_text
-from dmt.models.loading import load, resolve_student_folder
+from dmt.models.loading import (
+    SHIPPED_MODELS,
+    is_student_folder,
+    load,
+    resolve_student_folder,
+)
 from dmt.store.facts import FactTable
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore
@@ -123,6 +129,7 @@ class FactStore:
         self.records: dict[int, FactRecord] = {}
         self.temporary_packs: dict[str, list[tuple[FactRecord, list[FactRow]]]] = {}
         self._rows: dict[int, list[FactRow]] = {}
+        self._temporary_dir: tempfile.TemporaryDirectory[str] | None = None  # removed by `close`
         detach(model)  # the facts that it was loaded with are in the store, if the store is its own
         hooks = None if db is None else create_fact_hooks(db, model.config.eos_token_id)
         if hooks is not None:
@@ -143,10 +150,10 @@ class FactStore:
         """Load a model with its facts.
 
         Args:
-            path: a run's folder or a student's; None is the student of the newest run. With
-                `store` also a name such as `embedded` or `gpt2`.
-            store: file or database URL that holds the facts; `memory.db` in the model's folder
-                where it is None.
+            path: a run's folder or a student's; None is the student of the newest run. Also
+                `embedded`, `reader` or `smollm2`, and with `store` any hub name such as `gpt2`.
+            store: file or database URL that holds the facts. Where it is None, `memory.db` in the
+                model's folder; for a model without a folder, a temporary file that `close` deletes.
             read_only: take no lock and write nothing; other programs may write meanwhile.
             device: where to put the model; the CPU where it is None.
 
@@ -154,7 +161,18 @@ class FactStore:
             UserError: there is no such model, its store is another model's, or another program
                 writes to the store.
         """
-        if store is None:
+        temporary_dir = None
+        if store is None and path in SHIPPED_MODELS and not is_student_folder(Path(path)):
+            if read_only:
+                return cls(*load(path, device), None)
+            temporary_dir = tempfile.TemporaryDirectory(prefix="dmt-")
+            store = str(Path(temporary_dir.name) / FACTS_FILE)
+            logger.warning(
+                "facts of model %s are in a temporary store, deleted on close; pass store=FILE to"
+                " keep them",
+                path,
+            )
+        elif store is None:
             path = resolve_student_folder(path)
             store = str(path / FACTS_FILE)
             if read_only and not has_fact_store(path):
@@ -168,12 +186,16 @@ class FactStore:
             for row_id in memory.rows.index_by_id
         ]
         db.next_id = max([db.next_id, *(row_id + 1 for row_id in used_ids)])
-        return cls(model, tokenizer, db)
+        fact_store = cls(model, tokenizer, db)
+        fact_store._temporary_dir = temporary_dir
+        return fact_store
 
     def close(self) -> None:
-        """Release the store for other writers; the facts stay attached to the model."""
+        """Release the store, delete a temporary one; the facts stay attached to the model."""
         if self.db is not None:
             self.db.close()
+        if self._temporary_dir is not None:
+            self._temporary_dir.cleanup()
 
     def __enter__(self) -> FactStore:
         return self

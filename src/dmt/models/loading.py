@@ -34,6 +34,7 @@ REQUIRED_FILES_HINT = (
 )
 # Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights.
 LEGACY_BUFFERS = ("attn.bias", "attn.masked_bias")
+SHIPPED_MODELS = ("embedded", "reader", SMOLLM2)  # names of models that need no folder or hub
 MAX_PADDING_ROWS = 128  # rows of an embedding matrix that no token uses, at most
 LAYER_COUNT_KEYS = ("n_layer", "num_hidden_layers")
 WIDTH_KEYS = ("n_embd", "hidden_size", "vocab_size")
@@ -74,7 +75,7 @@ def load(
             supported.
     """
     path = None if path_or_name is None else Path(path_or_name).expanduser()
-    if path is None or (path / "student").is_dir() or (path / "config.json").is_file():
+    if path is None or is_student_folder(path):
         source = str(resolve_student_folder(path))
     else:
         source = _resolve_source(str(path_or_name), label or f"model {path_or_name}")
@@ -160,6 +161,11 @@ def load_model(name_or_path: str, label: str) -> tuple[PreTrainedModel, Any]:
         )
     get_architecture(model.config.model_type)
     return model, tokenizer
+
+
+def is_student_folder(path: Path) -> bool:
+    """Check whether a folder holds a saved model, itself or as `student`."""
+    return (path / "student").is_dir() or (path / "config.json").is_file()
 
 
 def resolve_student_folder(path: str | Path | None = None) -> Path:

@@ -229,6 +229,11 @@ def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any,
         memory_tokens: dict | None = None
 
         @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """Build the config; one that states no version is of version 1."""
+            return super().from_dict({"dmt": 1} | config_dict, **kwargs)
+
+        @classmethod
         def register_for_auto_class(cls, auto_class: Any = None) -> None:
             """Do nothing: saved folders name the installed package, no copy of its code."""
 
