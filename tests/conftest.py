@@ -194,8 +194,8 @@ def tokens():
 
 
 @pytest.fixture
-def words(teacher_folder, text_file, tmp_path):
-    """A small run: four layer-wise steps, five end to end."""
+def distill_args(teacher_folder, text_file, tmp_path):
+    """Arguments of a small run: four layer-wise steps, five end-to-end steps."""
     return [
         f"teacher={teacher_folder}",
         f"data.corpora=[{text_file}]",
@@ -218,6 +218,11 @@ def words(teacher_folder, text_file, tmp_path):
         "memory.mean_k=8",
         "trainer.precision=32-true",
     ]
+
+
+@pytest.fixture
+def words(distill_args):
+    return distill_args
 
 
 def newest(tmp_path):

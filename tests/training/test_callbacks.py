@@ -1,12 +1,15 @@
 """Progress of a run: a bar in a terminal or a notebook, dated lines in a log file."""
 
 import logging
+import os
 import re
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import newest
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from dmt.cli.main import distill_main
@@ -85,3 +88,28 @@ def test_a_run_logs_its_plan_and_its_parts(words, capsys):
     )
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
+
+
+def test_the_progress_bar_shows_steps_time_left_and_loss(distill_args, capsys, monkeypatch):
+    monkeypatch.setattr("dmt.training.trainer.make_progress_callback", StepProgressBar)
+    assert distill_main([*distill_args, "trainer.progress_bar=true"]) == 0
+    bar = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
+    assert "9/9" in bar
+    assert bar.count(":") >= 4, "time gone and time left"
+    assert "loss:" in bar
+    assert "v_num" not in bar
+
+
+def test_a_signal_during_the_all_reduce_is_not_lost(distill_args, tmp_path, monkeypatch, capsys):
+    sent = []
+
+    def all_reduce_max(number):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return number
+
+    monkeypatch.setattr(callbacks, "all_reduce_max", all_reduce_max)
+    assert distill_main(distill_args) == 128 + signal.SIGTERM
+    assert "stopped after step 1; resume with" in capsys.readouterr().err
+    assert not (newest(tmp_path) / "student").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
