@@ -255,7 +255,7 @@ class FactTable:
         return batch.ids, batch.keys, batch.values
 
     def read_usage(self) -> dict[int, tuple[int, float]]:
-        """Return how often each row fired, and when last (seconds since 1970; 0: never), by row ID."""
+        """Return, by row ID, how often it fired and when last (seconds since 1970; 0: never)."""
         query = select(
             row_stats_table.c.id, row_stats_table.c.reads, row_stats_table.c.last_read
         ).where(row_stats_table.c.namespace == self.namespace.id)
