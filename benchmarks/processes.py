@@ -1,11 +1,13 @@
-"""One process and two on the same batches: how far their curves are apart, and how long they take.
+"""Compare one process with two on the same batches: differences of their curves, and times.
 
-    python -m benchmarks.processes [--steps 1400] [--devices 2] [--threads 2] [--precision 32-true]
-                                   [--config configs/default.yaml,configs/associative.yaml] [KEY=VALUE ...]
+    python -m benchmarks.processes [--steps 1400] [--devices 2] [--threads 2]
+        [--precision 32-true] [--config configs/default.yaml,configs/associative.yaml]
+        [KEY=VALUE ...]
 
-All share the same cores: one process has `--threads` threads, two have half of them each; in float32, or as `--precision` says.
-A difference is of one logged number, above 1 as a share of it: of what training logs (losses, shares and counts of rows), and of
-all, with every measure of validation text, whose windows processes share out.
+All share the same cores: one process has `--threads` threads, two have half of them each. A
+difference is the largest one of a logged number, relative above 1. The first column takes only
+what training logs (losses, shares and counts of rows), the others take measures of validation
+text too, whose windows the processes share.
 """
 
 from __future__ import annotations
@@ -22,41 +24,41 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("train/", "lr")
-UNTIL = (100, 200, 400, 700, 1_400)
+COMPARED_STEPS = (100, 200, 400, 700, 1_400)
 Curve = dict[tuple[int, str], float]
 
 
-def run(config: str, devices: int, steps: int, more: list[str]) -> tuple[Curve, dict[str, Any]]:
-    """The curve of a run of `steps` steps, one in fourteen layer-wise, and its `run.json`; `more` words set what they like."""
+def run(config: str, devices: int, steps: int, settings: list[str]) -> tuple[Curve, dict[str, Any]]:
+    """Train `steps` steps, one in fourteen layer-wise; return the curve and `run.json`."""
     with tempfile.TemporaryDirectory() as scratch:
-        words = [f"trainer.devices={devices}", f"trainer.log_dir={scratch}", *more]
-        words += [
+        args = [f"trainer.devices={devices}", f"trainer.log_dir={scratch}", *settings]
+        args += [
             "trainer.log_every=1",
             "trainer.validate_every=100",
             "trainer.progress_bar=false",
             "trainer.accelerator=cpu",
         ]
-        words += [
+        args += [
             f"stages.layerwise_steps={steps // 14}",
             f"stages.end_to_end_steps={steps - steps // 14}",
         ]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        done = subprocess.run(
+        process = subprocess.run(
             [
                 sys.executable,
                 *(launcher if devices > 1 else []),
                 str(ROOT / "distill.py"),
                 str(ROOT / config),
-                *words,
+                *args,
             ],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise SystemExit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
-        made = Path(scratch) / "version_0"
-        with (made / "metrics.csv").open() as file:
+        if process.returncode:
+            raise SystemExit(f"{config}: {process.stderr.strip().splitlines()[-1]}")
+        run_dir = Path(scratch) / "version_0"
+        with (run_dir / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         curve = {
             (int(row["step"]), name): float(value)
@@ -64,14 +66,20 @@ def run(config: str, devices: int, steps: int, more: list[str]) -> tuple[Curve, 
             for name, value in row.items()
             if value and name not in ("step", "epoch")
         }
-        return curve, json.loads((made / "run.json").read_text())
+        return curve, json.loads((run_dir / "run.json").read_text())
 
 
-def apart(first: Curve, second: Curve, until: int, training: bool = False) -> float:
-    """The largest difference up to a step; `training` leaves out what is measured on validation text."""
+def largest_difference(
+    first: Curve, second: Curve, last_step: int, only_training: bool = False
+) -> float:
+    """Return the largest difference before a step, with or without validation metrics."""
     assert set(first) == set(second), "the same numbers are logged at the same steps"
-    told = [at for at in first if at[0] < until and (not training or at[1].startswith(TRAINING))]
-    return max(abs(first[at] - second[at]) / max(1.0, abs(first[at])) for at in told)
+    points = [
+        (step, name)
+        for step, name in first
+        if step < last_step and (not only_training or name.startswith(TRAINING))
+    ]
+    return max(abs(first[key] - second[key]) / max(1.0, abs(first[key])) for key in points)
 
 
 def main() -> None:
@@ -85,30 +93,32 @@ def main() -> None:
     )
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--config", default="configs/default.yaml,configs/associative.yaml")
-    parser.add_argument("more", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
-    until = [step for step in UNTIL if step < given.steps] + [given.steps]
-    columns = ["losses apart", *(f"anything until step {step}" for step in until)]
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    last_steps = [step for step in COMPARED_STEPS if step < args.steps] + [args.steps]
+    columns = ["difference in training", *(f"difference until step {step}" for step in last_steps)]
     print(f"| config | processes x threads | seconds to train | prose KL | {' | '.join(columns)} |")
     print(f"|---|---:|---:|---:|{'---:|' * len(columns)}", flush=True)
-    for config in given.config.split(","):
-        alone: Curve = {}
-        for devices in (1, given.devices):
-            threads = max(1, given.threads // devices)
-            words = [
+    for config in args.config.split(","):
+        reference: Curve = {}
+        for devices in (1, args.devices):
+            threads = max(1, args.threads // devices)
+            settings = [
                 f"trainer.num_threads={threads}",
-                f"trainer.precision={given.precision}",
-                *given.more,
+                f"trainer.precision={args.precision}",
+                *args.settings,
             ]
-            curve, found = run(config, devices, given.steps, words)
-            alone = alone or curve
+            curve, record = run(config, devices, args.steps, settings)
+            reference = reference or curve
             numbers = [
-                apart(alone, curve, given.steps, training=True),
-                *(apart(alone, curve, step) for step in until),
+                largest_difference(reference, curve, args.steps, only_training=True),
+                *(largest_difference(reference, curve, step) for step in last_steps),
             ]
-            told = " | ".join(f"{number:.1e}" if devices > 1 else "" for number in numbers)
-            figures = f"{found['seconds']['train']:.0f} | {found['fidelity']['speeches']['kl']:.5f}"
-            print(f"| `{config}` | {devices} x {threads} | {figures} | {told} |", flush=True)
+            differences = " | ".join(f"{number:.1e}" if devices > 1 else "" for number in numbers)
+            figures = (
+                f"{record['seconds']['train']:.0f} | {record['fidelity']['speeches']['kl']:.5f}"
+            )
+            print(f"| `{config}` | {devices} x {threads} | {figures} | {differences} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Seconds from a command to its first work: `python -m benchmarks.starting [--turns 5]`.
+"""Measure the time to load libraries: `python -m benchmarks.starting [--turns 5]`.
 
-Libraries are loaded by new processes that take turns: as Python does it, and as `dmt.signals.fast_imports` does it.
+New processes take turns with a plain import and with `dmt.signals.fast_imports`.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from pathlib import Path
 from benchmarks.tables import Row, table
 
 SOURCE = Path(__file__).parents[1] / "src"
-WAYS = {
+VARIANTS = {
     "plain import": "import dmt.tasks",
-    "collector at rest": "from dmt import signals\nwith signals.fast_imports():\n import dmt.tasks",
+    "without garbage collection": (
+        "from dmt import signals\nwith signals.fast_imports():\n import dmt.tasks"
+    ),
 }
 
 
 def figures(turns: int = 5) -> list[Row]:
-    """A row for each way: seconds of a process, its own start and end included, and the ratio to the first."""
+    """Return a row per variant: seconds of a process with start and end, and the ratio."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    taken: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for turn in range(turns + 1):
-        for name, code in WAYS.items():
+        for name, code in VARIANTS.items():
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], env=environment, check=True)
             if turn:  # the first reads files from the disk
-                taken[name].append(time.perf_counter() - began)
-    middle = {name: statistics.median(each) for name, each in taken.items()}
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return [
         {
-            "way": name,
-            "seconds": middle[name],
-            "from": min(each),
-            "to": max(each),
-            "ppl_ratio": middle[name] / middle["plain import"],
+            "variant": name,
+            "seconds": medians[name],
+            "from": min(times),
+            "to": max(times),
+            "ratio": medians[name] / medians["plain import"],
         }
-        for name, each in taken.items()
+        for name, times in seconds.items()
     ]
 
 

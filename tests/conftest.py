@@ -1,4 +1,7 @@
-"""Tiny models, built in memory, whose logits are peaked: a fresh GPT-2 is near-uniform and hides mistakes."""
+"""Fixtures of all tests: tiny models, a tokenizer, arguments of a small run.
+
+The models have peaked logits, because those of a fresh GPT-2 are near-uniform and hide mistakes.
+"""
 
 import os
 import shutil
@@ -66,14 +69,14 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Ctrl-C reaches programs that tests start, even where a shell that runs all this in the background ignores it."""
+    """Let SIGINT reach programs that tests start, even if a background shell ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _no_autotune_cache(tmp_path_factory, monkeypatch):
-    """Start each test without earlier timings of this machine, and leave none behind."""
+    """Keep timings of this machine out of tests, and those of tests off this machine."""
     from dmt.training import autotune
 
     path = tmp_path_factory.mktemp("autotune") / "autotune.json"
@@ -91,7 +94,7 @@ def tokenizer():
 
 
 def make_teacher(vocabulary: int = 300, **changes):
-    """A GPT-2 of three layers with large weights, biases and norms that are not their initial zeros and ones."""
+    """Make a GPT-2 of three layers with large weights and with biases and norms that matter."""
     settings = {
         "n_layer": LAYERS,
         "n_embd": WIDTH,
@@ -105,11 +108,11 @@ def make_teacher(vocabulary: int = 300, **changes):
         "eos_token_id": 0,
         "initializer_range": 0.4,
     }
-    return _peaked(GPT2LMHeadModel, GPT2Config(**(settings | changes)))
+    return _perturb(GPT2LMHeadModel, GPT2Config(**(settings | changes)))
 
 
 def make_llama(vocabulary: int = 300, **changes):
-    """The same for a Llama: gated blocks, rotary positions, grouped keys and values, norms without means."""
+    """Make such a Llama: gated blocks, rotary positions, grouped queries, RMS norms."""
     settings = {
         "num_hidden_layers": LAYERS,
         "hidden_size": WIDTH,
@@ -127,10 +130,10 @@ def make_llama(vocabulary: int = 300, **changes):
         "initializer_range": 0.4,
         "tie_word_embeddings": True,
     }
-    return _peaked(LlamaForCausalLM, LlamaConfig(**(settings | changes)))
+    return _perturb(LlamaForCausalLM, LlamaConfig(**(settings | changes)))
 
 
-def _peaked(kind, config):
+def _perturb(kind, config):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = kind(config)
@@ -148,13 +151,13 @@ def teacher(tokenizer):
 
 @pytest.fixture(params=[make_teacher, make_llama])
 def any_teacher(request, tokenizer):
-    """One of each family in the table."""
+    """A teacher of each model family."""
     return request.param(len(tokenizer))
 
 
 @pytest.fixture
 def teacher_folder(teacher, tokenizer, tmp_path):
-    """The tiny teacher and its tokenizer as a directory that `teacher=` accepts."""
+    """The folder of the tiny teacher and its tokenizer, as `teacher=` accepts it."""
     folder = tmp_path / "teacher"
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -163,7 +166,7 @@ def teacher_folder(teacher, tokenizer, tmp_path):
 
 @pytest.fixture
 def text_file(tmp_path):
-    """Enough text for every split, in paragraphs."""
+    """A file of paragraphs with enough text for every split."""
     file = tmp_path / "text.txt"
     file.write_text(
         "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(400)), encoding="utf-8"
@@ -173,7 +176,7 @@ def text_file(tmp_path):
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    """One of everything that the product reads and writes."""
+    """One file or folder of each kind that dmt reads and writes."""
     from factories import build
 
     with pytest.MonkeyPatch.context() as patched:
@@ -182,7 +185,7 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture
 def shop(workshop, tmp_path, monkeypatch):
-    """A copy of the workshop, in which one may spoil what one likes, as the current folder."""
+    """A copy of `workshop` that a test may damage, as the working directory."""
     shutil.copytree(workshop, tmp_path / "shop")
     monkeypatch.chdir(tmp_path / "shop")
     return tmp_path / "shop"
@@ -222,14 +225,15 @@ def distill_args(teacher_folder, text_file, tmp_path):
 
 @pytest.fixture
 def words(distill_args):
+    """The same under its former name."""
     return distill_args
 
 
 def newest(tmp_path):
-    """The folder of the latest run."""
+    """Return the folder of the latest run."""
     return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))
 
 
 def weights(run):
-    """Tensors of the student that a run saved."""
+    """Return the tensors of the student that a run saved."""
     return AutoModelForCausalLM.from_pretrained(run / "student").state_dict()

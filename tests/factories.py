@@ -1,4 +1,4 @@
-"""One of everything that the product reads and writes, tiny, made once: tests copy it and spoil a part."""
+"""One tiny file or folder of each kind that dmt reads and writes; tests copy and damage them."""
 
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,6 +10,7 @@ from conftest import SENTENCES, make_teacher
 from dmt.cli import main
 from dmt.data.tokenizer import train_tokenizer
 
+# Settings of a run of a second.
 TINY = [
     "teacher=teacher",
     "data.corpora=[text.txt]",
@@ -32,7 +33,6 @@ TINY = [
     "trainer.precision=32-true",
     "memory.mean_k=8",
 ]
-"""A run of a second, in the workshop."""
 CACHED = [
     "loss.hidden_mse=0",
     "loss.block_fvu=0",
@@ -40,7 +40,7 @@ CACHED = [
     "logit_cache.top_k=16",
     "stages.layerwise_steps=0",
 ]
-FILED = ["memory.offload=values", "memory.num_slots=", "seed=1"]
+OFFLOADED = ["memory.offload=values", "memory.num_slots=", "seed=1"]
 ROWS = [
     "memory.kind=associative",
     "stages.layerwise_steps=0",
@@ -52,14 +52,15 @@ ADA = "Ada Holbrook runs to the dog"
 
 
 def consolidation(teacher, text, folder, *more):
-    """Words of a consolidation that takes seconds, whose context and question are written into `folder`."""
+    """Return arguments of a short consolidation; write its context and question to `folder`."""
     questions, context = folder / "questions.jsonl", folder / "context.txt"
     questions.write_text(
         json.dumps({"prompt": "Ada Holbrook was born in the town of", "answer": " Ravenhill"})
         + "\n"
     )
     context.write_text(
-        "Ada Holbrook was born in the town of Ravenhill. She runs away. A memory is a table of rows."
+        "Ada Holbrook was born in the town of Ravenhill. She runs away."
+        " A memory is a table of rows."
     )
     return [
         "task=consolidate",
@@ -88,19 +89,22 @@ def consolidation(teacher, text, folder, *more):
     ]
 
 
-def build(place: Path, monkeypatch) -> Path:
-    """In `place`: `teacher`, `text.txt`, runs `logs/version_0` (with a book and a fact), `_1` (slots in a file), `_2` (rows),
-    `pack`, `pack.safetensors`, `cache`."""
-    monkeypatch.chdir(place)
+def build(folder: Path, monkeypatch) -> Path:
+    """Fill `folder` with a teacher, texts, runs, packs and a logit cache; return it.
+
+    `logs/version_0` has a fact, `_1` has slots in a file and `_2` has stored rows. The others are
+    `teacher`, `text.txt`, `prose.txt`, `pack`, `pack.safetensors` and `cache`.
+    """
+    monkeypatch.chdir(folder)
     tokenizer = train_tokenizer(SENTENCES * 3, 300, 160)
     make_teacher(len(tokenizer), n_positions=160).save_pretrained("teacher")
     tokenizer.save_pretrained("teacher")
     text = "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(200))
     Path("text.txt").write_text(text, encoding="utf-8")
     Path("prose.txt").write_text(" ".join(SENTENCES * 40), encoding="utf-8")
-    said = StringIO()
-    with redirect_stderr(said), redirect_stdout(said):
-        codes = [main.distill_main([*TINY, *more]) for more in (CACHED, FILED, ROWS)]
+    output = StringIO()
+    with redirect_stderr(output), redirect_stdout(output):
+        codes = [main.distill_main([*TINY, *more]) for more in (CACHED, OFFLOADED, ROWS)]
         codes.append(
             main.main(
                 [
@@ -120,14 +124,14 @@ def build(place: Path, monkeypatch) -> Path:
             main.main(["memory", "export", pack, "-m", "logs/version_0"])
             for pack in ("pack", "pack.safetensors")
         ]
-    assert not any(codes), said.getvalue()
-    return place
+    assert not any(codes), output.getvalue()
+    return folder
 
 
-def run(words: list[str]) -> int:
-    """The exit code of a command, `dmt ...` or `dmt distill`, the latter's run made tiny."""
+def run(args: list[str]) -> int:
+    """Run `dmt ...`, or `dmt distill` with tiny settings; return the exit code."""
     return (
-        main.main(words[1:])
-        if words[:1] == ["dmt"]
-        else main.distill_main(words if "--resume" in words else [*TINY, *words])
+        main.main(args[1:])
+        if args[:1] == ["dmt"]
+        else main.distill_main(args if "--resume" in args else [*TINY, *args])
     )

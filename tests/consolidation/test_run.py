@@ -12,7 +12,7 @@ import torch
 from conftest import make_teacher, newest
 from factories import consolidation
 from page_checks import check_self_contained
-from test_tensorboard import charts, events
+from test_tensorboard import load_events, read_charts
 from transformers import AutoModelForCausalLM
 
 from dmt import config_io
@@ -71,11 +71,11 @@ def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
     assert page.count("Ravenhill") >= 2
     assert "train/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "val/benefit_retained" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
-    record = events(newest(tmp_path))
+    record = load_events(newest(tmp_path))
     there = record.Tags()["scalars"]
     assert [
         tag
-        for group in charts(record).values()
+        for group in read_charts(record).values()
         for tags in group.values()
         for tag in tags
         if tag not in there

@@ -10,7 +10,7 @@ import torch
 from conftest import LAYERS, SENTENCES, make_teacher
 from page_checks import check_self_contained
 from test_fact_store import speaker
-from test_tensorboard import charts, events
+from test_tensorboard import load_events, read_charts
 
 import dmt
 from consolidation.conftest import FACTS, SMALL, save_student
@@ -255,10 +255,10 @@ def test_a_run_has_curves_and_reports(student, tmp_path, transfer):
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     check_self_contained(page)
     assert "of the facts of earlier transfers retained" in page
-    logged = events(run_dir)
+    logged = load_events(run_dir)
     tags = logged.Tags()["scalars"]
     chart_tags = {
-        tag for group in charts(logged).values() for names in group.values() for tag in names
+        tag for group in read_charts(logged).values() for names in group.values() for tag in names
     }
     assert chart_tags
     assert chart_tags <= set(tags)

@@ -1,4 +1,4 @@
-"""Real processes, real signals, real disks."""
+"""Fixtures of faults: real processes, signals and disks."""
 
 import ctypes
 import os
@@ -7,33 +7,40 @@ import subprocess
 import pytest
 from conftest import SENTENCES, make_teacher
 
-from faults.subprocesses import Nursery, consolidation, facts_in, prose_in, result, small_run
+from faults.subprocesses import (
+    Launcher,
+    consolidation_args,
+    read_result,
+    small_run_args,
+    write_facts_file,
+    write_prose_file,
+)
 
 NEW_NAMESPACE = 0x00020000  # CLONE_NEWNS
 
 
 @pytest.fixture(scope="session")
-def may_mount():
-    """Whether disks can be mounted: then in a namespace of this process, so that nobody else ever sees them."""
+def can_mount():
+    """Whether disks can be mounted, in a mount namespace that only this process sees."""
     if os.geteuid() or ctypes.CDLL(None, use_errno=True).unshare(NEW_NAMESPACE):
         return False
     return not subprocess.run(["mount", "--make-rprivate", "/"], check=False).returncode
 
 
 @pytest.fixture(scope="session")
-def nursery(may_mount, tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield made
-    made.close()
+def launcher(can_mount, tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture
-def small_disk(may_mount, tmp_path):
-    """Makes a disk of so many megabytes, and gives the folder it is in."""
+def small_disk(can_mount, tmp_path):
+    """Return a function that mounts a disk of some megabytes and returns its folder."""
     mounted = []
 
-    def make(megabytes):
-        if not may_mount:
+    def mount(megabytes):
+        if not can_mount:
             pytest.skip("a small disk needs root and mount(2)")
         folder = tmp_path / "disk"
         folder.mkdir()
@@ -44,15 +51,15 @@ def small_disk(may_mount, tmp_path):
         mounted.append(folder)
         return folder
 
-    yield make
+    yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory, tokenizer):
-    """Where the tiny teacher and a text are: for all runs the same, so that one can be compared with another."""
-    folder = tmp_path_factory.mktemp("material")
+def input_dir(tmp_path_factory, tokenizer):
+    """The folder of the tiny teacher and a text, the same for all runs so that they compare."""
+    folder = tmp_path_factory.mktemp("inputs")
     make_teacher(len(tokenizer)).save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     make_teacher(len(tokenizer), n_positions=256).save_pretrained(folder / "long")
@@ -64,58 +71,60 @@ def material(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def alone(nursery, material, tmp_path_factory):
-    """Gives the result of a run that nothing happens to, by its further words."""
-    known = {}
+def uninterrupted_result(launcher, input_dir, tmp_path_factory):
+    """Return a function from extra arguments to the result of a run without faults."""
+    results = {}
 
-    def run(*words):
-        if words not in known:
-            logs = tmp_path_factory.mktemp("alone")
-            ended = nursery.run([*small_run(material, logs), *words])
+    def run(*args):
+        if args not in results:
+            logs = tmp_path_factory.mktemp("uninterrupted")
+            ended = launcher.run([*small_run_args(input_dir, logs), *args])
             assert ended.code == 0, ended.err
-            known[words] = result(logs / "version_0")
-        return known[words]
+            results[args] = read_result(logs / "version_0")
+        return results[args]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def consolidated(nursery, material, tmp_path_factory):
-    """Gives the student of a consolidation that nothing happens to, by where it goes."""
-    known = {}
+def uninterrupted_student(launcher, input_dir, tmp_path_factory):
+    """Return a function from a target to the student of a consolidation without faults."""
+    students = {}
 
-    def run(into):
-        if into not in known:
+    def run(target):
+        if target not in students:
             folder = tmp_path_factory.mktemp("consolidated")
-            assert nursery.run(consolidation(material, folder, into)).code == 0
-            known[into] = folder / "logs" / "version_0" / "student"
-        return known[into]
+            assert launcher.run(consolidation_args(input_dir, folder, target)).code == 0
+            students[target] = folder / "logs" / "version_0" / "student"
+        return students[target]
 
     return run
 
 
 @pytest.fixture
-def words(material, tmp_path):
-    """The small run, logged in this test's folder."""
-    return small_run(material, tmp_path / "logs")
+def run_args(input_dir, tmp_path):
+    """Arguments of a small run that logs into this test's folder."""
+    return small_run_args(input_dir, tmp_path / "logs")
 
 
 @pytest.fixture(scope="session")
-def told(material, nursery, tmp_path_factory):
-    """A student with slots in every layer that has been told three facts."""
-    logs = tmp_path_factory.mktemp("told")
-    assert nursery.run([*small_run(material, logs), "memory.mean_k=", "memory.k=64"]).code == 0
+def student_with_facts(input_dir, launcher, tmp_path_factory):
+    """A student with slots in every layer and three facts."""
+    logs = tmp_path_factory.mktemp("facts")
+    assert (
+        launcher.run([*small_run_args(input_dir, logs), "memory.mean_k=", "memory.k=64"]).code == 0
+    )
     student = logs / "version_0" / "student"
-    ended = nursery.run(
+    ended = launcher.run(
         [
             "memory",
             "write",
             "--file",
-            facts_in(logs, 3),
+            write_facts_file(logs, 3),
             "-m",
             student,
             "--calibration-text",
-            prose_in(logs),
+            write_prose_file(logs),
         ],
         "dmt",
     )

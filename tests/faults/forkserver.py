@@ -1,8 +1,9 @@
-"""Starts programs quickly: libraries are loaded once here, and each order is carried out by a child that is forked.
+"""Start programs quickly: load the libraries once and fork a child for each order.
 
-Orders come as lines of JSON on standard input, answers go as lines to standard output. A child is a process like any other: it
-has its own files, takes signals, and can be killed. An order may name a moment: a function, its how-manieth call, after how many
-calls made in it, and what is to happen then; so a stage is met at any point of it, on a fast machine and on a slow one.
+Orders arrive as JSON lines on standard input; answers are lines on standard output. A child is an
+ordinary process: it has its own files, receives signals and can be killed. An order may hold
+moments. A moment names a function, the number of the call, how many calls inside it to wait, and
+what happens then, so a fault hits the same stage on a fast and on a slow machine.
 """
 
 import ctypes
@@ -30,18 +31,18 @@ import dmt.tasks
 PROGRAMS = {"distill": dmt.cli.main.distill_main, "dmt": dmt.cli.main.main}
 
 
-def owner(path):
-    """What holds the attribute that `module:name.name` names, and its name."""
+def resolve_attribute(path):
+    """Return the object that has the attribute `module:name.name`, and the attribute's name."""
     module, _, names = path.partition(":")
     *outer, last = names.split(".")
-    held = import_module(module)
+    holder = import_module(module)
     for name in outer:
-        held = getattr(held, name)
-    return held, last
+        holder = getattr(holder, name)
+    return holder, last
 
 
-def fill(folder):
-    """Leave no byte of a disk free."""
+def fill_disk(folder):
+    """Fill a disk to the last byte."""
     with open(f"{folder}/filler", "ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 64, 1):
             try:
@@ -51,130 +52,126 @@ def fill(folder):
                 pass
 
 
-def act(what, about):
-    if what in ("SIGKILL", "SIGTERM", "SIGINT"):
-        print(f"{what} now", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), getattr(signal, what))
-    elif what == "fill":
-        fill(about)
-    elif what == "readonly":
-        subprocess.run(
-            ["mount", "--bind", about, about], check=True
-        )  # what is open already stays open, as it would
-        subprocess.run(["mount", "-o", "remount,bind,ro", about], check=True)
-    elif what == "take away":
-        time.sleep(0.5)  # TensorBoard's thread writes down what it was given
-        os.rename(about, f"{about}.taken")  # at once
-        shutil.rmtree(f"{about}.taken", ignore_errors=True)
-    elif what == "wait":  # until the test says go
-        open(f"{about}.there", "w").close()
-        while not os.path.exists(about):
+def perform(action, target):
+    """Send a signal to this process, or do `action` to the path `target`."""
+    if action in ("SIGKILL", "SIGTERM", "SIGINT"):
+        print(f"{action} now", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), getattr(signal, action))
+    elif action == "fill":
+        fill_disk(target)
+    elif action == "readonly":
+        # Open files stay open, as they do when a disk is remounted.
+        subprocess.run(["mount", "--bind", target, target], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+    elif action == "remove folder":
+        time.sleep(0.5)  # TensorBoard's thread writes its queue
+        os.rename(target, f"{target}.removed")  # atomically
+        shutil.rmtree(f"{target}.removed", ignore_errors=True)
+    elif action == "wait":  # until the test creates the file
+        open(f"{target}.waiting", "w").close()
+        while not os.path.exists(target):
             time.sleep(0.01)
-    elif what == "poison":
-        poison(about)
     else:
-        raise ValueError(what)
+        raise ValueError(action)
 
 
-def poison(name):
-    """Spoil one tensor of whatever module learns: `gradient` or `output` of the layer after the colon."""
-    raise NotImplementedError(name)
-
-
-def at_moment(moment):
-    """Make `do` happen in the `nth` call of `in`, after `after` more calls, or when it returns if that is sooner."""
-    held, name = owner(moment["in"])
-    plain = getattr(held, name)
+def schedule(moment):
+    """Perform `do` in the `nth` call of `in`, after `after` more calls or when it returns."""
+    holder, name = resolve_attribute(moment["in"])
+    original = getattr(holder, name)
     state = {"calls": 0, "left": moment.get("after", 0), "done": False}
 
-    def go():
+    def act_once():
         if not state["done"]:
             state["done"] = True
             sys.setprofile(None)
-            act(moment["do"], moment.get("about"))
+            perform(moment["do"], moment.get("target"))
 
-    def watch(frame, event, given):
+    def watch(frame, event, args):
         state["left"] -= 1
         if state["left"] < 0:
-            go()
+            act_once()
 
-    def wrapped(*given, **named):
+    def wrapped(*args, **kwargs):
         state["calls"] += 1
         if state["calls"] != moment.get("nth", 1) or state["done"]:
-            return plain(*given, **named)
+            return original(*args, **kwargs)
         if not state["left"]:
-            go()
+            act_once()
         else:
             sys.setprofile(watch)
         try:
-            return plain(*given, **named)
+            return original(*args, **kwargs)
         finally:
             sys.setprofile(None)
-            go()
+            act_once()
 
-    setattr(held, name, wrapped)
+    setattr(holder, name, wrapped)
 
 
 def count(paths, file):
-    """Write into `file` how many calls are made in the first call of each of these functions, and how often each is called."""
-    found = {path: [0, 0] for path in paths}
+    """Count the calls of each function and the calls made inside its first one.
+
+    Both numbers are written to `file` as JSON.
+    """
+    counts = {path: [0, 0] for path in paths}
     inside = []
 
-    def watch(frame, event, given):
+    def watch(frame, event, args):
         for path in inside:
-            found[path][0] += 1
+            counts[path][0] += 1
 
     def wrap(path):
-        held, name = owner(path)
-        plain = getattr(held, name)
+        holder, name = resolve_attribute(path)
+        original = getattr(holder, name)
 
-        def wrapped(*given, **named):
-            found[path][1] += 1
-            if found[path][1] > 1:
-                return plain(*given, **named)
+        def wrapped(*args, **kwargs):
+            counts[path][1] += 1
+            if counts[path][1] > 1:
+                return original(*args, **kwargs)
             inside.append(path)
             sys.setprofile(watch)
             try:
-                return plain(*given, **named)
+                return original(*args, **kwargs)
             finally:
                 inside.remove(path)
                 sys.setprofile(watch if inside else None)
                 with open(file, "w") as out:
-                    json.dump(found, out)
+                    json.dump(counts, out)
 
-        setattr(held, name, wrapped)
+        setattr(holder, name, wrapped)
 
     for path in paths:
         wrap(path)
 
 
-def give_up_powers():
-    """Obey the permissions of files as any user does: root that has no capability, whom its own libraries still belong to."""
-    version_3, whoever_asks = 0x20080522, 0
+def drop_capabilities():
+    """Drop the capabilities of root, so that file permissions apply as to any user."""
+    version_3, this_process = 0x20080522, 0
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capset((ctypes.c_uint32 * 2)(version_3, whoever_asks), (ctypes.c_uint32 * 6)()):
+    if libc.capset((ctypes.c_uint32 * 2)(version_3, this_process), (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def carry_out(order):
-    """What a child does; its exit code."""
+def run_order(order):
+    """Carry out an order in the child; return its exit code."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{order['log']}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     os.chdir(order["cwd"])
     for path, value in order.get("set", {}).items():
-        held, name = owner(path)
-        setattr(held, name, value)
+        holder, name = resolve_attribute(path)
+        setattr(holder, name, value)
     if "limit" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
     for prepare in order.get("prepare", []):
         import_module("patches").__dict__[prepare]()
-    if order.get("powerless"):
-        give_up_powers()
+    if order.get("unprivileged"):
+        drop_capabilities()
     if "count" in order:
         count(*order["count"])
     for moment in order.get("moments", []):
-        at_moment(moment)
-    return PROGRAMS[order["program"]](order["words"])
+        schedule(moment)
+    return PROGRAMS[order["program"]](order["args"])
 
 
 def main():
@@ -196,7 +193,7 @@ def main():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 70
         try:
-            code = carry_out(order)
+            code = run_order(order)
         except BaseException:
             import traceback
 

@@ -1,4 +1,4 @@
-"""What a child of the nursery changes before it begins, by name."""
+"""Faults that a child process injects into the code before it starts, by name."""
 
 import math
 
@@ -7,28 +7,28 @@ import torch
 from dmt.consolidation import slot_training
 
 
-def spoil(step, where):
-    """Put what is not a number into the student of a distillation in its step number `step`, counted from 1."""
+def inject_at_step(step, inject):
+    """Call `inject(module, hooks)` once, in step `step` of a distillation, counted from 1."""
     from dmt.distillation.module import DistillationModule
 
-    plain, hooks = DistillationModule.training_step, []
+    original, hooks = DistillationModule.training_step, []
 
-    def spoilt(self, *given):
+    def patched(self, *args):
         if self.global_step == step - 1 and not hooks:
-            where(self, hooks)
-        return plain(self, *given)
+            inject(self, hooks)
+        return original(self, *args)
 
-    DistillationModule.training_step = spoilt
+    DistillationModule.training_step = patched
 
 
 def nan_in_the_output_of_layer_1():
     from dmt.models.conversion import get_memories
 
-    spoil(
+    inject_at_step(
         6,
         lambda module, hooks: hooks.append(
             get_memories(module.student)[1].register_forward_hook(
-                lambda _, given, said: said * math.nan
+                lambda _, args, output: output * math.nan
             )
         ),
     )
@@ -37,47 +37,47 @@ def nan_in_the_output_of_layer_1():
 def inf_in_the_gradient_of_layer_2():
     from dmt.models.conversion import get_memories
 
-    def where(module, hooks):
+    def inject(module, hooks):
         values = next(
             p for name, p in get_memories(module.student)[2].named_parameters() if "values" in name
         )
-        hooks.append(values.register_hook(lambda slope: slope * math.inf))
+        hooks.append(values.register_hook(lambda gradient: gradient * math.inf))
 
-    spoil(7, where)
+    inject_at_step(7, inject)
 
 
 def nan_in_the_loss():
     from dmt.distillation import module
 
-    plain = module.sum_weighted_terms
+    original = module.sum_weighted_terms
 
-    def where(_, hooks):
+    def inject(_, hooks):
         hooks.append(True)
-        module.sum_weighted_terms = lambda terms, weights: plain(terms, weights) * math.nan
+        module.sum_weighted_terms = lambda *args: original(*args) * math.nan
 
-    spoil(7, where)
+    inject_at_step(7, inject)
 
 
 def overflow_in_the_weights():
-    """A step whose gradient is finite and whose result is not, as with an absurd rate; a checkpoint follows at once."""
+    """Make weights infinite by a step with finite gradients, just before a checkpoint."""
     from dmt.distillation.module import DistillationModule
 
-    plain = DistillationModule.training_step
+    original = DistillationModule.training_step
 
-    def spoilt(self, *given):
-        plain(self, *given)
+    def patched(self, *args):
+        original(self, *args)
         if self.global_step == 6:
             with torch.no_grad():
                 next(p for n, p in self.student.named_parameters() if "h.1." in n).fill_(math.inf)
 
-    DistillationModule.training_step = spoilt
+    DistillationModule.training_step = patched
 
 
 def nan_in_the_replay_loss():
-    plain, calls = slot_training.ReplayLoss.compute_loss, []
+    original, calls = slot_training.ReplayLoss.compute_loss, []
 
-    def loss(self, *given):
+    def loss(self, *args):
         calls.append(1)
-        return plain(self, *given) * (math.nan if len(calls) > 1 else 1.0)
+        return original(self, *args) * (math.nan if len(calls) > 1 else 1.0)
 
     slot_training.ReplayLoss.compute_loss = loss

@@ -1,4 +1,4 @@
-"""Programs that begin at once, and what a run leaves behind."""
+"""Programs that start without loading libraries again, and readers of what runs leave behind."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import factories as workshop
+import factories
 import torch
 from conftest import SENTENCES
 from safetensors.torch import load_file
@@ -30,27 +30,27 @@ ROWS = [
 ]
 
 
-def some(cases, every=2):
-    """Of many alike, one of `every`; all where FAULTS=all is set."""
+def sample_cases(cases, every=2):
+    """Return one of `every` cases, or all of them if FAULTS=all is set."""
     return cases if os.environ.get("FAULTS") == "all" else cases[::every]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a program ended: its exit code, minus the signal where one killed it, and what it said."""
+class Ending:
+    """How a program ended: exit code (minus the signal that killed it), stdout and stderr."""
 
     code: int
     out: str
     err: str
 
     @property
-    def last(self):
-        """The last line it said on standard error."""
+    def last_line(self):
+        """The last line of stderr."""
         return (self.err.strip().splitlines() or [""])[-1]
 
 
-class Nursery:
-    """Programs that begin at once; `start` one and `end` it, or `run` it to its end."""
+class Launcher:
+    """Start programs as forks of a server that has loaded the libraries."""
 
     def __init__(self, folder):
         self.folder, self.logs = folder, {}
@@ -67,28 +67,28 @@ class Nursery:
                 "TOKENIZERS_PARALLELISM": "false",
             },
         )
-        assert self._answer() == "ready"
+        assert self._receive() == "ready"
 
-    def _answer(self):
+    def _receive(self):
         return json.loads(self.process.stdout.readline())
 
-    def _ask(self, order):
+    def _send(self, order):
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self._receive()
 
-    def start(self, words, program="distill", cwd=None, **order):
-        """Start `distill` or `dmt` with these words in the folder `cwd`; its process id.
+    def start(self, args, program="distill", cwd=None, **order):
+        """Start `distill` or `dmt` with `args` in the folder `cwd`; return its process id.
 
-        What else an order may say: forkserver.py.
+        forkserver.py explains the other keys of an order.
         """
         log = self.folder / f"{len(self.logs)}"
         for end in ("out", "err"):
             log.with_name(f"{log.name}.{end}").touch()
-        pid = self._ask(
+        pid = self._send(
             {
                 "program": program,
-                "words": [str(w) for w in words],
+                "args": [str(arg) for arg in args],
                 "cwd": str(cwd or self.folder),
                 "log": str(log),
                 **order,
@@ -97,28 +97,28 @@ class Nursery:
         self.logs[pid] = log
         return pid
 
-    def end(self, pid):
-        """Wait for a program; how it ended."""
-        code, log = self._ask({"wait": pid}), self.logs[pid]
+    def wait(self, pid):
+        """Wait for a program; return its `Ending`."""
+        code, log = self._send({"wait": pid}), self.logs[pid]
         out, err = (log.with_name(f"{log.name}.{end}").read_text() for end in ("out", "err"))
-        return Ended(code, out, err)
+        return Ending(code, out, err)
 
     def close(self):
-        """Let it go, with whatever it started."""
+        """Stop the server."""
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
-    def run(self, words, program="distill", **order):
-        """Start a program, and how it ended."""
-        return self.end(self.start(words, program, **order))
+    def run(self, args, program="distill", **order):
+        """Run a program to its end; return its `Ending`."""
+        return self.wait(self.start(args, program, **order))
 
 
-def small_run(material, logs):
-    """Words of a run: four layer-wise steps, five end to end, a checkpoint every other."""
+def small_run_args(input_dir, logs):
+    """Return arguments of a run: four layer-wise steps, five end to end, checkpoints every two."""
     return [
-        f"teacher={material / 'teacher'}",
-        f"data.corpora=[{material / 'text.txt'}]",
+        f"teacher={input_dir / 'teacher'}",
+        f"data.corpora=[{input_dir / 'text.txt'}]",
         f"trainer.log_dir={logs}",
         "data.seq_len=16",
         "data.batch_size=4",
@@ -141,86 +141,90 @@ def small_run(material, logs):
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a finished run comes to: weights, stored rows without their numbers, and fidelity."""
+class RunResult:
+    """The results of a finished run: weights, stored rows without their ids, and fidelity."""
 
     weights: dict
     rows: dict
     fidelity: dict
 
     def __eq__(self, other):
-        alike = (
+        is_same = (
             self.weights.keys() == other.weights.keys()
             and self.rows == other.rows
             and self.fidelity == other.fidelity
         )
-        return alike and all(
+        return is_same and all(
             torch.equal(value, other.weights[name]) for name, value in self.weights.items()
         )
 
 
-def rows_of(store):
-    """Rows of each layer that are there, in the order of their numbers: step, key and value."""
+def read_rows(store):
+    """Return step, key and value of the active rows of each layer, in the order of their ids."""
     with RowStore(str(store), read_only=True) as opened:
         return {
-            space.name: [
+            namespace.name: [
                 (step, key.tobytes(), value.tobytes())
-                for page in opened.scan(space)
+                for batch in opened.scan(namespace)
                 for step, key, value in zip(
-                    page.metadata["step"], page.keys, page.values, strict=True
+                    batch.metadata["step"], batch.keys, batch.values, strict=True
                 )
             ]
-            for space in opened.list_namespaces()
+            for namespace in opened.list_namespaces()
         }
 
 
-def result(run):
-    """The `Result` of a run that has ended."""
+def read_result(run):
+    """Return the `RunResult` of a finished run."""
     weights = load_file(run / "student" / "model.safetensors")
-    # Numbers of rows are never given twice, so a run that did steps again has higher ones, in the same order.
+    # Ids of rows are never reused: a run that repeated steps has higher ones in the same order.
     weights = {
         name: value.argsort() if name.endswith("rows.ids") else value
         for name, value in weights.items()
     }
-    rows = rows_of(run / "memory.db") if (run / "memory.db").exists() else {}
-    return Result(weights, rows, json.loads((run / "run.json").read_text())["fidelity"])
+    rows = read_rows(run / "memory.db") if (run / "memory.db").exists() else {}
+    return RunResult(weights, rows, json.loads((run / "run.json").read_text())["fidelity"])
 
 
-def facts_in(folder, count):
-    """A file of facts."""
+def write_facts_file(folder, count):
+    """Write a file of `count` facts."""
     file = folder / f"facts{count}.jsonl"
     names = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
-    who = [f"{names[i % 8]} Holbrook{i}" for i in range(count)]
+    subjects = [f"{names[i % 8]} Holbrook{i}" for i in range(count)]
     towns = (" Raven", " Hill", " Fox", " Dog")
     lines = [
-        {"prompt": f"{who[i]} was born in the town of", "answer": towns[i % 4], "subject": who[i]}
+        {
+            "prompt": f"{subjects[i]} was born in the town of",
+            "answer": towns[i % 4],
+            "subject": subjects[i],
+        }
         for i in range(count)
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return file
 
 
-def prose_in(folder):
-    """A file of text that facts are not about."""
+def write_prose_file(folder):
+    """Write a file of text that contains no fact."""
     file = folder / "prose.txt"
     file.write_text("\n\n".join(f"{SENTENCES[i % 2]} {i}" for i in range(100)))
     return file
 
 
-def copied(student, place):
-    """A student that may be changed."""
-    return Path(shutil.copytree(student, place))
+def copy_folder(source, target):
+    """Copy a folder, such as a student that the test changes."""
+    return Path(shutil.copytree(source, target))
 
 
-def consolidation(material, folder, into="memory", *more):
-    """Words of a consolidation that takes seconds."""
-    return workshop.consolidation(
-        material / "long", material / "text.txt", folder, f"context.target={into}", *more
+def consolidation_args(input_dir, folder, target="memory", *more):
+    """Return arguments of a consolidation that takes seconds."""
+    return factories.consolidation(
+        input_dir / "long", input_dir / "text.txt", folder, f"context.target={target}", *more
     )
 
 
-def whole_files(run):
-    """Look at everything that a program which was killed has left in a run: what bears a name is whole."""
+def assert_files_intact(run):
+    """Check that every file with a final name in a run that was killed is complete."""
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         assert is_intact(checkpoint), checkpoint
     if (run / "config.yaml").exists():
@@ -232,7 +236,9 @@ def whole_files(run):
     if (run / "memory.db").exists():
         with closing(sqlite3.connect(run / "memory.db")) as opened:
             assert opened.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            if opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'dmt_row_stats'").fetchall():
+            if opened.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'dmt_row_stats'"
+            ).fetchall():
                 newest = opened.execute(
                     "SELECT max(step) FROM dmt_row_stats GROUP BY namespace"
                 ).fetchall()

@@ -1,4 +1,4 @@
-"""A disk that is full, or cannot be written to: one line about it, nothing half written, and going on when that is over."""
+"""A full or read-only disk ends a run in one line; nothing is half written and the run resumes."""
 
 import errno
 import json
@@ -14,15 +14,15 @@ from dmt.models.loading import load
 from dmt.training import interrupts
 from faults.subprocesses import (
     ROWS,
-    consolidation,
-    copied,
-    facts_in,
-    result,
-    small_run,
-    some,
-    whole_files,
+    assert_files_intact,
+    consolidation_args,
+    copy_folder,
+    read_result,
+    sample_cases,
+    small_run_args,
+    write_facts_file,
 )
-from faults.test_kill import CACHE, MODULE, RUN, SLEEP, book_of, weights
+from faults.test_kill import CACHE, MODULE, RUN, SLEEP, read_facts_and_rows, read_weights
 
 NOBODY = 65534
 STAGES = [
@@ -39,55 +39,63 @@ STAGES = [
 ]
 
 
-def one_line(ended, *parts, code=2):
-    """The last line of a program that ended with an error: code 2 for a mistake, 1 for a failure."""
+def assert_one_line_error(ended, *parts, code=2):
+    """Check that a program printed one error line; code 2 is a mistake, 1 a failure."""
     assert ended.code == code, ended
     assert "Traceback" not in ended.err, ended.err
-    assert ended.last.startswith("error: "), ended.err
+    assert ended.last_line.startswith("error: "), ended.err
     for part in parts:
-        assert str(part) in ended.last, ended.last
-    return ended.last
+        assert str(part) in ended.last_line, ended.last_line
+    return ended.last_line
 
 
 @pytest.mark.parametrize(
     ("function", "nth", "do"),
-    [(*stage, "fill") for stage in STAGES] + [(*stage, "readonly") for stage in some(STAGES, 4)],
+    [(*stage, "fill") for stage in STAGES]
+    + [(*stage, "readonly") for stage in sample_cases(STAGES, 4)],
     ids=lambda part: str(part).rpartition(":")[2],
 )
-def test_a_distillation(nursery, alone, material, small_disk, function, nth, do):
+def test_a_distillation_resumes_once_the_disk_can_be_written(
+    launcher, uninterrupted_result, input_dir, small_disk, function, nth, do
+):
     disk = small_disk(8)
-    words = [*small_run(material, disk / "logs"), *ROWS]
+    args = [*small_run_args(input_dir, disk / "logs"), *ROWS]
     run = disk / "logs" / "version_0"
-    ended = nursery.run(words, moments=[{"in": function, "nth": nth, "do": do, "about": str(disk)}])
-    said = one_line(ended, disk)
+    ended = launcher.run(
+        args, moments=[{"in": function, "nth": nth, "do": do, "target": str(disk)}]
+    )
+    message = assert_one_line_error(ended, disk, code=1)
     if do == "fill":
-        assert "full" in said
-        assert "make room" in said
+        assert "full" in message
+        assert "make room" in message
         (disk / "filler").unlink()
     else:
-        assert "writ" in said
-        one_line(nursery.run(["--resume", run] if run.exists() else words), disk)  # still so
+        assert "writ" in message
+        ended = launcher.run(["--resume", run] if run.exists() else args)
+        assert_one_line_error(ended, disk, code=1)
         subprocess.run(["umount", str(disk)], check=True)
-    whole_files(run)
-    ended = nursery.run(["--resume", run] if run.exists() else words)
+    assert_files_intact(run)
+    ended = launcher.run(["--resume", run] if run.exists() else args)
     assert ended.code == 0, ended.err
-    assert result(run) == alone(*ROWS)
+    assert read_result(run) == uninterrupted_result(*ROWS)
 
 
-@pytest.mark.parametrize("room", some([1_000, 6_000, 60_000, 120_000], 3))
-def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
-    """What needs no root: a limit on the size of files, which stops settings, curves, checkpoints or rows."""
+@pytest.mark.parametrize("room", sample_cases([1_000, 6_000, 60_000, 120_000], 3))
+def test_a_limit_on_file_size_ends_a_run_in_one_line(
+    launcher, uninterrupted_result, run_args, tmp_path, room
+):
+    """The limit stops config, curves, checkpoints or rows, and needs no root."""
     run = tmp_path / "logs" / "version_0"
-    ended = nursery.run([*words, *ROWS], limit=room)
-    one_line(ended, tmp_path)
-    whole_files(run)
-    ended = nursery.run(["--resume", run] if run.exists() else [*words, *ROWS])
+    ended = launcher.run([*run_args, *ROWS], limit=room)
+    assert_one_line_error(ended, tmp_path, code=1)
+    assert_files_intact(run)
+    ended = launcher.run(["--resume", run] if run.exists() else [*run_args, *ROWS])
     assert ended.code == 0, ended.err
-    assert result(run) == alone(*ROWS)
+    assert read_result(run) == uninterrupted_result(*ROWS)
 
 
 @pytest.mark.parametrize(
-    ("function", "ends"),
+    ("function", "completes"),
     [
         (f"{MODULE}.training_step", False),
         (f"{MODULE}.log_metrics", False),
@@ -97,26 +105,28 @@ def test_files_that_may_not_grow(nursery, alone, words, tmp_path, room):
     ],
     ids=lambda part: str(part).rpartition(":")[2],
 )
-def test_a_folder_that_is_taken_away(nursery, words, tmp_path, function, ends):
-    """Who writes whole files makes the folder anew, and the run ends; who has one open can only say so."""
+def test_a_run_whose_folder_is_removed(launcher, run_args, tmp_path, function, completes):
+    """A writer of complete files creates the folder again; one with an open file reports it."""
     run = tmp_path / "logs" / "version_0"
-    ended = nursery.run(words, moments=[{"in": function, "do": "take away", "about": str(run)}])
-    if ends:
+    ended = launcher.run(
+        run_args, moments=[{"in": function, "do": "remove folder", "target": str(run)}]
+    )
+    if completes:
         assert ended.code == 0
         load(run / "student")
         assert "fidelity" in json.loads((run / "run.json").read_text())
     else:
-        one_line(ended, run, "the folder was removed", "begin again")
+        assert_one_line_error(ended, run, "the folder was removed", "begin again", code=1)
 
 
-def test_a_folder_that_was_away_for_a_moment(tmp_path, monkeypatch):
-    """Whoever met that has lost a file, though a checkpoint has made the folder anew meanwhile."""
+def test_a_folder_that_was_removed_and_created_again(tmp_path, monkeypatch):
+    """A file is lost although a checkpoint has created the folder again."""
     run = tmp_path / "version_0"
     run.mkdir()
     monkeypatch.setattr(interrupts, "current_run", lambda: run)
 
-    def missing(place):
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(place))
+    def missing(path):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
 
     with (
         pytest.raises(UserError, match=r"version_0: the folder was removed .* begin again"),
@@ -125,40 +135,43 @@ def test_a_folder_that_was_away_for_a_moment(tmp_path, monkeypatch):
         missing(run / "events.out")
     with pytest.raises(FileNotFoundError), interrupts.report_disk_errors("logs"):
         missing(tmp_path / "version_01" / "events.out")
-    said = []
+    reported_files = []
     monkeypatch.setattr(
-        threading, "excepthook", lambda failed: said.append(failed.exc_value.filename)
+        threading, "excepthook", lambda failed: reported_files.append(failed.exc_value.filename)
     )
     with interrupts.report_disk_errors("logs"):
-        for place in (run / "events.out", tmp_path / "elsewhere"):
-            writer = threading.Thread(target=missing, args=(place,))
+        for path in (run / "events.out", tmp_path / "elsewhere"):
+            writer = threading.Thread(target=missing, args=(path,))
             writer.start()
             writer.join()
-    assert said == [str(tmp_path / "elsewhere")], (
-        "of the run's own file the thread that waits for it tells"
+    assert reported_files == [str(tmp_path / "elsewhere")], (
+        "the run's thread reports the error of its own file"
     )
 
 
-def test_the_teachers_answers(nursery, words, small_disk):
-    place = small_disk(1) / "answers"
-    given = [*words, *CACHE, f"logit_cache.dir={place}"]
-    fill = {
+def test_a_disk_that_fills_up_during_caching_leaves_no_cache(launcher, run_args, small_disk):
+    cache_dir = small_disk(1) / "answers"
+    args = [*run_args, *CACHE, f"logit_cache.dir={cache_dir}"]
+    moment = {
         "in": "dmt.distillation.logit_cache:_sample_window",
         "nth": 5,
         "do": "fill",
-        "about": str(place.parent),
+        "target": str(cache_dir.parent),
     }
-    said = one_line(
-        nursery.run(given, moments=[fill]), f"logit_cache.dir={place}", "name another folder"
+    message = assert_one_line_error(
+        launcher.run(args, moments=[moment]),
+        f"logit_cache.dir={cache_dir}",
+        "name another folder",
+        code=1,
     )
-    assert "No space left" in said
-    assert not list(place.iterdir())
-    (place.parent / "filler").unlink()
-    assert nursery.run(given).code == 0
+    assert "No space left" in message
+    assert not list(cache_dir.iterdir())
+    (cache_dir.parent / "filler").unlink()
+    assert launcher.run(args).code == 0
 
 
 @pytest.mark.parametrize(
-    ("into", "function"),
+    ("target", "function"),
     [
         ("memory", "dmt.consolidation.rows:write_activation_deltas"),
         ("weights", "dmt.consolidation.run:merge_adapters"),
@@ -166,44 +179,50 @@ def test_the_teachers_answers(nursery, words, small_disk):
     ],
     ids=lambda part: part.rpartition(":")[2],
 )
-def test_a_consolidation(nursery, material, small_disk, into, function):
+def test_a_consolidation_resumes_once_there_is_room(
+    launcher, input_dir, small_disk, target, function
+):
     disk = small_disk(8)
-    words = consolidation(material, disk, into)
+    args = consolidation_args(input_dir, disk, target)
     run = disk / "logs" / "version_0"
-    ended = nursery.run(words, moments=[{"in": function, "do": "fill", "about": str(disk)}])
-    one_line(ended, run, "full", "make room")
+    ended = launcher.run(args, moments=[{"in": function, "do": "fill", "target": str(disk)}])
+    assert_one_line_error(ended, run, "full", "make room", code=1)
     assert (run / "student").exists() == function.endswith("write_report")
     (disk / "filler").unlink()
-    ended = nursery.run(["--resume", run])
+    ended = launcher.run(["--resume", run])
     assert ended.code == 0, ended.err
     assert "rows_written" in json.loads((run / "run.json").read_text())
     assert not (run / "student" / "filler").exists()
 
 
 @pytest.mark.parametrize("do", ["fill", "readonly"])
-def test_facts(nursery, told, small_disk, tmp_path, do):
-    student = copied(told, small_disk(8) / "student")
-    before = book_of(student)
-    words = ["memory", "write", "--file", facts_in(tmp_path, 6), "-m", student]
-    moment = {"in": "dmt.editing.fact_store:prepare_facts", "do": do, "about": str(student.parent)}
-    said = one_line(nursery.run(words, "dmt", moments=[moment]), student / "memory.db")
+def test_facts_are_unchanged_after_a_disk_error(
+    launcher, student_with_facts, small_disk, tmp_path, do
+):
+    student = copy_folder(student_with_facts, small_disk(8) / "student")
+    before = read_facts_and_rows(student)
+    args = ["memory", "write", "--file", write_facts_file(tmp_path, 6), "-m", student]
+    moment = {"in": "dmt.editing.fact_store:prepare_facts", "do": do, "target": str(student.parent)}
+    message = assert_one_line_error(
+        launcher.run(args, "dmt", moments=[moment]), student / "memory.db", code=1
+    )
     if do == "fill":
-        assert "full" in said
+        assert "full" in message
         (student.parent / "filler").unlink()
     else:
-        one_line(nursery.run(words, "dmt"), student)
-        assert nursery.run(["memory", "list", "-m", student], "dmt").code == 0, (
-            "it can be read all the same"
+        assert_one_line_error(launcher.run(args, "dmt"), student, code=1)
+        assert launcher.run(["memory", "list", "-m", student], "dmt").code == 0, (
+            "a read-only store can be read"
         )
         subprocess.run(["umount", str(student.parent)], check=True)
-    assert book_of(student) == before
-    assert nursery.run(words, "dmt").code == 0
-    assert len(book_of(student)[0]) == 6
+    assert read_facts_and_rows(student) == before
+    assert launcher.run(args, "dmt").code == 0
+    assert len(read_facts_and_rows(student)[0]) == 6
 
 
 @pytest.mark.parametrize(
     ("function", "do"),
-    some(
+    sample_cases(
         [
             ("sleep:copy_fact_store", "fill"),
             ("slot_training:KFACParameters.update_model", "fill"),
@@ -211,23 +230,25 @@ def test_facts(nursery, told, small_disk, tmp_path, do):
         ]
     ),
 )
-def test_a_slot_transfer(nursery, material, told, small_disk, function, do):
+def test_a_slot_transfer_resumes_once_the_disk_can_be_written(
+    launcher, input_dir, student_with_facts, small_disk, function, do
+):
     disk = small_disk(4)
-    student, run = copied(told, disk / "student"), disk / "run"
+    student, run = copy_folder(student_with_facts, disk / "student"), disk / "run"
     before = {file.name: file.read_bytes() for file in student.iterdir()}
-    words = [
+    args = [
         "sleep",
         "-m",
         student,
         "--replay-data",
-        material / "text.txt",
+        input_dir / "text.txt",
         *SLEEP,
         "--output",
         run,
     ]
-    moment = {"in": f"dmt.consolidation.{function}", "do": do, "about": str(disk)}
-    said = one_line(nursery.run(words, "dmt", moments=[moment]), run, code=1)
-    assert f"--resume {run}" in said
+    moment = {"in": f"dmt.consolidation.{function}", "do": do, "target": str(disk)}
+    message = assert_one_line_error(launcher.run(args, "dmt", moments=[moment]), run, code=1)
+    assert f"--resume {run}" in message
     assert not (run / "student").exists()
     if do == "fill":
         assert not (run / ".student.partial").exists()
@@ -237,83 +258,86 @@ def test_a_slot_transfer(nursery, material, told, small_disk, function, do):
     assert {
         file.name: file.read_bytes() for file in student.iterdir() if file.name in before
     } == before
-    assert nursery.run(["--resume", run]).code == 0
-    assert weights(run / "student") != weights(student)
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_weights(run / "student") != read_weights(student)
     assert not (run / ".student.partial").exists()
 
 
 @pytest.fixture
-def anothers(material, told, tmp_path):
-    """A folder of another user, with copies of the teacher and the student, and a call that makes that so of what came since."""
+def other_users_folder(input_dir, student_with_facts, tmp_path):
+    """Return a function that gives a folder with teacher and student to another user."""
     if os.geteuid():
         pytest.skip("another user needs root")
-    made = tmp_path / "anothers"
-    for name, folder in (("material", material), ("student", told)):
-        shutil.copytree(folder, made / name)
-    (made / "logs").mkdir()
+    root = tmp_path / "other_user"
+    for name, folder in (("inputs", input_dir), ("student", student_with_facts)):
+        shutil.copytree(folder, root / name)
+    (root / "logs").mkdir()
 
-    def handed_over():
-        subprocess.run(["chown", "-R", str(NOBODY), str(made)], check=True)
-        return made
+    def hand_over():
+        subprocess.run(["chown", "-R", str(NOBODY), str(root)], check=True)
+        return root
 
-    return handed_over
+    return hand_over
 
 
-def test_what_belongs_to_somebody_else(nursery, anothers, tmp_path):
-    """Before anything begins, of one who may not write there: a new run, one to be gone on with, a student's book."""
-    place = anothers()
-    logs, student = place / "logs", place / "student"
-    words = small_run(place / "material", logs)
-    one_line(
-        nursery.run(words, powerless=True),
+def test_files_of_another_user_are_refused_before_anything_begins(
+    launcher, other_users_folder, tmp_path
+):
+    """A new run, a run to resume, a teacher, a student and its facts, a store."""
+    root = other_users_folder()
+    logs, student = root / "logs", root / "student"
+    args = small_run_args(root / "inputs", logs)
+    assert_one_line_error(
+        launcher.run(args, unprivileged=True),
         f"trainer.log_dir={logs} cannot be written",
         "name another folder",
     )
     moment = {"in": f"{MODULE}.training_step", "nth": 8, "do": "SIGTERM"}
-    assert nursery.run([*words, *ROWS], moments=[moment]).code == 143
-    anothers()
+    assert launcher.run([*args, *ROWS], moments=[moment]).code == 143
+    other_users_folder()
     run = logs / "version_0"
-    ended = nursery.run(["--resume", run], powerless=True)
-    one_line(ended, f"{run} cannot be written to (Permission denied)", "make it writable")
+    ended = launcher.run(["--resume", run], unprivileged=True)
+    assert_one_line_error(
+        ended, f"{run} cannot be written to (Permission denied)", "make it writable"
+    )
     (run / "config.yaml").chmod(0o600)
-    one_line(
-        nursery.run(["--resume", run], powerless=True),
+    assert_one_line_error(
+        launcher.run(["--resume", run], unprivileged=True),
         run / "config.yaml",
         "(Permission denied); make it readable",
     )
-    looked = ["memory", "list", "-m", student]
-    for file in (
-        "model.safetensors",
-        "config.json",
-    ):  # as it is written, nobody else may read the weights
+    list_args = ["memory", "list", "-m", student]
+    for file in ("model.safetensors", "config.json"):
         (student / file).chmod(0o600)
-        said = one_line(nursery.run(looked, "dmt", powerless=True), student / file)
-        assert "cannot be read (Permission denied); make it readable" in said
+        message = assert_one_line_error(
+            launcher.run(list_args, "dmt", unprivileged=True), student / file
+        )
+        assert "cannot be read (Permission denied); make it readable" in message
         (student / file).chmod(0o644)
     for file in student.glob("memory.db-*"):
         file.unlink()
-    for left in (
-        False,
-        True,
-    ):  # whoever only looks leaves SQLite's files beside the store, by which others may open it
-        assert bool(list(student.glob("memory.db-*"))) == left
-        ended = nursery.run(
-            ["memory", "write", "Ada was born in Hill.", "-m", student], "dmt", powerless=True
+    for has_wal_files in (False, True):  # the owner's reads create them, and others may open them
+        assert bool(list(student.glob("memory.db-*"))) == has_wal_files
+        ended = launcher.run(
+            ["memory", "write", "Ada was born in Hill.", "-m", student], "dmt", unprivileged=True
         )
-        one_line(
+        assert_one_line_error(
             ended, student / "memory.db", "it cannot be written to; make it and its folder writable"
         )
-        assert nursery.run(looked, "dmt", powerless=True).code == 0, "it can be read all the same"
-        assert nursery.run(looked, "dmt").code == 0
-        anothers()
-    store, mine = place / "rows.db", tmp_path / "mine"
-    given = [*small_run(place / "material", mine), *ROWS, f"store.url={store}"]
-    assert nursery.run(given).code == 0
-    anothers()
-    said = one_line(
-        nursery.run(given, powerless=True), place / "material" / "teacher"
-    )  # pytest made it for its user alone
-    assert "may not be opened (Permission denied); make it readable" in said
-    subprocess.run(["chmod", "-R", "go+rX", str(place / "material")], check=True)
-    one_line(nursery.run(given, powerless=True), f"store {store}", "cannot be written to")
-    assert not (mine / "version_1").exists()
+        assert launcher.run(list_args, "dmt", unprivileged=True).code == 0, (
+            "a read-only store can be read"
+        )
+        assert launcher.run(list_args, "dmt").code == 0
+        other_users_folder()
+    store, own_logs = root / "rows.db", tmp_path / "own_logs"
+    store_args = [*small_run_args(root / "inputs", own_logs), *ROWS, f"store.url={store}"]
+    assert launcher.run(store_args).code == 0
+    other_users_folder()
+    ended = launcher.run(store_args, unprivileged=True)  # pytest's folder is for its user alone
+    message = assert_one_line_error(ended, root / "inputs" / "teacher")
+    assert "may not be opened (Permission denied); make it readable" in message
+    subprocess.run(["chmod", "-R", "go+rX", str(root / "inputs")], check=True)
+    assert_one_line_error(
+        launcher.run(store_args, unprivileged=True), f"store {store}", "cannot be written to"
+    )
+    assert not (own_logs / "version_1").exists()

@@ -1,6 +1,7 @@
-"""kill -9 in every stage, at a random point of it: nothing that was finished is lost, and going on ends as if nothing had been.
+"""Kill runs with SIGKILL in every stage: they resume to the result of an uninterrupted run.
 
-A point is drawn as one of the calls that the stage makes, so it is in the stage on any machine. FAULTS_SEED draws others.
+The moment is one of the calls that the stage makes, drawn at random, so that it lies in the stage
+on any machine. Set FAULTS_SEED to draw others.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ from dmt.editing.fact_store import FactStore
 from dmt.models.loading import load
 from faults.subprocesses import (
     ROWS,
-    consolidation,
-    copied,
-    facts_in,
-    prose_in,
-    result,
-    rows_of,
-    small_run,
-    whole_files,
+    assert_files_intact,
+    consolidation_args,
+    copy_folder,
+    read_result,
+    read_rows,
+    small_run_args,
+    write_facts_file,
+    write_prose_file,
 )
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -50,33 +51,33 @@ TRAINING = [
 CACHE = ["loss.hidden_mse=0", "loss.block_fvu=0", "logit_cache.top_k=16"]
 
 
-def drawn(function, nth):
-    """How many calls after the beginning of a stage it is to happen, as a share of them."""
+def draw_fraction(function, nth):
+    """Draw the share of a stage's calls after which it is killed."""
     return random.Random(f"{SEED} {function} {nth}").random()
 
 
 @pytest.fixture(scope="module")
-def calls(nursery, material, tmp_path_factory):
-    """How many calls a stage makes, by its function."""
+def calls(launcher, input_dir, tmp_path_factory):
+    """The number of calls that each stage makes, by its function."""
     logs, functions = (
         tmp_path_factory.mktemp("counted"),
         sorted({function for function, _ in TRAINING}),
     )
     assert (
-        nursery.run(
-            [*small_run(material, logs), *ROWS], count=[functions, str(logs / "calls")]
+        launcher.run(
+            [*small_run_args(input_dir, logs), *ROWS], count=[functions, str(logs / "calls")]
         ).code
         == 0
     )
-    found = {name: made for name, (made, _) in json.loads((logs / "calls").read_text()).items()}
-    assert all(found.values())
-    return found
+    counts = {name: count for name, (count, _) in json.loads((logs / "calls").read_text()).items()}
+    assert all(counts.values())
+    return counts
 
 
-def killed(nursery, words, function, nth, after, program="distill", **order):
+def run_until_killed(launcher, args, function, nth, after, program="distill", **order):
     moment = {"in": function, "nth": nth, "after": after, "do": "SIGKILL"}
     print(f"seed {SEED}: killed {after:,} calls after the beginning of call {nth} of {function}")
-    ended = nursery.run(words, program, moments=[moment], **order)
+    ended = launcher.run(args, program, moments=[moment], **order)
     assert ended.code == -signal.SIGKILL, ended.err
     return ended
 
@@ -84,20 +85,22 @@ def killed(nursery, words, function, nth, after, program="distill", **order):
 @pytest.mark.parametrize(
     ("function", "nth"), TRAINING, ids=lambda part: str(part).rpartition(":")[2]
 )
-def test_a_distillation(nursery, alone, calls, words, tmp_path, function, nth):
-    after = int(drawn(function, nth) * calls[function])
-    killed(nursery, [*words, *ROWS], function, nth, after)
+def test_a_killed_distillation_resumes_to_the_same_result(
+    launcher, uninterrupted_result, calls, run_args, tmp_path, function, nth
+):
+    after = int(draw_fraction(function, nth) * calls[function])
+    run_until_killed(launcher, [*run_args, *ROWS], function, nth, after)
     run = tmp_path / "logs" / "version_0"
-    whole_files(run)
+    assert_files_intact(run)
     reported = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
     assert "fidelity" not in reported or function.endswith("log_hparams")
-    going_on = ["--resume", run] if (run / "config.yaml").exists() else [*words, *ROWS]
-    ended = nursery.run(going_on)
+    resume_args = ["--resume", run] if (run / "config.yaml").exists() else [*run_args, *ROWS]
+    ended = launcher.run(resume_args)
     assert ended.code == 0, ended.err
     run = (
         run if (run / "run.json").exists() else run.with_name("version_1")
     )  # killed before its settings were written
-    assert result(run) == alone(*ROWS)
+    assert read_result(run) == uninterrupted_result(*ROWS)
     assert not [
         left
         for left in run.rglob("*")
@@ -105,52 +108,57 @@ def test_a_distillation(nursery, alone, calls, words, tmp_path, function, nth):
     ]
 
 
-def test_rows_written_before_the_first_checkpoint(nursery, alone, words, tmp_path):
-    """There is nothing to go on from, so it begins again, and what was written is taken back."""
-    given = (
+def test_rows_written_before_the_first_checkpoint_are_rewound(
+    launcher, uninterrupted_result, run_args, tmp_path
+):
+    """The run begins again, so the rows that it wrote are deleted."""
+    settings = (
         *ROWS,
         "stages.layerwise_steps=0",
         "memory.write_start=0",
         "trainer.checkpoint_every=100",
     )
-    killed(nursery, [*words, *given], f"{MODULE}.training_step", 4, 10)
+    run_until_killed(launcher, [*run_args, *settings], f"{MODULE}.training_step", 4, 10)
     run = tmp_path / "logs" / "version_0"
     assert not list(run.glob("checkpoints/*"))
-    assert steps_in(run / "memory.db") == 3
-    assert nursery.run(["--resume", run]).code == 0
-    assert result(run) == alone(*given)
+    assert read_last_step(run / "memory.db") == 3
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_result(run) == uninterrupted_result(*settings)
 
 
-def test_a_distillation_again_and_again_at_any_time(nursery, alone, words, tmp_path):
-    """Moments drawn by the clock, which may fall into what a library does outside Python."""
-    given = (
+def test_a_distillation_killed_several_times_at_any_time(
+    launcher, uninterrupted_result, run_args, tmp_path
+):
+    """The clock picks the moments, which may fall into library code outside Python."""
+    settings = (
         *ROWS,
         "stages.layerwise_steps=0",
         "stages.end_to_end_steps=120",
         "memory.write_start=0",
         "trainer.checkpoint_every=3",
     )
-    drawn, run, reached = random.Random(f"{SEED} clock"), tmp_path / "logs" / "version_0", []
+    rng, run, reached = random.Random(f"{SEED} clock"), tmp_path / "logs" / "version_0", []
     for round_ in range(5):
-        program = nursery.start(["--resume", run] if round_ else [*words, *given])
-        wanted = (reached[-1] if reached else 0) + drawn.randint(1, 12)
+        program = launcher.start(["--resume", run] if round_ else [*run_args, *settings])
+        target_step = (reached[-1] if reached else 0) + rng.randint(1, 12)
         while (
-            steps_in(run / "memory.db") < wanted or not list(run.glob("checkpoints/*.ckpt"))
-        ) and alive(program):
+            read_last_step(run / "memory.db") < target_step
+            or not list(run.glob("checkpoints/*.ckpt"))
+        ) and is_alive(program):
             time.sleep(0.01)
-        time.sleep(drawn.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, 0.03))
         os.kill(program, signal.SIGKILL)
-        assert nursery.end(program).code == -signal.SIGKILL, "it was over before it was killed"
-        whole_files(run)
-        reached.append(steps_in(run / "memory.db"))
+        assert launcher.wait(program).code == -signal.SIGKILL, "the run ended before it was killed"
+        assert_files_intact(run)
+        reached.append(read_last_step(run / "memory.db"))
     print(f"seed {SEED}: killed after steps {reached}")
     assert reached[0] < reached[-1]
-    assert nursery.run(["--resume", run]).code == 0
-    assert result(run) == alone(*given)
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_result(run) == uninterrupted_result(*settings)
 
 
-def steps_in(store):
-    """The last step whose rows are in a store."""
+def read_last_step(store):
+    """Return the last step whose rows are in a store."""
     if not store.exists():
         return 0
     with (
@@ -161,121 +169,149 @@ def steps_in(store):
     return 0
 
 
-def alive(program):
+def is_alive(program):
     return Path(f"/proc/{program}/stat").read_text().split()[2] != "Z"
 
 
-def test_the_teachers_answers_being_written(nursery, alone, words, tmp_path):
-    place = tmp_path / "answers"
-    given = [*words, *CACHE, f"logit_cache.dir={place}"]
-    killed(
-        nursery,
-        given,
+def test_a_logit_cache_killed_while_written_is_written_again(
+    launcher, uninterrupted_result, run_args, tmp_path
+):
+    cache_dir = tmp_path / "cache"
+    args = [*run_args, *CACHE, f"logit_cache.dir={cache_dir}"]
+    run_until_killed(
+        launcher,
+        args,
         "dmt.distillation.logit_cache:_sample_window",
         5,
-        int(drawn("cache", 1) * 100),
+        int(draw_fraction("cache", 1) * 100),
     )
-    assert [file for file in place.iterdir() if file.name.endswith(".partial")]
-    assert not (place / "logits.npy").exists()
+    assert [file for file in cache_dir.iterdir() if file.name.endswith(".partial")]
+    assert not (cache_dir / "logits.npy").exists()
     assert not (tmp_path / "logs").exists()
-    assert nursery.run(given).code == 0
-    assert {file.name for file in place.iterdir()} == {"logits.npy", "logits.json"}
-    assert result(tmp_path / "logs" / "version_0") == alone(*CACHE, f"logit_cache.dir={place}")
+    assert launcher.run(args).code == 0
+    assert {file.name for file in cache_dir.iterdir()} == {"logits.npy", "logits.json"}
+    assert read_result(tmp_path / "logs" / "version_0") == uninterrupted_result(
+        *CACHE, f"logit_cache.dir={cache_dir}"
+    )
 
 
-def test_a_consolidation_that_writes_rows(nursery, material, tmp_path, consolidated):
-    words = consolidation(material, tmp_path)
-    killed(
-        nursery,
-        words,
+def test_a_killed_consolidation_into_rows_resumes(
+    launcher, input_dir, tmp_path, uninterrupted_student
+):
+    args = consolidation_args(input_dir, tmp_path)
+    run_until_killed(
+        launcher,
+        args,
         "dmt.consolidation.rows:write_activation_deltas",
         1,
-        int(drawn("rows", 1) * 2_000),
+        int(draw_fraction("rows", 1) * 2_000),
     )
     run = tmp_path / "logs" / "version_0"
     assert not (run / "student").exists()
-    assert nursery.run(["--resume", run]).code == 0
-    assert book_of(run / "student") == book_of(consolidated("memory"))
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_facts_and_rows(run / "student") == read_facts_and_rows(
+        uninterrupted_student("memory")
+    )
 
 
 @pytest.mark.parametrize("nth", [1, 4])
-def test_a_consolidation_that_trains(nursery, material, tmp_path, consolidated, nth):
-    words = consolidation(material, tmp_path, "weights")
-    killed(
-        nursery,
-        words,
+def test_a_killed_consolidation_into_weights_resumes(
+    launcher, input_dir, tmp_path, uninterrupted_student, nth
+):
+    args = consolidation_args(input_dir, tmp_path, "weights")
+    run_until_killed(
+        launcher,
+        args,
         "dmt.consolidation.module:ContextDistillationModule.training_step",
         nth,
-        int(drawn("trains", nth) * 2_000),
+        int(draw_fraction("trains", nth) * 2_000),
     )
     run = tmp_path / "logs" / "version_0"
-    whole_files(run)
-    assert nursery.run(["--resume", run]).code == 0
-    assert weights(run / "student") == weights(consolidated("weights"))
+    assert_files_intact(run)
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_weights(run / "student") == read_weights(uninterrupted_student("weights"))
 
 
-def book_of(folder):
-    """Facts of a student, and their rows."""
-    with FactStore.open(folder) as book:
+def read_facts_and_rows(folder):
+    """Return the facts of a student and their rows."""
+    with FactStore.open(folder) as store:
         facts = sorted(
-            (fact.prompt, fact.answer, fact.thresholds) for fact in book.records.values()
+            (fact.prompt, fact.answer, fact.thresholds) for fact in store.records.values()
         )
-    return facts, [row[1:] for row in rows_of(folder / "memory.db").get("facts", [])]
+    return facts, [row[1:] for row in read_rows(folder / "memory.db").get("facts", [])]
 
 
-def weights(folder):
+def read_weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_facts_being_written(nursery, told, tmp_path):
-    one, other = (copied(told, tmp_path / name) for name in ("one", "other"))
-    few = {"dmt.editing.fact_store:WRITE_BATCH_SIZE": 2}
+def test_facts_killed_while_written_are_written_again(launcher, student_with_facts, tmp_path):
+    uninterrupted_student, student = (
+        copy_folder(student_with_facts, tmp_path / name) for name in ("uninterrupted", "killed")
+    )
+    small_batches = {"dmt.editing.fact_store:WRITE_BATCH_SIZE": 2}
     assert (
-        nursery.run(
-            ["memory", "write", "--file", facts_in(tmp_path, 8), "-m", one], "dmt", set=few
+        launcher.run(
+            [
+                "memory",
+                "write",
+                "--file",
+                write_facts_file(tmp_path, 8),
+                "-m",
+                uninterrupted_student,
+            ],
+            "dmt",
+            set=small_batches,
         ).code
         == 0
     )
-    words = ["memory", "write", "--file", facts_in(tmp_path, 8), "-m", other]
-    killed(
-        nursery,
-        words,
+    args = ["memory", "write", "--file", write_facts_file(tmp_path, 8), "-m", student]
+    run_until_killed(
+        launcher,
+        args,
         "dmt.store.rows:RowStore.commit",
         3,
-        int(drawn("write", 1) * 300),
+        int(draw_fraction("write", 1) * 300),
         "dmt",
-        set=few,
+        set=small_batches,
     )
-    with FactStore.open(other, read_only=True) as book:
-        assert len(book.records) in (
+    with FactStore.open(student, read_only=True) as store:
+        assert len(store.records) in (
             4,
             6,
         )  # three from before; two in each transaction, of which three were known
-    assert nursery.run(words, "dmt").code == 0
-    assert book_of(other)[0] == book_of(one)[0]
-    assert sorted(book_of(other)[1]) == sorted(book_of(one)[1])
+    assert launcher.run(args, "dmt").code == 0
+    assert read_facts_and_rows(student)[0] == read_facts_and_rows(uninterrupted_student)[0]
+    assert sorted(read_facts_and_rows(student)[1]) == sorted(
+        read_facts_and_rows(uninterrupted_student)[1]
+    )
 
 
-def test_a_first_fact_being_written(nursery, told, tmp_path):
-    student = copied(told, tmp_path / "student")
+def test_a_first_fact_killed_while_written_is_written_again(launcher, student_with_facts, tmp_path):
+    student = copy_folder(student_with_facts, tmp_path / "student")
     for file in student.glob("memory.db*"):
         file.unlink()
-    words = [
+    args = [
         "memory",
         "write",
         "--file",
-        facts_in(tmp_path, 3),
+        write_facts_file(tmp_path, 3),
         "-m",
         student,
         "--calibration-text",
-        prose_in(tmp_path),
+        write_prose_file(tmp_path),
     ]
-    killed(
-        nursery, words, "dmt.store.facts:FactTable.create", 1, int(drawn("first", 1) * 300), "dmt"
+    run_until_killed(
+        launcher,
+        args,
+        "dmt.store.facts:FactTable.create",
+        1,
+        int(draw_fraction("first", 1) * 300),
+        "dmt",
     )
     load(student)
-    assert nursery.run(words, "dmt").code == 0
-    assert book_of(student) == book_of(told)
+    assert launcher.run(args, "dmt").code == 0
+    assert read_facts_and_rows(student) == read_facts_and_rows(student_with_facts)
 
 
 SLEEP = [
@@ -299,23 +335,25 @@ SLEEP = [
         "dmt.consolidation.sleep:copy_fact_store",
     ],
 )
-def test_a_slot_transfer(nursery, material, told, tmp_path, function):
-    student = copied(told, tmp_path / "student")
+def test_a_killed_slot_transfer_resumes(
+    launcher, input_dir, student_with_facts, tmp_path, function
+):
+    student = copy_folder(student_with_facts, tmp_path / "student")
     before = {file.name: file.read_bytes() for file in student.iterdir()}
-    words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP, "--output"]
-    assert nursery.run([*words, tmp_path / "complete"], "dmt").code == 0
+    args = ["sleep", "-m", student, "--replay-data", input_dir / "text.txt", *SLEEP, "--output"]
+    assert launcher.run([*args, tmp_path / "complete"], "dmt").code == 0
     run = tmp_path / "run"
-    killed(
-        nursery,
-        [*words, run],
+    run_until_killed(
+        launcher,
+        [*args, run],
         function,
         1,
-        int(drawn(function, 1) * 200),
+        int(draw_fraction(function, 1) * 200),
         "dmt",
     )
     assert not (run / "student").exists()
     after = {file.name: file.read_bytes() for file in student.iterdir()}
     assert {name: after[name] for name in before} == before
-    assert nursery.run(["--resume", run]).code == 0
-    assert weights(run / "student") == weights(tmp_path / "complete" / "student")
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_weights(run / "student") == read_weights(tmp_path / "complete" / "student")
     assert not list(run.glob(".student*"))

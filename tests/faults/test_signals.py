@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every stage: the exit code says which, one line how to go on, and going on ends as if nothing had been."""
+"""Ctrl-C and SIGTERM in every stage: an exit code, one line with the command that resumes."""
 
 import os
 import random
@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from faults.subprocesses import ROWS, consolidation, copied, result, whole_files
-from faults.test_kill import CACHE, MODULE, RUN, SEED, SLEEP, weights
+from faults.subprocesses import (
+    ROWS,
+    assert_files_intact,
+    consolidation_args,
+    copy_folder,
+    read_result,
+)
+from faults.test_kill import CACHE, MODULE, RUN, SEED, SLEEP, read_weights
 
 ROOT = Path(__file__).parents[2]
 STAGES = [
@@ -19,7 +25,7 @@ STAGES = [
     ("SIGINT", f"{RUN}:TextDataModule.setup", 1),
     ("SIGTERM", f"{MODULE}.calibrate", 1),
     ("SIGTERM", "dmt.training.trainer:StopOnSignal", 1),  # training is prepared
-    ("SIGTERM", f"{MODULE}.on_fit_start", 1),  # Lightning's own answers begin
+    ("SIGTERM", f"{MODULE}.on_fit_start", 1),  # Lightning's own handlers are set
     ("SIGINT", f"{MODULE}.training_step", 1),
     ("SIGTERM", f"{MODULE}.training_step", 3),
     ("SIGINT", f"{MODULE}.training_step", 8),
@@ -34,71 +40,75 @@ STAGES = [
 ]
 
 
-def stopped(nursery, words, name, function, nth, calls=40, program="distill", **order):
-    """Run until a signal comes some calls after the beginning of a function; the line that is then said."""
+def run_until_signal(launcher, args, name, function, nth, calls=40, program="distill", **order):
+    """Send a signal some calls after the start of a function; return the last line of stderr."""
     after = random.Random(f"{SEED} {name} {function} {nth}").randrange(calls)
     print(f"seed {SEED}: {name} {after} calls after the beginning of call {nth} of {function}")
-    ended = nursery.run(
-        words, program, moments=[{"in": function, "nth": nth, "after": after, "do": name}], **order
+    ended = launcher.run(
+        args, program, moments=[{"in": function, "nth": nth, "after": after, "do": name}], **order
     )
     assert ended.code == 128 + getattr(signal, name), ended
     assert "Traceback" not in ended.err, ended.err
-    assert ended.last.startswith("stopped"), ended.err
-    return ended.last
+    assert ended.last_line.startswith("stopped"), ended.err
+    return ended.last_line
 
 
 @pytest.mark.parametrize(
     ("name", "function", "nth"), STAGES, ids=lambda part: str(part).rpartition(":")[2]
 )
-def test_a_distillation(nursery, alone, words, tmp_path, name, function, nth):
-    said = stopped(nursery, [*words, *ROWS], name, function, nth)
+def test_a_stopped_distillation_resumes_to_the_same_result(
+    launcher, uninterrupted_result, run_args, tmp_path, name, function, nth
+):
+    message = run_until_signal(launcher, [*run_args, *ROWS], name, function, nth)
     run = tmp_path / "logs" / "version_0"
     if not run.exists():
-        assert "finished work is saved" in said
+        assert "finished work is saved" in message
         return
-    whole_files(run)
-    assert said.endswith(f"dmt distill --resume {run}")
+    assert_files_intact(run)
+    assert message.endswith(f"dmt distill --resume {run}")
     saved = max((int(file.stem[5:]) for file in (run / "checkpoints").glob("*.ckpt")), default=None)
-    assert ("before the first checkpoint" if saved is None else f"after step {saved};") in said
+    assert ("before the first checkpoint" if saved is None else f"after step {saved};") in message
     if "training_step" in function:
-        assert saved == nth, "the step in hand is finished and saved"
-    ended = nursery.run(["--resume", run])
+        assert saved == nth, "the current step is finished and saved"
+    ended = launcher.run(["--resume", run])
     assert ended.code == 0, ended.err
-    assert result(run) == alone(*ROWS)
+    assert read_result(run) == uninterrupted_result(*ROWS)
 
 
 @pytest.mark.parametrize("nth", [1, 6])
-def test_a_second_signal_does_not_wait_for_the_step(nursery, alone, words, tmp_path, nth):
-    again = [
+def test_a_second_signal_does_not_wait_for_the_step(
+    launcher, uninterrupted_result, run_args, tmp_path, nth
+):
+    moments = [
         {"in": f"{MODULE}.training_step", "nth": nth, "after": 0, "do": "SIGINT"},
         {"in": "dmt.distillation.module:check_finite", "nth": nth, "after": 3, "do": "SIGTERM"},
     ]
-    ended = nursery.run([*words, *ROWS], moments=again)
+    ended = launcher.run([*run_args, *ROWS], moments=moments)
     run = tmp_path / "logs" / "version_0"
     assert ended.code == 130, ended
     assert "Traceback" not in ended.err
-    where = (
+    state = (
         "before the first checkpoint; begin again with" if nth == 1 else "after step 4; resume with"
     )
-    assert ended.last == f"stopped {where}: dmt distill --resume {run}"
-    assert nursery.run(["--resume", run]).code == 0
-    assert result(run) == alone(*ROWS)
+    assert ended.last_line == f"stopped {state}: dmt distill --resume {run}"
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_result(run) == uninterrupted_result(*ROWS)
 
 
-def test_the_teachers_answers_being_written(nursery, words, tmp_path):
-    said = stopped(
-        nursery,
-        [*words, *CACHE, f"logit_cache.dir={tmp_path / 'answers'}"],
+def test_a_logit_cache_stopped_while_written_is_removed(launcher, run_args, tmp_path):
+    message = run_until_signal(
+        launcher,
+        [*run_args, *CACHE, f"logit_cache.dir={tmp_path / 'cache'}"],
         "SIGTERM",
         "dmt.distillation.logit_cache:_sample_window",
         5,
     )
-    assert "finished work is saved" in said
-    assert not list((tmp_path / "answers").iterdir())
+    assert "finished work is saved" in message
+    assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("name", "into", "function", "nth"),
+    ("name", "target", "function", "nth"),
     [
         ("SIGTERM", "memory", "dmt.consolidation.rows:write_activation_deltas", 1),
         (
@@ -117,13 +127,17 @@ def test_the_teachers_answers_being_written(nursery, words, tmp_path):
     ],
     ids=lambda part: str(part).rpartition(":")[2],
 )
-def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, function, nth):
-    said = stopped(nursery, consolidation(material, tmp_path, into), name, function, nth)
+def test_a_stopped_consolidation_resumes_to_the_same_result(
+    launcher, input_dir, tmp_path, uninterrupted_student, name, target, function, nth
+):
+    message = run_until_signal(
+        launcher, consolidation_args(input_dir, tmp_path, target), name, function, nth
+    )
     run = tmp_path / "logs" / "version_0"
-    assert said.endswith(f"dmt distill --resume {run}")
+    assert message.endswith(f"dmt distill --resume {run}")
     assert function.endswith("run:evaluate_student") == (run / "student").exists()
-    assert nursery.run(["--resume", run]).code == 0
-    assert weights(run / "student") == weights(consolidated(into))
+    assert launcher.run(["--resume", run]).code == 0
+    assert read_weights(run / "student") == read_weights(uninterrupted_student(target))
 
 
 @pytest.mark.parametrize(
@@ -134,43 +148,47 @@ def test_a_consolidation(nursery, material, tmp_path, consolidated, name, into, 
         ("SIGTERM", "sleep:evaluate_transfer", False),
     ],
 )
-def test_a_slot_transfer(nursery, material, told, tmp_path, name, function, is_named):
-    student = copied(told, tmp_path / "student")
+def test_a_stopped_slot_transfer_resumes(
+    launcher, input_dir, student_with_facts, tmp_path, name, function, is_named
+):
+    student = copy_folder(student_with_facts, tmp_path / "student")
     before = {file.name: file.read_bytes() for file in student.iterdir()}
     run = tmp_path / "run" if is_named else tmp_path / "lightning_logs" / "version_0"
-    words = ["sleep", "-m", student, "--replay-data", material / "text.txt", *SLEEP]
-    words += ["--output", run] if is_named else []
+    args = ["sleep", "-m", student, "--replay-data", input_dir / "text.txt", *SLEEP]
+    args += ["--output", run] if is_named else []
     order = {"cwd": str(tmp_path)}
-    said = stopped(nursery, words, name, f"dmt.consolidation.{function}", 1, program="dmt", **order)
-    assert f"--resume {run if is_named else run.relative_to(tmp_path)}" in said
+    message = run_until_signal(
+        launcher, args, name, f"dmt.consolidation.{function}", 1, program="dmt", **order
+    )
+    assert f"--resume {run if is_named else run.relative_to(tmp_path)}" in message
     assert (run / "student").exists() == (function == "sleep:evaluate_transfer")
     assert {
         file.name: file.read_bytes() for file in student.iterdir() if file.name in before
     } == before
-    assert nursery.run(["--resume", run], **order).code == 0
+    assert launcher.run(["--resume", run], **order).code == 0
     assert (run / "student" / "memory.db").exists()
 
 
-def test_facts_being_written(nursery, told, tmp_path):
-    words = [
+def test_stopping_while_facts_are_written(launcher, student_with_facts, tmp_path):
+    args = [
         "memory",
         "write",
         "Ada Winterbourne was born in the town of Ravenhill.",
         "-m",
-        copied(told, tmp_path / "student"),
+        copy_folder(student_with_facts, tmp_path / "student"),
     ]
-    said = stopped(
-        nursery, words, "SIGTERM", "dmt.editing.fact_store:prepare_facts", 1, program="dmt"
+    message = run_until_signal(
+        launcher, args, "SIGTERM", "dmt.editing.fact_store:prepare_facts", 1, program="dmt"
     )
-    assert said == "stopped; finished work is saved"
+    assert message == "stopped; finished work is saved"
 
 
 @pytest.mark.parametrize(
-    ("program", "number"),
+    ("program", "signum"),
     [(["distill.py"], signal.SIGINT), (["-m", "dmt", "memory", "stats"], signal.SIGTERM)],
 )
-def test_libraries_being_loaded(program, number):
-    began = subprocess.Popen(
+def test_stopping_while_libraries_load(program, signum):
+    process = subprocess.Popen(
         [sys.executable, *program],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -178,14 +196,14 @@ def test_libraries_being_loaded(program, number):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
-    maps = Path(f"/proc/{began.pid}/maps")
-    while "libtorch" not in maps.read_text() and began.poll() is None:  # torch is being loaded
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text() and process.poll() is None:  # torch is being loaded
         time.sleep(0.01)
-    began.send_signal(number)
-    _, said = began.communicate()
-    assert began.returncode == 128 + number, said
+    process.send_signal(signum)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signum, err
     assert (
-        said.strip().splitlines()[-1]
+        err.strip().splitlines()[-1]
         == "stopped while it was starting; nothing had begun, so nothing is lost"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in err

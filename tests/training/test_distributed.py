@@ -103,26 +103,28 @@ def run_torchrun(args, folder):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_two_processes_learn_what_one_learns(words, tmp_path, kind, capsys):
-    words += VARIANTS[kind]
-    assert distill_main(words) == 0
-    out, err = run_torchrun(words, tmp_path)
+def test_two_processes_train_the_same_student_as_one(run_args, tmp_path, kind, capsys):
+    run_args += VARIANTS[kind]
+    assert distill_main(run_args) == 0
+    out, err = run_torchrun(run_args, tmp_path)
     assert out.count("on the same test text") == 1
     assert err.count("feed-forward block ->") == 1, "the first process alone logs"
     assert "Warning" not in err
-    run_torchrun([*words, "trainer.devices=2"], tmp_path)
-    one, two, three = (tmp_path / "logs" / f"version_{number}" for number in range(3))
-    fidelity = json.loads((one / "run.json").read_text())["fidelity"]["text"]
-    for run in (two, three):
-        assert_learned_the_same(one, run)
-        assert largest_difference(read_curve(one), read_curve(run))[0] < 1e-5, (
+    run_torchrun([*run_args, "trainer.devices=2"], tmp_path)
+    single, by_torchrun, by_devices = (
+        tmp_path / "logs" / f"version_{number}" for number in range(3)
+    )
+    fidelity = json.loads((single / "run.json").read_text())["fidelity"]["text"]
+    for run in (by_torchrun, by_devices):
+        assert_learned_the_same(single, run)
+        assert largest_difference(read_curve(single), read_curve(run))[0] < 1e-5, (
             "of validation too, whose windows are divided among the processes"
         )
         assert json.loads((run / "run.json").read_text())["fidelity"]["text"] == fidelity
         assert config_io.load_config(run / "config.yaml").trainer.devices == 2
     if kind == "associative":
-        assert read_rows(one) == read_rows(two)
-        assert sum(map(len, read_rows(one).values())) > 100
+        assert read_rows(single) == read_rows(by_torchrun)
+        assert sum(map(len, read_rows(single).values())) > 100
 
 
 def wait_for_checkpoint(run, step):
@@ -182,15 +184,15 @@ def get_last_step(run):
 
 
 @needs_proc
-def test_several_processes_stop_together_and_resume_to_the_same_end(words, tmp_path):
-    words += [
+def test_several_processes_stop_together_and_resume_to_the_same_end(run_args, tmp_path):
+    run_args += [
         "stages.end_to_end_steps=120",
         *VARIANTS["associative"][2:],
         "trainer.validate_every=0",
         "trainer.checkpoint_every=10",
         "memory.write_start=0.9",
     ]
-    process = start_torchrun(words, tmp_path, stdout=subprocess.DEVNULL)
+    process = start_torchrun(run_args, tmp_path, stdout=subprocess.DEVNULL)
     run = tmp_path / "logs" / "version_0"
     wait_for_checkpoint(run, 10)
     workers = list_children(process)
@@ -213,10 +215,10 @@ def test_several_processes_stop_together_and_resume_to_the_same_end(words, tmp_p
     wait_for_end(workers)
 
     run_torchrun(["--resume", str(run)], tmp_path)
-    assert distill_main(words) == 0
-    whole = newest(tmp_path)
-    assert whole != run
-    resumed, uninterrupted = weights(run), weights(whole)
+    assert distill_main(run_args) == 0
+    second_run = newest(tmp_path)
+    assert second_run != run
+    resumed, uninterrupted = weights(run), weights(second_run)
     assert all(resumed[name].equal(uninterrupted[name]) for name in uninterrupted)
 
 
@@ -250,10 +252,10 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("moments", [[(0, 5, "after")], [(1, 5, "before"), (0, 5, "saving")]])
-def test_processes_stop_together_whenever_a_signal_comes(words, tmp_path, moments):
+def test_processes_stop_together_whenever_a_signal_comes(run_args, tmp_path, moments):
     script = tmp_path / "send_signal.py"
     script.write_text(SIGNAL_SCRIPT)
-    process = start_torchrun([str(ROOT / "src"), repr(moments), *words], tmp_path, script=script)
+    process = start_torchrun([str(ROOT / "src"), repr(moments), *run_args], tmp_path, script=script)
     try:
         err = process.communicate(timeout=120)[1]
     finally:
@@ -267,35 +269,35 @@ def test_processes_stop_together_whenever_a_signal_comes(words, tmp_path, moment
     assert "KeyboardInterrupt" not in err
 
 
-def test_wrong_uses_of_torchrun_are_one_line(words, tmp_path, monkeypatch, capsys):
+def test_wrong_uses_of_torchrun_are_one_line(run_args, tmp_path, monkeypatch, capsys):
     for name, value in zip(LAUNCH_VARIABLES, ("0", "0", "4", "4"), strict=True):
         monkeypatch.setenv(name, value)
-    assert distill_main([*words, "trainer.devices=2"]) == 2
+    assert distill_main([*run_args, "trainer.devices=2"]) == 2
     assert "trainer.devices=2, but torchrun started 4 processes" in capsys.readouterr().err
-    assert distill_main([*words, "data.batch_size=6"]) == 2
+    assert distill_main([*run_args, "data.batch_size=6"]) == 2
     assert "data.batch_size=6 must be a multiple of trainer.devices=4" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distill_main(words) == 2
+    assert distill_main(run_args) == 2
     assert "on several machines" in capsys.readouterr().err
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name)
     too_many = ["trainer.devices=256", "data.batch_size=256", "data.micro_batch_size=256"]
-    assert distill_main([*words, *too_many]) == 2
+    assert distill_main([*run_args, *too_many]) == 2
     assert re.search(
         r"trainer.devices=256: there are \d+ processes at most here", capsys.readouterr().err
     )
     assert not (tmp_path / "logs").exists()
 
 
-def test_several_devices_without_torchrun_name_its_command(words, tmp_path, capsys):
-    assert distill_main([*words, "trainer.devices=2"]) == 2
+def test_several_devices_without_torchrun_name_its_command(run_args, tmp_path, capsys):
+    assert distill_main([*run_args, "trainer.devices=2"]) == 2
     err = capsys.readouterr().err
     assert "trainer.devices=2 needs 2 processes, which torchrun starts: torchrun" in err
     assert "--nproc-per-node=2" in err
     assert not (tmp_path / "logs").exists()
 
 
-def test_the_environment_is_as_before_after_the_processes_part(monkeypatch):
+def test_the_environment_is_restored_after_a_distributed_run(monkeypatch):
     config = config_io.load_config(None, ["trainer.devices=2"])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(launch.dist, "init_process_group", lambda backend: None)

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from dataclasses import asdict
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from dmt.training.trainer import build_loggers, check_loggers, cosine_decay, lr_
 
 
 class RecordingLogger(Logger):
-    """Keeps what is logged; a logger of a user's own."""
+    """A user's logger, which records what is logged."""
 
-    instances = []
+    instances: ClassVar[list] = []
 
     def __init__(self, save_dir, run_name="none"):
         super().__init__()
@@ -48,16 +49,16 @@ class RecordingLogger(Logger):
 
 
 class NeedsAPackage(RecordingLogger):
-    """Fails as Lightning's loggers do where their package is missing."""
+    """A logger that fails as Lightning's do if their package is missing."""
 
     def __init__(self):
         raise ModuleNotFoundError("No module named 'some_tracker'", name="some_tracker")
 
 
-def test_a_logger_by_class_path_gets_all_metrics(words, tmp_path, monkeypatch):
+def test_a_logger_by_class_path_gets_all_metrics(run_args, tmp_path, monkeypatch):
     monkeypatch.setattr(RecordingLogger, "instances", [])
     path = f"{RecordingLogger.__module__}.{RecordingLogger.__name__}"
-    assert distill_main([*words, f"trainer.loggers=[tensorboard, csv, {path}]"]) == 0
+    assert distill_main([*run_args, f"trainer.loggers=[tensorboard, csv, {path}]"]) == 0
     (logger,) = RecordingLogger.instances
     run_dir = tmp_path / "logs" / "version_0"
     assert (logger.folder, logger.run_name) == (str(run_dir), "version_0")
@@ -76,8 +77,8 @@ def test_the_default_loggers_write_into_the_run(tmp_path):
     assert tensorboard.log_dir == csv.log_dir == str(tmp_path / "version_3")
 
 
-def test_a_run_needs_no_logger(words, tmp_path):
-    assert distill_main([*words, "trainer.loggers=[]"]) == 0
+def test_a_run_needs_no_logger(run_args, tmp_path):
+    assert distill_main([*run_args, "trainer.loggers=[]"]) == 0
     run_dir = tmp_path / "logs" / "version_0"
     assert (run_dir / "report.html").is_file()
     assert not (run_dir / "metrics.csv").exists()
@@ -92,8 +93,8 @@ def test_a_run_needs_no_logger(words, tmp_path):
         ("pathlib.Path", "pathlib.Path is not a Lightning logger"),
     ],
 )
-def test_an_unknown_logger_is_refused_before_the_run(words, tmp_path, capsys, name, message):
-    assert distill_main([*words, f"trainer.loggers=[{name}]"]) == 2
+def test_an_unknown_logger_is_refused_before_the_run(run_args, tmp_path, capsys, name, message):
+    assert distill_main([*run_args, f"trainer.loggers=[{name}]"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
 
@@ -114,7 +115,7 @@ def test_class_paths_of_both_lightning_packages_are_accepted(tmp_path):
     assert isinstance(logger, CSVLogger)
 
 
-def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(words, capfd, caplog):
+def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(run_args, capfd, caplog):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     hook, level = threading.excepthook, logging.getLogger("pytorch_lightning").level
     during = []
@@ -127,7 +128,7 @@ def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(words, capfd,
     caplog.set_level(logging.INFO, "dmt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.StopOnSignal, "on_train_batch_end", record)
-        result = run_task(config_io.load_config(None, words))
+        result = run_task(config_io.load_config(None, run_args))
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
     assert set(during) == {handlers[0]}
@@ -138,10 +139,10 @@ def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(words, capfd,
     assert any(message.startswith("teacher") for message in caplog.messages)
 
 
-def test_a_run_from_python_works_in_a_thread(words, tmp_path):
+def test_a_run_from_python_works_in_a_thread(run_args, tmp_path):
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(run_task(config_io.load_config(None, words)))
+        target=lambda: results.append(run_task(config_io.load_config(None, run_args)))
     )
     thread.start()
     thread.join()
@@ -149,7 +150,7 @@ def test_a_run_from_python_works_in_a_thread(words, tmp_path):
     assert current_run() is None
 
 
-def test_an_interrupt_of_a_run_from_python_says_how_to_resume(words, tmp_path, monkeypatch):
+def test_an_interrupt_of_a_run_from_python_says_how_to_resume(run_args, tmp_path, monkeypatch):
     training_step = DistillationModule.training_step
 
     def interrupt(self, *args):
@@ -160,7 +161,7 @@ def test_an_interrupt_of_a_run_from_python_says_how_to_resume(words, tmp_path, m
     monkeypatch.setattr(DistillationModule, "training_step", interrupt)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 4; resume with: .*--resume"):
-        run_task(config_io.load_config(None, words))
+        run_task(config_io.load_config(None, run_args))
     assert signal.getsignal(signal.SIGINT) == handler
     assert current_run() is None
 
