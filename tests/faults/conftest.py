@@ -102,7 +102,7 @@ def uninterrupted_student(launcher, input_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def run_args(input_dir, tmp_path):
+def distill_args(input_dir, tmp_path):
     """Arguments of a small run that logs into this test's folder."""
     return small_run_args(input_dir, tmp_path / "logs")
 

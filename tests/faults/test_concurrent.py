@@ -36,10 +36,12 @@ def paused(launcher, tmp_path):
         launcher.wait(pid)
 
 
-def test_two_new_runs_have_two_folders(launcher, uninterrupted_result, run_args, tmp_path, paused):
+def test_two_new_runs_have_two_folders(
+    launcher, uninterrupted_result, distill_args, tmp_path, paused
+):
     start, release = paused
-    first = start([*run_args, *ROWS], f"{MODULE}.calibrate")
-    assert launcher.run([*run_args, *ROWS]).code == 0
+    first = start([*distill_args, *ROWS], f"{MODULE}.calibrate")
+    assert launcher.run([*distill_args, *ROWS]).code == 0
     assert release(first).code == 0
     assert (
         read_result(tmp_path / "logs" / "version_0")
@@ -50,15 +52,15 @@ def test_two_new_runs_have_two_folders(launcher, uninterrupted_result, run_args,
 
 @pytest.mark.parametrize("state", ["new", "resumed"])
 def test_a_run_is_resumed_by_one_program_at_a_time(
-    launcher, uninterrupted_result, run_args, tmp_path, paused, state
+    launcher, uninterrupted_result, distill_args, tmp_path, paused, state
 ):
     start, release = paused
     run = tmp_path / "logs" / "version_0"
     if state == "resumed":
         moment = {"in": f"{MODULE}.training_step", "nth": 6, "do": "SIGTERM"}
-        assert launcher.run([*run_args, *ROWS], moments=[moment]).code == 143
+        assert launcher.run([*distill_args, *ROWS], moments=[moment]).code == 143
     first = start(
-        ["--resume", run] if state == "resumed" else [*run_args, *ROWS],
+        ["--resume", run] if state == "resumed" else [*distill_args, *ROWS],
         f"{MODULE}.training_step",
         nth=2,
     )
@@ -73,9 +75,11 @@ def test_a_run_is_resumed_by_one_program_at_a_time(
     assert launcher.run(["--resume", run]).code == 0
 
 
-def test_a_killed_program_holds_no_lock(launcher, uninterrupted_result, run_args, tmp_path, paused):
+def test_a_killed_program_holds_no_lock(
+    launcher, uninterrupted_result, distill_args, tmp_path, paused
+):
     start, _ = paused
-    first = start([*run_args, *ROWS], f"{MODULE}.training_step", nth=6)
+    first = start([*distill_args, *ROWS], f"{MODULE}.training_step", nth=6)
     os.kill(first, signal.SIGKILL)
     run = tmp_path / "logs" / "version_0"
     while (
@@ -111,9 +115,9 @@ def test_facts_of_a_student_have_one_writer_at_a_time(
     assert read_facts_and_rows(student) == read_facts_and_rows(undisturbed)
 
 
-def test_a_store_has_one_writer_at_a_time(launcher, run_args, tmp_path, paused):
+def test_a_store_has_one_writer_at_a_time(launcher, distill_args, tmp_path, paused):
     start, release = paused
-    args = [*run_args, *ROWS, f"store.url={tmp_path / 'rows.db'}"]
+    args = [*distill_args, *ROWS, f"store.url={tmp_path / 'rows.db'}"]
     first = start(args, f"{MODULE}.training_step", nth=7)
     assert_one_line_error(
         launcher.run(args), f"store {tmp_path / 'rows.db'}: another program is writing to it"
@@ -145,11 +149,13 @@ def test_a_second_slot_transfer_to_one_folder_is_refused(
     assert_one_line_error(launcher.run([*args, run], "dmt"), f"{run} exists")
 
 
-def test_a_second_run_waits_for_the_logit_cache_and_reads_it(launcher, run_args, tmp_path, paused):
+def test_a_second_run_waits_for_the_logit_cache_and_reads_it(
+    launcher, distill_args, tmp_path, paused
+):
     start, release = paused
     cache_dir = tmp_path / "cache"
     args = [
-        *run_args,
+        *distill_args,
         *CACHE,
         f"logit_cache.dir={cache_dir}",
         "stages.layerwise_steps=0",

@@ -125,9 +125,9 @@ def test_a_run_without_an_intact_checkpoint_is_refused(launcher, run):
 
 
 def test_a_finished_run_with_a_damaged_checkpoint_resumes(
-    launcher, uninterrupted_result, run_args, tmp_path
+    launcher, uninterrupted_result, distill_args, tmp_path
 ):
-    assert launcher.run([*run_args, *ROWS]).code == 0
+    assert launcher.run([*distill_args, *ROWS]).code == 0
     run = tmp_path / "logs" / "version_0"
     truncate(run / "checkpoints" / "step_9.ckpt")
     assert launcher.run(["--resume", run]).code == 0
@@ -175,11 +175,11 @@ def test_a_damaged_student_is_refused_and_unchanged(
 
 
 @pytest.mark.parametrize("damage", sample_cases([truncate, empty, randomize], 3))
-def test_damaged_offloaded_slots_are_refused(launcher, run_args, tmp_path, damage):
+def test_damaged_offloaded_slots_are_refused(launcher, distill_args, tmp_path, damage):
     assert (
         launcher.run(
             [
-                *run_args,
+                *distill_args,
                 "memory.offload=slots",
                 "memory.search=int8",
                 "stages.layerwise_steps=0",
@@ -197,22 +197,22 @@ def test_damaged_offloaded_slots_are_refused(launcher, run_args, tmp_path, damag
 
 @pytest.mark.parametrize("damage", sample_cases([truncate, empty, randomize], 3))
 def test_a_damaged_teacher_is_refused_before_the_run_begins(
-    launcher, input_dir, run_args, tmp_path, damage
+    launcher, input_dir, distill_args, tmp_path, damage
 ):
     teacher = copy_folder(input_dir / "teacher", tmp_path / "teacher")
     damage(teacher / "model.safetensors")
-    args = [*run_args, f"teacher={teacher}"]
+    args = [*distill_args, f"teacher={teacher}"]
     assert_one_line_error(launcher.run(args), f"teacher={teacher}", "model.safetensors")
     assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("damage", sample_cases([truncate, empty, randomize], 3))
 def test_a_damaged_logit_cache_is_refused_before_the_run_begins(
-    launcher, run_args, tmp_path, damage
+    launcher, distill_args, tmp_path, damage
 ):
     cache_dir = tmp_path / "cache"
     args = [
-        *run_args,
+        *distill_args,
         *CACHE,
         f"logit_cache.dir={cache_dir}",
         "stages.layerwise_steps=0",

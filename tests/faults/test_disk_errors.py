@@ -82,14 +82,14 @@ def test_a_distillation_resumes_once_the_disk_can_be_written(
 
 @pytest.mark.parametrize("room", sample_cases([1_000, 6_000, 60_000, 120_000], 3))
 def test_a_limit_on_file_size_ends_a_run_in_one_line(
-    launcher, uninterrupted_result, run_args, tmp_path, room
+    launcher, uninterrupted_result, distill_args, tmp_path, room
 ):
     """The limit stops config, curves, checkpoints or rows, and needs no root."""
     run = tmp_path / "logs" / "version_0"
-    ended = launcher.run([*run_args, *ROWS], limit=room)
+    ended = launcher.run([*distill_args, *ROWS], limit=room)
     assert_one_line_error(ended, tmp_path, code=1)
     assert_files_intact(run)
-    ended = launcher.run(["--resume", run] if run.exists() else [*run_args, *ROWS])
+    ended = launcher.run(["--resume", run] if run.exists() else [*distill_args, *ROWS])
     assert ended.code == 0, ended.err
     assert read_result(run) == uninterrupted_result(*ROWS)
 
@@ -105,11 +105,11 @@ def test_a_limit_on_file_size_ends_a_run_in_one_line(
     ],
     ids=lambda part: str(part).rpartition(":")[2],
 )
-def test_a_run_whose_folder_is_removed(launcher, run_args, tmp_path, function, completes):
+def test_a_run_whose_folder_is_removed(launcher, distill_args, tmp_path, function, completes):
     """A writer of complete files creates the folder again; one with an open file reports it."""
     run = tmp_path / "logs" / "version_0"
     ended = launcher.run(
-        run_args, moments=[{"in": function, "do": "remove folder", "target": str(run)}]
+        distill_args, moments=[{"in": function, "do": "remove folder", "target": str(run)}]
     )
     if completes:
         assert ended.code == 0
@@ -149,9 +149,9 @@ def test_a_folder_that_was_removed_and_created_again(tmp_path, monkeypatch):
     )
 
 
-def test_a_disk_that_fills_up_during_caching_leaves_no_cache(launcher, run_args, small_disk):
+def test_a_disk_that_fills_up_during_caching_leaves_no_cache(launcher, distill_args, small_disk):
     cache_dir = small_disk(1) / "answers"
-    args = [*run_args, *CACHE, f"logit_cache.dir={cache_dir}"]
+    args = [*distill_args, *CACHE, f"logit_cache.dir={cache_dir}"]
     moment = {
         "in": "dmt.distillation.logit_cache:_sample_window",
         "nth": 5,

@@ -86,15 +86,15 @@ def run_until_killed(launcher, args, function, nth, after, program="distill", **
     ("function", "nth"), TRAINING, ids=lambda part: str(part).rpartition(":")[2]
 )
 def test_a_killed_distillation_resumes_to_the_same_result(
-    launcher, uninterrupted_result, calls, run_args, tmp_path, function, nth
+    launcher, uninterrupted_result, calls, distill_args, tmp_path, function, nth
 ):
     after = int(draw_fraction(function, nth) * calls[function])
-    run_until_killed(launcher, [*run_args, *ROWS], function, nth, after)
+    run_until_killed(launcher, [*distill_args, *ROWS], function, nth, after)
     run = tmp_path / "logs" / "version_0"
     assert_files_intact(run)
     reported = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
     assert "fidelity" not in reported or function.endswith("log_hparams")
-    resume_args = ["--resume", run] if (run / "config.yaml").exists() else [*run_args, *ROWS]
+    resume_args = ["--resume", run] if (run / "config.yaml").exists() else [*distill_args, *ROWS]
     ended = launcher.run(resume_args)
     assert ended.code == 0, ended.err
     run = (
@@ -109,7 +109,7 @@ def test_a_killed_distillation_resumes_to_the_same_result(
 
 
 def test_rows_written_before_the_first_checkpoint_are_rewound(
-    launcher, uninterrupted_result, run_args, tmp_path
+    launcher, uninterrupted_result, distill_args, tmp_path
 ):
     """The run begins again, so the rows that it wrote are deleted."""
     settings = (
@@ -118,7 +118,7 @@ def test_rows_written_before_the_first_checkpoint_are_rewound(
         "memory.write_start=0",
         "trainer.checkpoint_every=100",
     )
-    run_until_killed(launcher, [*run_args, *settings], f"{MODULE}.training_step", 4, 10)
+    run_until_killed(launcher, [*distill_args, *settings], f"{MODULE}.training_step", 4, 10)
     run = tmp_path / "logs" / "version_0"
     assert not list(run.glob("checkpoints/*"))
     assert read_last_step(run / "memory.db") == 3
@@ -127,7 +127,7 @@ def test_rows_written_before_the_first_checkpoint_are_rewound(
 
 
 def test_a_distillation_killed_several_times_at_any_time(
-    launcher, uninterrupted_result, run_args, tmp_path
+    launcher, uninterrupted_result, distill_args, tmp_path
 ):
     """The clock picks the moments, which may fall into library code outside Python."""
     settings = (
@@ -139,7 +139,7 @@ def test_a_distillation_killed_several_times_at_any_time(
     )
     rng, run, reached = random.Random(f"{SEED} clock"), tmp_path / "logs" / "version_0", []
     for round_ in range(5):
-        program = launcher.start(["--resume", run] if round_ else [*run_args, *settings])
+        program = launcher.start(["--resume", run] if round_ else [*distill_args, *settings])
         target_step = (reached[-1] if reached else 0) + rng.randint(1, 12)
         while (
             read_last_step(run / "memory.db") < target_step
@@ -174,10 +174,10 @@ def is_alive(program):
 
 
 def test_a_logit_cache_killed_while_written_is_written_again(
-    launcher, uninterrupted_result, run_args, tmp_path
+    launcher, uninterrupted_result, distill_args, tmp_path
 ):
     cache_dir = tmp_path / "cache"
-    args = [*run_args, *CACHE, f"logit_cache.dir={cache_dir}"]
+    args = [*distill_args, *CACHE, f"logit_cache.dir={cache_dir}"]
     run_until_killed(
         launcher,
         args,

@@ -24,9 +24,9 @@ from faults.test_kill import SLEEP
     ],
 )
 def test_a_non_finite_step_of_a_distillation_is_discarded(
-    launcher, run_args, tmp_path, fault, step, source
+    launcher, distill_args, tmp_path, fault, step, source
 ):
-    ended = launcher.run([*run_args, *ROWS], prepare=[fault])
+    ended = launcher.run([*distill_args, *ROWS], prepare=[fault])
     run = tmp_path / "logs" / "version_0"
     message = assert_one_line_error(ended)
     last_step = (step - 1) // 2 * 2
@@ -67,8 +67,8 @@ def test_a_non_finite_step_of_a_distillation_is_discarded(
     ]
 
 
-def test_non_finite_weights_are_not_saved(launcher, run_args, tmp_path):
-    message = assert_one_line_error(launcher.run(run_args, prepare=["overflow_in_the_weights"]))
+def test_non_finite_weights_are_not_saved(launcher, distill_args, tmp_path):
+    message = assert_one_line_error(launcher.run(distill_args, prepare=["overflow_in_the_weights"]))
     assert re.match(
         r"error: step 6: transformer\.h\.1\.\S+ after it is not finite;"
         " nothing of this step was kept",
@@ -81,8 +81,10 @@ def test_non_finite_weights_are_not_saved(launcher, run_args, tmp_path):
     assert saved == ["step_2.ckpt", "step_4.ckpt"]
 
 
-def test_a_run_without_a_checkpoint_begins_again_with_a_lower_rate(launcher, run_args, tmp_path):
-    message = assert_one_line_error(launcher.run([*run_args, "stages.layerwise_lr=1e30"]))
+def test_a_run_without_a_checkpoint_begins_again_with_a_lower_rate(
+    launcher, distill_args, tmp_path
+):
+    message = assert_one_line_error(launcher.run([*distill_args, "stages.layerwise_lr=1e30"]))
     assert (
         "there is no checkpoint yet, begin again with a lower rate: dmt distill --resume" in message
     )

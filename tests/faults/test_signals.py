@@ -57,9 +57,9 @@ def run_until_signal(launcher, args, name, function, nth, calls=40, program="dis
     ("name", "function", "nth"), STAGES, ids=lambda part: str(part).rpartition(":")[2]
 )
 def test_a_stopped_distillation_resumes_to_the_same_result(
-    launcher, uninterrupted_result, run_args, tmp_path, name, function, nth
+    launcher, uninterrupted_result, distill_args, tmp_path, name, function, nth
 ):
-    message = run_until_signal(launcher, [*run_args, *ROWS], name, function, nth)
+    message = run_until_signal(launcher, [*distill_args, *ROWS], name, function, nth)
     run = tmp_path / "logs" / "version_0"
     if not run.exists():
         assert "finished work is saved" in message
@@ -77,13 +77,13 @@ def test_a_stopped_distillation_resumes_to_the_same_result(
 
 @pytest.mark.parametrize("nth", [1, 6])
 def test_a_second_signal_does_not_wait_for_the_step(
-    launcher, uninterrupted_result, run_args, tmp_path, nth
+    launcher, uninterrupted_result, distill_args, tmp_path, nth
 ):
     moments = [
         {"in": f"{MODULE}.training_step", "nth": nth, "after": 0, "do": "SIGINT"},
         {"in": "dmt.distillation.module:check_finite", "nth": nth, "after": 3, "do": "SIGTERM"},
     ]
-    ended = launcher.run([*run_args, *ROWS], moments=moments)
+    ended = launcher.run([*distill_args, *ROWS], moments=moments)
     run = tmp_path / "logs" / "version_0"
     assert ended.code == 130, ended
     assert "Traceback" not in ended.err
@@ -95,10 +95,10 @@ def test_a_second_signal_does_not_wait_for_the_step(
     assert read_result(run) == uninterrupted_result(*ROWS)
 
 
-def test_a_logit_cache_stopped_while_written_is_removed(launcher, run_args, tmp_path):
+def test_a_logit_cache_stopped_while_written_is_removed(launcher, distill_args, tmp_path):
     message = run_until_signal(
         launcher,
-        [*run_args, *CACHE, f"logit_cache.dir={tmp_path / 'cache'}"],
+        [*distill_args, *CACHE, f"logit_cache.dir={tmp_path / 'cache'}"],
         "SIGTERM",
         "dmt.distillation.logit_cache:_sample_window",
         5,

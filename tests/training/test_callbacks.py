@@ -73,8 +73,8 @@ def test_a_log_gets_a_dated_line_at_most_every_interval(monkeypatch, caplog):
     assert len(caplog.messages) == 4, "the first process alone logs"
 
 
-def test_a_run_logs_its_plan_and_its_parts(run_args, capsys):
-    assert distill_main(run_args) == 0
+def test_a_run_logs_its_plan_and_its_parts(distill_args, capsys):
+    assert distill_main(distill_args) == 0
     lines = capsys.readouterr().err.splitlines()
     text = " ".join(" ".join(lines).split())
     parts = (

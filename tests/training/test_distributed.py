@@ -103,14 +103,14 @@ def run_torchrun(args, folder):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_two_processes_train_the_same_student_as_one(run_args, tmp_path, kind, capsys):
-    run_args += VARIANTS[kind]
-    assert distill_main(run_args) == 0
-    out, err = run_torchrun(run_args, tmp_path)
+def test_two_processes_train_the_same_student_as_one(distill_args, tmp_path, kind, capsys):
+    distill_args += VARIANTS[kind]
+    assert distill_main(distill_args) == 0
+    out, err = run_torchrun(distill_args, tmp_path)
     assert out.count("on the same test text") == 1
     assert err.count("feed-forward block ->") == 1, "the first process alone logs"
     assert "Warning" not in err
-    run_torchrun([*run_args, "trainer.devices=2"], tmp_path)
+    run_torchrun([*distill_args, "trainer.devices=2"], tmp_path)
     single, by_torchrun, by_devices = (
         tmp_path / "logs" / f"version_{number}" for number in range(3)
     )
@@ -184,15 +184,15 @@ def get_last_step(run):
 
 
 @needs_proc
-def test_several_processes_stop_together_and_resume_to_the_same_end(run_args, tmp_path):
-    run_args += [
+def test_several_processes_stop_together_and_resume_to_the_same_end(distill_args, tmp_path):
+    distill_args += [
         "stages.end_to_end_steps=120",
         *VARIANTS["associative"][2:],
         "trainer.validate_every=0",
         "trainer.checkpoint_every=10",
         "memory.write_start=0.9",
     ]
-    process = start_torchrun(run_args, tmp_path, stdout=subprocess.DEVNULL)
+    process = start_torchrun(distill_args, tmp_path, stdout=subprocess.DEVNULL)
     run = tmp_path / "logs" / "version_0"
     wait_for_checkpoint(run, 10)
     workers = list_children(process)
@@ -215,7 +215,7 @@ def test_several_processes_stop_together_and_resume_to_the_same_end(run_args, tm
     wait_for_end(workers)
 
     run_torchrun(["--resume", str(run)], tmp_path)
-    assert distill_main(run_args) == 0
+    assert distill_main(distill_args) == 0
     second_run = newest(tmp_path)
     assert second_run != run
     resumed, uninterrupted = weights(run), weights(second_run)
@@ -252,10 +252,12 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("moments", [[(0, 5, "after")], [(1, 5, "before"), (0, 5, "saving")]])
-def test_processes_stop_together_whenever_a_signal_comes(run_args, tmp_path, moments):
+def test_processes_stop_together_whenever_a_signal_comes(distill_args, tmp_path, moments):
     script = tmp_path / "send_signal.py"
     script.write_text(SIGNAL_SCRIPT)
-    process = start_torchrun([str(ROOT / "src"), repr(moments), *run_args], tmp_path, script=script)
+    process = start_torchrun(
+        [str(ROOT / "src"), repr(moments), *distill_args], tmp_path, script=script
+    )
     try:
         err = process.communicate(timeout=120)[1]
     finally:
@@ -269,28 +271,28 @@ def test_processes_stop_together_whenever_a_signal_comes(run_args, tmp_path, mom
     assert "KeyboardInterrupt" not in err
 
 
-def test_wrong_uses_of_torchrun_are_one_line(run_args, tmp_path, monkeypatch, capsys):
+def test_wrong_uses_of_torchrun_are_one_line(distill_args, tmp_path, monkeypatch, capsys):
     for name, value in zip(LAUNCH_VARIABLES, ("0", "0", "4", "4"), strict=True):
         monkeypatch.setenv(name, value)
-    assert distill_main([*run_args, "trainer.devices=2"]) == 2
+    assert distill_main([*distill_args, "trainer.devices=2"]) == 2
     assert "trainer.devices=2, but torchrun started 4 processes" in capsys.readouterr().err
-    assert distill_main([*run_args, "data.batch_size=6"]) == 2
+    assert distill_main([*distill_args, "data.batch_size=6"]) == 2
     assert "data.batch_size=6 must be a multiple of trainer.devices=4" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distill_main(run_args) == 2
+    assert distill_main(distill_args) == 2
     assert "on several machines" in capsys.readouterr().err
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name)
     too_many = ["trainer.devices=256", "data.batch_size=256", "data.micro_batch_size=256"]
-    assert distill_main([*run_args, *too_many]) == 2
+    assert distill_main([*distill_args, *too_many]) == 2
     assert re.search(
         r"trainer.devices=256: there are \d+ processes at most here", capsys.readouterr().err
     )
     assert not (tmp_path / "logs").exists()
 
 
-def test_several_devices_without_torchrun_name_its_command(run_args, tmp_path, capsys):
-    assert distill_main([*run_args, "trainer.devices=2"]) == 2
+def test_several_devices_without_torchrun_name_its_command(distill_args, tmp_path, capsys):
+    assert distill_main([*distill_args, "trainer.devices=2"]) == 2
     err = capsys.readouterr().err
     assert "trainer.devices=2 needs 2 processes, which torchrun starts: torchrun" in err
     assert "--nproc-per-node=2" in err

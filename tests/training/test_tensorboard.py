@@ -59,8 +59,8 @@ ROWS = ["memory.kind=associative", "memory.write_start=0.5"]
     ],
     ids=str,
 )
-def test_charts_show_every_measured_curve_and_no_other(run_args, tmp_path, changes):
-    assert distill_main([*run_args, *changes]) == 0
+def test_charts_show_every_measured_curve_and_no_other(distill_args, tmp_path, changes):
+    assert distill_main([*distill_args, *changes]) == 0
     events = load_events(newest(tmp_path))
     charts = read_charts(events)
     tags = set(events.Tags()["scalars"])
@@ -76,8 +76,8 @@ def test_charts_show_every_measured_curve_and_no_other(run_args, tmp_path, chang
     assert ("knn rows" in charts) == bool([arg for arg in changes if arg == ROWS[0]])
 
 
-def test_curves_begin_when_the_value_is_first_measured(run_args, tmp_path):
-    assert distill_main([*run_args, *ROWS]) == 0
+def test_curves_begin_when_the_value_is_first_measured(distill_args, tmp_path):
+    assert distill_main([*distill_args, *ROWS]) == 0
     events = load_events(newest(tmp_path))
     assert "epoch" not in events.Tags()["scalars"]
     first = min(event.step for event in events.Scalars("knn/rows/layer_0"))
@@ -95,7 +95,7 @@ def test_curves_begin_when_the_value_is_first_measured(run_args, tmp_path):
     assert events.Scalars("hparam/text_kl")[0].value == pytest.approx(record["kl"])
 
 
-def test_slot_usage_is_not_logged_without_recorded_reads(run_args, tmp_path, monkeypatch):
+def test_slot_usage_is_not_logged_without_recorded_reads(distill_args, tmp_path, monkeypatch):
     from dmt.memory.slot_table import SlotTable
 
     monkeypatch.setattr(SlotTable, "_record_reads", lambda *_: None)
@@ -109,15 +109,15 @@ def test_slot_usage_is_not_logged_without_recorded_reads(run_args, tmp_path, mon
 
     monkeypatch.setattr(run, "evaluate_student", stop)
     with pytest.raises(Stop):
-        distill_main([*run_args, "memory.k=8", "memory.mean_k="])
+        distill_main([*distill_args, "memory.k=8", "memory.mean_k="])
     assert not [
         tag for tag in load_events(newest(tmp_path)).Tags()["scalars"] if tag.startswith("slots/")
     ]
 
 
-def test_a_student_without_slots_has_no_slot_metrics(run_args, tmp_path):
+def test_a_student_without_slots_has_no_slot_metrics(distill_args, tmp_path):
     bare = [*ROWS, "memory.base=none", "memory.value_target=teacher", "stages.layerwise_steps=0"]
-    assert distill_main([*run_args, *bare]) == 0
+    assert distill_main([*distill_args, *bare]) == 0
     events = load_events(newest(tmp_path))
     assert "hparam/active_slots" not in events.Tags()["scalars"]
     assert "hparam/knn_rows" in events.Tags()["scalars"]
@@ -126,12 +126,12 @@ def test_a_student_without_slots_has_no_slot_metrics(run_args, tmp_path):
     assert "stored rows, layer" in page
 
 
-def test_hparams_differ_by_variant_and_have_one_entry_per_run(run_args, tmp_path):
-    assert distill_main([*run_args, "trainer.run_name=plain"]) == 0
+def test_hparams_differ_by_variant_and_have_one_entry_per_run(distill_args, tmp_path):
+    assert distill_main([*distill_args, "trainer.run_name=plain"]) == 0
     assert (
         distill_main(
             [
-                *run_args,
+                *distill_args,
                 "trainer.run_name=wide",
                 "memory.mean_k=16",
                 "student.layer_overrides=[{layers: 1, memory: {skip_connection: false}}]",
@@ -166,10 +166,10 @@ def test_hparams_differ_by_variant_and_have_one_entry_per_run(run_args, tmp_path
 
 
 def test_a_named_run_is_resolved_resumed_and_replayed_by_its_name(
-    run_args, tmp_path, monkeypatch, capsys
+    distill_args, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    args = [*run_args, "trainer.log_dir=lightning_logs"]
+    args = [*distill_args, "trainer.log_dir=lightning_logs"]
     assert distill_main([*args, "trainer.validate_every=0"]) == 0
     assert distill_main([*args, "trainer.run_name=narrow", "memory.mean_k=4"]) == 0
     run = tmp_path / "lightning_logs" / "narrow"

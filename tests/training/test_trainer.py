@@ -55,10 +55,10 @@ class NeedsAPackage(RecordingLogger):
         raise ModuleNotFoundError("No module named 'some_tracker'", name="some_tracker")
 
 
-def test_a_logger_by_class_path_gets_all_metrics(run_args, tmp_path, monkeypatch):
+def test_a_logger_by_class_path_gets_all_metrics(distill_args, tmp_path, monkeypatch):
     monkeypatch.setattr(RecordingLogger, "instances", [])
     path = f"{RecordingLogger.__module__}.{RecordingLogger.__name__}"
-    assert distill_main([*run_args, f"trainer.loggers=[tensorboard, csv, {path}]"]) == 0
+    assert distill_main([*distill_args, f"trainer.loggers=[tensorboard, csv, {path}]"]) == 0
     (logger,) = RecordingLogger.instances
     run_dir = tmp_path / "logs" / "version_0"
     assert (logger.folder, logger.run_name) == (str(run_dir), "version_0")
@@ -77,8 +77,8 @@ def test_the_default_loggers_write_into_the_run(tmp_path):
     assert tensorboard.log_dir == csv.log_dir == str(tmp_path / "version_3")
 
 
-def test_a_run_needs_no_logger(run_args, tmp_path):
-    assert distill_main([*run_args, "trainer.loggers=[]"]) == 0
+def test_a_run_needs_no_logger(distill_args, tmp_path):
+    assert distill_main([*distill_args, "trainer.loggers=[]"]) == 0
     run_dir = tmp_path / "logs" / "version_0"
     assert (run_dir / "report.html").is_file()
     assert not (run_dir / "metrics.csv").exists()
@@ -93,8 +93,8 @@ def test_a_run_needs_no_logger(run_args, tmp_path):
         ("pathlib.Path", "pathlib.Path is not a Lightning logger"),
     ],
 )
-def test_an_unknown_logger_is_refused_before_the_run(run_args, tmp_path, capsys, name, message):
-    assert distill_main([*run_args, f"trainer.loggers=[{name}]"]) == 2
+def test_an_unknown_logger_is_refused_before_the_run(distill_args, tmp_path, capsys, name, message):
+    assert distill_main([*distill_args, f"trainer.loggers=[{name}]"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
 
@@ -115,7 +115,7 @@ def test_class_paths_of_both_lightning_packages_are_accepted(tmp_path):
     assert isinstance(logger, CSVLogger)
 
 
-def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(run_args, capfd, caplog):
+def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(distill_args, capfd, caplog):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     hook, level = threading.excepthook, logging.getLogger("pytorch_lightning").level
     during = []
@@ -128,7 +128,7 @@ def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(run_args, cap
     caplog.set_level(logging.INFO, "dmt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.StopOnSignal, "on_train_batch_end", record)
-        result = run_task(config_io.load_config(None, run_args))
+        result = run_task(config_io.load_config(None, distill_args))
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
     assert set(during) == {handlers[0]}
@@ -139,10 +139,10 @@ def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(run_args, cap
     assert any(message.startswith("teacher") for message in caplog.messages)
 
 
-def test_a_run_from_python_works_in_a_thread(run_args, tmp_path):
+def test_a_run_from_python_works_in_a_thread(distill_args, tmp_path):
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(run_task(config_io.load_config(None, run_args)))
+        target=lambda: results.append(run_task(config_io.load_config(None, distill_args)))
     )
     thread.start()
     thread.join()
@@ -150,7 +150,7 @@ def test_a_run_from_python_works_in_a_thread(run_args, tmp_path):
     assert current_run() is None
 
 
-def test_an_interrupt_of_a_run_from_python_says_how_to_resume(run_args, tmp_path, monkeypatch):
+def test_an_interrupt_of_a_run_from_python_says_how_to_resume(distill_args, tmp_path, monkeypatch):
     training_step = DistillationModule.training_step
 
     def interrupt(self, *args):
@@ -161,7 +161,7 @@ def test_an_interrupt_of_a_run_from_python_says_how_to_resume(run_args, tmp_path
     monkeypatch.setattr(DistillationModule, "training_step", interrupt)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 4; resume with: .*--resume"):
-        run_task(config_io.load_config(None, run_args))
+        run_task(config_io.load_config(None, distill_args))
     assert signal.getsignal(signal.SIGINT) == handler
     assert current_run() is None
 
