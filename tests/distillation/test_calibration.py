@@ -1,4 +1,4 @@
-"""What is measured before training: what slots are worth, where the budget goes, and nothing from outliers."""
+"""Calibration: Fisher metrics, the shared budget of slots, and statistics without outliers."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ from dmt.ops import symmetric_root
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
-def test_sensitivity_foretells_the_kl_of_a_small_change(layer):
+def test_the_fisher_metric_predicts_the_kl_of_a_small_change(layer):
     teacher = make_teacher().double()
     tokens = torch.randint(1, 300, (2, 8))
-    metric = measure_fisher(teacher, tokens.repeat(300, 1), batch_size=100)[layer].double()
+    fisher = measure_fisher(teacher, tokens.repeat(300, 1), batch_size=100)[layer].double()
     block = get_architecture("gpt2").blocks(teacher)[layer]
     before = teacher(tokens).logits.log_softmax(-1)
     for seed in range(3):
@@ -32,22 +32,22 @@ def test_sensitivity_foretells_the_kl_of_a_small_change(layer):
             torch.randn(WIDTH, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
             * 1e-3
         )
-        nats = []
+        kls = []
         for position in range(8):
 
-            def push(_, __, answered, position=position, change=change):
-                answered = answered.clone()
-                answered[:, position] += change
-                return answered
+            def add_change(_, __, block_output, position=position, change=change):
+                block_output = block_output.clone()
+                block_output[:, position] += change
+                return block_output
 
-            hook = block.register_forward_hook(push)
+            hook = block.register_forward_hook(add_change)
             after = teacher(tokens).logits.log_softmax(-1)
-            nats.append(float((before.exp() * (before - after)).sum((-2, -1)).mean()))
+            kls.append(float((before.exp() * (before - after)).sum((-2, -1)).mean()))
             hook.remove()
-        assert sum(nats) / 8 == pytest.approx(float(change @ metric @ change) / 2, rel=0.15)
+        assert sum(kls) / 8 == pytest.approx(float(change @ fisher @ change) / 2, rel=0.15)
 
 
-def test_the_root_of_a_metric_measures_as_it_does():
+def test_norms_with_the_symmetric_root_equal_those_of_the_metric():
     half = torch.randn(WIDTH, WIDTH - 3)
     metric, states = half @ half.t(), torch.randn(5, WIDTH)
     torch.testing.assert_close(
@@ -59,10 +59,10 @@ def test_the_root_of_a_metric_measures_as_it_does():
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_calibration_spends_the_budget_and_beats_the_same_k_for_all(family):
+def test_a_shared_budget_is_met_and_beats_a_uniform_k(family):
     teacher = family()
     windows = torch.randint(1, 300, (24, 20))
-    found = {}
+    kls = {}
     for name, memory in {
         "auto": FeaturalConfig(mean_k=SLOTS // 4),
         "uniform": FeaturalConfig(k=SLOTS // 4),
@@ -71,30 +71,32 @@ def test_calibration_spends_the_budget_and_beats_the_same_k_for_all(family):
         calibrate_memories(student, teacher, windows)
         memories = get_memories(student)
         with record_usage(memories) as usage:
-            found[name] = measure_fidelity(student, teacher, windows).kl
+            kls[name] = measure_fidelity(student, teacher, windows).kl
         reads = [counts.mean_reads for counts in usage.values()]
         assert sum(reads) / LAYERS == pytest.approx(SLOTS // 4, rel=0.1)
         if name == "auto":
-            assert len({float(each.threshold) for each in memories.values()}) == 1
-            assert max(reads) > min(reads) + 1, "layers differ in what they need"
-            assert not any(each.budget_counts.any() for each in memories.values())
-    assert found["auto"] < found["uniform"]
+            assert len({float(memory.threshold) for memory in memories.values()}) == 1
+            assert max(reads) > min(reads) + 1, "layers read different numbers of slots"
+            assert not any(memory.budget_counts.any() for memory in memories.values())
+    assert kls["auto"] < kls["uniform"]
 
 
-def test_one_absurd_token_moves_no_statistic():
+def test_one_outlier_token_changes_no_statistic():
     plain, absurd = make_teacher(), make_teacher()
     windows = torch.randint(1, 299, (8, 20))
     for teacher in (plain, absurd):
         teacher.requires_grad_(False)
 
-    def explode(_, given, answered):
-        answered = answered.clone()
-        answered[0, 0] *= 1e5
-        return answered
+    def explode(_, block_input, block_output):
+        block_output = block_output.clone()
+        block_output[0, 0] *= 1e5
+        return block_output
 
     hook = get_architecture("gpt2").blocks(absurd)[1].register_forward_hook(explode)
-    quiet, loud = measure_scales(plain, windows), measure_scales(absurd, windows)
-    assert float(loud.block_variances[1]) == pytest.approx(float(quiet.block_variances[1]), rel=0.2)
+    plain_scales, absurd_scales = measure_scales(plain, windows), measure_scales(absurd, windows)
+    assert float(absurd_scales.block_variances[1]) == pytest.approx(
+        float(plain_scales.block_variances[1]), rel=0.2
+    )
     student, _ = convert_blocks(plain, [FeaturalConfig(k=8)] * LAYERS)
     calibrate_memories(student, absurd, windows)
     hook.remove()
@@ -103,16 +105,16 @@ def test_one_absurd_token_moves_no_statistic():
 
 
 @torch.no_grad()
-def test_limits_are_those_of_each_layers_own_outputs():
+def test_outlier_norms_are_those_of_each_layer():
     teacher, windows = make_teacher(), torch.randint(1, 300, (8, 20))
     outputs = forward_with_activations(teacher, windows, capture_blocks=True).block_outputs
     torch.testing.assert_close(
         measure_scales(teacher, windows).outlier_norms,
-        torch.stack([outlier_threshold(each) for each in outputs]),
+        torch.stack([outlier_threshold(states) for states in outputs]),
     )
 
 
-def test_a_budget_is_met_although_the_first_threshold_misses_it(monkeypatch):
+def test_the_budget_is_met_from_a_wrong_initial_threshold(monkeypatch):
     def too_high(memories, hidden):
         initialize_threshold(memories, hidden)
         for memory in memories:
@@ -129,14 +131,14 @@ def test_a_budget_is_met_although_the_first_threshold_misses_it(monkeypatch):
     )
 
 
-def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memories_own_layers(
+def test_the_initial_threshold_is_measured_with_means_on_inliers_of_each_layer(
     monkeypatch,
 ):
-    teacher, windows, found = make_teacher(), torch.randint(1, 300, (8, 20)), []
+    teacher, windows, captured = make_teacher(), torch.randint(1, 300, (8, 20)), []
 
-    def look(memories, hidden):
+    def capture(memories, hidden):
         for memory, states in zip(memories, hidden, strict=True):
-            found.append(states)
+            captured.append(states)
             torch.testing.assert_close(
                 memory.compute_weights(states, memory.compute_scores(states)).mean(0),
                 torch.zeros(SLOTS),
@@ -144,40 +146,43 @@ def test_the_first_threshold_is_found_with_means_on_ordinary_inputs_of_the_memor
                 rtol=0,
             )
 
-    def explode(_, given, answered):
-        return answered.index_put((torch.tensor(0), torch.tensor(0)), answered[0, 0] * 1e5)
+    def explode(_, block_input, block_output):
+        return block_output.index_put((torch.tensor(0), torch.tensor(0)), block_output[0, 0] * 1e5)
 
-    monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", look)
+    monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", capture)
     hook = get_architecture("gpt2").blocks(teacher)[2].register_forward_hook(explode)
     student, _ = convert_blocks(
         teacher, [DenseConfig(), *[FeaturalConfig(selection="centered")] * 2]
     )
     calibrate_memories(student, teacher, windows)
-    signals = forward_with_activations(teacher, windows, capture_blocks=True)
+    outputs = forward_with_activations(teacher, windows, capture_blocks=True)
     hook.remove()
-    for states, layer in zip(found, (1, 2), strict=True):
+    for states, layer in zip(captured, (1, 2), strict=True):
         assert torch.equal(
-            states, signals.block_inputs[layer][inlier_mask(signals.block_outputs[layer])]
+            states, outputs.block_inputs[layer][inlier_mask(outputs.block_outputs[layer])]
         )
-    assert [len(states) for states in found] == [160, 159]
+    assert [len(states) for states in captured] == [160, 159]
 
 
 @torch.no_grad()
-def test_means_and_biases_are_settled_for_what_is_read_in_the_end():
+def test_means_and_biases_fit_the_final_selection():
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
     student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=8, selection="centered")] * LAYERS)
     calibrate_memories(student, teacher, windows)
-    said, wanted = (
+    student_outputs, teacher_outputs = (
         forward_with_activations(model, windows, capture_blocks=True)
         for model in (student, teacher)
     )
     for layer, memory in get_memories(student).items():
-        hidden = said.block_inputs[layer].flatten(0, 1)
+        hidden = student_outputs.block_inputs[layer].flatten(0, 1)
         torch.testing.assert_close(
             memory.compute_weights(hidden, memory.compute_scores(hidden)).mean(0),
             torch.zeros(SLOTS),
             atol=1e-4,
             rtol=0,
         )
-        means = [signals.block_outputs[layer].mean((0, 1)) for signals in (said, wanted)]
+        means = [
+            outputs.block_outputs[layer].mean((0, 1))
+            for outputs in (student_outputs, teacher_outputs)
+        ]
         torch.testing.assert_close(*means, atol=1e-4, rtol=1e-4)

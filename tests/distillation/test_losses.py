@@ -1,4 +1,4 @@
-"""Losses by definition: hand-made numbers, the library's own loss, and independence of padding and splitting."""
+"""Losses by definition, and their independence of padding, splitting and chunks."""
 
 import math
 
@@ -25,7 +25,7 @@ from dmt.distillation.losses import (
 )
 from dmt.models.forward import ForwardOutputs, forward_with_activations
 
-ALL = LossConfig(
+ALL_TERMS = LossConfig(
     kl=1.0,
     reverse_kl=0.7,
     ce=0.5,
@@ -38,11 +38,11 @@ SCALES = LossScales(torch.tensor([2.0, 3.0, 4.0]), torch.tensor(5.0))
 
 
 @pytest.fixture
-def pair():
+def models():
     return make_teacher(300, initializer_range=0.3).requires_grad_(True), make_teacher(300)
 
 
-def loss(student, teacher, tokens, mask=None, weights=ALL, batch=None):
+def compute_loss(student, teacher, tokens, mask=None, weights=ALL_TERMS, batch=None):
     batch = batch or Batch.full_step(tokens, mask)
     signals = (
         forward_with_activations(student, tokens, mask, capture_blocks=True),
@@ -66,7 +66,7 @@ def test_kl_of_two_coins():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_kl_against_its_sum_with_temperature_squared(temperature):
+def test_kl_is_the_sum_times_the_squared_temperature(temperature):
     student, teacher = torch.randn(2, 5, 7) * 3, torch.randn(2, 5, 7) * 3
     p, q = (F.softmax(x / temperature, -1) for x in (teacher, student))
     torch.testing.assert_close(
@@ -74,49 +74,56 @@ def test_kl_against_its_sum_with_temperature_squared(temperature):
     )
 
 
-def test_ce_is_the_librarys_shifted_loss(pair, tokens):
-    student, teacher = pair
+def test_ce_is_the_shifted_loss_of_transformers(models, tokens):
+    student, teacher = models
     weights = LossConfig(hidden_mse=0, block_fvu=0, kl=0, ce=1)
     labels = tokens.clone()
     torch.testing.assert_close(
-        loss(student, teacher, tokens, weights=weights), student(tokens, labels=labels).loss
+        compute_loss(student, teacher, tokens, weights=weights), student(tokens, labels=labels).loss
     )
     copied = F.cross_entropy(student(tokens).logits.flatten(0, 1), tokens.flatten())
-    assert abs((copied - loss(student, teacher, tokens, weights=weights)).item()) > 0.1
+    assert abs((copied - compute_loss(student, teacher, tokens, weights=weights)).item()) > 0.1
 
 
-def test_kl_term_is_a_mean_over_tokens(pair, tokens):
-    student, teacher = pair
+def test_kl_term_is_a_mean_over_tokens(models, tokens):
+    student, teacher = models
     expected = kl(student(tokens).logits, teacher(tokens).logits).mean()
     torch.testing.assert_close(
-        loss(student, teacher, tokens, weights=LossConfig(hidden_mse=0, block_fvu=0, kl=1)),
+        compute_loss(student, teacher, tokens, weights=LossConfig(hidden_mse=0, block_fvu=0, kl=1)),
         expected,
     )
     doubled = tokens.repeat(2, 1)
     torch.testing.assert_close(
-        loss(student, teacher, doubled, weights=LossConfig(hidden_mse=0, block_fvu=0, kl=1)),
+        compute_loss(
+            student, teacher, doubled, weights=LossConfig(hidden_mse=0, block_fvu=0, kl=1)
+        ),
         expected,
     )
 
 
-def test_padding_changes_neither_value_nor_gradient(pair, tokens):
-    student, teacher = pair
+def test_padding_changes_neither_value_nor_gradient(models, tokens):
+    student, teacher = models
     padded = F.pad(tokens, (0, 7), value=5)
     mask = F.pad(torch.ones_like(tokens), (0, 7))
-    plain, masked = loss(student, teacher, tokens), loss(student, teacher, padded, mask)
+    plain, masked = (
+        compute_loss(student, teacher, tokens),
+        compute_loss(student, teacher, padded, mask),
+    )
     torch.testing.assert_close(masked, plain)
-    for got, want in zip(gradients(student, masked), gradients(student, plain), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for actual, expected_grad in zip(
+        gradients(student, masked), gradients(student, plain), strict=True
+    ):
+        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-5)
 
 
-def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, tokens):
-    student, teacher = pair
+def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(models, tokens):
+    student, teacher = models
     mask = torch.ones_like(tokens)
-    mask[0, 4:] = 0  # a short row: a mean of means would give it too much weight
-    whole = loss(student, teacher, tokens, mask)
+    mask[0, 4:] = 0  # a short row, which a mean of means would weight too much
+    full = compute_loss(student, teacher, tokens, mask)
     counts = Batch.full_step(tokens, mask)
     pieces = [
-        loss(
+        compute_loss(
             student,
             teacher,
             t,
@@ -125,9 +132,11 @@ def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, token
         )
         for t, m in zip(tokens.split(1), mask.split(1), strict=True)
     ]
-    torch.testing.assert_close(sum(pieces), whole)
-    for got, want in zip(gradients(student, sum(pieces)), gradients(student, whole), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(pieces), full)
+    for actual, expected_grad in zip(
+        gradients(student, sum(pieces)), gradients(student, full), strict=True
+    ):
+        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -135,60 +144,66 @@ def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(pair, token
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunks_change_neither_value_nor_gradient(pair, tokens, chunk, temperature, terms):
-    student, teacher = pair
+def test_chunks_change_neither_value_nor_gradient(models, tokens, chunk, temperature, terms):
+    student, teacher = models
     mask = torch.ones_like(tokens)
     mask[0, 4:] = 0
-    nothing = {"hidden_mse": 0, "block_fvu": 0, "kl": 0, "temperature": temperature}
-    plain, pieces = (
-        loss(
-            student, teacher, tokens, mask, weights=LossConfig(**(nothing | terms), chunk_size=each)
+    base = {"hidden_mse": 0, "block_fvu": 0, "kl": 0, "temperature": temperature}
+    plain, chunked = (
+        compute_loss(
+            student,
+            teacher,
+            tokens,
+            mask,
+            weights=LossConfig(**(base | terms), chunk_size=chunk_size),
         )
-        for each in (0, chunk)
+        for chunk_size in (0, chunk)
     )
-    torch.testing.assert_close(pieces, plain)
-    for got, want in zip(
-        gradients(student, 3 * pieces), gradients(student, 3 * plain), strict=True
+    torch.testing.assert_close(chunked, plain)
+    for actual, expected_grad in zip(
+        gradients(student, 3 * chunked), gradients(student, 3 * plain), strict=True
     ):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-6)
 
 
-def test_chunks_leave_a_frozen_head_alone(pair, tokens):
-    student, teacher = pair
+def test_a_frozen_head_gets_no_gradient_from_chunks(models, tokens):
+    student, teacher = models
     student.get_output_embeddings().weight.requires_grad_(False)
-    found = loss(
+    loss = compute_loss(
         student, teacher, tokens, weights=LossConfig(hidden_mse=0, block_fvu=0, chunk_size=5)
     )
-    found.backward()
+    loss.backward()
     assert student.get_output_embeddings().weight.grad is None
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad and p.dim() > 1)
 
 
 @pytest.mark.parametrize("term", LOSS_TERMS)
-def test_each_weight_scales_its_own_term_and_nothing_else(pair, tokens, term):
-    student, teacher = pair
-    nothing = dict.fromkeys(LOSS_TERMS, 0.0)
-    alone = LossConfig(**(nothing | {term: 1.0}))
+def test_a_weight_scales_only_its_own_term(models, tokens, term):
+    student, teacher = models
+    zeros = dict.fromkeys(LOSS_TERMS, 0.0)
+    config = LossConfig(**(zeros | {term: 1.0}))
     signals = (
         forward_with_activations(student, tokens, capture_blocks=True),
         forward_with_activations(teacher, tokens, capture_blocks=True),
     )
-    assert set(compute_loss_terms(*signals, Batch.full_step(tokens), alone, SCALES)) == {term}
+    assert set(compute_loss_terms(*signals, Batch.full_step(tokens), config, SCALES)) == {term}
     once, thrice = (
-        loss(student, teacher, tokens, weights=LossConfig(**(nothing | {term: w})))
+        compute_loss(student, teacher, tokens, weights=LossConfig(**(zeros | {term: w})))
         for w in (1.0, 3.0)
     )
     torch.testing.assert_close(thrice, 3 * once)
     assert once.item() > 0.01
     if term != "ce":
-        assert loss(teacher, teacher, tokens, weights=alone).item() == pytest.approx(0, abs=1e-5)
+        assert compute_loss(teacher, teacher, tokens, weights=config).item() == pytest.approx(
+            0, abs=1e-5
+        )
 
 
 def test_state_terms_by_definition(tokens):
-    mine, theirs = (torch.randn(3, 20, 4) for _ in range(2))
+    student_states, teacher_states = (torch.randn(3, 20, 4) for _ in range(2))
     student, teacher = (
         ForwardOutputs(x, torch.nn.Identity(), block_outputs=(x, 2 * x, 3 * x))
-        for x in (mine, theirs)
+        for x in (student_states, teacher_states)
     )
     terms = compute_loss_terms(
         student,
@@ -197,27 +212,28 @@ def test_state_terms_by_definition(tokens):
         LossConfig(kl=0, hidden_mse=1, block_fvu=1, hidden_cosine=1),
         SCALES,
     )
-    squared = (mine - theirs).square().sum(-1).mean()
+    squared = (student_states - teacher_states).square().sum(-1).mean()
     torch.testing.assert_close(terms["hidden_mse"], squared / 5)
     torch.testing.assert_close(terms["block_fvu"], squared * (1 / 2 + 4 / 3 + 9 / 4) / 3)
     torch.testing.assert_close(
-        terms["hidden_cosine"], 1 - F.cosine_similarity(mine, theirs, dim=-1).mean()
+        terms["hidden_cosine"],
+        1 - F.cosine_similarity(student_states, teacher_states, dim=-1).mean(),
     )
 
 
-def test_outliers_count_less_and_only_they(tokens):
-    wanted = torch.randn(3, 20, 4)
-    wanted[0, 0] *= 1e5
-    limit, length = outlier_threshold(wanted), wanted[0, 0].norm()
-    assert inlier_mask(wanted).sum() == 59
-    given = wanted + torch.randn(3, 20, 4)
-    errors = (given - wanted).square().sum(-1)
+def test_only_outliers_are_weighted_down(tokens):
+    target = torch.randn(3, 20, 4)
+    target[0, 0] *= 1e5
+    limit, length = outlier_threshold(target), target[0, 0].norm()
+    assert inlier_mask(target).sum() == 59
+    output = target + torch.randn(3, 20, 4)
+    errors = (output - target).square().sum(-1)
     errors[0, 0] *= (limit / length) ** 2
     mask = torch.ones(3, 20)
-    torch.testing.assert_close(squared_error(given, wanted, mask, 60, limit), errors.mean())
+    torch.testing.assert_close(squared_error(output, target, mask, 60, limit), errors.mean())
     scales = LossScales(torch.tensor([2.0]), torch.tensor(1.0), limit.unsqueeze(0))
     torch.testing.assert_close(
-        block_fvu((given,), (wanted,), mask, 60, scales)[0], errors.mean() / 2
+        block_fvu((output,), (target,), mask, 60, scales)[0], errors.mean() / 2
     )
 
 
@@ -229,11 +245,11 @@ def test_next_token_mask():
     ]
 
 
-def test_the_block_term_is_about_the_layers_it_is_given(tokens):
-    mine, theirs = (torch.randn(3, 20, 4) for _ in range(2))
+def test_the_block_term_covers_the_chosen_layers(tokens):
+    student_states, teacher_states = (torch.randn(3, 20, 4) for _ in range(2))
     student, teacher = (
         ForwardOutputs(x, torch.nn.Identity(), block_outputs=(x, 2 * x, 3 * x))
-        for x in (mine, theirs)
+        for x in (student_states, teacher_states)
     )
     terms = compute_loss_terms(
         student,
@@ -244,49 +260,53 @@ def test_the_block_term_is_about_the_layers_it_is_given(tokens):
         [0, 2],
     )
     torch.testing.assert_close(
-        terms["block_fvu"], (mine - theirs).square().sum(-1).mean() * (1 / 2 + 9 / 4) / 2
+        terms["block_fvu"],
+        (student_states - teacher_states).square().sum(-1).mean() * (1 / 2 + 9 / 4) / 2,
     )
 
 
-def test_text_without_a_next_token_costs_nothing(pair):
+def test_ce_of_text_without_a_next_token_is_zero(models):
     weights = LossConfig(hidden_mse=0, block_fvu=0, kl=0, ce=1)
-    assert loss(*pair, torch.randint(1, 300, (2, 1)), weights=weights).item() == 0
+    assert compute_loss(*models, torch.randint(1, 300, (2, 1)), weights=weights).item() == 0
 
 
 @pytest.mark.parametrize("name", TERMS_WITH_GRAD)
-def test_half_precision_logits_are_judged_in_full_precision(name):
-    given, wanted, targets = (
+def test_losses_of_bf16_logits_are_computed_in_float32(name):
+    student, teacher, targets = (
         torch.randn(5, 50).bfloat16(),
         torch.randn(5, 50).bfloat16(),
         torch.randint(50, (5,)),
     )
-    found, full = (
-        TERMS_WITH_GRAD[name](a, b, targets, 2.0)
-        for a, b in ((given, wanted), (given.float(), wanted.float()))
+    half, full = (
+        TERMS_WITH_GRAD[name](student_logits, teacher_logits, targets, 2.0)
+        for student_logits, teacher_logits in (
+            (student, teacher),
+            (student.float(), teacher.float()),
+        )
     )
-    for mine, wants in zip(found, full, strict=True):
-        assert torch.equal(mine, wants)
+    for actual, expected in zip(half, full, strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_an_outlier_is_longer_than_ten_medians_whatever_the_longest_are():
+def test_the_outlier_threshold_is_ten_times_the_median_norm():
     states = torch.ones(9, 4)
     states[0] *= 1e6
     assert outlier_threshold(states) == 20
     assert inlier_mask(states).tolist() == [False] + [True] * 8
-    assert inlier_mask(torch.zeros(5, 4)).all(), "silence is no outlier"
+    assert inlier_mask(torch.zeros(5, 4)).all(), "zeros are no outliers"
 
 
-def test_an_outlier_counts_less_by_the_square_of_how_much_too_long_it_is():
+def test_outlier_weights_are_squared_ratios_to_the_threshold():
     states = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]])
     torch.testing.assert_close(
         outlier_weights(states, torch.tensor(10.0)), torch.tensor([1.0, 0.04, 1.0])
     )
 
 
-def test_what_a_student_makes_too_long_counts_in_full():
-    wanted, given, mask = torch.ones(1, 4, 2), torch.ones(1, 4, 2), torch.ones(1, 4)
-    given[0, 0] *= 1e3
+def test_outliers_of_the_student_count_in_full():
+    target, output, mask = torch.ones(1, 4, 2), torch.ones(1, 4, 2), torch.ones(1, 4)
+    output[0, 0] *= 1e3
     torch.testing.assert_close(
-        squared_error(given, wanted, mask, 4, outlier_threshold(wanted)),
-        squared_error(given, wanted, mask, 4),
+        squared_error(output, target, mask, 4, outlier_threshold(target)),
+        squared_error(output, target, mask, 4),
     )

@@ -1,4 +1,4 @@
-"""Associative memories in a whole run: rows and checkpoints are one, the saved student is the student, nothing leaks."""
+"""Stored rows in complete runs: checkpoints, stores and saved students agree."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ ROWS = [
     "memory.min_distance=0.05",
     "store.flush_every=2",
 ]
-ALONE = [
+ROWS_ONLY = [
     "memory.base=none",
     "memory.k=8",
     "memory.mean_k=",
@@ -53,18 +53,18 @@ ALONE = [
 ]
 
 
-def rows_in(run):
-    return rows_in_store(run / "memory.db")
+def read_run_rows(run):
+    return read_store_rows(run / "memory.db")
 
 
-def rows_in_store(place):
-    """Rows of each layer by number: step, key, value."""
-    with RowStore(str(place), read_only=True) as store:
+def read_store_rows(path):
+    """Return `(step, key, value)` of each row by namespace and row ID."""
+    with RowStore(str(path), read_only=True) as store:
         return {
             space.name: {
-                int(n): (s, k.tobytes(), v.tobytes())
+                int(row_id): (step, key.tobytes(), value.tobytes())
                 for page in store.scan(space)
-                for n, s, k, v in zip(
+                for row_id, step, key, value in zip(
                     page.ids, page.metadata["step"], page.keys, page.values, strict=True
                 )
             }
@@ -72,7 +72,7 @@ def rows_in_store(place):
         }
 
 
-def small(teacher, tmp_path, read_only=False, run=None, **changes):
+def make_module(teacher, tmp_path, read_only=False, run=None, **changes):
     memory = AssociativeConfig(**{"k": 8, "write_start": 0.0, "min_distance": 0.01} | changes)
     config = replace(
         Config(),
@@ -81,101 +81,101 @@ def small(teacher, tmp_path, read_only=False, run=None, **changes):
         stages=StagesConfig(end_to_end_steps=4),
     )
     student, _ = convert_blocks(teacher, [memory] * LAYERS)
-    made = DistillationModule(config, student, teacher)
-    made.row_sync = RowStoreSync(
+    module = DistillationModule(config, student, teacher)
+    module.row_sync = RowStoreSync(
         StoreConfig(),
         RowStore(str(tmp_path / "rows.db"), hash_model(teacher), read_only),
         student,
         run or tmp_path,
     )
-    return made
+    return module
 
 
-def taught(made, tokens, step=1):
-    """One step's passes, without an optimiser: writes are offered and settled."""
-    with made.row_sync.writes_enabled(1.0):
-        for rows in tokens.split(2):
-            made.end_to_end_loss(Batch.full_step(rows))
-    made.row_sync.commit_step(step)
+def teach_step(module, tokens, step=1):
+    """Write the rows of one step, without an optimizer step."""
+    with module.row_sync.writes_enabled(1.0):
+        for micro_batch in tokens.split(2):
+            module.end_to_end_loss(Batch.full_step(micro_batch))
+    module.row_sync.commit_step(step)
 
 
 def test_a_student_with_empty_memories_is_its_base(teacher, tmp_path, tokens):
-    made = small(teacher, tmp_path)
+    module = make_module(teacher, tmp_path)
     plain, _ = convert_blocks(teacher, [FeaturalConfig(k=8)] * LAYERS)
-    assert torch.equal(made.student(tokens).logits, plain(tokens).logits)
-    taught(made, tokens)
-    assert not torch.equal(made.student(tokens).logits, plain(tokens).logits)
+    assert torch.equal(module.student(tokens).logits, plain(tokens).logits)
+    teach_step(module, tokens)
+    assert not torch.equal(module.student(tokens).logits, plain(tokens).logits)
 
 
-def test_every_tensor_is_accounted_for(teacher):
+def test_the_report_has_the_status_of_every_tensor(teacher):
     student, report = convert_blocks(
         teacher,
         [AssociativeConfig(k=8), FeaturalConfig(k=8), DenseConfig()],
     )
     assert list(get_associative_memories(student)) == [0]
     assert list(get_featural_memories(student)) == list(get_memories(student)) == [0, 1]
-    fates = {transfer.target: transfer.status for transfer in report.transfers}
-    assert fates["transformer.h.0.mlp.base.keys"] == "memory"
-    assert fates["transformer.h.0.mlp.rows.keys"] == "new"
+    statuses = {transfer.target: transfer.status for transfer in report.transfers}
+    assert statuses["transformer.h.0.mlp.base.keys"] == "memory"
+    assert statuses["transformer.h.0.mlp.rows.keys"] == "new"
 
 
-def test_what_comes_later_moves_nothing_before_it_while_writing(teacher, tmp_path, tokens):
-    """In training, with rows of earlier steps: token t + 1 and the other sequence change, logits up to t do not, exactly."""
-    made = small(teacher, tmp_path)
-    taught(made, tokens)
-    made.student.train()
+def test_writing_is_causal(teacher, tmp_path, tokens):
+    """Logits of a token depend on no later token, exactly, while rows of this step are written."""
+    module = make_module(teacher, tmp_path)
+    teach_step(module, tokens)
+    module.student.train()
     other = tokens.clone()
     other[0, 12:] = torch.randint(1, 300, (8,))
-    said = []
-    for given in (tokens, other):
-        with made.row_sync.writes_enabled(1.0):
-            made.end_to_end_loss(Batch.full_step(given))
-            said.append(forward_with_activations(made.student, given).logits)
-        for memory in get_associative_memories(made.student).values():
+    logits = []
+    for input_ids in (tokens, other):
+        with module.row_sync.writes_enabled(1.0):
+            module.end_to_end_loss(Batch.full_step(input_ids))
+            logits.append(forward_with_activations(module.student, input_ids).logits)
+        for memory in get_associative_memories(module.student).values():
             memory.drop_pending()
-    assert torch.equal(said[0][0, :12], said[1][0, :12])
-    assert torch.equal(said[0][1:], said[1][1:])
-    assert not torch.equal(said[0][0, 12:], said[1][0, 12:])
+    assert torch.equal(logits[0][0, :12], logits[1][0, :12])
+    assert torch.equal(logits[0][1:], logits[1][1:])
+    assert not torch.equal(logits[0][0, 12:], logits[1][0, 12:])
 
 
-def test_generating_reads_and_does_not_write(teacher, tmp_path, tokens):
-    made = small(teacher, tmp_path)
-    taught(made, tokens)
-    before = [len(memory.rows) for memory in get_associative_memories(made.student).values()]
-    student = made.student.eval()
-    cached, whole = (
+def test_generation_reads_rows_and_writes_none(teacher, tmp_path, tokens):
+    module = make_module(teacher, tmp_path)
+    teach_step(module, tokens)
+    before = [len(memory.rows) for memory in get_associative_memories(module.student).values()]
+    student = module.student.eval()
+    cached, uncached = (
         student.generate(
             tokens[:, :5], max_new_tokens=8, do_sample=False, use_cache=use, pad_token_id=0
         )
         for use in (True, False)
     )
-    assert torch.equal(cached, whole)
+    assert torch.equal(cached, uncached)
     other = tokens[:, :9].clone()
     other[:, 6:] = 7
     assert torch.equal(student(tokens[:, :9]).logits[:, :6], student(other).logits[:, :6])
-    made.row_sync.commit_step(2)
+    module.row_sync.commit_step(2)
     assert [
-        len(memory.rows) for memory in get_associative_memories(made.student).values()
+        len(memory.rows) for memory in get_associative_memories(module.student).values()
     ] == before
 
 
-def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, tokens):
+def test_written_rows_do_not_depend_on_the_micro_batch(teacher, tmp_path, tokens):
     written = []
     for parts in (1, 3):
         (tmp_path / str(parts)).mkdir()
-        made = small(teacher, tmp_path / str(parts))
-        with made.row_sync.writes_enabled(1.0):
+        module = make_module(teacher, tmp_path / str(parts))
+        with module.row_sync.writes_enabled(1.0):
             for rows in tokens.split(parts):
-                made.end_to_end_loss(Batch.full_step(rows))
-        made.row_sync.commit_step(1)
+                module.end_to_end_loss(Batch.full_step(rows))
+        module.row_sync.commit_step(1)
         written.append(
             [
                 memory.rows.keys[: len(memory.rows)]
-                for memory in get_associative_memories(made.student).values()
+                for memory in get_associative_memories(module.student).values()
             ]
         )
-    for one, three in zip(*written, strict=True):
-        torch.testing.assert_close(one, three)
+    for single_rows, batched_rows in zip(*written, strict=True):
+        torch.testing.assert_close(single_rows, batched_rows)
 
 
 @pytest.mark.parametrize(
@@ -183,22 +183,22 @@ def test_the_micro_batch_does_not_change_what_is_written(teacher, tmp_path, toke
     [
         [],
         ["memory.value_target=teacher"],
-        [*ALONE, "memory.value_target=projection"],
-        [*ALONE, "memory.value_target=teacher"],
+        [*ROWS_ONLY, "memory.value_target=projection"],
+        [*ROWS_ONLY, "memory.value_target=teacher"],
     ],
     ids=str,
 )
-def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys):
-    assert distill_main([*words, *ROWS, *changes]) == 0
+def test_a_run_saves_and_reports_its_rows(distill_args, tmp_path, changes, capsys):
+    assert distill_main([*distill_args, *ROWS, *changes]) == 0
     run = newest(tmp_path)
     student = AutoModelForCausalLM.from_pretrained(run / "student")
-    stored = rows_in(run)
+    stored = read_run_rows(run)
     for layer, memory in get_associative_memories(student).items():
-        there = stored[f"layer_{layer}"]
-        assert there
-        assert set(memory.rows.index_by_id) == set(there)
-        for number, place in memory.rows.index_by_id.items():
-            assert memory.rows.keys[place].numpy().tobytes() == there[number][1]
+        rows_by_id = stored[f"layer_{layer}"]
+        assert rows_by_id
+        assert set(memory.rows.index_by_id) == set(rows_by_id)
+        for row_id, index in memory.rows.index_by_id.items():
+            assert memory.rows.keys[index].numpy().tobytes() == rows_by_id[row_id][1]
     checkpoint = torch.load(
         run / "checkpoints" / max(p.name for p in (run / "checkpoints").iterdir()),
         weights_only=True,
@@ -214,18 +214,21 @@ def test_a_run_writes_rows_saves_them_and_tells(words, tmp_path, changes, capsys
             assert f"knn/{tag}/layer_{layer}" in events.Tags()["scalars"]
         for tag in ("nearest_distance", "row_age_seconds", "log10_row_reads"):
             assert f"knn/{tag}/layer_{layer}" in events.Tags()["histograms"]
-    found = json.loads((run / "run.json").read_text())["knn"]
-    assert {layer: kept["num_rows"] for layer, kept in found.items()} == {
+    layer_stats = json.loads((run / "run.json").read_text())["knn"]
+    assert {layer: stats["num_rows"] for layer, stats in layer_stats.items()} == {
         str(layer): len(stored[f"layer_{layer}"]) for layer in get_associative_memories(student)
     }
-    assert all(0 < kept["null_weight"] < 1 for kept in found.values())
+    assert all(0 < stats["null_weight"] < 1 for stats in layer_stats.values())
     assert "rows read for each token" in capsys.readouterr().err
 
 
-def test_a_rule_says_when_its_layers_begin_to_write(words, tmp_path):
-    rules = "student.layer_overrides=[{layers: 0, memory: {kind: dense}}, {layers: 2, memory: {write_start: 0.7}}]"
-    assert distill_main([*words, *ROWS, rules]) == 0
-    stored = rows_in(newest(tmp_path))
+def test_layer_overrides_set_when_writing_starts(distill_args, tmp_path):
+    overrides = (
+        "student.layer_overrides=[{layers: 0, memory: {kind: dense}}, "
+        "{layers: 2, memory: {write_start: 0.7}}]"
+    )
+    assert distill_main([*distill_args, *ROWS, overrides]) == 0
+    stored = read_run_rows(newest(tmp_path))
     assert {layer: min(step for step, *_ in rows.values()) for layer, rows in stored.items()} == {
         "layer_1": 6,
         "layer_2": 9,
@@ -233,44 +236,48 @@ def test_a_rule_says_when_its_layers_begin_to_write(words, tmp_path):
 
 
 def test_a_saved_student_reads_the_same_rows(teacher, tmp_path, tokens):
-    made = small(teacher, tmp_path)
-    taught(made, tokens)
-    made.student.eval().save_pretrained(tmp_path / "student")
+    module = make_module(teacher, tmp_path)
+    teach_step(module, tokens)
+    module.student.eval().save_pretrained(tmp_path / "student")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
-    assert torch.equal(again(tokens).logits, made.student(tokens).logits)
+    assert torch.equal(again(tokens).logits, module.student(tokens).logits)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         [],
-        [*ALONE, "memory.value_target=projection"],
+        [*ROWS_ONLY, "memory.value_target=projection"],
         ["memory.capacity=20", "memory.merge_distance=0.2", "memory.index=bf16"],
     ],
     ids=str,
 )
-def test_a_run_that_died_goes_on_to_the_same_rows_and_weights(words, tmp_path, changes):
-    assert distill_main([*words, *ROWS, *changes]) == 0
+def test_a_run_without_its_last_checkpoint_resumes_to_the_same_rows_and_weights(
+    distill_args, tmp_path, changes
+):
+    assert distill_main([*distill_args, *ROWS, *changes]) == 0
     run = newest(tmp_path)
-    whole, stored = weights(run), rows_in(run)
+    expected, stored = weights(run), read_run_rows(run)
     last = max(int(p.stem[5:]) for p in (run / "checkpoints").iterdir())
     for checkpoint in (run / "checkpoints").iterdir():
         if checkpoint.stem == f"step_{last}":
             checkpoint.unlink()
     assert distill_main(["--resume", str(run)]) == 0
-    again = rows_in(run)
+    resumed_rows = read_run_rows(run)
     for layer, rows in stored.items():
-        assert sorted(row for row in rows.values()) == sorted(row for row in again[layer].values())
-    for name, value in whole.items():
-        if not name.endswith(".ids"):  # numbers are never given out twice
+        assert sorted(row for row in rows.values()) == sorted(
+            row for row in resumed_rows[layer].values()
+        )
+    for name, value in expected.items():
+        if not name.endswith(".ids"):  # IDs are never used twice
             assert torch.equal(value, weights(run)[name]), name
 
 
-def test_what_left_before_the_last_checkpoint_but_one_leaves_the_disk(words, tmp_path):
+def test_rows_deleted_before_the_oldest_checkpoint_are_purged(distill_args, tmp_path):
     assert (
         distill_main(
             [
-                *words,
+                *distill_args,
                 *ROWS,
                 "memory.capacity=10",
                 "memory.min_distance=0",
@@ -280,28 +287,28 @@ def test_what_left_before_the_last_checkpoint_but_one_leaves_the_disk(words, tmp
         == 0
     )
     with RowStore(str(newest(tmp_path) / "memory.db"), read_only=True) as store:
-        gone = [
+        deleted_steps = [
             step
             for space in store.list_namespaces()
             for page in store.scan(space, include_deleted=True)
             for step in page.metadata["deleted_step"]
             if step
         ]
-    kept = sorted(int(p.stem[5:]) for p in (newest(tmp_path) / "checkpoints").iterdir())
-    assert gone
-    assert min(gone) >= kept[0]
+    checkpoint_steps = sorted(int(p.stem[5:]) for p in (newest(tmp_path) / "checkpoints").iterdir())
+    assert deleted_steps
+    assert min(deleted_steps) >= checkpoint_steps[0]
 
 
-def test_resuming_a_finished_run_finds_its_rows(words, tmp_path):
-    assert distill_main([*words, *ROWS, "trainer.validate_every=0"]) == 0
+def test_resuming_a_finished_run_loads_its_rows(distill_args, tmp_path):
+    assert distill_main([*distill_args, *ROWS, "trainer.validate_every=0"]) == 0
     run = newest(tmp_path)
     before = weights(run)
     assert distill_main(["--resume", str(run)]) == 0
     assert all(torch.equal(value, weights(run)[name]) for name, value in before.items())
 
 
-def test_a_store_that_is_not_the_runs_is_refused(words, tmp_path, capsys):
-    assert distill_main([*words, *ROWS]) == 0
+def test_a_run_with_another_store_cannot_be_resumed(distill_args, tmp_path, capsys):
+    assert distill_main([*distill_args, *ROWS]) == 0
     run = newest(tmp_path)
     for file in run.glob("memory.db*"):
         file.unlink()
@@ -309,23 +316,23 @@ def test_a_store_that_is_not_the_runs_is_refused(words, tmp_path, capsys):
     assert "this run used another store" in capsys.readouterr().err
 
 
-def test_another_teachers_store_is_refused_before_a_folder_is_made(
-    words, tmp_path, tokenizer, capsys
+def test_the_store_of_another_teacher_is_refused_before_a_folder_is_made(
+    distill_args, tmp_path, tokenizer, capsys
 ):
-    place = f"store.url={tmp_path / 'shared.db'}"
-    assert distill_main([*words, *ROWS, place]) == 0
+    store_arg = f"store.url={tmp_path / 'shared.db'}"
+    assert distill_main([*distill_args, *ROWS, store_arg]) == 0
     make_llama(len(tokenizer)).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     before = newest(tmp_path)
-    assert distill_main([*words, *ROWS, place, f"teacher={tmp_path / 'llama'}"]) == 2
+    assert distill_main([*distill_args, *ROWS, store_arg, f"teacher={tmp_path / 'llama'}"]) == 2
     assert "belong to another model" in capsys.readouterr().err
     assert newest(tmp_path) == before
 
 
-def test_a_shared_store_is_read_by_the_next_run(words, tmp_path):
-    place = f"store.url={tmp_path / 'shared.db'}"
+def test_a_shared_store_is_read_by_the_next_run(distill_args, tmp_path):
+    store_arg = f"store.url={tmp_path / 'shared.db'}"
     for _ in range(2):
-        assert distill_main([*words, *ROWS, place]) == 0
+        assert distill_main([*distill_args, *ROWS, store_arg]) == 0
     with RowStore(str(tmp_path / "shared.db"), read_only=True) as store:
         runs = {
             run
@@ -336,57 +343,59 @@ def test_a_shared_store_is_read_by_the_next_run(words, tmp_path):
     assert {run[-9:] for run in runs} == {"version_0", "version_1"}
 
 
-def test_a_new_run_in_the_place_of_one_that_was_deleted_leaves_its_rows(words, tmp_path):
-    place = tmp_path / "shared.db"
-    assert distill_main([*words, *ROWS, f"store.url={place}"]) == 0
-    before = {layer: set(rows) for layer, rows in rows_in_store(place).items()}
+def test_a_new_run_in_the_folder_of_a_deleted_run_keeps_its_rows(distill_args, tmp_path):
+    path = tmp_path / "shared.db"
+    assert distill_main([*distill_args, *ROWS, f"store.url={path}"]) == 0
+    before = {layer: set(rows) for layer, rows in read_store_rows(path).items()}
     shutil.rmtree(tmp_path / "logs")
-    assert distill_main([*words, *ROWS, f"store.url={place}", "memory.write_start=1"]) == 0
-    assert {layer: set(rows) for layer, rows in rows_in_store(place).items()} == before
+    assert distill_main([*distill_args, *ROWS, f"store.url={path}", "memory.write_start=1"]) == 0
+    assert {layer: set(rows) for layer, rows in read_store_rows(path).items()} == before
     assert sum(map(len, before.values())) > 10
 
 
-def test_runs_are_told_apart_however_alike_their_paths_end(tmp_path):
+def test_run_labels_of_paths_with_the_same_end_differ(tmp_path):
     end = "x" * 90
     assert _run_label(tmp_path / "a" / end) != _run_label(tmp_path / "b" / end)
     assert len(_run_label(tmp_path / end)) <= 80
 
 
-def test_a_checkpoint_brings_back_how_warm_rows_were_and_usage_is_flushed_in_batches(
-    teacher, tmp_path, tokens
-):
-    made = small(teacher, tmp_path)
-    made.row_sync.flush_every = 3
+def test_checkpoints_restore_usage_and_usage_is_flushed_in_batches(teacher, tmp_path, tokens):
+    module = make_module(teacher, tmp_path)
+    module.row_sync.flush_every = 3
     for step in (1, 2):
-        taught(made, tokens, step)
-    known, memory = made.row_sync.checkpoint_state(2), get_associative_memories(made.student)[0]
-    heat, reads = memory.rows.stats.score.copy(), memory.rows.stats.reads.copy()
+        teach_step(module, tokens, step)
+    state, memory = module.row_sync.checkpoint_state(2), get_associative_memories(module.student)[0]
+    score, reads = memory.rows.stats.score.copy(), memory.rows.stats.reads.copy()
     assert reads.sum() > 0
 
-    def told():
+    def count_stored_reads():
         return sum(
             sum(page.metadata["reads"])
-            for page in made.row_sync.store.scan(made.row_sync.namespaces[0])
+            for page in module.row_sync.store.scan(module.row_sync.namespaces[0])
         )
 
-    assert told() == 0
-    taught(made, tokens, 3)
-    assert told() > 0
-    made.row_sync.restore_checkpoint(2, known)
-    assert (memory.rows.stats.score == heat).all()
+    assert count_stored_reads() == 0
+    teach_step(module, tokens, 3)
+    assert count_stored_reads() > 0
+    module.row_sync.restore_checkpoint(2, state)
+    assert (memory.rows.stats.score == score).all()
     assert (memory.rows.stats.reads == reads).all()
 
 
-def test_usage_is_written_down(words, tmp_path):
-    assert distill_main([*words, *ROWS]) == 0
+def test_the_store_has_usage(distill_args, tmp_path):
+    assert distill_main([*distill_args, *ROWS]) == 0
     with RowStore(str(newest(tmp_path) / "memory.db"), read_only=True) as store:
         pages = [page for space in store.list_namespaces() for page in store.scan(space)]
     assert sum(sum(page.metadata["reads"]) for page in pages) > 0
-    assert all(when is None or when > 1e9 for page in pages for when in page.metadata["last_read"])
+    assert all(
+        timestamp is None or timestamp > 1e9
+        for page in pages
+        for timestamp in page.metadata["last_read"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("words_given", "said"),
+    ("args", "message"),
     [
         (
             ["memory.kind=associative", "memory.base=none"],
@@ -406,94 +415,103 @@ def test_usage_is_written_down(words, tmp_path):
         ),
         (["memory.kind=associative", "stages.end_to_end_steps=0"], "set stages.end_to_end_steps"),
         (
-            ["memory.kind=associative", *ALONE[:-1], "memory.value_target=teacher"],
+            ["memory.kind=associative", *ROWS_ONLY[:-1], "memory.value_target=teacher"],
             "set stages.layerwise_steps=0",
         ),
     ],
-    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_makes_no_sense_is_refused(words_given, said, capsys):
-    assert distill_main(words_given) == 2
-    assert said in capsys.readouterr().err
+def test_contradictory_settings_are_refused(args, message, capsys):
+    assert distill_main(args) == 2
+    assert message in capsys.readouterr().err
 
 
-def _one_of_two(rank, folder):
+def _run_process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     teacher = make_teacher()
     if rank:
         dist.barrier()  # the first process makes the store
-    made = small(teacher, Path(folder), read_only=bool(rank), capacity=40, merge_distance=0.3)
+    module = make_module(
+        teacher, Path(folder), read_only=bool(rank), capacity=40, merge_distance=0.3
+    )
     if not rank:
         dist.barrier()
-    made.row_sync.load_rows()
+    module.row_sync.load_rows()
 
     class Step(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.student = made.student
+            self.student = module.student
 
         def forward(self, tokens):
-            return made.end_to_end_loss(Batch.full_step(tokens))[0]
+            return module.end_to_end_loss(Batch.full_step(tokens))[0]
 
     step = torch.nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
-    optimizer = torch.optim.SGD(made.student.parameters(), lr=0.01)
-    drawn = torch.Generator().manual_seed(3)
-    known = None
+    optimizer = torch.optim.SGD(module.student.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(3)
+    state = None
     for number in range(1, 7):
-        tokens = torch.randint(0, teacher.config.vocab_size, (4, 16), generator=drawn)[
+        tokens = torch.randint(0, teacher.config.vocab_size, (4, 16), generator=generator)[
             2 * rank : 2 * rank + 2
         ]
         optimizer.zero_grad()
-        with made.row_sync.writes_enabled(1.0):
+        with module.row_sync.writes_enabled(1.0):
             step(tokens).backward()
         optimizer.step()
-        made.row_sync.commit_step(number)
+        module.row_sync.commit_step(number)
         if number == 3:
-            known = made.row_sync.checkpoint_state(3)
+            state = module.row_sync.checkpoint_state(3)
         if number == 5:  # as a resumed run begins
-            made.row_sync.restore_checkpoint(3, known)
-    memories = made.row_sync.memories.items()
-    found = {
-        f"{layer}/{n}": t for layer, memory in memories for n, t in memory.rows.state_dict().items()
+            module.row_sync.restore_checkpoint(3, state)
+    memories = module.row_sync.memories.items()
+    tensors = {
+        f"{layer}/{name}": tensor
+        for layer, memory in memories
+        for name, tensor in memory.rows.state_dict().items()
     }
-    found |= {f"{layer}/heat": torch.tensor(memory.rows.stats.score) for layer, memory in memories}
-    torch.save(found | made.student.state_dict(), f"{folder}/{rank}.pt")
-    made.row_sync.close()
+    tensors |= {
+        f"{layer}/score": torch.tensor(memory.rows.stats.score) for layer, memory in memories
+    }
+    torch.save(tensors | module.student.state_dict(), f"{folder}/{rank}.pt")
+    module.row_sync.close()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes_that_train_together_end_with_the_same_rows_and_one_of_them_writes(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+def test_two_processes_have_the_same_rows_and_one_writes_them(tmp_path):
+    torch.multiprocessing.spawn(_run_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert set(first) == set(second)
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    stored = rows_in_store(tmp_path / "rows.db")
+    stored = read_store_rows(tmp_path / "rows.db")
     for layer in range(LAYERS):
         ids = first[f"{layer}/ids"]
         assert 0 < len(stored[f"layer_{layer}"]) <= 40
         assert set(ids[ids >= 0].tolist()) == set(stored[f"layer_{layer}"])
-        for place in (ids >= 0).nonzero().flatten().tolist():
+        for index in (ids >= 0).nonzero().flatten().tolist():
             assert (
-                stored[f"layer_{layer}"][int(ids[place])][1]
-                == first[f"{layer}/keys"][place].numpy().tobytes()
+                stored[f"layer_{layer}"][int(ids[index])][1]
+                == first[f"{layer}/keys"][index].numpy().tobytes()
             )
 
 
 @pytest.mark.parametrize("variant", ["associative", "mixed"])
-def test_the_shipped_variants_run_like_the_default(variant, words, tmp_path):
-    """From their own files, on a small teacher: rows in the layers they name, on disk and in the saved student."""
+def test_the_shipped_variants_run(variant, distill_args, tmp_path):
+    """They store rows of the configured layers, in the store and in the saved student."""
     assert (
         distill_main(
-            [f"configs/{variant}.yaml", *[word for word in words if not word.startswith("memory.")]]
+            [
+                f"configs/{variant}.yaml",
+                *[arg for arg in distill_args if not arg.startswith("memory.")],
+            ]
         )
         == 0
     )
     run = newest(tmp_path)
-    rows = rows_in(run)
+    rows = read_run_rows(run)
     assert set(rows) == {
         f"layer_{layer}" for layer in ([LAYERS - 1] if variant == "associative" else [2])
     }
@@ -502,124 +520,123 @@ def test_the_shipped_variants_run_like_the_default(variant, words, tmp_path):
     assert {
         f"layer_{layer}": len(memory.rows)
         for layer, memory in get_associative_memories(student).items()
-    } == {name: len(found) for name, found in rows.items()}
+    } == {name: len(rows_of_layer) for name, rows_of_layer in rows.items()}
     assert json.loads((run / "run.json").read_text())["knn"]
 
 
-def test_a_store_that_cannot_be_written_stops_the_run_with_its_reason(teacher, tokens, tmp_path):
-    made = small(teacher, tmp_path)
-    made.row_sync.load_rows()
-    taught(made, tokens)
-    with made.row_sync.store.engine.begin() as connection:
+def test_a_full_disk_stops_the_step_with_advice(teacher, tokens, tmp_path):
+    module = make_module(teacher, tmp_path)
+    module.row_sync.load_rows()
+    teach_step(module, tokens)
+    with module.row_sync.store.engine.begin() as connection:
         connection.exec_driver_sql(
-            "CREATE TRIGGER full BEFORE INSERT ON dmt_rows BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+            "CREATE TRIGGER full BEFORE INSERT ON dmt_rows "
+            "BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
         )
     with pytest.raises(
         UserError, match="the disk is full; nothing of this step was written; make room and resume"
     ):
-        taught(made, tokens, 2)
+        teach_step(module, tokens, 2)
 
 
-@pytest.mark.parametrize("why", ["a second signal", "numbers that are not finite"])
-def test_a_step_that_does_not_end_is_as_if_it_had_not_been(
-    words, tmp_path, monkeypatch, capsys, why
-):
-    """The model has moved and one layer has its rows when the second fails: nothing of that is gone on from."""
-    given = [
-        *words,
+@pytest.mark.parametrize("reason", ["a second signal", "numbers that are not finite"])
+def test_an_interrupted_step_has_no_effect(distill_args, tmp_path, monkeypatch, capsys, reason):
+    """The second layer fails after the optimizer step, when the first has committed its rows."""
+    args = [
+        *distill_args,
         *ROWS,
         "memory.write_start=0",
         "stages.end_to_end_steps=9",
         "trainer.checkpoint_every=2",
     ]
-    assert distill_main(given) == 0
-    plain, calls = AssociativeMemory.commit_step, []
+    assert distill_main(args) == 0
+    original, calls = AssociativeMemory.commit_step, []
 
-    def settle(memory, step, now, take_ids):
+    def commit_step(memory, step, now, take_ids):
         calls.append(step)
         if step == 9 and calls.count(step) == 2:
-            if why == "a second signal":
+            if reason == "a second signal":
                 raise KeyboardInterrupt(signal.SIGINT)
             memory._pending_writes[0].values[0, 0] = torch.nan
-        return plain(memory, step, now, take_ids)
+        return original(memory, step, now, take_ids)
 
-    monkeypatch.setattr(AssociativeMemory, "commit_step", settle)
-    ended = distill_main(given)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    if why == "a second signal":
-        assert ended == 130
-        assert "after step 8" in said
+    monkeypatch.setattr(AssociativeMemory, "commit_step", commit_step)
+    exit_code = distill_main(args)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    if reason == "a second signal":
+        assert exit_code == 130
+        assert "after step 8" in message
     else:
-        assert ended == 2
-        assert said.startswith(
+        assert exit_code == 2
+        assert message.startswith(
             "error: step 9: a row written by layer 1 is not finite; nothing of this step"
         )
-        assert "the last good checkpoint is step_8.ckpt" in said
+        assert "the last good checkpoint is step_8.ckpt" in message
     monkeypatch.undo()
     run = tmp_path / "logs" / "version_1"
     assert distill_main(["--resume", str(run)]) == 0, capsys.readouterr().err
-    alone, stopped = (
+    uninterrupted, stopped = (
         json.loads((run.parent / name / "run.json").read_text())
         for name in ("version_0", "version_1")
     )
-    assert alone["fidelity"] == stopped["fidelity"]
+    assert uninterrupted["fidelity"] == stopped["fidelity"]
 
 
-def test_rows_that_another_run_left_are_as_warm_as_when_it_ended(teacher, tokens, tmp_path):
-    made = small(teacher, tmp_path)
-    made.row_sync.load_rows()
-    taught(made, tokens, 20_000)
-    made.row_sync.close()
-    again = small(teacher, tmp_path)
+def test_rows_of_an_earlier_run_keep_their_scores(teacher, tokens, tmp_path):
+    module = make_module(teacher, tmp_path)
+    module.row_sync.load_rows()
+    teach_step(module, tokens, 20_000)
+    module.row_sync.close()
+    again = make_module(teacher, tmp_path)
     again.row_sync.load_rows()
     for memory in again.row_sync.memories.values():
-        known = memory.rows.stats
-        assert (known.score_step == 0).all()
-        assert (known.score[(memory.rows.ids >= 0).numpy()] >= 1).all()
-        assert known.score.max() < 100
-    taught(again, tokens, 1)
+        stats = memory.rows.stats
+        assert (stats.score_step == 0).all()
+        assert (stats.score[(memory.rows.ids >= 0).numpy()] >= 1).all()
+        assert stats.score.max() < 100
+    teach_step(again, tokens, 1)
     assert all(memory.rows.stats.score.max() < 1_000 for memory in again.row_sync.memories.values())
 
 
-def test_a_teacher_is_known_by_its_weights_and_not_by_where_it_lies(teacher, tmp_path):
-    known = hash_model(teacher)
+def test_the_fingerprint_depends_on_weights_and_not_on_the_path(teacher, tmp_path):
+    fingerprint = hash_model(teacher)
     teacher.config._name_or_path, teacher.config.transformers_version = str(tmp_path), "99.0"
-    assert hash_model(teacher) == known
+    assert hash_model(teacher) == fingerprint
     with torch.no_grad():
         teacher.transformer.h[1].mlp.c_fc.weight[0, 0] += 1
-    assert hash_model(teacher) != known
+    assert hash_model(teacher) != fingerprint
 
 
-def test_a_run_keeps_its_name_when_its_folder_gets_another(teacher, tokens, tmp_path):
-    made = small(teacher, tmp_path)
-    made.row_sync.load_rows()
-    taught(made, tokens, 1)
-    state = made.row_sync.checkpoint_state(1)
-    taught(made, tokens, 2)
-    made.row_sync.close()
-    again = small(teacher, tmp_path, run=tmp_path / "elsewhere")
+def test_a_run_keeps_its_label_when_its_folder_is_renamed(teacher, tokens, tmp_path):
+    module = make_module(teacher, tmp_path)
+    module.row_sync.load_rows()
+    teach_step(module, tokens, 1)
+    state = module.row_sync.checkpoint_state(1)
+    teach_step(module, tokens, 2)
+    module.row_sync.close()
+    again = make_module(teacher, tmp_path, run=tmp_path / "elsewhere")
     assert again.row_sync.run_label != state["run"]
     again.row_sync.restore_checkpoint(1, state)
     assert again.row_sync.run_label == state["run"]
     assert {
         step
-        for rows in rows_in_store(tmp_path / "rows.db").values()
+        for rows in read_store_rows(tmp_path / "rows.db").values()
         for step, _, _ in rows.values()
     } == {1}
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("url", "message"),
     [
         ("{folder}", "cannot be opened"),
         ("{folder}/other.txt", "not a store"),
         ("{folder}/nowhere/rows.db", "cannot be opened"),
     ],
 )
-def test_a_store_that_cannot_be_used_is_told_before_a_folder_is_made(
-    place, said, words, tmp_path, capsys
+def test_a_store_that_cannot_be_opened_is_refused_before_a_folder_is_made(
+    url, message, distill_args, tmp_path, capsys
 ):
     (tmp_path / "other.txt").write_text("not a database, but long enough to look like one " * 100)
-    assert distill_main([*words, *ROWS, f"store.url={place.format(folder=tmp_path)}"]) == 2
-    assert said in capsys.readouterr().err
+    assert distill_main([*distill_args, *ROWS, f"store.url={url.format(folder=tmp_path)}"]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()

@@ -1,4 +1,4 @@
-"""What stored rows are taught: the teacher's block below, the teacher's state at the top."""
+"""Targets of stored rows: the teacher's block in lower layers, its last state in the top layer."""
 
 import itertools
 
@@ -17,76 +17,78 @@ from dmt.models.forward import forward_teacher, forward_with_activations
 ROWS = {"k": 8, "min_distance": 0.0, "merge_distance": 0.0}
 
 
-def settled(student, step=1):
-    given = itertools.count(1)
+def commit_rows(student, step=1):
+    row_ids = itertools.count(1)
     for memory in get_associative_memories(student).values():
         memory.commit_step(
-            step, 7.0, lambda count: np.array([next(given) for _ in range(count)], np.int64)
+            step, 7.0, lambda count: np.array([next(row_ids) for _ in range(count)], np.int64)
         )
 
 
-def test_streams_are_the_states_between_layers(any_teacher, tokens):
-    seen = forward_with_activations(any_teacher, tokens, capture_blocks=True)
-    wanted = any_teacher(
+def test_layer_outputs_are_the_hidden_states(any_teacher, tokens):
+    student_outputs = forward_with_activations(any_teacher, tokens, capture_blocks=True)
+    hidden_states = any_teacher(
         tokens, output_hidden_states=True
-    ).hidden_states  # of the last layer, after the final norm
+    ).hidden_states  # the last one after the final norm
     for layer in range(LAYERS - 1):
-        torch.testing.assert_close(seen.layer_outputs[layer], wanted[layer + 1])
+        torch.testing.assert_close(student_outputs.layer_outputs[layer], hidden_states[layer + 1])
     norm = any_teacher.get_submodule(get_architecture(any_teacher.config.model_type).backbone)
     norm = norm.ln_f if hasattr(norm, "ln_f") else norm.norm
-    torch.testing.assert_close(norm(seen.layer_outputs[-1]), wanted[-1])
+    torch.testing.assert_close(norm(student_outputs.layer_outputs[-1]), hidden_states[-1])
 
 
 @torch.no_grad()
-def test_a_row_says_what_the_student_lacks(any_teacher, tokens):
-    """Below, of what the teacher's block says of the student's own input; at the top, of the teacher's state."""
+def test_row_values_are_the_difference_to_the_teacher(any_teacher, tokens):
+    """Lower layers: the teacher's block of the student's input. Top layer: the teacher's state."""
     memories = [FeaturalConfig(k=8), AssociativeConfig(**ROWS), AssociativeConfig(**ROWS)]
     student, _ = convert_blocks(any_teacher, memories)
-    seen, wanted = (
+    student_outputs, teacher_outputs = (
         forward_with_activations(student, tokens, capture_blocks=True),
         forward_teacher(any_teacher, tokens, capture_blocks=True),
     )
     propose_rows(student, any_teacher, tokens)
-    settled(student)
+    commit_rows(student)
     block = get_architecture(any_teacher.config.model_type).blocks(any_teacher)[1]
-    lacks = {
-        1: block(seen.block_inputs[1]) - seen.block_outputs[1],
-        2: wanted.layer_outputs[2] - seen.layer_outputs[2],
+    missing = {
+        1: block(student_outputs.block_inputs[1]) - student_outputs.block_outputs[1],
+        2: teacher_outputs.layer_outputs[2] - student_outputs.layer_outputs[2],
     }
     for layer, memory in get_associative_memories(student).items():
         rows = memory.rows
         assert len(rows) == tokens.numel()
         torch.testing.assert_close(
-            rows.values[rows.ids >= 0], lacks[layer].flatten(0, 1), atol=1e-5, rtol=1e-4
+            rows.values[rows.ids >= 0], missing[layer].flatten(0, 1), atol=1e-5, rtol=1e-4
         )
 
 
 @torch.no_grad()
-def test_what_was_read_brings_the_student_nearer(any_teacher, tokens):
+def test_written_rows_reduce_the_error_of_the_student(any_teacher, tokens):
     student, _ = convert_blocks(
         any_teacher, [FeaturalConfig(k=8), FeaturalConfig(k=8), AssociativeConfig(**ROWS)]
     )
-    wanted = forward_teacher(any_teacher, tokens).hidden
-    before = (forward_with_activations(student, tokens).hidden - wanted).square().mean()
+    teacher_hidden = forward_teacher(any_teacher, tokens).hidden
+    before = (forward_with_activations(student, tokens).hidden - teacher_hidden).square().mean()
     (memory,) = get_associative_memories(student).values()
     trained = memory.null_logit.item()
     for step in (1, 2):
         propose_rows(student, any_teacher, tokens)
-        settled(student, step)
+        commit_rows(student, step)
     assert (
         memory.null_logit.item() == pytest.approx(min(NULL_LOGIT_CANDIDATES)) != trained
-    )  # the second time every row is at hand
-    assert (forward_with_activations(student, tokens).hidden - wanted).square().mean() < before / 4
+    )  # at the second step every row is stored
+    assert (
+        forward_with_activations(student, tokens).hidden - teacher_hidden
+    ).square().mean() < before / 4
 
 
-def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
+def test_proposing_rows_leaves_no_gradient_and_ends_writing_on_errors(
     any_teacher, tokens, monkeypatch
 ):
     student, _ = convert_blocks(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
     propose_rows(student, any_teacher, tokens)
     assert all(parameter.grad is None for parameter in student.parameters())
     assert not any(memory.is_writing for memory in get_associative_memories(student).values())
-    settled(student)
+    commit_rows(student)
     before = {
         layer: len(memory.rows) for layer, memory in get_associative_memories(student).items()
     }
@@ -94,18 +96,18 @@ def test_reading_leaves_no_gradient_and_ends_writing_whatever_happens(
     with pytest.raises(ZeroDivisionError):
         propose_rows(student, any_teacher, tokens.flip(1))
     assert not any(memory.is_writing for memory in get_associative_memories(student).values())
-    settled(student, 2)  # nothing of the text that failed
+    commit_rows(student, 2)  # nothing of the failed text is pending
     assert before == {
         layer: len(memory.rows) for layer, memory in get_associative_memories(student).items()
     }
 
 
-def test_who_does_not_write_is_taught_nothing(any_teacher, tokens):
+def test_memories_that_are_not_writing_get_no_targets(any_teacher, tokens):
     student, _ = convert_blocks(any_teacher, [AssociativeConfig(**ROWS)] * LAYERS)
-    seen, wanted = (
+    student_outputs, teacher_outputs = (
         forward_with_activations(student, tokens, capture_blocks=True),
         forward_teacher(any_teacher, tokens, capture_blocks=True),
     )
-    set_row_targets(student, any_teacher, seen, wanted)
-    settled(student)
+    set_row_targets(student, any_teacher, student_outputs, teacher_outputs)
+    commit_rows(student)
     assert not any(len(memory.rows) for memory in get_associative_memories(student).values())
