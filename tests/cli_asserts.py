@@ -1,4 +1,4 @@
-"""What an error of a command is: exit code 2, one line, nothing on stdout, nothing written."""
+"""Checks of a refused command: exit code 2, one line on stderr, nothing on stdout or on disk."""
 
 import hashlib
 from pathlib import Path

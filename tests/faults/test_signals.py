@@ -169,7 +169,7 @@ def test_a_stopped_slot_transfer_resumes(
     assert (run / "student" / "memory.db").exists()
 
 
-def test_stopping_while_facts_are_written(launcher, student_with_facts, tmp_path):
+def test_a_stop_while_facts_are_written_is_one_line(launcher, student_with_facts, tmp_path):
     args = [
         "memory",
         "write",
@@ -187,7 +187,7 @@ def test_stopping_while_facts_are_written(launcher, student_with_facts, tmp_path
     ("program", "signum"),
     [(["distill.py"], signal.SIGINT), (["-m", "dmt", "memory", "stats"], signal.SIGTERM)],
 )
-def test_stopping_while_libraries_load(program, signum):
+def test_a_stop_while_libraries_load_is_one_line(program, signum):
     process = subprocess.Popen(
         [sys.executable, *program],
         cwd=ROOT,
