@@ -1,4 +1,4 @@
-"""`scripts/`: training a teacher, stopping and resuming it, and the teacher that comes out."""
+"""`scripts/train_teacher.py`: training, stopping and resuming, and the saved teacher."""
 
 import csv
 import json
@@ -138,22 +138,22 @@ def test_two_processes_train_the_same_teacher(script, tiny_args, tmp_path):
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    one, two = (read_curves(tmp_path / "logs" / f"version_{number}") for number in range(2))
-    assert set(one) == set(two)
-    for key, value in one.items():
-        assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    single, parallel = (read_curves(tmp_path / "logs" / f"version_{number}") for number in range(2))
+    assert set(single) == set(parallel)
+    for key, value in single.items():
+        assert parallel[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
 
 
 def test_a_loss_that_is_not_finite_ends_with_advice(script, tiny_args, tmp_path, capsys):
     diverging = ["stages.end_to_end_lr=1e30", "optim.warmup_steps=0"]
-    assert script.main([*tiny_args, *diverging, "--output", str(tmp_path / "made")]) != 0
+    assert script.main([*tiny_args, *diverging, "--output", str(tmp_path / "output")]) != 0
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(
         r"error: step \d: .* is not finite; nothing of this step was kept; "
         r".*scripts/train_teacher\.py .*stages\.end_to_end_lr=2\.5e\+29$",
         error,
     ), error
-    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_ends_with_advice(script, tiny_args, tmp_path,
     ],
 )
 def test_a_wrong_setting_ends_in_one_line(script, tiny_args, tmp_path, capsys, change, message):
-    args = [*tiny_args, f"model.output={tmp_path / 'made'}", change]
+    args = [*tiny_args, f"model.output={tmp_path / 'output'}", change]
     assert script.main(args) != 0
     assert message in capsys.readouterr().err.splitlines()[-1]
 

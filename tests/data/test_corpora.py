@@ -1,4 +1,4 @@
-"""Text: splits that are truly apart, people that can be counted on, an order that a resumed run can rejoin."""
+"""Corpora, synthetic people, and the order of training windows."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def built_in():
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
-def test_no_document_stands_in_two_splits(built_in, name):
+def test_no_document_is_in_two_splits(built_in, name):
     corpus = built_in[name]
     train, validation, test = set(corpus.train), set(corpus.validation), set(corpus.test)
     assert train
@@ -56,44 +56,44 @@ def test_speeches_are_held_out_by_year(built_in):
     )
 
 
-def test_people_are_the_same_each_time_and_new_ones_are_new():
+def test_people_are_reproducible_and_unseen_people_are_in_no_corpus():
     assert make_people(20, 3) == make_people(20, 3)
-    known, strangers = make_trained_people(), make_unseen_people(300)
-    assert len({p.name for p in known}) == len(known)
-    assert not {p.name for p in known} & {p.name for p in strangers}
-    met = load_corpus("strangers")
-    read = " ".join(met.train + met.validation + met.test)
-    assert not [p.name for p in strangers if p.name + " " in read]
+    people, unseen = make_trained_people(), make_unseen_people(300)
+    assert len({p.name for p in people}) == len(people)
+    assert not {p.name for p in people} & {p.name for p in unseen}
+    corpus = load_corpus("strangers")
+    text = " ".join(corpus.train + corpus.validation + corpus.test)
+    assert not [p.name for p in unseen if p.name + " " in text]
 
 
 def test_held_out_phrasings_are_in_no_training_text(built_in):
-    for ways in PHRASINGS.values():
-        assert len(ways) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS
-        for number, way in enumerate(ways):
+    for phrasings in PHRASINGS.values():
+        assert len(phrasings) == TRAINED_PHRASINGS + HELD_OUT_PHRASINGS
+        for number, phrasing in enumerate(phrasings):
             pieces = [
                 piece
-                for piece in way.split("|")[0].replace("{Their}", "{name}").split("{name}")
+                for piece in phrasing.split("|")[0].replace("{Their}", "{name}").split("{name}")
                 if len(piece) > 5
             ]
             for name in ("biographies", "strangers"):
-                told = any(
+                is_in_text = any(
                     all(piece in document for piece in pieces)
                     for document in built_in[name].train[:1500]
                 )
-                assert told == (number < TRAINED_PHRASINGS), (name, way)
+                assert is_in_text == (number < TRAINED_PHRASINGS), (name, phrasing)
 
 
-def test_every_probe_has_its_answer_in_the_training_text(built_in):
+def test_the_training_text_has_the_answer_to_every_probe(built_in):
     for question in built_in["biographies"].probes[::37]:
-        told = [
+        documents = [
             document for document in built_in["biographies"].train if question.person in document
         ]
-        assert told
-        assert all(question.answer in document for document in told)
+        assert documents
+        assert all(question.answer in document for document in documents)
     assert len(built_in["biographies"].probes) == len(make_trained_people()) * len(RELATIONS)
-    asked = [(p.person, p.relation, p.answer) for p in built_in["biographies"].probes]
+    expected = [(p.person, p.relation, p.answer) for p in built_in["biographies"].probes]
     unseen = built_in["biographies"].unseen_probes
-    assert [(p.person, p.relation, p.answer) for p in unseen] == asked
+    assert [(p.person, p.relation, p.answer) for p in unseen] == expected
     assert {p.phrasing for p in unseen} == {TRAINED_PHRASINGS, TRAINED_PHRASINGS + 1}
     assert {p.phrasing for p in built_in["biographies"].probes} == set(range(TRAINED_PHRASINGS))
 
@@ -109,7 +109,7 @@ def test_too_many_people_are_refused():
         make_people(10**6, 0)
 
 
-def test_own_text_files(tmp_path):
+def test_text_files_and_folders_are_corpora(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(50)))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.jsonl").write_text(
@@ -139,7 +139,7 @@ def test_own_text_files(tmp_path):
         ("list.jsonl", b"[1]", "line 1"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, content, message):
+def test_errors_name_the_invalid_file(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -164,7 +164,7 @@ def test_a_registered_corpus_is_loaded_by_its_name(registry):
 
 
 @pytest.mark.parametrize("name", ["speeches", "", "a/b", "hub:x", "a.txt", "a b"])
-def test_a_name_that_is_taken_or_looks_like_a_path_cannot_be_registered(registry, name):
+def test_names_of_corpora_and_paths_cannot_be_registered(registry, name):
     with pytest.raises(ValueError, match="choose another name"):
         corpora.register_corpus(name, list)
 
@@ -186,10 +186,10 @@ def test_a_function_of_a_module_is_a_corpus(monkeypatch):
 
 
 def test_hub_datasets_by_split_and_without_splits(monkeypatch):
-    asked = []
+    requests = []
 
     def load_dataset(name, *config):
-        asked.append((name, *config))
+        requests.append((name, *config))
         if name == "gone":
             raise ConnectionError("no route\nto host")
         rows = [{"text": f"line {i} " * (50 if name == "flat" else 5)} for i in range(4000)]
@@ -200,10 +200,10 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
             "odd": ("test",),
         }
         starts = {"train": 0, "validation": 3000, "test": 3500}
-        wanted = {split: rows[starts[split] :][:500] for split in splits[name.partition("/")[0]]}
+        selected = {split: rows[starts[split] :][:500] for split in splits[name.partition("/")[0]]}
         return {
             split: [{"content": ""}] if config == ("column",) else part
-            for split, part in wanted.items()
+            for split, part in selected.items()
         }
 
     def lines(documents):
@@ -211,13 +211,13 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     wiki = load_corpus("hub:wiki/text:raw")
-    assert asked == [("wiki/text", "raw")]
+    assert requests == [("wiki/text", "raw")]
     assert "".join(wiki.test) == "".join(f"line {i} " * 5 for i in range(3500, 4000))
     assert all(len(d) >= 20_000 for d in wiki.train[:-1])
     assert len(load_corpus("hub:flat").train) == 450
     two = load_corpus("hub:two")
     assert {int(line) for line in lines(two.test)} == set(range(3500, 4000)), (
-        "the dataset's own test stays the test"
+        "an existing test split is used unchanged"
     )
     assert not set(lines(two.train)) & set(lines(two.validation))
     for source, message in (
@@ -255,7 +255,11 @@ def steps(**changes):
 
 
 def test_an_epoch_visits_every_window_once():
-    flat = [window for step in steps(sizes=[7], mixture_weights=[1.0], batch_size=7, steps=3) for window in step]
+    flat = [
+        window
+        for step in steps(sizes=[7], mixture_weights=[1.0], batch_size=7, steps=3)
+        for window in step
+    ]
     assert [sorted(flat[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert flat[:7] != flat[7:14]
 
@@ -266,30 +270,36 @@ def test_an_epoch_visits_every_window_once():
     st.integers(1, 6),
     st.integers(0, 12),
 )
-def test_resumed_order_is_the_rest_of_the_whole(parts, batch, start):
+def test_a_resumed_order_is_the_rest_of_the_full_order(parts, batch, start):
     sizes, weights = [p[0] for p in parts], [p[1] for p in parts]
     shares = [w / sum(weights) for w in weights]
-    whole = steps(sizes=sizes, mixture_weights=shares, batch_size=batch, steps=12)
+    full_order = steps(sizes=sizes, mixture_weights=shares, batch_size=batch, steps=12)
     assert (
-        steps(sizes=sizes, mixture_weights=shares, batch_size=batch, steps=12, get_first_step=lambda: start)
-        == whole[start:]
+        steps(
+            sizes=sizes,
+            mixture_weights=shares,
+            batch_size=batch,
+            steps=12,
+            get_first_step=lambda: start,
+        )
+        == full_order[start:]
     )
-    flat = [window for step in whole for window in step]
+    flat = [window for step in full_order for window in step]
     bounds = [sum(sizes[:c]) for c in range(len(sizes) + 1)]
     for c, share in enumerate(shares):
-        got = sum(bounds[c] <= window < bounds[c + 1] for window in flat)
-        assert abs(got - share * len(flat)) <= len(sizes)
+        num_windows = sum(bounds[c] <= window < bounds[c + 1] for window in flat)
+        assert abs(num_windows - share * len(flat)) <= len(sizes)
 
 
-def test_processes_share_out_the_same_steps():
-    whole, even, odd = steps(), steps(rank=0, world_size=2), steps(rank=1, world_size=2)
+def test_processes_divide_the_same_steps():
+    expected, even, odd = steps(), steps(rank=0, world_size=2), steps(rank=1, world_size=2)
     assert [sorted(a + b) for a, b in zip(even, odd, strict=True)] == [
-        sorted(step) for step in whole
+        sorted(step) for step in expected
     ]
-    assert steps(seed=4) != whole
+    assert steps(seed=4) != expected
 
 
-def test_module_mixes_by_share_and_measures_apart(tokenizer, tmp_path):
+def test_the_data_module_mixes_corpora_by_weight_and_validates_each(tokenizer, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(
             "\n\n".join(f"{name} {SENTENCES[i % 3]} {i}" for i in range(300))
@@ -312,9 +322,9 @@ def test_module_mixes_by_share_and_measures_apart(tokenizer, tmp_path):
     assert data.calibration_windows(100).shape == (7, 16)
 
 
-def test_a_tokenizer_that_would_cut_or_pad_reads_documents_as_they_are(tokenizer):
-    backend = copy.deepcopy(tokenizer)
-    wanted = list(windows._tokenize_documents(["the quick brown fox", "a"], tokenizer))
-    backend.backend_tokenizer.enable_truncation(2)
-    backend.backend_tokenizer.enable_padding(length=40)
-    assert list(windows._tokenize_documents(["the quick brown fox", "a"], backend)) == wanted
+def test_truncation_and_padding_of_a_tokenizer_are_ignored(tokenizer):
+    limited = copy.deepcopy(tokenizer)
+    expected = list(windows._tokenize_documents(["the quick brown fox", "a"], tokenizer))
+    limited.backend_tokenizer.enable_truncation(2)
+    limited.backend_tokenizer.enable_padding(length=40)
+    assert list(windows._tokenize_documents(["the quick brown fox", "a"], limited)) == expected

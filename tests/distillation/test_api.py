@@ -1,4 +1,4 @@
-"""`dmt.distill`: what it accepts, what it returns, and what it refuses in argument words."""
+"""`dmt.distill`: arguments, results and errors."""
 
 import threading
 
@@ -38,7 +38,7 @@ def _in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_distill_returns_where_the_student_is_and_how_good(teacher_folder, text_file, capfd):
+def test_distill_returns_the_student_and_its_metrics(teacher_folder, text_file, capfd):
     result = dmt.distill(teacher_folder, [text_file], mean_k=8, **TINY)
     assert isinstance(result, DistillResult)
     assert result.run_dir.name == "version_0"
@@ -55,12 +55,12 @@ def test_distill_returns_where_the_student_is_and_how_good(teacher_folder, text_
     assert "perplexity" not in capfd.readouterr().out, "a library call prints nothing"
 
 
-def test_a_teacher_in_memory_and_texts_are_the_same_as_in_files(tokenizer, teacher, tmp_path):
+def test_a_teacher_and_texts_in_memory_give_the_same_result_as_files(tokenizer, teacher, tmp_path):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     teacher.requires_grad_(True).train()
     in_memory = dmt.distill((teacher, tokenizer), TEXTS, mean_k=8, output="a", **TINY)
     assert in_memory.run_dir.name == "a"
-    assert teacher.training, "the model of the caller is left as it was"
+    assert teacher.training, "the caller's model is unchanged"
     assert all(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     teacher.save_pretrained("teacher")
@@ -88,18 +88,18 @@ def test_settings_by_name_group_and_object(teacher_folder, text_file):
     assert settings["seed"] == 3
 
 
-def test_a_finished_run_is_resumed_and_its_result_read_again(teacher_folder, text_file):
+def test_resuming_a_finished_run_returns_its_result(teacher_folder, text_file):
     arguments = (teacher_folder, [text_file])
-    first = dmt.distill(*arguments, mean_k=8, output="runs/mine", resume=True, **TINY)
-    again = dmt.distill(*arguments, output="runs/mine", resume=True)
+    first = dmt.distill(*arguments, mean_k=8, output="runs/first", resume=True, **TINY)
+    again = dmt.distill(*arguments, output="runs/first", resume=True)
     assert again.run_dir == first.run_dir
     assert again.metrics["test/text/kl"] == first.metrics["test/text/kl"]
     assert run.read_result(first.run_dir).metrics == again.metrics
-    with pytest.raises(ValueError, match="mine"):
-        dmt.distill(*arguments, mean_k=8, output="runs/mine", **TINY)
+    with pytest.raises(ValueError, match="first"):
+        dmt.distill(*arguments, mean_k=8, output="runs/first", **TINY)
 
 
-def test_it_works_in_a_thread(teacher_folder, text_file):
+def test_distill_works_in_a_thread(teacher_folder, text_file):
     results = []
     thread = threading.Thread(
         target=lambda: results.append(dmt.distill(teacher_folder, [text_file], mean_k=8, **TINY))
@@ -124,7 +124,7 @@ def test_it_works_in_a_thread(teacher_folder, text_file):
         ({"seq_len": 1}, "seq_len must be"),
     ],
 )
-def test_a_wrong_argument_is_refused_in_argument_words(arguments, message):
+def test_errors_name_the_wrong_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         dmt.distill(**({"teacher": "embedded", "data": ["speeches"]} | arguments))
 

@@ -1,4 +1,4 @@
-"""`DistillationModule` in a Trainer of one's own: own loaders, loggers and callbacks."""
+"""`DistillationModule` in a custom Trainer with other loaders, loggers and callbacks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +60,7 @@ def loader(count, batch_size=4, seed=0):
 
 
 class RecordLosses(pl.Callback):
-    """A callback of one's own."""
+    """A custom callback."""
 
     def __init__(self):
         self.losses = []
@@ -69,7 +69,7 @@ class RecordLosses(pl.Callback):
         self.losses.append(float(trainer.progress_bar_metrics["loss"]))
 
 
-def test_own_loaders_loggers_and_callbacks(module, tmp_path):
+def test_custom_loaders_loggers_and_callbacks(module, tmp_path):
     record = RecordLosses()
     before = {name: value.clone() for name, value in module.student.state_dict().items()}
     trainer = make_trainer(module, tmp_path, callbacks=[record])
@@ -103,8 +103,8 @@ def test_loaders_without_names_are_numbered(module, tmp_path, loaders, names):
     assert kls == {f"val/{name}/kl" for name in names}
 
 
-class OwnData(pl.LightningDataModule):
-    """A data module of one's own, with batches as transformers' collators make them."""
+class CustomData(pl.LightningDataModule):
+    """A custom data module, with batches like those of transformers' collators."""
 
     def train_dataloader(self):
         return DataLoader(make_windows(20), batch_size=4, collate_fn=self.collate)
@@ -120,7 +120,7 @@ class OwnData(pl.LightningDataModule):
 
 def test_a_data_module_of_dictionaries_trains_the_same_weights(module, teacher, tmp_path):
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    make_trainer(module, tmp_path).fit(module, datamodule=OwnData())
+    make_trainer(module, tmp_path).fit(module, datamodule=CustomData())
     trained = {name: value.clone() for name, value in module.student.state_dict().items()}
     module.load_state_dict(start)
     make_trainer(module, tmp_path).fit(module, loader(20), loader(4, seed=1))
@@ -138,11 +138,11 @@ def test_padding_is_refused(module):
         module.split_batch({"tokens": tokens})
 
 
-def test_a_checkpoint_of_ones_own_holds_the_student_and_not_the_teacher(module, tmp_path):
+def test_checkpoints_of_a_custom_trainer_have_no_teacher(module, tmp_path):
     trainer = make_trainer(module, tmp_path)
     trainer.fit(module, loader(20), loader(4, seed=1))
-    trainer.save_checkpoint(tmp_path / "mine.ckpt")
-    state = torch.load(tmp_path / "mine.ckpt", weights_only=True)["state_dict"]
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    state = torch.load(tmp_path / "own.ckpt", weights_only=True)["state_dict"]
     assert not [name for name in state if "teacher" in name]
     assert {name for name in state if name.startswith("student.")}
 

@@ -197,8 +197,8 @@ def test_evaluate_names_the_argument_that_is_wrong(student, teacher, tokenizer, 
         evaluate(student, teacher, text_file, tokenizer, seq_len=1)
 
 
-def test_saved_students_have_the_fidelity_of_their_record(words, tmp_path):
-    assert distill_main(words) == 0
+def test_saved_students_have_the_fidelity_of_their_record(distill_args, tmp_path):
+    assert distill_main(distill_args) == 0
     run_dir = newest(tmp_path)
     student = AutoModelForCausalLM.from_pretrained(run_dir / "student").eval()
     config = config_io.load_config(run_dir / "config.yaml")

@@ -39,7 +39,7 @@ def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):
         questions,
         torch.device("cpu"),
     )
-    for question, nats, right in zip(questions, record.nlls, record.correct, strict=True):
+    for question, nll, is_correct in zip(questions, record.nlls, record.correct, strict=True):
         prompt, answer = (
             encode_text(tokenizer, text, add_prefix=False)
             for text in (question.prompt, question.answer)
@@ -49,13 +49,17 @@ def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):
             .logits[0, :-1]
             .log_softmax(-1)
         )
-        where = range(len(prompt), len(prompt) + len(answer))
-        assert nats == pytest.approx(
-            -sum(float(logits[at, token]) for at, token in zip(where, answer, strict=True)),
+        positions = range(len(prompt), len(prompt) + len(answer))
+        assert nll == pytest.approx(
+            -sum(
+                float(logits[position, token])
+                for position, token in zip(positions, answer, strict=True)
+            ),
             abs=1e-3,
         )
-        assert right == all(
-            int(logits[at].argmax()) == token for at, token in zip(where, answer, strict=True)
+        assert is_correct == all(
+            int(logits[position].argmax()) == token
+            for position, token in zip(positions, answer, strict=True)
         )
 
 

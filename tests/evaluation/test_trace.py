@@ -72,7 +72,7 @@ def make_student(teacher, tokens, memories):
             memory.query.weight.add_(0.1 * torch.randn_like(memory.query.weight))
     row_ids = itertools.count(1_000)
     if get_associative_memories(student):
-        write(student, teacher, tokens, "a book")
+        write(student, teacher, tokens, "a novel")
         for memory in get_associative_memories(student).values():
             memory.commit_step(
                 1, 7.0, lambda count: np.array([next(row_ids) for _ in range(count)], np.int64)
@@ -93,7 +93,9 @@ def student(request, any_teacher, tokens):
 @pytest.fixture
 def plain(any_teacher):
     """A student with eight active slots and a dense block in the middle."""
-    student, _ = convert_blocks(any_teacher, [FeaturalConfig(k=8), DenseConfig(), FeaturalConfig(k=8)])
+    student, _ = convert_blocks(
+        any_teacher, [FeaturalConfig(k=8), DenseConfig(), FeaturalConfig(k=8)]
+    )
     return student
 
 
@@ -244,7 +246,7 @@ def test_rows_have_their_own_weights(family, tokens, tokenizer):
                 for number, weight in weight_by_row.items()
             )
             torch.testing.assert_close(output, added[position], atol=1e-4, rtol=1e-3)
-        assert {activation.tag for _, activation in activations} == {"a book"}
+        assert {activation.tag for _, activation in activations} == {"a novel"}
         assert {activation.tag for _, activation in by_layer(traces, layer, "slot")} == {""}
 
 
@@ -265,7 +267,9 @@ def test_rows_have_their_own_tags(any_teacher, tokens, tokenizer):
 
 
 def test_memories_without_rows_activate_slots_only(any_teacher, tokenizer):
-    student, _ = convert_blocks(any_teacher, [VARIANTS["rows"], VARIANTS["rows alone"], VARIANTS["rows"]])
+    student, _ = convert_blocks(
+        any_teacher, [VARIANTS["rows"], VARIANTS["rows alone"], VARIANTS["rows"]]
+    )
     traces = trace(student, tokenizer, TEXT)
     assert {
         (activation.layer, activation.kind) for token in traces for activation in token.activations
@@ -276,7 +280,7 @@ def test_memories_without_rows_activate_slots_only(any_teacher, tokenizer):
 
 
 @torch.no_grad()
-def test_shares_are_of_all_contributions_and_the_largest_comes_first(student, tokenizer):
+def test_shares_are_of_all_contributions_in_descending_order(student, tokenizer):
     all_traces, traces = (
         trace(student, tokenizer, TEXT, top_reads=ALL_READS, top_tokens=0),
         trace(student, tokenizer, TEXT, top_reads=3, top_tokens=0),

@@ -13,8 +13,8 @@ from dmt.report.distillation import format_percent
 from dmt.training.run_dir import read_record, write_record
 
 
-def test_the_page_shows_the_numbers_of_the_run(words, tmp_path, capsys):
-    assert distill_main([*words, "stages.end_to_end_steps=6"]) == 0
+def test_the_page_shows_the_numbers_of_the_run(distill_args, tmp_path, capsys):
+    assert distill_main([*distill_args, "stages.end_to_end_steps=6"]) == 0
     run_dir = newest(tmp_path)
     html, record = (run_dir / "report.html").read_text(encoding="utf-8"), read_record(run_dir)
     page = check_self_contained(html)
@@ -42,8 +42,8 @@ def test_the_page_shows_the_numbers_of_the_run(words, tmp_path, capsys):
     assert f"layer 1, step 8: {errors[-1]:.4f}" in tips
 
 
-def test_titles_name_settings_sizes_and_steps(words, tmp_path):
-    assert distill_main([*words, "stages.end_to_end_steps=6"]) == 0
+def test_titles_name_settings_sizes_and_steps(distill_args, tmp_path):
+    assert distill_main([*distill_args, "stages.end_to_end_steps=6"]) == 0
     page = check_self_contained((newest(tmp_path) / "report.html").read_text(encoding="utf-8"))
     title = page.words[: page.words.index("·")]
     assert title.startswith(f"{newest(tmp_path).name}: memory.mean_k=8, ")
@@ -54,8 +54,8 @@ def test_titles_name_settings_sizes_and_steps(words, tmp_path):
     assert report.startswith(f"# {newest(tmp_path).name}: memory.mean_k=8, ")
 
 
-def test_console_and_files_show_the_same_rows(words, tmp_path, capsys):
-    assert distill_main(words) == 0
+def test_console_and_files_show_the_same_rows(distill_args, tmp_path, capsys):
+    assert distill_main(distill_args) == 0
     run_dir = newest(tmp_path)
     output = capsys.readouterr()
     printed = " ".join((output.out + output.err).split())
@@ -70,12 +70,12 @@ def test_console_and_files_show_the_same_rows(words, tmp_path, capsys):
             assert text in printed
 
 
-def test_an_error_in_a_plot_costs_only_the_page(words, tmp_path, monkeypatch, capsys):
+def test_an_error_in_a_plot_costs_only_the_page(distill_args, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("no\nfonts")
 
     monkeypatch.setattr(distillation, "draw_plot", fail)
-    assert distill_main(words) == 0
+    assert distill_main(distill_args) == 0
     run_dir = newest(tmp_path)
     output = capsys.readouterr()
     assert "no report.html (RuntimeError: no fonts)" in output.out + output.err
