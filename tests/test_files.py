@@ -2,9 +2,11 @@
 
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,3 +126,13 @@ def test_a_failing_disk_is_a_failure_and_a_forbidden_path_a_mistake():
     for code in (errno.EACCES, errno.EPERM, errno.ENOENT):
         assert files.disk_error_class(OSError(code, os.strerror(code))) is UserError
     assert files.disk_error_class(ValueError("os error 28")) is FailureError
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_sqlite_errors_are_a_failure_only_on_a_read_only_disk(tmp_path, monkeypatch, read_only):
+    flags = SimpleNamespace(f_flag=os.ST_RDONLY if read_only else 0)
+    monkeypatch.setattr(os, "statvfs", lambda path: flags)
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        sqlite3.connect(tmp_path / "missing" / "memory.db")
+    error_class = files.disk_error_class(caught.value, tmp_path / "missing" / "memory.db")
+    assert error_class is (FailureError if read_only else UserError)

@@ -43,7 +43,7 @@ FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # SQLite's primary result code -> errno.
 SQLITE_ERRNOS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
-    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_READONLY: errno.EPERM,  # the file or its disk, see `disk_error_class`
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_IOERR: errno.EIO,
 }
@@ -64,14 +64,29 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
     return f"{problem} ({os.strerror(code)})", advice
 
 
-def disk_error_class(error: BaseException) -> type[UserError]:
+def disk_error_class(error: BaseException, path: Path | None = None) -> type[UserError]:
     """Return `FailureError` if the disk failed (is full or read-only, say), else `UserError`.
 
     Args:
         error: An exception of reading or writing; its causes and contexts are searched too.
+        path: A file or folder on the disk. SQLite reports a read-only disk as it does a forbidden
+            file, so this tells them apart.
     """
-    cause = _find_disk_error(error)
-    return FailureError if cause is not None and cause[0] in FAILURES else UserError
+    if (cause := _find_disk_error(error)) is None:
+        return UserError
+    code, _ = cause
+    is_forbidden = code in (errno.EACCES, errno.EPERM)
+    if code in FAILURES or (is_forbidden and path is not None and _is_on_read_only_disk(path)):
+        return FailureError
+    return UserError
+
+
+def _is_on_read_only_disk(path: Path) -> bool:
+    if not hasattr(os, "statvfs"):  # Windows
+        return False
+    path = path.expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
 
 
 def _find_disk_error(error: BaseException) -> tuple[int, Any] | None:

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from dmt.errors import UserError
+from dmt.errors import FailureError
 from dmt.models.loading import load
 from dmt.training import interrupts
 from faults.subprocesses import (
@@ -124,12 +124,13 @@ def test_a_folder_that_was_removed_and_created_again(tmp_path, monkeypatch):
     run = tmp_path / "version_0"
     run.mkdir()
     monkeypatch.setattr(interrupts, "current_run", lambda: run)
+    monkeypatch.setattr(interrupts, "current_run_getter", lambda: lambda: run)
 
     def missing(path):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
 
     with (
-        pytest.raises(UserError, match=r"version_0: the folder was removed .* begin again"),
+        pytest.raises(FailureError, match=r"version_0: the folder was removed .* begin again"),
         interrupts.report_disk_errors("logs"),
     ):
         missing(run / "events.out")
@@ -139,7 +140,7 @@ def test_a_folder_that_was_removed_and_created_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         threading, "excepthook", lambda failed: reported_files.append(failed.exc_value.filename)
     )
-    with interrupts.report_disk_errors("logs"):
+    with interrupts.hide_disk_errors_in_threads():
         for path in (run / "events.out", tmp_path / "elsewhere"):
             writer = threading.Thread(target=missing, args=(path,))
             writer.start()

@@ -330,7 +330,6 @@ def _write_cache(
                 "another folder or set a smaller logit_cache.top_k"
             )
         metadata = metadata | {"windows": _hash_windows(windows[list(window_ids)])}
-        files.atomic_write(cache_dir / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
         message = f"caching the teacher's logits for {len(window_ids):,} windows"
         logger.info("%s, %.0f MB, in %s", message, required_bytes / 1e6, cache_dir)
         with (
@@ -347,6 +346,8 @@ def _write_cache(
             for window_id in track(window_ids, message, disable=disabled):
                 distribution = _sample_window(config, teacher, windows, window_id)
                 file.write(pack_record(window_id, distribution).tobytes())
+            # Last, so that a run that fails leaves nothing, and before the records get their name.
+            files.atomic_write(cache_dir / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
     except OSError as error:
         raise _not_writable(cache_dir, error) from None
 

@@ -239,11 +239,15 @@ def translate_errors(label: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        is_full = getattr(error.orig, "sqlstate", None) == POSTGRESQL_DISK_FULL
-        error_class = FailureError if is_full else disk_error_class(error)
-        raise error_class(f"store {label}: {_explain_error(error)}") from None
+        raise _choose_error_class(error, label)(f"store {label}: {_explain_error(error)}") from None
     except SQLAlchemyError as error:
         raise UserError(f"store {label}: {str(error).splitlines()[0]}") from None
+
+
+def _choose_error_class(error: DBAPIError, url: str) -> type[UserError]:
+    if getattr(error.orig, "sqlstate", None) == POSTGRESQL_DISK_FULL:
+        return FailureError
+    return disk_error_class(error, Path(url.removeprefix("sqlite:///")))
 
 
 def _explain_error(error: DBAPIError) -> str:

@@ -118,7 +118,7 @@ def report_disk_errors(log_dir: str) -> Iterator[None]:
             if run_dir is None
             else f"then resume with: {resume_command(run_dir)}"
         )
-        error_class = files.disk_error_class(error)
+        error_class = files.disk_error_class(error, run_dir or Path(log_dir))
         raise error_class(f"{run_dir or log_dir}: {problem}; {advice}, {next_step}") from None
 
 
