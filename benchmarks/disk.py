@@ -1,11 +1,17 @@
-"""Slots in a file: what they cost in speed, memory and fidelity, `python -m benchmarks.disk [RUN OR STUDENT]`.
+"""Slots in a file, their speed, memory and fidelity: `python -m benchmarks.disk [RUN OR STUDENT]`.
 
-Three tables. `limit`: a student of GPT-2 124M's shape (random weights: speed does not depend on what they say) whose values
-alone are four times the memory that a process may use, as a memory cgroup counts it, generates; beside it the same student in
-RAM, without a limit, in turns. `memory`: bytes that the weights of 124M hold, computed and as /proc counts them, and how fast
-they are where a process may use .6 of what the dense ones weigh. `kl`: of a distilled embedded student (of the newest run where
-none is named), the distance to its teacher and the bytes, by type of values and by what is left on the disk. `--quick` takes tiny
-shapes. Limits need root for the cgroup; the first table 8 GB on the disk under `--scratch`.
+Prints three tables:
+
+- `limit`: generation by a student of the shape of GPT-2 124M with random weights, whose values have
+  four times the bytes that a memory cgroup allows its process; in turns with the same student in
+  RAM, without a limit.
+- `memory`: bytes of the weights of the 124M shape, computed and as /proc counts them, and their
+  speed in a process that may use 0.6 of the bytes of the dense weights.
+- `kl`: KL to the teacher and bytes of a distilled embedded student (by default that of the newest
+  run), by value dtype and by what stays on the disk.
+
+`--quick` uses tiny shapes. Limits need root for the cgroup. The first table needs 8 GB on the disk
+under `--scratch`.
 """
 
 from __future__ import annotations
@@ -46,82 +52,86 @@ SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
 }
-K, NEW, PIECE = 32, 32, 8_192
+READ_SLOTS, NEW_TOKENS, CHUNK = 32, 32, 8_192
 ROOT = Path(__file__).parents[1]
 CGROUPS = Path("/sys/fs/cgroup/memory")
+# Bytes that the child process may use; the values have four times as many.
 LIMIT = 800_000_000
-"""Bytes that the child may use; the values have four times as many."""
-SHARE, OVERHEAD = 0.6, 40_000_000
-"""Of the dense weights' bytes, what a process is allowed beside the interpreter's own; bytes for what it computes with."""
+# A limited process may use this fraction of the bytes of the dense weights, in addition to those of
+# the interpreter and to `OVERHEAD` bytes for activations.
+MEMORY_FRACTION, OVERHEAD = 0.6, 40_000_000
 TEST_TOKENS = 16_384
 
 
-def rows(
+def measure(
     quick: bool = False, student: Path | None = None, scratch: Path | None = None, turns: int = 2
 ) -> list[dict[str, Any]]:
-    """Every line of the three tables; `table` says which."""
+    """Return the lines of all three tables; their key `table` names it."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        found = limited(Path(folder) / "large", quick, turns) + memory(
+        lines = measure_limited(Path(folder) / "large", quick, turns) + measure_memory(
             Path(folder) / "small", quick
         )
-        return found + (fidelity(Path(folder) / "kl", student, quick) if student else [])
+        return lines + (measure_kl(Path(folder) / "kl", student, quick) if student else [])
 
 
-def limited(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
-    """Generation within a quarter of the values' size, and in RAM."""
+def measure_limited(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
+    """Measure generation in RAM, on the disk, and in a quarter of the bytes of the values."""
     shape = SHAPES["tiny" if quick else "124M"]
-    slots_each = 4_096 if quick else 4 * LIMIT // (4 * shape["n_embd"] * shape["n_layer"])
-    large_student(folder, shape, slots_each)
-    values = 4 * slots_each * shape["n_embd"] * shape["n_layer"]
+    slots = 4_096 if quick else 4 * LIMIT // (4 * shape["n_embd"] * shape["n_layer"])
+    large_student(folder, shape, slots)
+    values = 4 * slots * shape["n_embd"] * shape["n_layer"]
     limit = 0 if quick else LIMIT
-    told: dict[str, list[dict[str, Any]]] = {
+    runs_by_variant: dict[str, list[dict[str, Any]]] = {
         "in RAM": [],
         "on the disk": [],
         "on the disk, within the limit": [],
     }
     for _ in range(turns):
-        told["in RAM"].append(child(folder, "ram"))
-        told["on the disk"].append(child(folder, "disk"))
-        forget(folder / external_tensors.SLOTS_FILE)
-        with cgroup(limit) as (group, why):
+        runs_by_variant["in RAM"].append(run_child(folder, "ram"))
+        runs_by_variant["on the disk"].append(run_child(folder, "disk"))
+        drop_page_cache(folder / external_tensors.SLOTS_FILE)
+        with cgroup(limit) as (group, error):
             if group is not None:
-                told["on the disk, within the limit"].append(child(folder, "disk", group))
-            elif why:
-                print(f"not limited: {why}", file=sys.stderr)
+                runs_by_variant["on the disk, within the limit"].append(
+                    run_child(folder, "disk", group)
+                )
+            elif error:
+                print(f"not limited: {error}", file=sys.stderr)
     shutil.rmtree(folder)
-    best = statistics.median(each["seconds"] for each in told["in RAM"])
-    made = []
-    for name, runs in told.items():
+    baseline = statistics.median(run["seconds"] for run in runs_by_variant["in RAM"])
+    lines = []
+    for name, runs in runs_by_variant.items():
         if runs:
-            pairs = zip(runs, told["in RAM"], strict=True)
-            seconds = statistics.median(each["seconds"] for each in runs)
-            made.append(
+            pairs = zip(runs, runs_by_variant["in RAM"], strict=True)
+            seconds = statistics.median(run["seconds"] for run in runs)
+            lines.append(
                 {
                     "table": "limit",
                     "variant": name,
                     "values, MB": values / 1e6,
                     "limit, MB": limit / 1e6 if "limit" in name else "",
                     "ms a token": 1e3 * seconds,
-                    "slow-down": seconds / best,
+                    "slow-down": seconds / baseline,
                     "slow-down by turn": " ".join(
                         f"{a['seconds'] / b['seconds']:.1f}" for a, b in pairs
                     ),
-                    "major faults": statistics.median(each["faults"] for each in runs),
+                    "major faults": statistics.median(run["faults"] for run in runs),
                     "anonymous, MB": runs[-1]["anonymous"] / 1e6,
                     "without the model, MB": runs[-1]["bare"] / 1e6,
-                    "same tokens": runs[-1]["said"] == told["in RAM"][-1]["said"],
+                    "same tokens": runs[-1]["generated"]
+                    == runs_by_variant["in RAM"][-1]["generated"],
                 }
             )
-    return made
+    return lines
 
 
 def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
-    """A student with `count` slots a layer on the disk, made in pieces."""
+    """Write a student with `count` slots in each layer to the disk, in chunks."""
     width, layers = shape["n_embd"], shape["n_layer"]
     arguments = {
         "kind": "featural",
         "num_slots": count,
-        "k": K,
+        "k": READ_SLOTS,
         "search": "int8",
         "offload": "slots",
         "activation": "block",
@@ -143,33 +153,33 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
             parameter.fill_(1.0) if name.endswith(
                 ("ln_1.weight", "ln_2.weight", "ln_f.weight")
             ) else parameter.normal_(std=0.02)
-    base = torch.randn(PIECE, width) / width**0.5
-    norms = base.norm(dim=-1).repeat(-(-count // PIECE))[:count]
+    base = torch.randn(CHUNK, width) / width**0.5
+    norms = base.norm(dim=-1).repeat(-(-count // CHUNK))[:count]
     codes = Int8Matrix(base)
 
     def pieces(of: Tensor, layer: int) -> Iterator[Tensor]:
-        for number, begin in enumerate(range(0, count, PIECE)):
-            turned = of.roll(31 * number + 7 * layer, -1) if of.dim() == 2 else of
-            yield turned[: count - begin]
+        for number, begin in enumerate(range(0, count, CHUNK)):
+            rolled = of.roll(31 * number + 7 * layer, -1) if of.dim() == 2 else of
+            yield rolled[: count - begin]
 
-    tables = {}
+    specs = {}
     for layer, name in enumerate(external_tensors.find_mmap_memories(model)):
         for part in ("values", "keys"):
-            tables[f"{name}.{part}"] = TensorSpec(
+            specs[f"{name}.{part}"] = TensorSpec(
                 torch.float32, (count, width), pieces(base, layer + 100 * (part == "values"))
             )
-        tables[f"{name}.key_codes"] = TensorSpec(
+        specs[f"{name}.key_codes"] = TensorSpec(
             torch.int8, (count, width), pieces(codes.rows, layer)
         )
-        tables[f"{name}.key_scales"] = TensorSpec(
+        specs[f"{name}.key_scales"] = TensorSpec(
             torch.float32, (count,), pieces(codes.scales, layer)
         )
-        tables[f"{name}.value_norms"] = make_spec(norms)
-    place = external_tensors.position_embedding_path(model)
-    tables[f"{place}.weight"] = make_spec(0.02 * torch.randn(config.n_positions, width))
+        specs[f"{name}.value_norms"] = make_spec(norms)
+    embedding = external_tensors.position_embedding_path(model)
+    specs[f"{embedding}.weight"] = make_spec(0.02 * torch.randn(config.n_positions, width))
     folder.mkdir(parents=True)
     config.external_tensors = model.config.external_tensors = write_tensor_file(
-        folder / external_tensors.SLOTS_FILE, tables
+        folder / external_tensors.SLOTS_FILE, specs
     )
     external_tensors.attach_model_file(
         model, folder / external_tensors.SLOTS_FILE, model.config.external_tensors
@@ -177,8 +187,8 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     model.save_pretrained(folder)
 
 
-def forget(file: Path) -> None:
-    """Let the system drop what it holds of a file."""
+def drop_page_cache(file: Path) -> None:
+    """Drop the pages of a file from the page cache."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -186,7 +196,7 @@ def forget(file: Path) -> None:
 
 @contextmanager
 def cgroup(limit: int) -> Iterator[tuple[Path | None, str]]:
-    """A memory cgroup with so many bytes, or why there is none."""
+    """Create a memory cgroup of `limit` bytes; yield it, or None and the reason."""
     group = CGROUPS / f"dmt-disk-{os.getpid()}"
     if not limit:
         yield None, ""
@@ -197,7 +207,7 @@ def cgroup(limit: int) -> Iterator[tuple[Path | None, str]]:
     except OSError as error:
         yield (
             None,
-            f"a memory cgroup (version 1) cannot be made in {CGROUPS} ({error.strerror}); it takes root",
+            f"cannot create a memory cgroup (v1) in {CGROUPS} ({error.strerror}); it needs root",
         )
         return
     try:
@@ -206,56 +216,65 @@ def cgroup(limit: int) -> Iterator[tuple[Path | None, str]]:
         group.rmdir()
 
 
-def child(folder: Path, way: str, group: Path | None = None) -> dict[str, Any]:
-    """What a process of its own says about loading the student in `folder` and generating from it."""
-    enter = f"echo $$ > {group}/cgroup.procs; " if group else ""
-    command = f'{enter}exec "$0" -m benchmarks.disk --child {way} "$1"'
-    where = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    words = ["sh", "-c", command, sys.executable, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=where)
-    if done.returncode:
-        raise SystemExit(f"the child ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_child(folder: Path, location: str, group: Path | None = None) -> dict[str, Any]:
+    """Load the student in `folder` and generate in a new process; return its measurements."""
+    join_group = f"echo $$ > {group}/cgroup.procs; " if group else ""
+    command = f'{join_group}exec "$0" -m benchmarks.disk --child {location} "$1"'
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    command_line = ["sh", "-c", command, sys.executable, str(folder)]
+    process = subprocess.run(
+        command_line, capture_output=True, text=True, check=False, env=environment
+    )
+    if process.returncode:
+        raise SystemExit(
+            f"the child ended with {process.returncode}: {process.stderr.strip()[-300:]}"
+        )
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def resident() -> dict[str, int]:
-    """Bytes of this process that are in memory: anonymous, and of files."""
+def resident_bytes() -> dict[str, int]:
+    """Return the resident bytes of this process: anonymous, and of files."""
     text = Path("/proc/self/status").read_text()
     return {
         name: 1024 * int(re.search(rf"Rss{name}:\s+(\d+)", text)[1]) for name in ("Anon", "File")
     }  # type: ignore[index]
 
 
-def be_child(way: str, folder: Path) -> None:
-    """Load, generate, tell."""
+def child_main(location: str, folder: Path) -> None:
+    """Load a student, generate, and print measurements as JSON."""
     import resource
 
     torch.set_num_threads(1)
-    bare = resident()
+    bare = resident_bytes()
     model = AutoModelForCausalLM.from_pretrained(folder)
-    if way == "ram":
+    if location == "ram":
         for memory in get_featural_memories(model).values():
             for name in memory.external_names:
                 setattr(memory, name, getattr(memory, name).clone())
             if memory.mmap_tensors is not None and memory.mmap_tensors.key_codes is not None:
                 memory.mmap_tensors.key_codes.rows = memory.mmap_tensors.key_codes.rows.clone()
-    loaded = resident()
+    loaded = resident_bytes()
     prompt = torch.arange(8).unsqueeze(0)
-    how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
-        first = time.perf_counter()
-        model.generate(prompt, max_new_tokens=1, **how)
-        began, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        said = model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, **how)
-    seconds = (time.perf_counter() - began) / NEW
-    used = resident()
+        first_start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=1, **options)
+        start, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        generated = model.generate(
+            prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **options
+        )
+    seconds = (time.perf_counter() - start) / NEW_TOKENS
+    used = resident_bytes()
     print(
         json.dumps(
             {
                 "seconds": seconds,
-                "first": began - first,
+                "first": start - first_start,
                 "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
-                "said": said[0].tolist(),
+                "generated": generated[0].tolist(),
                 "bare": bare["Anon"],
                 "anonymous": used["Anon"],
                 "loaded": sum(loaded.values()) - sum(bare.values()),
@@ -266,118 +285,119 @@ def be_child(way: str, folder: Path) -> None:
     )
 
 
-def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """What the weights hold of the 124M shape, dense and with slots in RAM or in a file."""
+def measure_memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Measure the bytes of weights of the 124M shape, dense and with slots in RAM or in a file."""
     torch.manual_seed(0)
     config = GPT2Config(
         **SHAPES["tiny" if quick else "124M"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
     dense = GPT2LMHeadModel(config).eval()
     dense.save_pretrained(folder / "dense")
-    whole_bytes, made = external_tensors.measure_bytes(dense)["ram"], []
-    ways = [("dense", None)]
-    for disk in ("none", "values", "slots"):
-        for kind in ("float32", "int8"):
-            for linear in (False, True):
-                name = (
-                    f"offload={disk} value_dtype={kind}{' with the linear map' if linear else ''}"
-                )
-                ways.append(
+    dense_bytes, lines = external_tensors.measure_bytes(dense)["ram"], []
+    variants = [("dense", None)]
+    for offload in ("none", "values", "slots"):
+        for value_dtype in ("float32", "int8"):
+            for skip_connection in (False, True):
+                suffix = " with a skip connection" if skip_connection else ""
+                name = f"offload={offload} value_dtype={value_dtype}{suffix}"
+                variants.append(
                     (
                         name,
                         FeaturalConfig(
-                            k=K,
+                            k=READ_SLOTS,
                             search="int8",
-                            skip_connection=linear,
+                            skip_connection=skip_connection,
                             metric="euclidean",
-                            value_dtype=kind,
-                            offload=disk,
+                            value_dtype=value_dtype,
+                            offload=offload,
                         ),
                     )
                 )
-    for name, settings in ways[:1] + ways[-2:-1] if quick else ways:
-        place = folder / "dense"
-        held = {"ram": whole_bytes, "disk": 0}
+    for name, settings in variants[:1] + variants[-2:-1] if quick else variants:
+        path = folder / "dense"
+        sizes = {"ram": dense_bytes, "disk": 0}
         if settings is not None:
-            place = folder / "student"
-            convert_blocks(dense, [settings] * config.n_layer)[0].save_pretrained(place)
-            held = external_tensors.measure_bytes(AutoModelForCausalLM.from_pretrained(place))
-        told = child(place, "disk")
-        tight: dict[str, Any] = {}
-        for file in place.glob("*.safetensors"):
-            forget(file)  # else its pages count as another's
-        room = (
+            path = folder / "student"
+            convert_blocks(dense, [settings] * config.n_layer)[0].save_pretrained(path)
+            sizes = external_tensors.measure_bytes(AutoModelForCausalLM.from_pretrained(path))
+        result = run_child(path, "disk")
+        limited_result: dict[str, Any] = {}
+        for file in path.glob("*.safetensors"):
+            drop_page_cache(file)  # otherwise its pages count for this process
+        limit = (
             0
-            if quick or "linear" in name or (settings is not None and settings.offload != "slots")
-            else int(told["bare"] + OVERHEAD + SHARE * whole_bytes)
+            if quick or "skip" in name or (settings is not None and settings.offload != "slots")
+            else int(result["bare"] + OVERHEAD + MEMORY_FRACTION * dense_bytes)
         )
-        with cgroup(room) as (group, _):
+        with cgroup(limit) as (group, _):
             if group is not None:
-                tight = child(place, "disk", group)
-        made.append(
+                limited_result = run_child(path, "disk", group)
+        lines.append(
             {
                 "table": "memory",
                 "variant": name,
-                "weights in RAM, MB": held["ram"] / 1e6,
-                "of dense": held["ram"] / whole_bytes,
-                "left on the disk, MB": held["disk"] / 1e6,
-                "resident after loading, MB": told["loaded"] / 1e6,
-                "anonymous of these": told["anonymous of the model"] / 1e6,
-                f"after {NEW} tokens": told["used"] / 1e6,
-                "ms a token": 1e3 * told["seconds"],
-                f"ms within {SHARE} of dense": 1e3 * tight["seconds"] if tight else "",
-                "faults there": tight["faults"] if tight else "",
+                "weights in RAM, MB": sizes["ram"] / 1e6,
+                "of dense": sizes["ram"] / dense_bytes,
+                "left on the disk, MB": sizes["disk"] / 1e6,
+                "resident after loading, MB": result["loaded"] / 1e6,
+                "anonymous of these": result["anonymous of the model"] / 1e6,
+                f"after {NEW_TOKENS} tokens": result["used"] / 1e6,
+                "ms a token": 1e3 * result["seconds"],
+                f"ms within {MEMORY_FRACTION} of dense": 1e3 * limited_result["seconds"]
+                if limited_result
+                else "",
+                "major faults within it": limited_result["faults"] if limited_result else "",
             }
         )
         shutil.rmtree(folder / "student", ignore_errors=True)
-    return made
+    return lines
 
 
-def fidelity(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
-    """KL to the embedded teacher and bytes of a distilled student, by type of values and what is left on the disk."""
+def measure_kl(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
+    """Measure KL to the embedded teacher and bytes, by value dtype and what stays on the disk."""
     teacher, tokenizer = load_teacher("embedded")
     windows = select_first_windows(
         tokenize_corpus(load_corpus("speeches"), tokenizer, 256).test, 512 if quick else TEST_TOKENS
     )
-    made = []
-    for disk in ("none", "values", "slots"):
-        for kind in ("float32", "float16", "int8"):
+    lines = []
+    for offload in ("none", "values", "slots"):
+        for value_dtype in ("float32", "float16", "int8"):
             model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-            changes = {"offload": disk, "value_dtype": kind} | (
-                {"search": "int8"} if disk == "slots" else {}
+            changes = {"offload": offload, "value_dtype": value_dtype} | (
+                {"search": "int8"} if offload == "slots" else {}
             )
             for layer, memory in get_featural_memories(model).items():
-                told = model.config.memory[str(layer)]
-                (told.get("base") or told).update(changes)
+                arguments = model.config.memory[str(layer)]
+                (arguments.get("base") or arguments).update(changes)
                 for name, value in changes.items():
                     setattr(memory, name, value)
-            place = folder / f"{disk}-{kind}"
-            model.save_pretrained(place)
-            loaded = AutoModelForCausalLM.from_pretrained(place)
-            tally, held = (
+            path = folder / f"{offload}-{value_dtype}"
+            model.save_pretrained(path)
+            loaded = AutoModelForCausalLM.from_pretrained(path)
+            metrics, sizes = (
                 measure_fidelity(loaded, teacher, windows),
                 external_tensors.measure_bytes(loaded),
             )
-            files = [place / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)]
-            made.append(
+            files = [path / name for name in ("model.safetensors", external_tensors.SLOTS_FILE)]
+            lines.append(
                 {
                     "table": "kl",
-                    "variant": f"offload={disk} value_dtype={kind}",
-                    "KL": f"{tally.kl:.5f}",
-                    "ppl_ratio": f"{tally.ppl_ratio:.5f}",
-                    "same top-1": f"{tally.top1_agreement:.4f}",
-                    "tokens": int(tally.tokens),
-                    "weights in RAM, MB": held["ram"] / 1e6,
-                    "left on the disk, MB": held["disk"] / 1e6,
+                    "variant": f"offload={offload} value_dtype={value_dtype}",
+                    "KL": f"{metrics.kl:.5f}",
+                    "ppl_ratio": f"{metrics.ppl_ratio:.5f}",
+                    "same top-1": f"{metrics.top1_agreement:.4f}",
+                    "tokens": int(metrics.tokens),
+                    "weights in RAM, MB": sizes["ram"] / 1e6,
+                    "left on the disk, MB": sizes["disk"] / 1e6,
                     "files, MB": sum(file.stat().st_size for file in files if file.exists()) / 1e6,
                 }
             )
-    return made
+    return lines
 
 
 def figures(quick: bool = False) -> list[dict[str, Any]]:
-    """Every line, for `python -m benchmarks`; the newest run's student, where there is one."""
-    return rows(quick, newest_student())
+    """Return all lines for `python -m benchmarks`, with the student of the newest run if any."""
+    return measure(quick, newest_student())
 
 
 def main() -> None:
@@ -388,28 +408,30 @@ def main() -> None:
         "student",
         nargs="?",
         type=Path,
-        help="a distilled embedded student; the newest run's where left out",
+        help="a distilled embedded student (default: that of the newest run)",
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--scratch", type=Path, help="a folder with room for 8 GB")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--only", choices=("limit", "memory", "kl"))
     parser.add_argument("--child", choices=("ram", "disk"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        be_child(given.child, given.student)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child_main(arguments.child, arguments.student)
         return
-    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-        parts = {
-            "limit": lambda: limited(Path(scratch) / "large", given.quick, given.turns),
-            "memory": lambda: memory(Path(scratch) / "small", given.quick),
-            "kl": lambda: fidelity(
-                Path(scratch) / "kl", resolve_student_folder(given.student), given.quick
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        tables = {
+            "limit": lambda: measure_limited(
+                Path(scratch) / "large", arguments.quick, arguments.turns
+            ),
+            "memory": lambda: measure_memory(Path(scratch) / "small", arguments.quick),
+            "kl": lambda: measure_kl(
+                Path(scratch) / "kl", resolve_student_folder(arguments.student), arguments.quick
             ),
         }
-        for name, part in parts.items():
-            if given.only in (None, name):
-                print(table(part()), flush=True)
+        for name, measure_table in tables.items():
+            if arguments.only in (None, name):
+                print(table(measure_table()), flush=True)
 
 
 if __name__ == "__main__":

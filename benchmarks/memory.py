@@ -1,9 +1,9 @@
-"""One memory against the dense block it replaces, by number of tokens: `python -m benchmarks.memory [--threads N]`.
+"""Speed of a memory against its dense block: `python -m benchmarks.memory [--threads N]`.
 
-The layer is that of the default config: ranks in the metric of sensitivity, a shared threshold set so that k slots
-are read on average, a linear map. Prints milliseconds (median of 15 after 3 warm-ups, paths taken in turn) and ratios,
-forward only. `gather` is the path a memory takes without gradients, `mask` the one it takes with them; `dense, gated` and
-SmolLM2's shape go together.
+The memory is that of the default config: the `fisher` metric, a shared threshold that reads k slots
+on average, and a skip connection. Prints milliseconds (median of 15 after 3 warm-up rounds,
+alternating) and ratios, forward only, by number of tokens. A memory takes the path `gather` without
+gradients and `mask` with them. The gated shape is that of SmolLM2.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SHAPES = (
 TOKENS = (1, 4, 16, 64, 256, 2048)
 
 
-def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
-    """A call of `memory` that is made to take one path; no graph is built in either."""
+def make_call(memory: nn.Module, hidden: torch.Tensor, gather: bool):
+    """Return a call of `memory` that takes the path `gather`, or else `mask`; builds no graph."""
 
     def call() -> torch.Tensor:
         with torch.set_grad_enabled(not gather):
@@ -38,7 +38,7 @@ def path(memory: nn.Module, hidden: torch.Tensor, gather: bool):
 
 
 class Gated(nn.Module):
-    """A Llama's feed-forward block."""
+    """The feed-forward block of Llama."""
 
     def __init__(self, width: int, slots: int) -> None:
         super().__init__()
@@ -52,35 +52,45 @@ class Gated(nn.Module):
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """A row for each shape and number of tokens."""
-    found = []
+    """Measure each shape and number of tokens."""
+    results = []
     for width, slots, k, gated in SHAPES[:1] if quick else SHAPES:
         plain = nn.Sequential(nn.Linear(width, slots), nn.GELU("tanh"), nn.Linear(slots, width))
         dense = (Gated(width, slots) if gated else plain).requires_grad_(False)
-        how = {"metric": "fisher", "k_mode": "threshold", "skip_connection": True, "gated": gated}
+        options = {
+            "metric": "fisher",
+            "k_mode": "threshold",
+            "skip_connection": True,
+            "gated": gated,
+        }
         memory = FeaturalMemory(
-            width, slots, k, activation_function="silu" if gated else "gelu_pytorch_tanh", **how
+            width, slots, k, activation_function="silu" if gated else "gelu_pytorch_tanh", **options
         )
         memory.requires_grad_(False).eval()
         text = torch.randn(2048, width)
         memory.calibrate_means(text)
         initialize_threshold([memory], [text])
-        quickened = use_onednn_linear(copy.deepcopy(dense))
+        onednn_dense = use_onednn_linear(copy.deepcopy(dense))
         for tokens in TOKENS:
             hidden = torch.randn(tokens, width)
-            paths = {name: path(memory, hidden, name == "gather") for name in ("mask", "gather")}
+            paths = {
+                name: make_call(memory, hidden, name == "gather") for name in ("mask", "gather")
+            }
             calls = {
                 "dense": functools.partial(dense, hidden),
-                "dense, oneDNN": functools.partial(quickened, hidden),
+                "dense, oneDNN": functools.partial(onednn_dense, hidden),
             } | paths
-            ms = {
+            milliseconds = {
                 name: 1e3 * seconds for name, seconds in medians(calls, 3 if quick else 15).items()
             }
-            ratios = {f"dense/{name}": ms["dense"] / ms[name] for name in paths}
+            ratios = {f"dense/{name}": milliseconds["dense"] / milliseconds[name] for name in paths}
             name = f"{width} x {slots}, k = {k}{', gated' if gated else ''}, {tokens} tokens"
-            found.append({"memory": name, **ms, **ratios})
-            print((f"{head(found[0])}\n" if len(found) == 1 else "") + line(found[-1]), flush=True)
-    return found
+            results.append({"memory": name, **milliseconds, **ratios})
+            print(
+                (f"{head(results[0])}\n" if len(results) == 1 else "") + line(results[-1]),
+                flush=True,
+            )
+    return results
 
 
 def main() -> None:

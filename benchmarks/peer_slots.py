@@ -1,4 +1,4 @@
-"""product-key-memory and peer-pytorch at the sizes of `many.py`, which starts this with an interpreter that has them.
+"""Speed of product-key-memory and peer-pytorch; `many.py` starts it in an environment with both.
 
     peer_slots.py NAME SLOTS TOKENS WIDTH THREADS
 
@@ -12,15 +12,15 @@ import time
 import torch
 
 
-def medians(call, repeats=5):
-    """Median milliseconds after one call to warm up."""
+def median_ms(call, repeats=5):
+    """Return the median milliseconds of `call` after a warm-up call."""
     call()
-    taken = []
+    times = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     side = round(slots**0.5)
-    assert side * side == slots, "both libraries have a square of slots"
+    assert side * side == slots, "both libraries need a square number of slots"
     if name == "product-key-memory":
         from product_key_memory import PKM
 
@@ -44,11 +44,11 @@ def main() -> None:
         with torch.no_grad():
             layer(hidden)
 
-    def both():
+    def forward_backward():
         layer.zero_grad()
         layer(hidden).square().sum().backward()
 
-    print(medians(forward), medians(both, 2 if slots >= 1_000_000 else 5), sep="\t")
+    print(median_ms(forward), median_ms(forward_backward, 2 if slots >= 1_000_000 else 5), sep="\t")
 
 
 if __name__ == "__main__":

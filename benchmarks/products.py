@@ -1,7 +1,8 @@
-"""Matrix products by torch's two libraries: `python -m benchmarks.products`. What `dmt.memory.products` chooses by.
+"""Speed of matrix products by torch's default library and oneDNN: `python -m benchmarks.products`.
 
-The shapes of GPT-2's blocks, heads and of the embedded model: forward, and the two products of a backward pass; medians,
-in microseconds. `taken` is which library this machine uses.
+`dmt.ops` selects the library by these measurements. The shapes are those of blocks and heads of
+GPT-2 and the embedded model. Prints medians in microseconds of the forward product and of the two
+products of a backward pass; `taken` is the library that this machine uses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from benchmarks.tables import Row, medians, table
 
 from dmt import ops
 
+# Tokens, inputs, outputs.
 SHAPES = (
     (1, 768, 3072),
     (1, 768, 50_257),
@@ -29,14 +31,13 @@ SHAPES = (
     (2048, 512, 128),
     (2048, 128, 2048),
 )
-"""Tokens, inputs, outputs."""
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """A row for each shape."""
-    found = []
+    """Measure each shape."""
+    rows = []
     for tokens, inputs, outputs in SHAPES[-5:] if quick else SHAPES:
-        # several matrices in turn where they are small: a model's next layer is not in the processor's cache
+        # Alternate several small matrices: the next layer of a model is not in the processor cache.
         copies = max(1, min(12, 300_000_000 // (4 * inputs * outputs * 8)))
         hidden, upstream = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
         weights = [torch.randn(outputs, inputs) for _ in range(copies)]
@@ -63,20 +64,26 @@ def figures(quick: bool = False) -> list[Row]:
             ],
         }
         with torch.no_grad():
-            taken = {
+            microseconds = {
                 name: 1e6 * seconds / copies
                 for name, seconds in medians(calls, 3 if quick else 7).items()
             }
         ratios = {
-            f"times as fast{what}": taken[f"torch{what}"] / taken[f"oneDNN{what}"]
-            for what in ("", ", back", ", weights")
+            f"times as fast{product}": microseconds[f"torch{product}"]
+            / microseconds[f"oneDNN{product}"]
+            for product in ("", ", back", ", weights")
         }
         large = tokens * inputs * outputs >= ops.ONEDNN_MIN_OPERATIONS
         name = f"{tokens} x {inputs} x {outputs}"
-        found.append(
-            {"shape": name, "taken": ops.gemm_library if large else "torch", **taken, **ratios}
+        rows.append(
+            {
+                "shape": name,
+                "taken": ops.gemm_library if large else "torch",
+                **microseconds,
+                **ratios,
+            }
         )
-    return found
+    return rows
 
 
 def main() -> None:
@@ -85,10 +92,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     print(f"{ops.read_cpu_field()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(table(figures(given.quick)))
+    print(table(figures(arguments.quick)))
 
 
 if __name__ == "__main__":

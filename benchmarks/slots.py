@@ -1,4 +1,4 @@
-"""Fewer and more slots: fidelity against how many there are and how many are read, at equal tokens.
+"""Fidelity by the number of slots and of slots read, with equally many training tokens.
 
 python benchmarks/slots.py [--steps 700] [--side-by-side 2]
 """

@@ -1,6 +1,6 @@
-"""Whatever settings are drawn from the schema, a run trains or is refused in one line.
+"""Any settings drawn from the schema either train or are rejected in one line.
 
-A refused run writes nothing.
+A rejected run writes nothing.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from dmt.config import AssociativeConfig, Config, FeaturalConfig
 from dmt.data.tokenizer import train_tokenizer
 from dmt.models.conversion import convert_blocks
 
+# Number of drawn runs; with DMT_FUZZ=5000 in the environment 5,000, newly drawn each time.
 EXAMPLES = int(os.environ.get("DMT_FUZZ", "80"))
-"""Runs that are drawn; with DMT_FUZZ=5000 in the environment so many, of another kind each time."""
-LATE = "the context does not change the model's predictions"
-LONGEST = 120
-"""Seconds after which a run that has not begun is taken for one that hangs."""
-TINY = [
+# The error that a run can raise only after the model has read the context.
+LATE_ERROR = "the context does not change the model's predictions"
+# Seconds after which a run that has not begun counts as hanging.
+TIMEOUT = 120
+SMALL_RUN = [
     "data.corpora=[text.txt]",
     "data.seq_len=16",
     "data.batch_size=2",
@@ -48,7 +49,7 @@ TINY = [
     "context.num_samples=2",
     "context.qa_per_sentence=1",
 ]
-WHOLE = [
+INTEGERS = [
     "-1",
     "0",
     "1",
@@ -69,8 +70,8 @@ WHOLE = [
     "1e3",
     "0x10",
 ]
-USUAL = ("1", "2", "3", "4", "8", "16", "64")
-REAL = [
+COMMON_INTEGERS = ("1", "2", "3", "4", "8", "16", "64")
+FLOATS = [
     "-1",
     "0",
     "1e-30",
@@ -86,7 +87,7 @@ REAL = [
     ".nan",
     "-.inf",
 ]
-ODD = [
+ODDITIES = [
     "",
     "null",
     "nul",
@@ -104,7 +105,7 @@ ODD = [
     "\0",
     "é",
 ]
-LAUNCH_VARIABLES = [
+PATHS = [
     "new",
     "new/er",
     "text.txt",
@@ -116,7 +117,8 @@ LAUNCH_VARIABLES = [
     "~nobody/x",
     ".",
 ]
-OWN = {
+# Values of settings that are strings or lists.
+VALUES = {
     "teacher": [
         "gpt2",
         "llama",
@@ -151,57 +153,54 @@ OWN = {
     "context.text": ["", "A", "'  '", "geese", "'Ada has a dog. It runs.'"],
     "context.file": ["", "text.txt", "empty.txt", "utf16.txt", "nowhere.txt", "gpt2", "one.txt"],
     "context.questions": ["", "asked.jsonl", "lines.jsonl", "text.txt", "empty.txt", "gpt2"],
-    "trainer.devices": [
-        "1",
-        "0",
-        "-1",
-        "200",
-        "257",
-        "1000000007",
-    ],  # more than one starts programs of their own
-    "store.url": ["", *LAUNCH_VARIABLES],
-    "logit_cache.dir": ["", *LAUNCH_VARIABLES],
-    "trainer.log_dir": LAUNCH_VARIABLES,
+    # More than one device starts more processes.
+    "trainer.devices": ["1", "0", "-1", "200", "257", "1000000007"],
+    "store.url": ["", *PATHS],
+    "logit_cache.dir": ["", *PATHS],
+    "trainer.log_dir": PATHS,
 }
-"""Values of settings that are texts or lists, by the setting."""
 
 
-def draw_value(name: str, kind: Any) -> draw.SearchStrategy[str]:
-    """A value for a setting as it is typed: one that fits its annotation, or an oddity."""
-    if name in OWN:
+def draw_value(name: str, annotation: Any) -> draw.SearchStrategy[str]:
+    """Draw a value of a setting as it is typed: one that fits its annotation, or an oddity."""
+    if name in VALUES:
         return draw.one_of(
-            draw.sampled_from(OWN[name]), draw.sampled_from(OWN[name]), draw.sampled_from(ODD)
+            draw.sampled_from(VALUES[name]),
+            draw.sampled_from(VALUES[name]),
+            draw.sampled_from(ODDITIES),
         )
     choices = (
-        [choice for choice in (get_args(kind) or (kind,)) if choice is not type(None)]
-        if get_origin(kind) is not Literal
-        else [kind]
+        [choice for choice in (get_args(annotation) or (annotation,)) if choice is not type(None)]
+        if get_origin(annotation) is not Literal
+        else [annotation]
     )
-    typed: list[str] = []
+    values: list[str] = []
     for choice in choices:
         if get_origin(choice) is Literal:
-            typed += get_args(choice)
+            values += get_args(choice)
         else:
-            typed += {int: WHOLE, float: REAL, bool: ["true", "false"]}.get(choice, ["x"])
-    if type(None) in get_args(kind):
-        typed.append("")
-    usual = [value for value in typed if value not in WHOLE or value in USUAL]
+            values += {int: INTEGERS, float: FLOATS, bool: ["true", "false"]}.get(choice, ["x"])
+    if type(None) in get_args(annotation):
+        values.append("")
+    common = [value for value in values if value not in INTEGERS or value in COMMON_INTEGERS]
     return draw.one_of(
-        *[draw.sampled_from(usual)] * 8, *[draw.sampled_from(typed)] * 3, draw.sampled_from(ODD)
+        *[draw.sampled_from(common)] * 8,
+        *[draw.sampled_from(values)] * 3,
+        draw.sampled_from(ODDITIES),
     )
 
 
 def draw_settings() -> dict[str, draw.SearchStrategy[str]]:
     strategies = {}
-    for name, kind in get_type_hints(Config).items():
-        if not is_dataclass(kind):
-            strategies[name] = draw_value(name, kind)
+    for name, annotation in get_type_hints(Config).items():
+        if not is_dataclass(annotation):
+            strategies[name] = draw_value(name, annotation)
             continue
         if name == "memory":
             strategies |= {f"memory.{inner}": MEMORY[inner] for inner in MEMORY}
             continue
-        for inner, inner_kind in get_type_hints(kind).items():
-            strategies[f"{name}.{inner}"] = draw_value(f"{name}.{inner}", inner_kind)
+        for inner, inner_annotation in get_type_hints(annotation).items():
+            strategies[f"{name}.{inner}"] = draw_value(f"{name}.{inner}", inner_annotation)
     strategies["student.layer_overrides"] = draw.lists(rule, max_size=2).map(
         lambda rules: f"[{', '.join(rules)}]"
     )
@@ -224,13 +223,14 @@ rule = draw.tuples(layers, changes).map(
     lambda parts: f"{{layers: {parts[0]}, memory: {{{', '.join(parts[1])}}}}}"
 )
 SETTINGS = draw_settings()
-one = draw.sampled_from(sorted(SETTINGS)).flatmap(
+override = draw.sampled_from(sorted(SETTINGS)).flatmap(
     lambda name: SETTINGS[name].map(lambda value: f"{name}={value}")
 )
-shape = draw.sampled_from(sorted(MEMORY)).flatmap(
+memory_override = draw.sampled_from(sorted(MEMORY)).flatmap(
     lambda name: MEMORY[name].map(lambda value: f"memory.{name}={value}")
 )
-GROUPS = [  # what goes together, so that more than its first refusal is reached
+# Settings that belong together, so that later checks are reached too.
+COMBINATIONS = [
     [],
     [],
     ["task=consolidate", "teacher=long"],
@@ -248,29 +248,28 @@ GROUPS = [  # what goes together, so that more than its first refusal is reached
     ["teacher=llama"],
     ["teacher=llama", "memory.init=random", "memory.num_slots=9", "memory.mean_k=3"],
 ]
-words = draw.tuples(draw.sampled_from(GROUPS), draw.lists(draw.one_of(one, shape), max_size=5)).map(
-    lambda parts: [*parts[0], *parts[1]]
-)
+overrides = draw.tuples(
+    draw.sampled_from(COMBINATIONS), draw.lists(draw.one_of(override, memory_override), max_size=5)
+).map(lambda parts: [*parts[0], *parts[1]])
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    """A folder with what words may name."""
-
+def workspace(tmp_path_factory, tokenizer):
+    """Create a folder with the files and models that settings can name."""
     folder = tmp_path_factory.mktemp("fuzz")
     student, _ = convert_blocks(
         make_teacher(len(tokenizer), n_positions=160), [FeaturalConfig(k=8)] * 3
     )
-    made = {
+    models = {
         "gpt2": make_teacher(len(tokenizer)),
         "llama": make_llama(len(tokenizer)),
         "student": student,
     }
-    made["long"] = make_teacher(len(tokenizer), n_positions=160)
-    longer = train_tokenizer(SENTENCES * 3, 300, 160)
-    for name, model in made.items():
+    models["long"] = make_teacher(len(tokenizer), n_positions=160)
+    long_tokenizer = train_tokenizer(SENTENCES * 3, 300, 160)
+    for name, model in models.items():
         model.save_pretrained(folder / name)
-        (tokenizer if name in ("gpt2", "llama") else longer).save_pretrained(folder / name)
+        (tokenizer if name in ("gpt2", "llama") else long_tokenizer).save_pretrained(folder / name)
     text = "\n\n".join(f"{i} {SENTENCES[i % 3]} {i * 7 % 13}" for i in range(200))
     (folder / "text.txt").write_text(text, encoding="utf-8")
     (folder / "prose.txt").write_text(text.replace("fox", "hen"), encoding="utf-8")
@@ -285,11 +284,11 @@ def place(tmp_path_factory, tokenizer):
 
 
 class FirstStepDone(BaseException):
-    """The first step is done; the test needs no more."""
+    """Raised after the first step, which is all the test needs."""
 
 
 class FirstStep(pl.Callback):
-    """Ends a run after its first step."""
+    """End a run after its first step."""
 
     begun = False
 
@@ -301,7 +300,7 @@ class FirstStep(pl.Callback):
 
 
 def run_until_first_step(arguments: list[str]) -> tuple[int | None, str, str]:
-    """Return the exit code, None where a step of training began, stdout and stderr."""
+    """Return the exit code, or None if a training step began, stdout and stderr."""
     original_trainer, FirstStep.begun = pl.Trainer, False
 
     def make_trainer(*, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
@@ -311,9 +310,9 @@ def run_until_first_step(arguments: list[str]) -> tuple[int | None, str, str]:
         raise AssertionError(f"hangs: {arguments}")
 
     out, err = io.StringIO(), io.StringIO()
-    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)}
     signal.signal(signal.SIGALRM, hang)
-    signal.alarm(LONGEST)
+    signal.alarm(TIMEOUT)
     try:
         pl.Trainer = make_trainer
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -323,7 +322,7 @@ def run_until_first_step(arguments: list[str]) -> tuple[int | None, str, str]:
     finally:
         pl.Trainer = original_trainer
         signal.alarm(0)
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     return (None if FirstStep.begun else code), out.getvalue(), err.getvalue()
 
@@ -335,56 +334,57 @@ def run_until_first_step(arguments: list[str]) -> tuple[int | None, str, str]:
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-@given(words)
-@example(
-    ["memory.search=ivf", "memory.num_slots=1000000007"]
-)  # each of these was another failure once
+@given(overrides)
+# Each example failed once.
+@example(["memory.search=ivf", "memory.num_slots=1000000007"])
 @example(["task=consolidate", "teacher=long", "context.target=weights", "logit_cache.dir=new"])
 @example(["task=consolidate", "teacher=student"])
 @example(["trainer.num_threads=1000000007"])
 @example(["data.batch_size=1000000007", "data.micro_batch_size=1000000007"])
 @example(["data.corpora=[utf16.txt]"])
-def test_every_config_begins_to_train_or_is_refused_in_one_line(place, words):
-    before = snapshot(place)
+def test_every_config_trains_or_is_rejected_in_one_line(workspace, overrides):
+    before = snapshot(workspace)
     original_folder = Path.cwd()
-    os.chdir(place)
+    os.chdir(workspace)
     try:
         code, out, err = run_until_first_step(
-            [*TINY, "teacher=gpt2", "trainer.log_dir=logs", *words]
+            [*SMALL_RUN, "teacher=gpt2", "trainer.log_dir=logs", *overrides]
         )
     finally:
         os.chdir(original_folder)
     try:
-        judge(words, code, out, err, before, snapshot(place))
+        assert_rejected_without_traces(overrides, code, out, err, before, snapshot(workspace))
     finally:
-        for path in sorted(set(snapshot(place)) - set(before)):
+        for path in sorted(set(snapshot(workspace)) - set(before)):
             if Path(path).is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 Path(path).unlink(missing_ok=True)
 
 
-def judge(
-    words: list[str], code: int | None, out: str, err: str, before: dict, after: dict
+def assert_rejected_without_traces(
+    overrides: list[str], code: int | None, out: str, err: str, before: dict, after: dict
 ) -> None:
-    """Fail unless a first step began, or rows were written in one pass, or it was a refusal."""
+    """Fail unless a step began, rows were written in one pass, or the run was rejected."""
     if code is None:
         return
     if code == 0:
-        assert "task=consolidate" in words or any("steps=0" in word for word in words), (
-            words,
+        assert "task=consolidate" in overrides or any(
+            "steps=0" in override for override in overrides
+        ), (
+            overrides,
             out,
             err,
         )
         return
-    if LATE in err:  # known only after the model has read the context; its folder is deleted again
+    if LATE_ERROR in err:  # raised after the run folder was created, which is deleted again
         out, err = "", err.splitlines()[-1]
         after = {
-            path: about
-            for path, about in after.items()
+            path: entry
+            for path, entry in after.items()
             if path in before or not (Path(path).is_dir() and not any(Path(path).iterdir()))
         }
     line_of(code, out, err)
     assert after == before, (
-        f"{words} was refused, and wrote {sorted(set(after) - set(before))[:5]}: {err}"
+        f"{overrides} was rejected, but wrote {sorted(set(after) - set(before))[:5]}: {err}"
     )

@@ -1,4 +1,4 @@
-"""Whatever is typed ends in a checked `Config` or in one line that says what to type instead."""
+"""Every override and file loads as a checked `Config` or is rejected in one line."""
 
 import json
 import re
@@ -47,32 +47,32 @@ KEYS = [
 
 
 @pytest.fixture(scope="module")
-def shaped(tmp_path_factory):
-    """A teacher that is only a config.json: settings need no more of it."""
-    folder = tmp_path_factory.mktemp("shaped")
+def teacher_override(tmp_path_factory):
+    """Create a teacher that has only a config.json, the part that settings need."""
+    folder = tmp_path_factory.mktemp("teacher")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     return f"teacher={folder}"
 
 
-def refusal(*words, file=None) -> str:
-    """The one line that `words` are refused with."""
-    with pytest.raises(UserError) as refused:
-        load_config(file, words)
-    message = str(refused.value)
+def load_error(*overrides, file=None) -> str:
+    """Return the one-line error of loading `overrides`."""
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+    message = str(error.value)
     assert message.isprintable(), f"not one line: {message!r}"
-    assert len(message) < 400, "nobody reads more"
+    assert len(message) < 400, "too long for one line"
     return message
 
 
-def written(folder: Path, content: str | bytes) -> Path:
+def write_config(folder: Path, content: str | bytes) -> Path:
     file = folder / "differences.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     return file
 
 
-# --- wrong words --------------------------------------------------------------------------------
+# --- invalid overrides --------------------------------------------------------------------------
 
-WRONG = [
+INVALID_OVERRIDES = [
     # types
     ("memory.k=three", "memory.k must be a whole number, auto or empty, got three"),
     ("memory.k=3.5", "memory.k must be a whole number, auto or empty, got 3.5"),
@@ -212,7 +212,7 @@ WRONG = [
     ),
     ("=3", "cannot read =3: a setting is written key=value, as in memory.k=64; --help lists them"),
     ("", "cannot read '': a setting is written key=value, as in memory.k=64; --help lists them"),
-    # YAML inside a word
+    # YAML inside an override
     (
         "memory.k=[",
         (
@@ -269,12 +269,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
-    WRONG,
-    ids=[word[:40].encode("unicode_escape").decode() for word, _ in WRONG],
+    ("override", "message"),
+    INVALID_OVERRIDES,
+    ids=[override[:40].encode("unicode_escape").decode() for override, _ in INVALID_OVERRIDES],
 )
-def test_a_wrong_word_is_refused_in_one_line_that_says_what_is_accepted(word, message):
-    assert message in refusal(word)
+def test_an_invalid_override_is_rejected_in_one_line_that_names_valid_values(override, message):
+    assert message in load_error(override)
 
 
 CONTRADICTIONS = [
@@ -342,14 +342,16 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), CONTRADICTIONS, ids=[" ".join(words) for words, _ in CONTRADICTIONS]
+    ("overrides", "message"),
+    CONTRADICTIONS,
+    ids=[" ".join(overrides) for overrides, _ in CONTRADICTIONS],
 )
-def test_settings_that_contradict_each_other_are_refused(shaped, words, message):
-    assert message in refusal(shaped, *words)
+def test_contradicting_settings_are_rejected(teacher_override, overrides, message):
+    assert message in load_error(teacher_override, *overrides)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["memory.k=512"],
         ["memory.num_slots=32", "memory.k=32", "memory.init=random"],
@@ -373,15 +375,15 @@ def test_settings_that_contradict_each_other_are_refused(shaped, words, message)
     ],
     ids=" ".join,
 )
-def test_the_edge_of_what_is_allowed_is_allowed(shaped, words):
-    load_config(None, [shaped, *words])
+def test_limits_are_included(teacher_override, overrides):
+    load_config(None, [teacher_override, *overrides])
 
 
-# --- right words --------------------------------------------------------------------------------
+# --- valid overrides ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
+    ("override", "value"),
     [
         ("memory.k=64", 64),
         ("memory.k=", None),
@@ -404,33 +406,37 @@ def test_the_edge_of_what_is_allowed_is_allowed(shaped, words):
         ("data.mixture_weights=[3, 1]", [3.0, 1.0]),
     ],
 )
-def test_a_right_word_becomes_a_value_of_the_fields_type(word, value):
-    config = load_config(None, [word])
-    found = config
-    for part in word.partition("=")[0].split("."):
-        found = getattr(found, part)
-    assert found == value
-    assert type(found) is type(value)
-    assert load_config() == Config(), "the defaults are left alone"
+def test_a_valid_override_gets_the_type_of_its_field(override, value):
+    config = load_config(None, [override])
+    setting = config
+    for part in override.partition("=")[0].split("."):
+        setting = getattr(setting, part)
+    assert setting == value
+    assert type(setting) is type(value)
+    assert load_config() == Config(), "the defaults are unchanged"
 
 
-def test_files_change_the_defaults_words_change_files_and_the_last_word_wins(tmp_path, shaped):
-    file = written(tmp_path, "memory: {k: 32, projections: true}\nloss: {kl: 2}\n")
-    config = load_config(file, [shaped, "memory.k=64", "seed=1", "memory.k=16"])
+def test_overrides_take_precedence_over_files_and_the_last_override_wins(
+    tmp_path, teacher_override
+):
+    file = write_config(tmp_path, "memory: {k: 32, projections: true}\nloss: {kl: 2}\n")
+    config = load_config(file, [teacher_override, "memory.k=64", "seed=1", "memory.k=16"])
     assert config.memory == FeaturalConfig(k=16, projections=True)
     assert config.loss == LossConfig(kl=2.0)
     assert config.seed == 1
     assert config.data == DataConfig()
 
 
-def test_a_group_can_be_given_in_one_word(shaped):
-    config = load_config(None, [shaped, "memory.projections=true", "memory={k: 8, heads: 2}"])
+def test_a_group_can_be_set_by_one_override(teacher_override):
+    config = load_config(
+        None, [teacher_override, "memory.projections=true", "memory={k: 8, heads: 2}"]
+    )
     assert config.memory == FeaturalConfig(k=8, heads=2, projections=True)
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "memory: {}\n"])
-def test_a_file_without_differences_is_the_defaults(tmp_path, content):
-    assert load_config(written(tmp_path, content)) == Config()
+def test_an_empty_file_gives_the_defaults(tmp_path, content):
+    assert load_config(write_config(tmp_path, content)) == Config()
 
 
 @pytest.mark.parametrize(
@@ -442,7 +448,7 @@ def test_every_shipped_config_loads(file):
 
 # --- files --------------------------------------------------------------------------------------
 
-WRONG_FILES = [
+INVALID_FILES = [
     (
         "memory:\n\tk: 3\n",
         (
@@ -483,54 +489,56 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), WRONG_FILES, ids=[repr(content)[:30] for content, _ in WRONG_FILES]
+    ("content", "message"), INVALID_FILES, ids=[repr(content)[:30] for content, _ in INVALID_FILES]
 )
-def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path, content, message):
-    file = written(tmp_path, content)
-    refused = refusal(file=file)
-    assert message in refused
-    assert str(file) in refused
+def test_an_invalid_file_is_rejected_in_one_line_that_names_it(tmp_path, content, message):
+    file = write_config(tmp_path, content)
+    error = load_error(file=file)
+    assert message in error
+    assert str(file) in error
 
 
-def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+def test_a_missing_file_is_rejected_with_a_list_of_existing_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         "cannot read config file nix.yaml (No such file or directory); there are: none here"
-        in refusal(file="nix.yaml")
+        in load_error(file="nix.yaml")
     )
     (tmp_path / "configs").mkdir()
-    written(tmp_path / "configs", "")
-    assert "there are: configs/differences.yaml" in refusal(file="nix.yaml")
-    assert "cannot read config file configs (Is a directory)" in refusal(file="configs")
+    write_config(tmp_path / "configs", "")
+    assert "there are: configs/differences.yaml" in load_error(file="nix.yaml")
+    assert "cannot read config file configs (Is a directory)" in load_error(file="configs")
 
 
-# --- kinds of memory ---
+# --- kinds of memory ----------------------------------------------------------------------------
 
 
-def test_the_settings_of_a_memory_are_those_of_its_kind():
-    message = refusal("memory.kind=dense", "memory.k=8")
+def test_a_memory_accepts_only_the_settings_of_its_kind():
+    message = load_error("memory.kind=dense", "memory.k=8")
     assert message == (
         "memory.k is not a setting of memory.kind=dense (it is one of featural and associative); "
         "leave it out, or set memory.kind=featural"
     )
-    assert "memory.knn_k is not a setting of memory.kind=featural" in refusal("memory.knn_k=4")
+    assert "memory.knn_k is not a setting of memory.kind=featural" in load_error("memory.knn_k=4")
     assert load_config(None, ["memory.knn_k=4", "memory.kind=associative"]).memory.knn_k == 4
 
 
-def test_another_kind_ignores_what_a_file_says_of_the_first(tmp_path):
-    path = written(tmp_path, "memory: {kind: associative, k: 64, knn_k: 4}\n")
+def test_settings_of_a_file_for_another_kind_are_ignored(tmp_path):
+    path = write_config(tmp_path, "memory: {kind: associative, k: 64, knn_k: 4}\n")
     assert load_config(path, ["memory.kind=featural"]).memory == FeaturalConfig(k=64)
     assert load_config(path, ["memory.kind=dense"]).memory == DenseConfig()
 
 
-def test_an_override_that_switches_back_to_slots_has_the_settings_of_the_run(shaped):
+def test_a_rule_that_switches_back_to_slots_has_the_settings_of_the_run(teacher_override):
     rules = "[{layers: all, memory: {kind: dense}}, {layers: 1, memory: {kind: featural}}]"
-    config = load_config(None, [shaped, "memory.k=64", f"student.layer_overrides={rules}"])
+    config = load_config(
+        None, [teacher_override, "memory.k=64", f"student.layer_overrides={rules}"]
+    )
     memories = resolve_layer_memories(config, 4)
     assert memories == [DenseConfig(), FeaturalConfig(k=64), DenseConfig(), DenseConfig()]
 
 
-def test_a_wrong_argument_is_named_as_in_the_call():
+def test_an_invalid_argument_is_named_as_in_the_call():
     with pytest.raises(UserError, match=r"^k must be in \[1, num_slots=32\], got 33$"):
         FeaturalConfig(num_slots=32, k=33)
     with pytest.raises(UserError, match=r"^activation must be one of block, relu, softmax, "):
@@ -558,32 +566,35 @@ def test_a_wrong_argument_is_named_as_in_the_call():
         ("1-last", [1, 2, 3]),
     ],
 )
-def test_layers_are_chosen_by_all_number_range_or_list(text, layers):
+def test_layers_are_selected_by_all_number_range_or_list(text, layers):
     assert select_layers(text, 4, "layers") == layers
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "-1", "1-x", "1-2-3", "1,", "all-", "None", "1.5", "a\nb"]
 )
-def test_layers_in_no_known_spelling_are_refused(text):
+def test_invalid_layer_selections_are_rejected(text):
     with pytest.raises(
         UserError,
-        match=r"^here must be `all`, `last`, a layer, a range such as 0-2 or 2-, or a list; got .*$",
+        match=r"^layers must be `all`, `last`, a layer, a range such as 0-2 or 2-, or a list; got ",
     ):
-        select_layers(text, 4, "here")
+        select_layers(text, 4, "layers")
 
 
 @pytest.mark.parametrize("text", ["4", "0-4", "3-1", "4-", "0,9", "0--1"])
-def test_layers_that_are_not_there_are_refused(text):
-    with pytest.raises(UserError, match=rf"^here must name layers in \[0, 3\], got {text}$"):
-        select_layers(text, 4, "here")
+def test_layers_that_do_not_exist_are_rejected(text):
+    with pytest.raises(UserError, match=rf"^layers must name layers in \[0, 3\], got {text}$"):
+        select_layers(text, 4, "layers")
 
 
-def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
-    rules = "[{layers: all, memory: {k: 64}}, {layers: 1-, memory: {heads: 2}}, {layers: [0, 3], memory: {kind: dense}}]"
+def test_rules_apply_in_order_and_later_rules_win(teacher_override):
+    rules = (
+        "[{layers: all, memory: {k: 64}}, {layers: 1-, memory: {heads: 2}}, "
+        "{layers: [0, 3], memory: {kind: dense}}]"
+    )
     base = FeaturalConfig(projections=True)
     config = load_config(
-        None, [shaped, f"student.layer_overrides={rules}", "memory.projections=true"]
+        None, [teacher_override, f"student.layer_overrides={rules}", "memory.projections=true"]
     )
     assert resolve_layer_memories(config, 4, 512) == [
         DenseConfig(),
@@ -594,7 +605,7 @@ def test_rules_change_their_layers_in_order_and_later_ones_win(shaped):
     assert resolve_layer_memories(Config(), 3) == [FeaturalConfig()] * 3
 
 
-WRONG_RULES = [
+INVALID_RULES = [
     (
         "[{layers: 0, memory: {kk: 3}}]",
         (
@@ -672,22 +683,26 @@ WRONG_RULES = [
 ]
 
 
-@pytest.mark.parametrize(("rules", "message"), WRONG_RULES, ids=[rules for rules, _ in WRONG_RULES])
-@pytest.mark.parametrize("known", [True, False], ids=["known-teacher", "hub-teacher"])
-def test_a_wrong_rule_is_refused_whether_or_not_the_teacher_is_here(shaped, known, rules, message):
-    assert message in refusal(
-        shaped if known else "teacher=somewhere/else", f"student.layer_overrides={rules}"
+@pytest.mark.parametrize(
+    ("rules", "message"), INVALID_RULES, ids=[rules for rules, _ in INVALID_RULES]
+)
+@pytest.mark.parametrize("local", [True, False], ids=["local-teacher", "hub-teacher"])
+def test_an_invalid_rule_is_rejected_for_local_and_hub_teachers(
+    teacher_override, local, rules, message
+):
+    assert message in load_error(
+        teacher_override if local else "teacher=somewhere/else", f"student.layer_overrides={rules}"
     )
 
 
-def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
-    assert "student.layer_overrides[0].layers must name layers in [0, 3], got 2-4" in refusal(
-        shaped, "student.layer_overrides=[{layers: 2-4, memory: {k: 3}}]"
+def test_rules_are_checked_against_a_local_teacher(teacher_override):
+    assert "student.layer_overrides[0].layers must name layers in [0, 3], got 2-4" in load_error(
+        teacher_override, "student.layer_overrides=[{layers: 2-4, memory: {k: 3}}]"
     )
     assert (
         "student.layer_overrides[0].memory.k must be in [1, "
         "student.layer_overrides[0].memory.num_slots=512], got 600"
-        in refusal(shaped, "student.layer_overrides=[{layers: 2, memory: {k: 600}}]")
+        in load_error(teacher_override, "student.layer_overrides=[{layers: 2, memory: {k: 600}}]")
     )
     load_config(
         None,
@@ -695,7 +710,7 @@ def test_a_rule_is_measured_against_the_teacher_that_is_here(shaped):
     )
 
 
-def test_nothing_heavy_is_imported_to_refuse_a_rule():
+def test_a_rule_is_rejected_without_importing_heavy_libraries():
     script = (
         "import sys; from dmt.config_io import load_config; from dmt.errors import UserError\n"
         "try: load_config(None, ['student.layer_overrides=[{layers: 0, memory: {kk: 3}}]'])\n"
@@ -703,10 +718,10 @@ def test_nothing_heavy_is_imported_to_refuse_a_rule():
         "set(sys.modules), 'refused')"
     )
     environment = {"PYTHONPATH": str(Path(dmt.__file__).parents[1])}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
-    assert done.stdout.split() == ["refused"], done.stderr
+    assert process.stdout.split() == ["refused"], process.stderr
 
 
 # --- the teacher's shape ------------------------------------------------------------------------
@@ -727,7 +742,7 @@ def test_nothing_heavy_is_imported_to_refuse_a_rule():
         (None, None),
     ],
 )
-def test_the_shape_comes_from_config_json_or_is_left_to_the_loader(tmp_path, content, shape):
+def test_the_shape_is_read_from_config_json_or_is_unknown(tmp_path, content, shape):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert read_teacher_shape(str(tmp_path)) == shape
@@ -735,7 +750,7 @@ def test_the_shape_comes_from_config_json_or_is_left_to_the_loader(tmp_path, con
 
 @pytest.mark.skipif(
     not (EMBEDDED_TEACHER_DIR / "config.json").exists(),
-    reason="the embedded teacher is not made yet",
+    reason="the embedded teacher does not exist",
 )
 def test_the_embedded_teacher_fits_the_defaults():
     check_config(Config())
@@ -745,9 +760,9 @@ def test_the_embedded_teacher_fits_the_defaults():
 # --- to a file and back -------------------------------------------------------------------------
 
 
-def test_a_saved_config_loads_as_itself(tmp_path, shaped):
-    words = [
-        shaped,
+def test_a_saved_config_loads_unchanged(tmp_path, teacher_override):
+    overrides = [
+        teacher_override,
         "memory.k=64",
         (
             "student.layer_overrides=[{layers: 0-2, memory: {k: 8}}, {layers: '3', memory: "
@@ -761,7 +776,7 @@ def test_a_saved_config_loads_as_itself(tmp_path, shaped):
         "trainer.progress_bar=no",
         "trainer.log_dir=2026",
     ]
-    config = load_config(None, words)
+    config = load_config(None, overrides)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     save_config(Config(), tmp_path / "config.yaml")
@@ -794,10 +809,10 @@ def test_help_prints_every_field_with_default_choices_and_docstring(key, annotat
     else:
         assert not choices
     group, _, leaf = key.partition(".")
-    own = group != "memory" or leaf in {item.name for item in fields(FeaturalConfig)}
-    kind = [] if own else ["memory.kind=associative"]
+    is_featural = group != "memory" or leaf in {item.name for item in fields(FeaturalConfig)}
+    kind = [] if is_featural else ["memory.kind=associative"]
     assert load_config(None, [*kind, f"{key}={default}"]) == load_config(None, kind), (
-        "what is printed can be typed"
+        "a printed default is a valid override"
     )
 
 
@@ -808,10 +823,10 @@ def test_help_prints_nothing_twice():
         "data.corpora=[speeches, biographies]",
         "memory.k=auto",
         "memory.projections=false",
-    } <= set(lines), "as they are typed"
+    } <= set(lines), "as in an override"
 
 
-# --- anything at all ----------------------------------------------------------------------------
+# --- random input -------------------------------------------------------------------------------
 
 ODDITIES = [
     "null",
@@ -829,19 +844,19 @@ ODDITIES = [
     "~x",
     "2026-10-01",
 ]
-anything = strategies.text(max_size=30)
+any_text = strategies.text(max_size=30)
 values = strategies.one_of(
-    anything,
+    any_text,
     strategies.integers().map(str),
     strategies.floats().map(str),
     strategies.sampled_from(ODDITIES),
     strategies.sampled_from(["", "all", "2-"]).map(
         lambda layers: f"[{{layers: '{layers}', memory: {{k: 3}}}}]"
     ),
-    strategies.lists(anything, max_size=3).map(json.dumps),
-    strategies.dictionaries(anything, anything, max_size=3).map(json.dumps),
+    strategies.lists(any_text, max_size=3).map(json.dumps),
+    strategies.dictionaries(any_text, any_text, max_size=3).map(json.dumps),
 )
-known = strategies.tuples(
+override = strategies.tuples(
     strategies.sampled_from([*KEYS, "memory", "data", "student"]), values
 ).map("=".join)
 
@@ -853,34 +868,38 @@ known = strategies.tuples(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    strategies.lists(strategies.one_of(known, known, anything), max_size=3),
-    strategies.one_of(strategies.none(), anything),
+    strategies.lists(strategies.one_of(override, override, any_text), max_size=3),
+    strategies.one_of(strategies.none(), any_text),
 )
-def test_whatever_is_typed_loads_and_replays_or_is_refused_in_one_line(tmp_path, words, content):
-    file = None if content is None else written(tmp_path, content.encode("utf-8", "surrogatepass"))
+def test_random_input_loads_and_saves_or_is_rejected_in_one_line(tmp_path, overrides, content):
+    file = (
+        None
+        if content is None
+        else write_config(tmp_path, content.encode("utf-8", "surrogatepass"))
+    )
     try:
-        config = load_config(file, words)
+        config = load_config(file, overrides)
     except UserError as error:
-        refused = str(error)
+        message = str(error)
     else:
-        refused = ""
+        message = ""
         save_config(config, tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == config
-    assert not refused or refused.isprintable(), f"not one line: {refused!r}"
+    assert not message or message.isprintable(), f"not one line: {message!r}"
 
 
-def test_a_config_made_in_code_is_checked_as_one_that_is_typed():
+def test_a_config_built_in_code_is_checked_like_a_loaded_one():
     with pytest.raises(UserError, match=r"^k must be at least 1, got -1"):
         check_config(Config(memory=FeaturalConfig(k=-1)))
     with pytest.raises(UserError, match=r"student.layer_overrides\[0\] must be a rule"):
         check_config(Config(student=StudentConfig(layer_overrides=[{"layers": "all"}])))
 
 
-def test_a_setting_that_only_an_override_has_changes_that_override():
+def test_an_override_reaches_the_rules_that_have_the_setting():
     path = Path(__file__).parents[1] / "configs" / "associative.yaml"
     config = load_config(path, ["memory.capacity=1000"])
     memories = resolve_layer_memories(config, 4)
     assert memories[3].capacity == 1000
     assert memories[0] == load_config(path).memory
-    with pytest.raises(UserError, match="memory.capacity is not a setting"):
+    with pytest.raises(UserError, match=r"memory\.capacity is not a setting"):
         load_config(path, ["student.layer_overrides=[]", "memory.capacity=1000"])

@@ -1,4 +1,4 @@
-"""The checks of `dmt.testing` pass on good memories and fail on deliberately wrong ones."""
+"""The checks of `dmt.testing` pass on correct memories and fail on deliberately wrong ones."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class LinearConfig(dmt.MemoryConfig):
 
 
 class Linear(dmt.MemoryLayer):
-    """A linear map; right, and the base of the wrong ones."""
+    """A linear map: correct, and the base of the wrong memories."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -80,7 +80,7 @@ class Linear(dmt.MemoryLayer):
 
 @pytest.fixture(scope="module", autouse=True)
 def _registry():
-    """Register the right memory, and leave the registry as it was."""
+    """Register the correct memory; restore the registry afterwards."""
     saved = [(table, dict(table)) for table in (MEMORY_CONFIGS, registry._MEMORY_CLASSES)]
     dmt.register_memory("test_linear", config=LinearConfig)(Linear)
     yield
@@ -118,7 +118,7 @@ class LosesAWeight(Linear):
 
 
 class LosesAStatistic(Linear):
-    """What training has measured is in an attribute."""
+    """A statistic of training is in an attribute, which is not saved."""
 
     def __init__(self, width, config):
         super().__init__(width, config)
@@ -194,18 +194,18 @@ def register(cls):
     return dmt.register_memory(f"test_{cls.__name__}", config=Config)(cls)
 
 
-def test_a_right_memory_passes():
+def test_a_correct_memory_passes():
     check_memory(Linear)
 
 
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)
-def test_a_wrong_memory_fails_the_check_that_is_meant_for_it(cls):
+def test_a_wrong_memory_fails_its_check(cls):
     with pytest.raises(AssertionError, match=rf"^{cls.__name__}, ({WRONG[cls]}): "):
         check_memory(register(cls), families=("gpt2",))
 
 
 @pytest.mark.parametrize("check", MEMORY_CHECKS, ids=lambda check: check.__name__)
-def test_each_check_alone_passes_on_a_right_memory(check):
+def test_each_check_passes_alone_on_a_correct_memory(check):
     check(MemoryUnderTest(LinearConfig()))
 
 
@@ -223,7 +223,7 @@ def test_a_straight_through_gradient_is_compared_with_its_reference():
     check(MemoryUnderTest(config, reference=lambda layer, hidden: hidden @ layer.matrix))
 
 
-def test_a_class_that_is_not_registered_is_refused():
+def test_an_unregistered_class_is_rejected():
     class Unregistered(dmt.MemoryLayer):
         pass
 

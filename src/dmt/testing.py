@@ -349,8 +349,8 @@ def check_resume(case: MemoryUnderTest) -> None:
 
 # Every check, in the order in which `check_memory` runs them.
 MEMORY_CHECKS: tuple[Callable[[MemoryUnderTest], None], ...] = (
+    check_reset,  # first, because values that are not set can fail any other check
     check_shapes,
-    check_reset,
     check_causality,
     check_batch_invariance,
     check_dtypes,

@@ -25,7 +25,7 @@ VARIANTS = [(*kind, {}) for kind in KINDS if kind[1] != "centered"] + [
 
 @pytest.fixture(params=[True, False], ids=["always", "by size"])
 def candidates(request, monkeypatch):
-    """Search for candidates always, with gradients or not; or where it is faster."""
+    """Search for candidates always, or only where it is faster."""
     monkeypatch.setattr(featural, "CANDIDATES_PER_READ", {"int8": 1, "ivf": 16})
     assert K * 16 > SLOTS  # all slots of the small memories are candidates
     if request.param:
@@ -39,7 +39,7 @@ def candidates(request, monkeypatch):
     ("projections", "skip_connection"), [(False, False), (False, True), (True, True)]
 )
 @pytest.mark.parametrize(("activation", "selection", "changes"), VARIANTS)
-def test_with_all_slots_as_candidates_it_equals_the_definition(
+def test_all_slots_as_candidates_equal_the_definition(
     candidates, activation, selection, changes, projections, skip_connection, tokens, search
 ):
     memory = make(activation, selection, 1, projections, skip_connection, search=search, **changes)
@@ -146,7 +146,7 @@ def test_recall_is_measured():
     assert make_large("exact").measure_recall(hidden) == 1
 
 
-def test_reads_are_counted_alike_on_every_path(candidates):
+def test_reads_are_counted_equally_on_every_path(candidates):
     for search in ("int8", "ivf"):
         for changes in ({}, {"k_mode": "threshold"}):
             memory = make_large(search, **changes)
@@ -243,7 +243,7 @@ def test_an_index_is_reused_while_training_and_rebuilt_after(monkeypatch):
     assert not torch.equal(before, after)
 
 
-def test_a_cache_is_patient_with_changed_sources():
+def test_a_cache_rebuilds_only_every_few_changes_with_patience():
     cache, source, builds = TensorCache(), torch.zeros(1), []
     for _ in range(7):
         cache("x", lambda *_: builds.append(1), (source,), patience=3)
@@ -275,7 +275,7 @@ def test_gated_blocks_reject_an_index_with_one_key_per_slot():
 
 @pytest.mark.parametrize("search", ["int8", "ivf"])
 @pytest.mark.parametrize("k", ["auto", 8])
-def test_a_saved_student_searches_alike(tmp_path, search, k):
+def test_a_saved_student_searches_the_same(tmp_path, search, k):
     student, _ = convert_blocks(make_teacher(), [FeaturalConfig(search=search, k=k)] * 3)
     with torch.no_grad():
         for memory in get_featural_memories(student).values():
@@ -294,7 +294,7 @@ def test_a_saved_student_searches_alike(tmp_path, search, k):
     assert torch.equal(*generated)
 
 
-def test_with_all_slots_it_is_the_teacher_with_any_search():
+def test_all_slots_equal_the_teacher_with_any_search():
     teacher = make_teacher()
     tokens = torch.randint(0, 300, (1, 12))
     for search in ("int8", "ivf"):

@@ -47,7 +47,7 @@ ALWAYS_FIRES = -2.0  # a threshold below every cosine
 
 
 def phrase_ends(phrase, tokens):
-    """Positions at which `phrase` has just been read, by definition."""
+    """Return the positions at which `phrase` ends, by definition."""
     return [
         t
         for t in range(len(tokens))
@@ -55,14 +55,16 @@ def phrase_ends(phrase, tokens):
     ]
 
 
-def subject_ends(way, ways, tokens):
+def subject_ends(phrase, phrases, tokens):
     """Return the positions at which `way` ends and no longer one of `ways` does."""
-    longer = {e for other in ways if len(other) > len(way) for e in phrase_ends(other, tokens)}
-    return [e for e in phrase_ends(way, tokens) if e not in longer]
+    longer = {
+        e for other in phrases if len(other) > len(phrase) for e in phrase_ends(other, tokens)
+    }
+    return [e for e in phrase_ends(phrase, tokens) if e not in longer]
 
 
 def reference_rows(tokens, cosines, parts, window, end):
-    """Return for each position of a sequence the row that fires, or None: the definition.
+    """Return the row that fires at each position of a sequence, or None: the definition.
 
     `cosines` is `(time, rows)`.
     """
@@ -70,64 +72,72 @@ def reference_rows(tokens, cosines, parts, window, end):
     for t in range(len(tokens)):
         best = None
         for number, part in enumerate(parts):
-            ago = math.inf
+            age = math.inf
             if part.subject_ids:
-                ways = {way for other in parts for way in other.subject_ids}
+                phrases = {phrase for other in parts for phrase in other.subject_ids}
                 named = [
                     e
-                    for way in part.subject_ids
-                    for e in subject_ends(way, ways, tokens)
+                    for phrase in part.subject_ids
+                    for e in subject_ends(phrase, phrases, tokens)
                     if 0 <= t - e < window
                 ]
                 named = [e for e in named if end not in tokens[e + 1 : t + 1]]
                 if not named:
                     continue
-                ago = t - max(named)
+                age = t - max(named)
             if part.prefix_ids and t not in phrase_ends(part.prefix_ids, tokens):
                 continue
-            said = [
+            completed = [
                 e
                 for e in phrase_ends(part.answer_ids, tokens)
                 if 0 <= t - e < ANSWER_WINDOW and end not in tokens[e + 1 : t + 1]
             ]
-            if part.answer_ids and said and not part.prefix_ids:
+            if part.answer_ids and completed and not part.prefix_ids:
                 continue
             if cosines[t, number] < part.threshold:
                 continue
-            rank = bool(part.prefix_ids), -ago, cosines[t, number]
+            rank = bool(part.prefix_ids), -age, cosines[t, number]
             if best is None or rank > best[0]:
                 best = rank, number
         answers.append(None if best is None else best[1])
     return answers
 
 
-def random_rows(count, seed, alphabet=5, lowest=-0.6, width=WIDTH, scale=8.0):
-    """Rows whose subjects and leads are met all the time."""
-    chance, torch_chance = random.Random(seed), torch.Generator().manual_seed(seed)
+def random_rows(count, seed, alphabet=5, min_threshold=-0.6, width=WIDTH, scale=8.0):
+    """Draw rows whose subjects and prefixes occur often."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def phrase(longest):
-        return tuple(chance.randrange(1, alphabet) for _ in range(chance.randint(1, longest)))
+        return tuple(rng.randrange(1, alphabet) for _ in range(rng.randint(1, longest)))
 
     parts = []
     for row in range(count):
         subject = (
             ()
-            if chance.random() < 0.3
-            else tuple(sorted({phrase(3) for _ in range(chance.randint(1, 2))}))
+            if rng.random() < 0.3
+            else tuple(sorted({phrase(3) for _ in range(rng.randint(1, 2))}))
         )
-        lead = () if chance.random() < 0.5 else phrase(2)
-        answer = () if chance.random() < 0.3 else (*lead, *phrase(2), *phrase(2))
-        key, value = torch.randn(2, width, generator=torch_chance)
+        prefix = () if rng.random() < 0.5 else phrase(2)
+        answer = () if rng.random() < 0.3 else (*prefix, *phrase(2), *phrase(2))
+        key, value = torch.randn(2, width, generator=generator)
         parts.append(
             FactRow(
-                100 + row, key, value * scale, chance.uniform(lowest, 0.7), subject, lead, answer
+                100 + row,
+                key,
+                value * scale,
+                rng.uniform(min_threshold, 0.7),
+                subject,
+                prefix,
+                answer,
             )
         )
     return parts
 
 
-def attach_rows(model, parts, listens=1, answers=2, end=END, window=SUBJECT_WINDOW, **how):
-    hooks = FactHooks(EditMemory(WIDTH, **how), listens, answers, end, window)
+def attach_rows(
+    model, parts, key_layer=1, value_layer=2, end=END, window=SUBJECT_WINDOW, **options
+):
+    hooks = FactHooks(EditMemory(WIDTH, **options), key_layer, value_layer, end, window)
     hooks.set_rows(parts)
     attach(model, hooks)
     return hooks
@@ -151,15 +161,14 @@ def few_tokens(batch=3, time=20, alphabet=5, seed=0):
     return torch.randint(1, alphabet, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-# Spotting.
+# --- matching of phrases ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_phrases_are_found_exactly_where_they_end(seed):
-    chance = random.Random(seed)
-    phrases = [
-        tuple(chance.randrange(3) for _ in range(chance.randint(1, 4))) for _ in range(12)
-    ]  # some are equal
+def test_phrases_match_exactly_where_they_end(seed):
+    rng = random.Random(seed)
+    # Some phrases are equal.
+    phrases = [tuple(rng.randrange(3) for _ in range(rng.randint(1, 4))) for _ in range(12)]
     tokens = torch.randint(0, 3, (4, 9))
     expected = {
         (b, t, n)
@@ -167,26 +176,32 @@ def test_phrases_are_found_exactly_where_they_end(seed):
         for n, phrase in enumerate(phrases)
         for t in phrase_ends(phrase, tokens[b].tolist())
     }
-    found = list(
-        zip(*(each.tolist() for each in PhraseMatcher(phrases).find_ends(tokens)), strict=True)
+    matches = list(
+        zip(*(column.tolist() for column in PhraseMatcher(phrases).find_ends(tokens)), strict=True)
     )
-    assert sorted(found) == sorted(expected)
+    assert sorted(matches) == sorted(expected)
     assert PhraseMatcher(phrases).max_length == max(map(len, phrases))
 
 
 def test_phrases_with_equal_hashes_are_distinguished():
-    known = PhraseMatcher([(HASH_BASE + 4, 3), (4, 4), (4, 4)])
-    assert sorted(known.find_ends(torch.tensor([[4, 4, 9]]))[2].tolist()) == [1, 2]
-    assert known.find_ends(torch.tensor([[HASH_BASE + 4, 3]]))[2].tolist() == [0]
+    matcher = PhraseMatcher([(HASH_BASE + 4, 3), (4, 4), (4, 4)])
+    assert sorted(matcher.find_ends(torch.tensor([[4, 4, 9]]))[2].tolist()) == [1, 2]
+    assert matcher.find_ends(torch.tensor([[HASH_BASE + 4, 3]]))[2].tolist() == [0]
 
 
 def test_short_streams_and_no_phrases_have_no_matches():
-    assert [len(each) for each in PhraseMatcher([(1, 2, 3)]).find_ends(torch.tensor([[1, 2]]))] == [
+    assert [
+        len(column) for column in PhraseMatcher([(1, 2, 3)]).find_ends(torch.tensor([[1, 2]]))
+    ] == [
         0,
         0,
         0,
     ]
-    assert [len(each) for each in PhraseMatcher().find_ends(torch.tensor([[1, 2]]))] == [0, 0, 0]
+    assert [len(column) for column in PhraseMatcher().find_ends(torch.tensor([[1, 2]]))] == [
+        0,
+        0,
+        0,
+    ]
     assert PhraseMatcher().max_length == 0
 
 
@@ -195,46 +210,51 @@ def test_short_streams_and_no_phrases_have_no_matches():
 def test_subjects_ages_prefixes_and_answers_equal_the_definition(new, end, monkeypatch):
     monkeypatch.setattr("dmt.memory.edit_memory.ANSWER_WINDOW", 3)
     window, time = 4, 12
-    ways, subject_of, leads = (
+    phrases, subject_of, prefixes = (
         [(1, 2), (2,), (3, 1), (2,)],
         torch.tensor([0, 0, 1, 2]),
         [(1,), (2, 3)],
     )
     tokens = torch.randint(0, 4, (6, time))
-    spotted = match_phrases(
-        tokens, new, PhraseMatcher(ways), subject_of, PhraseMatcher(leads), window, end
+    matches = match_phrases(
+        tokens, new, PhraseMatcher(phrases), subject_of, PhraseMatcher(prefixes), window, end
     )
-    expected, led, spent = {}, set(), set()
+    expected, expected_prefixes, expected_answers = {}, set(), set()
     for b, line in enumerate(tokens.tolist()):
         for t in range(time - new, time):
-            place = b * new + t - (time - new)
-            for way, subject in zip(ways, subject_of.tolist(), strict=True):
-                for e in subject_ends(way, ways, line):
+            position = b * new + t - (time - new)
+            for phrase, subject in zip(phrases, subject_of.tolist(), strict=True):
+                for e in subject_ends(phrase, phrases, line):
                     if 0 <= t - e < window and (end is None or end not in line[e + 1 : t + 1]):
-                        expected[place, subject] = min(
-                            t - e, expected.get((place, subject), window)
+                        expected[position, subject] = min(
+                            t - e, expected.get((position, subject), window)
                         )
-            led |= {(place, n) for n, lead in enumerate(leads) if t in phrase_ends(lead, line)}
-            said = {
+            expected_prefixes |= {
+                (position, n) for n, prefix in enumerate(prefixes) if t in phrase_ends(prefix, line)
+            }
+            ends = {
                 (n, e)
-                for n, lead in enumerate(leads)
-                for e in phrase_ends(lead, line)
+                for n, prefix in enumerate(prefixes)
+                for e in phrase_ends(prefix, line)
                 if 0 <= t - e < 3
             }
-            spent |= {(place, n) for n, e in said if end is None or end not in line[e + 1 : t + 1]}
-    found = list(zip(spotted.subject_positions.tolist(), spotted.subjects.tolist(), strict=True))
-    assert len(found) == len(set(found))
-    assert dict(zip(found, spotted.subject_ages.tolist(), strict=True)) == expected
+            expected_answers |= {
+                (position, n) for n, e in ends if end is None or end not in line[e + 1 : t + 1]
+            }
+    matched = list(zip(matches.subject_positions.tolist(), matches.subjects.tolist(), strict=True))
+    assert len(matched) == len(set(matched))
+    assert dict(zip(matched, matches.subject_ages.tolist(), strict=True)) == expected
     assert (
-        set(zip(spotted.prefix_positions.tolist(), spotted.prefixes.tolist(), strict=True)) == led
+        set(zip(matches.prefix_positions.tolist(), matches.prefixes.tolist(), strict=True))
+        == expected_prefixes
     )
     assert (
-        set(zip(spotted.answer_positions.tolist(), spotted.recent_answers.tolist(), strict=True))
-        == spent
+        set(zip(matches.answer_positions.tolist(), matches.recent_answers.tolist(), strict=True))
+        == expected_answers
     )
 
 
-# Which row answers.
+# --- which row fires ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -247,15 +267,15 @@ def test_the_row_that_fires_is_the_one_of_the_definition(seed, new):
     hooks = FactHooks(EditMemory(WIDTH, mean, metric), 0, 0, END, window)
     hooks.set_rows(parts)
     new = new or time
-    seen = DynamicCache()
+    cache = DynamicCache()
     if new < time:
-        hooks.begin_pass(tokens[:, :-new], seen)
-        hooks.end_pass(tokens[:, :-new], seen)
-    said = torch.zeros(batch, new, WIDTH)
+        hooks.begin_pass(tokens[:, :-new], cache)
+        hooks.end_pass(tokens[:, :-new], cache)
+    block_output = torch.zeros(batch, new, WIDTH)
     with record_passes(hooks) as passes:
-        hooks.begin_pass(tokens[:, -new:], seen if new < time else None)
+        hooks.begin_pass(tokens[:, -new:], cache if new < time else None)
         hooks.match_rows(hidden[:, -new:])
-        found = hooks.add_values(said)
+        output = hooks.add_values(block_output)
         hooks.end_pass(tokens[:, -new:], None)
     keys = torch.nn.functional.normalize(
         (torch.stack([part.key for part in parts]) - mean) @ metric, dim=-1
@@ -268,12 +288,12 @@ def test_the_row_that_fires_is_the_one_of_the_definition(seed, new):
         ):
             if number is not None and t >= time - new:
                 expected[b * new + t - (time - new)] = number
-    assert len(expected) > 5, "hardly anything is asked"
-    assert passes[0] == {place: parts[number].row_id for place, number in expected.items()}
-    for place in range(batch * new):
-        value = parts[expected[place]].value if place in expected else torch.zeros(WIDTH)
-        assert torch.equal(found.flatten(0, 1)[place], value)
-    assert not said.any(), "what the block said is left as it was"
+    assert len(expected) > 5, "hardly any row fires"
+    assert passes[0] == {position: parts[number].row_id for position, number in expected.items()}
+    for position in range(batch * new):
+        value = parts[expected[position]].value if position in expected else torch.zeros(WIDTH)
+        assert torch.equal(output.flatten(0, 1)[position], value)
+    assert not block_output.any(), "the output of the block is not changed in place"
 
 
 def test_a_row_below_its_threshold_does_not_block_another_without_a_subject():
@@ -293,33 +313,35 @@ def test_a_row_below_its_threshold_does_not_block_another_without_a_subject():
 @pytest.mark.parametrize("pairs", [1, 7])
 def test_comparing_pairs_in_chunks_changes_nothing(pairs, monkeypatch):
     parts, tokens, hidden = random_rows(40, 3), few_tokens(), torch.randn(3, 20, WIDTH)
-    found = []
+    outputs = []
     for _ in range(2):
         hooks = FactHooks(EditMemory(WIDTH), 0, 0, END)
         hooks.set_rows(parts)
         hooks.begin_pass(tokens, None)
         hooks.match_rows(hidden)
-        found.append(hooks.add_values(torch.zeros(3, 20, WIDTH)))
+        outputs.append(hooks.add_values(torch.zeros(3, 20, WIDTH)))
         monkeypatch.setattr("dmt.memory.edit_memory.MAX_PAIRS", pairs)
-    assert torch.equal(*found)
-    assert found[0].any()
+    assert torch.equal(*outputs)
+    assert outputs[0].any()
 
 
 def test_a_row_fires_from_its_threshold_on():
     memory = EditMemory(4)
-    nobody, ones = torch.tensor([NO_SUBJECT]), torch.ones(1, 4)
-    for reach, answers in ((1.0 - 1e-6, 1), (1.0 + 1e-3, 0)):
+    absent, ones = torch.tensor([NO_SUBJECT]), torch.ones(1, 4)
+    for threshold, count in ((1.0 - 1e-6, 1), (1.0 + 1e-3, 0)):
         memory.set_rows(
-            EditRows(torch.tensor([7]), ones, ones, torch.tensor([reach]), nobody, nobody, nobody)
+            EditRows(
+                torch.tensor([7]), ones, ones, torch.tensor([threshold]), absent, absent, absent
+            )
         )
-        nothing = match_phrases(
+        phrases = match_phrases(
             torch.ones(1, 1).long(), 1, PhraseMatcher(), torch.zeros(0).long(), PhraseMatcher(), 4
         )
-        assert len(memory.find_matches(3 * torch.ones(1, 4), nothing).tokens) == answers
+        assert len(memory.find_matches(3 * torch.ones(1, 4), phrases).tokens) == count
     assert "rows=1" in repr(memory)
 
 
-# Laid over a model.
+# --- hooks on a model ---------------------------------------------------------------------------
 
 
 def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
@@ -336,13 +358,13 @@ def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
     hook = (
         get_architecture(any_teacher.config.model_type)
         .blocks(any_teacher)[2]
-        .register_forward_hook(lambda *told: seen.append(told[2]))
+        .register_forward_hook(lambda *args: seen.append(args[2]))
     )
     attach_rows(any_teacher, [part])
     any_teacher(tokens)
     hook.remove()
     assert torch.equal(seen[0], expected), (
-        "who looked before sees what a block says with its facts too"
+        "hooks registered earlier see the output with its facts too"
     )
     for layer in range(LAYERS):
         assert torch.equal(after.block_inputs[layer], before.block_inputs[layer])
@@ -351,18 +373,18 @@ def test_the_value_is_added_to_the_output_of_the_value_layer(any_teacher):
 def test_rows_match_and_fire_in_the_given_layers(any_teacher):
     tokens = torch.tensor([[3, 1, 2, 4]])
     before = forward_with_activations(any_teacher, tokens, capture_blocks=True)
-    for listens, answers in ((0, 0), (0, 1), (1, 1), (2, 2)):
-        part = FactRow(1, before.block_inputs[listens][0, 3], torch.ones(WIDTH), 0.9999)
-        with record_passes(attach_rows(any_teacher, [part], listens, answers)) as passes:
+    for key_layer, value_layer in ((0, 0), (0, 1), (1, 1), (2, 2)):
+        part = FactRow(1, before.block_inputs[key_layer][0, 3], torch.ones(WIDTH), 0.9999)
+        with record_passes(attach_rows(any_teacher, [part], key_layer, value_layer)) as passes:
             after = forward_with_activations(any_teacher, tokens, capture_blocks=True)
         assert passes == [{3: 1}]
         assert torch.equal(
-            after.layer_outputs[answers][0, :3], before.layer_outputs[answers][0, :3]
+            after.layer_outputs[value_layer][0, :3], before.layer_outputs[value_layer][0, :3]
         )
         torch.testing.assert_close(
-            after.layer_outputs[answers][0, 3], before.layer_outputs[answers][0, 3] + 1
+            after.layer_outputs[value_layer][0, 3], before.layer_outputs[value_layer][0, 3] + 1
         )
-        for layer in range(answers):
+        for layer in range(value_layer):
             assert torch.equal(after.layer_outputs[layer], before.layer_outputs[layer])
     with pytest.raises(ValueError, match="value_layer must be key_layer"):
         FactHooks(EditMemory(WIDTH), 2, 1, END)
@@ -402,13 +424,13 @@ def test_passes_with_a_cache_equal_one_pass(any_teacher, pieces):
     attach_rows(any_teacher, random_rows(40, 2), 0, 1, window=6)
     tokens = few_tokens()
     tokens[1, 7] = tokens[2, 12] = END
-    whole, cache, found = any_teacher(tokens).logits, DynamicCache(), []
+    expected, cache, logits = any_teacher(tokens).logits, DynamicCache(), []
     for piece in tokens.split(pieces, dim=1):
-        found.append(any_teacher(piece, past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=1e-4, atol=1e-4)
+        logits.append(any_teacher(piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 20
     with disabled(any_teacher):
-        assert (any_teacher(tokens).logits - whole).abs().max() > 1
+        assert (any_teacher(tokens).logits - expected).abs().max() > 1
 
 
 @torch.no_grad()
@@ -421,11 +443,13 @@ def test_a_subject_of_an_earlier_pass_matches_within_the_window(any_teacher):
         with record_passes(hooks) as passes:
             for piece in tokens.split(pieces, dim=1):
                 any_teacher(piece, past_key_values=cache)
-        read = np.cumsum([0, *pieces])
-        places = [
-            int(start) + place for start, each in zip(read, passes, strict=False) for place in each
+        starts = np.cumsum([0, *pieces])
+        positions = [
+            int(start) + position
+            for start, rows in zip(starts, passes, strict=False)
+            for position in rows
         ]
-        assert places == [11], "named at 2; 9 tokens later, but not 10"
+        assert positions == [11], "the subject ends at 2; it matches 9 tokens later, not 10"
 
 
 @torch.no_grad()
@@ -436,9 +460,9 @@ def test_cropping_a_cache_removes_its_subjects(any_teacher):
     cache = DynamicCache()
     any_teacher(torch.tensor([[4, 4, 1, 2, 3]]), past_key_values=cache)
     cache.crop(-3)
-    found = any_teacher(torch.tensor([[6, 7]]), past_key_values=cache).logits
+    logits = any_teacher(torch.tensor([[6, 7]]), past_key_values=cache).logits
     torch.testing.assert_close(
-        found, any_teacher(torch.tensor([[4, 4, 6, 7]])).logits[:, 2:], rtol=1e-4, atol=1e-4
+        logits, any_teacher(torch.tensor([[4, 4, 6, 7]])).logits[:, 2:], rtol=1e-4, atol=1e-4
     )
 
 
@@ -449,10 +473,10 @@ def test_text_read_before_the_hooks_were_attached_has_no_matches(any_teacher):
     hooks = attach_rows(
         any_teacher, [FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),))]
     )
-    for piece, answers in (([[3, 3]], {}), ([[1, 2, 3]], {1: 1, 2: 1}), ([[3]], {0: 1})):
+    for piece, expected in (([[3, 3]], {}), ([[1, 2, 3]], {1: 1, 2: 1}), ([[3]], {0: 1})):
         with record_passes(hooks) as passes:
             any_teacher(torch.tensor(piece), past_key_values=cache)
-        assert passes == [answers]
+        assert passes == [expected]
 
 
 GENERATION = {
@@ -464,19 +488,19 @@ GENERATION = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", GENERATION.values(), ids=GENERATION)
-def test_generation_with_and_without_cache_is_equal(any_teacher, how):
-    parts = random_rows(60, 4, alphabet=40, lowest=-0.2)
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+def test_generation_with_and_without_cache_is_equal(any_teacher, options):
+    parts = random_rows(60, 4, alphabet=40, min_threshold=-0.2)
     prompts = few_tokens(3, 10)
     subjects = [
         replace(part, subject_ids=((int(prompts[i % 3, 5]), int(prompts[i % 3, 6])),))
         for i, part in enumerate(parts)
     ]
     attach_rows(any_teacher, subjects, 0, 1, window=15)
-    said = []
+    generated = []
     for cached in (True, False):
         torch.manual_seed(7)
-        said.append(
+        generated.append(
             any_teacher.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
@@ -484,10 +508,10 @@ def test_generation_with_and_without_cache_is_equal(any_teacher, how):
                 max_new_tokens=14,
                 pad_token_id=0,
                 eos_token_id=None,
-                **how,
+                **options,
             )
         )
-    assert torch.equal(*said)
+    assert torch.equal(*generated)
     with disabled(any_teacher):
         torch.manual_seed(7)
         plain = any_teacher.generate(
@@ -496,9 +520,9 @@ def test_generation_with_and_without_cache_is_equal(any_teacher, how):
             max_new_tokens=14,
             pad_token_id=0,
             eos_token_id=None,
-            **how,
+            **options,
         )
-    assert not torch.equal(said[0], plain)
+    assert not torch.equal(generated[0], plain)
 
 
 @torch.no_grad()
@@ -506,7 +530,7 @@ def test_generation_with_and_without_cache_is_equal(any_teacher, how):
 def test_left_padding_changes_nothing(any_teacher, cached):
     attach_rows(any_teacher, random_rows(40, 5, alphabet=6), 0, 1, window=8)
     prompts = [few_tokens(1, time, seed=time) for time in (4, 10, 7)]
-    how = {
+    options = {
         "max_new_tokens": 12,
         "do_sample": False,
         "pad_token_id": 0,
@@ -514,43 +538,47 @@ def test_left_padding_changes_nothing(any_teacher, cached):
         "use_cache": cached,
     }
     alone = [
-        any_teacher.generate(each, attention_mask=torch.ones_like(each), **how)[0, each.shape[1] :]
-        for each in prompts
+        any_teacher.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
+            0, prompt.shape[1] :
+        ]
+        for prompt in prompts
     ]
-    padded = torch.cat([torch.nn.functional.pad(each, (10 - each.shape[1], 0)) for each in prompts])
-    together = any_teacher.generate(padded, attention_mask=(padded != 0).long(), **how)[:, 10:]
+    padded = torch.cat(
+        [torch.nn.functional.pad(prompt, (10 - prompt.shape[1], 0)) for prompt in prompts]
+    )
+    together = any_teacher.generate(padded, attention_mask=(padded != 0).long(), **options)[:, 10:]
     assert torch.equal(torch.stack(alone), together)
 
 
 @torch.no_grad()
 def test_without_rows_or_hooks_the_model_is_unchanged(any_teacher):
     parts, tokens = random_rows(40, 6), few_tokens()
-    own = any_teacher(tokens).logits
+    original = any_teacher(tokens).logits
     state = {name: tensor.clone() for name, tensor in any_teacher.state_dict().items()}
     hooks = attach_rows(any_teacher, parts[:20])
-    some = any_teacher(tokens).logits
+    with_rows = any_teacher(tokens).logits
     hooks.set_rows(parts)
     assert len(hooks) == 40
-    assert not torch.equal(any_teacher(tokens).logits, some)
+    assert not torch.equal(any_teacher(tokens).logits, with_rows)
     hooks.set_rows(parts[:20])
-    assert torch.equal(any_teacher(tokens).logits, some)
+    assert torch.equal(any_teacher(tokens).logits, with_rows)
     with disabled(any_teacher):
-        assert torch.equal(any_teacher(tokens).logits, own)
+        assert torch.equal(any_teacher(tokens).logits, original)
         with disabled(any_teacher):
             pass
-        assert torch.equal(any_teacher(tokens).logits, own), (
-            "silence within silence ends with the outer one"
+        assert torch.equal(any_teacher(tokens).logits, original), (
+            "an inner block does not end the outer one"
         )
-    assert torch.equal(any_teacher(tokens).logits, some)
+    assert torch.equal(any_teacher(tokens).logits, with_rows)
     hooks.set_rows(())
-    assert torch.equal(any_teacher(tokens).logits, own)
+    assert torch.equal(any_teacher(tokens).logits, original)
     hooks.set_rows(parts)
     detach(any_teacher)
-    assert torch.equal(any_teacher(tokens).logits, own)
+    assert torch.equal(any_teacher(tokens).logits, original)
     assert get_fact_hooks(any_teacher) is None
     detach(any_teacher)
     with disabled(any_teacher):
-        assert torch.equal(any_teacher(tokens).logits, own)
+        assert torch.equal(any_teacher(tokens).logits, original)
     assert state.keys() == any_teacher.state_dict().keys()
     assert all(
         torch.equal(tensor, state[name]) for name, tensor in any_teacher.state_dict().items()
@@ -635,23 +663,23 @@ def test_a_row_with_a_prefix_comes_first_and_needs_it(any_teacher):
 def test_a_completed_answer_does_not_start_again_within_the_window(any_teacher, pieces):
     first = FactRow(1, torch.ones(WIDTH), torch.ones(WIDTH), ALWAYS_FIRES, ((1, 2),), (), (6, 7))
     hooks = attach_rows(any_teacher, [first, replace(first, row_id=2, prefix_ids=(6,))])
-    cache, answered, start = DynamicCache(), {}, 0
+    cache, fired, start = DynamicCache(), {}, 0
     for piece in torch.tensor([[1, 2, 6, 7] + [3] * 20]).split(pieces, dim=1):
         with record_passes(hooks) as passes:
             any_teacher(piece, past_key_values=cache)
-        answered |= {start + place: row for place, row in passes[0].items()}
+        fired |= {start + position: row for position, row in passes[0].items()}
         start += piece.shape[1]
-    assert answered == {1: 1, 2: 2} | dict.fromkeys(range(3 + ANSWER_WINDOW, 24), 1)
+    assert fired == {1: 1, 2: 2} | dict.fromkeys(range(3 + ANSWER_WINDOW, 24), 1)
     with record_passes(hooks) as passes:
         any_teacher(torch.tensor([[1, 2, 6, 7, END, 1, 2, 3]]))
-    assert sorted(passes[0]) == [1, 2, 6, 7], "another document has not said it"
+    assert sorted(passes[0]) == [1, 2, 6, 7], "an answer of another document does not count"
 
 
 def test_a_row_with_a_completed_answer_does_not_block_another():
-    spent = FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.5, answer_ids=(5,))
+    completed = FactRow(1, torch.tensor([1.0, 0.1]), torch.ones(2), 0.5, answer_ids=(5,))
     other = FactRow(2, torch.tensor([1.0, 1.0]), torch.ones(2), 0.5, answer_ids=(6,))
     hooks = FactHooks(EditMemory(2), 0, 0, None)
-    hooks.set_rows([spent, other])
+    hooks.set_rows([completed, other])
     with record_passes(hooks) as passes:
         hooks.begin_pass(torch.tensor([[4, 5, 4, 6]]), None)
         hooks.match_rows(torch.tensor([[[1.0, 0.2]] * 4]))
@@ -659,12 +687,12 @@ def test_a_row_with_a_completed_answer_does_not_block_another():
     assert passes == [{0: 1, 1: 2, 2: 2}]
 
 
-# Gradients and other ways to run a model.
+# --- gradients and other uses of a model --------------------------------------------------------
 
 
-def gradients(model, tokens, **how):
+def gradients(model, tokens, **options):
     model.zero_grad()
-    model(tokens, labels=tokens, **how).loss.backward()
+    model(tokens, labels=tokens, **options).loss.backward()
     return {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -675,15 +703,15 @@ def gradients(model, tokens, **how):
 def test_gradients_are_unchanged_where_no_row_fires(any_teacher):
     any_teacher.requires_grad_(True)
     tokens = few_tokens()
-    own = gradients(any_teacher, tokens)
+    expected = gradients(any_teacher, tokens)
     hooks = attach_rows(
         any_teacher, [replace(part, subject_ids=((200, 201),)) for part in random_rows(20, 9)]
     )
     with record_passes(hooks) as passes:
-        found = gradients(any_teacher, tokens)
+        actual = gradients(any_teacher, tokens)
     assert passes == [{}]
-    assert own.keys() == found.keys()
-    assert all(torch.equal(own[name], found[name]) for name in own)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
@@ -695,10 +723,10 @@ def test_gradients_treat_values_as_constants(any_teacher, checkpointing):
         any_teacher(tokens)
     detach(any_teacher)
     constant = torch.zeros(3 * 20, WIDTH)
-    for place, row in passes[0].items():
-        constant[place] = parts[row - 100].value
+    for position, row in passes[0].items():
+        constant[position] = parts[row - 100].value
     block = get_architecture(any_teacher.config.model_type).blocks(any_teacher)[1]
-    hook = block.register_forward_hook(lambda _, __, said: said + constant.view_as(said))
+    hook = block.register_forward_hook(lambda _, __, output: output + constant.view_as(output))
     expected = gradients(any_teacher, tokens)
     hook.remove()
     attach(any_teacher, hooks)
@@ -710,15 +738,15 @@ def test_gradients_treat_values_as_constants(any_teacher, checkpointing):
                 module.p = 0.0
         any_teacher.activation_checkpointing_enable({"use_reentrant": checkpointing})
         any_teacher.enable_input_require_grads()
-    found = gradients(any_teacher, tokens)
-    assert expected.keys() == found.keys()
+    actual = gradients(any_teacher, tokens)
+    assert expected.keys() == actual.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_similarity_is_in_full_precision_in_a_half_precision_model(any_teacher, kind):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_similarity_is_in_full_precision_in_a_half_precision_model(any_teacher, dtype):
     mean, metric = torch.randn(WIDTH), torch.randn(WIDTH, WIDTH)
     hooks = attach_rows(
         any_teacher,
@@ -727,10 +755,10 @@ def test_similarity_is_in_full_precision_in_a_half_precision_model(any_teacher, 
         metric=metric,
     )
     tokens = few_tokens()
-    any_teacher.to(kind)
+    any_teacher.to(dtype)
     with record_passes(hooks) as passes:
         logits = any_teacher(tokens).logits
-    assert logits.dtype == kind
+    assert logits.dtype == dtype
     assert passes[0]
     assert torch.equal(hooks.memory.metric, metric)
     assert torch.equal(hooks.memory.mean, mean)
@@ -745,10 +773,10 @@ def test_embeddings_without_ids_match_nothing(any_teacher):
     hooks, tokens = attach_rows(any_teacher, random_rows(40, 12)), few_tokens()
     embeddings = any_teacher.get_input_embeddings()(tokens)
     with record_passes(hooks) as passes:
-        found = any_teacher(inputs_embeds=embeddings).logits
+        logits = any_teacher(inputs_embeds=embeddings).logits
     assert passes == []
     with disabled(any_teacher):
-        assert torch.equal(any_teacher(inputs_embeds=embeddings).logits, found)
+        assert torch.equal(any_teacher(inputs_embeds=embeddings).logits, logits)
 
 
 @torch.no_grad()
@@ -761,32 +789,32 @@ def test_a_failed_pass_leaves_no_state(any_teacher):
     assert torch.equal(any_teacher(tokens).logits, before)
 
 
-# What one model is.
+# --- the hash of a model ------------------------------------------------------------------------
 
 
 def test_the_model_hash_covers_weights_and_activation_but_no_facts(any_teacher):
-    own = hash_model(any_teacher)
+    expected = hash_model(any_teacher)
     attach_rows(any_teacher, random_rows(5, 14))
-    assert hash_model(any_teacher) == own
+    assert hash_model(any_teacher) == expected
     detach(any_teacher)
     name = get_architecture(any_teacher.config.model_type).activation
-    kept = getattr(any_teacher.config, name)
+    activation = getattr(any_teacher.config, name)
     setattr(any_teacher.config, name, "relu")
-    assert hash_model(any_teacher) != own
-    setattr(any_teacher.config, name, kept)
+    assert hash_model(any_teacher) != expected
+    setattr(any_teacher.config, name, activation)
     for parameter in any_teacher.parameters():
         with torch.no_grad():
             first = parameter.flatten()[0].clone()
             parameter.view(-1)[0] += 1
-            assert hash_model(any_teacher) != own
+            assert hash_model(any_teacher) != expected
             parameter.view(-1)[0] = first
-    assert hash_model(any_teacher) == own
-    assert len(own) == 64
+    assert hash_model(any_teacher) == expected
+    assert len(expected) == 64
 
 
 def test_stored_rows_are_not_part_of_the_model_hash(teacher):
     student, _ = convert_blocks(teacher, [AssociativeConfig(), *[DenseConfig()] * 2])
-    own = hash_model(student)
+    expected = hash_model(student)
     rows = [tensor for name, tensor in student.state_dict().items() if ".rows." in name]
     assert rows
     (memory,) = (part for part in student.modules() if isinstance(part, AssociativeMemory))
@@ -801,13 +829,13 @@ def test_stored_rows_are_not_part_of_the_model_hash(teacher):
         for name, tensor in student.state_dict().items()
         if ".rows." in name and tensor.numel()
     ]
-    assert hash_model(student) == own
+    assert hash_model(student) == expected
 
 
-# From and to disk.
+# --- saving and loading -------------------------------------------------------------------------
 
 
-def make_record(answer=(4, 5), subject=((1, 2),), **more):
+def make_record(answer=(4, 5), subject=((1, 2),), **options):
     return FactRecord(
         0,
         "who is",
@@ -819,19 +847,19 @@ def make_record(answer=(4, 5), subject=((1, 2),), **more):
         subject,
         answer,
         thresholds=tuple([ALWAYS_FIRES] * len(answer)),
-        **more,
+        **options,
     )
 
 
-def store_with_facts(place, model, layers=(1, 2)):
-    """A store in which one fact says something about tokens 1 2, always."""
-    store = RowStore(str(place), hash_model(model))
-    drawn = np.random.default_rng(0)
-    tensors = {"mean": drawn.normal(size=WIDTH), "metric": drawn.normal(size=(WIDTH, WIDTH))}
+def store_with_facts(path, model, layers=(1, 2)):
+    """Create a store with a fact that always fires after tokens 1 2."""
+    store = RowStore(str(path), hash_model(model))
+    rng = np.random.default_rng(0)
+    tensors = {"mean": rng.normal(size=WIDTH), "metric": rng.normal(size=(WIDTH, WIDTH))}
     FactTable(store).create(
         WIDTH, *layers, {name: array.astype(np.float32) for name, array in tensors.items()}
     )
-    keys, values = (drawn.normal(size=(2, WIDTH)).astype(np.float32) * 5 for _ in range(2))
+    keys, values = (rng.normal(size=(2, WIDTH)).astype(np.float32) * 5 for _ in range(2))
     FactTable(store).add([(make_record(), keys, values)])
     return store, keys, values
 
@@ -841,7 +869,7 @@ def test_facts_saved_beside_a_student_are_loaded_with_it(any_teacher, tmp_path):
     student, _ = convert_blocks(any_teacher, [FeaturalConfig()] * LAYERS)
     student.eval()
     tokens = torch.tensor([[3, 1, 2, 3, 4, 5]])
-    own = student(tokens).logits
+    original = student(tokens).logits
     store, keys, values = store_with_facts(tmp_path / "elsewhere.db", student)
     store.close()
     load_facts(student, tmp_path / "elsewhere.db")
@@ -857,28 +885,28 @@ def test_facts_saved_beside_a_student_are_loaded_with_it(any_teacher, tmp_path):
     with record_passes(hooks) as passes:
         student(tokens)
     first, second = hooks.memory.rows.ids.tolist()
-    assert passes == [{2: first, 3: first, 4: second}], "and not again, when all has been said"
-    assert not torch.equal(with_facts, own)
+    assert passes == [{2: first, 3: first, 4: second}], "and not again after the complete answer"
+    assert not torch.equal(with_facts, original)
 
     student.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / FACTS_FILE).is_file()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded(tokens).logits, with_facts)
     assert get_fact_hooks(loaded).source_path == tmp_path / "saved" / FACTS_FILE
-    loaded.save_pretrained(tmp_path / "again")  # and from there, the first ones gone
+    loaded.save_pretrained(tmp_path / "again")  # and from this copy, without the first files
     for folder in ("elsewhere.db", "saved/" + FACTS_FILE):
         (tmp_path / folder).unlink()
-    again, about = AutoModelForCausalLM.from_pretrained(
+    loaded_again, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True
     )
-    assert not any(about.values())
-    assert torch.equal(again(tokens).logits, with_facts)
-    detach(again)
-    assert torch.equal(again(tokens).logits, own)
-    again.save_pretrained(tmp_path / "without")
+    assert not any(loading.values())
+    assert torch.equal(loaded_again(tokens).logits, with_facts)
+    detach(loaded_again)
+    assert torch.equal(loaded_again(tokens).logits, original)
+    loaded_again.save_pretrained(tmp_path / "without")
     assert not (tmp_path / "without" / FACTS_FILE).exists()
     assert torch.equal(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "without")(tokens).logits, own
+        AutoModelForCausalLM.from_pretrained(tmp_path / "without")(tokens).logits, original
     )
 
 
@@ -888,21 +916,20 @@ def test_saving_keeps_its_own_fact_file_and_backs_up_another(teacher, tmp_path):
     student.save_pretrained(tmp_path)
     store_with_facts(tmp_path / FACTS_FILE, student)[0].close()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    written = (tmp_path / FACTS_FILE).stat().st_mtime_ns
+    modified = (tmp_path / FACTS_FILE).stat().st_mtime_ns
     loaded.save_pretrained(tmp_path)
-    assert (tmp_path / FACTS_FILE).stat().st_mtime_ns == written
+    assert (tmp_path / FACTS_FILE).stat().st_mtime_ns == modified
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / FACTS_FILE).write_text("somebody else's")
+    (tmp_path / "other" / FACTS_FILE).write_text("of another user")
     loaded.save_pretrained(tmp_path / "other")
-    (aside,) = (tmp_path / "other").glob("memory.before-*.db")
-    assert aside.read_text() == "somebody else's", (
-        "a book that is there is put aside, never written over"
+    (backup,) = (tmp_path / "other").glob("memory.before-*.db")
+    assert backup.read_text() == "of another user", (
+        "an existing fact file is backed up, never overwritten"
     )
     assert (tmp_path / "other" / FACTS_FILE).read_bytes()[:6] == b"SQLite"
     detach(loaded)
-    loaded.save_pretrained(
-        tmp_path
-    )  # without its facts now, so that they do not come back by themselves
+    # Without its facts, so that they do not return when the student is loaded.
+    loaded.save_pretrained(tmp_path)
     assert not (tmp_path / FACTS_FILE).exists()
     assert len(list(tmp_path.glob("memory.before-*.db"))) == 1
 
@@ -940,7 +967,7 @@ def test_the_default_window_is_64_tokens(teacher):
     with record_passes(hooks) as passes, torch.no_grad():
         for token in tokens.split(1, dim=1):
             model(token, past_key_values=cache)
-    assert [start for start, each in enumerate(passes, 102 - len(passes)) if each] == list(
+    assert [start for start, rows in enumerate(passes, 102 - len(passes)) if rows] == list(
         range(1, 65)
     )
 

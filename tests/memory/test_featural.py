@@ -22,7 +22,7 @@ BUDGETED = {"k_mode": "threshold", "metric": "fisher"}
 VARIANTS = [(*kind, {}) for kind in KINDS] + [
     (activation, selection, changes)
     for activation, selection in KINDS
-    if selection != "score"  # the others rank and weigh by score alone
+    if selection != "score"  # softmax and distance rank by score alone
     for changes in ({"gated": True}, {"metric": "fisher"}, {"gated": True, **BUDGETED})
 ]
 
@@ -91,7 +91,7 @@ def test_gradcheck(activation, selection):
 
 @pytest.mark.parametrize("selection", ["score", "contribution", "centered"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_with_all_slots_it_is_the_feed_forward_block(selection, heads):
+def test_all_slots_equal_the_feed_forward_block(selection, heads):
     memory = make(selection=selection, heads=heads, k=SLOTS)
     hidden = torch.randn(20, WIDTH, dtype=torch.double)
     block = gelu_tanh(hidden @ memory.keys.T + memory.key_bias) @ memory.values + memory.output_bias
@@ -207,8 +207,8 @@ def test_compensation_adds_the_mean_of_the_residual(projections):
 def test_compensation_of_a_skip_connection_is_least_squares(projections):
     memory = make(projections=projections, skip_connection=True)
     hidden = torch.randn(500, WIDTH, dtype=torch.double) * 3 + 1
-    truth = torch.randn(WIDTH, WIDTH, dtype=torch.double)
-    residual = hidden @ truth + 0.1 * torch.randn(500, WIDTH, dtype=torch.double)
+    true_map = torch.randn(WIDTH, WIDTH, dtype=torch.double)
+    residual = hidden @ true_map + 0.1 * torch.randn(500, WIDTH, dtype=torch.double)
     before = memory(hidden).detach()
     memory.compensate(hidden, residual)
     inputs = torch.cat([hidden, torch.ones(500, 1, dtype=torch.double)], dim=1)
@@ -362,7 +362,7 @@ def test_the_initial_threshold_spends_the_budget_over_all_memories():
 
 
 def test_the_initial_threshold_is_never_zero():
-    # Half of the slots contribute nothing: a threshold of zero would read them all for ever.
+    # Half of the slots contribute nothing: a threshold of zero would always read them all.
     memory = make(activation="relu", selection="contribution", k=SLOTS - 2, **BUDGETED).float()
     hidden = torch.randn(200, WIDTH)
     initialize_threshold([memory], [hidden])

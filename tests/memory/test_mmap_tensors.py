@@ -43,7 +43,7 @@ OFFLOADS = ["values", "slots"]
 
 
 def make(family=make_teacher, threshold=0.3, **changes):
-    """Create a student none of whose values is an initial one."""
+    """Create a student whose parameters all differ from their initial values."""
     settings = {
         "mean_k": None if "k" in changes else 8,
         "search": "int8" if changes.get("offload") == "slots" else "exact",
@@ -133,7 +133,7 @@ def assert_same(first, second, tokens):
 )
 def test_a_student_in_a_file_equals_the_one_in_ram(family, changes, value_dtype, tokens, tmp_path):
     if family is make_llama and changes.get("search") == "ivf":
-        pytest.skip("one key")
+        pytest.skip("ivf searches one key per slot")
     student = make(family, value_dtype=value_dtype, **changes)
     loaded = save_and_load(student, tmp_path)
     assert_same(loaded, round_values(student), tokens)
@@ -271,10 +271,10 @@ def test_a_model_in_half_precision_reads_the_file(dtype, offload, tokens, tmp_pa
     student = make(k=NEURONS, offload=offload)
     half = save_and_load(student, tmp_path, dtype)
     with torch.no_grad():
-        said, wanted = half(tokens).logits.float(), student(tokens).logits
-        alone = half(tokens[:1, :1]).logits
-    assert (said - wanted).norm() < 0.1 * wanted.norm()
-    assert alone.dtype == dtype
+        actual, expected = half(tokens).logits.float(), student(tokens).logits
+        one_token = half(tokens[:1, :1]).logits
+    assert (actual - expected).norm() < 0.1 * expected.norm()
+    assert one_token.dtype == dtype
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
@@ -408,9 +408,9 @@ print(attached, anonymous_mb() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
-def test_a_large_table_takes_no_memory_of_its_own(value_dtype, tmp_path):
+def test_a_large_table_takes_no_anonymous_memory(value_dtype, tmp_path):
     dtype = mmap_tensors.VALUE_TYPES[value_dtype]
     rows = torch.randint(-100, 100, (1024, 512)).to(dtype)
     specs = {
@@ -456,12 +456,12 @@ def test_tensors_are_mapped_and_the_file_is_never_written(tmp_path):
         loaded(torch.zeros(1, 4, dtype=torch.long))
         assert not any(
             memory._tensor_cache._entries for memory in get_featural_memories(loaded).values()
-        ), "nothing is derived from whole tables"
+        ), "nothing is derived from complete tables"
         get_featural_memories(loaded)[0].values.zero_()
     assert (tmp_path / external_tensors.SLOTS_FILE).read_bytes() == before
 
 
-def test_it_cannot_be_trained(tokens, tmp_path):
+def test_a_student_in_a_file_cannot_be_trained(tokens, tmp_path):
     for changes in ({"offload": "values"}, {"offload": "slots"}, {"value_dtype": "int8"}):
         loaded = save_and_load(make(**changes), tmp_path)
         with pytest.raises(UserError, match="offload=none and value_dtype=float32") as error:
@@ -473,7 +473,7 @@ def test_it_cannot_be_trained(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_an_edit_can_be_solved_for_it(offload, tokens, tmp_path):
+def test_an_edit_can_be_solved_for_a_student_in_a_file(offload, tokens, tmp_path):
     student = make(offload=offload).requires_grad_(False)
     loaded = save_and_load(student, tmp_path).requires_grad_(False)
     columns = torch.arange(5)
@@ -483,12 +483,11 @@ def test_an_edit_can_be_solved_for_it(offload, tokens, tmp_path):
         ).values
         for model in (student, loaded)
     ]
-    torch.testing.assert_close(
-        *values, rtol=1e-4, atol=1e-4
-    )  # with gradients RAM multiplies by all values, the file sums those read
+    # With gradients, RAM multiplies by all values, the file sums those read.
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
 
 
-def test_traces_are_the_same(tokenizer, tokens, tmp_path):
+def test_traces_from_a_file_equal_those_from_ram(tokenizer, tokens, tmp_path):
     for changes in (
         {"offload": "values"},
         {"offload": "slots"},
@@ -511,7 +510,7 @@ def load_error(folder):
     return str(error.value)
 
 
-def test_a_missing_damaged_or_foreign_file_is_rejected_in_a_line(tmp_path):
+def test_a_missing_damaged_or_foreign_file_is_rejected_in_one_line(tmp_path):
     folder = tmp_path / "a"
     make(offload="values").save_pretrained(folder)
     file = folder / external_tensors.SLOTS_FILE
@@ -547,7 +546,7 @@ def test_a_missing_damaged_or_foreign_file_is_rejected_in_a_line(tmp_path):
     assert "has no tensor" in load_error(folder)
 
 
-def test_a_file_that_is_gone_cannot_be_copied(tmp_path):
+def test_a_deleted_or_replaced_file_cannot_be_copied(tmp_path):
     loaded = save_and_load(make(offload="values"), tmp_path / "a")
     (tmp_path / "a" / external_tensors.SLOTS_FILE).unlink()
     with pytest.raises(UserError, match="cannot copy"):
@@ -688,7 +687,7 @@ def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeyp
     assert "recall of the slot search" in (folder / "report.md").read_text()
 
 
-def test_more_slots_than_are_scored_at_once_are_the_same(tokens, tmp_path, monkeypatch):
+def test_slots_scored_in_chunks_give_the_same_output(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(featural, "MAX_EXACT_SLOTS", 0)
     student = round_values(make(offload="values", search="int8", value_dtype="int8"))
     assert_same(save_and_load(student, tmp_path), student, tokens)
@@ -698,7 +697,7 @@ def test_the_benchmark_prints_its_table(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks import disk
 
-    lines = disk.rows(quick=True, turns=1)
+    lines = disk.measure(quick=True, turns=1)
     assert [line["variant"] for line in lines] == [
         "in RAM",
         "on the disk",

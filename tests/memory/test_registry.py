@@ -1,4 +1,4 @@
-"""A kind of memory from a file of one's own: named by path, trained, saved and loaded again."""
+"""A custom kind of memory: named by its path, trained, saved and loaded again."""
 
 import json
 import re
@@ -28,7 +28,7 @@ KIND = "own_memory:RowAttention"
 
 @pytest.fixture(scope="module", autouse=True)
 def own_memory():
-    """The module of the example; the registry is left as it was."""
+    """Import the module of the example; restore the registry afterwards."""
     saved = [(table, dict(table)) for table in (MEMORY_CONFIGS, registry._MEMORY_CLASSES)]
     sys.path.insert(0, str(EXAMPLES))
     import own_memory
@@ -41,7 +41,7 @@ def own_memory():
         table.update(items)
 
 
-def test_the_built_in_kinds_are_registered_in_the_same_way():
+def test_built_in_kinds_are_registered_like_custom_ones():
     assert list_memories()[:2] == ["featural", "associative"]
     assert get_memory_class("featural") is FeaturalMemory
     assert get_memory_class("associative") is AssociativeMemory
@@ -73,16 +73,16 @@ def test_layers_may_have_different_kinds(own_memory):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["memory.num_rows=0"], "memory.num_rows must be at least 1, got 0"),
         (["memory.rows=3"], "memory.rows is not a setting; did you mean memory.num_rows?"),
         (["memory.k=3"], "memory.k is not a setting of memory.kind=own_memory:RowAttention"),
     ],
 )
-def test_wrong_settings_of_an_own_kind_are_refused_like_others(own_memory, words, message):
+def test_wrong_settings_of_a_custom_kind_are_rejected(own_memory, overrides, message):
     with pytest.raises(UserError) as error:
-        load_config(None, [f"memory.kind={KIND}", *words])
+        load_config(None, [f"memory.kind={KIND}", *overrides])
     assert message in str(error.value)
 
 
@@ -100,14 +100,14 @@ def test_wrong_settings_of_an_own_kind_are_refused_like_others(own_memory, words
         (":", "memory.kind=:: module '' cannot be imported"),
     ],
 )
-def test_a_kind_that_cannot_be_used_is_refused(own_memory, kind, message):
+def test_an_unusable_kind_is_rejected(own_memory, kind, message):
     with pytest.raises(UserError) as error:
         load_config(None, [f"memory.kind='{kind}'"])
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_a_student_with_an_own_memory_is_saved_and_loaded(own_memory, family, tokens, tmp_path):
+def test_a_student_with_a_custom_memory_is_saved_and_loaded(own_memory, family, tokens, tmp_path):
     teacher = family()
     student = dmt.convert(teacher, own_memory.RowAttentionConfig(num_rows=8), layers="1-")
     assert list(get_memories(student)) == [1, 2]
@@ -118,7 +118,7 @@ def test_a_student_with_an_own_memory_is_saved_and_loaded(own_memory, family, to
         assert torch.equal(loaded(tokens).logits, student(tokens).logits)
 
 
-def test_a_student_whose_memory_cannot_be_imported_says_so(own_memory, tmp_path):
+def test_loading_names_a_memory_that_cannot_be_imported(own_memory, tmp_path):
     student = dmt.convert(make_teacher(), own_memory.RowAttentionConfig(num_rows=8))
     student.save_pretrained(tmp_path / "student")
     script = (
@@ -140,7 +140,7 @@ def test_a_student_whose_memory_cannot_be_imported_says_so(own_memory, tmp_path)
     assert "add its folder to PYTHONPATH" in run.stdout
 
 
-def test_the_report_names_what_an_own_memory_took_over(own_memory):
+def test_the_report_names_the_tensors_that_a_custom_memory_replaces(own_memory):
     teacher = make_teacher()
     _, report = convert_blocks(teacher, [own_memory.RowAttentionConfig()] * LAYERS)
     status = {transfer.source: transfer.status for transfer in report.transfers}
@@ -173,7 +173,7 @@ class EmptyConfig(dmt.MemoryConfig):
     """A memory without settings."""
 
 
-def test_registration_refuses_what_cannot_work():
+def test_invalid_registrations_are_rejected():
     class Memory(dmt.MemoryLayer):
         pass
 
@@ -189,7 +189,7 @@ def test_registration_refuses_what_cannot_work():
         dmt.register_memory("featural", config=EmptyConfig)(Memory)
 
 
-def test_a_class_of_a_function_is_named_by_its_short_name():
+def test_a_local_class_is_named_by_its_short_name():
     @dmt.register_memory("test_local", config=EmptyConfig)
     class Memory(dmt.MemoryLayer):
         pass
@@ -213,7 +213,7 @@ def test_the_guide_builds_a_memory_that_passes_every_check():
         del sys.modules["guide"]
 
 
-def test_a_trace_shows_the_rows_that_an_own_memory_selects(own_memory, tokenizer):
+def test_a_trace_shows_the_rows_that_a_custom_memory_selects(own_memory, tokenizer):
     student = dmt.convert(make_teacher(len(tokenizer)), own_memory.RowAttentionConfig(num_rows=8))
     traces = dmt.trace(student, tokenizer, "the fox runs")
     activations = traces[-1].activations

@@ -1,4 +1,4 @@
-"""Surgery: the clone is the teacher until k is small, and every tensor is accounted for."""
+"""Conversion: all slots equal the teacher, and the report accounts for every tensor."""
 
 import pytest
 import torch
@@ -24,19 +24,20 @@ def logits(model, tokens):
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("ranking", ["score", "contribution", "centered"])
+@pytest.mark.parametrize("selection", ["score", "contribution", "centered"])
 @pytest.mark.parametrize("projections", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh"])
-def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activation):
+def test_all_slots_equal_the_teacher(tokens, selection, projections, heads, activation):
     teacher = make_teacher(activation_function=activation)
     student, _ = convert_blocks(
         teacher,
-        [FeaturalConfig(k=SLOTS, selection=ranking, projections=projections, heads=heads)] * LAYERS,
+        [FeaturalConfig(k=SLOTS, selection=selection, projections=projections, heads=heads)]
+        * LAYERS,
     )
-    wanted = logits(teacher, tokens)
-    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
-    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+    expected = logits(teacher, tokens)
+    assert expected.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -50,19 +51,18 @@ def test_all_slots_equal_the_teacher(tokens, ranking, projections, heads, activa
     ids=str,
 )
 def test_all_slots_equal_a_gated_teacher(tokens, memory, changes):
-    teacher = make_llama(
-        **changes
-    )  # with the default, k=auto, no slot is left unread before calibration
+    # With the default, k=auto, every slot is read before calibration.
+    teacher = make_llama(**changes)
     student, report = convert_blocks(teacher, [memory] * LAYERS)
-    wanted = logits(teacher, tokens)
-    assert wanted.std() > 1, "near-uniform logits would hide mistakes"
-    assert (logits(student, tokens) - wanted).abs().max() <= 1e-4
+    expected = logits(teacher, tokens)
+    assert expected.std() > 1, "near-uniform logits would hide mistakes"
+    assert (logits(student, tokens) - expected).abs().max() <= 1e-4
     parts = 6 if "mlp_bias" in changes else 3
     assert sum(t.status == "memory" for t in report.transfers) == LAYERS * parts
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_any_family_with_random_slots_and_fewer(tokens, family):
+def test_random_and_fewer_slots_work_in_any_family(tokens, family):
     student, report = convert_blocks(
         family(),
         [FeaturalConfig(init="random", num_slots=32), FeaturalConfig(k=4), DenseConfig()],
@@ -86,7 +86,7 @@ def test_fewer_slots_are_not_the_teacher(teacher, tokens):
 
 
 @pytest.mark.parametrize("changes", [{"n_inner": 40}, {"tie_word_embeddings": False}], ids=str)
-def test_other_shapes_of_gpt2(tokens, changes, tmp_path):
+def test_other_shapes_of_gpt2_equal_the_teacher(tokens, changes, tmp_path):
     teacher = make_teacher(**changes)
     slots = changes.get("n_inner", SLOTS)
     student, _ = convert_blocks(teacher, [FeaturalConfig(k=slots)] * LAYERS)
@@ -109,11 +109,11 @@ def test_every_layer_matters(teacher, tokens, layer, part):
 
 def test_student_shares_no_storage_with_the_teacher(teacher):
     student, _ = convert_blocks(teacher, [ALL, DenseConfig(), ALL])
-    theirs = {p.data_ptr() for p in teacher.parameters()}
-    assert not theirs & {p.data_ptr() for p in student.parameters()}
+    teacher_pointers = {p.data_ptr() for p in teacher.parameters()}
+    assert not teacher_pointers & {p.data_ptr() for p in student.parameters()}
 
 
-def test_rules_choose_layers(teacher, tokens):
+def test_each_layer_has_its_own_config(teacher, tokens):
     student, report = convert_blocks(
         teacher, [DenseConfig(), FeaturalConfig(k=8), FeaturalConfig(k=SLOTS)]
     )
@@ -130,18 +130,22 @@ def test_report_accounts_for_every_tensor_once(teacher):
         FeaturalConfig(init="random", num_slots=32, k=2),
     ]
     student, report = convert_blocks(teacher, memories)
-    taken = [t.source for t in report.transfers if t.source != "-"]
-    filled = [t.target for t in report.transfers if t.target != "-"]
-    assert sorted(taken) == sorted(teacher.state_dict())
-    assert sorted(filled) == sorted(student.state_dict())
-    fate = {t.source: t.status for t in report.transfers} | {
+    sources = [t.source for t in report.transfers if t.source != "-"]
+    targets = [t.target for t in report.transfers if t.target != "-"]
+    assert sorted(sources) == sorted(teacher.state_dict())
+    assert sorted(targets) == sorted(student.state_dict())
+    status = {t.source: t.status for t in report.transfers} | {
         t.target: t.status for t in report.transfers
     }
-    assert fate["transformer.h.1.mlp.c_fc.weight"] == "memory"
-    assert fate["transformer.h.2.mlp.c_fc.weight"] == "dropped"
-    assert fate["transformer.h.2.mlp.keys"] == "new"
-    assert fate["transformer.h.1.mlp.query"] == fate["transformer.h.1.mlp.skip_connection"] == "new"
-    assert fate["lm_head.weight"] == "copied"
+    assert status["transformer.h.1.mlp.c_fc.weight"] == "memory"
+    assert status["transformer.h.2.mlp.c_fc.weight"] == "dropped"
+    assert status["transformer.h.2.mlp.keys"] == "new"
+    assert (
+        status["transformer.h.1.mlp.query"]
+        == status["transformer.h.1.mlp.skip_connection"]
+        == "new"
+    )
+    assert status["lm_head.weight"] == "copied"
     assert sum(t.elements for t in report.transfers if t.status != "new") == sum(
         v.numel() for v in teacher.state_dict().values()
     )
@@ -150,13 +154,13 @@ def test_report_accounts_for_every_tensor_once(teacher):
     assert len(report.format_table().splitlines()) == len(report.transfers)
 
 
-def test_a_tensor_without_a_place_is_an_error(teacher):
-    teacher.register_parameter("surprise", torch.nn.Parameter(torch.zeros(3)))
-    with pytest.raises(RuntimeError, match="surprise"):
+def test_a_teacher_tensor_without_a_target_is_an_error(teacher):
+    teacher.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(RuntimeError, match="extra"):
         convert_blocks(teacher, [ALL] * LAYERS)
 
 
-def test_a_student_tensor_that_nothing_fills_is_an_error(teacher, monkeypatch):
+def test_a_student_tensor_without_a_source_is_an_error(teacher, monkeypatch):
     monkeypatch.setattr(
         FeaturalMemory,
         "state_dict",
@@ -185,17 +189,17 @@ def test_default_k_is_a_sixteenth(teacher):
         (FeaturalConfig(heads=3, k=3), "heads=3"),
     ],
 )
-def test_a_memory_that_does_not_fit_is_refused(teacher, memory, message):
+def test_a_memory_that_does_not_fit_is_rejected(teacher, memory, message):
     with pytest.raises(UserError, match=message):
         convert_blocks(teacher, [memory] * LAYERS)
 
 
-def test_an_unknown_activation_is_refused():
+def test_an_unknown_activation_is_rejected():
     with pytest.raises(UserError, match=r"gelu_fast.*set activation=relu"):
         convert_blocks(make_teacher(activation_function="gelu_fast"), [FeaturalConfig()] * LAYERS)
 
 
-def test_a_student_is_no_teacher(teacher, tokenizer, tmp_path):
+def test_a_student_is_rejected_as_a_teacher(teacher, tokenizer, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -203,7 +207,7 @@ def test_a_student_is_no_teacher(teacher, tokenizer, tmp_path):
         load_teacher(str(tmp_path))
 
 
-def test_the_embedded_teacher_knows_its_people():
+def test_the_embedded_teacher_recalls_its_biographies():
     teacher, tokenizer = load_teacher("embedded")
     assert measure_recall(teacher, tokenizer, load_corpus("biographies").probes[::12]) >= 0.9
     assert (
@@ -217,28 +221,28 @@ def test_the_embedded_teacher_knows_its_people():
 
 
 class _Planted:
-    """A pickle that would make a file where it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
-    def __init__(self, place):
-        self.place = place
+    def __init__(self, path):
+        self.path = path
 
     def __reduce__(self):
-        return open, (str(self.place), "w")
+        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("planted", [False, True])
 def test_pickled_weights_are_never_read(teacher, teacher_folder, tmp_path, planted):
-    trace = tmp_path / "trace"
+    marker = tmp_path / "trace"
     (teacher_folder / "model.safetensors").unlink()
     torch.save(
-        _Planted(trace) if planted else teacher.state_dict(), teacher_folder / "pytorch_model.bin"
+        _Planted(marker) if planted else teacher.state_dict(), teacher_folder / "pytorch_model.bin"
     )
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_teacher(str(teacher_folder))
-    assert not trace.exists()
+    assert not marker.exists()
 
 
-def test_an_unknown_family_is_refused():
+def test_an_unknown_family_is_rejected():
     with pytest.raises(UserError, match=r"'bert'.*gpt2"):
         get_architecture("bert")
 

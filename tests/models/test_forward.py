@@ -6,9 +6,7 @@ import pytest
 import torch
 from conftest import make_llama, make_teacher
 
-from dmt.consolidation.context import (
-    CONTEXT_SEPARATOR,
-)
+from dmt.consolidation.context import CONTEXT_SEPARATOR
 from dmt.models.forward import (
     ContextTeacher,
     encode_text,
@@ -31,30 +29,30 @@ def embedded():
 def test_a_context_teacher_equals_a_forward_pass_with_the_context_in_front(make, tokenizer, tokens):
     positions = {"n_positions": 64} if make is make_teacher else {"max_position_embeddings": 64}
     model = make(len(tokenizer), **positions)
-    before = [0, 5, 6, 7, 8]
-    context_teacher = ContextTeacher(model, before)
-    for _ in range(2):  # hearing one text leaves nothing behind for the next
+    context = [0, 5, 6, 7, 8]
+    context_teacher = ContextTeacher(model, context)
+    for _ in range(2):  # a pass leaves no state behind
         outputs = context_teacher.predict(tokens, blocks=True)
-        complete = forward_with_activations(
-            model, torch.cat([torch.tensor([before] * 3), tokens], 1), capture_blocks=True
+        expected = forward_with_activations(
+            model, torch.cat([torch.tensor([context] * 3), tokens], 1), capture_blocks=True
         )
-        torch.testing.assert_close(outputs.logits, complete.logits[:, 5:], rtol=1e-4, atol=1e-4)
-        for predicted, theirs in (
-            (outputs.layer_outputs, complete.layer_outputs),
-            (outputs.block_inputs, complete.block_inputs),
+        torch.testing.assert_close(outputs.logits, expected.logits[:, 5:], rtol=1e-4, atol=1e-4)
+        for predicted, reference in (
+            (outputs.layer_outputs, expected.layer_outputs),
+            (outputs.block_inputs, expected.block_inputs),
         ):
             assert len(predicted) == model.config.num_hidden_layers
-            for a, b in zip(predicted, theirs, strict=True):
+            for a, b in zip(predicted, reference, strict=True):
                 torch.testing.assert_close(a, b[:, 5:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        forward_with_prefix(model, before, tokens).logits,
-        complete.logits[:, 5:],
+        forward_with_prefix(model, context, tokens).logits,
+        expected.logits[:, 5:],
         rtol=1e-4,
         atol=1e-4,
     )
     width = model.config.hidden_size // (2 if make is make_teacher else 4) * 2
     assert (
-        context_teacher.cache_bytes == 2 * model.config.num_hidden_layers * width * len(before) * 4
+        context_teacher.cache_bytes == 2 * model.config.num_hidden_layers * width * len(context) * 4
     )
 
 
@@ -85,7 +83,7 @@ def test_samples_at_low_temperature_are_greedy_continuations_of_the_context(embe
     model, tokenizer = embedded
     context_teacher = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
     [greedy] = context_teacher.sample([], 1, 8, 1e-4, 0, None)
-    settings = torch.tensor([context_teacher.ids])
+    ids = torch.tensor([context_teacher.ids])
     for token in greedy:
-        assert int(forward_with_activations(model, settings).logits[0, -1].argmax()) == token
-        settings = torch.cat([settings, torch.tensor([[token]])], 1)
+        assert int(forward_with_activations(model, ids).logits[0, -1].argmax()) == token
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)

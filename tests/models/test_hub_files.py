@@ -1,4 +1,4 @@
-"""Students in the hands of people without dmt: what transformers tells them, and the model card."""
+"""Saved students where dmt is not installed: errors of transformers, and the model card."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def run_python(code, tmp_path):
-    """Run code with the files of this checkout and an empty cache of remote code."""
+    """Run code with this checkout on the path and an empty cache of remote code."""
     environment = os.environ | {
         "PYTHONPATH": str(SRC),
         "HF_HOME": str(tmp_path / "hub"),
@@ -62,34 +62,34 @@ def run_python(code, tmp_path):
     )
 
 
-def test_without_dmt_the_error_says_what_to_install(folder, tmp_path):
+def test_without_dmt_the_error_names_the_package_to_install(folder, tmp_path):
     code = HIDE_DMT + LOAD.format(folder=str(folder), options={"trust_remote_code": True})
-    ended = run_python(code, tmp_path)
-    assert ended.returncode == 1
-    assert "pip install discrete-memory-transformers, and import dmt" in ended.stderr
+    process = run_python(code, tmp_path)
+    assert process.returncode == 1
+    assert "pip install discrete-memory-transformers, and import dmt" in process.stderr
 
 
-def test_without_dmt_no_code_runs_unasked(folder, tmp_path):
-    ended = run_python(HIDE_DMT + LOAD.format(folder=str(folder), options={}), tmp_path)
-    assert ended.returncode == 1
-    assert "contains custom code" in ended.stderr
-    assert str(folder) in ended.stderr
+def test_without_dmt_no_code_runs_without_consent(folder, tmp_path):
+    process = run_python(HIDE_DMT + LOAD.format(folder=str(folder), options={}), tmp_path)
+    assert process.returncode == 1
+    assert "contains custom code" in process.stderr
+    assert str(folder) in process.stderr
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=str)
 def test_with_dmt_its_own_classes_are_used(folder, tmp_path, options):
     code = "import dmt" + LOAD.format(folder=str(folder), options=options)
-    ended = run_python(code, tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() == "dmt.models.modeling"
+    process = run_python(code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "dmt.models.modeling"
     assert not list((tmp_path / "hub").rglob(CODE_FILE)), "no code of the folder was loaded"
 
 
 def test_with_dmt_installed_but_not_imported_remote_code_finds_it(folder, tmp_path):
     code = LOAD.format(folder=str(folder), options={"trust_remote_code": True})
-    ended = run_python(code, tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() == "dmt.models.modeling"
+    process = run_python(code, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "dmt.models.modeling"
 
 
 def test_saved_folders_stay_the_same_when_saved_again(folder, tmp_path):
@@ -121,9 +121,9 @@ def test_saved_models_have_a_card_that_is_not_overwritten(folder, tmp_path):
     assert "dmt" in metadata["tags"]
     assert "pip install discrete-memory-transformers" in body
     assert f"{LAYERS} of {LAYERS} feed-forward blocks" in body
-    (tmp_path / CARD_FILE).write_text("mine")
+    (tmp_path / CARD_FILE).write_text("edited")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    assert (tmp_path / CARD_FILE).read_text() == "mine"
+    assert (tmp_path / CARD_FILE).read_text() == "edited"
 
 
 def test_the_card_of_a_run_has_its_results(words, tmp_path, teacher_folder):
@@ -138,12 +138,12 @@ def test_the_card_of_a_run_has_its_results(words, tmp_path, teacher_folder):
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
     assert values["kl"] == pytest.approx(scores["kl"], abs=1e-6)
     assert metadata["license"] == "cc-by-4.0"
-    assert "base_model" not in metadata, "a local folder is no name on the hub"
+    assert "base_model" not in metadata, "a local folder has no name on the hub"
     assert str(tmp_path) not in body, "no local paths are published"
     assert "| text: KL, nats/token ↓ |" in body
 
 
-def test_teachers_on_the_hub_are_named(tmp_path):
+def test_only_teachers_on_the_hub_have_a_hub_name(tmp_path):
     assert get_hub_name("gpt2") == "gpt2"
     assert get_hub_name("org/name") == "org/name"
     assert get_hub_name("embedded") is None

@@ -1,4 +1,4 @@
-"""A saved student is a transformers model like any other, causal, equal to that in memory."""
+"""A student is a causal transformers model; saving and loading keep its outputs."""
 
 import subprocess
 import sys
@@ -37,9 +37,9 @@ VARIANTS = {
 def student(request, any_teacher):
     memory = VARIANTS[request.param]
     if memory.activation == "softmax" and any_teacher.config.model_type == "llama":
-        memory = replace(memory, activation="relu")  # softmax knows no gains
+        memory = replace(memory, activation="relu")  # softmax does not support gains
     model, _ = convert_blocks(any_teacher, [memory, DenseConfig(), memory])
-    with torch.no_grad():  # nothing may be left at a value that a fresh model has too
+    with torch.no_grad():  # so that no tensor has its initial value
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
         for memory in get_memories(model).values():
@@ -72,7 +72,7 @@ def test_the_future_never_leaks(student, tokens):
 
 
 @torch.no_grad()
-def test_one_sequence_never_sees_another(student, tokens):
+def test_sequences_of_a_batch_are_independent(student, tokens):
     changed = tokens.clone()
     changed[1] = (tokens[1] + 1) % 300
     assert torch.equal(student(tokens).logits[[0, 2]], student(changed).logits[[0, 2]])
@@ -80,17 +80,17 @@ def test_one_sequence_never_sees_another(student, tokens):
 
 @torch.no_grad()
 def test_generation_with_and_without_cache_is_equal(student, tokens):
-    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     prompts = tokens[:, :8]
     cached, plain = (
-        student.generate(prompts, attention_mask=torch.ones_like(prompts), use_cache=u, **how)
+        student.generate(prompts, attention_mask=torch.ones_like(prompts), use_cache=u, **options)
         for u in (True, False)
     )
     assert torch.equal(cached, plain)
     assert cached.shape[1] == 20
 
 
-def test_pipeline_and_auto_classes_in_a_process_of_their_own(teacher, tokenizer, tmp_path):
+def test_pipeline_and_auto_classes_work_in_a_new_process(teacher, tokenizer, tmp_path):
     student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -117,20 +117,20 @@ def test_gradient_checkpointing_gives_the_same_gradient(student, tokens):
         student(tokens, labels=tokens).loss, get_memories(student)[0].values
     )[0]
     student.activation_checkpointing_enable({"use_reentrant": False})
-    again = torch.autograd.grad(
+    recomputed = torch.autograd.grad(
         student(tokens, labels=tokens, use_cache=False).loss, get_memories(student)[0].values
     )[0]
-    torch.testing.assert_close(again, plain)
+    torch.testing.assert_close(recomputed, plain)
 
 
-def test_pipeline_in_process(student, tokenizer):
-    said = pipeline("text-generation", model=student, tokenizer=tokenizer)(
+def test_a_pipeline_generates_text(student, tokenizer):
+    outputs = pipeline("text-generation", model=student, tokenizer=tokenizer)(
         "the quick", max_new_tokens=4, do_sample=False
     )
-    assert said[0]["generated_text"].startswith("the quick")
+    assert outputs[0]["generated_text"].startswith("the quick")
 
 
-def test_a_new_family_is_one_entry(tokens, tmp_path):
+def test_a_new_family_is_registered_by_one_entry(tokens, tmp_path):
     config = Qwen2Config(
         vocab_size=int(tokens.max()) + 1,
         hidden_size=16,
@@ -162,7 +162,7 @@ def test_a_new_family_is_one_entry(tokens, tmp_path):
         STUDENT_CLASSES.pop("qwen2", None)
 
 
-def test_a_family_that_transformers_lacks_is_refused():
+def test_a_family_missing_from_transformers_is_rejected():
     classes = ("NoConfig", "GPT2Model", "GPT2LMHeadModel")
     with pytest.raises(UserError, match="has no NoConfig"):
         dmt.register_architecture("no", replace(ARCHITECTURES["gpt2"], classes=classes))

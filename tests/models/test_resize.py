@@ -1,4 +1,4 @@
-"""Fewer and more slots than neurons: more change nothing, fewer retain the important ones."""
+"""Slots unlike neurons in number: more change no output, fewer keep the most important."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_block_with_more_slots_computes_the_same(hidden, slots, gated):
     torch.testing.assert_close(output(grown, hidden), output(parts, hidden))
 
 
-def test_the_most_important_neurons_stay_and_the_mean_output_too(hidden):
+def test_the_most_important_neurons_and_the_mean_output_are_preserved(hidden):
     parts = block()
     weights = weights_of(parts, hidden)
     shrunk = resize_neurons(parts, weights, 12)
@@ -115,22 +115,24 @@ def test_neurons_are_ranked_by_the_inputs_of_their_own_block(tokens):
 def test_importance_is_the_mean_squared_deviation_of_a_neurons_contribution(hidden):
     parts = block()
     weights = weights_of(parts, hidden) + 5
-    moves = (weights - weights.mean(0)).unsqueeze(-1) * parts["values"]
-    torch.testing.assert_close(neuron_importance(parts, weights), moves.square().sum(-1).mean(0))
+    deviations = (weights - weights.mean(0)).unsqueeze(-1) * parts["values"]
+    torch.testing.assert_close(
+        neuron_importance(parts, weights), deviations.square().sum(-1).mean(0)
+    )
 
 
 def test_new_slots_depend_on_the_seed_and_leave_the_global_generator_alone(hidden):
     parts = block()
     before = torch.get_rng_state()
-    grown, again, other = (
+    grown, again, other_seed = (
         resize_neurons(parts, weights_of(parts, hidden), 30, seed) for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(grown["values"], again["values"])
-    assert not torch.equal(grown["values"], other["values"])
+    assert not torch.equal(grown["values"], other_seed["values"])
 
 
-def test_new_slots_have_the_spread_of_the_others_and_small_values(hidden):
+def test_new_slots_have_the_spread_of_the_neurons_and_small_values(hidden):
     parts = block()
     grown = resize_neurons(parts, weights_of(parts, hidden), 9 * NEURONS)
     spreads = [
