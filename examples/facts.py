@@ -14,7 +14,7 @@ PROMPTS = (
 )
 SENTENCES = (
     "Ada Winterbourne was born in the town of Ravenhill.",
-    "Ada Winterbourne works for Atlas Shipping.",
+    "Ada Winterbourne is employed by Atlas Shipping.",
 )
 
 
