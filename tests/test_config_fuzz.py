@@ -152,7 +152,7 @@ VALUES = {
     ],
     "context.text": ["", "A", "'  '", "geese", "'Ada has a dog. It runs.'"],
     "context.file": ["", "text.txt", "empty.txt", "utf16.txt", "nowhere.txt", "gpt2", "one.txt"],
-    "context.questions": ["", "asked.jsonl", "lines.jsonl", "text.txt", "empty.txt", "gpt2"],
+    "context.questions": ["", "questions.jsonl", "lines.jsonl", "text.txt", "empty.txt", "gpt2"],
     # More than one device starts more processes.
     "trainer.devices": ["1", "0", "-1", "200", "257", "1000000007"],
     "store.url": ["", *PATHS],
@@ -277,7 +277,7 @@ def workspace(tmp_path_factory, tokenizer):
     (folder / "one.txt").write_text("a", encoding="utf-8")
     (folder / "empty.txt").write_text("", encoding="utf-8")
     (folder / "lines.jsonl").write_text('{"text": "a"}\n["b"]\n', encoding="utf-8")
-    (folder / "asked.jsonl").write_text(
+    (folder / "questions.jsonl").write_text(
         '{"prompt": "Ada was born in", "answer": " Ravenhill"}\n', encoding="utf-8"
     )
     return folder

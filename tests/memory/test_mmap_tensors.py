@@ -290,7 +290,7 @@ def test_a_student_saved_twice_is_the_same(offload, tokens, tmp_path):
     onto_itself = save_and_load(first, tmp_path / "one")  # onto the file that is mapped
     assert slots_file.stat().st_ino == inode
     assert_same(first, onto_itself, tokens)
-    # Another student saved there gets a new file; the mapped one lives on.
+    # Another student saved to the folder gets a new file; the mapped file stays valid.
     save_and_load(make(offload=offload, value_dtype="int8", threshold=0.1), tmp_path / "one")
     assert_same(first, second, tokens)
     assert hash_model(first) == hash_model(second)
@@ -655,7 +655,7 @@ def test_contradicting_arguments_are_rejected(arguments):
 
 
 @pytest.mark.parametrize("kind", ["featural", "associative"])
-def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeypatch):
+def test_a_run_measures_the_student_that_it_saved(kind, distill_args, tmp_path, monkeypatch):
     measured = []
     from dmt.distillation import run
 
@@ -671,7 +671,7 @@ def test_a_run_measures_the_student_that_it_saved(kind, words, tmp_path, monkeyp
         "memory.value_dtype=int8",
         f"memory.kind={kind}",
     ]
-    assert distill_main([*words, *changes]) == 0
+    assert distill_main([*distill_args, *changes]) == 0
     folder = newest(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "student")
     tokens = torch.randint(0, 300, (2, 12))

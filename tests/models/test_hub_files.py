@@ -126,9 +126,9 @@ def test_saved_models_have_a_card_that_is_not_overwritten(folder, tmp_path):
     assert (tmp_path / CARD_FILE).read_text() == "edited"
 
 
-def test_the_card_of_a_run_has_its_results(words, tmp_path, teacher_folder):
+def test_the_card_of_a_run_has_its_results(distill_args, tmp_path, teacher_folder):
     (teacher_folder / CARD_FILE).write_text("---\nlicense: cc-by-4.0\n---\n# teacher\n")
-    assert distill_main(words) == 0
+    assert distill_main(distill_args) == 0
     run_dir = newest(tmp_path)
     metadata, body = read_card(run_dir / "student")
     scores = json.loads((run_dir / "run.json").read_text())["fidelity"]["text"]
