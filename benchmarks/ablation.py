@@ -1,9 +1,9 @@
-"""What pays: the default recipe with one thing changed at a time, at equal tokens.
+"""Ablations: the default recipe with one setting changed at a time, at equal tokens.
 
-    python benchmarks/ablation.py [--steps 700] [--seeds 0] [--only word] [--side-by-side 2]
+    python benchmarks/ablation.py [--steps 700] [--seeds 0] [--only PREFIX] [--side-by-side 2]
 
-Each row is a run of `distill.py` of `steps` x 2,048 tokens on one thread, measured on the first 16,384 tokens of each test
-text.
+Each row is a run of `distill.py` of `steps` x 2,048 tokens on one thread, measured on the first
+16,384 tokens of each test text.
 """
 
 import argparse
@@ -14,7 +14,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "metric: plain": ("memory.metric=euclidean",),
     "budget: the same k for all": ("memory.k=32",),
-    # What cannot share a budget is compared with the row above, or with the one that differs from it in one thing.
+    # These cannot share a budget. Compare them with the row above or with the one they differ from
+    # in one setting.
     "k = 32: plain metric": ("memory.k=32", "memory.metric=euclidean"),
     "k = 32, plain metric: ranking by score": ("memory.k=32", "memory.selection=score"),
     "k = 32, ranking by score: softmax weights": (
@@ -67,12 +68,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", default="", help="variants whose name begins with this")
+    parser.add_argument("--only", default="", help="prefix of the names of variants")
     parser.add_argument(
         "--side-by-side", type=int, default=2, help="runs at a time, each on one thread"
     )
     options = parser.parse_args()
-    chosen = {name: words for name, words in VARIANTS.items() if name.startswith(options.only)}
+    chosen = {
+        name: settings for name, settings in VARIANTS.items() if name.startswith(options.only)
+    }
     if not chosen:
         parser.error(
             f"--only: no variant begins with {options.only}; there are {'; '.join(VARIANTS)}"

@@ -1,13 +1,14 @@
-"""Generation, one sequence at a time: students against transformers' own dense GPT-2, `python -m benchmarks.decode`.
+"""Generation of one sequence: students against transformers' GPT-2, `python -m benchmarks.decode`.
 
-A token generated alone is bound by the bytes that are read for it. Prints, for the shapes of GPT-2 124M and 355M (random
-weights: speed does not depend on what they say), milliseconds for each of 128 new tokens after a prompt of 16, with a cache,
-and the ratio to dense; milliseconds for a prompt of 512; one block alone; the largest difference between a fast path's logits
-and the reference's; and for the embedded student of a run, what each search costs in recall and KL. Variants take
-turns, medians of three repeats.
+Generating single tokens is bound by memory bandwidth. For the shapes of GPT-2 124M and 355M with
+random weights, this prints milliseconds for each of 128 new tokens after a prompt of 16, with a
+cache, and the ratio to dense; milliseconds for a prompt of 512; one block alone; and the largest
+difference between the logits of a fast path and the reference. For the newest student of the
+embedded teacher it prints recall and KL of each search. Variants are interleaved, with medians of
+three repeats.
 
-`limit` is the ratio of bytes read, all else equal. `dense, oneDNN` is the dense model with the products of
-`dmt.memory.products`, which on processors that are not Intel's are faster than torch's own.
+`limit` is the ratio of bytes read, all else equal. `dense, oneDNN` is the dense model with the
+products of `dmt.ops`, which are faster than torch's own on processors that are not Intel's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dmt.models.loading import load_teacher
 from dmt.ops import use_onednn_linear
 from dmt.training.trainer import silence_libraries
 
-assert dmt  # makes students known to transformers
+assert dmt  # registers students with transformers
 
 SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -50,8 +51,8 @@ VARIANTS = {
 }
 
 
-def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Any]:
-    """The dense model and the students, all with the same weights."""
+def build_models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Any]:
+    """Return the dense model and the students, all with the same weights."""
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(
         GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -59,7 +60,7 @@ def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str,
     dense.requires_grad_(False)
     quick = GPT2LMHeadModel(dense.config)
     quick.load_state_dict(dense.state_dict())
-    found: dict[str, Any] = {
+    models_by_name: dict[str, Any] = {
         "dense (transformers)": dense,
         "dense, oneDNN": use_onednn_linear(quick).eval().requires_grad_(False),
     }
@@ -70,16 +71,16 @@ def models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str,
         state = dict(dense.named_parameters())
         for (
             parameter,
-            mine,
-        ) in student.named_parameters():  # one copy of what both have: less to hold, nothing else
-            if parameter in state and state[parameter].shape == mine.shape:
-                mine.data = state[parameter].data
-        found[name] = student
-    return found
+            student_parameter,
+        ) in student.named_parameters():  # share equal weights to save memory
+            if parameter in state and state[parameter].shape == student_parameter.shape:
+                student_parameter.data = state[parameter].data
+        models_by_name[name] = student
+    return models_by_name
 
 
 def limit(config: Any, name: str) -> float:
-    """Ratio of the bytes that a token reads in the dense model to those it reads in the variant."""
+    """Return the ratio of bytes read per token, dense model to variant."""
     width, layers, vocabulary = config.n_embd, config.n_layer, config.vocab_size
     always = 4 * (layers * 4 * width**2 + vocabulary * width)
     block = 4 * 8 * width**2
@@ -96,7 +97,7 @@ def limit(config: Any, name: str) -> float:
 
 
 def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
-    """Greedy continuation with a cache."""
+    """Continue a prompt greedily with a cache."""
     with torch.no_grad():
         return model.generate(
             prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
@@ -104,47 +105,50 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
 
 
 def speed(shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> list[Row]:
-    """A row for each variant: milliseconds a token, for a prompt, for a block alone, ratios and differences."""
-    found = models(shape, variants)
-    vocabulary = next(iter(found.values())).config.vocab_size
+    """Return a row for each variant: milliseconds per token, prompt and block, and ratios."""
+    models_by_name = build_models(shape, variants)
+    vocabulary = next(iter(models_by_name.values())).config.vocab_size
     prompt, longer = (
         torch.randint(0, vocabulary, (1, PROMPT)),
         torch.randint(0, vocabulary, (1, PREFILL)),
     )
 
-    def filled(model: Any) -> None:
+    def prefill(model: Any) -> None:
         with torch.no_grad():
             model(longer, use_cache=True, logits_to_keep=1)
 
     tokens = medians(
-        {name: lambda m=model: generate(m, prompt, NEW) for name, model in found.items()}, repeats
+        {name: lambda m=model: generate(m, prompt, NEW) for name, model in models_by_name.items()},
+        repeats,
     )
     first = medians(
-        {name: lambda m=model: generate(m, prompt, 1) for name, model in found.items()}, repeats
+        {name: lambda m=model: generate(m, prompt, 1) for name, model in models_by_name.items()},
+        repeats,
     )
-    prompts = medians({name: lambda m=model: filled(m) for name, model in found.items()}, repeats)
-    hidden = torch.randn(1, found["dense (transformers)"].config.n_embd)
+    prompts = medians(
+        {name: lambda m=model: prefill(m) for name, model in models_by_name.items()}, repeats
+    )
+    hidden = torch.randn(1, models_by_name["dense (transformers)"].config.n_embd)
 
-    def through(model: Any) -> None:
-        with (
-            torch.no_grad()
-        ):  # one block after the other, so that none is found in the processor's cache
+    def run_blocks(model: Any) -> None:
+        with torch.no_grad():  # one block after the other, so that none is in the processor's cache
             for layer in model.transformer.h:
                 layer.mlp(hidden)
 
     blocks = medians(
-        {name: lambda m=model: through(m) for name, model in found.items()}, 10 * repeats
+        {name: lambda m=model: run_blocks(m) for name, model in models_by_name.items()},
+        10 * repeats,
     )
     rows = []
-    dense = next(iter(found))
-    each = {name: (tokens[name] - first[name]) / (NEW - 1) for name in found}
-    for name, model in found.items():
+    dense = next(iter(models_by_name))
+    seconds = {name: (tokens[name] - first[name]) / (NEW - 1) for name in models_by_name}
+    for name, model in models_by_name.items():
         rows.append(
             {
                 "shape": shape,
                 "variant": name,
-                "ms a token": 1e3 * each[name],
-                "times as fast": each[dense] / each[name],
+                "ms a token": 1e3 * seconds[name],
+                "times as fast": seconds[dense] / seconds[name],
                 "limit": limit(model.config, name),
                 "ms a prompt": 1e3 * prompts[name],
                 "prompt, times as fast": prompts[dense] / prompts[name],
@@ -157,14 +161,14 @@ def speed(shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS))
 
 
 def differences(model: Any, tokens: int = 24) -> float:
-    """Largest difference between the logits of tokens one by one, by the fast paths, and of all at once by the plain ones."""
+    """Return the largest difference between logits of single tokens (fast paths) and of all."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))
-    cache, said = None, []
+    cache, logits = None, []
     with torch.no_grad():
         for token in ids.split(1, dim=1):
             answer = model(token, past_key_values=cache, use_cache=True)
             cache = answer.past_key_values
-            said.append(answer.logits)
+            logits.append(answer.logits)
     before, ops.gemm_library = ops.gemm_library, "torch"
     searches = (
         {memory: memory.search for memory in get_featural_memories(model).values()}
@@ -174,53 +178,53 @@ def differences(model: Any, tokens: int = 24) -> float:
     for memory in searches:
         memory.search = "exact"
     try:
-        wanted = model(
+        expected = model(
             ids
-        ).logits.detach()  # with gradients enabled: every slot is scored, none is gathered
+        ).logits.detach()  # with gradients enabled, every slot is scored and none is gathered
     finally:
         ops.gemm_library = before
         for memory, search in searches.items():
             memory.search = search
-    return float((torch.cat(said, dim=1) - wanted).abs().max())
+    return float((torch.cat(logits, dim=1) - expected).abs().max())
 
 
 def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
-    """A row for each search on a distilled student of the embedded teacher: recall, KL on speeches, slots looked at."""
+    """Return recall and KL on speeches of each search on a student of the embedded teacher."""
     teacher, tokenizer = load_teacher("embedded")
     windows = select_first_windows(
         tokenize_corpus(load_corpus("speeches", 0), tokenizer, 256).test, tokens
     )
     model = AutoModelForCausalLM.from_pretrained(student).eval().requires_grad_(False)
-    given = forward_with_activations(model, windows[:8], capture_blocks=True).block_inputs
-    together, featural.MIN_BATCH_TOKENS = (
+    block_inputs = forward_with_activations(model, windows[:8], capture_blocks=True).block_inputs
+    min_batch_tokens, featural.MIN_BATCH_TOKENS = (
         featural.MIN_BATCH_TOKENS,
         1 << 40,
-    )  # candidates for whole windows too, as a token alone would have
+    )  # select candidates for windows too, as for a single token
     rows = []
     try:
         for search in ("exact", "int8", "ivf"):
             recalls = []
             for layer, memory in get_featural_memories(model).items():
                 memory.search = search
-                recalls.append(memory.measure_recall(given[layer].flatten(0, 1)))
-            tally = measure_fidelity(model, teacher, windows, 8)
+                recalls.append(memory.measure_recall(block_inputs[layer].flatten(0, 1)))
+            metrics = measure_fidelity(model, teacher, windows, 8)
             rows.append(
                 {
                     "search": search,
                     "recall": sum(recalls) / len(recalls),
-                    "KL": tally.kl,
-                    "ppl_ratio": tally.ppl_ratio,
+                    "KL": metrics.kl,
+                    "ppl_ratio": metrics.ppl_ratio,
                 }
             )
             for memory in get_featural_memories(model).values():
                 memory.search = "exact"
     finally:
-        featural.MIN_BATCH_TOKENS = together
+        featural.MIN_BATCH_TOKENS = min_batch_tokens
     return rows
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """Both shapes; with the newest distilled student of `lightning_logs`, where there is one, what searches cost it."""
+    """Measure both shapes, and the searches of the newest distilled student if there is one."""
     silence_libraries()
     rows = [row for shape in (["tiny"] if quick else ["124M", "355M"]) for row in speed(shape, 3)]
     student = newest_student()
@@ -228,6 +232,7 @@ def figures(quick: bool = False) -> list[Row]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -240,16 +245,17 @@ def main() -> None:
         type=Path,
         help="a distilled student of the embedded teacher, for recall and KL",
     )
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     silence_libraries()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, products by {ops.gemm_library}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"products by {ops.gemm_library}"
     )
-    for shape in given.shapes:
-        print(table(speed(shape, given.repeats, tuple(given.variants))), flush=True)
-    if given.student:
-        print(table(fidelity(given.student)), flush=True)
+    for shape in args.shapes:
+        print(table(speed(shape, args.repeats, tuple(args.variants))), flush=True)
+    if args.student:
+        print(table(fidelity(args.student)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Environments with other libraries, for the benchmarks that compare with them: made once, beside the packages of this one."""
+"""Virtual environments with other libraries, for the benchmarks that compare with them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ import venv
 from pathlib import Path
 
 
-def python_with(name: str, needed: list[str], alone: list[str]) -> Path:
-    """The interpreter of the environment `name`, which has `needed`, and `alone` without what these would bring.
+def python_with(name: str, needed: list[str], without_deps: list[str]) -> Path:
+    """Return the interpreter of an environment, created if missing.
 
-    It lies in the folder for temporary files and sees this environment's packages too.
+    It is in the folder for temporary files and can also import the packages of this environment.
+
+    Args:
+        name: name of the environment.
+        needed: packages to install with their dependencies.
+        without_deps: packages to install without them.
     """
     home = Path(tempfile.gettempdir()) / f"dmt-{name}"
     python = home / "bin" / "python"
-    ready, wanted = home / "ready", " ".join(needed + alone)
-    if not ready.exists() or ready.read_text() != wanted:
+    ready, packages = home / "ready", " ".join(needed + without_deps)
+    if not ready.exists() or ready.read_text() != packages:
         venv.create(home, with_pip=True, clear=True)
-        inside = next((home / "lib").glob("python*/site-packages"))
-        (inside / "outer.pth").write_text(
+        site_packages = next((home / "lib").glob("python*/site-packages"))
+        (site_packages / "outer.pth").write_text(
             "\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n"
         )
         subprocess.run([python, "-m", "pip", "install", "-q", *needed], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *alone], check=True)
-        ready.write_text(wanted)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", *without_deps], check=True
+        )
+        ready.write_text(packages)
     return python

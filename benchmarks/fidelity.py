@@ -1,15 +1,16 @@
-"""Ways to make a student of the embedded teacher, side by side: same teacher, tokens, windows, slots, k, machine.
+"""Compare methods of compressing the embedded teacher: same teacher, tokens, windows, slots and k.
 
     python benchmarks/fidelity.py [--steps 1400] [--seeds 0] [--only "name;name"] [--threads 2]
 
-Every student is trained on `steps` x 2,048 tokens drawn in the same order and measured on the same test text. Takes
-about an hour. The rows of sparsify (EleutherAI) need its package: it is installed from the package index into an
-environment of its own under the temporary folder, beside what this environment has.
+Every student is trained on `steps` x 2,048 tokens in the same order and measured on the same test
+text. Takes about an hour. Rows of sparsify (EleutherAI) need its package, which is installed from
+the package index into a virtual environment under the temporary folder.
 
-The dense students have as many weights at work per token as ours: k slots (a key and a value each) and the linear map make
-up `k + width / 2` neurons; and counting all the keys that exact search scores, `(slots + k + width) / 2`. They are the
-teacher's most important neurons, the others folded into them. The one with fewer layers
-is DistilGPT2's way: every other layer of the teacher, KL at temperature 2, cross-entropy and cosine in its proportions.
+The dense students use as many weights per token as ours: k slots (a key and a value each) and the
+linear map are `k + width / 2` neurons; with all keys that exact search scores they are
+`(slots + k + width) / 2`. They are the teacher's most important neurons, the others merged into
+them. The student with fewer layers follows DistilGPT2: every other layer of the teacher, KL at
+temperature 2, cross-entropy and cosine in its proportions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import HEAD, ROOT, cells, distil
+from runs import HEAD, ROOT, cells, distill
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dmt.config import Config
@@ -55,28 +56,28 @@ SPARSIFY = [
 ]
 
 
-def ours(*words: str, config: str = "configs/default.yaml") -> Callable[..., dict[str, Any]]:
-    """A run of `distill.py` with settings."""
+def ours(*settings: str, config: str = "configs/default.yaml") -> Callable[..., dict[str, Any]]:
+    """Return a method that runs `distill.py` with these settings."""
 
     def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
-        return distil(words, steps, seed, threads, config)
+        return distill(settings, steps, seed, threads, config)
 
     return train
 
 
 def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
-    """DistilGPT2's way: every other layer, the rest copied, all of it trained."""
+    """Train a student with every other layer of the teacher, as DistilGPT2 does."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    config, teacher, tokenizer, data = _materials(steps, seed)
-    kept = list(range(0, teacher.config.n_layer, 2))
-    student = GPT2LMHeadModel(GPT2Config(**{**teacher.config.to_dict(), "n_layer": len(kept)}))
+    config, teacher, tokenizer, data = _load_inputs(steps, seed)
+    layers = list(range(0, teacher.config.n_layer, 2))
+    student = GPT2LMHeadModel(GPT2Config(**{**teacher.config.to_dict(), "n_layer": len(layers)}))
     weights = teacher.state_dict()
     for name in student.state_dict():
         source = name
         if name.startswith("transformer.h."):
             _, _, layer, rest = name.split(".", 3)
-            source = f"transformer.h.{kept[int(layer)]}.{rest}"
+            source = f"transformer.h.{layers[int(layer)]}.{rest}"
         student.state_dict()[name].copy_(weights[source])
     loss = LossConfig(
         kl=5 / 8, ce=2 / 8, hidden_cosine=1 / 8, temperature=2.0, hidden_mse=0, block_fvu=0
@@ -102,15 +103,16 @@ def fewer_layers(steps: int, seed: int, threads: int, scratch: Path) -> dict[str
 
 
 def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str, Any]]:
-    """EleutherAI's transcoders, with skip connection, trained for one or several losses, an equal part of the steps each.
+    """Return a method that trains EleutherAI's transcoders with skip connections.
 
-    Each optimiser has the learning rate that the package gives it; Adam warms up in 20 steps, as ours does, and not in the
-    package's 1,000, of which there are not enough here.
+    Each loss of `stages` gets an equal part of the steps. Each optimizer has the default learning
+    rate of the package. Adam warms up in 20 steps, as ours does, and not in the package's 1,000,
+    which are more than there are.
     """
 
     def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
         python = sparsify_python()
-        config, teacher, tokenizer, data = _materials(steps, seed)
+        config, teacher, tokenizer, data = _load_inputs(steps, seed)
         torch.save(torch.cat(list(data.train_dataloader())), scratch / "windows.pt")
         for number, loss in enumerate(stages):
             task = {
@@ -127,9 +129,9 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
                 "start": str(scratch / str(number - 1) / "coders") if number else None,
             }
             command = [python, str(ROOT / "benchmarks" / "peer_sparsify.py"), json.dumps(task)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"sparsify, {loss}: {done.stderr.strip().splitlines()[-1]}")
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise SystemExit(f"sparsify, {loss}: {process.stderr.strip().splitlines()[-1]}")
         coders = torch.load(scratch / str(len(stages) - 1) / "outputs.pt", weights_only=True)
         student = GPT2LMHeadModel(teacher.config).eval()
         student.load_state_dict(teacher.state_dict())
@@ -141,7 +143,10 @@ def sparsify(*stages: str, optimizer: str = "signum") -> Callable[..., dict[str,
 
 
 def sparsify_python() -> Path:
-    """The interpreter of an environment with sparsify, made where it is not there yet; it sees this one's packages too."""
+    """Return the interpreter of an environment with sparsify, created if missing.
+
+    It can also import the packages of this environment.
+    """
     home = Path(tempfile.gettempdir()) / "dmt-sparsify"
     python = home / "bin" / "python"
     if not (home / "ready").exists():
@@ -149,15 +154,15 @@ def sparsify_python() -> Path:
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", SPARSIFY[0]], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *SPARSIFY[1:]], check=True)
         (home / "ready").touch()
-    inside = next((home / "lib").glob("python*/site-packages"))
-    (inside / "outer.pth").write_text(
+    site_packages = next((home / "lib").glob("python*/site-packages"))
+    (site_packages / "outer.pth").write_text(
         "\n".join(p for p in sys.path if p.endswith("site-packages")) + f"\n{ROOT / 'src'}\n"
     )
     return python
 
 
 class _Transcoder(torch.nn.Module):
-    """A trained transcoder of sparsify by its definition: k largest of relu(xE + b), times its decoder, plus skip and bias."""
+    """A trained transcoder: top-k of relu(xE + b), times the decoder, plus skip and bias."""
 
     def __init__(
         self, encoder: Any, bias: Any, decoder: Any, output_bias: Any, skip: Any, k: int
@@ -169,11 +174,11 @@ class _Transcoder(torch.nn.Module):
         encoder, bias, decoder, output_bias, skip = self.parts
         scores = torch.relu(hidden @ encoder.t() + bias)
         best = scores.topk(self.k, dim=-1)
-        kept = torch.zeros_like(scores).scatter(-1, best.indices, best.values)
-        return kept @ decoder + output_bias + hidden @ skip.t()
+        top = torch.zeros_like(scores).scatter(-1, best.indices, best.values)
+        return top @ decoder + output_bias + hidden @ skip.t()
 
 
-def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModule]:
+def _load_inputs(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModule]:
     silence_libraries()
     keep_freed_memory()
     config = load_config(None, [f"seed={seed}"])
@@ -183,7 +188,7 @@ def _materials(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModule]
     return config, teacher, tokenizer, data
 
 
-WAYS: dict[str, Callable[..., dict[str, Any]]] = {
+METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours, k: auto, mean 32": ours(),
     "ours, centered ranking": ours("memory.selection=centered"),
     "ours, k = 32 for each token": ours("memory.k=32"),
@@ -215,6 +220,7 @@ WAYS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,23 +228,25 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--only", default="", help=f"names, separated by `;`, of: {'; '.join(WAYS)}"
+        "--only", default="", help=f"names, separated by `;`, of: {'; '.join(METHODS)}"
     )
     options = parser.parse_args()
-    chosen = [name.strip() for name in options.only.split(";")] if options.only else list(WAYS)
-    if unknown := sorted(set(chosen) - set(WAYS)):
-        parser.error(f"--only: no way is called {'; '.join(unknown)}; there are {'; '.join(WAYS)}")
+    chosen = [name.strip() for name in options.only.split(";")] if options.only else list(METHODS)
+    if unknown := sorted(set(chosen) - set(METHODS)):
+        parser.error(
+            f"--only: no method is called {'; '.join(unknown)}; there are {'; '.join(METHODS)}"
+        )
     if any(name.startswith("sparsify") for name in chosen):
         sparsify_python()  # before any clock runs
     print(f"{options.steps:,} steps of 2,048 tokens; KL in nats per token")
-    print(f"| way | seed | {HEAD} |\n|{'---|' * (HEAD.count('|') + 3)}")
+    print(f"| method | seed | {HEAD} |\n|{'---|' * (HEAD.count('|') + 3)}")
     for name in chosen:
         for seed in map(int, options.seeds.split(",")):
-            began = time.perf_counter()
+            start = time.perf_counter()
             with tempfile.TemporaryDirectory() as scratch:
-                found = WAYS[name](options.steps, seed, options.threads, Path(scratch))
+                results = METHODS[name](options.steps, seed, options.threads, Path(scratch))
             print(
-                f"| {name} | {seed} | {cells({'wall': time.perf_counter() - began, **found})} |",
+                f"| {name} | {seed} | {cells({'wall': time.perf_counter() - start, **results})} |",
                 flush=True,
             )
 

@@ -1,12 +1,12 @@
-"""Many slots: `python -m benchmarks.many [--slots 10000,...] [--peers]`. Time, recall and bytes of each search as tables grow.
+"""Time, recall and size of each search: `python -m benchmarks.many [--slots 10000,...] [--peers]`.
 
-Keys are real: what the embedded teacher's second block is given on speeches, of unit length and 128 wide; past a million
-each is there ten times over with noise a fifth of its length. Queries come from text that is not among them, 256 at once
-and one alone; k = 32, weights relu, ranked by contribution. Recall is the share of the exact 32 that are read. A table is
-made from the exact keys. Medians; the searches of one table take turns.
+Keys are inputs of the embedded teacher's second block on speeches, of unit length and width 128;
+beyond a million they repeat with noise of a fifth of their length. Queries come from other text,
+256 at once and one alone; k = 32, relu weights, selection by contribution. Recall is the share of
+the exact 32 slots that a search reads. Medians; the searches of one table are interleaved.
 
-`--peers` measures lucidrains' product-key-memory and peer-pytorch beside ours, 768 wide, random keys as they have, in an
-environment of its own: forward alone and forward with backward.
+`--peers` compares with lucidrains' product-key-memory and peer-pytorch, with random keys of width
+768, in a virtual environment: forward alone, and forward with backward.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ WIDE = 768
 PEERS = {"product-key-memory": "4 heads of 32", "peer-pytorch": "8 heads of 16"}
 SQUARES = (16_384, 1_000_000)
 NOISE = 0.2
+# More slots are not searched exactly for 256 tokens at once: the scores would fill gigabytes.
 LARGEST_EXACT = 1_000_000
-"""Slots up to which the exact search of 256 tokens at once is timed: their scores fill a gigabyte."""
 
 
-def filled(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> FeaturalMemory:
-    """A memory of so many slots with these keys, repeated with noise where there are not enough, and small random values."""
+def make_memory(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> FeaturalMemory:
+    """Return a memory with these keys, repeated with noise if too few, and small random values."""
     width = keys.shape[1]
-    # Made without numbers first: initialising ten million slots twice would take minutes.
+    # Allocate without values first: initializing ten million slots twice would take minutes.
     with torch.device("meta"):
         memory = FeaturalMemory(width, slots, k, activation="relu", **changes)
     memory = memory.to_empty(device="cpu").requires_grad_(False).eval()
@@ -52,11 +52,11 @@ def filled(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> Featur
         part.copy_(keys[: len(part)])
         if first:
             part.add_(torch.randn(part.shape, generator=generator), alpha=NOISE / width**0.5)
-    for zero in (memory.key_bias, memory.output_bias):
-        zero.zero_()
+    for bias in (memory.key_bias, memory.output_bias):
+        bias.zero_()
     lengths = 0.5 + torch.rand(
         slots, generator=generator
-    )  # values of unlike lengths, or ranking would be by score
+    )  # values of different lengths; otherwise selection would be by score
     for first in range(0, slots, 65_536):
         part = memory.values[first : first + 65_536]
         part.copy_(nn.functional.normalize(torch.randn(part.shape, generator=generator), dim=-1))
@@ -64,13 +64,16 @@ def filled(keys: torch.Tensor, slots: int, k: int = K, **changes: Any) -> Featur
     return memory
 
 
-def tell(rows: list[Row]) -> None:
-    """Print the newest of `rows`, and the head before the first."""
-    print((f"{head(rows[0])}\n" if len(rows) == 1 else "") + line(rows[-1]), flush=True)
+def print_row(rows: list[Row]) -> None:
+    """Print the newest of `rows`, and the header before the first."""
+    print(
+        (f"{head(rows[0])}\n" if len(rows) == 1 else "") + line(rows[-1]),
+        flush=True,
+    )
 
 
 def index_bytes(memory: FeaturalMemory) -> int:
-    """What a search keeps beside keys and values."""
+    """Return the bytes of a search index, beside keys and values."""
     slots, width = memory.num_slots, memory.width
     return {
         "exact": 0,
@@ -79,28 +82,28 @@ def index_bytes(memory: FeaturalMemory) -> int:
     }[memory.search]
 
 
-def rows(
+def measure_searches(
     sizes: list[int], searches: tuple[str, ...] = SEARCH_METHODS, repeats: int = 5
 ) -> list[Row]:
-    """A row for each size and search."""
+    """Return a row for each size and search."""
     keys, queries = hidden_states(min(max(sizes), 1_000_000))
-    found = []
+    table_rows = []
     for slots in sizes:
-        memory = filled(keys, slots)
+        memory = make_memory(keys, slots)
         calls: dict[str, Callable[[], object]] = {}
-        facts: dict[str, dict[str, Any]] = {}
-        few = queries[: max(8, min(len(queries), 100_000_000 // slots))]
+        stats_by_search: dict[str, dict[str, Any]] = {}
+        recall_queries = queries[: max(8, min(len(queries), 100_000_000 // slots))]
         for search in searches:
-            view = filled(keys[:1], 1, 1, search=search)  # one table, as many ways to search it
+            view = make_memory(keys[:1], 1, 1, search=search)  # all searches share one table
             view.num_slots, view.k = slots, K
             for name in ("keys", "key_bias", "values"):
                 getattr(view, name).data = getattr(memory, name).data
-            began = time.perf_counter()
+            start = time.perf_counter()
             with torch.no_grad():
                 view(queries[:1])
-            built = time.perf_counter() - began
-            facts[search] = {
-                "recall": view.measure_recall(few),
+            built = time.perf_counter() - start
+            stats_by_search[search] = {
+                "recall": view.measure_recall(recall_queries),
                 "made in, s": built,
                 "MB beside": index_bytes(view) / 1e6,
             }
@@ -108,104 +111,91 @@ def rows(
                 calls[search] = lambda view=view: view(queries)
             calls[f"{search} alone"] = lambda view=view: view(queries[:1])
         with torch.no_grad():
-            taken = medians(calls, repeats if slots < 1_000_000 else max(2, repeats // 2))
-            ms = {name: 1e3 * seconds for name, seconds in taken.items()}
-        for search, told in facts.items():
-            found.append(
+            medians_by_name = medians(calls, repeats if slots < 1_000_000 else max(2, repeats // 2))
+            ms = {name: 1e3 * seconds for name, seconds in medians_by_name.items()}
+        for search, stats in stats_by_search.items():
+            table_rows.append(
                 {
                     "num_slots": f"{slots:,}",
                     "search": search,
                     "ms for 256": ms.get(search, float("nan")),
                     "ms for 1": ms[f"{search} alone"],
-                    **told,
+                    **stats,
                     "MB of slots": 8 * slots * memory.width / 1e6,
                 }
             )
-            tell(found)
+            print_row(table_rows)
         del memory, calls, view
-    return found
+    return table_rows
 
 
-def both_ways(memory: FeaturalMemory, hidden: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Median milliseconds of a forward pass, and of one with its backward pass."""
+def time_memory(memory: FeaturalMemory, hidden: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Return median milliseconds of a forward pass, and of one with its backward pass."""
 
-    def back() -> None:
+    def backward() -> None:
         memory.zero_grad()
         memory(hidden).square().sum().backward()
 
     with torch.no_grad():
         forward = 1e3 * medians({"": lambda: memory(hidden)}, repeats)[""]
     memory.requires_grad_(True)
-    return forward, 1e3 * medians({"": back}, repeats)[""]
+    return forward, 1e3 * medians({"": backward}, repeats)[""]
 
 
-def against(slots: int, what: str, forward: float, back: float) -> Row:
-    """A line of `beside`."""
+def make_row(slots: int, implementation: str, forward: float, backward: float) -> Row:
+    """Return a row of `compare_peers`."""
     return {
         "num_slots": f"{slots:,}",
-        "what": what,
+        "implementation": implementation,
         "forward, ms": forward,
-        "with backward, ms": back,
+        "with backward, ms": backward,
     }
 
 
-def beside(sizes: list[int], threads: int, repeats: int = 5) -> list[Row]:
-    """A row for each size (squares), search of ours and library: 768 wide, random keys, milliseconds."""
+def compare_peers(sizes: list[int], threads: int, repeats: int = 5) -> list[Row]:
+    """Return a row for each size (a square number) and each search of ours or of a library."""
     python = python_with(
         "slots",
         ["einops", "einx"],
         [*PEERS, "colt5-attention", "local-attention", "hyper-connections"],
     )
-    found = []
+    table_rows = []
     for slots in sizes:
         for peer in PEERS:
-            words = [
+            command = [
                 python,
                 str(Path(__file__).parent / "peer_slots.py"),
                 peer,
                 *map(str, (slots, TOKENS, WIDE, threads)),
             ]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{peer} failed: {done.stderr.strip().splitlines()[-1]}")
-            forward, both = map(float, done.stdout.split())
-            found.append(
-                {
-                    "num_slots": f"{slots:,}",
-                    "what": f"{peer}, {PEERS[peer]}",
-                    "forward, ms": forward,
-                    "with backward, ms": both,
-                }
-            )
-            tell(found)
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise SystemExit(f"{peer} failed: {process.stderr.strip().splitlines()[-1]}")
+            forward, backward = map(float, process.stdout.split())
+            table_rows.append(make_row(slots, f"{peer}, {PEERS[peer]}", forward, backward))
+            print_row(table_rows)
         keys = nn.functional.normalize(torch.randn(min(slots, 100_000), WIDE), dim=-1)
         hidden = torch.randn(TOKENS, WIDE)
         for search, k in (("ivf", 32), ("ivf", 128)):
-            memory = filled(keys, slots, k, search=search)
+            memory = make_memory(keys, slots, k, search=search)
 
-            forward, back = both_ways(memory, hidden, 2 if slots >= 1_000_000 else repeats)
-            found.append(
-                {
-                    "num_slots": f"{slots:,}",
-                    "what": f"ours, {search}, k = {k}",
-                    "forward, ms": forward,
-                    "with backward, ms": back,
-                }
-            )
-            tell(found)
+            forward, backward = time_memory(memory, hidden, 2 if slots >= 1_000_000 else repeats)
+            table_rows.append(make_row(slots, f"ours, {search}, k = {k}", forward, backward))
+            print_row(table_rows)
             del memory
-    return found
+    return table_rows
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """The searches of tables of ten thousand, a hundred thousand and a million slots."""
+    """Measure searches of tables of ten thousand, a hundred thousand and a million slots."""
     silence_libraries()
     keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
-        return rows([2_000, 20_000] if quick else [10_000, 100_000, 1_000_000])
+        return measure_searches([2_000, 20_000] if quick else [10_000, 100_000, 1_000_000])
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,14 +209,14 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="other libraries, instead of the table of searches"
     )
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     silence_libraries()
     keep_freed_memory()
-    if given.peers:
-        beside(list(SQUARES), given.threads)
+    if args.peers:
+        compare_peers(list(SQUARES), args.threads)
         return
-    rows([int(size) for size in given.slots.split(",")], tuple(given.searches.split(",")))
+    measure_searches([int(size) for size in args.slots.split(",")], tuple(args.searches.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train EleutherAI's transcoders on the embedded teacher; run by `fidelity.py` in an environment that has sparsify."""
+"""Train EleutherAI's transcoders on the embedded teacher; `fidelity.py` runs this with sparsify."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from dmt.models.loading import load_teacher
 
 
 def main(task: dict[str, Any]) -> None:
+    """Train and save one stage.
+
+    Args:
+        task: arguments from `fidelity.py`.
+    """
     torch.set_num_threads(task["threads"])
     teacher, _ = load_teacher("embedded")
     windows = torch.load(task["windows"], weights_only=True)
     part, parts = task["part"]
-    mine = windows[len(windows) * part // parts : len(windows) * (part + 1) // parts]
-    dataset = Dataset.from_dict({"input_ids": mine.tolist()}).with_format("torch")
+    own_windows = windows[len(windows) * part // parts : len(windows) * (part + 1) // parts]
+    dataset = Dataset.from_dict({"input_ids": own_windows.tolist()}).with_format("torch")
     coder = SparseCoderConfig(
         num_latents=task["slots"], k=task["k"], transcode=True, skip_connection=True
     )
@@ -45,7 +50,7 @@ def main(task: dict[str, Any]) -> None:
     trainer.fit()
     outputs = {}
     for name, sae in trainer.saes.items():
-        # As saved: its optimiser keeps averages, which are what it writes.
+        # Load the saved weights: the optimizer has averages, and saves those.
         load_model(sae, str(Path(task["out"]) / "coders" / name / "sae.safetensors"))
         outputs[int(name.split(".")[1])] = {
             "encoder": sae.encoder.weight.detach(),

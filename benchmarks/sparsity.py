@@ -26,13 +26,11 @@ from dmt.models.conversion import get_featural_memories
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_model, load_teacher
 
-K_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Budgets that are tried, as multiples of the student's own."""
-SWEEP_TOKENS = 4_096
-"""Test tokens, of all corpora together, that each budget is tried on: enough for a curve, and soon done."""
+K_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # budgets, as multiples of the student's own
+SWEEP_TOKENS = 4_096  # test tokens per budget, of all corpora together
 
+# k of each layer, and the shared threshold if there is one.
 KSetting = dict[int, tuple[int, Tensor | None]]
-"""Of each layer, k and the shared threshold where there is one."""
 
 
 @torch.no_grad()
@@ -43,18 +41,22 @@ def sparsity_sweep(
     calibration_windows: Tensor,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Both models on the first windows of each corpus, the student with each budget; nothing where it has no slots.
+    """Measure the student with each budget on the first windows of each corpus.
 
-    Where memories share a threshold it is found anew for each budget but the student's own. What the student reads, its
-    threshold, and what counts its reads are afterwards as before.
+    A shared threshold is measured again for each budget but the student's own. The student is
+    unchanged afterwards.
 
     Args:
+        student: the student.
+        teacher: its teacher.
         corpora: test windows `(windows, time)` by name of corpus.
-        text: windows `(windows, time)` of other text, on which thresholds are found.
+        calibration_windows: windows `(windows, time)` of other text, for thresholds.
+        batch_size: windows in a forward pass.
 
     Returns:
-        `tokens` predicted, and in `points`, by ascending budget, `factor`, `k` and `read` (slots per token and layer: asked
-        for and counted) and by corpus `kl` in nats per token, `ratio` and `agreement`.
+        `tokens` predicted, and `points` by ascending budget: `factor`, `k` and `read` (configured
+        and measured slots per token and layer), and by corpus `kl` in nats per token, `ppl_ratio`
+        and `top1_agreement`. Empty for a student without slots.
     """
     memories = get_featural_memories(student)
     if not memories:
@@ -98,7 +100,7 @@ def sparsity_sweep(
 
 
 def _select_windows(corpora: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Of each corpus its first windows, about `TOKENS` tokens together, one window at least."""
+    """Return the first windows of each corpus, about `SWEEP_TOKENS` tokens, at least one each."""
     return [
         (name, windows[: max(1, SWEEP_TOKENS // len(corpora) // windows.shape[1])])
         for name, windows in corpora.items()
@@ -106,7 +108,7 @@ def _select_windows(corpora: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _build_settings(student: PreTrainedModel, calibration_windows: Tensor) -> dict[float, KSetting]:
-    """What the memories are to be set to, by factor; factors that ask for the same slots as the one before are left out."""
+    """Return the settings of the memories by factor, without factors that change nothing."""
     memories = get_featural_memories(student)
     device = next(student.parameters()).device
     shares_threshold = bool(select_thresholded(memories.values()))
@@ -141,7 +143,7 @@ def _build_settings(student: PreTrainedModel, calibration_windows: Tensor) -> di
 
 
 def _scale_k(memory: FeaturalMemory, k: int, factor: float) -> int:
-    """`factor` times `k` as a number that the memory can read: whole for each head, from 1 to all of its slots."""
+    """Return `factor` times `k`, rounded to a multiple of the heads, from 1 to all slots."""
     unit = 1 if memory.threshold is not None else memory.heads
     return min(memory.num_slots, max(unit, round(k * factor / unit) * unit))
 

@@ -1,12 +1,13 @@
-"""One step of distillation: a dense student written the obvious way, ours, and ours with the teacher's answers on disk.
+"""One step of distillation: a plain dense student, our student, and ours with a logit cache.
 
-    python -m benchmarks.step [--quick] [--repeats 3] [--threads N] [--only WORD]
+    python -m benchmarks.step [--quick] [--repeats 3] [--threads N] [--only PREFIX]
 
-GPT-2 124M's shape with random weights, 8 windows of 256 random tokens, float32, AdamW, KL alone. Every measurement is a
-process of its own, in turns; medians over repeats. Peak is the process's high-water mark during a step after the first,
-above what it had before a model was made and above weights (the teacher's too), gradients and the optimiser's state. The
-lines that begin with `loss` are the loss alone, from given hidden states to gradients in them and in the head, without a model.
-`liger` needs `pip install --no-deps liger-kernel` (0.8.5 imports and runs on a CPU without triton).
+GPT-2 124M's shape with random weights, 8 windows of 256 random tokens, float32, AdamW, KL alone.
+Every measurement runs in a new process, interleaved; medians over repeats. Peak is the highest
+memory of the process in a step after the first, above its memory before a model was created and
+above weights (also the teacher's), gradients and optimizer state. Variants that begin with `loss`
+compute the loss alone, from hidden states to their gradients and those of the head, without a
+model. `liger` needs `pip install --no-deps liger-kernel` (0.8.5 runs on a CPU without triton).
 """
 
 from __future__ import annotations
@@ -72,8 +73,7 @@ SHAPES = {
         "block": 32,
     },
 }
-CHUNK, MICRO = 256, 2
-"""`loss.chunk_size` and `data.micro_batch_size` of our lines."""
+CHUNK, MICRO = 256, 2  # `loss.chunk_size` and `data.micro_batch_size` of our variants
 STEPS = (
     "dense",
     "dense, freed memory kept",
@@ -85,8 +85,8 @@ STEPS = (
 LOSSES = ("loss: dense", "loss: liger", "loss: ours", "loss: ours, cache")
 
 
-def shape_of(name: str) -> tuple[GPT2Config, int, int]:
-    """A config without dropout, windows and tokens in a window."""
+def get_shape(name: str) -> tuple[GPT2Config, int, int]:
+    """Return a config without dropout, the number of windows, and the tokens in a window."""
     shape = dict(SHAPES[name])
     windows, block = shape.pop("windows"), shape.pop("block")
     return (
@@ -96,73 +96,77 @@ def shape_of(name: str) -> tuple[GPT2Config, int, int]:
     )
 
 
-def tokens_of(name: str, windows: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids `(windows, block)`."""
-    config, _, block = shape_of(name)
+def make_tokens(name: str, windows: int, seed: int = 0) -> torch.Tensor:
+    """Return random token ids `(windows, block)`."""
+    config, _, block = get_shape(name)
     return torch.randint(
         0, config.vocab_size, (windows, block), generator=torch.Generator().manual_seed(seed)
     )
 
 
-def settings_of(name: str, place: Path, chunk: int = CHUNK) -> Config:
-    """The run that is measured."""
-    config, windows, block = shape_of(name)
+def make_settings(name: str, cache_dir: Path, chunk: int = CHUNK) -> Config:
+    """Return the settings of the measured run."""
+    config, windows, block = get_shape(name)
     data = DataConfig(seq_len=block, batch_size=windows)
-    kept = LogitCacheConfig(dir=str(place), top_k=min(128, config.vocab_size))
+    cache_config = LogitCacheConfig(dir=str(cache_dir), top_k=min(128, config.vocab_size))
     return replace(
         Config(),
         data=data,
         loss=LossConfig(hidden_mse=0, block_fvu=0, chunk_size=chunk),
-        logit_cache=kept,
+        logit_cache=cache_config,
         trainer=TrainerConfig(progress_bar=False),
     )
 
 
-def memory_of(way: str, name: str) -> MemoryConfig:
-    """The memory of a line: the default's, or the same few slots for every token."""
-    return FeaturalConfig(k=32 if name == "full" else 4) if "k=32" in way else FeaturalConfig()
+def get_memory_config(variant: str, name: str) -> MemoryConfig:
+    """Return the memory of a variant: the default, or with the same k for every token."""
+    return FeaturalConfig(k=32 if name == "full" else 4) if "k=32" in variant else FeaturalConfig()
 
 
 def prepare(name: str, folder: Path) -> None:
-    """A teacher, students calibrated on random text, and a cache, all in `folder`."""
+    """Save a teacher, students calibrated on random text, and a logit cache in `folder`."""
     torch.manual_seed(0)
-    config, windows, _ = shape_of(name)
+    config, windows, _ = get_shape(name)
     teacher = GPT2LMHeadModel(config).eval().requires_grad_(False)
     for parameter in teacher.parameters():
         if parameter.dim() > 1:
-            parameter.data *= 2  # a fresh GPT-2 says nearly the same of every token
+            parameter.data *= 2  # logits of a new GPT-2 are nearly uniform
     torch.save(teacher.state_dict(), folder / "teacher.pt")
-    for way in ("ours", "ours, k=32"):
+    for variant in ("ours", "ours, k=32"):
         use_onednn_linear(teacher)
-        student, _ = convert_blocks(teacher, [memory_of(way, name)] * config.n_layer)
-        calibrate_memories(student, teacher, tokens_of(name, 4, seed=1))
-        torch.save(student.state_dict(), folder / f"{way}.pt")
-    open_logit_cache(settings_of(name, folder), teacher, tokens_of(name, windows), range(windows))
+        student, _ = convert_blocks(teacher, [get_memory_config(variant, name)] * config.n_layer)
+        calibrate_memories(student, teacher, make_tokens(name, 4, seed=1))
+        torch.save(student.state_dict(), folder / f"{variant}.pt")
+    open_logit_cache(
+        make_settings(name, folder), teacher, make_tokens(name, windows), range(windows)
+    )
 
 
 def measure(
-    way: str, name: str, folder: Path, steps: int, chunk: int, micro: int
+    variant: str, name: str, folder: Path, steps: int, chunk: int, micro: int
 ) -> dict[str, float]:
-    """Seconds of a step and peak in MB, of this process, which must be fresh; for a loss its value too."""
+    """Return seconds, peak in MB and loss of a step in this process, which must be new."""
     before = _status("VmRSS")
-    step, held = (_loss if way.startswith("loss") else _step)(way, name, folder, chunk, micro)
+    step, state_bytes = (_build_loss if variant.startswith("loss") else _build_step)(
+        variant, name, folder, chunk, micro
+    )
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    if way != "dense":
+    if variant != "dense":
         keep_freed_memory()
     value = step()
     Path("/proc/self/clear_refs").write_text("5")
-    seconds, processor = [], []
+    seconds, cpu_seconds = [], []
     for _ in range(steps):
-        began, used = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         value = step()
-        seconds.append(time.perf_counter() - began)
-        processor.append(time.process_time() - used)
-    times = {"seconds": min(seconds), "processor": min(processor)}
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    times = {"seconds": min(seconds), "processor": min(cpu_seconds)}
     return {
         **times,
-        "peak": _status("VmHWM") - before - held() / 1e6,
-        "held": held() / 1e6,
+        "peak": _status("VmHWM") - before - state_bytes() / 1e6,
+        "state": state_bytes() / 1e6,
         "value": value,
     }
 
@@ -182,31 +186,34 @@ def _bytes(tensors: Any) -> int:
     )
 
 
-def _step(
-    way: str, name: str, folder: Path, chunk: int, micro: int
+def _build_step(
+    variant: str, name: str, folder: Path, chunk: int, micro: int
 ) -> tuple[Callable[[], float], Callable[[], int]]:
-    """A step that gives its loss, and how many bytes weights, gradients and optimiser state take after one."""
-    config, windows, _ = shape_of(name)
-    settings, tokens = settings_of(name, folder, chunk), tokens_of(name, windows)
+    """Return a step that returns its loss, and a function that counts the bytes of its state.
+
+    The state is weights, gradients and optimizer state.
+    """
+    config, windows, _ = get_shape(name)
+    settings, tokens = make_settings(name, folder, chunk), make_tokens(name, windows)
     teacher: Any = GPT2LMHeadModel(config)
     teacher.load_state_dict(torch.load(folder / "teacher.pt", weights_only=True))
     teacher.eval().requires_grad_(False)
     student: Any
-    if way.startswith("dense"):
+    if variant.startswith("dense"):
         student = GPT2LMHeadModel(config)
         student.load_state_dict(teacher.state_dict())
         for parameter in student.parameters():
             parameter.data *= 1.01
     else:
         use_onednn_linear(teacher)
-        student, _ = convert_blocks(teacher, [memory_of(way, name)] * config.n_layer)
+        student, _ = convert_blocks(teacher, [get_memory_config(variant, name)] * config.n_layer)
         student.load_state_dict(
-            torch.load(folder / f"{way.removesuffix(', cache')}.pt", weights_only=True)
+            torch.load(folder / f"{variant.removesuffix(', cache')}.pt", weights_only=True)
         )
         reset_counts(get_featural_memories(student).values())
     cache = (
         open_logit_cache(settings, teacher, tokens, range(windows))
-        if way.endswith("cache")
+        if variant.endswith("cache")
         else None
     )
     if cache is not None:
@@ -217,10 +224,12 @@ def _step(
     def dense() -> float:
         optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
-            wanted = teacher(tokens).logits
-        given = student(tokens).logits
+            teacher_logits = teacher(tokens).logits
+        student_logits = student(tokens).logits
         loss = (
-            F.kl_div(F.log_softmax(given, -1), F.softmax(wanted, -1), reduction="none")
+            F.kl_div(
+                F.log_softmax(student_logits, -1), F.softmax(teacher_logits, -1), reduction="none"
+            )
             .sum(-1)
             .mean()
         )
@@ -231,24 +240,30 @@ def _step(
     def ours() -> float:
         optimizer.zero_grad(set_to_none=False)
         total, scales = 0.0, LossScales(torch.ones(config.n_layer), torch.ones(()))
-        for rows in torch.arange(windows).split(micro):
-            part = tokens[rows]
+        for indices in torch.arange(windows).split(micro):
+            part = tokens[indices]
             batch = Batch(part, torch.ones_like(part, dtype=torch.bool), float(tokens.numel()), 1.0)
-            wanted = forward_teacher(teacher, part) if cache is None else cache.read(rows)
+            teacher_outputs = (
+                forward_teacher(teacher, part) if cache is None else cache.read(indices)
+            )
             terms = compute_loss_terms(
-                forward_with_activations(student, part), wanted, batch, settings.loss, scales
+                forward_with_activations(student, part),
+                teacher_outputs,
+                batch,
+                settings.loss,
+                scales,
             )
             terms["kl"].backward()
             total += terms["kl"].item()
         optimizer.step()
         return total
 
-    def held() -> int:
+    def state_bytes() -> int:
         models = [student, *([] if teacher is None else [teacher])]
         state = [
             v
-            for each in optimizer.state.values()
-            for v in each.values()
+            for param_state in optimizer.state.values()
+            for v in param_state.values()
             if isinstance(v, torch.Tensor)
         ]
         grads = [p.grad for p in student.parameters() if p.grad is not None]
@@ -258,28 +273,31 @@ def _step(
             + grads
         )
 
-    return dense if way.startswith("dense") else ours, held
+    return dense if variant.startswith("dense") else ours, state_bytes
 
 
-def _loss(
-    way: str, name: str, folder: Path, chunk: int, micro: int
+def _build_loss(
+    variant: str, name: str, folder: Path, chunk: int, micro: int
 ) -> tuple[Callable[[], float], Callable[[], int]]:
-    """The loss alone, from hidden states to gradients in them and in the student's head."""
-    config, windows, block = shape_of(name)
-    tokens = tokens_of(name, windows)
+    """Return the same for the loss alone, with gradients of hidden states and student head."""
+    config, windows, block = get_shape(name)
+    tokens = make_tokens(name, windows)
     generator = torch.Generator().manual_seed(2)
     heads = [torch.nn.Linear(config.n_embd, config.vocab_size, bias=False) for _ in range(2)]
     hidden = [torch.randn(windows * block, config.n_embd, generator=generator) for _ in range(2)]
     for head in heads:
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.1)
-    mine, theirs = hidden[0].requires_grad_(), hidden[1]
+    student_hidden, teacher_hidden = hidden[0].requires_grad_(), hidden[1]
     heads[1].requires_grad_(False)
-    settings = settings_of(name, folder, chunk)
+    settings = make_settings(name, folder, chunk)
     records: Any = None
-    if way.endswith("cache"):
-        k, offsets = settings.logit_cache.top_k, torch.rand(len(theirs), 1, generator=generator)
-        parts = zip(theirs.split(block), offsets.split(block), strict=True)
+    if variant.endswith("cache"):
+        k, offsets = (
+            settings.logit_cache.top_k,
+            torch.rand(len(teacher_hidden), 1, generator=generator),
+        )
+        parts = zip(teacher_hidden.split(block), offsets.split(block), strict=True)
         with torch.no_grad():
             records = np.stack(
                 [
@@ -290,14 +308,18 @@ def _loss(
     batch = Batch.full_step(tokens)
 
     def loss() -> torch.Tensor:
-        if way == "loss: dense":
-            given, wanted = heads[0](mine), heads[1](theirs)
+        if variant == "loss: dense":
+            student_logits, teacher_logits = heads[0](student_hidden), heads[1](teacher_hidden)
             return (
-                F.kl_div(F.log_softmax(given, -1), F.softmax(wanted, -1), reduction="none")
+                F.kl_div(
+                    F.log_softmax(student_logits, -1),
+                    F.softmax(teacher_logits, -1),
+                    reduction="none",
+                )
                 .sum(-1)
                 .mean()
             )
-        if way == "loss: liger":
+        if variant == "loss: liger":
             from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
             fused = LigerFusedLinearJSDLoss(
@@ -307,33 +329,45 @@ def _loss(
                 compiled=False,
                 chunk_size=chunk,
             )
-            return fused(mine, heads[0].weight, theirs, heads[1].weight, tokens.flatten())
+            return fused(
+                student_hidden, heads[0].weight, teacher_hidden, heads[1].weight, tokens.flatten()
+            )
         shape = (windows, block, -1)
-        teacher: Any = ForwardOutputs(theirs.view(shape), heads[1])
+        teacher: Any = ForwardOutputs(teacher_hidden.view(shape), heads[1])
         if records is not None:
             teacher = unpack_records(records)
         scales = LossScales(torch.ones(1), torch.ones(()))
         return compute_loss_terms(
-            ForwardOutputs(mine.view(shape), heads[0]), teacher, batch, settings.loss, scales
+            ForwardOutputs(student_hidden.view(shape), heads[0]),
+            teacher,
+            batch,
+            settings.loss,
+            scales,
         )["kl"]
 
     def step() -> float:
         value = loss()
         value.backward()
-        found = value.item()
-        for given in (mine, heads[0].weight):
-            given.grad.zero_()
-        return found
+        loss_value = value.item()
+        for tensor in (student_hidden, heads[0].weight):
+            tensor.grad.zero_()
+        return loss_value
 
-    def held() -> int:
+    def state_bytes() -> int:
         return _bytes(
-            [mine, theirs, *(head.weight for head in heads), mine.grad, heads[0].weight.grad]
+            [
+                student_hidden,
+                teacher_hidden,
+                *(head.weight for head in heads),
+                student_hidden.grad,
+                heads[0].weight.grad,
+            ]
         )
 
-    return step, held
+    return step, state_bytes
 
 
-def rows(
+def measure_variants(
     shape: str = "full",
     repeats: int = 3,
     threads: int | None = None,
@@ -343,11 +377,15 @@ def rows(
     micro: int = MICRO,
     inside: bool = False,
 ) -> list[dict[str, Any]]:
-    """One dict a line: `way`, `value`, medians `seconds`, `processor` (of all threads) and `peak` (MB), all `repeats`, and ratios.
+    """Measure every variant and return a row for each.
 
-    With `inside` everything is run in this process: quick, and peaks mean nothing.
+    With `inside` everything runs in this process, which is quick, but peaks are meaningless.
+
+    Returns:
+        Rows of `variant`, `value`, the medians `seconds`, `processor` (of all threads) and `peak`
+        (MB), their ratios to the plain variant, and all `repeats`.
     """
-    found: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         common = [
             sys.executable,
@@ -368,8 +406,8 @@ def rows(
             "--threads",
             str(threads or torch.get_num_threads()),
         ]
-        ways = [way for way in (*STEPS, *LOSSES) if way.startswith(only)]
-        if any(way in STEPS for way in ways):
+        variants = [variant for variant in (*STEPS, *LOSSES) if variant.startswith(only)]
+        if any(variant in STEPS for variant in variants):
             if inside:
                 prepare(shape, Path(folder))
             else:
@@ -377,44 +415,54 @@ def rows(
                     [*common, "--measure", "prepare"], check=True, stdout=subprocess.DEVNULL
                 )
         for _ in range(repeats):
-            for way in ways:
+            for variant in variants:
                 if inside:
-                    if way != "loss: liger" or importlib.util.find_spec("liger_kernel"):
-                        found.setdefault(way, []).append(
-                            measure(way, shape, Path(folder), steps, chunk, micro)
+                    if variant != "loss: liger" or importlib.util.find_spec("liger_kernel"):
+                        results.setdefault(variant, []).append(
+                            measure(variant, shape, Path(folder), steps, chunk, micro)
                         )
                     continue
-                told = subprocess.run(
-                    [*common, "--measure", way], check=False, capture_output=True, text=True
+                process = subprocess.run(
+                    [*common, "--measure", variant], check=False, capture_output=True, text=True
                 )
-                if told.returncode == 0:
-                    found.setdefault(way, []).append(json.loads(told.stdout.splitlines()[-1]))
-                    print(way, found[way][-1], file=sys.stderr, flush=True)
+                if process.returncode == 0:
+                    results.setdefault(variant, []).append(
+                        json.loads(process.stdout.splitlines()[-1])
+                    )
+                    print(variant, results[variant][-1], file=sys.stderr, flush=True)
                 else:
-                    print(f"{way}: {told.stderr.splitlines()[-1]}", file=sys.stderr)
+                    print(f"{variant}: {process.stderr.splitlines()[-1]}", file=sys.stderr)
     table = []
-    for way, each in found.items():
-        row = {name: statistics.median(one[name] for one in each) for name in each[0]}
-        table.append({"way": way, **row, "repeats": each})
+    for variant, repeats_of_variant in results.items():
+        row = {
+            name: statistics.median(result[name] for result in repeats_of_variant)
+            for name in repeats_of_variant[0]
+        }
+        table.append({"variant": variant, **row, "repeats": repeats_of_variant})
     for row in table:
         beside = {True: ["loss: dense"], False: ["dense", "dense, freed memory kept"]}[
-            row["way"].startswith("loss")
+            row["variant"].startswith("loss")
         ]
-        plain = [other for other in table if other["way"] in beside]
+        plain = [other for other in table if other["variant"] in beside]
         for name in (
             ("seconds", "processor", "peak") if plain else ()
-        ):  # the better of the two ways to run the obvious one
+        ):  # the better of the plain variants
             row[f"{name}_ratio"] = row[name] / min(other[name] for other in plain)
     return table
 
 
 def figures(quick: bool = False) -> list[dict[str, Any]]:
-    """Every line, for `python -m benchmarks`."""
-    found = rows("quick", repeats=1, inside=True) if quick else rows()
-    return [{name: value for name, value in row.items() if name != "repeats"} for row in found]
+    """Measure every variant, for `python -m benchmarks`."""
+    variant_rows = (
+        measure_variants("quick", repeats=1, inside=True) if quick else measure_variants()
+    )
+    return [
+        {name: value for name, value in row.items() if name != "repeats"} for row in variant_rows
+    ]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -431,7 +479,7 @@ def main() -> None:
         help="steps after the first of each process; the fastest counts",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", help="lines that begin with this")
+    parser.add_argument("--only", default="", help="prefix of the names of variants")
     parser.add_argument(
         "--chunk", type=int, default=CHUNK, help="loss.chunk_size; Liger's chunk_size too"
     )
@@ -439,48 +487,49 @@ def main() -> None:
     for hidden in ("--measure", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--shape", default="full", choices=SHAPES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.measure == "prepare":
-        prepare(given.shape, Path(given.folder))
-    elif given.measure:
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.measure == "prepare":
+        prepare(args.shape, Path(args.folder))
+    elif args.measure:
         torch.manual_seed(0)
         print(
             json.dumps(
                 measure(
-                    given.measure,
-                    given.shape,
-                    Path(given.folder),
-                    given.steps,
-                    given.chunk,
-                    given.micro,
+                    args.measure,
+                    args.shape,
+                    Path(args.folder),
+                    args.steps,
+                    args.chunk,
+                    args.micro,
                 )
             )
         )
     else:
-        shape, repeats = ("quick", 1) if given.quick else (given.shape, given.repeats)
-        found = rows(
+        shape, repeats = ("quick", 1) if args.quick else (args.shape, args.repeats)
+        variant_rows = measure_variants(
             shape,
             repeats,
-            given.threads,
-            given.only,
-            given.steps,
-            given.chunk,
-            given.micro,
-            inside=given.quick,
+            args.threads,
+            args.only,
+            args.steps,
+            args.chunk,
+            args.micro,
+            inside=args.quick,
         )
-        how = f"chunk {given.chunk}, micro-batch {given.micro}, {repeats} repeats"
-        print(f"torch {torch.__version__}, {given.threads} threads, {how}")
+        description = f"chunk {args.chunk}, micro-batch {args.micro}, {repeats} repeats"
+        print(f"torch {torch.__version__}, {args.threads} threads, {description}")
         print(
-            f"{'':26}{'seconds':>9}{'ratio':>7}{'of CPU':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}{'held MB':>9}{'value':>9}"
+            f"{'':26}{'seconds':>9}{'ratio':>7}{'of CPU':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}"
+            f"{'state MB':>9}{'value':>9}"
         )
-        for row in found:
+        for row in variant_rows:
             ratios = [
                 f"{row[name]:.2f}" if name in row else ""
                 for name in ("seconds_ratio", "processor_ratio", "peak_ratio")
             ]
             print(
-                f"{row['way']:26}{row['seconds']:9.3f}{ratios[0]:>7}{row['processor']:9.3f}{ratios[1]:>7}{row['peak']:9.0f}{ratios[2]:>7}{row['held']:9.0f}"
+                f"{row['variant']:26}{row['seconds']:9.3f}{ratios[0]:>7}{row['processor']:9.3f}{ratios[1]:>7}{row['peak']:9.0f}{ratios[2]:>7}{row['state']:9.0f}"
                 f"{row['value']:9.5f}"
             )
 

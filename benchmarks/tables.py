@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: calls that take turns, tables, and files that two commits can be compared by."""
+"""Shared by the benchmarks of speed: interleaved timing, tables, and files to compare commits."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from dmt.models.loading import resolve_student_folder
 from dmt.ops import gemm_library, read_cpu_field
 from dmt.training.run_dir import get_git_commit
 
-Row = dict[str, Any]
-"""One line: text cells name it, numbers are figures."""
+Row = dict[str, Any]  # text cells name the row, floats are its figures
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "faiss-cpu", "pytorch-lightning")
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call after one to warm up, the calls taking turns so that noise hits all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    """Return the median seconds of each call, interleaved and after one warm-up call each."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
             if repeat:
-                taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(each) for name, each in taken.items()}
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def cell(value: Any) -> str:
-    """A figure with four digits, a count with commas, anything else as it is."""
+    """Format a float with four digits, an integer with commas, and anything else with `str`."""
     if isinstance(value, float):
         return (
             "" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -48,17 +47,17 @@ def cell(value: Any) -> str:
 
 
 def line(row: Row) -> str:
-    """One line of a Markdown table."""
+    """Format one line of a Markdown table."""
     return f"| {' | '.join(map(cell, row.values()))} |"
 
 
 def head(row: Row) -> str:
-    """The two lines above it."""
+    """Format the two header lines of a Markdown table."""
     return f"| {' | '.join(row)} |\n|{'---|' * len(row)}"
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, with a new head where the columns change."""
+    """Format rows as Markdown, with a new header where the columns change."""
     lines, columns = [], None
     for row in rows:
         if list(row) != columns:
@@ -69,7 +68,7 @@ def table(rows: list[Row]) -> str:
 
 
 def newest_student() -> Path | None:
-    """The student of the newest run here, if there is one."""
+    """Return the student of the newest run, if there is one."""
     try:
         return resolve_student_folder(None)
     except UserError:
@@ -77,7 +76,7 @@ def newest_student() -> Path | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what figures were measured."""
+    """Return the machine, commit and versions."""
     return {
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": get_git_commit(),
@@ -91,37 +90,37 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(place: Path, tables: dict[str, list[Row]], where: dict[str, Any]) -> None:
-    """A file that `read` takes."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(
-        json.dumps({"format": FORMAT, "machine": where, "tables": tables}, indent=1) + "\n",
+def write(path: Path, tables: dict[str, list[Row]], environment: dict[str, Any]) -> None:
+    """Write a file for `read`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"format": FORMAT, "machine": environment, "tables": tables}, indent=1) + "\n",
         encoding="utf-8",
     )
 
 
-def read(place: Path) -> dict[str, Any]:
-    """What `write` wrote.
+def read(path: Path) -> dict[str, Any]:
+    """Read a file of `write`.
 
     Raises:
-        SystemExit: it is not there or not such a file, in one line.
+        SystemExit: the file is missing or invalid; the message is one line.
     """
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']}, not {FORMAT}")
-        return {"machine": dict(found["machine"]), "tables": dict(found["tables"])}
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if figures["format"] != FORMAT:
+            raise ValueError(f"format {figures['format']}, not {FORMAT}")
+        return {"machine": dict(figures["machine"]), "tables": dict(figures["tables"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(
-            f"error: {place} is not what `python -m benchmarks` writes ({error}); run it to have one"
+            f"error: {path} is not what `python -m benchmarks` writes ({error}); run it to have one"
         ) from None
 
 
 def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
-    """A row for each figure that both have: before, after, ratio; those that changed most first."""
+    """Return before, after and ratio of each shared figure, the largest changes first."""
     rows = []
     for name in sorted(set(old["tables"]) & set(new["tables"])):
-        before, after = (_figures(each["tables"][name]) for each in (old, new))
+        before, after = (_figures(figures["tables"][name]) for figures in (old, new))
         for key in before:
             if (
                 key in after
@@ -147,10 +146,10 @@ def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
 
 
 def _figures(rows: list[Row]) -> dict[tuple[str, str], float]:
-    found = {}
+    figures = {}
     for row in rows:
         name = ", ".join(str(value) for value in row.values() if not isinstance(value, float))
-        found |= {
+        figures |= {
             (name, figure): value for figure, value in row.items() if isinstance(value, float)
         }
-    return found
+    return figures

@@ -1,7 +1,7 @@
-"""Where the default run's seconds go: `python -m benchmarks.where [CONFIG] [key=value ...] [--steps N]`.
+"""Profile the default run: `python -m benchmarks.where [CONFIG] [key=value ...] [--steps N]`.
 
-A run of a few steps with clocks around its parts, in a folder that is thrown away: imports and set-up, the parts of a
-training step, and what the processor does in one, by kind of operation (torch's profiler, five steps).
+Times the parts of a short run in a temporary folder: imports and set-up, the parts of a training
+step, and the operations of a step by kind (torch's profiler, five steps).
 """
 
 from __future__ import annotations
@@ -20,45 +20,46 @@ from typing import Any
 
 from benchmarks.tables import Row, table
 
+# Kinds of operation by parts of their names. The first kind that matches counts; others are
+# `other arithmetic`.
 KINDS = {
     "matrix products": ("mm", "linear", "mkldnn", "bmm", "addmv", "mv", "matmul"),
     "attention": ("attention", "softmax"),
     "choosing slots": ("topk", "ge", "gt", "nonzero", "scatter", "gather", "index", "embedding"),
     "copies": ("copy_", "clone", "cat", "fill_", "zero_", "contiguous", "resize"),
-    "optimiser": ("_fused_adam", "_foreach", "lerp", "addcdiv", "addcmul"),
+    "optimizer": ("_fused_adam", "_foreach", "lerp", "addcdiv", "addcmul"),
 }
-"""Kinds of operation by a part of their names, the first that fits; the rest is `other arithmetic`."""
-PROFILED = 5
-COMPARED, AROUND = "student and teacher compared", "Lightning, around the steps"
+PROFILED_STEPS = 5
+FIDELITY, LIGHTNING = "fidelity", "Lightning, outside the steps"
 
 
 class Clocks:
-    """Seconds spent in functions, by name, with those of other clocked functions inside taken out."""
+    """Seconds spent in functions by label, without those of clocked functions they call."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self._inside: list[float] = []
 
-    def around(self, holder: Any, name: str, told: str) -> None:
-        """Clock `holder.name` under the name `told`."""
-        inner: Callable[..., Any] = getattr(holder, name)
+    def around(self, owner: Any, name: str, label: str) -> None:
+        """Clock the function `name` of a module or class under a label."""
+        original: Callable[..., Any] = getattr(owner, name)
 
-        def clocked(*given: Any, **named: Any) -> Any:
+        def clocked(*args: Any, **kwargs: Any) -> Any:
             self._inside.append(0.0)
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
-                return inner(*given, **named)
+                return original(*args, **kwargs)
             finally:
-                taken = time.perf_counter() - began
-                self.seconds[told].append(taken - self._inside.pop())
+                elapsed = time.perf_counter() - start
+                self.seconds[label].append(elapsed - self._inside.pop())
                 if self._inside:
-                    self._inside[-1] += taken
+                    self._inside[-1] += elapsed
 
-        setattr(holder, name, clocked)
+        setattr(owner, name, clocked)
 
 
 def kind_of(operation: str) -> str:
-    """Which of `KINDS` an operation of torch belongs to."""
+    """Return the kind of an operation of torch."""
     name = operation.removeprefix("aten::").removeprefix("mkldnn::")
     return next(
         (kind for kind, parts in KINDS.items() if any(part in name for part in parts)),
@@ -66,43 +67,45 @@ def kind_of(operation: str) -> str:
     )
 
 
-def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
-    """Everything that is measured, in a process that has imported nothing yet."""
-    began = time.perf_counter()
-    from dmt.distillation import run as distil_run  # imports are a part of what is measured
+def measure_in_this_process(config: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """Run a distillation with clocks; the process must not have imported dmt's libraries."""
+    start = time.perf_counter()
+    from dmt.distillation import run as distillation_run  # importing is measured too
 
-    imports = time.perf_counter() - began
+    imports = time.perf_counter() - start
     import pytorch_lightning as pl
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     from dmt import config_io
     from dmt.distillation import module
+    from dmt.tasks import run_task
     from dmt.training import callbacks
+    from dmt.training import module as training_module
 
     clocks = Clocks()
-    for name, told in (
+    for name, label in (
         ("load_teacher", "set-up: teacher"),
-        ("transplant", "set-up: student"),
-        ("measured", "set-up: timing threads and precision"),
-        ("compare", COMPARED),
-        ("fit", AROUND),
-        ("measure", "end: test text"),
-        ("_conclude", "end: saving, samples, report"),
+        ("convert_blocks", "set-up: student"),
+        ("autotune", "set-up: timing threads and precision"),
+        ("measure_fidelity", FIDELITY),
+        ("fit", LIGHTNING),
+        ("evaluate_student", "end: test text"),
     ):
-        clocks.around(distil_run, name, told)
-    clocks.around(distil_run.TextDataModule, "setup", "set-up: text and tokens")
+        clocks.around(distillation_run, name, label)
+    clocks.around(distillation_run._Run, "finish", "end: saving, samples, report")
+    clocks.around(distillation_run.TextDataModule, "setup", "set-up: text and tokens")
     clocks.around(module.DistillationModule, "calibrate", "set-up: calibration")
     clocks.around(module.DistillationModule, "training_step", "step: rest")
     clocks.around(module.DistillationModule, "validation_step", "validation while training")
     clocks.around(module.DistillationModule, "manual_backward", "step: backward")
-    clocks.around(module.DistillationModule, "clip_gradients", "step: clipping")
-    clocks.around(module, "observe_teacher", "step: teacher")
-    clocks.around(module, "observe", "step: student")
-    clocks.around(module, "distillation_terms", "step: losses")
-    clocks.around(module, "hold", "step: threshold")
-    clocks.around(torch.optim.AdamW, "step", "step: optimiser")
-    clocks.around(module.DistillationModule, "_write", "step: curves")
+    clocks.around(training_module, "clip_gradients", "step: clipping")
+    clocks.around(module, "forward_teacher", "step: teacher")
+    clocks.around(module, "forward_with_activations", "step: student")
+    clocks.around(module, "compute_loss_terms", "step: losses")
+    clocks.around(module, "update_threshold", "step: threshold")
+    clocks.around(torch.optim.AdamW, "step", "step: optimizer")
+    clocks.around(module.DistillationModule, "log_metrics", "step: curves")
     clocks.around(
         torch.utils.data.dataloader._SingleProcessDataLoaderIter,
         "_next_data",
@@ -118,124 +121,127 @@ def child(config: str, words: list[str], steps: int) -> dict[str, Any]:
         for hook in [name for name in vars(callback) if name.startswith("on_")]:
             clocks.around(callback, hook, f"{callback.__name__} for TensorBoard")
     kinds: dict[str, float] = defaultdict(float)
-    plain = module.DistillationModule.training_step
+    training_step = module.DistillationModule.training_step
 
     def profiled(self: Any, tokens: Any, batch_idx: int) -> None:
-        if self.global_step < steps - PROFILED:
-            plain(self, tokens, batch_idx)
+        if self.global_step < steps - PROFILED_STEPS:
+            training_step(self, tokens, batch_idx)
             return
-        with profile(activities=[ProfilerActivity.CPU]) as watched:
-            plain(self, tokens, batch_idx)
-        for event in watched.key_averages():
-            kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / PROFILED
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            training_step(self, tokens, batch_idx)
+        for event in profiler.key_averages():
+            kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / PROFILED_STEPS
 
     module.DistillationModule.training_step = profiled  # type: ignore[method-assign]
     clocks.around(module.DistillationModule, "training_step", "profiler")
     with tempfile.TemporaryDirectory() as scratch:
         layerwise = steps // 4
-        given = [
+        args = [
             f"trainer.log_dir={scratch}",
             "trainer.progress_bar=false",
             f"stages.layerwise_steps={layerwise}",
         ]
-        given += [
+        args += [
             f"stages.end_to_end_steps={steps - layerwise}",
             f"trainer.validate_every={steps // 2}",
-            *words,
+            *overrides,
         ]
-        loaded = config_io.load_config(config, given)
+        loaded = config_io.load_config(config, args)
         total = time.perf_counter()
-        distil_run.run(loaded)
+        run_task(loaded)
         total = time.perf_counter() - total
-        used = json.loads(next(Path(scratch).glob("version_*/run.json")).read_text())
-    step_count = len(clocks.seconds["step: rest"]) - PROFILED
-    compared = clocks.seconds.pop(COMPARED)
-    corpora = len(loaded.data.corpora)  # each is measured once before training and once after
-    clocks.seconds["set-up: student before training, measured"] = compared[:corpora]
+        record = json.loads(next(Path(scratch).glob("version_*/run.json")).read_text())
+    step_count = len(clocks.seconds["step: rest"]) - PROFILED_STEPS
+    compared = clocks.seconds.pop(FIDELITY)
+    corpora = len(loaded.data.corpora)  # measured once before training and once after
+    clocks.seconds["set-up: fidelity before training"] = compared[:corpora]
     clocks.seconds["end: test text"] += compared[corpora:]
     del clocks.seconds["profiler"]
     parts = {
-        name: sum(each) for name, each in clocks.seconds.items() if not name.startswith("step: ")
+        name: sum(seconds)
+        for name, seconds in clocks.seconds.items()
+        if not name.startswith("step: ")
     }
-    inner = {
-        name: statistics.median(each) * len(each) / max(1, step_count + PROFILED)
-        for name, each in clocks.seconds.items()
+    step_parts = {
+        name: statistics.median(seconds) * len(seconds) / max(1, step_count + PROFILED_STEPS)
+        for name, seconds in clocks.seconds.items()
         if name.startswith("step: ")
     }
     return {
         "imports": imports,
         "total": total,
         "parts": parts,
-        "step": inner,
+        "step": step_parts,
         "kinds": dict(kinds),
         "steps": steps,
-        "threads": used["num_threads"],
-        "precision": used["precision"],
+        "threads": record["num_threads"],
+        "precision": record["precision"],
     }
 
 
-def rows(config: str, words: list[str], steps: int) -> list[Row]:
-    """What `child` found, in a process of its own: seconds of a run's parts, milliseconds of a step's."""
+def measure(config: str, overrides: list[str], steps: int) -> list[Row]:
+    """Measure in a new process: seconds of the parts of a run, milliseconds of those of a step."""
     command = [
         sys.executable,
         "-m",
         "benchmarks.where",
         "--child",
         config,
-        *words,
+        *overrides,
         "--steps",
         str(steps),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    parts = found["parts"]
-    outside = parts.pop(AROUND) / found["steps"]
-    setup = {"imports": found["imports"]} | {
-        name: taken for name, taken in parts.items() if name.startswith("set-up")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(process.stderr.strip().splitlines()[-1])
+    result = json.loads(process.stdout.strip().splitlines()[-1])
+    parts = result["parts"]
+    outside = parts.pop(LIGHTNING) / result["steps"]
+    setup = {"imports": result["imports"]} | {
+        name: elapsed for name, elapsed in parts.items() if name.startswith("set-up")
     }
     parts = (
         setup
         | {"imports and set-up, all": sum(setup.values())}
         | {n: s for n, s in parts.items() if n not in setup}
     )
-    told = f"{found['threads']} threads, {found['precision']}"
+    setup_text = f"{result['threads']} threads, {result['precision']}"
     lines: list[Row] = [
-        {"part of the run": name, "seconds": taken} for name, taken in parts.items()
+        {"part of the run": name, "seconds": elapsed} for name, elapsed in parts.items()
     ]
-    step = dict(sorted(found["step"].items(), key=lambda part: -part[1])) | {AROUND: outside}
+    step = dict(sorted(result["step"].items(), key=lambda part: -part[1])) | {LIGHTNING: outside}
     for title, seconds in (
-        (f"part of a step, {told}", step),
-        ("operations of a step", found["kinds"]),
+        (f"part of a step, {setup_text}", step),
+        ("operations of a step", result["kinds"]),
     ):
-        whole = sum(seconds.values())
+        total = sum(seconds.values())
         ordered = sorted(seconds.items(), key=lambda part: -part[1])
         lines += [
-            {title: name.removeprefix("step: "), "ms": 1e3 * taken, "share": taken / whole}
-            for name, taken in ordered
+            {title: name.removeprefix("step: "), "ms": 1e3 * elapsed, "share": elapsed / total}
+            for name, elapsed in ordered
         ]
     return lines
 
 
 def figures(quick: bool = False) -> list[Row]:
-    """The default run, cut short."""
-    return rows("configs/default.yaml", [], 12 if quick else 80)
+    """Measure a short default run."""
+    return measure("configs/default.yaml", [], 12 if quick else 80)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="?", default="configs/default.yaml")
-    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_intermixed_args()
-    if given.child:
-        print(json.dumps(child(given.config, given.words, given.steps)))
+    args = parser.parse_intermixed_args()
+    if args.child:
+        print(json.dumps(measure_in_this_process(args.config, args.overrides, args.steps)))
         return
-    print(table(rows(given.config, given.words, given.steps)))
+    print(table(measure(args.config, args.overrides, args.steps)))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,22 @@ def step(monkeypatch):
     spec = importlib.util.spec_from_file_location("step", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(
-        module, "keep_freed_memory", lambda: None
-    )  # it would last for the other tests
+    # It would affect the other tests of this process.
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
     return module
 
 
-def test_the_fast_step_computes_the_plain_loss_and_a_cached_one_nearly(step):
+def test_all_variants_compute_nearly_the_same_loss(step):
     rows = {
-        row["way"]: row for row in step.rows("quick", repeats=1, threads=1, inside=True, chunk=48)
+        row["variant"]: row
+        for row in step.measure_variants("quick", repeats=1, threads=1, inside=True, chunk=48)
     }
-    assert set(rows) >= {way for way in (*step.STEPS, *step.LOSSES) if way != "loss: liger"}
-    for way, row in rows.items():
-        assert row["seconds"] > 0, way
-        assert "seconds_ratio" in row, way
+    assert set(rows) >= {
+        variant for variant in (*step.STEPS, *step.LOSSES) if variant != "loss: liger"
+    }
+    for variant, row in rows.items():
+        assert row["seconds"] > 0, variant
+        assert "seconds_ratio" in row, variant
     assert rows["loss: ours"]["value"] == pytest.approx(rows["loss: dense"]["value"], rel=1e-4)
     assert rows["loss: ours, cache"]["value"] == pytest.approx(
         rows["loss: dense"]["value"], rel=0.05

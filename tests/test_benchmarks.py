@@ -74,11 +74,11 @@ def test_every_table_has_a_module_with_figures():
 def test_figures_that_changed_most_come_first():
     def make_figures(fast, slow):
         rows = [
-            {"way": "a", "k": 3, "ms": fast},
-            {"way": "b", "k": 3, "ms": slow},
-            {"way": "c", "ms": float("nan")},
+            {"variant": "a", "k": 3, "ms": fast},
+            {"variant": "b", "k": 3, "ms": slow},
+            {"variant": "c", "ms": float("nan")},
         ]
-        return {"machine": {}, "tables": {"t": rows, "gone": [{"way": "a", "ms": 1.0}]}}
+        return {"machine": {}, "tables": {"t": rows, "gone": [{"variant": "a", "ms": 1.0}]}}
 
     old, new = make_figures(1.0, 4.0), make_figures(1.1, 1.0)
     del new["tables"]["gone"]
@@ -145,6 +145,6 @@ def test_operations_have_kinds():
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
         "aten::copy_": "copies",
         "aten::mul": "other arithmetic",
-        "aten::_fused_adamw_": "optimiser",
+        "aten::_fused_adamw_": "optimizer",
     }
     assert {name: kind_of(name) for name in kinds} == kinds
