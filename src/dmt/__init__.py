@@ -41,7 +41,9 @@ _EXPORTS = {
     "load": "dmt.models.loading",
     "register_architecture": "dmt.models.modeling",
     "register_corpus": "dmt.data.corpora",
+    "register_loss": "dmt.distillation.losses",
     "register_memory": "dmt.memory.registry",
+    "register_store": "dmt.store.rows",
     "trace": "dmt.evaluation.trace",
     "transfer_to_slots": "dmt.consolidation.sleep",
 }

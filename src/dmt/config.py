@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Optional
 
 from dmt.errors import format_value
-from dmt.validation import ARG, ArgumentError, bounded, check_fields
+from dmt.validation import ARG, ArgumentError, bounded, check_fields, coerce
 
 MAX_SLOTS_PER_LAYER = 2**26  # more do not fit in any machine
 
@@ -350,11 +350,33 @@ class LossConfig(_CheckedConfig):
     chunk_size: int = bounded(0, minimum=0)
     """Tokens whose logits exist at once in the loss; 0 means all. Same value and gradient, less
     memory."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Weights of losses of your own by name, as in `{my_loss: 0.5}`; a name is registered with
+    `dmt.register_loss`, or is `my_package.my_module:my_loss`, which is imported."""
+
+    def __post_init__(self) -> None:
+        """Check every field, then names and weights in `extra`."""
+        super().__post_init__()
+        extra, terms = {}, [*LOSS_TERMS, "loss"]
+        for name, weight in self.extra.items():
+            if (term := str(name).rpartition(":")[2]) in terms:
+                raise ArgumentError(f"{ARG}extra: two losses are named {term}; rename one of them")
+            terms.append(term)
+            extra[str(name)] = coerce(float, weight, f"{ARG}extra.{name}")
+            if extra[name] < 0:
+                raise ArgumentError(f"{ARG}extra.{name} must be at least 0, got {weight}")
+        object.__setattr__(self, "extra", extra)
+
+    def term_weights(self) -> dict[str, float]:
+        """Return the weights that are not zero by term; an imported loss has its last name."""
+        weights = {term: getattr(self, term) for term in LOSS_TERMS}
+        weights |= {name.rpartition(":")[2]: weight for name, weight in self.extra.items()}
+        return {term: weight for term, weight in weights.items() if weight}
 
 
 # The settings in `loss` that are weights; each is the name of its term.
 LOSS_TERMS = tuple(
-    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size")
+    f.name for f in fields(LossConfig) if f.name not in ("temperature", "chunk_size", "extra")
 )
 
 
@@ -408,8 +430,8 @@ class StoreConfig(_CheckedConfig):
     """The database of stored rows."""
 
     url: Optional[str] = None
-    """Where rows are stored: a file or postgresql://; empty means `memory.db` in the run's
-    folder."""
+    """Where rows are stored: a file, postgresql:// or a scheme of `dmt.register_store`; empty means
+    `memory.db` in the run's folder."""
     value_dtype: Literal["float32", "float16"] = "float32"
     """Type of stored values; float16 takes half the space, and a resumed run then differs in the
     last digits."""

@@ -526,7 +526,7 @@ def check_config(config: Config) -> None:
 
 def _check_distillation(config: Config) -> None:
     stages = config.stages
-    if stages.end_to_end_steps and not any(getattr(config.loss, term) for term in LOSS_TERMS):
+    if stages.end_to_end_steps and not config.loss.term_weights():
         raise UserError(
             "every weight in loss is 0, so the end-to-end stage has nothing to learn; set loss.kl=1"
         )
@@ -611,6 +611,11 @@ def _check_logit_cache(config: Config, has_rows: bool) -> None:
         for term in LOSS_TERMS
         if term not in ("kl", "ce") and getattr(config.loss, term)
     ]
+    if config.loss.extra:
+        raise UserError(
+            f"loss.extra needs more of the teacher than logit_cache.dir={cache_dir} stores; set "
+            "loss.extra={}, or leave logit_cache.dir empty"
+        )
     if unsupported:
         raise UserError(
             f"{' and '.join(unsupported)} {'needs' if len(unsupported) == 1 else 'need'} more of "

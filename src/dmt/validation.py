@@ -26,6 +26,7 @@ _TYPE_DESCRIPTIONS: dict[Any, str] = {
     str: "text",
     list[str]: "a list such as [speeches, biographies]",
     list[float]: "a list of numbers such as [3, 1]",
+    dict[str, float]: "weights by name such as {my_loss: 0.5}",
     list[dict[str, Any]]: "a list of rules such as [{layers: 0-1, memory: {k: 64}}]",
     dict[str, Any]: "a rule such as {layers: 0-1, memory: {k: 64}}",
 }

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import make_teacher
 
 from dmt.config import LOSS_TERMS, LossConfig
+from dmt.distillation import losses
 from dmt.distillation.losses import (
     TERMS_WITH_GRAD,
     Batch,
@@ -19,10 +20,12 @@ from dmt.distillation.losses import (
     next_token_mask,
     outlier_threshold,
     outlier_weights,
+    register_loss,
     reverse_kl,
     squared_error,
     sum_weighted_terms,
 )
+from dmt.errors import UserError
 from dmt.models.forward import ForwardOutputs, forward_with_activations
 
 ALL_TERMS = LossConfig(
@@ -197,6 +200,36 @@ def test_a_weight_scales_only_its_own_term(models, tokens, term):
         assert compute_loss(teacher, teacher, tokens, weights=config).item() == pytest.approx(
             0, abs=1e-5
         )
+
+
+def test_a_registered_loss_is_a_weighted_mean_over_valid_tokens(pair, tokens, monkeypatch):
+    def top_gap(student, teacher, batch):
+        assert len(student.block_outputs) == len(teacher.block_outputs)
+        return (student.logits - teacher.logits).abs().amax(-1)
+
+    monkeypatch.setattr(losses, "_LOSSES", {})
+    register_loss("top_gap", top_gap)
+    student, teacher = pair
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, -3:] = False
+    gaps = (student(tokens).logits - teacher(tokens).logits).abs().amax(-1)
+    weights = LossConfig(**dict.fromkeys(LOSS_TERMS, 0.0), extra={"top_gap": 0.5})
+    value = loss(student, teacher, tokens, mask, weights)
+    torch.testing.assert_close(value, 0.5 * gaps[mask].mean())
+    with pytest.raises(UserError, match="taken or not a word"):
+        register_loss("top_gap", lambda *_: gaps)
+    with pytest.raises(UserError, match=r"loss.extra has no loss no_module:gap .* or name it as"):
+        loss(student, teacher, tokens, weights=LossConfig(extra={"no_module:gap": 1}))
+    monkeypatch.setitem(losses._LOSSES, "top_gap", lambda *_: torch.ones(()))
+    with pytest.raises(UserError, match=r"loss.extra.top_gap must return a value per token"):
+        loss(student, teacher, tokens, weights=weights)
+    for extra, message in (
+        ({"a:kl": 1}, "two losses are named kl"),
+        ({"top_gap": -1}, "extra.top_gap must be at least 0, got -1"),
+        ({"top_gap": "much"}, "extra.top_gap must be a number, got much"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LossConfig(extra=extra)
 
 
 def test_state_terms_by_definition(tokens):

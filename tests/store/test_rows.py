@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from dmt.errors import UserError
-from dmt.store import RowInsert, RowStore, RowUsage, StepChanges
+from dmt.store import RowInsert, RowStore, RowUsage, StepChanges, rows
 from dmt.store.database import row_metadata, translate_errors
+from dmt.store.rows import open_store, register_store
 
 MODEL = "f" * 64
 
@@ -582,3 +583,21 @@ def test_errors_of_a_server_are_explained(database, told_as):
         translate_errors("somewhere"),
     ):
         raise OperationalError("SELECT", {}, Exception(database))
+
+
+def test_a_registered_scheme_opens_its_own_store(tmp_path, monkeypatch):
+    class FakeStore:
+        def __init__(self, url, model_hash, read_only):
+            self.url, self.model_hash, self.read_only = url, model_hash, read_only
+
+    monkeypatch.setattr(rows, "_FACTORIES", {})
+    register_store("fake", FakeStore)
+    store = open_store("fake://server/rows", MODEL, read_only=True)
+    assert isinstance(store, FakeStore)
+    assert (store.url, store.model_hash, store.read_only) == ("fake://server/rows", MODEL, True)
+    for url in (str(tmp_path / "fake"), f"sqlite:///{tmp_path / 'rows.db'}"):
+        with open_store(url, MODEL) as store:
+            assert isinstance(store, RowStore)
+    for scheme in ("postgresql", "a b", ""):
+        with pytest.raises(UserError, match="taken or not a word"):
+            register_store(scheme, FakeStore)

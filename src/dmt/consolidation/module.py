@@ -50,7 +50,7 @@ def build_loss_config(config: Config) -> LossConfig:
     """Return the loss of the objective alone, with its weight in `loss`, or 1 where that is 0."""
     term = OBJECTIVE_TERMS[config.context.objective]
     weights = dict.fromkeys(LOSS_TERMS, 0.0) | {term: getattr(config.loss, term) or 1.0}
-    return replace(config.loss, **weights)
+    return replace(config.loss, extra={}, **weights)
 
 
 class ContextDistillationModule(TrainingModule):

@@ -2,7 +2,8 @@
 
 Every term is a sum over valid tokens divided by the number of valid tokens of the whole step, so
 the gradient does not depend on how a step is split. A term has the name of its weight in
-`LossConfig`.
+`LossConfig`. A loss of your own is a function that `register_loss` names; its weight is in
+`loss.extra`.
 
 Outliers. A few tokens, mostly the first of a window, have block outputs hundreds of times as long
 as others. In SmolLM2 one such token has norm 25,000 where the median is 32. Counted like any other
@@ -19,14 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmt.config import LossConfig
+from dmt.config import LOSS_TERMS, LossConfig
 from dmt.distillation.logit_cache import SparseDistribution, control_variate_weight, sampled_kl
+from dmt.errors import UserError
 from dmt.models.forward import ForwardOutputs
 from dmt.ops import (
     OneDNNLinear,
@@ -91,6 +94,53 @@ class Batch:
         return Batch(tokens, mask, float(mask.sum()), float(next_token_mask(mask).sum()))
 
 
+# From the outputs of student and teacher, with those of their blocks, and the batch to a value of
+# each token, `(batch, time)`.
+LossFunction = Callable[[ForwardOutputs, ForwardOutputs, Batch], Tensor]
+_LOSSES: dict[str, LossFunction] = {}
+
+
+def register_loss(name: str, loss: LossFunction) -> None:
+    """Make a loss of the end-to-end stage available under a name in `loss.extra`.
+
+    The term is the mean over the tokens that count; `loss.extra={name: weight}` adds it to the
+    loss. A loss in a module of your own needs no registration:
+    `loss.extra={my_module:my_loss: 0.5}`.
+
+    Args:
+        name: a word, as in `dmt config` and in the metric `train/name`.
+        loss: takes the student's outputs, the teacher's and the batch; returns a value of each
+            token, `(batch, time)`, which must not depend on other sequences of the batch.
+
+    Raises:
+        UserError: the name is no word, or it is taken.
+    """
+    registered = _LOSSES.get(name)
+    is_taken = name in (*LOSS_TERMS, "loss") or (registered not in (None, loss))
+    if is_taken or not name.isidentifier():
+        raise UserError(f"name={name!r} is taken or not a word; choose another name")
+    _LOSSES[name] = loss
+
+
+def get_loss(name: str) -> LossFunction:
+    """Return a loss by its registered name, or import `my_package.my_module:my_loss`.
+
+    Raises:
+        UserError: there is no such loss.
+    """
+    if name in _LOSSES:
+        return _LOSSES[name]
+    module_name, _, function_name = name.partition(":")
+    try:
+        loss: LossFunction = getattr(import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"loss.extra has no loss {name} ({error}); register it with dmt.register_loss, or name "
+            "it as my_package.my_module:my_loss"
+        ) from None
+    return loss
+
+
 def compute_loss_terms(
     student: ForwardOutputs,
     teacher: ForwardOutputs | SparseDistribution,
@@ -127,12 +177,22 @@ def compute_loss_terms(
     if weights.block_fvu:
         fvu = block_fvu(student.block_outputs, teacher.block_outputs, mask, num_tokens, scales)
         terms["block_fvu"] = fvu.mean() if layers is None else fvu[list(layers)].mean()
+    for name, weight in weights.extra.items():
+        if weight:
+            values = get_loss(name)(student, teacher, batch)
+            if values.shape != mask.shape:
+                raise UserError(
+                    f"loss.extra.{name} must return a value per token {tuple(mask.shape)}, got "
+                    f"{tuple(values.shape)}"
+                )
+            terms[name.rpartition(":")[2]] = (values.float() * mask).sum() / num_tokens
     return terms
 
 
 def sum_weighted_terms(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:
     """Return the loss: every term times the weight of its name, summed."""
-    return torch.stack([getattr(weights, name) * value for name, value in terms.items()]).sum()
+    by_name = weights.term_weights()
+    return torch.stack([by_name.get(name, 0.0) * value for name, value in terms.items()]).sum()
 
 
 def next_token_mask(mask: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ class DistillationModule(TrainingModule):
             student = forward_with_activations(self.student, batch.tokens)
             terms = compute_loss_terms(student, cached, batch, weights, self.scales)
         else:
-            capture_blocks = bool(weights.block_fvu or self.row_sync)
+            capture_blocks = bool(weights.block_fvu or weights.extra or self.row_sync)
             teacher = forward_teacher(self.teacher, batch.tokens, capture_blocks=capture_blocks)
             student = forward_with_activations(
                 self.student, batch.tokens, capture_blocks=capture_blocks

@@ -26,6 +26,7 @@ from dmt.config_io import check_config, get_memory_config_class, resolve_layer_m
 from dmt.data.corpora import CORPORA, FUNCTION_PATTERN
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.distillation.logit_cache import CACHE_FILE, LogitCache, open_logit_cache
+from dmt.distillation.losses import get_loss
 from dmt.distillation.module import SCALE_TOKENS, DistillationModule
 from dmt.distillation.row_sync import RowStoreSync
 from dmt.errors import UserError, format_value
@@ -58,6 +59,7 @@ from dmt.report import distillation
 from dmt.report.curves import read_curves
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
 from dmt.store import RowStore
+from dmt.store.rows import open_store
 from dmt.training.autotune import TIMED_WINDOWS, autotune
 from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, StoredRowUsage
 from dmt.training.execution import execute
@@ -371,6 +373,8 @@ def run_distillation(
 def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Run:
     """Load the text, convert the teacher, and make the folder once nothing can be refused."""
     start_time = time.perf_counter()
+    for name in config.loss.extra:
+        get_loss(name)  # raises if there is none
     teacher, tokenizer = teacher_pair
     memories = _resolve_memories(config, teacher)
     stages = config.stages
@@ -446,7 +450,7 @@ def _open_cache(config: Config, teacher: Any, data: TextDataModule) -> LogitCach
 
 def _open_store(url: str, teacher_hash: str) -> RowStore:
     """Open a store; of several processes only the first writes to it."""
-    return rank_zero_first(lambda: RowStore(url, teacher_hash, read_only=get_rank() > 0))
+    return rank_zero_first(lambda: open_store(url, teacher_hash, read_only=get_rank() > 0))
 
 
 @dataclass

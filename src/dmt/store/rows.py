@@ -57,6 +57,42 @@ METADATA_COLUMNS = [
     if column.name not in ("id", "namespace", "key", "value")
 ]
 
+StoreFactory = Callable[[str, "str | None", bool], "RowStore"]
+_FACTORIES: dict[str, StoreFactory] = {}
+
+
+def register_store(scheme: str, factory: StoreFactory) -> None:
+    """Let `store.url=scheme://...` open a store of your own for the rows of a run.
+
+    Facts stay in SQL.
+
+    Args:
+        scheme: what stands before `://`.
+        factory: takes `url`, `model_hash` and `read_only` as `RowStore` does. It returns an object
+            with the attributes `url`, `read_only` and `next_id`, and the methods
+            `get_or_create_namespace`, `reserve_ids`, `commit`, `scan`, `count`, `rewind`, `purge`
+            and `close` of `RowStore`.
+
+    Raises:
+        UserError: the scheme is no word, or belongs to SQL.
+    """
+    if not scheme.isidentifier() or scheme in ("sqlite", "postgresql"):
+        raise UserError(f"scheme={scheme!r} is taken or not a word; choose another scheme")
+    _FACTORIES[scheme] = factory
+
+
+def open_store(url: str, model_hash: str | None = None, read_only: bool = False) -> RowStore:
+    """Open a store of rows with the engine of its scheme, SQL if none is registered.
+
+    Args:
+        url: a file, or a database URL.
+        model_hash: fingerprint of the model that the rows belong to; None opens the store of any.
+        read_only: write nothing and take no lock.
+    """
+    scheme, separator, _ = url.partition("://")
+    factory = _FACTORIES.get(scheme, RowStore) if separator else RowStore
+    return factory(url, model_hash, read_only)
+
 
 class RowStore:
     """Rows of all associative memories of one model, in an SQLite file or a PostgreSQL database.

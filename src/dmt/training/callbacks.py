@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressB
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from dmt import signals
-from dmt.config import LOSS_TERMS, Config
+from dmt.config import Config
 from dmt.distributed import all_reduce_max
 from dmt.evaluation.metrics import compute_slot_usage
 from dmt.evaluation.samples import format_samples_table, paired_samples
@@ -192,8 +192,8 @@ def _make_stage_charts(config: Config) -> dict[str, list[Any]]:
     if config.stages.layerwise_steps:
         charts["layerwise"] = _make_multiline(["train/layerwise_loss"])
     if config.stages.end_to_end_steps:
-        terms = [term for term in LOSS_TERMS if getattr(config.loss, term)]
-        charts["end to end"] = _make_multiline(f"train/{term}" for term in ("loss", *terms))
+        terms = ("loss", *config.loss.term_weights())
+        charts["end to end"] = _make_multiline(f"train/{term}" for term in terms)
     return charts
 
 
