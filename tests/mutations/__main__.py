@@ -56,6 +56,8 @@ PRELOADED_LIBRARIES = (
 )
 PYTEST_OPTIONS = (
     "-q",
+    "-m",
+    "",  # slow tests too
     "--numprocesses=0",
     "--dist=no",
     "-p",
