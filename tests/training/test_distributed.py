@@ -286,7 +286,8 @@ def test_wrong_uses_of_torchrun_are_one_line(distill_args, tmp_path, monkeypatch
     too_many = ["trainer.devices=256", "data.batch_size=256", "data.micro_batch_size=256"]
     assert distill_main([*distill_args, *too_many]) == 2
     assert re.search(
-        r"trainer.devices=256: there are \d+ processes at most here", capsys.readouterr().err
+        r"trainer.devices=256: this machine runs up to (\d+) processes; set at most \1",
+        capsys.readouterr().err,
     )
     assert not (tmp_path / "logs").exists()
 

@@ -178,18 +178,18 @@ def check_accelerator(config: Config) -> None:
     if name not in ("auto", "cpu", *accelerators):
         raise UserError(
             f"trainer.accelerator={name} is not on this machine;"
-            f" there is {', '.join(['cpu', *accelerators])}; use auto"
+            f" give auto or one of {', '.join(['cpu', *accelerators])}"
         )
     on_gpu = select_device(config).type == "cuda"
-    max_devices, device_noun = (
-        (torch.cuda.device_count(), "GPUs")
+    max_devices, limit = (
+        (torch.cuda.device_count(), "this machine has {} GPUs")
         if on_gpu
-        else (max(MAX_CPU_PROCESSES, os.cpu_count() or 1), "processes at most")
+        else (max(MAX_CPU_PROCESSES, os.cpu_count() or 1), "this machine runs up to {} processes")
     )
     if config.trainer.devices > max_devices:
         raise UserError(
-            f"trainer.devices={config.trainer.devices}: there are {max_devices} {device_noun} here;"
-            " set at most as many"
+            f"trainer.devices={config.trainer.devices}: {limit.format(max_devices)};"
+            f" set at most {max_devices}"
         )
 
 
