@@ -175,20 +175,20 @@ def text_file(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
+def shared_artifacts(tmp_path_factory):
     """One file or folder of each kind that dmt reads and writes."""
     from factories import build
 
     with pytest.MonkeyPatch.context() as patched:
-        return build(tmp_path_factory.mktemp("workshop"), patched)
+        return build(tmp_path_factory.mktemp("shared_artifacts"), patched)
 
 
 @pytest.fixture
-def shop(workshop, tmp_path, monkeypatch):
-    """A copy of `workshop` that a test may damage, as the working directory."""
-    shutil.copytree(workshop, tmp_path / "shop")
-    monkeypatch.chdir(tmp_path / "shop")
-    return tmp_path / "shop"
+def artifacts_dir(shared_artifacts, tmp_path, monkeypatch):
+    """A copy of `shared_artifacts` that a test may damage, as the working directory."""
+    shutil.copytree(shared_artifacts, tmp_path / "artifacts")
+    monkeypatch.chdir(tmp_path / "artifacts")
+    return tmp_path / "artifacts"
 
 
 @pytest.fixture

@@ -79,20 +79,20 @@ REPLACED = {
 
 @pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
 @pytest.mark.parametrize("what", REPLACED)
-def test_a_pickle_in_place_of_a_file_is_refused(what, form, shop, capsys):
+def test_a_pickle_in_place_of_a_file_is_refused(what, form, artifacts_dir, capsys):
     name, words = REPLACED[what]
     form(name)
-    before = snapshot(shop)
+    before = snapshot(artifacts_dir)
     capsys.readouterr()
     code = run(words)
     shown = capsys.readouterr()
     line_of(code, shown.out, shown.err)
     assert not TRACE.exists()
-    assert snapshot(shop) == before
+    assert snapshot(artifacts_dir) == before
 
 
 @pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
-def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, shop, capsys):
+def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, artifacts_dir, capsys):
     file = Path(f"{V0}/checkpoints/step_2.ckpt")
     form(str(file))
     planted = file.read_bytes()
@@ -106,7 +106,7 @@ def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, shop,
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt.index", "flax_model.msgpack"]
 )
-def test_a_pickle_instead_of_weights_is_refused(folder, name, shop, capsys):
+def test_a_pickle_instead_of_weights_is_refused(folder, name, artifacts_dir, capsys):
     Path(folder, "model.safetensors").unlink()
     as_torch(f"{folder}/{name}")
     capsys.readouterr()
@@ -116,7 +116,7 @@ def test_a_pickle_instead_of_weights_is_refused(folder, name, shop, capsys):
     assert not TRACE.exists()
 
 
-def test_a_pickle_beside_the_weights_is_never_looked_at(shop):
+def test_a_pickle_beside_the_weights_is_never_looked_at(artifacts_dir):
     for folder in ("teacher", STUDENT):
         for name in (
             "pytorch_model.bin",
@@ -137,14 +137,14 @@ def test_a_pickle_beside_the_weights_is_never_looked_at(shop):
     assert not TRACE.exists()
 
 
-def test_the_planted_pickle_would_have_been_seen(shop):
+def test_the_planted_pickle_would_have_been_seen(artifacts_dir):
     as_pickle("proof")
     pickle.loads(Path("proof").read_bytes()).close()
     assert TRACE.exists()
 
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])
-def test_code_beside_the_weights_is_not_run(folder, shop, capsys, monkeypatch):
+def test_code_beside_the_weights_is_not_run(folder, artifacts_dir, capsys, monkeypatch):
     monkeypatch.setattr(
         "builtins.input", lambda *_: pytest.fail("a person was asked whether to run it")
     )
@@ -300,7 +300,7 @@ def test_texts_in_a_store_are_not_sql(place):  # noqa: F811
                     connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
-def test_texts_on_the_command_line_are_not_sql(shop, capsys):
+def test_texts_on_the_command_line_are_not_sql(artifacts_dir, capsys):
     for words in INJECTIONS[:-1]:
         assert (
             main.main(
@@ -406,7 +406,7 @@ def slots_of(**differences) -> None:
     file.write_text(json.dumps(found))
 
 
-def test_absurd_files_are_refused_in_one_line_and_take_no_memory(shop):
+def test_absurd_files_are_refused_in_one_line_and_take_no_memory(artifacts_dir):
     """All of them in a process that may take a third of a gigabyte more than it has once everything is imported."""
     script = f"""
 import contextlib, io, json, resource, sys
@@ -473,26 +473,30 @@ print("FOUND" + json.dumps(found))
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/../../b", "~root/x"])
-def test_names_in_a_pack_are_not_paths(name, shop, capsys):
+def test_names_in_a_pack_are_not_paths(name, artifacts_dir, capsys):
     """What a pack calls itself, its tags and its sources stay words; nothing is read or written where they point."""
     manifest = json.loads(Path("pack/manifest.json").read_text())
     manifest["name"] = name
     manifest["facts"][0] |= {"tag": name, "source": name}
     Path("pack/manifest.json").write_text(json.dumps(manifest))
-    outside = snapshot(shop.parent)
+    outside = snapshot(artifacts_dir.parent)
     capsys.readouterr()
     assert main.main(["memory", "import", "pack", "--json", "-m", "logs/version_1"]) in (0, 2)
     assert main.main(["memory", "diff", "pack", V0]) == 0
-    changed = {path for path, about in snapshot(shop.parent).items() if outside.get(path) != about}
-    assert all("/shop/logs/version_1/student" in path for path in changed), changed
+    changed = {
+        path for path, about in snapshot(artifacts_dir.parent).items() if outside.get(path) != about
+    }
+    assert all("/artifacts/logs/version_1/student" in path for path in changed), changed
 
 
 @pytest.mark.parametrize("part", ["manifest.json", "rows.safetensors"])
 @pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "/dev/zero", "/dev/stdin"])
-def test_links_out_of_a_pack_are_not_followed(part, target, shop, capsys):
-    shutil.copy(f"pack/{part}", shop.parent / "secret")
+def test_links_out_of_a_pack_are_not_followed(part, target, artifacts_dir, capsys):
+    shutil.copy(f"pack/{part}", artifacts_dir.parent / "secret")
     Path("pack", part).unlink()
-    Path("pack", part).symlink_to(shop.parent / "secret" if target == "../secret" else target)
+    Path("pack", part).symlink_to(
+        artifacts_dir.parent / "secret" if target == "../secret" else target
+    )
     capsys.readouterr()
     code = main.main(["memory", "import", "pack", *S])
     shown = capsys.readouterr()
@@ -517,7 +521,7 @@ def test_what_starts_a_server_binds_it_to_loopback():
         assert "0.0.0.0" not in text, file
 
 
-def test_a_run_and_a_command_open_no_socket(shop, monkeypatch):
+def test_a_run_and_a_command_open_no_socket(artifacts_dir, monkeypatch):
     import socket
 
     opened = []
@@ -544,7 +548,7 @@ def test_processes_of_one_run_talk_over_loopback(monkeypatch):
     assert launch.INTERFACE_VARIABLE not in os.environ
 
 
-def test_triggers_in_a_database_are_not_run(shop, capsys):
+def test_triggers_in_a_database_are_not_run(artifacts_dir, capsys):
     """Triggers and views in a database that somebody gave away."""
     import sqlite3
 

@@ -110,10 +110,10 @@ OTHER_VERSIONS = [
 
 
 @pytest.mark.parametrize(("kind", "version"), OTHER_VERSIONS)
-def test_another_version_is_rejected_with_advice(kind, version, shop, capsys):
+def test_another_version_is_rejected_with_advice(kind, version, artifacts_dir, capsys):
     change_version, args, prefix = KINDS[kind]
     change_version(version)
-    before = snapshot(shop)
+    before = snapshot(artifacts_dir)
     capsys.readouterr()
     code = run(args)
     output = capsys.readouterr()
@@ -126,7 +126,7 @@ def test_another_version_is_rejected_with_advice(kind, version, shop, capsys):
     else:
         assert f"{prefix} {version}, this dmt knows" in line
         assert (NEWER in line) is (version == 99)
-    assert snapshot(shop) == before
+    assert snapshot(artifacts_dir) == before
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_another_version_is_rejected_with_advice(kind, version, shop, capsys):
     ],
     ids=["checkpoint", "student", "run.json"],
 )
-def test_files_without_a_version_are_rejected(remove_version, args, message, shop, capsys):
+def test_files_without_a_version_are_rejected(remove_version, args, message, artifacts_dir, capsys):
     remove_version()
     capsys.readouterr()
     code = run(args)
@@ -158,13 +158,13 @@ def test_files_without_a_version_are_rejected(remove_version, args, message, sho
     assert message in line_of(code, output.out, output.err)
 
 
-def test_transformers_rejects_a_student_without_a_version(shop):
+def test_transformers_rejects_a_student_without_a_version(artifacts_dir):
     edit_json(f"{STUDENT}/config.json", dmt=None)()
     with pytest.raises(dmt.errors.UserError, match="of version 1, this dmt knows 2; distill"):
         AutoModelForCausalLM.from_pretrained(STUDENT)
 
 
-def test_a_config_without_a_version_is_read(shop):
+def test_a_config_without_a_version_is_read(artifacts_dir):
     """Hand-written files have none."""
     file = Path(V0) / "config.yaml"
     header, rest = file.read_text().split("\n", 1)
@@ -174,7 +174,7 @@ def test_a_config_without_a_version_is_read(shop):
     assert main.distill_main(RESUME) == 0
 
 
-def test_every_file_of_a_run_states_a_version(shop):
+def test_every_file_of_a_run_states_a_version(artifacts_dir):
     """In the file, or for files without room for it in `run.json`."""
     record = json.loads(Path(V0, "run.json").read_text())
     assert (record["format"], record["dmt"]) == (files.RECORD_VERSION, dmt.__version__)

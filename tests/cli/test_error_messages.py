@@ -944,10 +944,10 @@ def get_args(case: Case) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_wrong_input_is_one_line_and_writes_nothing(name, shop, capsys):
+def test_a_wrong_input_is_one_line_and_writes_nothing(name, artifacts_dir, capsys):
     case = CASES[name]
     case.setup()
-    before = snapshot(shop)
+    before = snapshot(artifacts_dir)
     args = get_args(case)
     capsys.readouterr()
     code = main.main(args[1:]) if args[0] == "dmt" else main.distill_main(args)
@@ -955,7 +955,7 @@ def test_a_wrong_input_is_one_line_and_writes_nothing(name, shop, capsys):
     message = line_of(code, printed.out, printed.err)
     for part in case.parts:
         assert part in message, message
-    assert snapshot(shop) == before, f"something was written: {message}"
+    assert snapshot(artifacts_dir) == before, f"something was written: {message}"
 
 
 @pytest.mark.parametrize(
@@ -969,10 +969,10 @@ def test_a_wrong_input_is_one_line_and_writes_nothing(name, shop, capsys):
         "command: truncated pack",
     ],
 )
-def test_a_wrong_input_in_a_process_of_its_own(name, shop):
+def test_a_wrong_input_in_a_process_of_its_own(name, artifacts_dir):
     case = CASES[name]
     case.setup()
-    before = snapshot(shop)
+    before = snapshot(artifacts_dir)
     args = get_args(case)
     program = ["-m", "dmt", *args[1:]] if args[0] == "dmt" else [str(ROOT / "distill.py"), *args]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
@@ -987,10 +987,10 @@ def test_a_wrong_input_in_a_process_of_its_own(name, shop):
     message = line_of(process.returncode, process.stdout, process.stderr)
     for part in case.parts:
         assert part in message, message
-    assert snapshot(shop) == before
+    assert snapshot(artifacts_dir) == before
 
 
-def test_a_byte_order_mark_is_ignored(shop, capsys):
+def test_a_byte_order_mark_is_ignored(artifacts_dir, capsys):
     """Editors of Windows write it before UTF-8."""
     for name, content in {
         "a.yaml": "seed: 3\n",
