@@ -186,7 +186,7 @@ def test_values_and_gradients_equal_those_of_torch(options, dtype, shape):
     assert type(deterministic[0]) is DeterministicLayerNorm
     hidden, direction = torch.randn(2, *shape, WIDTH, dtype=torch.float64).to(dtype)
     if dtype is torch.bfloat16 and not options.get("elementwise_affine", True):
-        pytest.skip("without parameters no type differs")
+        pytest.skip("without parameters all types are equal")
     exact = gradients(copy.deepcopy(plain).double(), hidden.double(), direction.double())
     for actual, native, expected in zip(
         gradients(deterministic, hidden, direction),
@@ -223,7 +223,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(threads):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_training_step_does_not_depend_on_the_number_of_threads(threads, half):
-    """Products of the default config have sizes that are powers of two; others may depend on it."""
+    """Sizes in the default config are powers of two; products of other sizes may depend on it."""
     config = Config(data=DataConfig(micro_batch_size=2))
     teacher, _ = load_teacher("embedded")
     student, _ = convert_blocks(teacher, resolve_layer_memories(config, 4), None)
@@ -253,6 +253,6 @@ def test_a_training_step_does_not_depend_on_the_number_of_threads(threads, half)
             )
     assert not [
         m for m in (*student.modules(), *teacher.modules()) if type(m) is DeterministicLayerNorm
-    ], "only during training"
+    ], "replaced only during training"
     assert len(grads[0]) > 50
     assert not [name for name in grads[0] if not grads[0][name].equal(grads[1][name])]
