@@ -202,27 +202,27 @@ def test_a_weight_scales_only_its_own_term(models, tokens, term):
         )
 
 
-def test_a_registered_loss_is_a_weighted_mean_over_valid_tokens(pair, tokens, monkeypatch):
+def test_a_registered_loss_is_a_weighted_mean_over_valid_tokens(models, tokens, monkeypatch):
     def top_gap(student, teacher, batch):
         assert len(student.block_outputs) == len(teacher.block_outputs)
         return (student.logits - teacher.logits).abs().amax(-1)
 
     monkeypatch.setattr(losses, "_LOSSES", {})
     register_loss("top_gap", top_gap)
-    student, teacher = pair
+    student, teacher = models
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, -3:] = False
     gaps = (student(tokens).logits - teacher(tokens).logits).abs().amax(-1)
     weights = LossConfig(**dict.fromkeys(LOSS_TERMS, 0.0), extra={"top_gap": 0.5})
-    value = loss(student, teacher, tokens, mask, weights)
+    value = compute_loss(student, teacher, tokens, mask, weights)
     torch.testing.assert_close(value, 0.5 * gaps[mask].mean())
     with pytest.raises(UserError, match="taken or not a word"):
         register_loss("top_gap", lambda *_: gaps)
     with pytest.raises(UserError, match=r"loss.extra has no loss no_module:gap .* or name it as"):
-        loss(student, teacher, tokens, weights=LossConfig(extra={"no_module:gap": 1}))
+        compute_loss(student, teacher, tokens, weights=LossConfig(extra={"no_module:gap": 1}))
     monkeypatch.setitem(losses._LOSSES, "top_gap", lambda *_: torch.ones(()))
     with pytest.raises(UserError, match=r"loss.extra.top_gap must return a value per token"):
-        loss(student, teacher, tokens, weights=weights)
+        compute_loss(student, teacher, tokens, weights=weights)
     for extra, message in (
         ({"a:kl": 1}, "two losses are named kl"),
         ({"top_gap": -1}, "extra.top_gap must be at least 0, got -1"),
