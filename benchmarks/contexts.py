@@ -30,7 +30,7 @@ def write_paragraph(person: Person, rng: random.Random) -> tuple[str, dict[str, 
     phrasings = {
         relation: rng.randrange(STATED) for relation in rng.sample(RELATIONS, len(RELATIONS))
     }
-    sentences = []
+    sentences: list[str] = []
     for relation, phrasing in phrasings.items():
         named = not sentences or not PHRASINGS[relation][phrasing].startswith(("{name}", "{Their}"))
         pronoun = person.pronoun.capitalize()
@@ -46,7 +46,7 @@ def write_paragraph(person: Person, rng: random.Random) -> tuple[str, dict[str, 
     return " ".join(sentences), phrasings
 
 
-def page(people: list[Person], seed: int) -> tuple[str, list[Question]]:
+def make_page(people: list[Person], seed: int) -> tuple[str, list[Question]]:
     """Return a paragraph per person, and questions in stated, trained and unseen phrasings."""
     rng, paragraphs, questions = random.Random(f"page-{seed}"), [], []
     for person in people:
@@ -78,8 +78,8 @@ def write(name: str, text: str, questions: list[Question]) -> None:
 
 def main() -> None:
     people = make_unseen_people(9, seed=SEED)
-    write("person", *page(people[:1], SEED))
-    write("people", *page(people[1:], SEED))
+    write("person", *make_page(people[:1], SEED))
+    write("people", *make_page(people[1:], SEED))
 
 
 if __name__ == "__main__":

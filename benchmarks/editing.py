@@ -1,14 +1,17 @@
-"""Facts written into a model, beside other ways to teach it: recall, what else changes, and what it costs.
+"""Write facts into a model and compare with other methods: recall, side effects and cost.
 
-    python benchmarks/editing.py [--model embedded] [--facts 100,1000] [--peers] [--growth 10000] [--threads 1]
+    python benchmarks/editing.py [--model embedded] [--facts 100,1000] [--peers]
+                                 [--growth 10000] [--threads 1]
 
-`embedded`: people that the teacher never saw, each of five facts written in one of the six phrasings that the teacher knows,
-drawn at random. Asked: as written; in two of the other five; in the two phrasings that no training text has. `smollm2` (after
-`python scripts/fetch_smollm2.py`): things that are not so about real countries, written in one of three phrasings, asked in the
-two others. `else`: of known people, share recalled before -> after; of SmolLM2, share of questions about other countries that
-are answered as before. `unasked`: share of other questions about the same subjects, of which nothing is written, whose answer
-is changed (one fact in five is written for this, or one in nine). KL: of held-out prose. `back`: whether logits are exactly
-those of before when all facts are forgotten. `--growth` writes so many, ours alone, and tells how time and errors grow.
+`embedded`: five facts each about people that the teacher never saw, in one of the six phrasings of
+its training text, drawn at random. Recall is measured as written, in two others of the six
+(`paraphrase`), and in the two phrasings of no training text (`new phrasing`). `smollm2` (after
+`python scripts/fetch_smollm2.py`): counterfactual facts about real countries, written in one of
+three phrasings and asked in the two others. `unrelated`: recall of known people before -> after;
+for SmolLM2 the share of questions about other countries whose next token is unchanged. `locality`:
+with one fact per subject written, the share of questions about its other facts whose answer
+changed. KL: on held-out prose. `logits restored`: whether deletion restores the logits exactly.
+`--growth` writes that many facts by our method alone and shows how time and errors grow.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counterfactuals import ASKED, counterfactuals, spared
+from counterfactuals import PHRASINGS, list_unrelated_prompts, make_counterfactuals
 from peer_editing import METHODS, Edited
 from torch import Tensor
 
@@ -45,75 +48,84 @@ from dmt.models.loading import load_teacher
 from dmt.store import RowStore
 from dmt.training.trainer import silence_libraries
 
-WINDOWS, WINDOW = 32, 256
-"""Of held-out prose."""
-KNOWN = 320
-"""Known facts that are asked about before and after."""
-LONGEST = 8
-"""Tokens of an answer that is compared with that of before."""
+WINDOWS, WINDOW = 32, 256  # windows of held-out prose, and their tokens
+NUM_KNOWN = 320  # known facts that are asked before and after
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is taught to one model and what it is asked.
+    """Facts to write into a model, and questions.
 
     Attributes:
-        written: facts as they are written.
-        asked: by the name of a column, the same facts in other words.
-        kept: what should be answered as before, facts or prompts.
-        unasked: questions about the subjects of `one`, of which only those facts are written.
+        facts: as they are written.
+        paraphrases: the same facts in other phrasings, by column of the table.
+        unrelated: facts or prompts whose answers should not change.
+        single_facts: one fact per subject, written alone to measure locality.
+        neighbors: questions about the other facts of the same subjects.
     """
 
-    written: list[Probe]
-    asked: dict[str, list[Probe]]
-    kept: list[Probe] | list[str]
-    one: list[Probe]
-    unasked: list[str]
+    facts: list[Probe]
+    paraphrases: dict[str, list[Probe]]
+    unrelated: list[Probe] | list[str]
+    single_facts: list[Probe]
+    neighbors: list[str]
 
 
-def people_task(count: int) -> Task:
-    """About invented people."""
-    draw = random.Random(0)
-    written, others, unknown, one, unasked = [], [], [], [], []
+def make_people_task(count: int) -> Task:
+    """Make `count` facts about invented people."""
+    rng = random.Random(0)
+    facts, paraphrases, new_phrasings, single_facts, neighbors = [], [], [], [], []
     for person in make_unseen_people(-(-count // len(RELATIONS))):
-        chosen = draw.choice(RELATIONS)
+        single_relation = rng.choice(RELATIONS)
         for relation in RELATIONS:
-            way = draw.randrange(TRAINED_PHRASINGS)
-            written.append(make_probe(person, relation, way))
-            other = draw.sample([each for each in range(TRAINED_PHRASINGS) if each != way], 2)
-            others += [make_probe(person, relation, each) for each in other]
-            unknown += [
-                make_probe(person, relation, TRAINED_PHRASINGS + each)
-                for each in range(HELD_OUT_PHRASINGS)
+            phrasing = rng.randrange(TRAINED_PHRASINGS)
+            facts.append(make_probe(person, relation, phrasing))
+            others = [number for number in range(TRAINED_PHRASINGS) if number != phrasing]
+            paraphrases += [
+                make_probe(person, relation, number) for number in rng.sample(others, 2)
             ]
-            if relation == chosen:
-                one.append(written[-1])
+            new_phrasings += [
+                make_probe(person, relation, TRAINED_PHRASINGS + number)
+                for number in range(HELD_OUT_PHRASINGS)
+            ]
+            if relation == single_relation:
+                single_facts.append(facts[-1])
             else:
-                unasked.append(
-                    make_probe(person, relation, draw.randrange(TRAINED_PHRASINGS)).prompt
+                neighbors.append(
+                    make_probe(person, relation, rng.randrange(TRAINED_PHRASINGS)).prompt
                 )
-    asked = {"two other phrasings": others[: 2 * count], "two nobody trained": unknown[: 2 * count]}
-    return Task(written[:count], asked, load_corpus("biographies").probes[:KNOWN], one, unasked)
+    return Task(
+        facts[:count],
+        {"paraphrase": paraphrases[: 2 * count], "new phrasing": new_phrasings[: 2 * count]},
+        load_corpus("biographies").probes[:NUM_KNOWN],
+        single_facts,
+        neighbors,
+    )
 
 
-def countries_task(count: int) -> Task:
-    """About real countries."""
-    made = counterfactuals(count)
-    first: dict[str, Probe] = {}
-    for written, _ in made:
-        first.setdefault(written.person, written)
-    unasked = [
-        ways[random.Random(name + about).randrange(3)].format(s=name)
-        for name, fact in first.items()
-        for about, ways in ASKED.items()
-        if about != fact.relation
+def make_countries_task(count: int) -> Task:
+    """Make `count` counterfactual facts about real countries."""
+    counterfactuals = make_counterfactuals(count)
+    first_facts: dict[str, Probe] = {}
+    for fact, _ in counterfactuals:
+        first_facts.setdefault(fact.person, fact)
+    neighbors = [
+        phrasings[random.Random(country + relation).randrange(3)].format(s=country)
+        for country, fact in first_facts.items()
+        for relation, phrasings in PHRASINGS.items()
+        if relation != fact.relation
     ]
-    others = {"two other phrasings": [each for _, asked in made for each in asked]}
-    return Task([written for written, _ in made], others, spared(), list(first.values()), unasked)
+    return Task(
+        [fact for fact, _ in counterfactuals],
+        {"paraphrase": [probe for _, others in counterfactuals for probe in others]},
+        list_unrelated_prompts(),
+        list(first_facts.values()),
+        neighbors,
+    )
 
 
-def prose(tokenizer: Any) -> Tensor:
-    """Held-out prose that calibration did not see: test text, `(windows, time)`."""
+def load_prose(tokenizer: Any) -> Tensor:
+    """Return held-out test prose that calibration did not see, `(windows, time)`."""
     ids: list[int] = []
     for document in load_corpus("speeches").test:
         ids += tokenizer(document[:20_000], add_special_tokens=False, verbose=False)["input_ids"][
@@ -125,142 +137,156 @@ def prose(tokenizer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def nexts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Logits after each prompt, `(prompts, vocabulary)`."""
-    found = []
+def predict_next(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the logits after each prompt, `(prompts, vocabulary)`."""
+    logits_by_batch = []
     for start in range(0, len(prompts), 64):
         ids = [encode_text(tokenizer, prompt) for prompt in prompts[start : start + 64]]
         logits = forward_with_activations(model, pad_token_ids(ids)).logits
-        found.append(torch.stack([logits[at, len(each) - 1] for at, each in enumerate(ids)]))
-    return torch.cat(found)
+        logits_by_batch.append(
+            torch.stack([logits[index, len(prompt) - 1] for index, prompt in enumerate(ids)])
+        )
+    return torch.cat(logits_by_batch)
 
 
-@torch.no_grad()
-def changed(model: Any, other: Any, tokenizer: Any, prompts: Sequence[str]) -> float:
-    """Share of prompts after which both do not find the same token likeliest."""
-    mine, theirs = (nexts(each, tokenizer, prompts).argmax(-1) for each in (model, other))
-    return float((mine != theirs).float().mean())
+def measure_changes(model: Any, other: Any, tokenizer: Any, prompts: Sequence[str]) -> float:
+    """Return the share of prompts after which two models predict different tokens."""
+    first, second = (
+        predict_next(either, tokenizer, prompts).argmax(-1) for either in (model, other)
+    )
+    return float((first != second).float().mean())
 
 
-def row(
+def print_row(
     name: str,
     edited: Edited,
     original: Any,
     tokenizer: Any,
     task: Task,
     windows: Tensor,
-    more: Callable[[], Sequence[str]],
+    measure_last: Callable[[], Sequence[str]],
 ) -> None:
-    """Measure one model and print its line."""
-    ask = [
-        [edited.prompt(each) for each in probes] for probes in (task.written, *task.asked.values())
-    ]
-    cells = [f"{measure_recall(edited.model, tokenizer, probes):.3f}" for probes in ask]
-    if isinstance(task.kept[0], Probe):
-        kept: Any = task.kept
-        after = measure_recall(edited.model, tokenizer, [edited.prompt(each) for each in kept])
-        cells.append(f"{measure_recall(original, tokenizer, kept):.3f} -> {after:.3f}")
+    """Measure one model and print its row; `measure_last` returns the last two cells."""
+    cells = []
+    for probes in (task.facts, *task.paraphrases.values()):
+        questions = [edited.make_question(probe) for probe in probes]
+        cells.append(f"{measure_recall(edited.model, tokenizer, questions):.3f}")
+    if isinstance(task.unrelated[0], Probe):
+        unrelated: Any = task.unrelated
+        questions = [edited.make_question(probe) for probe in unrelated]
+        before = measure_recall(original, tokenizer, unrelated)
+        cells.append(f"{before:.3f} -> {measure_recall(edited.model, tokenizer, questions):.3f}")
     else:
-        cells.append(f"{1 - changed(edited.model, original, tokenizer, task.kept):.3f}")  # type: ignore[arg-type]
+        prompts: Any = task.unrelated
+        cells.append(f"{1 - measure_changes(edited.model, original, tokenizer, prompts):.3f}")
     cells.append(f"{measure_fidelity(edited.model, original, windows).kl:.1e}")
-    speed = f"{len(task.written) / edited.seconds:,.1f}" if edited.seconds else ""
+    cells.append(f"{len(task.facts) / edited.seconds:,.1f}" if edited.seconds else "")
+    cells += measure_last()
+    print(f"| {name} | {len(task.facts):,} | {' | '.join(cells)} |", flush=True)
+
+
+def write_facts(fact_store: FactStore, probes: Sequence[Probe]) -> float:
+    """Write facts as `dmt memory write` does; return the seconds."""
+    start = time.perf_counter()
+    fact_store.write_many(
+        [Fact(probe.prompt, probe.answer, probe.person, tag="benchmark") for probe in probes]
+    )
+    return time.perf_counter() - start
+
+
+def measure_ours(
+    model: Any, tokenizer: Any, original: Any, task: Task, windows: Tensor, path: str
+) -> None:
+    """Write facts, measure, delete them, and compare the logits with those of before."""
+    fact_store = open_fact_store(model, tokenizer, path, task)
+    prompts = [probe.prompt for probe in task.facts[:200]]
+    logits_before = predict_next(model, tokenizer, prompts)
+    write_facts(fact_store, task.single_facts)
+    locality = measure_changes(model, original, tokenizer, task.neighbors)
+    fact_store.delete(list(fact_store.records))
+    seconds = write_facts(fact_store, task.facts)
+
+    def measure_last() -> Sequence[str]:
+        fact_store.delete(list(fact_store.records))
+        difference = float((predict_next(model, tokenizer, prompts) - logits_before).abs().max())
+        return f"{locality:.3f}", f"no, by {difference:.1e}" if difference else "exactly"
+
+    edited = Edited(model, seconds)
+    print_row("**ours**", edited, original, tokenizer, task, windows, measure_last)
+    fact_store.close()
+
+
+def open_fact_store(model: Any, tokenizer: Any, path: str, task: Task) -> FactStore:
+    """Create a fact store, calibrate it, and print the chosen layers."""
+    fact_store = FactStore(model, tokenizer, RowStore(path, hash_model(model)))
+    start = time.perf_counter()
+    fact_store.initialize(
+        [Fact(probe.prompt, probe.answer, probe.person) for probe in task.facts[:8]]
+    )
+    hooks = fact_store.hooks
     print(
-        f"| {name} | {len(task.written):,} | {' | '.join(cells)} | {speed} | {' | '.join(more())} |",
+        f"<!-- key layer {hooks.key_layer}, value layer {hooks.value_layer}; "
+        f"{time.perf_counter() - start:.0f} s, once -->",
         flush=True,
     )
+    return fact_store
 
 
-def wrote(book: FactStore, probes: Sequence[Probe]) -> float:
-    """Write facts as the command does; seconds."""
-    began = time.perf_counter()
-    book.write_many([Fact(each.prompt, each.answer, each.person, tag="benchmark") for each in probes])
-    return time.perf_counter() - began
-
-
-def ours(
-    load: Callable[[], Any], tokenizer: Any, original: Any, task: Task, windows: Tensor, folder: str
+def measure_growth(
+    model: Any, tokenizer: Any, original: Any, max_facts: int, windows: Tensor, folder: str
 ) -> None:
-    """Write, measure, forget, and see that nothing is left."""
-    book = _book(load, tokenizer, f"{folder}/{len(task.written)}.db", task)
-    before = nexts(book.model, tokenizer, [each.prompt for each in task.written[:200]])
-    seconds = wrote(book, task.one)
-    unasked = changed(book.model, original, tokenizer, task.unasked)
-    book.delete(list(book.records))
-    seconds = wrote(book, task.written)
-    edited = Edited(book.model, seconds)
-
-    def at_last() -> Sequence[str]:
-        return f"{unasked:.3f}", _back(book, tokenizer, task, before)
-
-    row("**ours**", edited, original, tokenizer, task, windows, at_last)
-    book.close()
-
-
-def _book(load: Callable[[], Any], tokenizer: Any, place: str, task: Task) -> FactStore:
-    model = load()
-    book = FactStore(model, tokenizer, RowStore(place, hash_model(model)))
-    began = time.perf_counter()
-    lines: list[str] = []
-    book.initialize(
-        [Fact(each.prompt, each.answer, each.person) for each in task.written[:8]], log=lines.append
+    """Print how time and errors grow with the number of facts about people."""
+    task = make_people_task(max_facts)
+    known_people: Any = task.unrelated
+    paraphrases = task.paraphrases["paraphrase"]
+    fact_store = open_fact_store(model, tokenizer, f"{folder}/growth.db", task)
+    columns = (
+        "facts",
+        "written",
+        "paraphrase",
+        "known people",
+        "KL",
+        "facts per second",
+        "ms for 2,048 tokens: without, with",
+        "MiB",
     )
-    print(f"<!-- {'; '.join(lines)}; {time.perf_counter() - began:.0f} s, once -->", flush=True)
-    return book
-
-
-def _back(book: FactStore, tokenizer: Any, task: Task, before: Tensor) -> str:
-    book.delete(list(book.records))
-    after = nexts(book.model, tokenizer, [each.prompt for each in task.written[:200]])
-    return (
-        "exactly"
-        if torch.equal(before, after)
-        else f"no, by {float((before - after).abs().max()):.1e}"
-    )
-
-
-def growth(
-    load: Callable[[], Any], tokenizer: Any, original: Any, most: int, windows: Tensor, folder: str
-) -> None:
-    """How time and errors grow with facts: of people alone, for want of so many countries."""
-    task = people_task(most)
-    book = _book(load, tokenizer, f"{folder}/growth.db", task)
-    columns = "facts | written | two other phrasings | known people | KL | facts a second | ms for 2,048 tokens: without, with | MiB"
-    print(f"\n| {columns} |")
-    print(f"|{'---:|' * 8}")
-    given = 0
-    for mark in [mark for mark in (100, 300, 1_000, 3_000, 10_000, 30_000) if mark <= most]:
-        seconds = wrote(book, task.written[given:mark])
-        sample = random.Random(mark).sample(range(mark), min(mark, 500))
-        others = task.asked["two other phrasings"]
-        asked = (
-            [task.written[at] for at in sample],
-            [others[2 * at + side] for at in sample for side in (0, 1)],
+    print(f"\n| {' | '.join(columns)} |\n|{'---:|' * len(columns)}")
+    num_written = 0
+    for count in (100, 300, 1_000, 3_000, 10_000, 30_000):
+        if count > max_facts:
+            break
+        seconds = write_facts(fact_store, task.facts[num_written:count])
+        sample = random.Random(count).sample(range(count), min(count, 500))
+        probe_lists = (
+            [task.facts[index] for index in sample],
+            [paraphrases[2 * index + offset] for index in sample for offset in (0, 1)],
+            known_people,
         )
-        cells = [
-            f"{measure_recall(book.model, tokenizer, probes):.3f}" for probes in (*asked, task.kept)
-        ]  # type: ignore[arg-type]
-        speed = [_milliseconds(model, windows[:8]) for model in (original, book.model)]
+        recalls = [measure_recall(model, tokenizer, probes) for probes in probe_lists]
+        milliseconds = [measure_forward(either, windows[:8]) for either in (original, model)]
         size = sum(file.stat().st_size for file in Path(folder).glob("growth.db*")) / 2**20
-        kl = measure_fidelity(book.model, original, windows).kl
-        cells += [
-            f"{kl:.1e}",
-            f"{(mark - given) / seconds:,.0f}",
-            f"{speed[0]:.0f}, {speed[1]:.0f}",
+        cells = [
+            f"{count:,}",
+            *(f"{recall:.3f}" for recall in recalls),
+            f"{measure_fidelity(model, original, windows).kl:.1e}",
+            f"{(count - num_written) / seconds:,.0f}",
+            f"{milliseconds[0]:.0f}, {milliseconds[1]:.0f}",
             f"{size:.1f}",
         ]
-        print(f"| {mark:,} | {' | '.join(cells)} |", flush=True)
-        given = mark
-    book.close()
+        print(f"| {' | '.join(cells)} |", flush=True)
+        num_written = count
+    fact_store.close()
 
 
 @torch.no_grad()
-def _milliseconds(model: Any, windows: Tensor) -> float:
-    times = []
+def measure_forward(model: Any, windows: Tensor) -> float:
+    """Return the median milliseconds of a forward pass."""
+    seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         forward_with_activations(model, windows)
-        times.append(time.perf_counter() - began)
-    return 1_000 * sorted(times)[2]
+        seconds.append(time.perf_counter() - start)
+    return 1_000 * sorted(seconds)[2]
 
 
 def main() -> None:
@@ -275,51 +301,40 @@ def main() -> None:
         help="other methods beside ours, at the first number of facts",
     )
     parser.add_argument(
-        "--growth", type=int, default=0, help="write so many facts about people, ours alone"
+        "--growth", type=int, default=0, help="number of facts about people, by our method alone"
     )
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    torch.set_num_threads(options.threads)
-    original, tokenizer = load_teacher(options.model)
-    windows = prose(tokenizer)[: WINDOWS if options.model == "embedded" else WINDOWS // 4]
-    make = people_task if options.model == "embedded" else countries_task
-    counts = [int(count) for count in options.facts.split(",") if count]
+    torch.set_num_threads(args.threads)
+    original, tokenizer = load_teacher(args.model)
+    windows = load_prose(tokenizer)[: WINDOWS if args.model == "embedded" else WINDOWS // 4]
+    make_task = make_people_task if args.model == "embedded" else make_countries_task
+    counts = [int(count) for count in args.facts.split(",") if count]
     with tempfile.TemporaryDirectory() as folder:
-        for number, count in enumerate(counts):
-            task = make(count)
-            head = [
+        for index, count in enumerate(counts):
+            task = make_task(count)
+            columns = [
                 "method",
                 "facts",
                 "as written",
-                *task.asked,
-                "else",
+                *task.paraphrases,
+                "unrelated",
                 "KL",
-                "facts a second",
-                "unasked",
-                "back",
+                "facts per second",
+                "locality",
+                "logits restored",
             ]
-            print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-            ours(lambda: load_teacher(options.model)[0], tokenizer, original, task, windows, folder)
-            for name, method in METHODS.items() if options.peers and not number else ():
-                row(
-                    name,
-                    method(original, tokenizer, task.written),
-                    original,
-                    tokenizer,
-                    task,
-                    windows,
-                    lambda: ("", ""),
-                )
-        if options.growth:
-            growth(
-                lambda: load_teacher(options.model)[0],
-                tokenizer,
-                original,
-                options.growth,
-                windows,
-                folder,
-            )
+            print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+            model = load_teacher(args.model)[0]
+            path = f"{folder}/{len(task.facts)}.db"
+            measure_ours(model, tokenizer, original, task, windows, path)
+            for name, method in METHODS.items() if args.peers and index == 0 else ():
+                edited = method(original, tokenizer, task.facts)
+                print_row(name, edited, original, tokenizer, task, windows, lambda: ("", ""))
+        if args.growth:
+            model = load_teacher(args.model)[0]
+            measure_growth(model, tokenizer, original, args.growth, windows, folder)
 
 
 if __name__ == "__main__":

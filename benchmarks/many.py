@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks.environments import python_with
-from benchmarks.store import hidden_states
+from benchmarks.store import collect_hidden_states
 from benchmarks.tables import Row, head, line, medians
 from torch import nn
 
@@ -86,7 +86,7 @@ def measure_searches(
     sizes: list[int], searches: tuple[str, ...] = SEARCH_METHODS, repeats: int = 5
 ) -> list[Row]:
     """Return a row for each size and search."""
-    keys, queries = hidden_states(min(max(sizes), 1_000_000))
+    keys, queries = collect_hidden_states(min(max(sizes), 1_000_000))
     table_rows = []
     for slots in sizes:
         memory = make_memory(keys, slots)

@@ -1,9 +1,9 @@
-"""Two packs that contradict each other about the same people: one loaded, swapped for the other, taken away again.
+"""Two packs that contradict each other: one is loaded, replaced by the other, and unloaded.
 
     python benchmarks/packs.py [--facts 1000] [--threads 1]
 
-The embedded teacher; each fact in one of the phrasings that it knows, asked as written and in two others. `swap`: seconds from
-the packs in memory to a model that answers by the other one; `load`: reading and checking the file.
+Facts about people that the embedded teacher never saw, asked as written and in two other phrasings.
+Seconds of `load` are for reading and checking a file; of the other rows for applying loaded packs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from editing import nexts, people_task
+from editing import make_people_task, predict_next
 
 from dmt.data.synthetic import Probe
-from dmt.editing import packs
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore
-from dmt.editing.packs import diff_facts, load_packs, make_fact_pack, merge_packs
+from dmt.editing.packs import (
+    diff_facts,
+    load_fact_pack,
+    load_packs,
+    make_fact_pack,
+    merge_packs,
+)
 from dmt.evaluation.metrics import measure_recall
 from dmt.models.fingerprint import hash_model
 from dmt.models.loading import load_teacher
@@ -30,17 +35,22 @@ from dmt.store import RowStore
 from dmt.training.trainer import silence_libraries
 
 
-def other_answers(written: list[Probe]) -> dict[tuple[str, str], str]:
-    """Answers to the same questions that are those of somebody else."""
-    draw, found = random.Random(1), {}
-    for relation in {each.relation for each in written}:
-        there = [each for each in written if each.relation == relation]
-        answers = [each.answer for each in there]
-        for each in there:
-            found[each.person, relation] = draw.choice(
-                [answer for answer in answers if answer != each.answer]
+def draw_other_answers(facts: list[Probe]) -> dict[tuple[str, str], str]:
+    """Draw for each fact the answer of another person to the same question."""
+    rng, other_answers = random.Random(1), {}
+    for relation in {fact.relation for fact in facts}:
+        facts_of_relation = [fact for fact in facts if fact.relation == relation]
+        answers = [fact.answer for fact in facts_of_relation]
+        for fact in facts_of_relation:
+            other_answers[fact.person, relation] = rng.choice(
+                [answer for answer in answers if answer != fact.answer]
             )
-    return found
+    return other_answers
+
+
+def replace_answers(probes: list[Probe], other_answers: dict[tuple[str, str], str]) -> list[Probe]:
+    """Return probes with the answers of other people."""
+    return [replace(probe, answer=other_answers[probe.person, probe.relation]) for probe in probes]
 
 
 def main() -> None:
@@ -49,70 +59,72 @@ def main() -> None:
     )
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    torch.set_num_threads(options.threads)
-    task = people_task(options.facts)
-    others = task.asked["two other phrasings"]
-    swapped = other_answers(task.written)
-    told = {"A": (task.written, others)}
-    contrary = [
-        [replace(each, answer=swapped[each.person, each.relation]) for each in probes]
-        for probes in told["A"]
-    ]
-    told["B"] = contrary[0], contrary[1]
-    prompts = [each.prompt for each in task.written]
+    torch.set_num_threads(args.threads)
+    task = make_people_task(args.facts)
+    facts, paraphrases = task.facts, task.paraphrases["paraphrase"]
+    other_answers = draw_other_answers(facts)
+    # By pack: its facts as written, and in two other phrasings.
+    probes = {
+        "A": (facts, paraphrases),
+        "B": (
+            replace_answers(facts, other_answers),
+            replace_answers(paraphrases, other_answers),
+        ),
+    }
+    prompts = [fact.prompt for fact in facts]
     columns = (
         "",
         "A as written",
-        "A in other words",
+        "A paraphrase",
         "B as written",
-        "B in other words",
+        "B paraphrase",
         "seconds",
         "logits",
     )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with tempfile.TemporaryDirectory() as folder:
-        loaded = {}
-        for name, (written, _) in told.items():
+        packs = {}
+        for name, (pack_facts, _) in probes.items():
             model, tokenizer = load_teacher("embedded")
-            book = FactStore(model, tokenizer, RowStore(f"{folder}/{name}.db", hash_model(model)))
-            book.write_many([Fact(each.prompt, each.answer, each.person, tag=name) for each in written])
-            place = Path(folder) / f"{name}.safetensors"
-            packs.save_fact_pack(
-                make_fact_pack(
-                    book, list(book.records.values()), name, "CC0-1.0", hash_model(model)
-                ),
-                place,
-            )
-            book.close()
-            began = time.perf_counter()
-            loaded[name] = packs.load_fact_pack(place)
-            print(
-                f"| load {name}, {place.stat().st_size / 2**20:.1f} MiB | | | | | {time.perf_counter() - began:.2f} | |"
-            )
+            model_hash = hash_model(model)
+            with FactStore(
+                model, tokenizer, RowStore(f"{folder}/{name}.db", model_hash)
+            ) as fact_store:
+                fact_store.write_many(
+                    [Fact(fact.prompt, fact.answer, fact.person, tag=name) for fact in pack_facts]
+                )
+                records = list(fact_store.records.values())
+                pack = make_fact_pack(fact_store, records, name, "CC0-1.0", model_hash)
+            path = Path(folder) / f"{name}.safetensors"
+            pack.save(path)
+            start = time.perf_counter()
+            packs[name] = load_fact_pack(path)
+            seconds = time.perf_counter() - start
+            size = path.stat().st_size / 2**20
+            print(f"| load {name}, {size:.1f} MiB | | | | | {seconds:.2f} | |")
         model, tokenizer = load_teacher("embedded")
-        model_is = hash_model(model)
-        guest = FactStore(model, tokenizer, None)
-        before = nexts(model, tokenizer, prompts)
-        for name, chosen in (("A", ["A"]), ("B in place of A", ["B"]), ("none", [])):
-            began = time.perf_counter()
-            load_packs(guest, [loaded[each] for each in chosen], model_is)
-            seconds = time.perf_counter() - began
+        model_hash = hash_model(model)
+        fact_store = FactStore(model, tokenizer, None)
+        logits_before = predict_next(model, tokenizer, prompts)
+        for name, pack_names in (("A", ["A"]), ("B instead of A", ["B"]), ("none", [])):
+            start = time.perf_counter()
+            load_packs(fact_store, [packs[pack_name] for pack_name in pack_names], model_hash)
+            seconds = time.perf_counter() - start
             cells = [
-                f"{measure_recall(model, tokenizer, probes):.3f}"
-                for both in told.values()
-                for probes in both
+                f"{measure_recall(model, tokenizer, questions):.3f}"
+                for both in probes.values()
+                for questions in both
             ]
-            same = torch.equal(before, nexts(model, tokenizer, prompts))
-            print(
-                f"| {name} | {' | '.join(cells)} | {seconds:.3f} | {'exactly as before' if same else 'changed'} |",
-                flush=True,
-            )
-        found = diff_facts(loaded["A"].facts, loaded["B"].facts)
-        _, conflicts = merge_packs(list(loaded.values()), "both")
+            is_equal = torch.equal(logits_before, predict_next(model, tokenizer, prompts))
+            cells += [f"{seconds:.3f}", "exactly as before" if is_equal else "changed"]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        difference = diff_facts(packs["A"].facts, packs["B"].facts)
+        _, conflicts = merge_packs(list(packs.values()), "both")
         print(
-            f"\ndiff: {found.num_same} the same, {len(found.different)} different; merge: {len(conflicts)} contradictions reported"
+            f"\ndiff: {difference.num_same} equal, {len(difference.different)} different; "
+            f"merge: {len(conflicts)} contradictions reported"
         )
 
 

@@ -1,9 +1,10 @@
-"""Ways of the literature to teach a causal language model a list of facts: the peers of our own editing.
+"""Write facts into a language model by methods of the literature.
 
     python benchmarks/peer_editing.py [--facts 100] [--only "LoRA;full fine-tuning"]
 
-Full fine-tuning, LoRA (needs peft), a codebook after GRACE, facts told in the prompt. The command line teaches the embedded
-teacher facts about people it has never seen; it takes about a minute.
+Full fine-tuning, LoRA (needs peft), a codebook after GRACE, and facts in the prompt, with facts
+about people that the embedded teacher never saw. Takes about a minute. `editing.py --peers` puts
+the same methods beside ours.
 """
 
 from __future__ import annotations
@@ -35,119 +36,128 @@ from dmt.models.loading import load_teacher
 
 BATCH = 32
 EPOCHS = 100  # at most; training ends as soon as every fact is recalled
-# Rates of a small model, up to SMALL weights, and of a large one. Of those with which all facts are recalled, the one that
-# leaves prose and known people most alone without needing several times as long (tried on validation text, other people).
-SMALL, FULL_RATES, LORA_RATES = 10_000_000, (1e-4, 3e-5), (3e-4, 3e-4)
+# Learning rates of a small model, up to SMALL_MODEL weights, and of a large one: of the rates with
+# which all facts are recalled, the one that changes prose and known people least without needing
+# several times as long (chosen on validation text and other people).
+SMALL_MODEL, FULL_RATES, LORA_RATES = 10_000_000, (1e-4, 3e-5), (3e-4, 3e-4)
 LORA_RANK, LORA_ALPHA = 8, 32
 LORA_TARGETS = {
-    "gpt2": [
-        "c_attn",
-        "c_proj",
-        "c_fc",
-    ],  # c_proj is the name of two: of attention and of the feed-forward block
+    "gpt2": ["c_attn", "c_proj", "c_fc"],  # attention and the feed-forward block have a c_proj
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-RADIUS = (
-    0.5  # initial epsilon, in mean distances between the facts' own keys: models differ in scale
-)
-CODEBOOK_RATE = 0.3  # Adam's, in root mean squares of the block's own outputs
-PROMPT_TOKENS = 1024  # a prompt's most, where the model has more positions
+RADIUS = 0.5  # initial epsilon, in mean distances between the facts' keys: models differ in scale
+CODEBOOK_RATE = 0.3  # of Adam, in root mean squares of the block's outputs
+PROMPT_TOKENS = 1024  # of a prompt at most, where the model has more positions
 
 
 @dataclass
 class Edited:
-    """A model that was taught facts, the seconds that took, and what to ask it instead of a question."""
+    """A model after editing.
+
+    Attributes:
+        model: the model.
+        seconds: how long editing took.
+        make_question: puts facts before a question, for methods that use the prompt.
+    """
 
     model: PreTrainedModel
     seconds: float
-    prompt: Callable[[Probe], Probe] = lambda question: (
-        question
-    )  # another where facts are told in the prompt
+    make_question: Callable[[Probe], Probe] = lambda question: question
 
 
-class Lesson(NamedTuple):
-    """A fact as tokens `(time,)`, the positions `(answer,)` that predict its answer, and the answer's tokens `(answer,)`."""
+class Example(NamedTuple):
+    """A fact in tokens.
+
+    Attributes:
+        tokens: prompt and answer, `(time,)`.
+        positions: positions that predict the answer, `(answer,)`.
+        answer: tokens of the answer, `(answer,)`.
+    """
 
     tokens: Tensor
-    places: Tensor
+    positions: Tensor
     answer: Tensor
 
 
-def lesson(tokenizer: Any, fact: Probe) -> Lesson:
-    """A fact in the tokens with which `dmt.evaluation.metrics.recall` asks for it."""
+def encode_example(tokenizer: Any, fact: Probe) -> Example:
+    """Encode a fact as `dmt.evaluation.metrics.measure_recall` does."""
     start = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt = start + tokenizer(fact.prompt, add_special_tokens=False)["input_ids"]
     answer = tokenizer(fact.answer, add_special_tokens=False)["input_ids"]
-    return Lesson(
+    return Example(
         torch.tensor(prompt + answer),
         torch.arange(len(answer)) + len(prompt) - 1,
         torch.tensor(answer),
     )
 
 
-def train(
+def train_until_recalled(
     model: PreTrainedModel, tokenizer: Any, facts: list[Probe], rates: tuple[float, float]
 ) -> None:
-    """AdamW on the answers' tokens until every fact is recalled; whatever asks for a gradient is trained.
+    """Train all parameters with gradients on the answers, by AdamW, until every fact is recalled.
 
-    The model stays in eval mode: dropout would only delay learning by heart.
+    The model stays in eval mode: dropout would only delay memorization.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # Without decay: nothing but the facts should move a weight.
+    # Without decay: only the facts should change a weight.
     optimizer = torch.optim.AdamW(
-        trained, lr=rates[model.num_parameters() > SMALL], weight_decay=0.0
+        trained, lr=rates[model.num_parameters() > SMALL_MODEL], weight_decay=0.0
     )
-    lessons, draw, device = (
-        [lesson(tokenizer, fact) for fact in facts],
+    examples, rng, device = (
+        [encode_example(tokenizer, fact) for fact in facts],
         random.Random(0),
         next(model.parameters()).device,
     )
     for epoch in range(EPOCHS):
-        order = draw.sample(lessons, len(lessons))
+        order = rng.sample(examples, len(examples))
         for batch in (order[i : i + BATCH] for i in range(0, len(order), BATCH)):
-            tokens = nn.utils.rnn.pad_sequence([one.tokens for one in batch], batch_first=True).to(
-                device
+            tokens = nn.utils.rnn.pad_sequence(
+                [example.tokens for example in batch], batch_first=True
+            ).to(device)
+            rows = torch.cat(
+                [torch.full_like(example.positions, row) for row, example in enumerate(batch)]
             )
-            rows = torch.cat([torch.full_like(one.places, row) for row, one in enumerate(batch)])
-            said = forward_with_activations(model, tokens)
-            logits = said.head(
-                said.hidden[rows, torch.cat([one.places for one in batch])]
+            outputs = forward_with_activations(model, tokens)
+            logits = outputs.head(
+                outputs.hidden[rows, torch.cat([example.positions for example in batch])]
             )  # (answer tokens, vocabulary)
-            F.cross_entropy(logits, torch.cat([one.answer for one in batch]).to(device)).backward()
+            F.cross_entropy(
+                logits, torch.cat([example.answer for example in batch]).to(device)
+            ).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if (right := measure_recall(model, tokenizer, facts)) == 1:
+        if (recall := measure_recall(model, tokenizer, facts)) == 1:
             break
-        print(f"epoch {epoch}: {right:.3f} recalled", file=sys.stderr)
+        print(f"epoch {epoch}: {recall:.3f} recalled", file=sys.stderr)
 
 
-def full(
+def fine_tune(
     model: PreTrainedModel,
     tokenizer: Any,
     facts: list[Probe],
     rates: tuple[float, float] = FULL_RATES,
 ) -> Edited:
-    """All weights learn the facts."""
-    began = time.perf_counter()
+    """Train all weights on the facts."""
+    start = time.perf_counter()
     edited = copy.deepcopy(model).requires_grad_(True)
-    train(edited, tokenizer, facts, rates)
-    return Edited(edited.requires_grad_(False), time.perf_counter() - began)
+    train_until_recalled(edited, tokenizer, facts, rates)
+    return Edited(edited.requires_grad_(False), time.perf_counter() - start)
 
 
-def lora(
+def fine_tune_lora(
     model: PreTrainedModel,
     tokenizer: Any,
     facts: list[Probe],
     rates: tuple[float, float] = LORA_RATES,
 ) -> Edited:
-    """Low-rank updates of every projection learn the facts and are then added to the weights.
+    """Train low-rank updates of every projection and add them to the weights.
 
     Source: Hu et al. 2021, arXiv 2106.09685; peft.
     """
-    from peft import LoraConfig, get_peft_model  # lazy: the other methods do without
+    from peft import LoraConfig, get_peft_model  # here, because the other methods do not need it
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     family = model.config.model_type
     # Conv1D of GPT-2 holds its weight transposed.
     config = LoraConfig(
@@ -159,43 +169,41 @@ def lora(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapted: Any = get_peft_model(copy.deepcopy(model), config)
-    # The model inside has the adapters in place already, under the names that `observe` knows.
-    train(adapted.get_base_model(), tokenizer, facts, rates)
+    train_until_recalled(adapted.get_base_model(), tokenizer, facts, rates)
     return Edited(
-        adapted.merge_and_unload().requires_grad_(False).eval(), time.perf_counter() - began
+        adapted.merge_and_unload().requires_grad_(False).eval(), time.perf_counter() - start
     )
 
 
 class Codebook(nn.Module):
-    """A feed-forward block whose answer is replaced wherever its input lies in the ball around the nearest key."""
+    """A feed-forward block whose output is replaced for inputs in the ball of the nearest key."""
 
-    def __init__(self, block: nn.Module, radius: float, like: Tensor) -> None:
+    def __init__(self, block: nn.Module, radius: float, example: Tensor) -> None:
         super().__init__()
         self.block, self.radius = block, radius
         self.labels: list[Any] = []
-        self.register_buffer("keys", like.new_empty(0, like.shape[-1]))  # (entries, width)
-        self.register_buffer("values", like.new_empty(0, like.shape[-1]))
-        self.register_buffer("radii", like.new_empty(0))
+        self.register_buffer("keys", example.new_empty(0, example.shape[-1]))  # (entries, width)
+        self.register_buffer("values", example.new_empty(0, example.shape[-1]))
+        self.register_buffer("radii", example.new_empty(0))
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance to the nearest key and its number, for queries `(..., width)`."""
-        # By products, distances near zero would be lost in rounding.
-        exactly = "donot_use_mm_for_euclid_dist"
+        """Return the distance to the nearest key, and its index, for queries `(..., width)`."""
+        # Computed by products, distances near zero would be lost in rounding.
+        no_products = "donot_use_mm_for_euclid_dist"
         distances, entries = torch.cdist(
-            queries.reshape(-1, queries.shape[-1]), self.keys, compute_mode=exactly
+            queries.reshape(-1, queries.shape[-1]), self.keys, compute_mode=no_products
         ).min(-1)
         return distances.view(queries.shape[:-1]), entries.view(queries.shape[:-1])
 
-    def admit(self, query: Tensor, value: Tensor, label: Any) -> int:
-        """Number of the entry that is to answer `query` `(width,)`: a new one, or one near by with the same label."""
+    def add_entry(self, query: Tensor, value: Tensor, label: Any) -> int:
+        """Return the entry for `query` `(width,)`: a new one, or a near one with the same label."""
         radius = self.radius
         if self.labels:
-            distance, entry = (found.item() for found in self.nearest(query))
-            if (
-                distance <= self.radii[entry] + self.radius
-            ):  # the new ball would touch the nearest one
+            distance, entry = (tensor.item() for tensor in self.nearest(query))
+            # The new ball would touch the nearest one.
+            if distance <= self.radii[entry] + self.radius:
                 if self.labels[entry] == label:
-                    # A hair more than the distance, which another batch rounds otherwise.
+                    # Slightly more than the distance: another batch rounds differently.
                     self.radii[entry] = max(float(self.radii[entry]), 1.0001 * distance)
                     return entry
                 radius = self.radii[entry] = distance / 2
@@ -208,19 +216,19 @@ class Codebook(nn.Module):
         return len(self.labels) - 1
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`(batch, time, width)` to the same."""
-        answered = self.block(hidden)
+        """Map `(batch, time, width)` to the same shape."""
+        output = self.block(hidden)
         if not self.labels:
-            return answered
+            return output
         distances, entries = self.nearest(hidden)
         return torch.where(
-            (distances <= self.radii[entries]).unsqueeze(-1), self.values[entries], answered
+            (distances <= self.radii[entries]).unsqueeze(-1), self.values[entries], output
         )
 
 
 @contextmanager
 def upper_layers_only(model: PreTrainedModel, layer: int, below: Tensor) -> Iterator[None]:
-    """Within, layers below `layer` are not computed: what they say is `below` `(batch, time, width)`."""
+    """Replace the layers below `layer` by their output `below` `(batch, time, width)`."""
     arch = get_architecture(model.config.model_type)
     layers, (parent, name) = arch.transformer_blocks(model), arch.layers.rsplit(".", 1)
     stand_in = nn.Identity()
@@ -232,7 +240,7 @@ def upper_layers_only(model: PreTrainedModel, layer: int, below: Tensor) -> Iter
         setattr(model.get_submodule(parent), name, layers)
 
 
-def codebook(
+def write_codebook(
     model: PreTrainedModel,
     tokenizer: Any,
     facts: list[Probe],
@@ -240,95 +248,114 @@ def codebook(
     radius: float = RADIUS,
     rate: float = CODEBOOK_RATE,
 ) -> Edited:
-    """An entry for each token of an answer in the last block, its value learnt in `steps` steps, one fact after the other.
+    """Add an entry to the last block for each token of an answer; train its value for `steps`.
 
-    Source: Hartvigsen et al. 2023, arXiv 2211.11031: only errors are edited; balls are added, expanded (the same answer) or
-    split (another). Departs in that every token of an answer has an entry, not only the first; values start from what the
-    block says instead of at random; epsilon and rate are relative to the model's scale; lower layers are computed once.
+    Source: Hartvigsen et al. 2023, arXiv 2211.11031: only errors are edited; balls are added,
+    expanded (for the same answer) or split (for another). Deviations: every token of an answer has
+    an entry, not only the first; values start from the block's output instead of at random; epsilon
+    and the rate are relative to the model's scale; lower layers are computed once.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     edited = copy.deepcopy(model).requires_grad_(False)
     arch, device = get_architecture(model.config.model_type), next(model.parameters()).device
     layer = len(arch.blocks(edited)) - 1
-    lessons = [lesson(tokenizer, fact) for fact in facts]
+    examples = [encode_example(tokenizer, fact) for fact in facts]
     with torch.no_grad():  # the scale of this model, on the first facts
-        seen = [
+        outputs_by_example = [
             (
-                one.places,
-                forward_with_activations(edited, one.tokens[None].to(device), capture_blocks=True),
+                example.positions,
+                forward_with_activations(
+                    edited, example.tokens[None].to(device), capture_blocks=True
+                ),
             )
-            for one in lessons[:BATCH]
+            for example in examples[:BATCH]
         ]
-    keys = torch.cat([said.block_inputs[layer][0, places] for places, said in seen])
-    answers = torch.cat([said.block_outputs[layer][0, places] for places, said in seen])
-    book = Codebook(arch.blocks(edited)[layer], radius * float(F.pdist(keys).mean()), keys)
-    arch.replace_block(edited, layer, book)
-    for one in lessons:
-        tokens, answer = one.tokens[None].to(device), one.answer.to(device)
+    keys = torch.cat(
+        [outputs.block_inputs[layer][0, positions] for positions, outputs in outputs_by_example]
+    )
+    block_outputs = torch.cat(
+        [outputs.block_outputs[layer][0, positions] for positions, outputs in outputs_by_example]
+    )
+    codebook_block = Codebook(
+        arch.blocks(edited)[layer], radius * float(F.pdist(keys).mean()), keys
+    )
+    arch.replace_block(edited, layer, codebook_block)
+    for example in examples:
+        tokens, answer = example.tokens[None].to(device), example.answer.to(device)
         with torch.no_grad():
-            said = forward_with_activations(edited, tokens, capture_blocks=True)
-            if bool((said.logits[0, one.places].argmax(-1) == answer).all()):
+            outputs = forward_with_activations(edited, tokens, capture_blocks=True)
+            if bool((outputs.logits[0, example.positions].argmax(-1) == answer).all()):
                 continue
-            queries, whole = said.block_inputs[layer][0, one.places], tuple(answer.tolist())
-            pairs = zip(queries, book.block(queries), strict=True)
-            entries = torch.tensor(
-                [book.admit(*pair, (whole, i)) for i, pair in enumerate(pairs)], device=device
+            queries, answer_ids = (
+                outputs.block_inputs[layer][0, example.positions],
+                tuple(answer.tolist()),
             )
-        learnt, others = book.values[entries].requires_grad_(True), book.values
-        optimizer = torch.optim.Adam([learnt], lr=rate * float(answers.square().mean().sqrt()))
-        with upper_layers_only(edited, layer, said.layer_outputs[layer - 1]):
+            pairs = zip(queries, codebook_block.block(queries), strict=True)
+            entries = torch.tensor(
+                [codebook_block.add_entry(*pair, (answer_ids, i)) for i, pair in enumerate(pairs)],
+                device=device,
+            )
+        values, others = codebook_block.values[entries].requires_grad_(True), codebook_block.values
+        optimizer = torch.optim.Adam(
+            [values], lr=rate * float(block_outputs.square().mean().sqrt())
+        )
+        with upper_layers_only(edited, layer, outputs.layer_outputs[layer - 1]):
             for _ in range(steps):
-                book.values = others.index_put((entries,), learnt)
-                said = forward_with_activations(edited, tokens)
-                F.cross_entropy(said.head(said.hidden[0, one.places]), answer).backward()
+                codebook_block.values = others.index_put((entries,), values)
+                outputs = forward_with_activations(edited, tokens)
+                F.cross_entropy(
+                    outputs.head(outputs.hidden[0, example.positions]), answer
+                ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        book.values = others.index_put((entries,), learnt.detach())
-    return Edited(edited, time.perf_counter() - began)
+        codebook_block.values = others.index_put((entries,), values.detach())
+    return Edited(edited, time.perf_counter() - start)
 
 
-def all_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) -> Edited:
-    """The facts are told before every question, the latest that fit; earlier ones, the asked one maybe, are lost."""
-    # What the name that opens the text may take more than a name after a space.
-    most, margin = min(model.config.max_position_embeddings, PROMPT_TOKENS), 4
+def put_facts_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) -> Edited:
+    """Put the latest facts that fit before every question."""
+    # The margin: a name at the start of the text may need more tokens than after a space.
+    max_tokens, margin = min(model.config.max_position_embeddings, PROMPT_TOKENS), 4
 
-    def length(question: Probe) -> int:
-        return len(lesson(tokenizer, replace(question, prompt=" " + question.prompt)).tokens)
+    def count_tokens(question: Probe) -> int:
+        return len(
+            encode_example(tokenizer, replace(question, prompt=" " + question.prompt)).tokens
+        )
 
-    told = [f"{fact.prompt}{fact.answer}. " for fact in facts]
-    lengths = [
-        length(fact) for fact in facts
-    ]  # the full stop counts for the token that starts a text
+    sentences = [f"{fact.prompt}{fact.answer}. " for fact in facts]
+    # The period counts for the token that starts a text.
+    lengths = [count_tokens(fact) for fact in facts]
 
-    def prompt(question: Probe) -> Probe:
-        room, first = most - margin - length(question), len(told)
+    def make_question(question: Probe) -> Probe:
+        room, first = max_tokens - margin - count_tokens(question), len(sentences)
         while first and lengths[first - 1] <= room:
             first -= 1
             room -= lengths[first]
-        return replace(question, prompt="".join(told[first:]) + question.prompt)
+        return replace(question, prompt="".join(sentences[first:]) + question.prompt)
 
-    return Edited(model, 0.0, prompt)
+    return Edited(model, 0.0, make_question)
 
 
-def asked_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) -> Edited:
-    """Only the fact that is asked for is told before the question: an oracle that knows which; other questions stay alone."""
-    told = {(fact.person, fact.relation): f"{fact.prompt}{fact.answer}. " for fact in facts}
+def put_asked_fact_in_prompt(model: PreTrainedModel, tokenizer: Any, facts: list[Probe]) -> Edited:
+    """Put the asked fact before its question, as an oracle would; other questions are unchanged."""
+    sentences = {(fact.person, fact.relation): f"{fact.prompt}{fact.answer}. " for fact in facts}
 
-    def prompt(question: Probe) -> Probe:
+    def make_question(question: Probe) -> Probe:
         return replace(
-            question, prompt=told.get((question.person, question.relation), "") + question.prompt
+            question,
+            prompt=sentences.get((question.person, question.relation), "") + question.prompt,
         )
 
-    return Edited(model, 0.0, prompt)
+    return Edited(model, 0.0, make_question)
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any, list[Probe]], Edited]] = {
-    "full fine-tuning": full,
-    "LoRA": lora,
-    "GRACE-style codebook, 10 steps": partial(codebook, steps=10),
-    "GRACE-style codebook, 100 steps": partial(codebook, steps=100),
-    "facts in the prompt, all that fit": all_in_prompt,
-    "fact in the prompt, only the one asked": asked_in_prompt,
+    "full fine-tuning": fine_tune,
+    "LoRA": fine_tune_lora,
+    "GRACE-style codebook, 10 steps": partial(write_codebook, steps=10),
+    "GRACE-style codebook, 100 steps": partial(write_codebook, steps=100),
+    "facts in the prompt, all that fit": put_facts_in_prompt,
+    "fact in the prompt, only the one asked": put_asked_fact_in_prompt,
 }
 
 
@@ -338,37 +365,47 @@ def main() -> None:
     )
     parser.add_argument("--facts", type=int, default=100, help="five are about one person")
     parser.add_argument("--only", default=";".join(METHODS))
-    options = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     teacher, tokenizer = load_teacher("embedded")
     text = TextDataModule(load_config(None, ["data.corpora=[speeches]"]), tokenizer, 1)
     text.setup()
     prose = select_first_windows(text.corpora[0].test, 8 * 256)
-    draw, facts, others, unseen = random.Random(0), [], [], []
-    for person in make_unseen_people(options.facts // len(RELATIONS)):
+    rng, facts, others, unseen = random.Random(0), [], [], []
+    for person in make_unseen_people(args.facts // len(RELATIONS)):
         for relation in RELATIONS:
-            written, *two = draw.sample(range(TRAINED_PHRASINGS), 3)
+            written, *other_phrasings = rng.sample(range(TRAINED_PHRASINGS), 3)
             facts.append(make_probe(person, relation, written))
-            others += [make_probe(person, relation, phrasing) for phrasing in two]
+            others += [make_probe(person, relation, phrasing) for phrasing in other_phrasings]
             unseen += [make_probe(person, relation, phrasing) for phrasing in (6, 7)]
-    known = load_corpus("biographies", 0).probes[:300]
-    before = measure_recall(teacher, tokenizer, known)
-    head = "method | written phrasing | two other phrasings | two unseen phrasings | known people | KL on prose | seconds"
-    print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}")
-    for name in options.only.split(";"):
+    known_people = load_corpus("biographies", 0).probes[:300]
+    before = measure_recall(teacher, tokenizer, known_people)
+    columns = (
+        "method",
+        "as written",
+        "paraphrase",
+        "new phrasing",
+        "known people",
+        "KL on prose",
+        "seconds",
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name in args.only.split(";"):
         edited = METHODS[name](teacher, tokenizer, facts)
-        asked = [
-            [edited.prompt(question) for question in group]
-            for group in (facts, others, unseen, known)
+        questions = [
+            [edited.make_question(question) for question in group]
+            for group in (facts, others, unseen, known_people)
         ]
-        *new, kept = (measure_recall(edited.model, tokenizer, group) for group in asked)
-        # Facts in the prompt leave the model as it is: what they cost shows where other people are asked for.
-        apart = measure_fidelity(edited.model, teacher, prose).kl
+        *recalls, known_recall = (
+            measure_recall(edited.model, tokenizer, group) for group in questions
+        )
+        # Facts in the prompt do not change the model: their cost shows for known people.
+        kl = measure_fidelity(edited.model, teacher, prose).kl
         cells = [
             name,
-            *(f"{share:.3f}" for share in new),
-            f"{before:.3f} -> {kept:.3f}",
-            f"{apart:.4f}",
+            *(f"{share:.3f}" for share in recalls),
+            f"{before:.3f} -> {known_recall:.3f}",
+            f"{kl:.4f}",
             f"{edited.seconds:.1f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,4 +1,8 @@
-"""Other libraries on the rows of `store.py`, which starts this with an interpreter that has them: a folder with arrays, k."""
+"""Search the rows of `store.py` by other libraries.
+
+Usage: python peer_stores.py FOLDER K, with an interpreter that has the libraries; the folder holds
+keys.npy, queries.npy and exact.npy. `store.py` starts it.
+"""
 
 import sys
 import time
@@ -6,26 +10,26 @@ import time
 import numpy as np
 
 
-def best_ms(call, repeats=5):
-    """Milliseconds of the fastest of some calls, after one to warm up."""
+def measure_best_ms(call, repeats=5):
+    """Return the milliseconds of the fastest call, after one to warm up."""
     call()
-    taken = []
+    seconds = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - began)
-    return 1e3 * min(taken)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * min(seconds)
 
 
-def tell(name, taken, found, exact, made):
-    """A line that `store.py` puts into its table."""
-    hit = np.mean(
+def print_row(name, milliseconds, neighbors, exact, fill_seconds):
+    """Print a line that `store.py` puts into its table."""
+    recall = np.mean(
         [
-            len(set(mine) & set(theirs)) / len(theirs)
-            for mine, theirs in zip(found, exact, strict=True)
+            len(set(ids) & set(exact_ids)) / len(exact_ids)
+            for ids, exact_ids in zip(neighbors, exact, strict=True)
         ]
     )
-    print(name, taken, hit, made, sep="\t", flush=True)
+    print(name, milliseconds, recall, fill_seconds, sep="\t", flush=True)
 
 
 def main() -> None:
@@ -36,42 +40,42 @@ def main() -> None:
 
     import hnswlib
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     index = hnswlib.Index(space="l2", dim=keys.shape[1])
     index.init_index(max_elements=len(keys), ef_construction=200, M=32)
     index.set_num_threads(1)
     index.add_items(keys)
     index.set_ef(128)
-    made = time.perf_counter() - began
-    tell(
+    fill_seconds = time.perf_counter() - start
+    print_row(
         "hnswlib",
-        best_ms(lambda: index.knn_query(queries, k)),
+        measure_best_ms(lambda: index.knn_query(queries, k)),
         index.knn_query(queries, k)[0],
         exact,
-        made,
+        fill_seconds,
     )
 
     from usearch.index import Index
 
-    began = time.perf_counter()
-    other = Index(
+    start = time.perf_counter()
+    index = Index(
         ndim=keys.shape[1], metric="l2sq", dtype="f32", connectivity=32, expansion_search=128
     )
-    other.add(np.arange(len(keys)), keys, threads=1)
-    made = time.perf_counter() - began
-    tell(
+    index.add(np.arange(len(keys)), keys, threads=1)
+    fill_seconds = time.perf_counter() - start
+    print_row(
         "usearch",
-        best_ms(lambda: other.search(queries, k, threads=1)),
-        other.search(queries, k, threads=1).keys,
+        measure_best_ms(lambda: index.search(queries, k, threads=1)),
+        index.search(queries, k, threads=1).keys,
         exact,
-        made,
+        fill_seconds,
     )
 
     import torch
     from memorizing_transformers_pytorch.knn_memory import KNNMemory
 
     torch.set_num_threads(1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     memory = KNNMemory(
         dim=keys.shape[1],
         max_memories=len(keys),
@@ -88,11 +92,19 @@ def main() -> None:
     )
     for part in pairs.split(4096):
         memory.add(part.unsqueeze(0))
-    made = time.perf_counter() - began
-    asked = torch.as_tensor(queries).unsqueeze(0)
-    found, mask = memory.search(asked, topk=k)
-    places = np.where(mask[0].numpy(), found[0, :, :, 1, 0].numpy().round().astype(np.int64), -1)
-    tell("KNNMemory", best_ms(lambda: memory.search(asked, topk=k)), places, exact, made)
+    fill_seconds = time.perf_counter() - start
+    query_batch = torch.as_tensor(queries).unsqueeze(0)
+    pairs_found, mask = memory.search(query_batch, topk=k)
+    rows = np.where(
+        mask[0].numpy(), pairs_found[0, :, :, 1, 0].numpy().round().astype(np.int64), -1
+    )
+    print_row(
+        "KNNMemory",
+        measure_best_ms(lambda: memory.search(query_batch, topk=k)),
+        rows,
+        exact,
+        fill_seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A student that remembers what it reads, without a teacher and without a gradient step: what a text costs it the next time.
+"""Online writes: what reading a text once and twice changes, without a teacher or a training step.
 
     python benchmarks/remembering.py --student RUN [--texts 20] [--threads 1]
 
-The student of `configs/associative.yaml`. Each text is a window of held-out speeches, or the biography of somebody new, read
-once and then again. Nats per token of the text itself, before and after; of another speech, all along; and how many of the
-questions about the person, in the six phrasings that the teacher knows, are answered.
+The student is of `configs/associative.yaml`. A text is a window of held-out speeches, or the
+biography of an unseen person. Columns: nats per token of the texts before, after one and after two
+readings; of another speech before and after all readings; and the share of questions about the
+people, in the six phrasings of the teacher's training text, that are answered.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from dmt.data.corpora import load_corpus
 from dmt.data.synthetic import (
@@ -34,8 +37,72 @@ from dmt.models.forward import encode_text
 from dmt.models.loading import resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
-WINDOW = 200
-"""Tokens of a speech."""
+WINDOW = 200  # tokens of a speech
+COLUMNS = (
+    "text",
+    "texts",
+    "before",
+    "read once",
+    "twice",
+    "another speech, before and after all",
+    "answers",
+    "ms a text",
+)
+
+
+@torch.no_grad()
+def measure_nats(model: PreTrainedModel, ids: list[int]) -> float:
+    """Return the nats per token of a text."""
+    tokens = torch.tensor([ids])
+    return float(F.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:]))
+
+
+def encode_speech(tokenizer: Any, speech: str, start: int) -> list[int]:
+    """Return the tokens of a window of a speech."""
+    return encode_text(tokenizer, speech[start:][:3_000])[:WINDOW]
+
+
+def measure(fact_store: FactStore, kind: str, num_texts: int) -> list[str]:
+    """Let a student read texts twice; return the cells of its row."""
+    model, tokenizer, store = fact_store.model, fact_store.tokenizer, fact_store.db
+    assert store is not None
+    speeches, people = load_corpus("speeches").test, make_unseen_people(num_texts)
+    if kind == "speeches":
+        texts = [
+            encode_speech(tokenizer, speeches[1 + index % 20], 5_000 + index // 20 * 2_000)
+            for index in range(num_texts)
+        ]
+    else:
+        texts = [
+            encode_text(tokenizer, make_biography(person, random.Random(index)))
+            for index, person in enumerate(people)
+        ]
+    other = encode_speech(tokenizer, speeches[0], 5_000)
+    other_before, seconds = measure_nats(model, other), 0.0
+    nats = [[measure_nats(model, ids) for ids in texts]]
+    for _ in range(2):
+        for index, ids in enumerate(texts):
+            start = time.perf_counter()
+            write_online(model, store, torch.tensor(ids), f"text {index}")
+            seconds += time.perf_counter() - start
+        nats.append([measure_nats(model, ids) for ids in texts])
+    answers = ""
+    if kind == "biographies":
+        probes = [
+            make_probe(person, relation, phrasing)
+            for person in people
+            for relation in RELATIONS
+            for phrasing in range(TRAINED_PHRASINGS)
+        ]
+        answers = f"{measure_recall(model, tokenizer, probes):.3f}"
+    return [
+        kind,
+        str(num_texts),
+        *(f"{sum(values) / len(values):.2f}" for values in nats),
+        f"{other_before:.3f}, {measure_nats(model, other):.3f}",
+        answers,
+        f"{1_000 * seconds / 2 / num_texts:.0f}",
+    ]
 
 
 def main() -> None:
@@ -45,69 +112,16 @@ def main() -> None:
     parser.add_argument("--student", default=None)
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    torch.set_num_threads(options.threads)
-    speeches, people = load_corpus("speeches").test, make_unseen_people(options.texts)
-    print(
-        "| what is read | texts | before | read once | twice | another speech, before and after all | answers | ms a text |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for what in ("speeches", "biographies"):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = shutil.copytree(
-                resolve_student_folder(options.student), Path(scratch) / "student"
-            )
-            with FactStore.open(folder) as book:
-                model, tokenizer, store = book.model, book.tokenizer, book.db
-                assert store is not None
-                if what == "speeches":
-                    texts = [
-                        encode_text(
-                            tokenizer, speeches[1 + n % 20][5_000 + n // 20 * 2_000 :][:3_000]
-                        )[:WINDOW]
-                        for n in range(options.texts)
-                    ]
-                else:
-                    texts = [
-                        encode_text(tokenizer, make_biography(person, random.Random(n)))
-                        for n, person in enumerate(people)
-                    ]
-                other = encode_text(tokenizer, speeches[0][5_000:8_000])[:WINDOW]
-                probes = [
-                    make_probe(p, r, way)
-                    for p in people
-                    for r in RELATIONS
-                    for way in range(TRAINED_PHRASINGS)
-                ]
-
-                @torch.no_grad()
-                def nats(ids: list[int], model=model) -> float:  # type: ignore[no-untyped-def]
-                    tokens = torch.tensor([ids])
-                    return float(F.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:]))
-
-                elsewhere, before, after, spent = nats(other), [nats(ids) for ids in texts], [], 0.0
-                for times in range(2):
-                    for number, ids in enumerate(texts):
-                        began = time.perf_counter()
-                        write_online(model, store, torch.tensor(ids), f"text {number}")
-                        spent += time.perf_counter() - began
-                    after.append([nats(ids) for ids in texts])
-                    del times
-                means = [sum(each) / len(each) for each in (before, *after)]
-                answers = (
-                    f"{measure_recall(model, tokenizer, probes):.3f}"
-                    if what == "biographies"
-                    else ""
-                )
-                cells = [f"{mean:.2f}" for mean in means] + [
-                    f"{elsewhere:.3f}, {nats(other):.3f}",
-                    answers,
-                ]
-                print(
-                    f"| {what} | {len(texts)} | {' | '.join(cells)} | {1_000 * spent / 2 / len(texts):.0f} |",
-                    flush=True,
-                )
+    torch.set_num_threads(args.threads)
+    student = resolve_student_folder(args.student)
+    print(f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}")
+    for kind in ("speeches", "biographies"):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copytree(student, Path(folder) / "student")
+            with FactStore.open(copy) as fact_store:
+                print(f"| {' | '.join(measure(fact_store, kind, args.texts))} |", flush=True)
 
 
 if __name__ == "__main__":

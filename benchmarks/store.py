@@ -1,11 +1,11 @@
-"""Stored rows: how fast they are written, opened and found, beside a bare product and other libraries, on the same rows.
+"""The row store and row searches: writing, opening and searching beside other libraries.
 
     python -m benchmarks.store [--rows 1000,10000,100000,1000000] [--threads 1] [--peers]
 
-Rows are real: keys are what the embedded teacher's second block is given on speeches, of unit length, 128 wide. Writing and
-opening are measured at 768 wide (a GPT-2's), values float16. Search is for 256 queries, 32 rows each, from text that is not
-among the rows; recall is the share of the exact 32. `--peers` makes an environment of its own with usearch, hnswlib and
-memorizing-transformers-pytorch.
+Keys are inputs of the embedded teacher's second block on speeches, of unit length and width 128.
+Writing and opening are measured at width 768 (a GPT-2's) with float16 values. Searches are for 256
+queries, 32 rows each, from text that is not among the rows; recall is the share of the exact 32.
+`--peers` creates an environment with usearch, hnswlib and memorizing-transformers-pytorch.
 """
 
 from __future__ import annotations
@@ -31,130 +31,137 @@ from dmt.store.records import RowInsert, StepChanges
 from dmt.training.trainer import keep_freed_memory, silence_libraries
 
 LAYER, QUERIES, K = 1, 256, 32
-WIDE = 768
-NEEDED = ["einops", "einops-exts", "filelock", "joblib", "usearch", "hnswlib"]
-PEERS = ["memorizing-transformers-pytorch"]
+WIDTH = 768
+PACKAGES = ["einops", "einops-exts", "filelock", "joblib", "usearch", "hnswlib"]
+PEER_PACKAGES = ["memorizing-transformers-pytorch"]
 
 
-def hidden_states(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys `(count, 128)` from training text and queries `(QUERIES, 128)` from test text."""
+def collect_hidden_states(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys `(count, 128)` of training text and queries `(QUERIES, 128)` of test text."""
     config = load_config(None, ["data.corpora=[speeches]"])
     teacher, tokenizer = load_teacher("embedded")
     data = TextDataModule(config, tokenizer, -(-count // 2048))
     data.setup()
 
-    def states(windows: torch.Tensor) -> torch.Tensor:
-        given = [
-            forward_teacher(teacher, part, capture_blocks=True).block_inputs[LAYER].flatten(0, 1)
-            for part in windows.split(32)
+    def collect(windows: torch.Tensor) -> torch.Tensor:
+        block_inputs = [
+            forward_teacher(teacher, batch, capture_blocks=True).block_inputs[LAYER].flatten(0, 1)
+            for batch in windows.split(32)
         ]
-        return torch.cat(given)
+        return torch.cat(block_inputs)
 
-    keys = torch.cat([states(tokens) for tokens in data.train_dataloader()])[:count]
-    queries = states(select_first_windows(data.corpora[0].test, 4096))
+    keys = torch.cat([collect(tokens) for tokens in data.train_dataloader()])[:count]
+    queries = collect(select_first_windows(data.corpora[0].test, 4096))
     mean = keys.mean(0)
     queries = queries[
         torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))[:QUERIES]
     ]
-    return (torch.nn.functional.normalize(states - mean, dim=-1) for states in (keys, queries))  # type: ignore[return-value]
+    normalize = torch.nn.functional.normalize
+    return normalize(keys - mean, dim=-1), normalize(queries - mean, dim=-1)
 
 
-def best_ms(call: Callable[[], object], repeats: int = 5) -> float:
-    """Milliseconds of the fastest of some calls, after one to warm up."""
+def measure_best_ms(call: Callable[[], object], repeats: int = 5) -> float:
+    """Return the milliseconds of the fastest call, after one to warm up."""
     call()
     return 1e3 * min(_timed(call) for _ in range(repeats))
 
 
 def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def writing(count: int = 100_000, batch: int = 5_000) -> None:
-    """Rows a second into SQLite, and seconds to open them again."""
-    drawn = np.random.default_rng(0)
-    keys, values = (drawn.normal(size=(batch, WIDE)).astype(np.float32) for _ in range(2))
+def measure_writes(count: int = 100_000, batch: int = 5_000) -> None:
+    """Print the rows per second written into SQLite, and the seconds to open them again."""
+    rng = np.random.default_rng(0)
+    keys, values = (rng.normal(size=(batch, WIDTH)).astype(np.float32) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        place = str(Path(folder) / "rows.db")
-        with RowStore(place, "benchmark") as store:
-            space = store.get_or_create_namespace("layer", WIDE, WIDE, "float16")
-            heat = np.ones(batch, np.float32)
-            seconds = _timed(
-                lambda: [
-                    store.commit(
-                        "run",
-                        step,
-                        {
-                            space: StepChanges(
-                                [RowInsert(store.reserve_ids(batch), keys, values, heat)]
-                            )
-                        },
-                    )
-                    for step in range(count // batch)
-                ]
-            )
+        path = str(Path(folder) / "rows.db")
+        with RowStore(path, "benchmark") as store:
+            namespace = store.get_or_create_namespace("layer", WIDTH, WIDTH, "float16")
+            scores = np.ones(batch, np.float32)
+
+            def write_all() -> None:
+                for step in range(count // batch):
+                    rows = RowInsert(store.reserve_ids(batch), keys, values, scores)
+                    store.commit("run", step, {namespace: StepChanges([rows])})
+
+            seconds = _timed(write_all)
         print(
-            f"written: {count / seconds:,.0f} rows a second, {WIDE} wide, in steps of {batch:,}",
+            f"written: {count / seconds:,.0f} rows per second, width {WIDTH}, {batch:,} per step",
             flush=True,
         )
-        rows = RowTable(WIDE, WIDE)
-        with RowStore(place, read_only=True) as store:
+        table = RowTable(WIDTH, WIDTH)
+        with RowStore(path, read_only=True) as store:
             seconds = _timed(
-                lambda: rows.load_rows(store.scan(space), expected_rows=store.count(space))
+                lambda: table.load_rows(store.scan(namespace), expected_rows=store.count(namespace))
             )
-        size = Path(place).stat().st_size / 1e6
-        print(f"opened: {len(rows):,} rows in {seconds:.1f} s, {size:,.0f} MB on disk", flush=True)
+        size = Path(path).stat().st_size / 1e6
+        print(f"opened: {len(table):,} rows in {seconds:.1f} s, {size:,.0f} MB on disk", flush=True)
 
 
-def filled(keys: torch.Tensor, index: str) -> tuple[RowTable, float]:
-    """Rows with these keys, and the seconds that it took until the first search came back."""
+def fill_table(keys: torch.Tensor, index: str) -> tuple[RowTable, float]:
+    """Return rows with these keys, and the seconds until the first search returned."""
     rows = RowTable(keys.shape[1], 1, index=index)
-    part = RowInsert(
+    batch = RowInsert(
         np.arange(1, len(keys) + 1),
         keys.numpy(),
         np.zeros((len(keys), 1), np.float32),
         np.ones(len(keys), np.float32),
     )
-    return rows, _timed(lambda: (rows.insert_rows(part, 1), rows.search(keys[:2], K)))
+    return rows, _timed(lambda: (rows.insert_rows(batch, 1), rows.search(keys[:2], K)))
 
 
-def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Share of the exact places that were found."""
-    return float((found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-1).float().mean())
+def measure_recall(row_ids: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the share of the exact neighbors that the search returned."""
+    return float((row_ids.unsqueeze(-1) == exact.unsqueeze(-2)).any(-1).float().mean())
 
 
-def searching(count: int, keys: torch.Tensor, queries: torch.Tensor, peers: Path | None) -> None:
-    """One row for each way to search `count` rows."""
+def print_row(
+    count: int, method: str, milliseconds: float, bare_ms: float, recall: float, seconds: float
+) -> None:
+    """Print a row of the table of searches."""
+    cells = (
+        f"{count:,}",
+        method,
+        f"{milliseconds:.1f}",
+        f"{milliseconds / bare_ms:.2f}",
+        f"{recall:.3f}",
+        f"{seconds:.1f}",
+    )
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def measure_searches(
+    count: int, keys: torch.Tensor, queries: torch.Tensor, peers: Path | None
+) -> None:
+    """Print a row for each method to search `count` rows."""
     keys = keys[:count]
     exact = (2 * queries @ keys.t() - keys.square().sum(-1)).topk(K).indices
-    bare = best_ms(lambda: (queries @ keys.t()).topk(K))
-    print(f"| {count:,} | bare product and topk | {bare:.1f} | 1.00 | 1.000 | |")
+    bare_ms = measure_best_ms(lambda: (queries @ keys.t()).topk(K))
+    print(f"| {count:,} | bare product and topk | {bare_ms:.1f} | 1.00 | 1.000 | |")
     for index in ("exact", "bf16", "flat", "ivf"):
         if index == "ivf" and count < 10_000:
             continue
-        rows, made = filled(keys, index)
-        taken = best_ms(lambda rows=rows: rows.search(queries, K))  # type: ignore[misc]
-        hit = recall(rows.search(queries, K).indices, exact)
-        print(
-            f"| {count:,} | ours, {index} | {taken:.1f} | {taken / bare:.2f} | {hit:.3f} | {made:.1f} |",
-            flush=True,
-        )
+        rows, fill_seconds = fill_table(keys, index)
+        milliseconds = measure_best_ms(lambda rows=rows: rows.search(queries, K))  # type: ignore[misc]
+        share = measure_recall(rows.search(queries, K).indices, exact)
+        print_row(count, f"ours, {index}", milliseconds, bare_ms, share, fill_seconds)
     if peers is not None and count <= 100_000:
         with tempfile.TemporaryDirectory() as folder:
             for name, states in (("keys", keys), ("queries", queries), ("exact", exact)):
                 np.save(f"{folder}/{name}.npy", states.numpy())
             script = Path(__file__).parent / "peer_stores.py"
-            done = subprocess.run(
+            process = subprocess.run(
                 [peers, str(script), folder, str(K)], capture_output=True, text=True, check=False
             )
-        for line in done.stdout.splitlines():
-            name, taken, hit, made = line.split("\t")
-            print(
-                f"| {count:,} | {name} | {float(taken):.1f} | {float(taken) / bare:.2f} | {float(hit):.3f} | {float(made):.1f} |"
-            )
-        if done.returncode:
-            print(f"a peer failed: {done.stderr.strip().splitlines()[-1]}")
+        for line in process.stdout.splitlines():
+            name, *figures = line.split("\t")
+            milliseconds, share, fill_seconds = map(float, figures)
+            print_row(count, name, milliseconds, bare_ms, share, fill_seconds)
+        if process.returncode:
+            print(f"a peer failed: {process.stderr.strip().splitlines()[-1]}")
 
 
 def main() -> None:
@@ -168,20 +175,23 @@ def main() -> None:
         action="store_true",
         help="compare with other libraries, installed for the purpose",
     )
-    options = parser.parse_args()
-    peers = python_with("stores", NEEDED, PEERS) if options.peers else None  # before any clock runs
+    args = parser.parse_args()
+    peers = (
+        python_with("stores", PACKAGES, PEER_PACKAGES) if args.peers else None
+    )  # before anything is timed
     silence_libraries()
     keep_freed_memory()
-    torch.set_num_threads(options.threads)
-    counts = [int(count) for count in options.rows.split(",")]
-    writing()
-    keys, queries = hidden_states(max(counts))
+    torch.set_num_threads(args.threads)
+    counts = [int(count) for count in args.rows.split(",")]
+    measure_writes()
+    keys, queries = collect_hidden_states(max(counts))
     print(
-        f"{QUERIES} queries, {K} rows each, {keys.shape[1]} wide, {options.threads} threads; times in milliseconds, best of 5"
+        f"{QUERIES} queries, {K} rows each, width {keys.shape[1]}, {args.threads} threads; "
+        "times in milliseconds, best of 5"
     )
-    print("| rows | way | ms | to bare | recall | seconds to fill |\n|---|---|---|---|---|---|")
+    print("| rows | method | ms | to bare | recall | seconds to fill |\n|---|---|---|---|---|---|")
     for count in counts:
-        searching(count, keys, queries, peers)
+        measure_searches(count, keys, queries, peers)
 
 
 if __name__ == "__main__":

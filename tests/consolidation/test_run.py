@@ -33,7 +33,7 @@ PERSON = ROOT / "configs" / "consolidation" / "person"
 
 @pytest.fixture
 def long_folder(tokenizer, tmp_path):
-    """A tiny teacher that reads enough for a context and something after it."""
+    """Save a tiny teacher with room for a context and a text after it."""
     folder = tmp_path / "teacher"
     make_teacher(len(tokenizer), n_positions=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -72,24 +72,24 @@ def test_every_objective_trains_every_target(tiny, tmp_path, objective, where):
     assert "train/loss" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     assert "val/benefit_retained" in (newest(tmp_path) / "metrics.csv").read_text().splitlines()[0]
     record = load_events(newest(tmp_path))
-    there = record.Tags()["scalars"]
+    scalar_tags = record.Tags()["scalars"]
     assert [
         tag
         for group in read_charts(record).values()
         for tags in group.values()
         for tag in tags
-        if tag not in there
+        if tag not in scalar_tags
     ] == []
-    assert "epoch" not in there
+    assert "epoch" not in scalar_tags
     assert {
         tuple(event.step for event in record.Scalars(tag))
-        for tag in there
+        for tag in scalar_tags
         if tag.startswith("hparam/")
     } == {(4,)}
     with (newest(tmp_path) / "metrics.csv").open() as lines:
         losses = [float(line["train/loss"]) for line in csv.DictReader(lines) if line["train/loss"]]
     assert len(losses) == 4
-    assert min(losses) > 1e-3, "there is something to learn"
+    assert min(losses) > 1e-3, "training changes something"
     state = torch.load(newest(tmp_path) / "checkpoints" / "step_4.ckpt", weights_only=True)[
         "state_dict"
     ]
@@ -168,10 +168,10 @@ def test_a_context_is_written_to_memory(tmp_path, write):
     assert record["question_types"]["as written"]["benefit_retained"] >= 0.9
     assert record["unrelated"]["biographies"]["kl"] <= 1e-3
     assert record["rows_written"]["num_rows"] > 3
-    with FactStore.open(run / "student", read_only=True) as book:
-        assert {fact.tag for fact in book.records.values()} == {"person"}
+    with FactStore.open(run / "student", read_only=True) as fact_store:
+        assert {fact.tag for fact in fact_store.records.values()} == {"person"}
         assert (
-            sum(len(fact.rows) for fact in book.records.values())
+            sum(len(fact.rows) for fact in fact_store.records.values())
             == record["rows_written"]["num_rows"]
         )
     base = load_teacher("reader")[0].state_dict()
@@ -203,8 +203,10 @@ def test_training_rows_changes_their_values_alone(tmp_path):
     parts = {}
     for write in ("activation_delta", "trained"):
         assert distill_main([*args, f"context.row_method={write}"]) == 0
-        with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
-            parts[write] = {fact.prompt: book.get_rows(fact.id) for fact in book.records.values()}
+        with FactStore.open(newest(tmp_path) / "student", read_only=True) as fact_store:
+            parts[write] = {
+                fact.prompt: fact_store.get_rows(fact.id) for fact in fact_store.records.values()
+            }
     assert set(parts["trained"]) == set(parts["activation_delta"])
     pairs = [
         pair
@@ -221,10 +223,10 @@ def test_training_rows_changes_their_values_alone(tmp_path):
 
 
 def trained_rows(run):
-    with FactStore.open(run / "student", read_only=True) as book:
+    with FactStore.open(run / "student", read_only=True) as fact_store:
         return {
-            fact.prompt: torch.stack([part.value for part in book.get_rows(fact.id)])
-            for fact in book.records.values()
+            fact.prompt: torch.stack([row.value for row in fact_store.get_rows(fact.id)])
+            for fact in fact_store.records.values()
         }
 
 
@@ -249,16 +251,16 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
     assert distill_main(args) == 0
     complete, original = trained_rows(newest(tmp_path)), BatchSampler.get_batch
 
-    def stop(lessons, step):
+    def stop(sampler, step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(lessons, step)
+        return original(sampler, step)
 
     monkeypatch.setattr(BatchSampler, "get_batch", stop)
     assert distill_main(args) == 128 + signal.SIGTERM
     run = newest(tmp_path)
     monkeypatch.setattr(BatchSampler, "get_batch", original)
-    for _ in range(2):  # in the middle; after the last step, when all that is left is to measure
+    for _ in range(2):  # in the middle; after the last step, when only evaluation remains
         assert distill_main(["--resume", str(run)]) == 0
         resumed = trained_rows(run)
         assert set(resumed) == set(complete)
@@ -270,7 +272,7 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_with_fact(tiny, long_folder, text_file, tmp_path):
-    """A student with stored rows in its last layer, that has been told a fact; its run's folder."""
+    """Return the run folder of a student with rows in its last layer and one fact."""
     distill_args = [
         f"teacher={long_folder}",
         f"data.corpora=[{text_file}]",
@@ -298,13 +300,13 @@ def run_with_fact(tiny, long_folder, text_file, tmp_path):
 
 
 def test_only_rows_of_the_context_are_trained(tiny, run_with_fact, monkeypatch):
-    slopes = []
+    gradients = []
 
-    def once(run_state, model, trainable, *_):
+    def record_gradient(run_state, model, trainable, *_):
         trainable["rows"].sum().backward()
-        slopes.append(trainable["rows"].grad)
+        gradients.append(trainable["rows"].grad)
 
-    monkeypatch.setattr(rows, "train_student", once)
+    monkeypatch.setattr(rows, "train_student", record_gradient)
     monkeypatch.setattr(rows, "find_false_triggers", lambda *_: set())
     assert (
         distill_main(
@@ -317,8 +319,8 @@ def test_only_rows_of_the_context_are_trained(tiny, run_with_fact, monkeypatch):
         )
         == 0
     )
-    has_gradient = slopes[0].abs().sum(1) > 0
-    assert not has_gradient[:5].any(), "the five rows of the fact that was there"
+    has_gradient = gradients[0].abs().sum(1) > 0
+    assert not has_gradient[:5].any(), "the five rows of the earlier fact"
     assert len(has_gradient) > 5
     assert has_gradient[5:].all()
 
@@ -333,15 +335,15 @@ def test_a_consolidated_student_can_be_a_teacher(tiny, tmp_path):
 def test_rows_that_fire_in_unrelated_text_are_removed(tiny, tmp_path):
     assert (
         distill_main([*tiny, "context.row_method=gradient"]) == 0
-    )  # the unrelated text says the same sentences
+    )  # the unrelated text contains the same sentences
     record = results(tmp_path)
     assert record["rows_written"]["false_triggers"] >= 1
     assert "removed: " in (newest(tmp_path) / "report.md").read_text()
-    with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
-        assert len(book.records) == record["rows_written"]["num_facts"]
+    with FactStore.open(newest(tmp_path) / "student", read_only=True) as fact_store:
+        assert len(fact_store.records) == record["rows_written"]["num_facts"]
         removed = [
             fact
-            for fact in book.fact_table.read(include_deleted=True)
+            for fact in fact_store.fact_table.read(include_deleted=True)
             if fact.deleted_reason == "evicted"
         ]
         assert len(removed) == record["rows_written"]["false_triggers"]
@@ -359,29 +361,29 @@ def test_a_stopped_run_resumes_to_equal_weights(tiny, tmp_path):
     assert all(torch.equal(resumed[name], complete[name]) for name in complete)
 
 
-@pytest.mark.parametrize("into", ["memory", "weights", "prompt"])
+@pytest.mark.parametrize("target", ["memory", "weights", "prompt"])
 def test_a_student_with_rows_and_facts_retains_them(
-    tiny, run_with_fact, tmp_path, into, tokens, capsys
+    tiny, run_with_fact, tmp_path, target, tokens, capsys
 ):
     before = AutoModelForCausalLM.from_pretrained(run_with_fact / "student")
     args = [
         *tiny,
         f"teacher={run_with_fact}",
-        f"context.target={into}",
+        f"context.target={target}",
         "stages.end_to_end_lr=1e-30",
         "context.row_method=gradient",
     ]
     assert distill_main(args) == 0
-    assert ("stay there" in "".join(capsys.readouterr())) == (into != "memory")
-    made = AutoModelForCausalLM.from_pretrained(newest(tmp_path) / "student")
-    torch.testing.assert_close(made(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert ("stay there" in "".join(capsys.readouterr())) == (target != "memory")
+    student = AutoModelForCausalLM.from_pretrained(newest(tmp_path) / "student")
+    torch.testing.assert_close(student(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-4)
     with FactStore.open(
         run_with_fact / "student", read_only=True
-    ) as book:  # the one it began with is as it was
-        assert [fact.answer for fact in book.records.values()] == [" Hill"]
-    if into == "memory":
-        with FactStore.open(newest(tmp_path) / "student", read_only=True) as book:
-            assert " Hill" in [fact.answer for fact in book.records.values()]
+    ) as fact_store:  # the source is unchanged
+        assert [fact.answer for fact in fact_store.records.values()] == [" Hill"]
+    if target == "memory":
+        with FactStore.open(newest(tmp_path) / "student", read_only=True) as fact_store:
+            assert " Hill" in [fact.answer for fact in fact_store.records.values()]
 
 
 def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_path):
@@ -449,8 +451,8 @@ def test_shipped_contexts_equal_the_output_of_their_script():
     from benchmarks import contexts
 
     people = contexts.make_unseen_people(9, seed=contexts.SEED)
-    for name, some in (("person", people[:1]), ("people", people[1:])):
-        text, questions = contexts.page(some, contexts.SEED)
+    for name, chosen_people in (("person", people[:1]), ("people", people[1:])):
+        text, questions = contexts.make_page(chosen_people, contexts.SEED)
         assert (contexts.FOLDER / f"{name}.txt").read_text() == text + "\n"
         assert load_questions(contexts.FOLDER / f"{name}.jsonl") == questions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import LAYERS, SENTENCES, make_teacher
 from page_checks import check_self_contained
-from test_fact_store import speaker
+from test_fact_store import make_fact_model
 from test_tensorboard import load_events, read_charts
 
 import dmt
@@ -167,7 +167,7 @@ def test_rarely_used_facts_remain_rows(student):
 
 
 def test_students_without_trainable_slots_are_rejected(tokenizer, tmp_path):
-    teacher = speaker(make_teacher, tokenizer)
+    teacher = make_fact_model(make_teacher, tokenizer)
     plain = convert_blocks(teacher, [DenseConfig()] * LAYERS)[0]
     with pytest.raises(UserError, match="no featural memory, so it has no slots"):
         plan_slot_transfer(save_student(plain, tokenizer, tmp_path / "plain"))
@@ -184,7 +184,9 @@ def test_students_without_trainable_slots_are_rejected(tokenizer, tmp_path):
 
 
 def test_a_student_without_facts_has_nothing_to_transfer(tokenizer, tmp_path):
-    model = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS)[0]
+    model = convert_blocks(
+        make_fact_model(make_teacher, tokenizer), [FeaturalConfig(k=64)] * LAYERS
+    )[0]
     folder = save_student(model, tokenizer, tmp_path / "new")
     message = "has no facts or rows to transfer; write facts with dmt memory write"
     with pytest.raises(UserError, match=message):
@@ -217,7 +219,7 @@ def test_rows_of_associative_memory_move_into_slots(tokenizer, tmp_path, transfe
     associative = AssociativeConfig(k=256, min_distance=0.05, merge_distance=0.0, capacity=64)
     configs = [FeaturalConfig(k=64)] * 2 + [associative]
     folder = save_student(
-        convert_blocks(speaker(make_teacher, tokenizer), configs)[0],
+        convert_blocks(make_fact_model(make_teacher, tokenizer), configs)[0],
         tokenizer,
         tmp_path / "student",
     )

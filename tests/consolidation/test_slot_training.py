@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import LAYERS, make_teacher
-from test_fact_store import WIDE, speaker
+from test_fact_store import WIDE, make_fact_model
 
 from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.consolidation.slot_training import KFACParameters, RowQueries, inverse_sqrt_factor
@@ -15,7 +15,9 @@ DAMPING = 0.001
 
 
 def test_reconstructed_states_retrieve_their_rows(tokenizer):
-    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS)
+    model, _ = convert_blocks(
+        make_fact_model(make_teacher, tokenizer), [AssociativeConfig(k=4)] * LAYERS
+    )
     memory = get_associative_memories(model)[2]
     torch.nn.init.normal_(memory.key.weight, std=0.1)
     memory.query.load_state_dict(memory.key.state_dict())
@@ -44,7 +46,9 @@ def test_directions_with_most_fisher_information_are_scaled_down_most():
 
 
 def test_gradients_are_transferred_to_the_coordinates(tokenizer):
-    model, _ = convert_blocks(speaker(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS)
+    model, _ = convert_blocks(
+        make_fact_model(make_teacher, tokenizer), [FeaturalConfig(k=256)] * LAYERS
+    )
     memories = {2: get_featural_memories(model)[2]}
     tokens = torch.randint(1, 300, (4, 12))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -62,7 +62,7 @@ def test_memory_tokens_are_embeddings_in_front_of_every_text(
     assert before == [0, vocabulary, vocabulary + 1, vocabulary + 2]
     torch.testing.assert_close(
         student(tokens).logits, any_teacher(tokens).logits
-    )  # who does not use them sees nothing of them
+    )  # without memory tokens nothing changes
     embed = any_teacher.get_input_embeddings()
     with torch.no_grad():
         chosen["memory_tokens"].normal_()
@@ -72,7 +72,7 @@ def test_memory_tokens_are_embeddings_in_front_of_every_text(
     expected = any_teacher(inputs_embeds=settings).logits[:, 4:]
     torch.testing.assert_close(forward_with_prefix(student, before, tokens).logits, expected)
     assert expected.shape[-1] == any_teacher.config.vocab_size, (
-        "memory tokens are read and never said"
+        "memory tokens are read and never generated"
     )
     forward_with_prefix(student, before, tokens).logits.sum().backward()
     assert chosen["memory_tokens"].grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""From a sentence to rows to a book: what is asked, one gradient, how near is near enough, and nothing that cannot be undone."""
+"""Facts: parsing, edits from one gradient, calibrated thresholds, and the store of facts."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from test_edit_memory import record_passes
 
 from dmt.config import FeaturalConfig
 from dmt.editing import calibration as calibration_module
-from dmt.editing import edit
-from dmt.editing import fact_store as book_module
+from dmt.editing import edit as edit_module
+from dmt.editing import fact_store as fact_store_module
 from dmt.editing.calibration import Calibration, calibrate, choose_key_layer, list_candidate_layers
 from dmt.editing.edit import (
     CONFIDENT_PROB,
@@ -50,12 +50,11 @@ from dmt.store import RowStore
 from dmt.store.database import fact_rows_table, row_stats_table, rows_table
 from dmt.store.facts import FactTable
 
-WIDE = 64
-"""Width of a model in which a value can point at one token of 300 and at no other."""
+WIDE = 64  # width at which a value can raise one of 300 tokens alone
 
 
-def speaker(family, tokenizer):
-    """A tiny model whose tokens are equally easy to say, so that what is written can be heard."""
+def make_fact_model(family, tokenizer):
+    """Return a tiny model with embeddings of equal norm: a value can raise any token."""
     model = family(len(tokenizer), **{"n_embd" if family is make_teacher else "hidden_size": WIDE})
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
@@ -65,12 +64,12 @@ def speaker(family, tokenizer):
 
 @pytest.fixture
 def teacher(tokenizer):
-    return speaker(make_teacher, tokenizer)
+    return make_fact_model(make_teacher, tokenizer)
 
 
 # Sentences.
 
-PLAIN = [
+SPLIT_SENTENCES = [
     ("The capital of France is Paris.", "The capital of France is", " Paris", "France"),
     ("The capital of France is Paris", "The capital of France is", " Paris", "France"),
     ("  The capital  of France is   Paris !?… ", "The capital of France is", " Paris", "France"),
@@ -129,7 +128,7 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize(("sentence", "prompt", "answer", "subject"), PLAIN)
+@pytest.mark.parametrize(("sentence", "prompt", "answer", "subject"), SPLIT_SENTENCES)
 def test_a_sentence_is_split_into_prompt_answer_and_subject(sentence, prompt, answer, subject):
     assert replace(parse_fact(sentence), closing="") == Fact(prompt, answer, subject)
     assert parse_fact(sentence).closing == (
@@ -138,7 +137,7 @@ def test_a_sentence_is_split_into_prompt_answer_and_subject(sentence, prompt, an
     assert subject in prompt
 
 
-PARTS = [
+FACT_ARGUMENTS = [
     (
         {"prompt": "The capital of France is", "answer": "Paris"},
         ("The capital of France is", " Paris", "France"),
@@ -171,17 +170,19 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "wanted"), PARTS, ids=lambda each: str(each)[:40])
-def test_a_fact_is_made_from_its_parts(given, wanted):
-    found = parse_fact(**given, tag="t", source="s")
-    assert replace(found, closing="") == Fact(*wanted, "t", "s")
-    assert found.closing == (
-        "." if given.get("sentence", given.get("answer")).strip().endswith(".") else ""
+@pytest.mark.parametrize(
+    ("arguments", "expected"), FACT_ARGUMENTS, ids=lambda value: str(value)[:40]
+)
+def test_a_fact_is_made_from_its_parts(arguments, expected):
+    fact = parse_fact(**arguments, tag="t", source="s")
+    assert replace(fact, closing="") == Fact(*expected, "t", "s")
+    assert fact.closing == (
+        "." if arguments.get("sentence", arguments.get("answer")).strip().endswith(".") else ""
     )
-    assert found.subject in found.prompt
+    assert fact.subject in fact.prompt
 
 
-WRONG = [
+INVALID_ARGUMENTS = [
     ({}, "needs a sentence that states it, or prompt and answer"),
     ({"prompt": "Ada is"}, "needs a sentence"),
     ({"answer": "old"}, "needs a sentence"),
@@ -208,11 +209,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("given", "error"), WRONG, ids=lambda each: str(each)[:40])
-def test_texts_that_state_no_fact_are_refused_in_one_line(given, error):
-    with pytest.raises(UserError, match=error) as told:
-        parse_fact(**given)
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize(
+    ("arguments", "error"), INVALID_ARGUMENTS, ids=lambda value: str(value)[:40]
+)
+def test_texts_that_state_no_fact_are_rejected_in_one_line(arguments, error):
+    with pytest.raises(UserError, match=error) as raised:
+        parse_fact(**arguments)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +240,12 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
     file = tmp_path / "facts.jsonl"
     file.write_text(
         '{"sentence": "The capital of France is Paris."}\n\n  \n'
-        '{"prompt": "the fox is", "answer": "lazy", "subject": "fox", "tag": "animals", "source": "me"}\n',
+        '{"prompt": "the fox is", "answer": "lazy", "subject": "fox", "tag": "animals", '
+        '"source": "me"}\n',
         encoding="utf-8",
     )
-    assert list(read_facts(file, "told")) == [
-        Fact("The capital of France is", " Paris", "France", "told", "facts.jsonl", "."),
+    assert list(read_facts(file, "tag")) == [
+        Fact("The capital of France is", " Paris", "France", "tag", "facts.jsonl", "."),
         Fact("the fox is", " lazy", "fox", "animals", "me"),
     ]
     assert next(read_facts(file, source="here")).source == "here"
@@ -254,7 +258,8 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         ("[" * 100_000, "facts.jsonl:2: not JSON"),
         (
             '["a"]',
-            "facts.jsonl:2: a fact is an object of texts with the keys answer, prompt, sentence, source, subject, tag",
+            "facts.jsonl:2: a fact is an object of texts with the keys answer, prompt, sentence, "
+            "source, subject, tag",
         ),
         ('{"sentence": 3}', "an object of texts"),
         ('{"sentence": null}', "an object of texts"),
@@ -267,25 +272,25 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         (r'{"sentence": "Ada is \ud800 old"}', "facts.jsonl:2: "),
     ],
 )
-def test_a_line_that_is_no_fact_is_reported_with_its_number(tmp_path, line, error):
+def test_an_invalid_line_is_reported_with_its_number(tmp_path, line, error):
     file = tmp_path / "facts.jsonl"
     file.write_text('{"sentence": "Ada is old"}\n' + line)
-    found = read_facts(file)
-    assert next(found).answer == " old"
+    parsed = read_facts(file)
+    assert next(parsed).answer == " old"
     with pytest.raises(UserError, match=error):
-        next(found)
+        next(parsed)
 
 
 def test_an_unreadable_file_is_reported(tmp_path):
-    for place, error in ((tmp_path / "none", "No such file"), (tmp_path, "directory")):
+    for path, error in ((tmp_path / "none", "No such file"), (tmp_path, "directory")):
         with pytest.raises(UserError, match=f"cannot be read .*{error}"):
-            list(read_facts(place))
+            list(read_facts(path))
     (tmp_path / "latin").write_bytes('{"sentence": "Köln"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         list(read_facts(tmp_path / "latin"))
 
 
-# Drafting.
+# Edits.
 
 FACTS = [
     parse_fact("Ada lives in Ravenhill"),
@@ -295,18 +300,21 @@ FACTS = [
 ]
 
 
-def nats_with(model, tokens, layer, added, places, targets):
-    """Nats of `targets` at `places` of one text when `added` `(time, width)` is added to what the block of `layer` says."""
+def compute_nlls(model, tokens, layer, offset, positions, targets):
+    """Return the negative log-likelihoods of `targets` at `positions` of one text.
+
+    `offset` `(time, width)` is added to the output of the block of `layer`.
+    """
     block = get_architecture(model.config.model_type).blocks(model)[layer]
-    hook = block.register_forward_hook(lambda _, __, said: said + added)
+    hook = block.register_forward_hook(lambda _, __, output: output + offset)
     try:
         logits = model(torch.tensor([tokens])).logits[0]
     finally:
         hook.remove()
-    return -logits.log_softmax(-1)[places, targets]
+    return -logits.log_softmax(-1)[positions, targets]
 
 
-def drawn_text(tokenizer, fact):
+def encode_fact(tokenizer, fact):
     prompt, answer = (
         encode_text(tokenizer, fact.prompt),
         encode_text(tokenizer, fact.answer, add_prefix=False),
@@ -318,108 +326,116 @@ def drawn_text(tokenizer, fact):
     )
 
 
-def evened(model, slopes):
-    """Slopes in the metric of the head: the inverse of how its rows vary, with the norm's gains, and a share of it everywhere."""
+def precondition(model, gradients):
+    """Multiply gradients by the damped inverse covariance of the output embeddings.
+
+    The embeddings are scaled by the gains of the final norm.
+    """
     gains = model.get_submodule(get_architecture(model.config.model_type).final_norm).weight
     rows = (model.get_output_embeddings().weight * gains).double()
     rows = rows - rows.mean(0)
-    varies = rows.t() @ rows / len(rows)
+    covariance = rows.t() @ rows / len(rows)
     inverse = (
-        varies + edit.COVARIANCE_DAMPING * varies.diagonal().mean() * torch.eye(len(varies))
+        covariance
+        + edit_module.COVARIANCE_DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance))
     ).inverse()
-    return (slopes.double() @ inverse).to(slopes.dtype)
+    return (gradients.double() @ inverse).to(gradients.dtype)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_a_value_follows_the_negative_gradient_with_the_smallest_confident_scale(
     any_teacher, tokenizer, layer
 ):
-    drafts = compute_edits(any_teacher, tokenizer, FACTS, 0, layer)
-    assert [each.fact_index for each in drafts] == sorted(each.fact_index for each in drafts)
-    scales = set()
-    for number, fact in enumerate(FACTS):
-        ours = [each for each in drafts if each.fact_index == number]
-        text, places, targets = drawn_text(tokenizer, fact)
-        assert [each.prefix_ids for each in ours] == [
+    edits = compute_edits(any_teacher, tokenizer, FACTS, 0, layer)
+    assert [edit.fact_index for edit in edits] == sorted(edit.fact_index for edit in edits)
+    chosen_scales = set()
+    for fact_index, fact in enumerate(FACTS):
+        fact_edits = [edit for edit in edits if edit.fact_index == fact_index]
+        text, positions, targets = encode_fact(tokenizer, fact)
+        assert [edit.prefix_ids for edit in fact_edits] == [
             tuple(targets[:step].tolist()) for step in range(len(targets))
         ]
-        seen = collect_hidden_states(any_teacher, [text], [places.tolist()], range(LAYERS))
+        states = collect_hidden_states(any_teacher, [text], [positions.tolist()], range(LAYERS))
         torch.testing.assert_close(
-            torch.stack([each.key for each in ours]), seen[0], rtol=1e-4, atol=1e-4
+            torch.stack([edit.key for edit in fact_edits]), states[0], rtol=1e-4, atol=1e-4
         )
-        added = torch.zeros(len(text), WIDTH, requires_grad=True)
-        nats = nats_with(any_teacher, text, layer, added, places, targets)
-        (slope,) = torch.autograd.grad(nats.sum(), added)
-        nats = nats.detach()
-        stream = forward_with_activations(
+        offset = torch.zeros(len(text), WIDTH, requires_grad=True)
+        nlls = compute_nlls(any_teacher, text, layer, offset, positions, targets)
+        (gradient,) = torch.autograd.grad(nlls.sum(), offset)
+        nlls = nlls.detach()
+        residual = forward_with_activations(
             any_teacher, torch.tensor([text]), capture_blocks=True
-        ).layer_outputs[layer][0, places]
+        ).layer_outputs[layer][0, positions]
         direction = -torch.nn.functional.normalize(
-            evened(any_teacher, slope[places]), dim=-1
-        ) * stream.norm(dim=-1, keepdim=True)
-        likely = []
+            precondition(any_teacher, gradient[positions]), dim=-1
+        ) * residual.norm(dim=-1, keepdim=True)
+        probs_by_scale = []
         for scale in SCALES:
-            tried = torch.zeros(len(text), WIDTH)
-            tried[places] = scale * direction
+            offset = torch.zeros(len(text), WIDTH)
+            offset[positions] = scale * direction
             with torch.no_grad():
-                likely.append((-nats_with(any_teacher, text, layer, tried, places, targets)).exp())
-        for step, each in enumerate(ours):
-            chances = [float(tried[step]) for tried in likely]
-            sure = [i for i, chance in enumerate(chances) if chance >= CONFIDENT_PROB]
-            wanted = sure[0] if sure else chances.index(max(chances))
-            assert each.scale == SCALES[wanted]
-            assert each.prob_after == pytest.approx(chances[wanted], abs=1e-4)
-            assert each.prob_before == pytest.approx(float((-nats[step]).exp()), abs=1e-5)
+                probs_by_scale.append(
+                    (-compute_nlls(any_teacher, text, layer, offset, positions, targets)).exp()
+                )
+        for step, edit in enumerate(fact_edits):
+            probs = [float(scale_probs[step]) for scale_probs in probs_by_scale]
+            confident = [i for i, prob in enumerate(probs) if prob >= CONFIDENT_PROB]
+            expected = confident[0] if confident else probs.index(max(probs))
+            assert edit.scale == SCALES[expected]
+            assert edit.prob_after == pytest.approx(probs[expected], abs=1e-4)
+            assert edit.prob_before == pytest.approx(float((-nlls[step]).exp()), abs=1e-5)
             torch.testing.assert_close(
-                each.value, SCALES[wanted] * direction[step], rtol=2e-3, atol=2e-3
+                edit.value, SCALES[expected] * direction[step], rtol=2e-3, atol=2e-3
             )
-            scales.add(each.scale)
-    assert len(scales) > 1, "always the same scale: the choice is not tested"
+            chosen_scales.add(edit.scale)
+    assert len(chosen_scales) > 1, "always the same scale: the choice is not tested"
 
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_gradient_is_a_finite_difference(layer, tokenizer):
     model = make_teacher(len(tokenizer)).double()
     fact = FACTS[0]
-    text, places, targets = drawn_text(tokenizer, fact)
-    drafts = compute_edits(model, tokenizer, [fact], 1, layer)
-    for step in (0, len(drafts) - 1):
-        slope = torch.zeros(WIDTH, dtype=torch.double)
+    text, positions, targets = encode_fact(tokenizer, fact)
+    edits = compute_edits(model, tokenizer, [fact], 1, layer)
+    for step in (0, len(edits) - 1):
+        gradient = torch.zeros(WIDTH, dtype=torch.double)
         for i in range(WIDTH):
-            moved = []
-            for way in (1e-5, -1e-5):
-                added = torch.zeros(len(text), WIDTH, dtype=torch.double)
-                added[places[step], i] = way
+            nlls = []
+            for delta in (1e-5, -1e-5):
+                offset = torch.zeros(len(text), WIDTH, dtype=torch.double)
+                offset[positions[step], i] = delta
                 with torch.no_grad():
-                    moved.append(nats_with(model, text, layer, added, places, targets).sum())
-            slope[i] = (moved[0] - moved[1]) / 2e-5
-        found = drafts[step].value.double()
-        assert torch.cosine_similarity(found, -evened(model, slope[None])[0], dim=0) > 0.9999
+                    nlls.append(compute_nlls(model, text, layer, offset, positions, targets).sum())
+            gradient[i] = (nlls[0] - nlls[1]) / 2e-5
+        value = edits[step].value.double()
+        assert (
+            torch.cosine_similarity(value, -precondition(model, gradient[None])[0], dim=0) > 0.9999
+        )
 
 
 def test_the_smallest_confident_scale_is_taken_else_the_most_probable(
     monkeypatch, teacher, tokenizer
 ):
-    wanted = [0.5, 0.2, 0.995, 0.999, 0.3, 1.0], [0.1, 0.6, 0.2, 0.5, 0.1, 0.0]
+    probs = [0.5, 0.2, 0.995, 0.999, 0.3, 1.0], [0.1, 0.6, 0.2, 0.5, 0.1, 0.0]
     calls = []
 
-    def after_last(model, stream):
-        def logits(added):
-            at = len(calls) - 1  # the first call is for the gradient
-            calls.append(at)
-            if at < 0:
+    def make_logits(model, stream):
+        def logits_with(added):
+            call = len(calls) - 1  # the first call is for the gradient
+            calls.append(call)
+            if call < 0:
                 return added @ torch.ones(WIDE, 300) + torch.arange(300.0)
-            made = torch.full((len(added), 300), -1e4)
-            for place in range(len(added)):
-                chance = min(max(wanted[place][at], 1e-6), 1 - 1e-7)
-                made[place, targets[place]], made[place, 0] = np.log(chance), np.log1p(-chance)
-            return made
+            logits = torch.full((len(added), 300), -1e4)
+            for row in range(len(added)):
+                prob = min(max(probs[row][call], 1e-6), 1 - 1e-7)
+                logits[row, targets[row]], logits[row, 0] = np.log(prob), np.log1p(-prob)
+            return logits
 
-        return logits
+        return logits_with
 
-    monkeypatch.setattr(edit, "_make_last_layer_logits", after_last)
+    monkeypatch.setattr(edit_module, "_make_last_layer_logits", make_logits)
     targets = [5, 6]
-    made = edit.solve_value(
+    solution = edit_module.solve_value(
         teacher,
         torch.tensor([[0, 3, 5, 6]]),
         torch.tensor([0, 0]),
@@ -428,27 +444,27 @@ def test_the_smallest_confident_scale_is_taken_else_the_most_probable(
         LAYERS - 1,
         0,
     )
-    assert made.scales.tolist() == [SCALES[2], SCALES[1]]
-    assert made.prob_after.tolist() == pytest.approx([0.995, 0.6])
+    assert solution.scales.tolist() == [SCALES[2], SCALES[1]]
+    assert solution.prob_after.tolist() == pytest.approx([0.995, 0.6])
 
 
 def test_edits_do_not_depend_on_the_batch(any_teacher, tokenizer, monkeypatch):
-    together = compute_edits(any_teacher, tokenizer, FACTS, 1, 2)
+    expected_edits = compute_edits(any_teacher, tokenizer, FACTS, 1, 2)
     for tokens in (1, 40):
         monkeypatch.setattr("dmt.models.forward.MAX_BATCH_TOKENS", tokens)
-        for mine, theirs in zip(
-            compute_edits(any_teacher, tokenizer, FACTS, 1, 2), together, strict=True
+        for edit, expected in zip(
+            compute_edits(any_teacher, tokenizer, FACTS, 1, 2), expected_edits, strict=True
         ):
-            assert (mine.fact_index, mine.prefix_ids, mine.scale) == (
-                theirs.fact_index,
-                theirs.prefix_ids,
-                theirs.scale,
+            assert (edit.fact_index, edit.prefix_ids, edit.scale) == (
+                expected.fact_index,
+                expected.prefix_ids,
+                expected.scale,
             )
-            torch.testing.assert_close(mine.value, theirs.value, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(mine.key, theirs.key, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(edit.value, expected.value, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(edit.key, expected.key, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fact_that_is_too_long_for_the_model_is_refused(teacher, tokenizer):
+def test_a_fact_that_is_too_long_for_the_model_is_rejected(teacher, tokenizer):
     fits = parse_fact(prompt="a" * 31, answer="b")
     assert (
         len(
@@ -464,17 +480,17 @@ def test_a_fact_that_is_too_long_for_the_model_is_refused(teacher, tokenizer):
 def test_the_value_layer_is_the_highest_of_the_best_not_below_the_key_layer(
     teacher, tokenizer, monkeypatch
 ):
-    found, shares = choose_value_layer(teacher, tokenizer, FACTS, 1, range(LAYERS))
+    chosen, shares = choose_value_layer(teacher, tokenizer, FACTS, 1, range(LAYERS))
     assert set(shares) == {1, 2}
     for layer, share in shares.items():
-        drafts = compute_edits(teacher, tokenizer, FACTS, 1, layer)
-        assert share == sum(each.prob_after >= CONFIDENT_PROB for each in drafts) / len(drafts)
-    assert shares[found] == max(shares.values())
-    monkeypatch.setattr(edit, "compute_edits", lambda *_: [])
+        edits = compute_edits(teacher, tokenizer, FACTS, 1, layer)
+        assert share == sum(edit.prob_after >= CONFIDENT_PROB for edit in edits) / len(edits)
+    assert shares[chosen] == max(shares.values())
+    monkeypatch.setattr(edit_module, "compute_edits", lambda *_: [])
     assert choose_value_layer(teacher, tokenizer, FACTS, 0, range(LAYERS))[0] == LAYERS - 1
 
 
-def test_texts_of_like_length_go_together_and_none_is_left_out():
+def test_batches_group_texts_of_similar_length():
     lengths = [5, 900, 3, 1500, 700, 4000, 1]
     groups = list(batch_by_length(lengths))
     assert sorted(i for group in groups for i in group) == list(range(7))
@@ -490,15 +506,19 @@ def test_states_come_in_the_order_of_the_texts(any_teacher, tokenizer, monkeypat
         encode_text(tokenizer, text[:20])
         for text in (SENTENCES[2], "a", SENTENCES[0], "the fox", SENTENCES[1])
     ]
-    wanted = [[len(text) - 1, 0] if i % 2 else [len(text) - 1] for i, text in enumerate(texts)]
+    positions = [[len(text) - 1, 0] if i % 2 else [len(text) - 1] for i, text in enumerate(texts)]
     monkeypatch.setattr("dmt.models.forward.MAX_BATCH_TOKENS", 20)
-    found = collect_hidden_states(any_teacher, texts, wanted, [0, 2])
-    places = [(text, position) for text, each in enumerate(wanted) for position in each]
+    states = collect_hidden_states(any_teacher, texts, positions, [0, 2])
+    pairs = [
+        (text, position)
+        for text, text_positions in enumerate(positions)
+        for position in text_positions
+    ]
     for layer in (0, 2):
-        assert len(found[layer]) == len(places) == 7
-        for at, (text, position) in enumerate(places):
-            alone = collect_hidden_states(any_teacher, [texts[text]], [[position]], [layer])
-            torch.testing.assert_close(found[layer][at], alone[layer][0], rtol=1e-4, atol=1e-4)
+        assert len(states[layer]) == len(pairs) == 7
+        for row, (text, position) in enumerate(pairs):
+            expected = collect_hidden_states(any_teacher, [texts[text]], [[position]], [layer])
+            torch.testing.assert_close(states[layer][row], expected[layer][0], rtol=1e-4, atol=1e-4)
 
 
 # Calibration.
@@ -510,19 +530,21 @@ PROSE = [
 ]
 
 
-NOT_APART = torch.tensor(0.0)
+ZERO_COSINE = torch.tensor(0.0)
 
 
-@pytest.mark.parametrize(("apart", "lowest"), [(-0.3, 0.5), (0.4, 0.5), (0.57, 0.57), (0.9, 0.65)])
-def test_no_row_fires_below_the_cosine_of_different_questions(apart, lowest):
+@pytest.mark.parametrize(
+    ("cosine_p95", "lowest"), [(-0.3, 0.5), (0.4, 0.5), (0.57, 0.57), (0.9, 0.65)]
+)
+def test_no_row_fires_below_the_cosine_of_different_questions(cosine_p95, lowest):
     key = torch.tensor([[1.0, 0.0]])
-    known = Calibration(torch.zeros(2), torch.eye(2), -key, -key, torch.tensor(apart))
-    assert known.min_threshold == pytest.approx(lowest)
-    assert known.thresholds(key, 0.01).tolist() == pytest.approx([lowest])
-    assert known.thresholds(key, 0.01, 0.25).tolist() == pytest.approx([0.25])
+    calibration = Calibration(torch.zeros(2), torch.eye(2), -key, -key, torch.tensor(cosine_p95))
+    assert calibration.min_threshold == pytest.approx(lowest)
+    assert calibration.thresholds(key, 0.01).tolist() == pytest.approx([lowest])
+    assert calibration.thresholds(key, 0.01, 0.25).tolist() == pytest.approx([0.25])
 
 
-def test_how_near_two_different_questions_are():
+def test_question_cosine_p95_is_taken_over_pairs_of_different_questions():
     questions = torch.nn.functional.normalize(torch.randn(6, 3, 2, 5), dim=-1)
     pairs = [
         float(questions[q, a, n] @ questions[p, b, n])
@@ -541,87 +563,105 @@ def test_how_near_two_different_questions_are():
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
 def test_thresholds_keep_the_false_positive_rate_on_unseen_states(rate):
     mean, metric = torch.randn(24), torch.randn(24, 24)
-    drawn = torch.randn(4, 4000, 24) @ torch.randn(24, 24) + mean
-    half = Calibration(mean, metric, mean, mean, mean)
-    known = Calibration(
-        mean, metric, half.whiten(drawn[0]), half.whiten(drawn[1]), torch.tensor(0.0)
+    samples = torch.randn(4, 4000, 24) @ torch.randn(24, 24) + mean
+    uncalibrated = Calibration(mean, metric, mean, mean, mean)
+    calibration = Calibration(
+        mean,
+        metric,
+        uncalibrated.whiten(samples[0]),
+        uncalibrated.whiten(samples[1]),
+        torch.tensor(0.0),
     )
     keys = torch.randn(50, 24) + mean
-    reach = known.thresholds(keys, rate, min_threshold=-1.0)
-    for fresh in drawn[2:]:
-        false = (half.whiten(keys) @ half.whiten(fresh).t() >= reach[:, None]).float().mean()
-        assert 0.6 * rate < false < 1.4 * rate
+    thresholds = calibration.thresholds(keys, rate, min_threshold=-1.0)
+    for unseen in samples[2:]:
+        false_rate = (
+            (uncalibrated.whiten(keys) @ uncalibrated.whiten(unseen).t() >= thresholds[:, None])
+            .float()
+            .mean()
+        )
+        assert 0.6 * rate < false_rate < 1.4 * rate
     lowest, highest = calibration_module.MIN_THRESHOLD, calibration_module.MAX_THRESHOLD
-    assert torch.equal(known.thresholds(keys, rate), reach.clamp(lowest, highest))
-    assert known.thresholds(known.mean + torch.randn(2, 24), 5.0, -1.0).max() < 0.1, (
-        "a rate past one is one"
+    assert torch.equal(calibration.thresholds(keys, rate), thresholds.clamp(lowest, highest))
+    assert calibration.thresholds(calibration.mean + torch.randn(2, 24), 5.0, -1.0).max() < 0.1, (
+        "a rate above 1 is 1"
     )
 
 
-@pytest.mark.parametrize("crowd", ["prose_negatives", "question_negatives"])
-def test_both_prose_and_other_questions_raise_thresholds(crowd):
+@pytest.mark.parametrize("near_name", ["prose_negatives", "question_negatives"])
+def test_both_prose_and_other_questions_raise_thresholds(near_name):
     mean, metric = torch.zeros(8), torch.eye(8)
     key = torch.nn.functional.normalize(torch.ones(1, 8), dim=-1)
     near, far = key.repeat(200, 1) + 0.3 * torch.randn(200, 8), torch.randn(200, 8)
-    known = {
-        name: torch.nn.functional.normalize(near if name == crowd else far, dim=-1)
+    negatives = {
+        name: torch.nn.functional.normalize(near if name == near_name else far, dim=-1)
         for name in ("prose_negatives", "question_negatives")
     }
-    reach = Calibration(mean, metric, **known, question_cosine_p95=NOT_APART).thresholds(key, 0.1)
-    assert reach == pytest.approx(float((known[crowd] @ key[0]).quantile(0.9)))
-    assert Calibration(mean, metric, near[:1], key, NOT_APART).thresholds(
+    thresholds = Calibration(mean, metric, **negatives, question_cosine_p95=ZERO_COSINE).thresholds(
+        key, 0.1
+    )
+    assert thresholds == pytest.approx(float((negatives[near_name] @ key[0]).quantile(0.9)))
+    assert Calibration(mean, metric, near[:1], key, ZERO_COSINE).thresholds(
         key, 0.01
     ) == pytest.approx(calibration_module.MAX_THRESHOLD)
-    assert Calibration(mean, metric, -key, -key, NOT_APART).thresholds(key, 0.01) == pytest.approx(
-        calibration_module.MIN_THRESHOLD
-    )
+    assert Calibration(mean, metric, -key, -key, ZERO_COSINE).thresholds(
+        key, 0.01
+    ) == pytest.approx(calibration_module.MIN_THRESHOLD)
 
 
 def test_thresholds_of_many_rows_are_computed_in_chunks():
     others = torch.nn.functional.normalize(torch.randn(4000, 4), dim=-1)
-    known = Calibration(torch.zeros(4), torch.eye(4), others, others[:5], NOT_APART)
-    keys = torch.randn(5000, 4)  # twenty million cosines, more than Tensor.quantile takes
-    reach = known.thresholds(keys, 0.2, 0.0)
-    torch.testing.assert_close(reach[-3:], known.thresholds(keys[-3:], 0.2, 0.0))
+    calibration = Calibration(torch.zeros(4), torch.eye(4), others, others[:5], ZERO_COSINE)
+    keys = torch.randn(5000, 4)  # twenty million cosines, more than Tensor.quantile accepts
+    thresholds = calibration.thresholds(keys, 0.2, 0.0)
+    torch.testing.assert_close(thresholds[-3:], calibration.thresholds(keys[-3:], 0.2, 0.0))
 
 
 def test_calibration_matches_its_definition(any_teacher, tokenizer):
-    found = calibrate(any_teacher, tokenizer, PROSE, [0, 2])
-    assert set(found) == {0, 2}
+    calibrations = calibrate(any_teacher, tokenizer, PROSE, [0, 2])
+    assert set(calibrations) == {0, 2}
     windows = [encode_text(tokenizer, text)[:32] for text in PROSE]
-    for layer, known in found.items():
+    for layer, calibration in calibrations.items():
         states = collect_hidden_states(any_teacher, windows, [list(range(1, 32))] * 6, [layer])[
             layer
         ]
-        inner = (
-            known.metric.double().inverse() @ known.metric.double().inverse() / WIDTH
-        )  # what was whitened
-        assert torch.linalg.eigvalsh(inner).min() > 0.99 * calibration_module.VARIANCE_FLOOR / WIDTH
-        assert torch.trace(inner) == pytest.approx(1 + calibration_module.VARIANCE_FLOOR, rel=1e-3)
-        for states_there in (known.prose_negatives, known.question_negatives):
-            torch.testing.assert_close(states_there.norm(dim=-1), torch.ones(len(states_there)))
-        assert len(known.question_negatives) == 40 * 3 * 5
-        assert len(known.prose_negatives) % 24 == 0
-        assert 0 <= known.paraphrase_accuracy <= 1
-        assert known.mean.shape == (WIDTH,)
-        assert torch.cosine_similarity(known.mean, states.mean(0), dim=0) > 0.9
-    asked = encode_text(tokenizer, "Portugal was founded in")[-32:]
-    alone = collect_hidden_states(any_teacher, [asked], [[len(asked) - 1]], [2])[2]
+        covariance = (
+            calibration.metric.double().inverse() @ calibration.metric.double().inverse() / WIDTH
+        )
+        assert (
+            torch.linalg.eigvalsh(covariance).min()
+            > 0.99 * calibration_module.VARIANCE_FLOOR / WIDTH
+        )
+        assert torch.trace(covariance) == pytest.approx(
+            1 + calibration_module.VARIANCE_FLOOR, rel=1e-3
+        )
+        for negatives in (calibration.prose_negatives, calibration.question_negatives):
+            torch.testing.assert_close(negatives.norm(dim=-1), torch.ones(len(negatives)))
+        assert len(calibration.question_negatives) == 40 * 3 * 5
+        assert len(calibration.prose_negatives) % 24 == 0
+        assert 0 <= calibration.paraphrase_accuracy <= 1
+        assert calibration.mean.shape == (WIDTH,)
+        assert torch.cosine_similarity(calibration.mean, states.mean(0), dim=0) > 0.9
+    question = encode_text(tokenizer, "Portugal was founded in")[-32:]
+    state = collect_hidden_states(any_teacher, [question], [[len(question) - 1]], [2])[2]
     torch.testing.assert_close(
-        found[2].question_negatives[1], found[2].whiten(alone)[0], rtol=1e-3, atol=1e-3
+        calibrations[2].question_negatives[1],
+        calibrations[2].whiten(state)[0],
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
-def test_how_a_question_varies_is_how_it_differs_from_itself_in_other_words():
+def test_paraphrase_deviations_are_differences_from_the_mean_of_a_question():
     questions = torch.randn(4, 3, 2, 5)
-    within = calibration_module._compute_paraphrase_deviations(questions).view(4, 3, 2, 5)
-    for thing in range(4):
+    deviations = calibration_module._compute_paraphrase_deviations(questions).view(4, 3, 2, 5)
+    for subject in range(4):
         for name in range(2):
-            wanted = questions[thing, :, name] - questions[thing, :, name].mean(0)
-            torch.testing.assert_close(within[thing, :, name], wanted)
+            expected = questions[subject, :, name] - questions[subject, :, name].mean(0)
+            torch.testing.assert_close(deviations[subject, :, name], expected)
 
 
-def test_the_metric_makes_what_varies_most_count_least():
+def test_the_metric_inverts_the_mean_covariance():
     samples = [
         torch.randn(3000, 3) * torch.tensor([10.0, 1.0, 1.0]),
         torch.randn(3000, 3) * torch.tensor([1.0, 1.0, 20.0]),
@@ -632,12 +672,10 @@ def test_the_metric_makes_what_varies_most_count_least():
     torch.testing.assert_close(metric @ total @ metric, torch.eye(3) / 3, rtol=1e-3, atol=1e-3)
 
 
-def test_a_question_in_other_words_is_heard_only_where_states_tell(teacher, tokenizer):
-    things, prose = torch.randn(40, 1, 1, 32), torch.randn(500, 32)
-    told_apart = things + 0.05 * torch.randn(40, 3, 5, 32)
-    assert (
-        calibration_module._measure_paraphrase_accuracy(prose, torch.zeros(32), told_apart) > 0.99
-    )
+def test_paraphrase_accuracy_is_high_only_for_separable_states(teacher, tokenizer):
+    centers, prose = torch.randn(40, 1, 1, 32), torch.randn(500, 32)
+    separable = centers + 0.05 * torch.randn(40, 3, 5, 32)
+    assert calibration_module._measure_paraphrase_accuracy(prose, torch.zeros(32), separable) > 0.99
     assert (
         calibration_module._measure_paraphrase_accuracy(
             prose, torch.zeros(32), torch.randn(40, 3, 5, 32)
@@ -646,11 +684,12 @@ def test_a_question_in_other_words_is_heard_only_where_states_tell(teacher, toke
     )
 
 
-def test_too_little_prose_is_refused(teacher, tokenizer):
+def test_too_little_prose_is_rejected(teacher, tokenizer):
     for prose in (["a short text"], [], ["", "x"]):
         with pytest.raises(UserError, match="held-out prose of 32 tokens at least"):
             calibrate(teacher, tokenizer, prose, [0])
-    short_names = "saw Bartholomew Featherstonehaugh Wolverhampton Throckmorton"  # too short with another name
+    # Shorter than a window once the name is replaced.
+    short_names = "saw Bartholomew Featherstonehaugh Wolverhampton Throckmorton"
     with pytest.raises(UserError, match="held-out prose"):
         calibrate(teacher, tokenizer, [short_names], [0])
 
@@ -659,8 +698,8 @@ def test_prose_windows_have_at_most_128_tokens(tokenizer):
     model = make_llama(len(tokenizer), max_position_embeddings=300)
     with pytest.raises(UserError, match="prose of 128 tokens at least"):
         calibrate(model, tokenizer, [PROSE[0][:60]], [0])
-    found = calibrate(model, tokenizer, [" ".join(PROSE)], [1])
-    assert len(found[1].prose_negatives) % (128 - 8) == 0
+    calibrations = calibrate(model, tokenizer, [" ".join(PROSE)], [1])
+    assert len(calibrations[1].prose_negatives) % (128 - 8) == 0
 
 
 def test_candidate_layers_and_the_chosen_key_layer():
@@ -685,41 +724,45 @@ def test_candidate_layers_and_the_chosen_key_layer():
         )
 
 
-# Lines.
+# Prepared facts.
 
 
 @pytest.fixture(scope="module")
-def begun(tokenizer, tmp_path_factory):
-    """For each family the file of a store in which a book has been begun: calibration takes long enough to do it once."""
-    places = {}
+def calibrated_stores(tokenizer, tmp_path_factory):
+    """Return the path of a calibrated store by model type; calibration takes long."""
+    paths = {}
     for family in (make_teacher, make_llama):
-        model = speaker(family, tokenizer)
-        place = tmp_path_factory.mktemp("begun") / "rows.db"
-        with FactStore(model, tokenizer, RowStore(str(place), hash_model(model))) as book:
-            book.initialize(FACTS, prose=PROSE, layers=(1, 2))
-        places[model.config.model_type] = place
-    return places
+        model = make_fact_model(family, tokenizer)
+        store_path = tmp_path_factory.mktemp("begun") / "rows.db"
+        with FactStore(
+            model, tokenizer, RowStore(str(store_path), hash_model(model))
+        ) as fact_store:
+            fact_store.initialize(FACTS, prose=PROSE, layers=(1, 2))
+        paths[model.config.model_type] = store_path
+    return paths
 
 
 @pytest.fixture
-def place(begun, teacher, tmp_path):
-    shutil.copy(begun["gpt2"], tmp_path / "rows.db")
+def store_path(calibrated_stores, teacher, tmp_path):
+    shutil.copy(calibrated_stores["gpt2"], tmp_path / "rows.db")
     return tmp_path / "rows.db"
 
 
-def opened(place, model, tokenizer, **how):
-    return FactStore(model, tokenizer, RowStore(str(place), hash_model(model), **how))
+def open_fact_store(store_path, model, tokenizer, **store_options):
+    return FactStore(
+        model, tokenizer, RowStore(str(store_path), hash_model(model), **store_options)
+    )
 
 
 @pytest.fixture
-def book(place, teacher, tokenizer):
-    with opened(place, teacher, tokenizer) as made:
-        yield made
+def fact_store(store_path, teacher, tokenizer):
+    with open_fact_store(store_path, teacher, tokenizer) as fact_store:
+        yield fact_store
 
 
 @torch.no_grad()
-def logits_of(model, tokenizer, *texts):
-    """What a model says to all that any of the facts here is asked with."""
+def compute_logits(model, tokenizer, *texts):
+    """Return the logits of texts, or of the prompts and answers of all facts of these tests."""
     texts = texts or [
         fact.prompt + fact.answer
         for fact in (*FACTS, parse_fact("It was Ada who ran"), parse_fact("Ada lives in Rows"))
@@ -728,10 +771,10 @@ def logits_of(model, tokenizer, *texts):
 
 
 @torch.no_grad()
-def says(model, tokenizer, prompt, count=1):
-    """What a model says next, greedily, of as many tokens."""
+def generate_greedily(model, tokenizer, prompt, count=1):
+    """Return the text of `count` tokens that the model generates greedily."""
     ids = torch.tensor([encode_text(tokenizer, prompt)])
-    said = model.generate(
+    output_ids = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
@@ -739,13 +782,13 @@ def says(model, tokenizer, prompt, count=1):
         pad_token_id=0,
         eos_token_id=None,
     )
-    return tokenizer.decode(said[0, ids.shape[1] :])
+    return tokenizer.decode(output_ids[0, ids.shape[1] :])
 
 
-def repeats(model, tokenizer, fact):
-    """Whether the model, asked, says just this."""
+def recalls(model, tokenizer, fact):
+    """Return whether the model generates the answer after the prompt."""
     return (
-        says(
+        generate_greedily(
             model,
             tokenizer,
             fact.prompt,
@@ -755,62 +798,73 @@ def repeats(model, tokenizer, fact):
     )
 
 
-def test_thresholds_of_the_rows_of_a_fact(book, tokenizer):
-    lines = prepare_facts(book.model, tokenizer, FACTS, (1, 2), book.calibration, 0.01)
-    for fact, line in zip(FACTS, lines, strict=True):
-        drafts = compute_edits(book.model, tokenizer, [fact], 1, 2)
-        first, led = (
-            book.calibration.thresholds(line.keys, 0.01),
-            book.calibration.thresholds(line.keys, LATER_TOKEN_RATE_FACTOR * 0.01, 0.25),
+def test_thresholds_of_the_rows_of_a_fact(fact_store, tokenizer):
+    prepared_facts = prepare_facts(
+        fact_store.model, tokenizer, FACTS, (1, 2), fact_store.calibration, 0.01
+    )
+    for fact, prepared in zip(FACTS, prepared_facts, strict=True):
+        edits = compute_edits(fact_store.model, tokenizer, [fact], 1, 2)
+        first, later = (
+            fact_store.calibration.thresholds(prepared.keys, 0.01),
+            fact_store.calibration.thresholds(prepared.keys, LATER_TOKEN_RATE_FACTOR * 0.01, 0.25),
         )
-        wanted = torch.cat([first[:1], led[1:]])
-        wanted = wanted if fact.subject else wanted.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
-        assert line.record.thresholds == pytest.approx(wanted.tolist(), abs=1e-5)
-        assert line.record.answer_ids == tuple(
+        expected = torch.cat([first[:1], later[1:]])
+        expected = expected if fact.subject else expected.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
+        assert prepared.record.thresholds == pytest.approx(expected.tolist(), abs=1e-5)
+        assert prepared.record.answer_ids == tuple(
             encode_text(tokenizer, fact.answer, add_prefix=False)
         )
-        assert line.prob_before == pytest.approx(
-            np.prod([each.prob_before for each in drafts]), rel=1e-3
+        assert prepared.prob_before == pytest.approx(
+            np.prod([edit.prob_before for edit in edits]), rel=1e-3
         )
-        assert line.prob_after == pytest.approx(
-            np.prod([each.prob_after for each in drafts]), rel=1e-3
+        assert prepared.prob_after == pytest.approx(
+            np.prod([edit.prob_after for edit in edits]), rel=1e-3
         )
-        torch.testing.assert_close(line.whitened_key, book.calibration.whiten(line.keys[:1])[0])
-        assert (line.record.prompt, line.record.answer, line.record.subject) == (
+        torch.testing.assert_close(
+            prepared.whitened_key, fact_store.calibration.whiten(prepared.keys[:1])[0]
+        )
+        assert (prepared.record.prompt, prepared.record.answer, prepared.record.subject) == (
             fact.prompt,
             fact.answer,
             fact.subject,
         )
-    assert lines[2].record.subject_ids == ()
+    assert prepared_facts[2].record.subject_ids == ()
 
 
-def test_a_subject_is_known_at_the_start_of_a_sentence_and_within(book, tokenizer):
-    (line,) = prepare_facts(
-        book.model, tokenizer, [parse_fact("It was Ada who ran")], (1, 2), book.calibration, 0.01
+def test_a_subject_is_matched_at_the_start_of_a_text_and_within(fact_store, tokenizer):
+    (prepared,) = prepare_facts(
+        fact_store.model,
+        tokenizer,
+        [parse_fact("It was Ada who ran")],
+        (1, 2),
+        fact_store.calibration,
+        0.01,
     )
-    ways = line.record.subject_ids
-    assert set(ways) == {
-        tuple(encode_text(tokenizer, way, add_prefix=False)) for way in ("Ada", " Ada")
+    subject_ids = prepared.record.subject_ids
+    assert set(subject_ids) == {
+        tuple(encode_text(tokenizer, spelling, add_prefix=False)) for spelling in ("Ada", " Ada")
     }
     for text in ("Ada ran", "then Ada ran", "said:\nAda", "(Ada)"):
         assert len(
-            PhraseMatcher(ways).find_ends(torch.tensor([encode_text(tokenizer, text)]))[0]
+            PhraseMatcher(subject_ids).find_ends(torch.tensor([encode_text(tokenizer, text)]))[0]
         ), text
 
 
-def line_of(prompt, subject, asks):
-    told = replace(blank_told(), prompt=prompt, subject=subject)
-    return PreparedFact(told, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(asks), 0, 0)
+def make_prepared_fact(prompt, subject, whitened_key):
+    record = replace(make_blank_record(), prompt=prompt, subject=subject)
+    return PreparedFact(
+        record, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(whitened_key), 0, 0
+    )
 
 
-def blank_told():
+def make_blank_record():
     from test_edit_memory import make_record
 
     return make_record()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "subject", "asks", "same"),
+    ("prompt", "subject", "whitened_key", "expected"),
     [
         ("Ada lives in", "Ada", [0.0, 1.0], 0),
         ("ada  LIVES in ", "Ada", [0.0, 1.0], 0),
@@ -820,101 +874,101 @@ def blank_told():
         ("Ada dwells in", "", [0.1, 0.995], None),
     ],
 )
-def test_two_facts_say_the_same_thing_in_the_same_words_or_in_nearly_the_same_state(
-    prompt, subject, asks, same
-):
-    entries = [
+def test_facts_conflict_by_equal_prompts_or_similar_states(prompt, subject, whitened_key, expected):
+    candidates = [
         ConflictCandidate("Ada lives in", "x", torch.tensor([1.0, 0.0]), None),
         ConflictCandidate("Ada eats", "x", torch.tensor([0.0, 1.0]), None),
     ]
-    found = find_conflict(entries, line_of(prompt, subject, asks))
-    assert found is (None if same is None else entries[same])
-    assert find_conflict([], line_of(prompt, subject, asks)) is None
+    conflict = find_conflict(candidates, make_prepared_fact(prompt, subject, whitened_key))
+    assert conflict is (None if expected is None else candidates[expected])
+    assert find_conflict([], make_prepared_fact(prompt, subject, whitened_key)) is None
     assert normalize_text("  A\nb  C ") == "a b c"
 
 
-# The book.
+# The fact store.
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
 def test_written_facts_are_generated_and_deleted_facts_leave_no_trace(
-    family, begun, tokenizer, tmp_path
+    family, calibrated_stores, tokenizer, tmp_path
 ):
-    model = speaker(family, tokenizer)
-    own = logits_of(model, tokenizer)
-    shutil.copy(begun[model.config.model_type], tmp_path / "rows.db")
-    with opened(tmp_path / "rows.db", model, tokenizer) as book:
-        assert torch.equal(logits_of(model, tokenizer), own)
-        assert not any(repeats(model, tokenizer, fact) for fact in FACTS)
-        first = book.write_many(FACTS[:2])
-        after_two = logits_of(model, tokenizer)
-        second = book.write_many(FACTS[2:])
-        assert [each.status for each in first + second] == ["written"] * 4
-        assert [book.records[each.fact.id] for each in first + second] == [
-            each.fact for each in first + second
+    model = make_fact_model(family, tokenizer)
+    logits_before = compute_logits(model, tokenizer)
+    shutil.copy(calibrated_stores[model.config.model_type], tmp_path / "rows.db")
+    with open_fact_store(tmp_path / "rows.db", model, tokenizer) as fact_store:
+        assert torch.equal(compute_logits(model, tokenizer), logits_before)
+        assert not any(recalls(model, tokenizer, fact) for fact in FACTS)
+        first = fact_store.write_many(FACTS[:2])
+        after_two = compute_logits(model, tokenizer)
+        second = fact_store.write_many(FACTS[2:])
+        assert [result.status for result in first + second] == ["written"] * 4
+        assert [fact_store.records[result.fact.id] for result in first + second] == [
+            result.fact for result in first + second
         ]
-        for fact, outcome in zip(FACTS, first + second, strict=True):
-            assert outcome.prob_before < 0.5 < 0.9 < outcome.prob_after
-            assert repeats(model, tokenizer, fact)
-            assert outcome.fact.sentence == fact.prompt + fact.answer
-            assert outcome.replaced_fact is None
-        with_facts = logits_of(model, tokenizer)
-        assert not torch.equal(with_facts, own)
+        for fact, result in zip(FACTS, first + second, strict=True):
+            assert result.prob_before < 0.5 < 0.9 < result.prob_after
+            assert recalls(model, tokenizer, fact)
+            assert result.fact.sentence == fact.prompt + fact.answer
+            assert result.replaced_fact is None
+        with_facts = compute_logits(model, tokenizer)
+        assert not torch.equal(with_facts, logits_before)
         with disabled(model):
-            assert torch.equal(logits_of(model, tokenizer), own)
-        gone = book.delete([second[0].fact.id, second[1].fact.id, second[0].fact.id])
-        assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in gone] == [
-            each.fact for each in second
+            assert torch.equal(compute_logits(model, tokenizer), logits_before)
+        deleted = fact_store.delete([second[0].fact.id, second[1].fact.id, second[0].fact.id])
+        assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in deleted] == [
+            result.fact for result in second
         ]
-        assert {fact.deleted_reason for fact in gone} == {"forgotten"}
-        assert torch.equal(logits_of(model, tokenizer), after_two)
-        book.delete(list(book.records))
-        assert book.records == {}
-        assert torch.equal(logits_of(model, tokenizer), own)
-        assert len(book.hooks) == 0
+        assert {fact.deleted_reason for fact in deleted} == {"forgotten"}
+        assert torch.equal(compute_logits(model, tokenizer), after_two)
+        fact_store.delete(list(fact_store.records))
+        assert fact_store.records == {}
+        assert torch.equal(compute_logits(model, tokenizer), logits_before)
+        assert len(fact_store.hooks) == 0
 
 
 @pytest.mark.parametrize("layers", [(0, 0), (0, 1), (1, 1)])
 def test_facts_can_be_applied_in_lower_layers(teacher, tokenizer, tmp_path, layers):
-    with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
-        book.initialize([], prose=PROSE, layers=layers)
-        (outcome,) = book.write_many(FACTS[1:2])
-        assert (book.hooks.key_layer, book.hooks.value_layer) == layers
-        assert outcome.prob_after > outcome.prob_before
+    with open_fact_store(tmp_path / "rows.db", teacher, tokenizer) as fact_store:
+        fact_store.initialize([], prose=PROSE, layers=layers)
+        (result,) = fact_store.write_many(FACTS[1:2])
+        assert (fact_store.hooks.key_layer, fact_store.hooks.value_layer) == layers
+        assert result.prob_after > result.prob_before
 
 
-def test_a_fact_fires_only_where_its_subject_occurs(book, teacher, tokenizer):
-    (ada,) = book.write_many([parse_fact("It was Ada who eats rows")])
-    with record_passes(book.hooks) as passes:
+def test_a_fact_fires_only_where_its_subject_occurs(fact_store, teacher, tokenizer):
+    (ada,) = fact_store.write_many([parse_fact("It was Ada who eats rows")])
+    with record_passes(fact_store.hooks) as passes:
         for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats"):
-            logits_of(teacher, tokenizer, text)
-    assert [bool(each) for each in passes] == [True, False, False]
+            compute_logits(teacher, tokenizer, text)
+    assert [bool(rows) for rows in passes] == [True, False, False]
     assert set(passes[0].values()) == {ada.fact.rows[0]}
-    assert book.find_fact_by_row(ada.fact.rows[0]) == ada.fact
+    assert fact_store.find_fact_by_row(ada.fact.rows[0]) == ada.fact
 
 
-def test_a_repeated_fact_is_unchanged_and_a_contradiction_replaces(book, teacher, tokenizer):
-    (first,) = book.write_many(FACTS[:1])
-    (again,) = book.write_many(
+def test_a_repeated_fact_is_unchanged_and_a_contradiction_replaces(fact_store, teacher, tokenizer):
+    (first,) = fact_store.write_many(FACTS[:1])
+    (again,) = fact_store.write_many(
         [replace(FACTS[0], prompt="Ada LIVES in", answer="  ravenhill", subject="Ada")]
     )
     assert (again.status, again.fact) == ("unchanged", first.fact)
-    assert len(book.records) == 1
+    assert len(fact_store.records) == 1
     moved = parse_fact("Ada lives in Rows")
-    (other,) = book.write_many([moved])
+    (other,) = fact_store.write_many([moved])
     assert (other.status, other.replaced_fact) == ("replaced", first.fact)
-    assert list(book.records.values()) == [other.fact]
-    assert repeats(teacher, tokenizer, moved)
-    (ben,) = book.write_many([replace(FACTS[0], prompt="Ben lives in", subject="Ben")])
-    assert ben.status == "written", "of somebody else it is something else"
-    gone = {fact.id: fact for fact in book.fact_table.read(include_deleted=True)}[first.fact.id]
-    assert (gone.deleted_reason, gone.replaced_by) == ("replaced", other.fact.id)
+    assert list(fact_store.records.values()) == [other.fact]
+    assert recalls(teacher, tokenizer, moved)
+    (ben,) = fact_store.write_many([replace(FACTS[0], prompt="Ben lives in", subject="Ben")])
+    assert ben.status == "written", "another subject is another fact"
+    replaced = {fact.id: fact for fact in fact_store.fact_table.read(include_deleted=True)}[
+        first.fact.id
+    ]
+    assert (replaced.deleted_reason, replaced.replaced_by) == ("replaced", other.fact.id)
 
 
-def test_within_one_batch_the_last_wins_and_the_same_twice_is_once(book, teacher, tokenizer):
+def test_the_last_fact_of_a_batch_wins_and_duplicates_are_unchanged(fact_store, teacher, tokenizer):
     a, b = parse_fact("Ada lives in Ravenhill"), parse_fact("Ada lives in Rows")
-    outcomes = book.write_many([a, a, b, FACTS[1], b, a])
-    assert [each.status for each in outcomes] == [
+    results = fact_store.write_many([a, a, b, FACTS[1], b, a])
+    assert [result.status for result in results] == [
         "written",
         "unchanged",
         "replaced",
@@ -922,126 +976,132 @@ def test_within_one_batch_the_last_wins_and_the_same_twice_is_once(book, teacher
         "unchanged",
         "replaced",
     ]
-    assert outcomes[1].fact == outcomes[0].fact == outcomes[2].replaced_fact
-    assert outcomes[4].fact == outcomes[2].fact == outcomes[5].replaced_fact
-    assert set(book.records) == {outcomes[3].fact.id, outcomes[5].fact.id}
-    assert repeats(teacher, tokenizer, a)
-    assert [fact.deleted_reason for fact in book.fact_table.read(include_deleted=True)].count(
+    assert results[1].fact == results[0].fact == results[2].replaced_fact
+    assert results[4].fact == results[2].fact == results[5].replaced_fact
+    assert set(fact_store.records) == {results[3].fact.id, results[5].fact.id}
+    assert recalls(teacher, tokenizer, a)
+    assert [fact.deleted_reason for fact in fact_store.fact_table.read(include_deleted=True)].count(
         "replaced"
     ) == 2
-    assert len({fact.id for fact in book.fact_table.read(include_deleted=True)}) == 4
+    assert len({fact.id for fact in fact_store.fact_table.read(include_deleted=True)}) == 4
 
 
-def test_facts_go_in_batches_and_progress_is_told(book, monkeypatch):
-    monkeypatch.setattr(book_module, "WRITE_BATCH_SIZE", 3)
-    told = []
-    assert len(book.write_many(FACTS, progress=told.append)) == 4
-    assert told == [3, 1]
-    assert book.write_many([]) == []
+def test_facts_are_written_in_batches_with_progress(fact_store, monkeypatch):
+    monkeypatch.setattr(fact_store_module, "WRITE_BATCH_SIZE", 3)
+    counts = []
+    assert len(fact_store.write_many(FACTS, progress=counts.append)) == 4
+    assert counts == [3, 1]
+    assert fact_store.write_many([]) == []
 
 
-def test_one_that_is_too_long_keeps_its_batch_out(book, tokenizer):
+def test_a_fact_that_is_too_long_aborts_its_batch(fact_store, tokenizer):
     with pytest.raises(UserError, match="tokens, the model reads 32"):
-        book.write_many([*FACTS, parse_fact(prompt="a" * 40, answer="b")])
-    assert book.records == {}
-    assert book.fact_table.read(include_deleted=True) == []
+        fact_store.write_many([*FACTS, parse_fact(prompt="a" * 40, answer="b")])
+    assert fact_store.records == {}
+    assert fact_store.fact_table.read(include_deleted=True) == []
 
 
-def test_a_chain_of_replacements_can_be_restored_both_ways(book, teacher, tokenizer):
+def test_a_chain_of_replacements_can_be_restored_both_ways(fact_store, teacher, tokenizer):
     facts = [parse_fact(f"Ada lives in {where}") for where in ("Ravenhill", "Rows", "March")]
-    a, b, c = (book.write_many([fact])[0].fact for fact in facts)
-    with_c = logits_of(teacher, tokenizer)
-    back, against = book.restore(a.id)
+    a, b, c = (fact_store.write_many([fact])[0].fact for fact in facts)
+    with_c = compute_logits(teacher, tokenizer)
+    back, against = fact_store.restore(a.id)
     assert (back, against) == (a, [c])
-    assert list(book.records) == [a.id]
-    assert repeats(teacher, tokenizer, facts[0])
-    history = {fact.id: fact for fact in book.fact_table.read(include_deleted=True)}
+    assert list(fact_store.records) == [a.id]
+    assert recalls(teacher, tokenizer, facts[0])
+    history = {fact.id: fact for fact in fact_store.fact_table.read(include_deleted=True)}
     assert (history[a.id].deleted_reason, history[a.id].deleted_at, history[a.id].replaced_by) == (
         None,
         None,
         None,
     )
-    assert [history[each.id].deleted_reason for each in (b, c)] == ["replaced"] * 2
+    assert [history[fact.id].deleted_reason for fact in (b, c)] == ["replaced"] * 2
     assert history[c.id].replaced_by == a.id
-    assert book.restore(b.id) == (b, [a])
-    assert book.restore(c.id) == (c, [b])
-    assert torch.equal(logits_of(teacher, tokenizer), with_c)
-    book.delete([c.id])
-    assert book.restore(a.id) == (a, [])
-    assert book.restore(c.id) == (c, [a])
+    assert fact_store.restore(b.id) == (b, [a])
+    assert fact_store.restore(c.id) == (c, [b])
+    assert torch.equal(compute_logits(teacher, tokenizer), with_c)
+    fact_store.delete([c.id])
+    assert fact_store.restore(a.id) == (a, [])
+    assert fact_store.restore(c.id) == (c, [a])
 
 
-def test_a_chain_of_paraphrased_replacements_can_be_restored(book, monkeypatch):
+def test_a_chain_of_paraphrased_replacements_can_be_restored(fact_store, monkeypatch):
     monkeypatch.setattr("dmt.editing.edit.SAME_QUERY_COSINE", -1.0)
     facts = [
         parse_fact(sentence)
         for sentence in ("Ada lives in Ravenhill", "It was Ada who ran", "Ada eats March")
     ]
-    a, b, c = (book.write_many([fact])[0].fact for fact in facts)
-    assert list(book.records) == [c.id]
-    assert book.restore(a.id) == (a, [c])
-    assert book.restore(b.id) == (b, [a])
-    assert list(book.records) == [b.id]
+    a, b, c = (fact_store.write_many([fact])[0].fact for fact in facts)
+    assert list(fact_store.records) == [c.id]
+    assert fact_store.restore(a.id) == (a, [c])
+    assert fact_store.restore(b.id) == (b, [a])
+    assert list(fact_store.records) == [b.id]
 
 
-def test_one_restored_replaces_what_asks_the_same_in_the_same_words(book):
-    a = book.write_many(FACTS[:1])[0].fact
-    book.delete([a.id])
-    b = book.write_many([parse_fact("Ada  lives in Rows")])[0].fact
-    assert book.restore(a.id) == (a, [b])
-    assert list(book.records) == [a.id]
+def test_a_restored_fact_replaces_one_with_the_same_prompt(fact_store):
+    a = fact_store.write_many(FACTS[:1])[0].fact
+    fact_store.delete([a.id])
+    b = fact_store.write_many([parse_fact("Ada  lives in Rows")])[0].fact
+    assert fact_store.restore(a.id) == (a, [b])
+    assert list(fact_store.records) == [a.id]
 
 
-def test_ids_that_cannot_be_deleted_or_restored_are_reported(book):
-    a, b = (each.fact for each in book.write_many(FACTS[:2]))
+def test_ids_that_cannot_be_deleted_or_restored_are_reported(fact_store):
+    a, b = (result.fact for result in fact_store.write_many(FACTS[:2]))
     with pytest.raises(UserError, match=r"fact 99 is not active; .* shows the 2 that are"):
-        book.delete([a.id, 99])
-    assert set(book.records) == {a.id, b.id}, "then none is taken out"
+        fact_store.delete([a.id, 99])
+    assert set(fact_store.records) == {a.id, b.id}, "none is deleted"
     with pytest.raises(UserError, match="fact 99 never existed"):
-        book.restore(99)
+        fact_store.restore(99)
     with pytest.raises(UserError, match=f"fact {a.id} is active"):
-        book.restore(a.id)
-    book.delete([a.id])
+        fact_store.restore(a.id)
+    fact_store.delete([a.id])
     with pytest.raises(UserError, match=f"fact {a.id} is not active"):
-        book.delete([a.id])
+        fact_store.delete([a.id])
 
 
-def test_prune_keeps_the_facts_that_fired_last(book):
-    a, b, c, d = (each.fact for each in book.write_many(FACTS))
+def test_prune_keeps_the_facts_that_fired_last(fact_store):
+    a, b, c, d = (result.fact for result in fact_store.write_many(FACTS))
     for now, row, times in ((10.0, a.rows[0], 5), (20.0, c.rows[0], 9), (30.0, a.rows[1], 2)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dmt.store.facts.time.time", lambda now=now: now)
-            book.fact_table.record_usage({row: times})
-    assert book.fact_table.read_usage()[a.rows[0]] == (5, 10.0)
-    book.fact_table.record_usage({})
-    assert [fact.id for fact in book.prune(10)] == []
-    assert [fact.id for fact in book.prune(3)] == [b.id], (
-        "never answered, and older than the other that never did"
+            fact_store.fact_table.record_usage({row: times})
+    assert fact_store.fact_table.read_usage()[a.rows[0]] == (5, 10.0)
+    fact_store.fact_table.record_usage({})
+    assert [fact.id for fact in fact_store.prune(10)] == []
+    assert [fact.id for fact in fact_store.prune(3)] == [b.id], (
+        "of two that never fired the older one is removed"
     )
-    assert [fact.id for fact in book.prune(2)] == [d.id]
-    assert [fact.id for fact in book.prune(1)] == [c.id], (
-        "its last answer was before the other's, of any of its rows"
+    assert [fact.id for fact in fact_store.prune(2)] == [d.id]
+    assert [fact.id for fact in fact_store.prune(1)] == [c.id], (
+        "it fired last before any row of the other did"
     )
     assert [
-        (fact.id, fact.deleted_reason) for fact in book.fact_table.read(include_deleted=True)
+        (fact.id, fact.deleted_reason) for fact in fact_store.fact_table.read(include_deleted=True)
     ] == [(a.id, None), *((x.id, "evicted") for x in (b, c, d))]
-    assert book.restore(c.id) == (c, [])
-    book.fact_table.record_usage({c.rows[0]: 4})
-    assert book.fact_table.read_usage()[c.rows[0]][0] == 13
+    assert fact_store.restore(c.id) == (c, [])
+    fact_store.fact_table.record_usage({c.rows[0]: 4})
+    assert fact_store.fact_table.read_usage()[c.rows[0]][0] == 13
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-def test_opened_again_it_is_the_same_to_the_bit(family, begun, tokenizer, tmp_path):
-    model, place = speaker(family, tokenizer), tmp_path / "rows.db"
-    shutil.copy(begun[model.config.model_type], place)
-    with opened(place, model, tokenizer) as book:
-        written = [each.fact for each in book.write_many(FACTS)]
-        book.delete([written[1].id])
-        book.write_many([parse_fact("Ada lives in Rows", tag="a tag", source="a source")])
-        before, known, calibration = logits_of(model, tokenizer), book.records, book.calibration
-    with opened(place, speaker(family, tokenizer), tokenizer, read_only=True) as again:
-        assert torch.equal(logits_of(again.model, tokenizer), before)
-        assert again.records == known
+def test_a_reopened_store_gives_equal_logits(family, calibrated_stores, tokenizer, tmp_path):
+    model, store_path = make_fact_model(family, tokenizer), tmp_path / "rows.db"
+    shutil.copy(calibrated_stores[model.config.model_type], store_path)
+    with open_fact_store(store_path, model, tokenizer) as fact_store:
+        written = [result.fact for result in fact_store.write_many(FACTS)]
+        fact_store.delete([written[1].id])
+        fact_store.write_many([parse_fact("Ada lives in Rows", tag="a tag", source="a source")])
+        before, records, calibration = (
+            compute_logits(model, tokenizer),
+            fact_store.records,
+            fact_store.calibration,
+        )
+    with open_fact_store(
+        store_path, make_fact_model(family, tokenizer), tokenizer, read_only=True
+    ) as reopened:
+        assert torch.equal(compute_logits(reopened.model, tokenizer), before)
+        assert reopened.records == records
         for name in (
             "mean",
             "metric",
@@ -1049,21 +1109,21 @@ def test_opened_again_it_is_the_same_to_the_bit(family, begun, tokenizer, tmp_pa
             "question_negatives",
             "question_cosine_p95",
         ):
-            assert torch.equal(getattr(again.calibration, name), getattr(calibration, name))
-        assert {fact.tag for fact in again.records.values()} == {"", "a tag"}
-        assert {fact.source for fact in again.records.values()} == {"", "a source"}
-    with opened(place, speaker(family, tokenizer), tokenizer) as third:
+            assert torch.equal(getattr(reopened.calibration, name), getattr(calibration, name))
+        assert {fact.tag for fact in reopened.records.values()} == {"", "a tag"}
+        assert {fact.source for fact in reopened.records.values()} == {"", "a source"}
+    with open_fact_store(store_path, make_fact_model(family, tokenizer), tokenizer) as third:
         assert third.write_many(FACTS[3:])[0].status == "unchanged"
         new = third.write_many([parse_fact("Ben drinks March")])[0].fact
         assert new.id > max(fact.id for fact in written)
         assert min(new.rows) > max(row for fact in written for row in fact.rows)
 
 
-def stop(*_, **__):
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def rows_there(store):
+def count_table_rows(store):
     with store.engine.connect() as connection:
         return [
             len(connection.execute(select(table)).all())
@@ -1071,77 +1131,88 @@ def rows_there(store):
         ]
 
 
-@pytest.mark.parametrize("where", ["_fact_columns", "_soft_delete"])
-def test_an_interrupted_write_leaves_nothing(book, teacher, tokenizer, monkeypatch, where):
-    (old,) = book.write_many(FACTS[:1])
-    before, kept = logits_of(teacher, tokenizer), rows_there(book.db)
-    monkeypatch.setattr(f"dmt.store.facts.{where}", stop)
+@pytest.mark.parametrize("function", ["_fact_columns", "_soft_delete"])
+def test_an_interrupted_write_leaves_nothing(fact_store, teacher, tokenizer, monkeypatch, function):
+    (old,) = fact_store.write_many(FACTS[:1])
+    before, counts = compute_logits(teacher, tokenizer), count_table_rows(fact_store.db)
+    monkeypatch.setattr(f"dmt.store.facts.{function}", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        book.write_many([FACTS[1], parse_fact("Ada lives in Rows")])
+        fact_store.write_many([FACTS[1], parse_fact("Ada lives in Rows")])
     monkeypatch.undo()
-    assert rows_there(book.db) == kept
-    assert book.fact_table.read(include_deleted=True) == [old.fact]
-    assert list(book.records) == [old.fact.id]
-    assert torch.equal(logits_of(teacher, tokenizer), before)
-    (new,) = book.write_many([parse_fact("Ada lives in Rows")])
+    assert count_table_rows(fact_store.db) == counts
+    assert fact_store.fact_table.read(include_deleted=True) == [old.fact]
+    assert list(fact_store.records) == [old.fact.id]
+    assert torch.equal(compute_logits(teacher, tokenizer), before)
+    (new,) = fact_store.write_many([parse_fact("Ada lives in Rows")])
     assert new.status == "replaced"
 
 
-def test_an_interrupted_restore_changes_nothing(book, monkeypatch):
-    a = book.write_many(FACTS[:1])[0].fact
-    b = book.write_many([parse_fact("Ada lives in Rows")])[0].fact
-    history = book.fact_table.read(include_deleted=True)
+def test_an_interrupted_restore_changes_nothing(fact_store, monkeypatch):
+    a = fact_store.write_many(FACTS[:1])[0].fact
+    b = fact_store.write_many([parse_fact("Ada lives in Rows")])[0].fact
+    history = fact_store.fact_table.read(include_deleted=True)
     monkeypatch.setattr(
         "dmt.store.facts.select",
-        lambda *what: stop() if what[0] is fact_rows_table.c.row_id else select(*what),
+        lambda *columns: (
+            interrupt() if columns[0] is fact_rows_table.c.row_id else select(*columns)
+        ),
     )
     with pytest.raises(KeyboardInterrupt):
-        book.restore(a.id)
+        fact_store.restore(a.id)
     monkeypatch.undo()
-    assert book.fact_table.read(include_deleted=True) == history
-    assert list(book.records) == [b.id]
-    assert [len(page.ids) for page in book.db.scan(book.fact_table.namespace)] == [len(b.rows)]
+    assert fact_store.fact_table.read(include_deleted=True) == history
+    assert list(fact_store.records) == [b.id]
+    assert [len(page.ids) for page in fact_store.db.scan(fact_store.fact_table.namespace)] == [
+        len(b.rows)
+    ]
 
 
-def test_what_the_database_refuses_is_told_and_leaves_nothing(book, place, teacher, tokenizer):
-    own = logits_of(teacher, tokenizer)
-    with sqlite3.connect(place) as other:
+def test_a_database_error_is_reported_and_leaves_nothing(
+    fact_store, store_path, teacher, tokenizer
+):
+    logits_before = compute_logits(teacher, tokenizer)
+    with sqlite3.connect(store_path) as other:
         other.execute(
-            "CREATE TRIGGER no BEFORE INSERT ON dmt_fact_rows BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+            "CREATE TRIGGER no BEFORE INSERT ON dmt_fact_rows BEGIN"
+            " SELECT RAISE(ABORT, 'the disk is full'); END"
         )
     other.close()
     with pytest.raises(UserError, match="the disk is full"):
-        book.write_many(FACTS)
-    assert rows_there(book.db) == [0, 0, 0]
-    assert book.fact_table.read(include_deleted=True) == []
-    assert torch.equal(logits_of(teacher, tokenizer), own)
+        fact_store.write_many(FACTS)
+    assert count_table_rows(fact_store.db) == [0, 0, 0]
+    assert fact_store.fact_table.read(include_deleted=True) == []
+    assert torch.equal(compute_logits(teacher, tokenizer), logits_before)
 
 
-def test_facts_committed_before_a_failure_are_applied(book, teacher, tokenizer, monkeypatch):
+def test_facts_committed_before_a_failure_are_applied(fact_store, teacher, tokenizer, monkeypatch):
     add, calls = FactTable.add, []
 
-    def once(*given):
-        calls.append(given)
-        return add(*given) if len(calls) == 1 else stop()
+    def fail_second(*args):
+        calls.append(args)
+        return add(*args) if len(calls) == 1 else interrupt()
 
-    monkeypatch.setattr(FactTable, "add", once)
+    monkeypatch.setattr(FactTable, "add", fail_second)
     with pytest.raises(KeyboardInterrupt):
-        book.write_many([FACTS[0], parse_fact("Ada lives in Rows")])
+        fact_store.write_many([FACTS[0], parse_fact("Ada lives in Rows")])
     monkeypatch.undo()
-    assert [fact.answer for fact in book.fact_table.read(include_deleted=True)] == [" Ravenhill"]
-    assert [fact.answer for fact in book.records.values()] == [" Ravenhill"]
-    assert repeats(teacher, tokenizer, FACTS[0])
+    assert [fact.answer for fact in fact_store.fact_table.read(include_deleted=True)] == [
+        " Ravenhill"
+    ]
+    assert [fact.answer for fact in fact_store.records.values()] == [" Ravenhill"]
+    assert recalls(teacher, tokenizer, FACTS[0])
 
 
-def test_a_second_writer_is_refused_and_readers_are_not(book, place, teacher, tokenizer):
+def test_a_second_writer_is_rejected_and_readers_are_not(
+    fact_store, store_path, teacher, tokenizer
+):
     with pytest.raises(UserError, match="another program is writing"):
-        opened(place, speaker(make_teacher, tokenizer), tokenizer)
-    book.write_many(FACTS[:1])
-    model = speaker(make_teacher, tokenizer)
-    reader = opened(place, model, tokenizer, read_only=True)
-    assert torch.equal(logits_of(model, tokenizer), logits_of(teacher, tokenizer))
-    book.write_many(FACTS[1:2])
-    assert len(reader.records) == 1, "as it was when it was opened"
+        open_fact_store(store_path, make_fact_model(make_teacher, tokenizer), tokenizer)
+    fact_store.write_many(FACTS[:1])
+    model = make_fact_model(make_teacher, tokenizer)
+    reader = open_fact_store(store_path, model, tokenizer, read_only=True)
+    assert torch.equal(compute_logits(model, tokenizer), compute_logits(teacher, tokenizer))
+    fact_store.write_many(FACTS[1:2])
+    assert len(reader.records) == 1, "a reader has the facts of when it was opened"
     for forbidden in (
         lambda: reader.write_many(FACTS[1:2]),
         lambda: reader.delete(list(reader.records)),
@@ -1150,14 +1221,14 @@ def test_a_second_writer_is_refused_and_readers_are_not(book, place, teacher, to
         with pytest.raises(UserError, match="opened for reading only"):
             forbidden()
     assert len(reader.records) == 1
-    assert repeats(model, tokenizer, FACTS[0])
-    assert len(opened(place, model, tokenizer, read_only=True).records) == 2
-    book.close()
-    opened(place, speaker(make_teacher, tokenizer), tokenizer).close()
+    assert recalls(model, tokenizer, FACTS[0])
+    assert len(open_fact_store(store_path, model, tokenizer, read_only=True).records) == 2
+    fact_store.close()
+    open_fact_store(store_path, make_fact_model(make_teacher, tokenizer), tokenizer).close()
 
 
-def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer):
-    odd = [
+def test_special_characters_are_stored_unchanged(fact_store, store_path, teacher, tokenizer):
+    facts = [
         parse_fact(
             prompt="Robert'); DROP TABLE",
             answer="x' OR 1=1",
@@ -1166,12 +1237,12 @@ def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer
         ),
         parse_fact(prompt="Ada is 100% %(x)s", answer="日本 🦊", tag="ÄÖ\n\t", source="\\"),
     ]
-    written = [each.fact for each in book.write_many(odd)]
-    book.close()
-    found = opened(place, teacher, tokenizer, read_only=True).records
-    assert [found[fact.id] for fact in written] == written
-    for fact, told in zip(odd, found.values(), strict=True):
-        assert (told.prompt, told.answer, told.subject, told.tag, told.source) == (
+    written = [result.fact for result in fact_store.write_many(facts)]
+    fact_store.close()
+    records = open_fact_store(store_path, teacher, tokenizer, read_only=True).records
+    assert [records[fact.id] for fact in written] == written
+    for fact, record in zip(facts, records.values(), strict=True):
+        assert (record.prompt, record.answer, record.subject, record.tag, record.source) == (
             fact.prompt,
             fact.answer,
             fact.subject,
@@ -1180,88 +1251,84 @@ def test_texts_are_texts_whatever_they_look_like(book, place, teacher, tokenizer
         )
 
 
-def test_calibration_runs_only_once(place, book, teacher, tokenizer, monkeypatch):
-    monkeypatch.setattr(book_module, "choose_layers", stop)
-    book.initialize(FACTS)
-    assert book.fact_table.read_layers() == (1, 2)
-    assert book.write_many(FACTS[:1])[0].status == "written"
+def test_calibration_runs_only_once(store_path, fact_store, teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr(fact_store_module, "choose_layers", interrupt)
+    fact_store.initialize(FACTS)
+    assert fact_store.fact_table.read_layers() == (1, 2)
+    assert fact_store.write_many(FACTS[:1])[0].status == "written"
 
 
 def test_a_store_without_facts_changes_nothing(teacher, tokenizer, tmp_path, caplog):
-    own = logits_of(teacher, tokenizer)
-    with opened(tmp_path / "rows.db", teacher, tokenizer) as book:
-        assert not book.fact_table.exists
+    logits_before = compute_logits(teacher, tokenizer)
+    with open_fact_store(tmp_path / "rows.db", teacher, tokenizer) as fact_store:
+        assert not fact_store.fact_table.exists
         with pytest.raises(UserError, match="has no facts yet"):
-            _ = book.hooks
-        assert torch.equal(logits_of(teacher, tokenizer), own)
+            _ = fact_store.hooks
+        assert torch.equal(compute_logits(teacher, tokenizer), logits_before)
         with caplog.at_level("INFO", logger="dmt"):
-            book.initialize(FACTS, prose=PROSE)
+            fact_store.initialize(FACTS, prose=PROSE)
         lines = caplog.messages
-        assert book.fact_table.exists
-        key_layer, value_layer = book.fact_table.read_layers()
+        assert fact_store.fact_table.exists
+        key_layer, value_layer = fact_store.fact_table.read_layers()
         assert 0 <= key_layer <= value_layer < LAYERS
         assert lines[1].startswith(f"key layer {key_layer} ")
         assert lines[2].startswith(f"value layer {value_layer} ")
-        assert [each.status for each in book.write_many(FACTS)] == ["written"] * 4
+        assert [result.status for result in fact_store.write_many(FACTS)] == ["written"] * 4
 
 
-def test_measuring_hears_none_of_what_is_laid_over(book, teacher, tokenizer, tmp_path):
-    """Facts of somewhere else speak in a model while its own book is begun."""
-    book.write_many(FACTS)
-    book.hooks.set_rows(
+def test_calibration_ignores_attached_facts(fact_store, teacher, tokenizer, tmp_path):
+    """Facts of another model are attached while the store is initialized."""
+    fact_store.write_many(FACTS)
+    fact_store.hooks.set_rows(
         [
-            replace(part, subject_ids=(), prefix_ids=(), threshold=-2.0)
-            for n in book.records
-            for part in book.get_rows(n)
+            replace(row, subject_ids=(), prefix_ids=(), threshold=-2.0)
+            for fact_id in fact_store.records
+            for row in fact_store.get_rows(fact_id)
         ]
     )
-    own = speaker(make_teacher, tokenizer)
+    plain_model = make_fact_model(make_teacher, tokenizer)
     calibrations = []
-    for name, model in (("own", own), ("laid", teacher)):
+    for name, model in (("own", plain_model), ("laid", teacher)):
         with RowStore(str(tmp_path / f"{name}.db"), hash_model(model)) as store:
-            new = FactStore(own, tokenizer, store)
+            fact_store = FactStore(plain_model, tokenizer, store)
             if model is teacher:
-                attach(own, get_fact_hooks(teacher))
-            new.initialize([], prose=PROSE, layers=(2, 2))
-            calibrations.append(new.fact_table.read_calibration())
+                attach(plain_model, get_fact_hooks(teacher))
+            fact_store.initialize([], prose=PROSE, layers=(2, 2))
+            calibrations.append(fact_store.fact_table.read_calibration())
     for name in calibrations[0]:
         np.testing.assert_array_equal(calibrations[0][name], calibrations[1][name])
 
 
-def test_facts_of_another_version_and_stores_of_another_model_are_refused(
-    book, place, teacher, tokenizer
-):
-    book.close()
+def test_facts_of_another_version_or_model_are_rejected(fact_store, store_path, teacher, tokenizer):
+    fact_store.close()
     with pytest.raises(UserError, match="another model"):
-        opened(place, make_teacher(len(tokenizer), n_layer=2), tokenizer)
-    with sqlite3.connect(place) as other:
+        open_fact_store(store_path, make_teacher(len(tokenizer), n_layer=2), tokenizer)
+    with sqlite3.connect(store_path) as other:
         other.execute("UPDATE dmt_metadata SET value = '9' WHERE name = 'facts_version'")
     other.close()
     with pytest.raises(UserError, match="facts of version 9, this dmt knows 2"):
-        opened(place, teacher, tokenizer, read_only=True)
+        open_fact_store(store_path, teacher, tokenizer, read_only=True)
 
 
-def test_history_is_kept_with_times_and_causes(book):
-    a, b = (each.fact for each in book.write_many(FACTS[:2]))
-    book.delete([a.id])
-    book.prune(0)
-    found = book.fact_table.read(include_deleted=True)
-    assert [(fact.id, fact.deleted_reason, fact.replaced_by) for fact in found] == [
+def test_history_holds_times_and_reasons(fact_store):
+    a, b = (result.fact for result in fact_store.write_many(FACTS[:2]))
+    fact_store.delete([a.id])
+    fact_store.prune(0)
+    history = fact_store.fact_table.read(include_deleted=True)
+    assert [(fact.id, fact.deleted_reason, fact.replaced_by) for fact in history] == [
         (a.id, "forgotten", None),
         (b.id, "evicted", None),
     ]
-    assert all(fact.deleted_at >= fact.created for fact in found)
-    assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in found] == [a, b]
-    assert book.fact_table.read() == []
-    assert book.fact_table.read_states(found)[0].tolist() == []
+    assert all(fact.deleted_at >= fact.created for fact in history)
+    assert [replace(fact, deleted_reason=None, deleted_at=None) for fact in history] == [a, b]
+    assert fact_store.fact_table.read() == []
+    assert fact_store.fact_table.read_states(history)[0].tolist() == []
 
 
 # Opening.
 
 
-def test_a_student_and_its_book_are_found_where_a_person_names_them(
-    teacher, tokenizer, tmp_path, monkeypatch
-):
+def test_a_student_is_resolved_and_opened_with_its_facts(teacher, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match=r"no student is in lightning_logs/ here; run dmt distill first"
@@ -1285,26 +1352,26 @@ def test_a_student_and_its_book_are_found_where_a_person_names_them(
     with FactStore.open(folder, read_only=True) as empty:
         assert empty.db is None
         assert empty.list() == empty.list(include_deleted=True) == []
-    with FactStore.open(folder) as book:
-        book.initialize(FACTS, prose=PROSE, layers=(1, 1))
-        book.write_many(FACTS)
-        before = logits_of(book.model, tokenizer)
+    with FactStore.open(folder) as fact_store:
+        fact_store.initialize(FACTS, prose=PROSE, layers=(1, 1))
+        fact_store.write_many(FACTS)
+        before = compute_logits(fact_store.model, tokenizer)
     assert has_fact_store(folder)
     with FactStore.open(folder, read_only=True) as again:
-        assert torch.equal(logits_of(again.model, tokenizer), before)
+        assert torch.equal(compute_logits(again.model, tokenizer), before)
         assert not again.model.training
         assert not any(parameter.requires_grad for parameter in again.model.parameters())
     config = json.loads((folder / "config.json").read_text())
     loaded, _ = load(folder)
     assert config["model_type"] == loaded.config.model_type
-    assert torch.equal(logits_of(loaded, tokenizer), before)
+    assert torch.equal(compute_logits(loaded, tokenizer), before)
     detach(loaded)
     with torch.no_grad():
         next(loaded.parameters()).add_(1)
-    loaded.save_pretrained(folder)  # another model now, without facts
+    loaded.save_pretrained(folder)  # another model, without facts
     assert not (folder / FACTS_FILE).exists()
-    (aside,) = folder.glob("memory.before-*.db")
-    aside.rename(folder / FACTS_FILE)
+    (backup,) = folder.glob("memory.before-*.db")
+    backup.rename(folder / FACTS_FILE)
     with pytest.raises(UserError, match="belong to another model"):
         FactStore.open(folder)
 
@@ -1326,26 +1393,24 @@ def test_facts_of_a_shipped_model_are_in_a_temporary_store(tmp_path, monkeypatch
     assert (tmp_path / "facts.db").exists()
 
 
-def test_a_subject_that_could_not_match_is_refused(book):
-    """Such a fact could be written and would never be said."""
+def test_a_subject_that_cannot_match_is_rejected(fact_store):
+    """Such a fact would be written and never fire."""
     with pytest.raises(UserError, match="not a word of its own"):
-        book.write_many([Fact("ada lives in", " far", "Ada")])
-    assert book.write_many([]) == []
+        fact_store.write_many([Fact("ada lives in", " far", "Ada")])
+    assert fact_store.write_many([]) == []
 
 
-def test_the_full_stop_that_was_written_is_said_and_no_longer_word_is_made(
-    book, teacher, tokenizer
-):
-    (told,) = book.write_many([parse_fact("Ada lives in Ravenhill.")])
+def test_the_period_of_a_sentence_is_generated_after_the_answer(fact_store, teacher, tokenizer):
+    (result,) = fact_store.write_many([parse_fact("Ada lives in Ravenhill.")])
     ids = encode_text(tokenizer, " Ravenhill.", add_prefix=False)
-    assert told.fact.answer == " Ravenhill"
-    assert told.fact.answer_ids == tuple(ids)
+    assert result.fact.answer == " Ravenhill"
+    assert result.fact.answer_ids == tuple(ids)
     assert (
-        len(told.fact.rows)
+        len(result.fact.rows)
         == len(ids)
         == len(encode_text(tokenizer, " Ravenhill", add_prefix=False)) + 1
     )
-    assert says(teacher, tokenizer, "Ada lives in", len(ids)) == " Ravenhill."
+    assert generate_greedily(teacher, tokenizer, "Ada lives in", len(ids)) == " Ravenhill."
     assert (
-        book.write_many([parse_fact("Ada lives in Ravenhill")])[0].status == "unchanged"
-    )  # the same, with or without
+        fact_store.write_many([parse_fact("Ada lives in Ravenhill")])[0].status == "unchanged"
+    )  # equal with and without the period
