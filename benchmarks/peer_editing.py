@@ -178,6 +178,10 @@ def fine_tune_lora(
 class Codebook(nn.Module):
     """A feed-forward block whose output is replaced for inputs in the ball of the nearest key."""
 
+    keys: Tensor
+    values: Tensor
+    radii: Tensor
+
     def __init__(self, block: nn.Module, radius: float, example: Tensor) -> None:
         super().__init__()
         self.block, self.radius = block, radius
@@ -199,7 +203,8 @@ class Codebook(nn.Module):
         """Return the entry for `query` `(width,)`: a new one, or a near one with the same label."""
         radius = self.radius
         if self.labels:
-            distance, entry = (tensor.item() for tensor in self.nearest(query))
+            distances, entries = self.nearest(query)
+            distance, entry = float(distances), int(entries)
             # The new ball would touch the nearest one.
             if distance <= self.radii[entry] + self.radius:
                 if self.labels[entry] == label:
