@@ -3,11 +3,11 @@
     python -m benchmarks [--only decode,step] [--quick] [--threads N] [--out FILE.json]
     python -m benchmarks --compare BEFORE.json AFTER.json
 
-Prints the tables with machine, versions and commit, and writes the same as JSON, by default to
+Prints the tables with machine, versions and commit, and writes them as JSON, by default to
 `lightning_logs/benchmarks/COMMIT.json`; `--compare` shows how the figures of two such files differ.
-Each table is measured by a process of its own. `--quick` uses tiny shapes: it shows that everything
-runs, and its figures mean nothing. All takes about half an hour on two cores. Each benchmark also
-runs alone with more options, for example `python -m benchmarks.decode`.
+Each table is measured in a new process. `--quick` uses tiny shapes and only shows that everything
+runs; its figures are meaningless. All tables take about half an hour on two cores. Each benchmark
+also runs alone with more options, for example `python -m benchmarks.decode`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from benchmarks.tables import Row, compared, machine, read, table, write
 
 TABLES = {
     "products": "matrix products by torch's two libraries",
-    "memory": "one memory beside the dense block it replaces",
-    "decode": "generation beside transformers' dense GPT-2",
-    "step": "one step of distillation beside a dense student's, and the loss beside Liger's",
+    "memory": "one memory and the dense block it replaces",
+    "decode": "generation, and transformers' dense GPT-2",
+    "step": "one step of distillation, a dense student's, and the loss against Liger's",
     "many": "searches as tables grow",
     "disk": "values and slots on disk",
-    "where": "where the default run's seconds go",
+    "where": "seconds of the default run by part",
 }
 
 
 def run_table(name: str, quick: bool, threads: int | None) -> list[Row]:
-    """Return the rows of one benchmark, measured by a process of its own."""
+    """Return the rows of one benchmark, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks", "--child", name, *(["--quick"] if quick else [])]
     command += ["--threads", str(threads)] if threads else []
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

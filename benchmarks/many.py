@@ -73,7 +73,7 @@ def print_row(rows: list[Row]) -> None:
 
 
 def index_bytes(memory: FeaturalMemory) -> int:
-    """Return the bytes of a search index, beside keys and values."""
+    """Return the bytes of a search index, without keys and values."""
     slots, width = memory.num_slots, memory.width
     return {
         "exact": 0,
@@ -105,7 +105,7 @@ def measure_searches(
             stats_by_search[search] = {
                 "recall": view.measure_recall(recall_queries),
                 "made in, s": built,
-                "MB beside": index_bytes(view) / 1e6,
+                "MB of index": index_bytes(view) / 1e6,
             }
             if search != "exact" or slots <= LARGEST_EXACT:
                 calls[search] = lambda view=view: view(queries)

@@ -440,10 +440,10 @@ def measure_variants(
         }
         table.append({"variant": variant, **row, "repeats": repeats_of_variant})
     for row in table:
-        beside = {True: ["loss: dense"], False: ["dense", "dense, freed memory kept"]}[
+        baselines = {True: ["loss: dense"], False: ["dense", "dense, freed memory kept"]}[
             row["variant"].startswith("loss")
         ]
-        plain = [other for other in table if other["variant"] in beside]
+        plain = [other for other in table if other["variant"] in baselines]
         for name in (
             ("seconds", "processor", "peak") if plain else ()
         ):  # the better of the plain variants

@@ -58,7 +58,8 @@ def head(row: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     """Format rows as Markdown, with a new header where the columns change."""
-    lines, columns = [], None
+    lines: list[str] = []
+    columns: list[str] | None = None
     for row in rows:
         if list(row) != columns:
             columns = list(row)
@@ -146,7 +147,7 @@ def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
 
 
 def _figures(rows: list[Row]) -> dict[tuple[str, str], float]:
-    figures = {}
+    figures: dict[tuple[str, str], float] = {}
     for row in rows:
         name = ", ".join(str(value) for value in row.values() if not isinstance(value, float))
         figures |= {

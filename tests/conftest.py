@@ -223,12 +223,6 @@ def distill_args(teacher_folder, text_file, tmp_path):
     ]
 
 
-@pytest.fixture
-def words(distill_args):
-    """The same under its former name."""
-    return distill_args
-
-
 def newest(tmp_path):
     """Return the folder of the latest run."""
     return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))

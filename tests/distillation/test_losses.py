@@ -113,10 +113,10 @@ def test_padding_changes_neither_value_nor_gradient(models, tokens):
         compute_loss(student, teacher, padded, mask),
     )
     torch.testing.assert_close(masked, plain)
-    for actual, expected_grad in zip(
+    for actual_grad, expected_grad in zip(
         gradients(student, masked), gradients(student, plain), strict=True
     ):
-        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(models, tokens):
@@ -136,10 +136,10 @@ def test_splitting_a_ragged_batch_changes_neither_value_nor_gradient(models, tok
         for t, m in zip(tokens.split(1), mask.split(1), strict=True)
     ]
     torch.testing.assert_close(sum(pieces), full)
-    for actual, expected_grad in zip(
+    for actual_grad, expected_grad in zip(
         gradients(student, sum(pieces)), gradients(student, full), strict=True
     ):
-        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_chunks_change_neither_value_nor_gradient(models, tokens, chunk, tempera
         for chunk_size in (0, chunk)
     )
     torch.testing.assert_close(chunked, plain)
-    for actual, expected_grad in zip(
+    for actual_grad, expected_grad in zip(
         gradients(student, 3 * chunked), gradients(student, 3 * plain), strict=True
     ):
-        torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_frozen_head_gets_no_gradient_from_chunks(models, tokens):
