@@ -77,7 +77,7 @@ def test_pronouns_are_replaced_by_the_last_name_across_chunks(embedded):
         for item in window.sentences
     ]
     assert sentences[1:3] == ["Ada Fox sells hats.", "Ada Fox's dog is called Rex."]
-    assert sentences[3] == "Ada Fox barks."  # "It barks." names nobody, so the name stays
+    assert sentences[3] == "Ada Fox barks."  # without a new name the last one stays
     assert sentences[5] == "Bo Ray's hat is red."
 
 

@@ -128,8 +128,8 @@ def test_questions_become_facts_where_the_context_answers_them(embedded):
     facts = extract_qa_facts(model, context_teacher, tokenizer, texts, names, "t", "s")
     questions = [Question(f"{prompt}\nAnswer:", f" {answer}") for prompt, answer in generated[:2]]
     record = [
-        score_answers(says, tokenizer, questions, torch.device("cpu")).nlls
-        for says in (lambda x: forward_with_prefix(model, [0], x), context_teacher.predict)
+        score_answers(predict, tokenizer, questions, torch.device("cpu")).nlls
+        for predict in (lambda x: forward_with_prefix(model, [0], x), context_teacher.predict)
     ]
     expected = [
         q

@@ -62,7 +62,7 @@ def open_copy(calibrated_stores, tokenizer, path):
 
 @pytest.fixture
 def pack(fact_store):
-    fact_store.write_many([replace(fact, tag="told", source="here") for fact in FACTS])
+    fact_store.write_many([replace(fact, tag="a tag", source="here") for fact in FACTS])
     return make_fact_pack(
         fact_store,
         list(fact_store.records.values()),
@@ -123,7 +123,7 @@ def test_a_pack_holds_the_stored_facts(fact_store, pack):
         "key_layer": 1,
         "value_layer": 2,
     }
-    assert pack.manifest["tags"] == ["told"]
+    assert pack.manifest["tags"] == ["a tag"]
     assert pack.manifest["width"] == 64
     assert pack.manifest["model_fingerprint"] == hash_model(fact_store.model)
     assert [fact.id for fact in pack.facts] == [0, 1, 2, 3]
