@@ -23,7 +23,6 @@ TINY = {
     "warmup_steps": 1,
     "num_threads": 1,
     "precision": "32-true",
-    "attention": "sdpa",
     "accelerator": "cpu",
     "log_every": 1,
     "validate_every": 3,
