@@ -95,7 +95,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(launcher, uninterrupted_result
     damaged_bytes = (checkpoint_dir / "step_8.ckpt").read_bytes()
     ended = launcher.run(["--resume", run])
     assert ended.code == 0, ended.err
-    lines = [line for line in ended.err.splitlines() if "damaged" in line]
+    lines = [line for line in ended.err.splitlines() if line.startswith("damaged")]
     assert lines == [
         f"damaged in {checkpoint_dir}: step_8.ckpt (kept as step_8.ckpt.corrupt);"
         " resuming from step_6.ckpt"

@@ -81,7 +81,7 @@ def test_a_second_signal_does_not_wait_for_the_step(
 ):
     moments = [
         {"in": f"{MODULE}.training_step", "nth": nth, "after": 0, "do": "SIGINT"},
-        {"in": "dmt.distillation.module:check_finite", "nth": nth, "after": 3, "do": "SIGTERM"},
+        {"in": "dmt.training.module:check_finite", "nth": nth, "after": 3, "do": "SIGTERM"},
     ]
     ended = launcher.run([*distill_args, *ROWS], moments=moments)
     run = tmp_path / "logs" / "version_0"
