@@ -447,7 +447,8 @@ def test_contradictions_are_rejected_before_a_run_folder_exists(
     assert not list((tmp_path / "logs").glob("version_*"))
 
 
-def test_shipped_contexts_equal_the_output_of_their_script():
+def test_shipped_contexts_equal_the_output_of_their_script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
     from benchmarks import contexts
 
     people = contexts.make_unseen_people(9, seed=contexts.SEED)
