@@ -77,12 +77,15 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     if config.trainer.devices > 1 or "RANK" in os.environ:
         # DDP warns about settings that only one of the two stages needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not out.quiet:
+    is_first_process = os.environ.get("RANK", "0") == "0"  # torchrun starts several
+    if is_first_process and not out.quiet:
         print("loading torch and transformers ...", file=sys.stderr)
     with signals.fast_imports():
         from dmt.tasks import run_task_as_command
     with out.stdout_to_stderr():
         run_dir = run_task_as_command(config, resume_dir).run_dir
+    if not is_first_process:  # the first one reports, and may still write the record
+        return
     record = read_record(run_dir)
     print_summary(config.task, run_dir, record, out)
     results = {name: record[name] for name in REPORTED_RESULTS if name in record}
