@@ -116,10 +116,9 @@ def make_small(command, folder):
         return [*args, *SMALL_CONTEXT, "trainer.progress_bar=false"]
     teacher = "my-llama" if "smollm2" in args else "my-gpt2"
     settings = {arg.partition("=")[0] for arg in args}
-    own = (
-        {} if args == ["distill"] else {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
-    )
-    own = own or {"data.corpora": "[biographies]"}
+    own = {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
+    if args == ["distill"]:  # the embedded teacher, on less text
+        own = {"data.corpora": "[biographies]"}
     return [*args, *(f"{k}={v}" for k, v in own.items() if k not in settings), *SMALL]
 
 

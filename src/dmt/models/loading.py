@@ -172,8 +172,8 @@ def resolve_student_folder(path: str | Path | None = None) -> Path:
     """Return the folder of a saved student.
 
     Args:
-        path: the folder itself, or a run's folder, which holds it as `student`; None is the newest
-            run in `lightning_logs`.
+        path: the folder itself, or a run's folder, which holds it as `student`, or the name of a
+            run in `lightning_logs`; None is the newest run there.
 
     Raises:
         UserError: there is no saved student.
@@ -186,7 +186,7 @@ def resolve_student_folder(path: str | Path | None = None) -> Path:
             )
         return runs[-1] / "student"
     folder = Path(path).expanduser()
-    for candidate in (folder / "student", folder):
+    for candidate in (folder / "student", folder, Path(RUNS_DIR) / folder / "student"):
         if (candidate / "config.json").is_file():
             return candidate
     problem = (
