@@ -105,13 +105,16 @@ def make_small(command, folder):
         args.insert(0, "distill")
     name = args[0]
     args = ["embedded" if arg == "smollm2" and name == "consolidate" else arg for arg in args]
-    if name == "consolidate":
+    if name == "consolidate":  # on the run of the embedded teacher, which has room for a context
         small = ["--steps", "2"] if {"weights", "prompt"} & set(args) else []
-        return [*args, *small, *SMALL_CONTEXT]
+        return [*args, "--model", "version_0", *small, *SMALL_CONTEXT]
     if name == "sleep":
-        return [*args, "--steps", "2"]
+        return [*args, "--model", "version_0", "--steps", "2"]
+    if "--rows" in args:
+        return [*args, "--model", "rows"]
     if name != "distill" or "--resume" in args:
         return args
+    args = [arg for arg in args if not arg.startswith("trainer.run_name=")]  # may exist already
     if any("consolidation/" in arg for arg in args):
         return [*args, *SMALL_CONTEXT, "trainer.progress_bar=false"]
     teacher = "my-llama" if "smollm2" in args else "my-gpt2"
@@ -119,7 +122,8 @@ def make_small(command, folder):
     own = {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
     if args == ["distill"]:  # the embedded teacher, on less text
         own = {"data.corpora": "[biographies]"}
-    return [*args, *(f"{k}={v}" for k, v in own.items() if k not in settings), *SMALL]
+    small = [*(f"{name}={value}" for name, value in own.items()), *SMALL]
+    return [*args, *(item for item in small if item.partition("=")[0] not in settings)]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,8 @@ def newcomer(folder):
     try:
         for extra in ([], ["seed=1"], ["data.corpora=[notes.txt]"], [], ["trainer.run_name=wide"]):
             assert main([*make_small("dmt distill", folder), *extra]) == 0
+        rows = ["trainer.run_name=rows", "stages.end_to_end_steps=5", "memory.write_start=0.3"]
+        assert main([*make_small("dmt distill associative", folder), *rows]) == 0
         for k in (32, 64):
             for seed in (0, 1):
                 extra = [f"memory.mean_k={k}", f"seed={seed}", f"trainer.run_name=k{k}-seed{seed}"]
@@ -146,6 +152,11 @@ def test_commands_run(page, command, newcomer, monkeypatch, capsys):
     monkeypatch.chdir(newcomer)
     if command.startswith(("python -m benchmarks", "python benchmarks", "python scripts")):
         pytest.skip("checked by test_benchmark_arguments and tests/test_scripts.py")
+    if "--print-completion" in command:
+        with pytest.raises(SystemExit) as end:
+            main(["--print-completion", "bash"])
+        assert not end.value.code
+        return
     code = main(make_small(command, newcomer))
     output = capsys.readouterr()
     assert code == 0, output.err
