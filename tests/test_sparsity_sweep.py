@@ -17,7 +17,7 @@ from dmt.models.forward import forward_with_activations
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.sparsity import K_FACTORS, sparsity_sweep  # noqa: E402
+from benchmarks.sparsity import K_FACTORS, sparsity_sweep
 
 
 def _student(teacher, **memory):
@@ -38,28 +38,30 @@ def _student(teacher, **memory):
     ],
     ids=str,
 )
-def test_other_budgets_are_tried_and_taken_back(teacher, tokens, memory):
+def test_a_sweep_restores_the_memories(teacher, tokens, memory):
     student = _student(teacher, **memory)
     memories = get_featural_memories(student)
-    given = forward_with_activations(student, tokens, capture_blocks=True).block_inputs
-    initialize_threshold(memories.values(), [given[layer].flatten(0, -2) for layer in memories])
+    block_inputs = forward_with_activations(student, tokens, capture_blocks=True).block_inputs
+    initialize_threshold(
+        memories.values(), [block_inputs[layer].flatten(0, -2) for layer in memories]
+    )
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     own = measure_fidelity(student, teacher, tokens)
     with record_usage(memories) as usage:
-        found = sparsity_sweep(student, teacher, {"a": tokens, "b": tokens[:1]}, tokens)
+        sweep = sparsity_sweep(student, teacher, {"a": tokens, "b": tokens[:1]}, tokens)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
-    assert all(each.k == (4 if "heads" in memory else 8) for each in memories.values())
+    assert all(layer.k == (4 if "heads" in memory else 8) for layer in memories.values())
     assert not any(counts.tokens for counts in usage.values()), "an outer recording is paused"
-    assert found["tokens"] == 4 * 19
-    points = {point["factor"]: point for point in found["points"]}
+    assert sweep["tokens"] == 4 * 19
+    points = {point["factor"]: point for point in sweep["points"]}
     assert list(points) == [
         factor for factor in K_FACTORS if "heads" not in memory or factor != 0.5
     ], "half of 4 is 2, as a quarter"
     assert points[1.0]["corpora"]["a"]["kl"] == pytest.approx(own.kl, rel=1e-6)
-    read = [point["read"] for point in found["points"]]
+    read = [point["read"] for point in sweep["points"]]
     assert read == sorted(read)
     if "auto" not in str(memory):
-        assert read == [point["k"] for point in found["points"]]
+        assert read == [point["k"] for point in sweep["points"]]
     else:
         assert points[4.0]["read"] == pytest.approx(32, rel=0.3), (
             "a threshold of its own for each budget"

@@ -17,7 +17,7 @@ from dmt.training.run_dir import read_record
 
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory):
-    """A folder with a run in `lightning_logs`, and a second that differs in two settings and in its results."""
+    """A folder with two runs that differ in two settings and in their results."""
     from conftest import POSITIONS, SENTENCES, make_teacher
 
     from dmt.data.tokenizer import train_tokenizer

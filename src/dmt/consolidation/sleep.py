@@ -151,8 +151,8 @@ def transfer_to_slots(
             setting is wrong.
     """
     settings = {"tag": tag, "min_hits": min_hits, "steps": steps, "lr": lr}
-    given = {name: value for name, value in settings.items() if value is not None}
-    changes = overrides | {"sleep": given | overrides.get("sleep", {})}
+    arguments = {name: value for name, value in settings.items() if value is not None}
+    changes = overrides | {"sleep": arguments | overrides.get("sleep", {})}
     if seed is not None:
         changes["seed"] = seed
     corpora = find_replay_data(Path(model_path)) if replay_data is None else list(replay_data)
