@@ -13,7 +13,7 @@ for mean_k in (8, 32):
             ["biographies"],
             mean_k=mean_k,
             seed=seed,
-            run_name=f"k{mean_k}-seed{seed}",
+            run_name=f"example-k{mean_k}-seed{seed}",
             layerwise_steps=2,
             end_to_end_steps=4,
             test_tokens=2048,

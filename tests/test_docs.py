@@ -60,7 +60,7 @@ def read_python_blocks(page):
 
 COMMANDS = [(page, command) for page in PAGES for command in read_commands(page)]
 RUNNABLE = [(p, c) for p, c in dict.fromkeys(COMMANDS) if c.split()[0] in ("dmt", "python")]
-BLOCKS = [(page, i) for page in PAGES for i in range(len(read_python_blocks(page)))]
+PAGES_WITH_PYTHON = [page for page in PAGES if read_python_blocks(page)]
 
 
 def name_of(item):
@@ -107,11 +107,11 @@ def make_small(command, folder):
     args = ["embedded" if arg == "smollm2" and name == "consolidate" else arg for arg in args]
     if name == "consolidate":  # on the run of the embedded teacher, which has room for a context
         small = ["--steps", "2"] if {"weights", "prompt"} & set(args) else []
-        return [*args, "--model", "version_0", *small, *SMALL_CONTEXT]
+        return [*args, "--model", "lightning_logs/version_0", *small, *SMALL_CONTEXT]
     if name == "sleep":
-        return [*args, "--model", "version_0", "--steps", "2"]
+        return [*args, "--model", "lightning_logs/version_0", "--steps", "2"]
     if "--rows" in args:
-        return [*args, "--model", "rows"]
+        return [*args, "--model", "lightning_logs/rows"]
     if name != "distill" or "--resume" in args:
         return args
     args = [arg for arg in args if not arg.startswith("trainer.run_name=")]  # may exist already
@@ -140,7 +140,9 @@ def newcomer(folder):
             for seed in (0, 1):
                 extra = [f"memory.mean_k={k}", f"seed={seed}", f"trainer.run_name=k{k}-seed{seed}"]
                 assert main([*make_small("dmt distill", folder), *extra]) == 0
-        assert main(["memory", "write", ADA, "-m", "version_0"]) == 0
+        model = ["--model", "lightning_logs/version_0"]
+        assert main(["memory", "write", ADA, "--tag", "family", *model]) == 0
+        assert main(["generate", "Ada Winterbourne was born in the town of", *model]) == 0
     finally:
         os.chdir(old)
     return folder
@@ -164,10 +166,12 @@ def test_commands_run(page, command, newcomer, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "index"), BLOCKS, ids=name_of)
-def test_python_blocks_run(page, index, newcomer, monkeypatch):
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=name_of)
+def test_python_blocks_run(page, newcomer, monkeypatch):
     monkeypatch.chdir(newcomer)
-    exec(compile(read_python_blocks(page)[index], str(page), "exec"), {"__name__": "__main__"})
+    namespace = {"__name__": "__main__"}  # later blocks use what earlier ones define
+    for block in read_python_blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
 
 
 @pytest.mark.slow
