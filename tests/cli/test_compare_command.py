@@ -149,9 +149,9 @@ def test_runs_that_cannot_be_compared_are_reported_in_one_line(runs_dir, tmp_pat
                 folder,
                 ignore=shutil.ignore_patterns("student", "checkpoints"),
             )
-    (unfinished / "run.json").write_text('{"format": 1}')
+    (unfinished / "run.json").write_text('{"format": 2}')
     (other / "run.json").write_text(
-        '{"format": 1, "fidelity": {"text": {"recall": {"num_probes": 1}}}}'
+        '{"format": 2, "fidelity": {"text": {"recall": {"num_probes": 1}}}}'
     )
     (newer / "run.json").write_text('{"format": 99, "fidelity": {}}')
     (broken / "config.yaml").write_text("a: [")
@@ -208,7 +208,7 @@ def test_a_page_that_cannot_be_written_leaves_no_file(runs_dir, tmp_path, capsys
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compare, "write_page", full)
-    assert main(["compare", "0", "1", "--html", str(tmp_path / "a.html")]) == 2
+    assert main(["compare", "0", "1", "--html", str(tmp_path / "a.html")]) == 1
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -616,7 +616,7 @@ RUNS = {
     ),
     "student of a newer version": Case(
         ["dmt", "generate", "x", *MODEL],
-        [f"model {STUDENT}: version 9, this dmt knows 1", "a newer dmt made it"],
+        [f"model {STUDENT}: version 9, this dmt knows 2", "a newer dmt made it"],
         edit_json(f"{STUDENT}/config.json", dmt=9),
     ),
     "run config of a newer version": Case(
