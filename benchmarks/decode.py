@@ -28,9 +28,10 @@ from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory import featural
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_teacher
+from dmt.models.memories import get_featural_memories
 from dmt.ops import use_onednn_linear
 from dmt.training.trainer import silence_libraries
 

@@ -44,8 +44,9 @@ from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.approximate_search import Int8Matrix
 from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.loading import load_teacher, resolve_student_folder
+from dmt.models.memories import get_featural_memories
 from dmt.models.modeling import STUDENT_CLASSES
 
 SHAPES = {

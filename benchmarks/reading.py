@@ -31,8 +31,8 @@ from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.distillation.row_sync import propose_rows
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.insert_policy import InsertPolicy
-from dmt.models.conversion import get_associative_memories
 from dmt.models.loading import load_teacher
+from dmt.models.memories import get_associative_memories
 from dmt.training.trainer import keep_freed_memory, silence_libraries
 
 CORPORA = {"known corpus": "[speeches,biographies]", "new corpus": "[biographies]"}

@@ -22,9 +22,9 @@ from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory import FeaturalMemory
 from dmt.memory.sparsity_budget import initialize_threshold, select_thresholded
 from dmt.memory.usage import record_usage
-from dmt.models.conversion import get_featural_memories
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_model, load_teacher
+from dmt.models.memories import get_featural_memories
 
 K_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # budgets, as multiples of the student's own
 SWEEP_TOKENS = 4_096  # test tokens per budget, of all corpora together

@@ -41,7 +41,6 @@ from dmt.config import (
     MemoryConfig,
     TrainerConfig,
 )
-from dmt.distillation.calibration import calibrate_memories
 from dmt.distillation.logit_cache import (
     open_logit_cache,
     pack_record,
@@ -50,8 +49,10 @@ from dmt.distillation.logit_cache import (
 )
 from dmt.distillation.losses import Batch, LossScales, compute_loss_terms
 from dmt.memory.sparsity_budget import reset_counts
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.calibration import calibrate_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
+from dmt.models.memories import get_featural_memories
 from dmt.ops import use_onednn_linear
 from dmt.training.trainer import keep_freed_memory
 

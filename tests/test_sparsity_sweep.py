@@ -12,8 +12,9 @@ from dmt.config import FeaturalConfig
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.sparsity_budget import initialize_threshold
 from dmt.memory.usage import record_usage
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
+from dmt.models.memories import get_featural_memories
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -31,12 +31,13 @@ from transformers import (
 )
 
 from dmt.config import MemoryConfig
-from dmt.distillation.calibration import calibrate_memories
 from dmt.errors import UserError
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.calibration import calibrate_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher
+from dmt.models.memories import get_memories
 
 WIDTH, NUM_NEURONS, NUM_LAYERS, VOCAB_SIZE, MAX_TOKENS = 16, 32, 2, 64, 32
 TOLERANCE = 1e-4  # difference of float32 outputs whose sums have another order

@@ -18,9 +18,10 @@ from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces, write_online
 from dmt.editing.packs import LayerRows, RowPack, import_rows
-from dmt.models.conversion import convert_blocks, get_associative_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.fingerprint import hash_model
 from dmt.models.loading import load
+from dmt.models.memories import get_associative_memories
 from dmt.store import RowStore
 
 ROWS = AssociativeConfig(k=8, min_distance=0.05, merge_distance=0.0, capacity=40)

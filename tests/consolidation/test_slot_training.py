@@ -7,8 +7,9 @@ from test_fact_store import WIDE, make_fact_model
 
 from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.consolidation.slot_training import KFACParameters, RowQueries, inverse_sqrt_factor
-from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
+from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.store.records import RowInsert
 
 DAMPING = 0.001

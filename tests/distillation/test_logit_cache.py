@@ -17,7 +17,6 @@ from dmt.cli.main import distill_main
 from dmt.config import Config, FeaturalConfig, LossConfig
 from dmt.data.windows import StepSampler, TextDataModule
 from dmt.distillation import logit_cache
-from dmt.distillation.calibration import calibrate_memories
 from dmt.distillation.logit_cache import (
     MIN_PROB,
     SparseDistribution,
@@ -30,6 +29,7 @@ from dmt.distillation.logit_cache import (
 from dmt.distillation.losses import Batch, LossScales, compute_loss_terms, kl, sampled_kl_with_grad
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
+from dmt.models.calibration import calibrate_memories
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_teacher

@@ -15,10 +15,8 @@ from dmt.distillation.losses import (
     LossScales,
     block_fvu,
     compute_loss_terms,
-    inlier_mask,
     kl,
     next_token_mask,
-    outlier_threshold,
     outlier_weights,
     register_loss,
     reverse_kl,
@@ -27,6 +25,7 @@ from dmt.distillation.losses import (
 )
 from dmt.errors import UserError
 from dmt.models.forward import ForwardOutputs, forward_with_activations
+from dmt.ops import inlier_mask, outlier_threshold
 
 ALL_TERMS = LossConfig(
     kl=1.0,

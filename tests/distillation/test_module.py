@@ -21,11 +21,11 @@ from dmt.config import (
     StagesConfig,
     StudentConfig,
 )
-from dmt.distillation.calibration import measure_scales
-from dmt.distillation.losses import Batch
+from dmt.distillation.losses import Batch, measure_scales
 from dmt.distillation.module import DistillationModule
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher, forward_with_activations
+from dmt.models.memories import get_memories
 from dmt.training.trainer import k_schedule
 
 TOTAL_STEPS = 9  # of the small run: four layer-wise, five end-to-end

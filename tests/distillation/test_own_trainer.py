@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from dmt.config import Config, DataConfig, FeaturalConfig, StagesConfig, TrainerConfig
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.conversion import convert_blocks
+from dmt.models.memories import get_memories
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),

@@ -28,14 +28,10 @@ from dmt.distillation.module import DistillationModule
 from dmt.distillation.row_sync import RowStoreSync, _run_label
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
-from dmt.models.conversion import (
-    convert_blocks,
-    get_associative_memories,
-    get_featural_memories,
-    get_memories,
-)
+from dmt.models.conversion import convert_blocks
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations
+from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 from dmt.store import RowStore
 
 ROWS = [

@@ -11,8 +11,9 @@ from dmt.config import AssociativeConfig, FeaturalConfig
 from dmt.distillation.row_sync import propose_rows, set_row_targets
 from dmt.memory.associative import NULL_LOGIT_CANDIDATES
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_associative_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher, forward_with_activations
+from dmt.models.memories import get_associative_memories
 
 ROWS = {"k": 8, "min_distance": 0.0, "merge_distance": 0.0}
 

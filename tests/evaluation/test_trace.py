@@ -23,8 +23,9 @@ from dmt.evaluation.trace import (
 )
 from dmt.memory.slot_table import ACTIVATIONS
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
+from dmt.models.memories import get_associative_memories, get_featural_memories
 
 ALL_READS = 10**6
 VARIANTS = {

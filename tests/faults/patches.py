@@ -22,7 +22,7 @@ def inject_at_step(step, inject):
 
 
 def nan_in_the_output_of_layer_1():
-    from dmt.models.conversion import get_memories
+    from dmt.models.memories import get_memories
 
     inject_at_step(
         6,
@@ -35,7 +35,7 @@ def nan_in_the_output_of_layer_1():
 
 
 def inf_in_the_gradient_of_layer_2():
-    from dmt.models.conversion import get_memories
+    from dmt.models.memories import get_memories
 
     def inject(module, hooks):
         values = next(

@@ -14,7 +14,8 @@ from dmt.errors import UserError
 from dmt.memory import FeaturalMemory, featural
 from dmt.memory.approximate_search import INDEX_BUILDERS, Int8Matrix, build_ivf_search
 from dmt.memory.slot_table import TensorCache
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.conversion import convert_blocks
+from dmt.models.memories import get_featural_memories
 
 assert dmt
 VARIANTS = [(*kind, {}) for kind in KINDS if kind[1] != "centered"] + [

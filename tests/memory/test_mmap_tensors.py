@@ -34,8 +34,9 @@ from dmt.memory.mmap_tensors import (
     write_tensor_file,
 )
 from dmt.models import external_tensors
-from dmt.models.conversion import convert_blocks, get_associative_memories, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.fingerprint import hash_model
+from dmt.models.memories import get_associative_memories, get_featural_memories
 
 assert dmt
 GENERATION = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -19,7 +19,8 @@ from dmt.config_io import load_config, resolve_layer_memories, save_config
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory, FeaturalMemory, registry
 from dmt.memory.registry import get_memory_class, list_memories
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.conversion import convert_blocks
+from dmt.models.memories import get_memories
 from dmt.testing import check_memory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

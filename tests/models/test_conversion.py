@@ -13,8 +13,9 @@ from dmt.errors import UserError
 from dmt.evaluation.metrics import measure_recall
 from dmt.memory import FeaturalMemory
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.loading import load_teacher
+from dmt.models.memories import get_memories
 
 ALL = FeaturalConfig(k=SLOTS)
 

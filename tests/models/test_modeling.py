@@ -19,7 +19,8 @@ import dmt
 from dmt.config import DenseConfig, FeaturalConfig
 from dmt.errors import UserError
 from dmt.models.architectures import ARCHITECTURES
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.conversion import convert_blocks
+from dmt.models.memories import get_memories
 from dmt.models.modeling import STUDENT_CLASSES
 
 VARIANTS = {

@@ -7,8 +7,9 @@ from reference import gelu_tanh
 
 from dmt.config import FeaturalConfig
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_memories, neuron_importance, resize_neurons
+from dmt.models.conversion import convert_blocks, neuron_importance, resize_neurons
 from dmt.models.forward import forward_teacher
+from dmt.models.memories import get_memories
 
 WIDTH, NEURONS = 6, 20
 

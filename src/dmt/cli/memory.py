@@ -734,7 +734,7 @@ def run_prune(args: argparse.Namespace, out: Output) -> None:
     """Delete all but the most used facts, or rows."""
     from dmt.editing.fact_store import FactStore
     from dmt.editing.online import drop_rows
-    from dmt.models.conversion import get_associative_memories
+    from dmt.models.memories import get_associative_memories
 
     with FactStore.open(args.model) as fact_store:
         if args.rows:

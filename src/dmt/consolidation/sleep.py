@@ -40,11 +40,11 @@ from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.questions import Question, score_answers
 from dmt.files import atomic_directory
-from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.fact_hooks import FACTS_FILE, copy_database, detach, disabled, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations, forward_with_prefix
 from dmt.models.loading import load
+from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.report import slot_transfer
 from dmt.report.curves import read_curves
 from dmt.store import RowStore

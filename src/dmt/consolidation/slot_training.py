@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.consolidation.replay import ReplayExample, batch_examples
-from dmt.distillation.calibration import sample_output_gradients
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.models.calibration import sample_output_gradients
 from dmt.models.forward import forward_with_activations, pad_token_ids
 from dmt.ops import inverse_sqrt, kl
 from dmt.training.callbacks import ChartGroups, ChartLayout

@@ -17,10 +17,11 @@ from dmt.config import Config, ContextConfig, DenseConfig
 from dmt.data.windows import MEMORY_TOKEN_FORMAT, get_prefix_ids
 from dmt.errors import UserError
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_featural_memories
+from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import detach
 from dmt.models.forward import encode_text
 from dmt.models.loading import SAFE_LOADING
+from dmt.models.memories import get_featural_memories
 from dmt.models.modeling import MemoryTokenEmbedding, get_memory_tokens, init_memory_tokens
 
 

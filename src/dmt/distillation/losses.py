@@ -5,11 +5,6 @@ the gradient does not depend on how a step is split. A term has the name of its 
 `LossConfig`. A loss of your own is a function that `register_loss` names; its weight is in
 `loss.extra`.
 
-Outliers. A few tokens, mostly the first of a window, have block outputs hundreds of times as long
-as others. In SmolLM2 one such token has norm 25,000 where the median is 32. Counted like any other
-it would dominate means, variances and squared errors, so statistics leave out such tokens and
-errors weigh them less. Source: massive activations, Sun et al. 2024, arXiv 2402.17762.
-
 Chunks. Student's and teacher's logits for 2,048 tokens of a vocabulary of 50,000 are 100 million
 numbers each, and automatic gradients keep several such tensors. With `loss.chunk_size` the logits
 of one chunk exist at a time; their gradient is computed in closed form and goes through the head at
@@ -26,25 +21,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dmt.config import LOSS_TERMS, LossConfig
 from dmt.distillation.logit_cache import SparseDistribution, control_variate_weight, sampled_kl
 from dmt.errors import UserError
-from dmt.models.forward import ForwardOutputs
+from dmt.models.forward import ForwardOutputs, forward_teacher
 from dmt.ops import (
     OneDNNLinear,
     ce_with_grad,
     divide_by_temperature,
+    inlier_mask,
     kl,
     kl_with_grad,
     linear,
     multiply_by_temperature,
+    outlier_threshold,
     reverse_kl,
     reverse_kl_with_grad,
     softmax_and_logsumexp,
 )
-
-OUTLIER_FACTOR = 10.0  # a state is an outlier if its norm is this many times the median
 
 # Takes the logits of a chunk, which it may overwrite, and the chunk; yields for each term its value
 # () and its gradient in the logits.
@@ -67,6 +63,27 @@ class LossScales:
     block_variances: Tensor
     hidden_variance: Tensor
     outlier_norms: Tensor | None = None
+
+
+@torch.no_grad()
+def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> LossScales:
+    """Measure the variances of the teacher's block outputs and last hidden states.
+
+    Args:
+        teacher: the model.
+        windows: token ids `(windows, time)`; outliers are left out.
+    """
+    teacher_outputs = forward_teacher(teacher, windows, capture_blocks=True)
+    block_outputs = teacher_outputs.block_outputs
+    return LossScales(
+        torch.stack([_variance(states) for states in block_outputs]),
+        _variance(teacher_outputs.hidden),
+        torch.stack([outlier_threshold(states) for states in block_outputs]),
+    )
+
+
+def _variance(states: Tensor) -> Tensor:
+    return states[inlier_mask(states)].float().var(0, correction=0).sum()
 
 
 @dataclass(frozen=True)
@@ -230,16 +247,6 @@ def block_fvu(
         for output, target, outlier_norm in zip(outputs, targets, outlier_norms, strict=True)
     ]
     return torch.stack(errors) / scales.block_variances
-
-
-def outlier_threshold(states: Tensor) -> Tensor:
-    """Return the norm `()` from which one of the states `(..., width)` is an outlier."""
-    return OUTLIER_FACTOR * states.float().norm(dim=-1).median()
-
-
-def inlier_mask(states: Tensor) -> Tensor:
-    """Return which of the states `(..., width)` are no outliers, `(...)`."""
-    return states.float().norm(dim=-1) <= outlier_threshold(states)
 
 
 def outlier_weights(states: Tensor, outlier_norm: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config import Config
-from dmt.distillation.calibration import calibrate_memories, measure_scales
 from dmt.distillation.logit_cache import LogitCache
 from dmt.distillation.losses import (
     Batch,
     LossScales,
     block_fvu,
     compute_loss_terms,
+    measure_scales,
     next_token_mask,
     sum_weighted_terms,
 )
@@ -26,8 +26,9 @@ from dmt.distributed import all_reduce_sum
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
-from dmt.models.conversion import get_associative_memories, get_featural_memories, get_memories
+from dmt.models.calibration import calibrate_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
+from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 from dmt.training.module import TrainingModule
 from dmt.training.trainer import build_adamw, k_schedule, lr_schedule
 

@@ -24,8 +24,8 @@ from dmt.memory import AssociativeMemory
 from dmt.memory.associative import enable_writes
 from dmt.memory.row_table import decayed_score
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import get_associative_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
+from dmt.models.memories import get_associative_memories
 from dmt.store import RowStore
 from dmt.store.records import Namespace, StepChanges
 from dmt.training.checkpoints import NonFiniteError

@@ -43,17 +43,13 @@ from dmt.files import atomic_directory
 from dmt.memory.associative import record_retrieval
 from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import (
-    TransferReport,
-    convert_blocks,
-    get_associative_memories,
-    get_featural_memories,
-)
+from dmt.models.conversion import TransferReport, convert_blocks
 from dmt.models.external_tensors import find_mmap_memories
 from dmt.models.fact_hooks import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, load_model, load_teacher
+from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.ops import use_onednn_linear
 from dmt.report import distillation
 from dmt.report.curves import read_curves

@@ -36,7 +36,6 @@ from dmt.editing.edit import (
 from dmt.editing.fact import Fact, fact_from_mapping, parse_fact
 from dmt.editing.layer_selection import choose_layers
 from dmt.errors import UserError
-from dmt.models.conversion import get_associative_memories
 from dmt.models.fact_hooks import (
     FACTS_FILE,
     FactHooks,
@@ -58,6 +57,7 @@ from dmt.models.loading import (
     load,
     resolve_student_folder,
 )
+from dmt.models.memories import get_associative_memories
 from dmt.store.facts import FactTable
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore

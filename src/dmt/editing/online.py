@@ -17,8 +17,8 @@ from dmt.editing.edit import solve_value
 from dmt.errors import UserError
 from dmt.memory import AssociativeMemory
 from dmt.memory.row_table import eviction_order
-from dmt.models.conversion import get_associative_memories
 from dmt.models.forward import capture
+from dmt.models.memories import get_associative_memories
 from dmt.store.facts import NO_RUN, imported_namespaces, mark_imported
 from dmt.store.records import IntArray, Namespace, RowInsert, StepChanges
 from dmt.store.rows import RowStore

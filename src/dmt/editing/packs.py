@@ -33,9 +33,9 @@ from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
 from dmt.files import atomic_path, check_version, disk_error_class
 from dmt.memory.edit_memory import EditMemory
-from dmt.models.conversion import get_associative_memories
 from dmt.models.fact_hooks import FactHooks, FactRow, build_fact_rows, get_fact_hooks
 from dmt.models.fingerprint import hash_model
+from dmt.models.memories import get_associative_memories
 from dmt.store.facts import NO_RUN
 from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges
 from dmt.store.rows import RowStore

@@ -22,9 +22,9 @@ from dmt.errors import UserError
 from dmt.evaluation.questions import Question, score_answers
 from dmt.memory.associative import RetrievalStats
 from dmt.memory.usage import UsageCounts
-from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
 from dmt.models.forward import forward_with_activations, forward_with_prefix
+from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.ops import kl
 
 METRIC_NAMES = (

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from dmt.config import DenseConfig, FeaturalConfig, MemoryConfig
 from dmt.config_io import check_shared_budget, select_layers
 from dmt.errors import UserError
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import FeaturalMemory
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
 from dmt.models.architectures import Architecture, get_architecture
+from dmt.models.calibration import calibrate_memories
 from dmt.models.forward import forward_teacher
+from dmt.models.memories import get_memories
 from dmt.models.modeling import build_student
 
 NEW_VALUE_SCALE = 0.1  # size of the values of new slots, as a fraction of the block's
@@ -122,8 +124,6 @@ def convert(
         block_inputs = forward_teacher(model, windows, capture_blocks=True).block_inputs
     student, report = convert_blocks(model, memory_configs, block_inputs)
     if windows is not None:
-        from dmt.distillation.calibration import calibrate_memories
-
         calibrate_memories(student, model, windows)
     student.transfer_report = report  # type: ignore[assignment]
     return student
@@ -217,32 +217,6 @@ def convert_blocks(
     }
     report = _transfer_weights(teacher, student, arch, block_tensors)
     return student.eval(), report
-
-
-def get_memories(student: PreTrainedModel) -> dict[int, MemoryLayer]:
-    """Return the memories of a student, of whatever kind, by layer."""
-    blocks = get_architecture(student.config.model_type).blocks(student)
-    return {layer: block for layer, block in enumerate(blocks) if isinstance(block, MemoryLayer)}
-
-
-def get_featural_memories(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
-    """Return the featural memories of a student by layer, bases of associative ones included."""
-    memories = {
-        layer: memory.base if isinstance(memory, AssociativeMemory) else memory
-        for layer, memory in get_memories(student).items()
-    }
-    return {
-        layer: memory for layer, memory in memories.items() if isinstance(memory, FeaturalMemory)
-    }
-
-
-def get_associative_memories(student: PreTrainedModel) -> dict[int, AssociativeMemory]:
-    """Return the associative memories of a student by layer."""
-    return {
-        layer: memory
-        for layer, memory in get_memories(student).items()
-        if isinstance(memory, AssociativeMemory)
-    }
 
 
 def _block_shape(arch: Architecture, teacher: PreTrainedModel, layer: int) -> BlockShape:

@@ -25,7 +25,7 @@ from dmt.evaluation.metrics import compute_slot_usage
 from dmt.evaluation.samples import format_samples_table, paired_samples
 from dmt.memory.associative import RetrievalStats, record_retrieval
 from dmt.memory.usage import UsageCounts, record_usage
-from dmt.models.conversion import get_associative_memories, get_featural_memories, get_memories
+from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.models.conversion import TransferReport, get_memories
+from dmt.models.conversion import TransferReport
+from dmt.models.memories import get_memories
 
 
 def format_plan(

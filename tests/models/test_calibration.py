@@ -5,19 +5,16 @@ import torch
 from conftest import LAYERS, SLOTS, WIDTH, make_llama, make_teacher
 
 from dmt.config import DenseConfig, FeaturalConfig
-from dmt.distillation.calibration import (
-    calibrate_memories,
-    measure_fisher,
-    measure_scales,
-)
-from dmt.distillation.losses import inlier_mask, outlier_threshold
+from dmt.distillation.losses import measure_scales
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.memory.sparsity_budget import initialize_threshold
 from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import convert_blocks, get_memories
+from dmt.models.calibration import calibrate_memories, measure_fisher
+from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
-from dmt.ops import symmetric_root
+from dmt.models.memories import get_memories
+from dmt.ops import inlier_mask, outlier_threshold, symmetric_root
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
@@ -120,7 +117,7 @@ def test_the_budget_is_met_from_a_wrong_initial_threshold(monkeypatch):
         for memory in memories:
             memory.threshold.mul_(1.3)
 
-    monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", too_high)
+    monkeypatch.setattr("dmt.models.calibration.initialize_threshold", too_high)
     teacher, windows = make_teacher(), torch.randint(1, 300, (24, 20))
     student, _ = convert_blocks(teacher, [FeaturalConfig(mean_k=8)] * LAYERS)
     calibrate_memories(student, teacher, windows)
@@ -149,7 +146,7 @@ def test_the_initial_threshold_is_measured_with_means_on_inliers_of_each_layer(
     def explode(_, block_input, block_output):
         return block_output.index_put((torch.tensor(0), torch.tensor(0)), block_output[0, 0] * 1e5)
 
-    monkeypatch.setattr("dmt.distillation.calibration.initialize_threshold", capture)
+    monkeypatch.setattr("dmt.models.calibration.initialize_threshold", capture)
     hook = get_architecture("gpt2").blocks(teacher)[2].register_forward_hook(explode)
     student, _ = convert_blocks(
         teacher, [DenseConfig(), *[FeaturalConfig(selection="centered")] * 2]

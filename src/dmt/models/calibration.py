@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.distillation.losses import LossScales, inlier_mask, outlier_threshold
 from dmt.memory.sparsity_budget import (
     initialize_threshold,
     reset_counts,
@@ -17,14 +16,14 @@ from dmt.memory.sparsity_budget import (
     update_threshold,
 )
 from dmt.models.architectures import get_architecture
-from dmt.models.conversion import get_associative_memories, get_featural_memories
 from dmt.models.forward import (
     ForwardOutputs,
     capture,
     forward_teacher,
     forward_with_activations,
 )
-from dmt.ops import symmetric_root
+from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.ops import inlier_mask, symmetric_root
 
 BUDGET_PASSES = 3  # passes over the calibration text that move the shared threshold to its budget
 
@@ -91,23 +90,6 @@ def sample_output_gradients(
 
 
 @torch.no_grad()
-def measure_scales(teacher: PreTrainedModel, windows: Tensor) -> LossScales:
-    """Measure the variances of the teacher's block outputs and last hidden states.
-
-    Args:
-        teacher: the model.
-        windows: token ids `(windows, time)`; outliers are left out.
-    """
-    teacher_outputs = forward_teacher(teacher, windows, capture_blocks=True)
-    block_outputs = teacher_outputs.block_outputs
-    return LossScales(
-        torch.stack([_variance(states) for states in block_outputs]),
-        _variance(teacher_outputs.hidden),
-        torch.stack([outlier_threshold(states) for states in block_outputs]),
-    )
-
-
-@torch.no_grad()
 def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
     """Set slot means and output biases so that each memory's output has the teacher's mean.
 
@@ -166,7 +148,3 @@ def _calibrate_outputs(
 
     with capture(memories, on_input=calibrate_memory):
         forward_with_activations(student, windows)
-
-
-def _variance(states: Tensor) -> Tensor:
-    return states[inlier_mask(states)].float().var(0, correction=0).sum()
