@@ -329,3 +329,11 @@ def test_all_slots_equal_the_teacher_with_any_search():
 def test_searches_that_contradict_other_settings_are_rejected(overrides, message):
     with pytest.raises(UserError, match=message):
         config_io.load_config(None, overrides)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_int8_products_are_as_close_in_half_precision(dtype):
+    hidden, weight = torch.randn(200, 128).to(dtype), torch.randn(64, 128)
+    expected = hidden.float() @ weight.t()
+    error = Int8Matrix(weight)(hidden).float() - expected
+    assert error.norm() < 0.012 * expected.norm()

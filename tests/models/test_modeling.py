@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import LAYERS, SLOTS
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 import dmt
 from dmt.config import DenseConfig, FeaturalConfig
@@ -152,6 +156,7 @@ def test_a_new_family_is_registered_by_one_entry(tokens, tmp_path):
             dmt.register_architecture("qwen2", ARCHITECTURES["llama"])
         student = dmt.convert(teacher, FeaturalConfig(k=SLOTS, selection="score"))
         assert type(student).__name__ == "MemoryQwen2ForCausalLM"
+        assert transformers.MemoryQwen2ForCausalLM is type(student)
         student.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         with torch.no_grad():
@@ -167,3 +172,24 @@ def test_a_family_missing_from_transformers_is_rejected():
     classes = ("NoConfig", "GPT2Model", "GPT2LMHeadModel")
     with pytest.raises(UserError, match="has no NoConfig"):
         dmt.register_architecture("no", replace(ARCHITECTURES["gpt2"], classes=classes))
+
+
+def test_label_smoothing_of_the_trainer_predicts_the_next_token(any_teacher, tokens, tmp_path):
+    student = dmt.convert(any_teacher, FeaturalConfig(k=SLOTS))
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none"
+    )
+    batch = {"input_ids": tokens, "labels": tokens}
+    loss = Trainer(student, arguments).compute_loss(student, dict(batch))
+    expected = LabelSmoother(0.1)(student(tokens), tokens, shift_labels=True)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_classes_are_looked_up_by_name(any_teacher, tmp_path):
+    """TRL and `transformers serve` look up the name in `config.architectures`."""
+    student = dmt.convert(any_teacher, FeaturalConfig(k=SLOTS))
+    student.save_pretrained(save_directory=tmp_path)
+    [name] = transformers.AutoConfig.from_pretrained(tmp_path).architectures
+    loaded = getattr(transformers, name).from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert type(loaded) is type(student)
+    assert getattr(transformers, type(student.config).__name__) is type(student.config)

@@ -78,6 +78,8 @@ class Int8Matrix:
         """Multiply `hidden` `(tokens, width)` with the transposed matrix: `(tokens, rows)`."""
         if hidden.device.type != "cpu":
             return hidden @ self.rows.to(hidden.dtype).t() * self.scales
+        # In bfloat16 the largest entry would round to 128, which int8 does not have.
+        hidden = hidden.float()
         hidden_scales = hidden.abs().amax(-1, keepdim=True) / 127 + torch.finfo(torch.float32).tiny
         codes = (hidden / hidden_scales).round_().to(torch.int8)
         products = [torch._int_mm(codes, rows.t()) for rows in self.rows.split(MATMUL_CHUNK_ROWS)]

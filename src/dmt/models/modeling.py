@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from dmt.errors import UserError
@@ -209,6 +210,11 @@ def register_architecture(family: str, architecture: Architecture) -> None:
     STUDENT_CLASSES[family] = (config_class, model_class)
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForCausalLM.register(config_class, model_class)
+    # `register` fills the tables of classes only. Trainer (which shifts the labels of language
+    # models by this), TRL and `transformers serve` look classes up by name.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+    for cls in (config_class, model_class):
+        setattr(transformers, cls.__name__, cls)
 
 
 def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any, Any]:
