@@ -1,6 +1,7 @@
 """Atomic files and folders, locks and versions."""
 
 import errno
+import json
 import os
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from dmt import files
 from dmt.errors import FailureError, UserError
-from dmt.files import acquire_lock, atomic_path, atomic_write, release_lock
+from dmt.files import acquire_lock, atomic_path, atomic_write, read_json_lines, release_lock
 
 
 def test_an_atomic_write_replaces_a_file_only_when_complete(tmp_path):
@@ -136,3 +137,35 @@ def test_sqlite_errors_are_a_failure_only_on_a_read_only_disk(tmp_path, monkeypa
         sqlite3.connect(tmp_path / "missing" / "memory.db")
     error_class = files.disk_error_class(caught.value, tmp_path / "missing" / "memory.db")
     assert error_class is (FailureError if read_only else UserError)
+
+
+def read_lines(path):
+    return list(read_json_lines(path, "a.jsonl", "name another", '{"text": "..."}'))
+
+
+def test_only_line_feeds_end_a_line_of_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["a\u2028b", "c\u2029d", "e\x85f", "g\x0bh"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines[:2]) + "\r\n \r\n" + lines[2] + "\n").encode())
+    assert read_lines(path) == [
+        (f"a.jsonl line {number}", {"text": text})
+        for number, text in zip((1, 2, 4), texts, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": ', r" \(Expecting value\)"),
+        ("[1]", ""),
+        (r'{"text": "\ud800"}', r" \(half of a surrogate pair\)"),
+        ("[" * 100_000, r" \(too many brackets within brackets\)"),
+        ("9" * 5_000, r" \(Exceeds the limit .*\)"),
+    ],
+)
+def test_a_line_that_is_no_json_object_is_reported_with_its_number(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n\n' + line, encoding="utf-8")
+    with pytest.raises(UserError, match=f"^a.jsonl line 3 is not a JSON object{reason}; a line is"):
+        read_lines(path)

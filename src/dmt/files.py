@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,19 +303,58 @@ def check_utf8_args(args: Iterable[str]) -> None:
             ) from None
 
 
-def parse_json_line(line: str) -> Any:
-    """Parse one line of JSON.
+def read_json_lines(
+    path: Path, display_name: str, advice: str, example: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each JSON object of a file of JSON lines, with where it stands, as in `a.jsonl line 3`.
+
+    Only line feeds end a line, after a carriage return or not: a JSON string may hold the other
+    line separators of Unicode. Blank lines are skipped.
+
+    Args:
+        path: File to read.
+        display_name: How error messages name the file, as the user typed it.
+        advice: What error messages advise where the file cannot be read.
+        example: A line as it should be.
 
     Raises:
-        ValueError: It is not JSON, nested too deeply, or holds a lone surrogate, which no
-            tokenizer accepts.
+        UserError: The file cannot be read, or a line is not an object.
     """
+    text = read_text_file(path, display_name, advice)
+    start, number = 0, 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        line, start, number = text[start:end], end + 1, number + 1
+        if not line.strip():
+            continue
+        location = f"{display_name} line {number}"
+        value, reason = _parse_json(line)
+        if not isinstance(value, dict):
+            raise UserError(f"{location} is not a JSON object{reason}; a line is {example}")
+        yield location, value
+
+
+def _parse_json(text: str) -> tuple[Any, str]:
+    """Return what a JSON text says, or None and why it cannot be read, in brackets."""
     try:
-        value = json.loads(line)
+        value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        return None, f" ({error.msg})"
     except RecursionError:
-        raise ValueError("brackets within brackets") from None
-    return value
+        return None, " (too many brackets within brackets)"
+    except UnicodeEncodeError:  # no tokenizer accepts it
+        return None, " (half of a surrogate pair)"
+    except ValueError as error:  # a number of thousands of digits
+        return None, f" ({error})"
+    return value, ""
+
+
+def format_fields(record: Mapping[str, Any]) -> str:
+    """Return the names of an object's fields for an error message."""
+    names = ", ".join(map(format_value, record))
+    return f"its fields are {names}" if names else "it has no fields"
 
 
 def check_version(version: Any, supported: int, label: str, older_advice: str) -> None:

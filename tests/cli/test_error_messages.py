@@ -98,10 +98,11 @@ FORTY_DIGITS = "9" * 40
 BRACKETS = "[" * 100_000
 TEXT = "data.corpora=[a.txt]"
 LINES = "data.corpora=[a.jsonl]"
-NOT_UTF8, TEXT_FIELD = (
+NOT_UTF8, NO_TEXT_FIELD = (
     ["data.corpora: a.txt is not UTF-8 text", "convert it, or remove it"],
-    'not an object with a "text" field',
+    'has no text in a field "text"',
 )
+NOT_OBJECT = "is not a JSON object"
 CONTEXT = ["task=consolidate", "context.file=a.txt"]
 QUESTIONS = ["task=consolidate", "context.text=Ada has a dog.", "context.questions=a.jsonl"]
 ROWS_RUN = ["memory.kind=associative", "stages.layerwise_steps=0", "memory.write_start=0"]
@@ -256,21 +257,21 @@ TEXTS = {
         ["data.corpora=[text.txt, text.txt]"], ["two are called text", "rename"]
     ),
     "JSON lines of another shape": Case(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '["text"]\n')
+        [LINES], ["a.jsonl line 1", NOT_OBJECT], write_file("a.jsonl", '["text"]\n')
     ),
     "JSON lines of a number": Case(
         [LINES],
-        ["a.jsonl line 2", TEXT_FIELD],
+        ["a.jsonl line 2", NO_TEXT_FIELD],
         write_file("a.jsonl", '{"text": "a"}\n{"text": 3}\n'),
     ),
     "JSON lines of null": Case(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '{"text": null}\n' * 40)
+        [LINES], ["a.jsonl line 1", NO_TEXT_FIELD], write_file("a.jsonl", '{"text": null}\n' * 40)
     ),
     "JSON lines with a lone surrogate": Case(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '{"text": "\\ud800"}\n' * 40)
+        [LINES], ["a.jsonl line 1", NOT_OBJECT], write_file("a.jsonl", '{"text": "\\ud800"}\n' * 40)
     ),
     "JSON lines of a hundred thousand brackets": Case(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", BRACKETS)
+        [LINES], ["a.jsonl line 1", NOT_OBJECT], write_file("a.jsonl", BRACKETS)
     ),
     "JSON lines in UTF-16": Case(
         [LINES],
@@ -278,7 +279,7 @@ TEXTS = {
         write_file("a.jsonl", '{"text": "a"}\n' * 40, "utf-16"),
     ),
     "JSON array instead of lines": Case(
-        [LINES], ["a.jsonl line 1", TEXT_FIELD], write_file("a.jsonl", '[\n{"text": "a"}\n]')
+        [LINES], ["a.jsonl line 1", NOT_OBJECT], write_file("a.jsonl", '[\n{"text": "a"}\n]')
     ),
     "hub data set without its library": Case(
         ["data.corpora=['hub:x']"], ["data.corpora: ", "hub:x"]
@@ -319,7 +320,7 @@ TEXTS = {
     ),
     "questions with a lone surrogate": Case(
         QUESTIONS,
-        ["context.questions=a.jsonl line 1 is not a question"],
+        ["context.questions=a.jsonl line 1", NOT_OBJECT],
         write_file("a.jsonl", '{"prompt": "\\ud800", "answer": "a"}'),
     ),
     "no questions": Case(
@@ -334,7 +335,7 @@ TEXTS = {
     ),
     "questions of a hundred thousand brackets": Case(
         QUESTIONS,
-        ["context.questions=a.jsonl line 1 is not a question"],
+        ["context.questions=a.jsonl line 1", NOT_OBJECT],
         write_file("a.jsonl", BRACKETS),
     ),
     "question longer than the model reads": Case(
@@ -800,11 +801,13 @@ COMMANDS = {
         ["--false-positive-rate must be in (0, 0.5], got nan"],
     ),
     "facts of another shape": Case(
-        FACTS, ["a.jsonl:1: a fact is an object of texts"], write_file("a.jsonl", '["Ada"]\n')
+        FACTS,
+        ["a.jsonl line 1 is not a JSON object", "a line is"],
+        write_file("a.jsonl", '["Ada"]\n'),
     ),
     "facts with an unknown key": Case(
         FACTS,
-        ["a.jsonl:1: unknown key 'colour'", "accepted are"],
+        ["a.jsonl line 1: unknown key 'colour'", "accepted are"],
         write_file("a.jsonl", '{"colour": "red"}\n'),
     ),
     "facts in UTF-16": Case(
@@ -814,7 +817,7 @@ COMMANDS = {
     ),
     "facts with a lone surrogate": Case(
         FACTS,
-        ["a.jsonl:1: not JSON"],
+        ["a.jsonl line 1 is not a JSON object (half of a surrogate pair)"],
         write_file("a.jsonl", '{"sentence": "Ada is in \\ud800."}\n'),
     ),
     "no facts": Case(FACTS, ["a.jsonl has no facts"], write_file("a.jsonl", "")),

@@ -685,12 +685,12 @@ def test_settings_that_the_teacher_contradicts(workdir, capsys, tiny_run):
         (
             "bad.jsonl",
             json.dumps({"text": "x"}) + "\n{\n",
-            'data.corpora: {file} line 2 is not an object with a "text" field',
+            "data.corpora: {file} line 2 is not a JSON object (",
         ),
         (
             "other.jsonl",
             '{"body": "x"}\n',
-            'data.corpora: {file} line 1 is not an object with a "text" field',
+            'data.corpora: {file} line 1 has no text in a field "text" (its fields are body)',
         ),
         ("latin.txt", b"caf\xe9 " * 100, "data.corpora: {file} is not UTF-8 text; convert it"),
         ("page.pdf", "x", "data.corpora: {file} is neither .txt nor .jsonl"),

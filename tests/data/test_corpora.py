@@ -148,6 +148,16 @@ def test_errors_name_the_invalid_file(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_line_separators_of_unicode_stand_within_json_strings(tmp_path, separator):
+    path = tmp_path / "a.jsonl"
+    texts = [f"row {i}{separator}continued" for i in range(40)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    corpus = load_corpus(str(path))
+    assert sorted(corpus.train + corpus.validation + corpus.test) == sorted(texts)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(corpora, "CORPORA", dict(CORPORA))

@@ -254,22 +254,22 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("nothing", "facts.jsonl:2: not JSON; a line is an object such as"),
-        ("[" * 100_000, "facts.jsonl:2: not JSON"),
+        ("nothing", "facts.jsonl line 2 is not a JSON object"),
+        ("[" * 100_000, "facts.jsonl line 2 is not a JSON object"),
+        ('["a"]', "facts.jsonl line 2 is not a JSON object; a line is"),
         (
-            '["a"]',
-            "facts.jsonl:2: a fact is an object of texts with the keys answer, prompt, sentence, "
-            "source, subject, tag",
+            '{"sentence": 3}',
+            "facts.jsonl line 2 is not a fact: an object of texts with the keys answer, prompt, "
+            "sentence, source, subject, tag",
         ),
-        ('{"sentence": 3}', "an object of texts"),
         ('{"sentence": null}', "an object of texts"),
         (
             '{"sentences": "Ada is old"}',
-            "facts.jsonl:2: unknown key 'sentences'; accepted are answer, prompt",
+            "facts.jsonl line 2: unknown key 'sentences'; accepted are answer, prompt",
         ),
-        ("{}", "facts.jsonl:2: a fact needs a sentence"),
-        ('{"sentence": "Ada"}', "facts.jsonl:2: 'Ada' states nothing"),
-        (r'{"sentence": "Ada is \ud800 old"}', "facts.jsonl:2: "),
+        ("{}", "facts.jsonl line 2: a fact needs a sentence"),
+        ('{"sentence": "Ada"}', "facts.jsonl line 2: 'Ada' states nothing"),
+        (r'{"sentence": "Ada is \ud800 old"}', "facts.jsonl line 2 is not a JSON object"),
     ],
 )
 def test_an_invalid_line_is_reported_with_its_number(tmp_path, line, error):

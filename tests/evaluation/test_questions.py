@@ -96,3 +96,10 @@ def test_invalid_questions_are_rejected(tmp_path, line):
     file.write_text(f"\n{line}\n")
     with pytest.raises(UserError, match=r"line 2|holds no questions"):
         load_questions(file)
+
+
+def test_a_question_may_hold_a_line_separator_of_unicode(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"prompt": "a\u2028b", "answer": "c"}\n{"prompt": 1}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2 is not a question \(its fields are prompt\)"):
+        load_questions(file)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from dmt.errors import UserError
-from dmt.files import parse_json_line, read_text_file
+from dmt.files import format_fields, read_json_lines, read_text_file
 
 SPLITS = ("train", "validation", "test")
+LINE_EXAMPLE = '{"text": "..."}'
 MIN_DOCUMENTS = 20  # with fewer, documents are split into paragraphs
 FUNCTION_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
@@ -204,32 +204,18 @@ def _read_documents(path: Path) -> list[str]:
         )
     if not path.is_file():  # reading a pipe would block
         raise UserError(f"data.corpora: {path} is not a file; remove it or name another")
-    text = read_text_file(path, f"data.corpora: {path}", "remove it or name another")
+    name, advice = f"data.corpora: {path}", "remove it or name another"
     if path.suffix == ".txt":
-        return [text]
+        return [read_text_file(path, name, advice)]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(_get_text(parse_json_line(line)))
-        except (ValueError, KeyError, TypeError):
+    for location, record in read_json_lines(path, name, advice, LINE_EXAMPLE):
+        if not isinstance(record.get("text"), str):
             raise UserError(
-                f'data.corpora: {path} line {number} is not an object with a "text" field, as in '
-                '{"text": "..."}; correct the line'
-            ) from None
+                f'{location} has no text in a field "text" ({format_fields(record)}); a line is '
+                f"{LINE_EXAMPLE}"
+            )
+        documents.append(record["text"])
     return documents
-
-
-def _get_text(record: Any) -> str:
-    """Return the text of a JSON object.
-
-    Raises:
-        KeyError, TypeError: it has none.
-    """
-    if not isinstance(record["text"], str):
-        raise TypeError("the text is not a string")
-    return record["text"]
 
 
 def _load_hub(source: str, seed: int) -> Corpus:

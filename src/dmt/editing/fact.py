@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dmt.errors import UserError
-from dmt.files import parse_json_line, read_text_file
+from dmt.files import read_json_lines
 
 # Words that are capitalized at the start of a sentence without being names.
 NON_NAME_WORDS = re.compile(
@@ -22,6 +21,7 @@ NON_NAME_WORDS = re.compile(
 TITLES = ("Mr", "Mrs", "Ms", "Dr", "St", "Prof")  # end in a full stop and begin a name
 NAME_PARTICLES = ("of", "the", "and", "de", "la", "von", "van", "der", "&", "für")  # within a name
 FACT_KEYS = ("answer", "prompt", "sentence", "source", "subject", "tag")  # of a fact in JSON
+FACT_EXAMPLE = '{"sentence": "The capital of France is Paris."}'
 MAX_FACT_CHARS = 4_000  # of prompt and answer together
 
 
@@ -228,25 +228,15 @@ def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
     Raises:
         UserError: a line is no such object, with its number, or the file cannot be read.
     """
-    text = read_text_file(path, str(path), "give a JSONL file of facts")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _parse_fact_line(line, f"{path}:{number}", tag, source or path.name)
-
-
-def _parse_fact_line(line: str, location: str, tag: str, source: str) -> Fact:
-    try:
-        item: Any = parse_json_line(line)
-    except ValueError:
-        raise UserError(
-            f'{location}: not JSON; a line is an object such as {{"sentence": "The capital of '
-            'France is Paris."}'
-        ) from None
-    if not isinstance(item, dict) or not all(isinstance(value, str) for value in item.values()):
-        raise UserError(
-            f"{location}: a fact is an object of texts with the keys {', '.join(FACT_KEYS)}"
-        )
-    try:
-        return fact_from_mapping({"tag": tag, "source": source} | item)
-    except UserError as error:
-        raise UserError(f"{location}: {error}") from None
+    for location, item in read_json_lines(
+        path, str(path), "give a JSONL file of facts", FACT_EXAMPLE
+    ):
+        if not all(isinstance(value, str) for value in item.values()):
+            raise UserError(
+                f"{location} is not a fact: an object of texts with the keys "
+                f"{', '.join(FACT_KEYS)}; a line is {FACT_EXAMPLE}"
+            )
+        try:
+            yield fact_from_mapping({"tag": tag, "source": source or path.name} | item)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmt.errors import UserError, format_value
-from dmt.files import parse_json_line, read_text_file
+from dmt.files import format_fields, read_json_lines
 from dmt.models.forward import ForwardOutputs, batch_by_length, encode_text, pad_token_ids
 
 QUESTION_KEYS = ("prompt", "answer", "type")
+QUESTION_EXAMPLE = (
+    '{"prompt": "The capital of France is", "answer": " Paris"}, and optionally "type"'
+)
 
 
 @dataclass(frozen=True)
@@ -83,28 +86,20 @@ def load_questions(path: str | Path) -> list[Question]:
     Raises:
         UserError: the file cannot be read, a line is not a question, or there is none.
     """
-    text = read_text_file(Path(path), f"context.questions={path}", "name a .jsonl file")
     questions = []
-    for line_number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = parse_json_line(line)
-            is_valid = (
-                isinstance(record, dict)
-                and set(record) <= set(QUESTION_KEYS)
-                and all(isinstance(value, str) for value in record.values())
-            )
-        except ValueError:
-            is_valid = False
-        if (
-            not is_valid
-            or not record.get("prompt", "").strip()
-            or not record.get("answer", "").strip()
-        ):
+    for location, record in read_json_lines(
+        Path(path), f"context.questions={path}", "name a .jsonl file", QUESTION_EXAMPLE
+    ):
+        is_valid = (
+            set(record) <= set(QUESTION_KEYS)
+            and all(isinstance(value, str) for value in record.values())
+            and record.get("prompt", "").strip()
+            and record.get("answer", "").strip()
+        )
+        if not is_valid:
             raise UserError(
-                f"context.questions={path} line {line_number} is not a question; a line is "
-                '{"prompt": "The capital of France is", "answer": " Paris"}, and optionally "type"'
+                f"{location} is not a question ({format_fields(record)}); a line is "
+                f"{QUESTION_EXAMPLE}"
             )
         questions.append(Question(**record))
     if not questions:
