@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from dmt.errors import UserError, format_value
 
@@ -53,27 +52,6 @@ def describe_config(path: Path) -> str:
             break
         comment.append(line.lstrip("# "))
     return " ".join(comment).partition(". ")[0].rstrip(".:")
-
-
-def resolve_context_files(values: dict[Any, Any], config_path: Path) -> None:
-    """Make the relative paths in `context` those of files beside the config file.
-
-    A path that exists in the current folder stays as it is. So a config file and its texts can be
-    used from any folder.
-
-    Args:
-        values: what the config file contains; changed in place.
-        config_path: the config file.
-    """
-    context = values.get("context")
-    if not isinstance(context, dict):
-        return
-    for name in ("file", "questions"):
-        path = context.get(name)
-        if isinstance(path, str) and not Path(path).exists():
-            beside = config_path.parent / path
-            if beside.is_file():
-                context[name] = str(beside)
 
 
 def _unknown_config_error(name: str, names: list[str]) -> UserError:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from dmt.config import (
     FeaturalConfig,
     MemoryConfig,
 )
-from dmt.config_files import resolve_context_files
 from dmt.errors import UnknownSettingError, UserError, format_value
 from dmt.files import CONFIG_VERSION, check_version
 from dmt.paths import check_run_name
-from dmt.validation import ARG, ArgumentError, coerce, field_types
+from dmt.validation import ArgumentError, field_types
 
 EMBEDDED_TEACHER_DIR = Path(__file__).parent / "assets"
 READER_DIR = (
@@ -70,12 +69,27 @@ def load_config(
             values = _merge(values, file_values)
         except UserError as error:
             raise _wrap(error, f"{path}: ") from None
+    merged_file = values
     changes = [_parse_override(override) for override in overrides]
     for change in sorted(changes, key=_sets_memory_kind, reverse=True):
         values = _merge_override(values, change)
-    config = _build_config(values)
+    try:
+        config = _build_config(values)
+    except UserError as error:
+        if path is not None and str(error) == _get_error(merged_file):
+            raise _wrap(error, f"{path}: ") from None
+        raise
     check_config(config)
     return config
+
+
+def _get_error(values: dict[str, Any]) -> str | None:
+    """Return what is wrong with `values`, or None."""
+    try:
+        _build_config(values)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -149,24 +163,24 @@ def _rule_has_field(rule: Any, name: str) -> bool:
 
 
 def _merge(values: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
-    """Return the nested `values` with `changes`, each converted to the type of its field."""
-    annotations, result = field_types(Config), dict(values)
-    defaults = Config()
+    """Return the nested `values` with `changes`, whose keys are checked."""
+    result = dict(values)
+    names = [config_field.name for config_field in fields(Config)]
     for key, value in changes.items():
-        if key not in annotations:
+        if key not in names:
             if key in list_setting_names():
                 group, _, leaf = key.partition(".")
                 raise UserError(
                     f"{key} with a dot is for the command line; in a file write "
                     f"{group}: {{{leaf}: {format_value(value)}}}"
                 )
-            raise unknown_setting_error(str(key), annotations, list_setting_names())
-        group_config = getattr(defaults, key)
-        if not is_dataclass(group_config):
-            result[key] = _coerce(annotations[key], value, key)
+            raise unknown_setting_error(str(key), names, list_setting_names())
+        group_class = _get_group_class(key)
+        if group_class is None:
+            result[key] = value
             continue
         if not isinstance(value, dict):
-            example = f"{key}.{fields(group_config)[0].name}"
+            example = f"{key}.{fields(group_class)[0].name}"
             raise UserError(
                 f"{key} is a group of settings such as {example}, got {format_value(value)}; "
                 "--help lists them"
@@ -175,21 +189,19 @@ def _merge(values: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:
         if key == "memory":
             result[key] = _merge_memory(previous, value, "memory.")
         else:
-            result[key] = _merge_group(field_types(type(group_config)), previous, value, f"{key}.")
+            result[key] = _merge_group(group_class, previous, value, f"{key}.")
     return result
 
 
 def _merge_group(
-    annotations: dict[str, Any], previous: dict[str, Any], changes: dict[Any, Any], prefix: str
+    config_class: type, previous: dict[str, Any], changes: dict[Any, Any], prefix: str
 ) -> dict[str, Any]:
-    updates = {}
-    for key, value in changes.items():
-        name = f"{prefix}{key}"
-        if key not in annotations:
-            siblings = [f"{prefix}{sibling}" for sibling in annotations]
-            raise unknown_setting_error(name, siblings, list_setting_names())
-        updates[key] = _coerce(annotations[key], value, name, multiline=name == "context.text")
-    return {**previous, **updates}
+    names = [config_field.name for config_field in fields(config_class)]
+    for key in changes:
+        if key not in names:
+            siblings = [f"{prefix}{sibling}" for sibling in names]
+            raise unknown_setting_error(f"{prefix}{key}", siblings, list_setting_names())
+    return {**previous, **changes}
 
 
 def _merge_memory(previous: dict[str, Any], changes: dict[Any, Any], prefix: str) -> dict[str, Any]:
@@ -218,24 +230,17 @@ def _merge_memory(previous: dict[str, Any], changes: dict[Any, Any], prefix: str
             or key not in old_annotations
             or annotations[key] == old_annotations[key]
         }
-    return {**_merge_group(annotations, previous, changes, prefix), "kind": kind}
-
-
-def _coerce(annotation: Any, value: Any, name: str, multiline: bool = False) -> Any:
-    try:
-        return coerce(annotation, value, f"{ARG}{name}", multiline)
-    except ArgumentError as error:
-        raise error.with_prefix("") from None
+    return {**_merge_group(config_class, previous, changes, prefix), "kind": kind}
 
 
 def _build_config(values: dict[str, Any]) -> Config:
     groups: dict[str, Any] = {}
     for name, value in values.items():
-        group_config = getattr(Config(), name)
+        group_class = _get_group_class(name)
         if name == "memory":
             groups[name] = _build_memory(value, "memory.")
-        elif is_dataclass(group_config):
-            groups[name] = _build(type(group_config), value, f"{name}.")
+        elif group_class is not None:
+            groups[name] = _build(group_class, value, f"{name}.")
         else:
             groups[name] = value
     return _build(Config, groups, "")
@@ -318,12 +323,13 @@ def list_setting_names() -> list[str]:
     return names
 
 
+@cache
 def _get_group_class(name: str) -> Any:
     """Return the dataclass of a group of settings; of `memory` the one with the most fields."""
     if name == "memory":
         return AssociativeConfig
-    value = getattr(Config(), name)
-    return type(value) if is_dataclass(value) else None
+    annotation = field_types(Config)[name]
+    return annotation if is_dataclass(annotation) else None
 
 
 def read_field_docs() -> dict[tuple[str, ...], str]:
@@ -714,8 +720,25 @@ def _read_config_file(path: Path) -> dict[Any, Any]:
         )
     if path.name == "run.json":
         values = _get_record_config(values, path)
-    resolve_context_files(values, path)
+    _resolve_context_paths(values, path)
     return values
+
+
+def _resolve_context_paths(values: dict[Any, Any], config_path: Path) -> None:
+    """Make the relative paths in `context` those of files beside the config file.
+
+    A path that exists in the current folder stays as it is. So a config file and its texts can be
+    used from any folder. `values`, the content of the file, is changed in place.
+    """
+    context = values.get("context")
+    if not isinstance(context, dict):
+        return
+    for name in ("file", "questions"):
+        path = context.get(name)
+        if isinstance(path, str) and not Path(path).exists():
+            beside = config_path.parent / path
+            if beside.is_file():
+                context[name] = str(beside)
 
 
 def _get_record_config(record: dict[Any, Any], path: Path) -> dict[Any, Any]:
