@@ -242,6 +242,29 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
         load_corpus("hub:some/wiki")
 
 
+def test_a_digest_depends_on_every_character_and_on_the_split():
+    corpus = Corpus("x", ["ab", "c"], ["d"], ["e"])
+    others = [
+        Corpus("x", ["a", "bc"], ["d"], ["e"]),
+        Corpus("x", ["ab"], ["c", "d"], ["e"]),
+        Corpus("x", ["c", "ab"], ["d"], ["e"]),
+        Corpus("x", ["ab", "c"], ["d"], ["é"]),
+    ]
+    assert corpus.compute_digest() == replace(corpus, name="y").compute_digest()
+    assert len({corpus.compute_digest(), *(o.compute_digest() for o in others)}) == 5
+
+
+def test_a_summary_counts_what_was_read(tokenizer):
+    corpus = Corpus("x", SENTENCES * 30, SENTENCES, SENTENCES)
+    windows = tokenize_corpus(corpus, tokenizer, 10)
+    summary = windows.summary
+    assert summary.documents == 32 * len(SENTENCES)
+    assert summary.characters == 32 * sum(map(len, SENTENCES))
+    assert summary.digest == corpus.compute_digest()
+    assert summary.tokens["train"] == 30 * summary.tokens["test"]
+    assert windows.test.numel() == summary.tokens["test"] // 10 * 10
+
+
 def test_windows_hold_the_documents_in_order(tokenizer):
     corpus = Corpus("x", SENTENCES * 30, SENTENCES, SENTENCES)
     windows = tokenize_corpus(corpus, tokenizer, 10)

@@ -209,6 +209,7 @@ def test_a_stopped_and_resumed_run_has_equal_weights(
     stopped = json.loads((run / "run.json").read_text())
     assert "fidelity" not in stopped
     assert stopped["before_training"]["text"]["ppl_ratio"] > 0
+    assert [len(corpus["digest"]) for corpus in stopped["corpora"]] == [32]
     assert f"step_{stop_at + 1}.ckpt" in {p.name for p in (run / "checkpoints").iterdir()}
     assert not (run / "student").exists()
     assert distill_main(["--resume", str(run)]) == 0

@@ -250,7 +250,7 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     hooks = get_fact_hooks(base)
     num_facts = 0 if hooks is None else len(hooks)
     consolidation.log_plan(config, run_dir, context, questions, steps, num_facts)
-    write_record(run_dir, config, {}, is_start=True)
+    write_record(run_dir, config, {"corpora": data.to_record()}, is_start=True)
     prepare_end = time.perf_counter()
     write_target = write_context if config.context.target == "memory" else _train_target
     with remove_if_refused(run_dir, is_new):

@@ -6,6 +6,7 @@ training, `test` is read once, at the end. No document is in two of them.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -58,6 +59,16 @@ class Corpus:
     test: list[str]
     probes: list[Probe] = field(default_factory=list)
     unseen_probes: list[Probe] = field(default_factory=list)
+
+    def compute_digest(self) -> str:
+        """Return a digest of all documents in order, which tells whether two texts are the same."""
+        digest = hashlib.blake2b(digest_size=16)
+        for split in SPLITS:
+            for document in getattr(self, split):
+                encoded = document.encode()
+                digest.update(f"{split} {len(encoded)} ".encode())
+                digest.update(encoded)
+        return digest.hexdigest()
 
     @staticmethod
     def from_documents(name: str, documents: Sequence[str], seed: int = 0) -> Corpus:

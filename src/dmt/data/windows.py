@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmt.config import Config
-from dmt.data.corpora import Corpus, Probe, load_corpus
+from dmt.data.corpora import SPLITS, Corpus, Probe, load_corpus
 from dmt.errors import UserError
 
 MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
@@ -33,6 +33,25 @@ def get_prefix_ids(tokenizer: Any) -> list[int]:
 
 
 @dataclass(frozen=True)
+class CorpusSummary:
+    """What was read of a corpus; `run.json` has it under `corpora`.
+
+    Attributes:
+        name: name of the corpus.
+        digest: digest of its documents, see `Corpus.compute_digest`.
+        documents: number of documents.
+        characters: their length.
+        tokens: tokens of each split, with the prefix of each document.
+    """
+
+    name: str
+    digest: str
+    documents: int
+    characters: int
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
 class TokenizedCorpus:
     """A corpus as windows of token ids `(windows, time)`.
 
@@ -40,6 +59,7 @@ class TokenizedCorpus:
         name: name of the corpus.
         train, validation, test: windows of each split.
         probes, unseen_probes: questions, see `Corpus`.
+        summary: what was read.
     """
 
     name: str
@@ -48,6 +68,7 @@ class TokenizedCorpus:
     test: Tensor
     probes: list[Probe]
     unseen_probes: list[Probe]
+    summary: CorpusSummary
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCorpus:
@@ -58,17 +79,30 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
     Raises:
         UserError: a split is shorter than one window.
     """
-    splits = {}
-    for split in ("train", "validation", "test"):
+    splits, num_tokens = {}, {}
+    for split in SPLITS:
         stream = token_stream(getattr(corpus, split), tokenizer)
+        num_tokens[split] = len(stream)
         if len(stream) < seq_len:
             raise UserError(
                 f"data.corpora: the {split} part of {corpus.name} has {len(stream)} tokens, fewer "
                 f"than data.seq_len={seq_len}; give it more text or set a smaller data.seq_len"
             )
         splits[split] = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
+    documents = [document for split in SPLITS for document in getattr(corpus, split)]
+    summary = CorpusSummary(
+        corpus.name,
+        corpus.compute_digest(),
+        len(documents),
+        sum(map(len, documents)),
+        num_tokens,
+    )
     return TokenizedCorpus(
-        corpus.name, probes=corpus.probes, unseen_probes=corpus.unseen_probes, **splits
+        corpus.name,
+        probes=corpus.probes,
+        unseen_probes=corpus.unseen_probes,
+        summary=summary,
+        **splits,
     )
 
 
@@ -249,6 +283,10 @@ class TextDataModule(pl.LightningDataModule):
                     f"data.corpora: two are called {duplicates[0]}, and results are reported by "
                     "name; rename a file or folder"
                 )
+
+    def to_record(self) -> list[dict[str, Any]]:
+        """Return the summary of each corpus, as `run.json` has them under `corpora`."""
+        return [asdict(corpus.summary) for corpus in self.corpora]
 
     @property
     def mixture_weights(self) -> list[float]:

@@ -484,7 +484,7 @@ class _Run:
         trainable = module.trainable_parameters()
         plan = format_plan(config, self.run_dir, module.student, trainable, self.transfer_report)
         logger.info("%s", plan)
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"corpora": self.data.to_record()}
         if self.checkpoint is None:
             self._calibrate(device)
             record["before_training"] = self._measure_validation()
