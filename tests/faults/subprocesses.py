@@ -142,7 +142,7 @@ def small_run_args(input_dir, logs):
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results of a finished run: weights, stored rows without their ids, and fidelity."""
+    """The results of a finished run: weights with the ids of rows, stored rows, and fidelity."""
 
     weights: dict
     rows: dict
@@ -177,11 +177,6 @@ def read_rows(store):
 def read_result(run):
     """Return the `RunResult` of a finished run."""
     weights = load_file(run / "student" / "model.safetensors")
-    # Ids of rows are never reused: a run that repeated steps has higher ones in the same order.
-    weights = {
-        name: value.argsort() if name.endswith("rows.ids") else value
-        for name, value in weights.items()
-    }
     rows = read_rows(run / "memory.db") if (run / "memory.db").exists() else {}
     return RunResult(weights, rows, json.loads((run / "run.json").read_text())["fidelity"])
 

@@ -125,6 +125,33 @@ def test_rows_written_before_the_first_checkpoint_are_rewound(
     assert read_result(run) == uninterrupted_result(*settings)
 
 
+@pytest.mark.parametrize("nth", [2, 5, 12])
+def test_a_run_killed_between_checkpoints_ends_with_the_same_file(
+    launcher, input_dir, tmp_path, nth
+):
+    """Rows of steps after the newest checkpoint are written twice, under the same ids."""
+    settings = (
+        *ROWS,
+        "memory.write_start=0",
+        "memory.min_distance=0.01",
+        "memory.capacity=97",
+        "stages.layerwise_steps=0",
+        "stages.end_to_end_steps=12",
+        "trainer.checkpoint_every=3",
+    )
+    weights = {}
+    for name in ("uninterrupted", "killed"):
+        args = [*small_run_args(input_dir, tmp_path / name), *settings]
+        run = tmp_path / name / "version_0"
+        if name == "killed":
+            run_until_killed(launcher, args, "dmt.store.rows:RowStore.commit", nth, 1)
+            assert read_last_step(run / "memory.db") == nth - 1
+            args = ["--resume", run]
+        assert launcher.run(args).code == 0
+        weights[name] = read_weights(run / "student")
+    assert weights["killed"] == weights["uninterrupted"]
+
+
 def test_a_distillation_killed_several_times_at_any_time(
     launcher, uninterrupted_result, distill_args, tmp_path
 ):

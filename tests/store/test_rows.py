@@ -486,17 +486,37 @@ def test_values_too_large_for_half_precision_are_rejected(store_url):
             store.get_or_create_namespace("layer_0", 4, 6, "float32")
 
 
-@pytest.mark.parametrize("method", ["purge", "rewind"])
-def test_row_ids_are_never_reused(store_url, method):
+def test_ids_of_purged_rows_are_never_reused(store_url):
     with RowStore(store_url, MODEL) as store:
         namespace = store.get_or_create_namespace("layer_0", 4, 6)
         batch = make_rows(store, 4)
         store.commit("run", 1, {namespace: StepChanges([batch])})
         store.commit("run", 2, {namespace: StepChanges(removals=[(batch.ids, "evicted")])})
-        store.purge("run", 2) if method == "purge" else store.rewind("run", 0)
+        store.purge("run", 2)
         assert not read_rows(store, namespace, include_deleted=True)
     with RowStore(store_url, MODEL) as store:
         assert store.reserve_ids(1).tolist() == [5]
+
+
+def test_a_rewound_run_gives_the_same_ids_again(store_url):
+    with RowStore(store_url, MODEL) as store:
+        namespace = store.get_or_create_namespace("layer_0", 4, 6)
+        for step in (1, 2, 3):
+            store.commit("run", step, {namespace: StepChanges([make_rows(store, 4)])})
+    for step, next_id in ((1, 5), (0, 1)):
+        with RowStore(store_url, MODEL) as store:
+            store.rewind("run", step)
+        with RowStore(store_url, MODEL) as store:
+            assert store.reserve_ids(1).tolist() == [next_id]
+
+
+def test_a_rewound_run_leaves_the_ids_of_a_later_run(store_url):
+    with RowStore(store_url, MODEL) as store:
+        namespace = store.get_or_create_namespace("layer_0", 4, 6)
+        for run in ("a", "b"):
+            store.commit(run, 1, {namespace: StepChanges([make_rows(store, 4)])})
+        store.rewind("a", 0)
+        assert store.reserve_ids(1).tolist() == [9]
 
 
 def test_the_first_deletion_of_a_row_counts(store_url):

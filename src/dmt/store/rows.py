@@ -259,12 +259,8 @@ class RowStore:
             if inserts:
                 connection.execute(insert(rows_table), [row for row, _ in inserts])
                 connection.execute(insert(row_stats_table), [stats for _, stats in inserts])
-                # Stored beside the rows: the ID of a purged or rewound row is never reused.
-                connection.execute(
-                    update(metadata_table)
-                    .where(metadata_table.c.name == "next_row_id")
-                    .values(value=str(self.next_id))
-                )
+                # Stored beside the rows: the ID of a purged row is never reused.
+                self._store_next_id(connection, self.next_id)
             if removals:
                 connection.execute(
                     update(row_stats_table)
@@ -427,14 +423,21 @@ class RowStore:
     def rewind(self, run: str, step: int) -> tuple[int, int]:
         """Undo what `run` changed after `step`.
 
+        Where no other run has written since, the IDs of the erased rows are free again, so that a
+        resumed run gives its rows the IDs that they would have had.
+
         Returns:
             How many rows were erased that it wrote, and how many restored that it deleted.
         """
         self._check_writable()
+        is_later = and_(row_stats_table.c.run == run, row_stats_table.c.step > step)
         with translate_errors(self.url), self.engine.begin() as connection:
-            erased = _erase_rows(
-                connection, and_(row_stats_table.c.run == run, row_stats_table.c.step > step)
-            )
+            first_id = connection.execute(
+                select(func.min(row_stats_table.c.id)).where(is_later)
+            ).scalar_one()
+            erased = _erase_rows(connection, is_later)
+            if first_id is not None and erased == self.next_id - first_id:
+                self._store_next_id(connection, first_id)
             cleared = {"deleted_reason": None, "deleted_run": None, "deleted_step": None}
             restored = connection.execute(
                 update(row_stats_table)
@@ -442,6 +445,14 @@ class RowStore:
                 .values(cleared)
             )
         return erased, restored.rowcount
+
+    def _store_next_id(self, connection: Connection, next_id: int) -> None:
+        self.next_id = next_id
+        connection.execute(
+            update(metadata_table)
+            .where(metadata_table.c.name == "next_row_id")
+            .values(value=str(next_id))
+        )
 
     def purge(self, run: str, step: int, other_runs: bool = True) -> int:
         """Erase deleted rows from the disk. No checkpoint before `step` can be resumed then.
