@@ -12,7 +12,7 @@ from dmt.data.synthetic import RELATIONS, make_probe, make_unseen_people
 from dmt.errors import UserError
 from dmt.evaluation.metrics import measure_recall
 from dmt.memory import FeaturalMemory
-from dmt.models.architectures import get_architecture
+from dmt.models.architectures import ACTIVATION_ALIASES, get_architecture
 from dmt.models.conversion import convert_blocks
 from dmt.models.loading import load_teacher
 from dmt.models.memories import get_memories
@@ -196,8 +196,18 @@ def test_a_memory_that_does_not_fit_is_rejected(teacher, memory, message):
 
 
 def test_an_unknown_activation_is_rejected():
-    with pytest.raises(UserError, match=r"gelu_fast.*set activation=relu"):
-        convert_blocks(make_teacher(activation_function="gelu_fast"), [FeaturalConfig()] * LAYERS)
+    with pytest.raises(UserError, match=r"quick_gelu.*set activation=relu"):
+        convert_blocks(make_teacher(activation_function="quick_gelu"), [FeaturalConfig()] * LAYERS)
+
+
+@pytest.mark.parametrize("alias", ACTIVATION_ALIASES)
+def test_other_names_of_an_activation_are_accepted(tokens, alias, tmp_path):
+    teacher = make_teacher(activation_function=alias)
+    student, _ = convert_blocks(teacher, [ALL, ALL, DenseConfig()])
+    assert (logits(student, tokens) - logits(teacher, tokens)).abs().max() <= 1e-4
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded, tokens), logits(student, tokens))
 
 
 def test_a_student_is_rejected_as_a_teacher(teacher, tokenizer, tmp_path):

@@ -7,10 +7,20 @@ The only module that knows names inside a model. A family of models is one entry
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dmt.errors import UserError
+
+# Other names of transformers for functions that memories have.
+ACTIVATION_ALIASES = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,11 @@ class Architecture:
     final_norm: str
     no_dropout: dict[str, float]
     position_embedding: str = ""
+
+    def read_activation(self, config: Any) -> str:
+        """Return the name of the blocks' function in a model's config; one name for each."""
+        name = getattr(config, self.activation)
+        return ACTIVATION_ALIASES.get(name, name)
 
     @property
     def gated(self) -> bool:

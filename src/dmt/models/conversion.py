@@ -5,6 +5,7 @@ Every tensor of both models is accounted for in a `TransferReport`.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from dmt.errors import UserError
 from dmt.memory import FeaturalMemory
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
+from dmt.memory.slot_table import ACTIVATIONS
 from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.calibration import calibrate_memories
+from dmt.models.equivalence import check_equivalence, has_tied_head
 from dmt.models.forward import forward_teacher
-from dmt.models.memories import get_memories
+from dmt.models.memories import get_featural_memories, get_memories
 from dmt.models.modeling import build_student
 
 NEW_VALUE_SCALE = 0.1  # size of the values of new slots, as a fraction of the block's
@@ -179,7 +182,9 @@ def convert_blocks(
     """Return a student without calibration, and the fate of every tensor.
 
     With `init: ff`, `activation: block` and k = num_slots its logits are the teacher's up to
-    rounding, unless there are fewer slots than neurons.
+    rounding, unless there are fewer slots than neurons; this is checked on one window. The head is
+    tied to the embeddings where it is in `teacher`, whatever its config says, and the generation
+    settings are the teacher's.
 
     Args:
         teacher: the model to clone.
@@ -189,6 +194,7 @@ def convert_blocks(
 
     Raises:
         ArgumentError: a memory does not fit the block that it replaces.
+        UserError: the clone does not compute what the teacher does.
         RuntimeError: a tensor of either model is not accounted for.
     """
     arch = get_architecture(teacher.config.model_type)
@@ -209,19 +215,31 @@ def convert_blocks(
         }
         for layer, memory_config in replaced.items()
     }
-    student = build_student(teacher.config, arguments, arch.no_dropout)
+    student_config = copy.deepcopy(teacher.config)
+    student_config.tie_word_embeddings = has_tied_head(teacher)
+    student = build_student(student_config, arguments, arch.no_dropout)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     block_tensors = {
         layer: _read_block_tensors(layer, memory, arch, teacher, block_inputs)
         for layer, memory in get_memories(student).items()
         if replaced[layer].copies_block
     }
-    report = _transfer_weights(teacher, student, arch, block_tensors)
-    return student.eval(), report
+    report, tensor_pairs = _transfer_weights(teacher, student, arch, block_tensors)
+    activation_fn = ACTIVATIONS.get(arch.read_activation(teacher.config))
+    whole_memories = {
+        layer: memory
+        for layer, memory in get_featural_memories(student).items()
+        if layer in block_tensors
+        and memory.activation_fn is activation_fn
+        and memory.num_slots >= len(arch.read_tensors(arch.blocks(teacher)[layer])["keys"])
+    }
+    check_equivalence(teacher, student.eval(), whole_memories, tensor_pairs)
+    return student, report
 
 
 def _block_shape(arch: Architecture, teacher: PreTrainedModel, layer: int) -> BlockShape:
     num_neurons, width = arch.read_tensors(arch.blocks(teacher)[layer])["keys"].shape
-    return BlockShape(width, num_neurons, arch.gated, getattr(teacher.config, arch.activation))
+    return BlockShape(width, num_neurons, arch.gated, arch.read_activation(teacher.config))
 
 
 @torch.no_grad()
@@ -248,7 +266,7 @@ def _read_block_tensors(
         num_neurons,
         num_neurons,
         activation="block",
-        activation_function=getattr(teacher.config, arch.activation),
+        activation_function=arch.read_activation(teacher.config),
         gated=arch.gated,
         selection="score",
     )
@@ -265,10 +283,12 @@ def _transfer_weights(
     student: PreTrainedModel,
     arch: Architecture,
     block_tensors: Mapping[int, BlockTensors],
-) -> TransferReport:
+) -> tuple[TransferReport, dict[str, tuple[Tensor, Tensor]]]:
+    """Copy the weights; return the fate of every tensor, and the pairs that have to be equal."""
     teacher_state, student_state = teacher.state_dict(), student.state_dict()
     transfers: list[Transfer] = []
     filled: set[str] = set()
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, memory in get_memories(student).items():
         name = arch.block_name(layer)
         targets = memory.load_block(block_tensors[layer]) if layer in block_tensors else {}
@@ -277,6 +297,7 @@ def _transfer_weights(
             if parameter in targets:
                 target = f"{name}.{targets[parameter]}"
                 transfers.append(Transfer(source, "memory", target, elements))
+                pairs[source] = block_tensors[layer][parameter], student_state[target]
                 filled.add(target)
             else:
                 transfers.append(Transfer(source, "dropped", "-", elements))
@@ -297,10 +318,11 @@ def _transfer_weights(
             )
         student_state[tensor_name].copy_(value)  # a view of the student's parameter
         transfers.append(Transfer(tensor_name, "copied", tensor_name, value.numel()))
+        pairs[tensor_name] = value, student_state[tensor_name]
         filled.add(tensor_name)
     if missing := sorted(set(student_state) - filled):
         raise RuntimeError(f"conversion: student tensors were not set: {', '.join(missing)}")
-    return TransferReport(transfers)
+    return TransferReport(transfers), pairs
 
 
 def resize_neurons(
