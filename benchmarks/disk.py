@@ -138,15 +138,15 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
         "activation": "block",
         "activation_function": "gelu_new",
     }
-    config_class, model_class = STUDENT_CLASSES["gpt2"]
-    config = config_class(
+    classes = STUDENT_CLASSES["gpt2"]
+    config = classes["AutoConfig"](
         **shape,
         memory={str(layer): arguments for layer in range(layers)},
         external_tensors="written below",
     )
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = model_class(config)
+        model = classes["AutoModelForCausalLM"](config)
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():

@@ -103,7 +103,11 @@ def test_saved_folders_stay_the_same_when_saved_again(folder, tmp_path):
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "modeling_dmt.MemoryGPT2Config",
+        "AutoModel": "modeling_dmt.MemoryGPT2Model",
         "AutoModelForCausalLM": "modeling_dmt.MemoryGPT2LMHeadModel",
+        "AutoModelForSequenceClassification": "modeling_dmt.MemoryGPT2ForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_dmt.MemoryGPT2ForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_dmt.MemoryGPT2ForQuestionAnswering",
     }
     assert type(AutoConfig.from_pretrained(folder)) is type(model.config)
 

@@ -9,8 +9,13 @@ import torch
 import transformers
 from conftest import LAYERS, SLOTS
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationMixin,
     Qwen2Config,
     Qwen2ForCausalLM,
     Trainer,
@@ -193,3 +198,60 @@ def test_classes_are_looked_up_by_name(any_teacher, tmp_path):
     loaded = getattr(transformers, name).from_pretrained(pretrained_model_name_or_path=tmp_path)
     assert type(loaded) is type(student)
     assert getattr(transformers, type(student.config).__name__) is type(student.config)
+
+
+HEADS = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("external", ["none", "values", "slots"])
+def test_the_backbone_alone_computes_the_same_states(any_teacher, tokens, tmp_path, external):
+    memory = FeaturalConfig(
+        k=8, offload=external, search="int8" if external == "slots" else "exact"
+    )
+    student = dmt.convert(any_teacher, memory).eval()
+    student.save_pretrained(tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    expected = student(tokens, output_hidden_states=True).hidden_states[-1]
+    backbone = AutoModel.from_pretrained(tmp_path / "student")
+    assert torch.equal(backbone(tokens).last_hidden_state, expected)
+    backbone.save_pretrained(tmp_path / "backbone")
+    again = AutoModel.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(again(tokens).last_hidden_state, expected)
+    # The head of these teachers is the table of embeddings, so nothing else is missing.
+    if any_teacher.config.tie_word_embeddings:
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+        assert torch.equal(whole(tokens).logits, student(tokens).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
+def test_heads_of_the_family_stand_on_the_memories(any_teacher, tokens, tmp_path, head):
+    student = dmt.convert(any_teacher, FeaturalConfig(k=8, offload="values")).eval()
+    student.save_pretrained(tmp_path / "student")
+    backbone = AutoModel.from_pretrained(tmp_path / "student")
+    model = head.from_pretrained(tmp_path / "student", pad_token_id=0)
+    torch.testing.assert_close(
+        model.base_model(tokens).last_hidden_state, backbone(tokens).last_hidden_state
+    )
+    model.save_pretrained(tmp_path / "head")
+    again = head.from_pretrained(tmp_path / "head")
+    for logits, expected in zip(again(tokens).to_tuple(), model(tokens).to_tuple(), strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(logits, expected)
+
+
+def test_facts_are_left_to_the_language_model(artifacts_dir, caplog):
+    model = AutoModel.from_pretrained(artifacts_dir / "logs" / "version_0" / "student")
+    assert type(model).__name__ == "MemoryGPT2Model"
+    assert "memory.db is not loaded: facts and rows" in caplog.text
+
+
+def test_generation_is_a_direct_base_and_plans_name_modules_that_exist(any_teacher):
+    student = dmt.convert(any_teacher, FeaturalConfig(k=8))
+    assert GenerationMixin in type(student).__bases__
+    assert not [name for name in student.config.base_model_tp_plan or {} if "mlp" in name]

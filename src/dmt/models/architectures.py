@@ -76,19 +76,35 @@ class Architecture:
             for parameter, tensor in tensors.items()
         }
 
+    def local_name(self, model: nn.Module, name: str) -> str:
+        """Return a name that begins at the language model as one that begins at `model`.
+
+        Args:
+            model: a language model, its backbone alone, or a backbone with another head.
+            name: of a module or tensor of the backbone.
+        """
+        return self._backbone_prefix(model) + name.removeprefix(f"{self.backbone}.")
+
+    def global_name(self, model: nn.Module, name: str) -> str:
+        """Return a name that begins at `model` as one that begins at the language model."""
+        return f"{self.backbone}.{name.removeprefix(self._backbone_prefix(model))}"
+
+    def _backbone_prefix(self, model: nn.Module) -> str:
+        return f"{self.backbone}." if hasattr(model, self.backbone) else ""
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """Return the feed-forward blocks of `model` in order, or the memories that replace them."""
         return [layer.get_submodule(self.block) for layer in self.transformer_blocks(model)]
 
     def transformer_blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks of `model` in order."""
-        layers = model.get_submodule(self.layers)
+        layers = model.get_submodule(self.local_name(model, self.layers))
         assert isinstance(layers, nn.ModuleList), f"{self.layers} is a list of layers"
         return layers
 
     def replace_block(self, model: nn.Module, layer: int, block: nn.Module) -> None:
         """Replace the feed-forward block of a layer."""
-        setattr(model.get_submodule(f"{self.layers}.{layer}"), self.block, block)
+        setattr(self.transformer_blocks(model)[layer], self.block, block)
 
     def block_name(self, layer: int) -> str:
         """Return the full name of a layer's block, with which the names of its tensors begin."""

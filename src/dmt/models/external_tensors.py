@@ -35,7 +35,7 @@ class MmapEmbedding(nn.Module):
 
 
 def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
-    """Return the memories of `model` that save tensors to the file, by module name."""
+    """Return the memories of `model` that save tensors to the file, by name in `model`."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -44,12 +44,15 @@ def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
 
 
 def position_embedding_path(model: Any) -> str:
-    """Return the module name of the position embedding where it goes into the file, else "".
+    """Return the name in `model` of the position embedding where it goes into the file, else "".
 
     It does with `offload="slots"`, so that everything read row by row is in the file.
     """
+    arch = get_architecture(model.config.model_type)
     has_mmap_slots = any(memory.offload == "slots" for memory in find_mmap_memories(model).values())
-    return get_architecture(model.config.model_type).position_embedding if has_mmap_slots else ""
+    if not has_mmap_slots or not arch.position_embedding:
+        return ""
+    return arch.local_name(model, arch.position_embedding)
 
 
 def external_tensor_names(model: nn.Module) -> set[str]:
@@ -75,8 +78,10 @@ def measure_bytes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def save_model_tensors(model: nn.Module, folder: Path) -> str | None:
+def save_model_tensors(model: Any, folder: Path) -> str | None:
     """Write the file of a model into `folder`, or copy the file that the model reads.
+
+    Names in the file begin at the language model, whichever class of the family is saved.
 
     Returns:
         The file's digest; None where the model has no external tensors.
@@ -90,8 +95,9 @@ def save_model_tensors(model: nn.Module, folder: Path) -> str | None:
     mapped: MmapTensorFile | None = getattr(model, "slots_file", None)
     folder.mkdir(parents=True, exist_ok=True)
     if mapped is None:
+        arch = get_architecture(model.config.model_type)
         specs = {
-            f"{name}.{tensor_name}": spec
+            f"{arch.global_name(model, name)}.{tensor_name}": spec
             for name, memory in memories.items()
             for tensor_name, spec in memory.export_specs().items()
         }
@@ -101,12 +107,13 @@ def save_model_tensors(model: nn.Module, folder: Path) -> str | None:
     return mapped.digest
 
 
-def _position_specs(model: nn.Module) -> dict[str, TensorSpec]:
+def _position_specs(model: Any) -> dict[str, TensorSpec]:
     if not (path := position_embedding_path(model)):
         return {}
     weight = model.get_submodule(path).weight
     assert isinstance(weight, Tensor), "an embedding has one weight"
-    return {f"{path}.weight": make_spec(weight.float())}
+    name = get_architecture(model.config.model_type).position_embedding
+    return {f"{name}.weight": make_spec(weight.float())}
 
 
 def _copy_mapped_file(mapped: MmapTensorFile, path: Path) -> None:
@@ -133,7 +140,7 @@ def release_model_tensors(model: nn.Module) -> None:
         model.set_submodule(path, MmapEmbedding())
 
 
-def attach_model_file(model: nn.Module, path: Path, digest: str) -> None:
+def attach_model_file(model: Any, path: Path, digest: str) -> None:
     """Make a model that was just loaded read its slots from a file.
 
     Args:
@@ -150,10 +157,11 @@ def attach_model_file(model: nn.Module, path: Path, digest: str) -> None:
             f"{path} belongs to another student than the weights beside it; replace it with this "
             "student's file"
         )
+    arch = get_architecture(model.config.model_type)
     for name, memory in find_mmap_memories(model).items():
-        memory.attach_file(mapped, name)
+        memory.attach_file(mapped, arch.global_name(model, name))
     if embedding_path := position_embedding_path(model):
         embedding = model.get_submodule(embedding_path)
         assert isinstance(embedding, MmapEmbedding), "set by release_model_tensors"
-        embedding.table = mapped[f"{embedding_path}.weight"]
+        embedding.table = mapped[f"{arch.position_embedding}.weight"]
     object.__setattr__(model, "slots_file", mapped)  # not a module attribute that nn.Module checks

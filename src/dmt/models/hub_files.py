@@ -23,14 +23,18 @@ After `import dmt`, `AutoModelForCausalLM.from_pretrained` loads it without `tru
 """
 
 try:
-    from dmt.models.modeling import {config_class}, {model_class}
+    from dmt.models.modeling import (
+        {lines}
+    )
 except ImportError as error:
     raise ImportError(
         "This model has discrete memory layers, which are in a package of their own: "
         "pip install {package}, and import dmt before loading the model."
     ) from error
 
-__all__ = ["{config_class}", "{model_class}"]
+__all__ = [
+    {exports}
+]
 '''
 
 USAGE = """```bash
@@ -48,25 +52,29 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))
 After `import dmt`, `AutoModelForCausalLM.from_pretrained` and `pipeline` load it too."""
 
 
-def get_auto_map(config_class: type, model_class: type) -> dict[str, str]:
-    """Return the entry `auto_map` of `config.json` that points transformers to `CODE_FILE`."""
+def get_auto_map(classes: Mapping[str, type]) -> dict[str, str]:
+    """Return the entry `auto_map` of `config.json` that points transformers to `CODE_FILE`.
+
+    Args:
+        classes: config and models of a family by the name of their Auto class.
+    """
     module = CODE_FILE.removesuffix(".py")
-    return {
-        "AutoConfig": f"{module}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
-    }
+    return {auto_name: f"{module}.{cls.__name__}" for auto_name, cls in classes.items()}
 
 
-def write_hub_files(folder: Path, config: Any, model_class: type) -> None:
+def write_hub_files(folder: Path, config: Any, classes: Mapping[str, type]) -> None:
     """Write `modeling_dmt.py`, and a model card if the folder has none.
 
     Args:
         folder: folder of the saved model.
         config: the model's config.
-        model_class: the model's class.
+        classes: as for `get_auto_map`.
     """
+    names = [cls.__name__ for cls in classes.values()]
     code = CODE.format(
-        package=PACKAGE, config_class=type(config).__name__, model_class=model_class.__name__
+        package=PACKAGE,
+        lines="\n        ".join(f"{name}," for name in names),
+        exports="\n    ".join(f'"{name}",' for name in names),
     )
     files.atomic_write(folder / CODE_FILE, code)
     if not (folder / CARD_FILE).exists():

@@ -6,14 +6,15 @@ them and never generates them.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 from dmt.errors import UserError
@@ -25,6 +26,8 @@ from dmt.models.architectures import ARCHITECTURES, Architecture, get_architectu
 from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
 from dmt.models.hub_files import get_auto_map, write_hub_files
 from dmt.ops import use_onednn_linear
+
+logger = logging.getLogger(__name__)
 
 
 class MemoryTokenEmbedding(nn.Embedding):
@@ -96,8 +99,8 @@ def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
 
 
 class _MemoryModelMixin(PreTrainedModel):
-    # Of the backbone and of the whole model: loading asks the one that holds a module how to
-    # initialize it.
+    # Of the backbone and of every head: loading asks the one that holds a module how to initialize
+    # it.
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,29 +110,6 @@ class _MemoryModelMixin(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MemoryTokenEmbedding):
             module.memory.normal_(std=0.02)
-
-    def install_memories(self) -> None:
-        """Replace feed-forward blocks by the memories that the config names."""
-        config: Any = self.config
-        check_version(
-            config.dmt,
-            STUDENT_VERSION,
-            "this student is of version",
-            "distill it again, or use the dmt that made it",
-        )
-        arch = get_architecture(config.model_type)
-        for layer, arguments in (config.memory or {}).items():
-            memory_class = _get_memory_class(str(arguments.get("kind")), layer)
-            memory_arguments = {name: arguments[name] for name in arguments if name != "kind"}
-            memory = memory_class.from_arguments(config.hidden_size, arch.gated, memory_arguments)
-            arch.replace_block(self, int(layer), memory)
-        if config.memory_tokens:
-            self.set_input_embeddings(
-                MemoryTokenEmbedding(config.vocab_size, config.hidden_size, **config.memory_tokens)
-            )
-        if config.external_tensors:
-            external_tensors.release_model_tensors(self)
-        use_onednn_linear(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -152,7 +132,15 @@ class _MemoryModelMixin(PreTrainedModel):
                 model.config.external_tensors,
             )
         if (facts_path := Path(str(pretrained_model_name_or_path)) / FACTS_FILE).is_file():
-            load_facts(model, facts_path)
+            if model.can_generate():
+                load_facts(model, facts_path)
+            else:
+                logger.warning(
+                    "%s is not loaded: facts and rows written after training belong to the "
+                    "language model, and this is a %s",
+                    facts_path,
+                    type(model).__name__,
+                )
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -168,25 +156,39 @@ class _MemoryModelMixin(PreTrainedModel):
         self.config.external_tensors = external_tensors.save_model_tensors(
             self, Path(str(save_directory))
         )
-        self.config.auto_map = get_auto_map(type(self.config), type(self))
+        classes = STUDENT_CLASSES[self.config.model_type.removeprefix("dmt_")]
+        self.config.auto_map = get_auto_map(classes)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.external_tensors = slots_digest  # tensors in RAM do not need the file
         copy_facts(self, Path(str(save_directory)))
-        write_hub_files(Path(str(save_directory)), self.config, type(self))
+        write_hub_files(Path(str(save_directory)), self.config, classes)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Do nothing: saved folders name the installed package, no copy of its code."""
 
 
-# Config and model of a student by the family of its teacher.
-STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {}
+# Config and models of students by the family of the teacher, then by the name of their Auto class.
+STUDENT_CLASSES: dict[str, dict[str, Any]] = {}
+# Where transformers lists the classes of each family by name.
+CLASS_NAMES: dict[str, dict[str, Any]] = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
 
 
 def register_architecture(family: str, architecture: Architecture) -> None:
     """Support a family of models: its students can be made, saved and loaded.
+
+    The backbone of a student and the heads that transformers has for the family (classification
+    of sequences and tokens, question answering) are registered with the Auto classes too.
 
     ```python
     register_architecture("mistral", replace(ARCHITECTURES["llama"], classes=(
@@ -205,20 +207,23 @@ def register_architecture(family: str, architecture: Architecture) -> None:
     missing = [name for name in architecture.classes if not hasattr(transformers, name)]
     if missing:
         raise UserError(f"transformers {transformers.__version__} has no {', '.join(missing)}")
-    config_class, model_class = _make_student_classes(family, architecture)
+    classes = _make_student_classes(family, architecture)
+    config_class = classes["AutoConfig"]
     ARCHITECTURES[family] = architecture
-    STUDENT_CLASSES[family] = (config_class, model_class)
+    STUDENT_CLASSES[family] = classes
     AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
-    # `register` fills the tables of classes only. Trainer (which shifts the labels of language
-    # models by this), TRL and `transformers serve` look classes up by name.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
-    for cls in (config_class, model_class):
+    for auto_name, cls in classes.items():
+        globals()[cls.__name__] = cls
+        # Clients look classes up by name too: Trainer shifts the labels of those in the table of
+        # language models only; TRL and `transformers serve` ask transformers itself.
         setattr(transformers, cls.__name__, cls)
+        if auto_name in CLASS_NAMES:
+            getattr(transformers, auto_name).register(config_class, cls)
+            CLASS_NAMES[auto_name][config_class.model_type] = cls.__name__
 
 
-def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any, Any]:
-    """Make `MemoryGPT2Config`, `MemoryGPT2LMHeadModel` and so on from the family's classes."""
+def _make_student_classes(family: str, architecture: Architecture) -> dict[str, Any]:
+    """Make `MemoryGPT2Config`, `MemoryGPT2LMHeadModel` and so on, by the name of the Auto class."""
     config_base, backbone_base, model_base = (
         getattr(transformers, name) for name in architecture.classes
     )
@@ -229,6 +234,12 @@ def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any,
         # digest of the file beside the weights that holds slots, where there is one.
         # `memory_tokens` are `count` and `first` of a `MemoryTokenEmbedding`.
         model_type = f"dmt_{family}"
+        # Memories are not split among devices.
+        base_model_tp_plan = {
+            name: style
+            for name, style in (config_base.base_model_tp_plan or {}).items()
+            if architecture.block not in name.split(".")
+        } or None
         dmt: int = STUDENT_VERSION
         memory: dict | None = None
         external_tensors: str | None = None
@@ -246,26 +257,85 @@ def _make_student_classes(family: str, architecture: Architecture) -> tuple[Any,
     class StudentBackbone(_MemoryModelMixin, backbone_base):  # type: ignore[valid-type,misc]
         config_class = StudentConfig
 
-    class StudentModel(_MemoryModelMixin, model_base):  # type: ignore[valid-type,misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            _install_memories(self, architecture)
+            self.post_init()
+
+    class StudentModel(_MemoryModelMixin, model_base, GenerationMixin):  # type: ignore[valid-type,misc]
         config_class = StudentConfig
 
         def __init__(self, config: Any) -> None:
             PreTrainedModel.__init__(self, config)
+            # Drawn before the memories, so that a seed gives the same memories as ever.
+            lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             setattr(self, architecture.backbone, StudentBackbone(config))
             self.vocab_size = config.vocab_size
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.install_memories()
+            self.lm_head = use_onednn_linear(lm_head)
             self.post_init()
 
-    for cls, base in (
-        (StudentConfig, config_base),
-        (StudentBackbone, backbone_base),
-        (StudentModel, model_base),
-    ):
-        cls.__name__ = cls.__qualname__ = f"Memory{base.__name__}"
-        cls.__doc__ = f"`{base.__name__}` of a student, with memories."
-        globals()[cls.__name__] = cls
-    return StudentConfig, StudentModel
+    classes = {
+        "AutoConfig": _name_class(StudentConfig, config_base),
+        "AutoModel": _name_class(StudentBackbone, backbone_base),
+        "AutoModelForCausalLM": _name_class(StudentModel, model_base),
+    }
+    for auto_name, class_names in CLASS_NAMES.items():
+        if auto_name not in classes and family in class_names:
+            head_base = getattr(transformers, class_names[family])
+            classes[auto_name] = _make_head_class(
+                head_base, StudentConfig, StudentBackbone, architecture.backbone
+            )
+    return classes
+
+
+def _name_class(cls: Any, base: type) -> Any:
+    cls.__name__ = cls.__qualname__ = f"Memory{base.__name__}"
+    cls.__doc__ = f"`{base.__name__}` of a student, with memories."
+    return cls
+
+
+def _make_head_class(
+    head_base: Any, config: type, backbone: type[PreTrainedModel], backbone_name: str
+) -> Any:
+    """Make a class with the head of `head_base` on a student's backbone."""
+
+    class StudentHead(_MemoryModelMixin, head_base):  # type: ignore[valid-type,misc]
+        config_class = config
+        # LlamaForQuestionAnswering has another, and so takes no weights of a language model.
+        base_model_prefix = backbone_name
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if not isinstance(self.base_model, backbone):
+                setattr(self, self.base_model_prefix, backbone(config))
+                self.post_init()
+
+    return _name_class(StudentHead, head_base)
+
+
+def _install_memories(backbone: Any, architecture: Architecture) -> None:
+    """Replace feed-forward blocks of a backbone by the memories that its config names."""
+    config = backbone.config
+    check_version(
+        config.dmt,
+        STUDENT_VERSION,
+        "this student is of version",
+        "distill it again, or use the dmt that made it",
+    )
+    for layer, arguments in (config.memory or {}).items():
+        memory_class = _get_memory_class(str(arguments.get("kind")), layer)
+        memory_arguments = {name: arguments[name] for name in arguments if name != "kind"}
+        memory = memory_class.from_arguments(
+            config.hidden_size, architecture.gated, memory_arguments
+        )
+        architecture.replace_block(backbone, int(layer), memory)
+    if config.memory_tokens:
+        backbone.set_input_embeddings(
+            MemoryTokenEmbedding(config.vocab_size, config.hidden_size, **config.memory_tokens)
+        )
+    if config.external_tensors:
+        external_tensors.release_model_tensors(backbone)
+    use_onednn_linear(backbone)
 
 
 def build_student(
@@ -278,12 +348,13 @@ def build_student(
         memory: for each layer with a memory, its `kind` and arguments.
         no_dropout: config values that switch every dropout off.
     """
-    config_class, model_class = STUDENT_CLASSES[teacher_config.model_type.removeprefix("dmt_")]
+    classes = STUDENT_CLASSES[teacher_config.model_type.removeprefix("dmt_")]
     excluded = ("model_type", "architectures", "memory", "dtype", "external_tensors", "dmt")
     settings = {
         name: value for name, value in teacher_config.to_dict().items() if name not in excluded
     }
-    return model_class(config_class(**{**settings, **no_dropout}, memory=memory))
+    config = classes["AutoConfig"](**{**settings, **no_dropout}, memory=memory)
+    return classes["AutoModelForCausalLM"](config)
 
 
 for _family, _architecture in ARCHITECTURES.items():
