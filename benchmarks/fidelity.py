@@ -43,7 +43,8 @@ from dmt.distillation.losses import (
 from dmt.distillation.run import evaluate_student
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.models.loading import load_teacher
-from dmt.training.trainer import build_adamw, keep_freed_memory, lr_schedule, silence_libraries
+from dmt.training.optimization import build_adamw, lr_schedule
+from dmt.training.trainer import keep_freed_memory, silence_libraries
 
 SPARSIFY = [
     "eai-sparsify==1.3.3",

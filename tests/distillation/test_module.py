@@ -26,7 +26,7 @@ from dmt.distillation.module import DistillationModule
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.models.memories import get_memories
-from dmt.training.trainer import k_schedule
+from dmt.training.optimization import k_schedule
 
 TOTAL_STEPS = 9  # of the small run: four layer-wise, five end-to-end
 EIGHT_SLOTS = FeaturalConfig(k=8)

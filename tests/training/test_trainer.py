@@ -7,19 +7,17 @@ from dataclasses import asdict
 from typing import ClassVar
 
 import pytest
-import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
 from dmt import config_io
 from dmt.cli.main import distill_main
-from dmt.config import OptimConfig
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
 from dmt.tasks import run_task
 from dmt.training import trainer as trainer_module
 from dmt.training.run_dir import clear_run_name, current_run
-from dmt.training.trainer import build_loggers, check_loggers, cosine_decay, lr_schedule
+from dmt.training.trainer import build_loggers, check_loggers
 
 
 class RecordingLogger(Logger):
@@ -164,22 +162,3 @@ def test_an_interrupt_of_a_run_from_python_says_how_to_resume(distill_args, tmp_
         run_task(config_io.load_config(None, distill_args))
     assert signal.getsignal(signal.SIGINT) == handler
     assert current_run() is None
-
-
-def test_the_cosine_falls_from_one_to_its_minimum():
-    assert cosine_decay(0.0, 0.1) == pytest.approx(1.0)
-    assert cosine_decay(0.5, 0.1) == pytest.approx(0.55)
-    assert cosine_decay(1.0, 0.1) == pytest.approx(0.1)
-    optim = OptimConfig(warmup_steps=2, min_lr_ratio=0.5)
-    rates = torch.tensor([lr_schedule(step, 6, 2.0, optim) for step in range(6)])
-    torch.testing.assert_close(rates, torch.tensor([1.0, 2.0, 2.0, 1.75, 1.25, 1.0]))
-
-
-def test_the_learning_rate_warms_up_and_decays():
-    optim = OptimConfig(warmup_steps=10, min_lr_ratio=0.1)
-    rates = [lr_schedule(step, 100, 2.0, optim) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.2)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert lr_schedule(0, 1, 2.0, optim) == pytest.approx(2.0)

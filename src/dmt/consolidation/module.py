@@ -34,7 +34,8 @@ from dmt.evaluation.questions import (
 from dmt.models.forward import ContextTeacher, ForwardOutputs, forward_with_prefix
 from dmt.training.callbacks import ChartGroups, ChartLayout
 from dmt.training.module import TrainingModule
-from dmt.training.trainer import build_adamw, fit, lr_schedule, use_training_kernels
+from dmt.training.optimization import build_adamw, lr_schedule
+from dmt.training.trainer import fit, use_training_kernels
 
 # Loss term of each objective.
 OBJECTIVE_TERMS = {

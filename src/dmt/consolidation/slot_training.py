@@ -27,7 +27,7 @@ from dmt.models.forward import forward_with_activations, pad_token_ids
 from dmt.ops import inverse_sqrt, kl
 from dmt.training.callbacks import ChartGroups, ChartLayout
 from dmt.training.module import TrainingModule
-from dmt.training.trainer import cosine_decay
+from dmt.training.optimization import cosine_decay
 
 BATCH_WINDOWS = 8  # windows in one forward pass without gradient
 ROWS_PER_STEP = 64  # rows of each associative memory in a step

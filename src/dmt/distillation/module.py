@@ -30,7 +30,7 @@ from dmt.models.calibration import calibrate_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
 from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 from dmt.training.module import TrainingModule
-from dmt.training.trainer import build_adamw, k_schedule, lr_schedule
+from dmt.training.optimization import build_adamw, k_schedule, lr_schedule
 
 SCALE_TOKENS = 4_096  # minimum number of tokens from which the teacher's variances are measured
 # Rate at which a shared threshold follows the slots read: too many by a factor f raise it by f to

@@ -28,7 +28,7 @@ from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_act
 from dmt.models.memories import get_associative_memories
 from dmt.store import RowStore
 from dmt.store.records import Namespace, StepChanges
-from dmt.training.checkpoints import NonFiniteError
+from dmt.training.optimization import NonFiniteError
 
 
 @torch.no_grad()

@@ -1,15 +1,9 @@
-"""Checkpoints of a run, atomic and verified, and the guard against non-finite numbers.
-
-Every step is checked before it changes anything; the cause is searched only once a step fails.
-"""
+"""Checkpoints of a run: written atomically, verified when read."""
 
 from __future__ import annotations
 
 import logging
-import re
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,127 +11,16 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from dmt.distributed import all_reduce_mean
 from dmt.errors import UserError
 from dmt.files import CHECKPOINT_VERSION, atomic_path, check_version
-from dmt.models.architectures import get_architecture
-from dmt.models.forward import capture
+from dmt.training.optimization import NonFiniteError
 from dmt.training.run_dir import format_distill_command, list_checkpoints, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
 DAMAGED_SUFFIX = ".corrupt"  # appended to the name of a checkpoint that cannot be read
 REQUIRED_KEYS = ("global_step", "state_dict", "optimizer_states")  # without them no resume
-
-
-class NonFiniteError(Exception):
-    """A step met numbers that are not finite; it has changed nothing.
-
-    Args:
-        step: Number of the step, counted from 1 as checkpoints are.
-        location: What is not finite.
-    """
-
-    def __init__(self, step: int, location: str) -> None:
-        super().__init__(f"step {step}: {location} is not finite")
-        self.step, self.location = step, location
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Scale gradients down to `max_norm` if they are longer, as torch does.
-
-    Args:
-        optimizer: Holds the parameters.
-        max_norm: 0 for no clipping.
-
-    Returns:
-        The norm of all gradients before clipping, `()`.
-    """
-    parameters = [
-        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    # Scaling by a non-finite norm would spoil all gradients and hide the one that caused it.
-    if max_norm and bool(norm.isfinite()):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
-def check_finite(
-    step: int,
-    loss: Tensor,
-    grad_norm: Tensor,
-    model: PreTrainedModel,
-    recompute_losses: Callable[[], Any],
-) -> None:
-    """Raise `NonFiniteError` if a step's loss or gradient norm is not finite, in all processes.
-
-    Args:
-        step: Number of the step, counted from 1.
-        loss: This process's loss, `()`.
-        grad_norm: Norm of the gradients, `()`.
-        model: The model that is trained.
-        recompute_losses: Computes the step's losses again, without gradients.
-    """
-    if bool(torch.isfinite(all_reduce_mean(loss.detach() + grad_norm))):
-        return
-    location = (
-        _find_nonfinite_output(model, recompute_losses)
-        or (None if bool(loss.isfinite()) else "the loss")
-        or _find_nonfinite_gradient(model)
-        or "a gradient"
-    )
-    raise NonFiniteError(step, location)
-
-
-@torch.no_grad()
-def _find_nonfinite_output(
-    model: PreTrainedModel, recompute_losses: Callable[[], Any]
-) -> str | None:
-    """Return the first module in the order of computation whose output is not finite."""
-    arch, nonfinite_names = get_architecture(model.config.model_type), list[str]()
-
-    def check_output(name: str, output: Tensor) -> None:
-        if not bool(output.isfinite().all()):
-            nonfinite_names.append(name)
-
-    modules: dict[str, nn.Module] = {
-        "the output of the embeddings": model.get_input_embeddings(),
-        "the output of the last linear map": model.get_output_embeddings(),
-    }
-    for layer, (block, layer_module) in enumerate(
-        zip(arch.blocks(model), arch.transformer_blocks(model), strict=True)
-    ):
-        modules[f"the output of layer {layer}'s block"] = block
-        modules[f"the output of layer {layer}"] = layer_module
-    # Values that are not finite may make any later operation fail; outputs up to there are checked.
-    with capture(modules, on_output=check_output), suppress(Exception):
-        recompute_losses()
-    return next(iter(nonfinite_names), None)
-
-
-def _find_nonfinite_gradient(model: PreTrainedModel) -> str | None:
-    """Return the highest layer's parameter with a non-finite gradient: backward starts there."""
-    names = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is not None and not bool(p.grad.isfinite().all())
-    ]
-    if not names:
-        return None
-    path = get_architecture(model.config.model_type).layers
-    layers_and_names = [
-        (int(match[1]), name)
-        for name in names
-        if (match := re.match(rf"{re.escape(path)}\.(\d+)\.", name))
-    ]
-    if not layers_and_names:
-        return f"the gradient of {names[0]}"
-    layer, name = max(layers_and_names, key=lambda pair: pair[0])
-    return f"the gradient of layer {layer} ({name})"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

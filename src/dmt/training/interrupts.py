@@ -14,7 +14,7 @@ from dmt.config import Config
 from dmt.errors import FailureError, UserError
 from dmt.signals import SignalInterrupt, get_signal_number
 from dmt.training.callbacks import StopOnSignal
-from dmt.training.checkpoints import NonFiniteError
+from dmt.training.optimization import NonFiniteError
 from dmt.training.run_dir import (
     current_run,
     current_run_getter,

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distributed import all_reduce_mean
-from dmt.training.checkpoints import check_finite, clip_gradients
-from dmt.training.trainer import no_sync
+from dmt.training.optimization import check_finite, clip_gradients, no_sync
 
 
 class TrainingModule(pl.LightningModule):

@@ -1,18 +1,14 @@
-"""Lightning's trainer as every task uses it, and what their training steps share.
-
-Loggers, checkpoints, progress, resume; learning rate, AdamW, gradients of several processes.
-"""
+"""Lightning's trainer as every task uses it: device, loggers, checkpoints, progress, resume."""
 
 from __future__ import annotations
 
 import ctypes
 import inspect
 import logging
-import math
 import os
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +19,10 @@ import torch
 from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dmt.config import Config, OptimConfig
+from dmt.config import Config
 from dmt.data.windows import TextDataModule
 from dmt.distributed import broadcast, is_distributed
 from dmt.errors import UserError
@@ -60,72 +55,6 @@ EXPECTED_WARNINGS = (
     ".*your dataloader is not resumable.*",  # the order of windows depends on the step alone
     ".*isinstance.treespec, LeafSpec.*",  # Lightning about torch
 )
-
-
-def no_sync(module: pl.LightningModule, is_last: bool) -> AbstractContextManager[None]:
-    """Do not average gradients over processes within this, except in a step's last micro-batch.
-
-    Args:
-        module: The module that trains.
-        is_last: Whether this is the last micro-batch of the step.
-    """
-    if is_last or not is_distributed():
-        return nullcontext()
-    strategy = module.trainer.strategy
-    assert isinstance(strategy, DDPStrategy), "several processes train by DDP alone"
-    return strategy.block_backward_sync()
-
-
-def cosine_decay(progress: float, min_ratio: float) -> float:
-    """Return the factor of a cosine from 1 at progress 0 down to `min_ratio` at progress 1."""
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def lr_schedule(step: int, total_steps: int, peak_lr: float, optim: OptimConfig) -> float:
-    """Return the learning rate of a step: linear warm-up to `peak_lr`, then a cosine.
-
-    Args:
-        step: Step of the stage, counted from 0.
-        total_steps: Steps of the stage; the last one has `optim.min_lr_ratio` of `peak_lr`.
-        peak_lr: The highest rate.
-        optim: Warm-up and final ratio.
-    """
-    warmup = min(optim.warmup_steps, total_steps // 2)
-    if step < warmup:
-        return peak_lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
-    return peak_lr * cosine_decay(min(1.0, progress), optim.min_lr_ratio)
-
-
-def k_schedule(step: int, total_steps: int, start_factor: float) -> float:
-    """Return the multiple of k to read: from `start_factor` down to 1 at the middle of the stage.
-
-    It falls by the same factor in each step.
-    """
-    return start_factor ** max(0.0, 1 - 2 * step / max(1, total_steps))
-
-
-def build_adamw(
-    parameters: Any, optim: OptimConfig, value_ids: Container[int] = ()
-) -> torch.optim.AdamW:
-    """Build AdamW with weight decay on matrices only.
-
-    Args:
-        parameters: What to train.
-        optim: Betas, weight decay and `value_lr_scale`.
-        value_ids: `id` of each parameter whose learning rate is scaled by `value_lr_scale`.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for parameter in parameters:
-        lr_scale = optim.value_lr_scale if id(parameter) in value_ids else 1.0
-        groups.setdefault(
-            (optim.weight_decay if parameter.dim() > 1 else 0.0, lr_scale), []
-        ).append(parameter)
-    param_groups = [
-        {"params": params, "weight_decay": weight_decay, "lr_scale": lr_scale}
-        for (weight_decay, lr_scale), params in groups.items()
-    ]
-    return torch.optim.AdamW(param_groups, lr=0.0, betas=(optim.beta1, optim.beta2))
 
 
 def select_device(config: Config) -> torch.device:
