@@ -526,11 +526,11 @@ def run_write(args: argparse.Namespace, out: Output) -> None:
     from dmt.editing.fact_store import FactStore
     from dmt.models.loading import resolve_student_folder
 
-    facts = _parse_facts(args)
+    facts, prose = _parse_facts(args), _read_calibration_text(args.calibration_text)
     folder = resolve_student_folder(args.model)
     with FactStore.open(folder) as fact_store:
         start = time.perf_counter()
-        fact_store.initialize(facts, prose=_read_calibration_text(args.calibration_text))
+        fact_store.initialize(facts, prose=prose)
         write_start = time.perf_counter()
         with out.progress_bar("writing", len(facts)) as progress:
             results = fact_store.write_many(facts, args.false_positive_rate, progress)
