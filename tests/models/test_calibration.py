@@ -147,10 +147,10 @@ def test_the_initial_threshold_is_measured_with_means_on_inliers_of_each_layer(
         return block_output.index_put((torch.tensor(0), torch.tensor(0)), block_output[0, 0] * 1e5)
 
     monkeypatch.setattr("dmt.models.calibration.initialize_threshold", capture)
-    hook = get_architecture("gpt2").blocks(teacher)[2].register_forward_hook(explode)
     student, _ = convert_blocks(
         teacher, [DenseConfig(), *[FeaturalConfig(selection="centered")] * 2]
     )
+    hook = get_architecture("gpt2").blocks(teacher)[2].register_forward_hook(explode)
     calibrate_memories(student, teacher, windows)
     outputs = forward_with_activations(teacher, windows, capture_blocks=True)
     hook.remove()
