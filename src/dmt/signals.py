@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM of a command: one line and an exit code, whatever the command was doing.
+"""Signals that end a command: one line and an exit code, whatever the command was doing.
 
-Only the command line uses this. A library call installs no handler; Ctrl-C in a notebook is the
-`KeyboardInterrupt` that it always is.
+SIGHUP comes when a connection drops, SIGUSR1 from Slurm before a time limit; both act like SIGTERM.
+Only the command line uses this, and only in the main thread, where handlers can be set. A library
+call installs no handler; Ctrl-C in a notebook is the `KeyboardInterrupt` that it always is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has only two of them
+)
 
 _stops_at_step_end = False
 
@@ -41,11 +47,43 @@ def get_signal_number(interruption: BaseException | None) -> int:
     return next(iter(getattr(interruption, "args", ())), signal.SIGINT)
 
 
+def set_handlers(handlers: Mapping[int, Any]) -> dict[int, Any]:
+    """Set signal handlers and return the previous ones; do nothing outside the main thread.
+
+    Args:
+        handlers: By signal; None, a handler that Python did not set, is left out.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        signum: signal.signal(signum, handler)
+        for signum, handler in handlers.items()
+        if handler is not None
+    }
+
+
+def handle_signals(handler: Any) -> dict[int, Any]:
+    """Set one handler for `SIGNALS` and return the previous ones.
+
+    A signal that is ignored stays ignored: SIGINT in a shell's background jobs, SIGHUP under nohup.
+    """
+    active = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    return set_handlers(dict.fromkeys(active, handler))
+
+
+@contextmanager
+def restore_handlers() -> Iterator[None]:
+    """Restore the signal handlers at the end of this."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        set_handlers(handlers)
+
+
 def exit_on_signal() -> None:
     """End the process on a signal without an exception: for the time in which libraries load."""
-    for signum in SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as in a shell's background jobs
-            signal.signal(signum, _handle_exit)
+    handle_signals(_handle_exit)
 
 
 def _handle_exit(signum: int, _: FrameType | None) -> NoReturn:
@@ -55,11 +93,7 @@ def _handle_exit(signum: int, _: FrameType | None) -> NoReturn:
 
 def raise_on_signal() -> None:
     """Raise `KeyboardInterrupt` with the signal's number on a signal."""
-    for signum, handler in zip(
-        SIGNALS, (signal.default_int_handler, _handle_interrupt), strict=True
-    ):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, handler)
+    handle_signals(_handle_interrupt)
 
 
 def _handle_interrupt(signum: int, _: FrameType | None) -> NoReturn:
@@ -68,8 +102,7 @@ def _handle_interrupt(signum: int, _: FrameType | None) -> NoReturn:
 
 def ignore_signals() -> None:
     """Ignore signals from now on: the work is done and the interpreter shuts down."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    handle_signals(signal.SIG_IGN)
 
 
 @contextmanager
@@ -90,7 +123,8 @@ def stops_at_step_end() -> bool:
 
 def report_signal(interruption: KeyboardInterrupt, default_message: str) -> int:
     """Print what a signal ended, by the interrupt's own message if it has one; the exit code."""
-    print(getattr(interruption, "message", default_message), file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone, as it is after most SIGHUPs
+        print(getattr(interruption, "message", default_message), file=sys.stderr, flush=True)
     return 128 + get_signal_number(interruption)
 
 

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -58,13 +59,6 @@ HEAVY = {
     "tokenizers",
     "tensorboard",
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_signals():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -518,7 +512,10 @@ def test_an_error_of_several_lines_is_printed_on_one(capsys, monkeypatch):
     assert get_error(capsys, []) == "first second"
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_outside_training_sets_the_exit_code(workdir, capsys, monkeypatch, signum, code):
     monkeypatch.setattr(
         "dmt.tasks.run_task",
@@ -532,6 +529,39 @@ def test_a_signal_outside_training_sets_the_exit_code(workdir, capsys, monkeypat
     finally:
         signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; ")
+
+
+def test_main_restores_the_signal_handlers(workdir, fake_run):
+    before = {signum: signal.getsignal(signum) for signum in signals.SIGNALS}
+    during = {}
+
+    def run_task(*_):
+        during.update({signum: signal.getsignal(signum) for signum in signals.SIGNALS})
+        return TaskResult(workdir)
+
+    fake_run(run_task)
+    assert distill_main([]) == 0
+    assert during[signal.SIGTERM] != before[signal.SIGTERM]
+    assert {signum: signal.getsignal(signum) for signum in signals.SIGNALS} == before
+
+
+def test_an_ignored_signal_stays_ignored(workdir, fake_run):
+    """As nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fake_run(lambda *_: os.kill(os.getpid(), signal.SIGHUP) or TaskResult(workdir))
+        assert distill_main([]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_main_works_in_any_thread(workdir, fake_run):
+    exit_codes = []
+    fake_run(lambda *_: TaskResult(workdir))
+    thread = threading.Thread(target=lambda: exit_codes.append(distill_main([])))
+    thread.start()
+    thread.join()
+    assert exit_codes == [0]
 
 
 # Where the run writes

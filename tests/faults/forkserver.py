@@ -54,7 +54,7 @@ def fill_disk(folder):
 
 def perform(action, target):
     """Send a signal to this process, or do `action` to the path `target`."""
-    if action in ("SIGKILL", "SIGTERM", "SIGINT"):
+    if action in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
         print(f"{action} now", file=sys.stderr, flush=True)
         os.kill(os.getpid(), getattr(signal, action))
     elif action == "fill":

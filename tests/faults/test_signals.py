@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every stage: an exit code, one line with the command that resumes."""
+"""Signals in every stage: an exit code, one line with the command that resumes."""
 
 import os
 import random
@@ -28,6 +28,8 @@ STAGES = [
     ("SIGTERM", f"{MODULE}.on_fit_start", 1),  # Lightning's own handlers are set
     ("SIGINT", f"{MODULE}.training_step", 1),
     ("SIGTERM", f"{MODULE}.training_step", 3),
+    ("SIGHUP", f"{MODULE}.training_step", 5),
+    ("SIGUSR1", f"{MODULE}.training_step", 6),
     ("SIGINT", f"{MODULE}.training_step", 8),
     ("SIGTERM", "dmt.store.rows:RowStore.commit", 2),
     ("SIGINT", f"{MODULE}.validation_step", 2),
@@ -35,6 +37,7 @@ STAGES = [
     ("SIGINT", "dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 1),
     ("SIGTERM", "dmt.training.checkpoints:AtomicCheckpointIO.save_checkpoint", 5),
     ("SIGINT", f"{RUN}:evaluate_student", 1),
+    ("SIGHUP", f"{RUN}:evaluate_student", 1),
     ("SIGTERM", f"{RUN}:_save_student", 1),
     ("SIGINT", f"{RUN}:measure_sizes", 1),
 ]

@@ -112,4 +112,3 @@ def test_a_signal_during_the_all_reduce_is_not_lost(distill_args, tmp_path, monk
     assert distill_main(distill_args) == 128 + signal.SIGTERM
     assert "stopped after step 1; resume with" in capsys.readouterr().err
     assert not (newest(tmp_path) / "student").exists()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,7 +19,7 @@ SUCCESS, FAILURE, MISTAKE = 0, 1, 2  # exit codes
 DESCRIPTION = """Replace the feed-forward blocks of a language model by memory that can be edited.
 
 exit codes: 0 success, 1 failure (a full disk, say), 2 mistake in the arguments or files,
-130 or 143 stopped by a signal"""
+128 + N stopped by signal N: 130 Ctrl-C, 143 TERM, 129 HUP, 138 USR1"""
 EXAMPLES = (
     "dmt distill                                            # distill the embedded teacher",
     'dmt memory write "Ada Winterbourne was born in Ravenhill."',
@@ -30,13 +30,13 @@ EXAMPLES = (
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the console script: `main`, with signals handled from the first moment to the last."""
     signals.exit_on_signal()
-    exit_code = main(argv)
+    exit_code = _run_and_report(argv)
     signals.ignore_signals()
     sys.exit(exit_code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, in any thread; signal handlers are afterwards what they were before.
 
     Args:
         argv: the arguments after `dmt`; None means those of the process.
@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 2 for a mistake of the user, 1 for a failure, 128 + N for
         signal N. Errors that are neither are bugs and propagate with their traceback.
     """
+    with signals.restore_handlers():
+        return _run_and_report(argv)
+
+
+def _run_and_report(argv: Sequence[str] | None) -> int:
     try:
         return _run_command(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -267,7 +265,7 @@ def humanize_duration(seconds: float) -> str:
 
 
 class StopOnSignal(Callback):
-    """End the run after the current step on SIGINT or SIGTERM; a second signal ends it at once.
+    """End the run after the current step on one of `SIGNALS`; a second signal ends it at once.
 
     It installs handlers only within `signals.stop_at_step_end`, that is in a command, and only in
     the main thread.
@@ -286,10 +284,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Install the signal handlers."""
-        if (
-            not signals.stops_at_step_end()
-            or threading.current_thread() is not threading.main_thread()
-        ):
+        if not signals.stops_at_step_end():
             return
         own_signals: list[int] = []
 
@@ -301,8 +296,7 @@ class StopOnSignal(Callback):
             if trainer.world_size == 1:  # several processes have to agree first
                 trainer.should_stop = True
 
-        for signum in signals.SIGNALS:
-            self._previous_handlers[signum] = signal.signal(signum, handle_signal)
+        self._previous_handlers = signals.handle_signals(handle_signal)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
@@ -327,8 +321,7 @@ class StopOnSignal(Callback):
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
-        for signum, handler in self._previous_handlers.items():
-            signal.signal(signum, handler)
+        signals.set_handlers(self._previous_handlers)
         self._previous_handlers = {}
 
 

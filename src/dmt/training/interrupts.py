@@ -12,7 +12,7 @@ from typing import Any
 from dmt import files
 from dmt.config import Config
 from dmt.errors import FailureError, UserError
-from dmt.signals import SignalInterrupt, get_signal_number
+from dmt.signals import SignalInterrupt, get_signal_number, set_handlers
 from dmt.training.callbacks import StopOnSignal
 from dmt.training.optimization import NonFiniteError
 from dmt.training.run_dir import (
@@ -47,13 +47,11 @@ def report_interruption(
     config: Config, run_dir: Path, stop_callback: StopOnSignal
 ) -> Iterator[None]:
     """Turn an early end of Lightning's `fit` into `RunInterrupted` or a `UserError`."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
     handler_before = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as system_exit:  # Lightning's answer to a KeyboardInterrupt
-        if in_main_thread and handler_before is not None:  # Lightning leaves the signal ignored
-            signal.signal(signal.SIGINT, handler_before)
+        set_handlers({signal.SIGINT: handler_before})  # Lightning leaves the signal ignored
         raise RunInterrupted(
             stop_callback.received_signal or get_signal_number(system_exit.__context__), run_dir
         ) from None
