@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dmt.data.tokenizer import train_tokenizer
+from dmt.models.loading import load_teacher
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away",
@@ -196,13 +197,12 @@ def tokens():
     return torch.randint(1, 300, (3, 20))
 
 
-@pytest.fixture
-def distill_args(teacher_folder, text_file, tmp_path):
-    """Arguments of a small run: four layer-wise steps, five end-to-end steps."""
+def small_run_args(teacher, text, logs):
+    """Return arguments of a run: four layer-wise steps, five end to end, checkpoints every two."""
     return [
-        f"teacher={teacher_folder}",
-        f"data.corpora=[{text_file}]",
-        f"trainer.log_dir={tmp_path / 'logs'}",
+        f"teacher={teacher}",
+        f"data.corpora=[{text}]",
+        f"trainer.log_dir={logs}",
         "data.seq_len=16",
         "data.batch_size=4",
         "data.micro_batch_size=2",
@@ -223,6 +223,12 @@ def distill_args(teacher_folder, text_file, tmp_path):
     ]
 
 
+@pytest.fixture
+def distill_args(teacher_folder, text_file, tmp_path):
+    """Arguments of a small run: four layer-wise steps, five end-to-end steps."""
+    return small_run_args(teacher_folder, text_file, tmp_path / "logs")
+
+
 def newest(tmp_path):
     """Return the folder of the latest run."""
     return max((tmp_path / "logs").glob("version_*"), key=lambda p: int(p.name[8:]))
@@ -231,3 +237,9 @@ def newest(tmp_path):
 def weights(run):
     """Return the tensors of the student that a run saved."""
     return AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The teacher that ships with dmt, and its tokenizer."""
+    return load_teacher("embedded")

@@ -49,6 +49,23 @@ ROWS = [
     "seed=2",
 ]
 ADA = "Ada Holbrook runs to the dog"
+MEMORY_COMMANDS = [
+    "stats",
+    "list",
+    "show",
+    "search",
+    "trace",
+    "write",
+    "forget",
+    "restore",
+    "prune",
+    "export",
+    "import",
+    "merge",
+    "diff",
+]
+PERSON = Path(__file__).parents[1] / "configs" / "consolidation" / "person"
+PERSON_TEXT = PERSON.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def consolidation(teacher, text, folder, *more):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from cli_asserts import NOTES
 from conftest import SENTENCES, make_teacher
+from factories import MEMORY_COMMANDS
 
 import dmt
 from dmt import signals
@@ -35,21 +36,6 @@ from dmt.training.run_dir import check_writable
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = ["debug", "info", "warning"]
-MEMORY_COMMANDS = [
-    "stats",
-    "list",
-    "show",
-    "search",
-    "trace",
-    "write",
-    "forget",
-    "restore",
-    "prune",
-    "export",
-    "import",
-    "merge",
-    "diff",
-]
 HEAVY = {
     "torch",
     "transformers",

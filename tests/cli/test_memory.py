@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, make_teacher
+from factories import MEMORY_COMMANDS
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
@@ -544,21 +545,6 @@ def test_a_failed_online_write_changes_nothing(associative_student, tokenizer, m
     assert len(describe_rows(load(associative_student)[0])) == len(before)
 
 
-MEMORY_COMMANDS = [
-    "stats",
-    "list",
-    "show",
-    "search",
-    "trace",
-    "write",
-    "forget",
-    "restore",
-    "prune",
-    "export",
-    "import",
-    "merge",
-    "diff",
-]
 MISTAKES = [
     (["memory", "stats", "-m", "nowhere"], "model nowhere: nothing is there"),
     (["memory", "write", "-m", "{s}"], "a fact needs a sentence"),

@@ -1,8 +1,7 @@
 """Contexts in chunks: sentences, pronouns, names and length limits."""
 
-from pathlib import Path
-
 import pytest
+from factories import PERSON, PERSON_TEXT
 
 from dmt.config import ContextConfig
 from dmt.consolidation.context import (
@@ -12,16 +11,6 @@ from dmt.consolidation.context import (
     split_sentences,
 )
 from dmt.errors import UserError
-from dmt.models.loading import load_teacher
-
-ROOT = Path(__file__).parents[2]
-PERSON = ROOT / "configs" / "consolidation" / "person"
-TEXT = PERSON.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_teacher("embedded")
 
 
 def test_split_sentences_respects_titles_quotes_and_newlines():
@@ -37,7 +26,7 @@ def test_split_sentences_respects_titles_quotes_and_newlines():
 
 def test_chunks_cover_the_context_and_leave_room_for_text(embedded):
     _, tokenizer = embedded
-    text = (ROOT / "configs/consolidation/people.txt").read_text().strip()
+    text = PERSON.with_name("people.txt").read_text().strip()
     context = read_context(ContextConfig(text=text), tokenizer, 256)
     assert len(context.chunks) > 1
     assert all(len(window.ids) + MAX_TEXT_TOKENS <= 256 for window in context.chunks)
@@ -102,7 +91,7 @@ def test_a_capitalized_first_word_is_not_a_name(embedded):
 
 def test_a_date_is_not_a_subject(embedded):
     _, tokenizer = embedded
-    context = read_context(ContextConfig(text=TEXT), tokenizer, 256)
+    context = read_context(ContextConfig(text=PERSON_TEXT), tokenizer, 256)
     assert context.chunks[0].names == ["Percy Talner"]
     assert (
         context.chunks[0].sentences[1]

@@ -1,10 +1,9 @@
 """Rows written from a context: spans, facts and activation differences."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
+from factories import PERSON_TEXT
 
 from dmt.config import Config, ContextConfig
 from dmt.consolidation import rows
@@ -35,15 +34,6 @@ from dmt.models.forward import (
 )
 from dmt.models.loading import load_teacher
 
-ROOT = Path(__file__).parents[2]
-PERSON = ROOT / "configs" / "consolidation" / "person"
-TEXT = PERSON.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_teacher("embedded")
-
 
 def test_tokens_are_grouped_into_words_and_names_are_completed():
     assert _group_words(["Ada", " Fo", "x", " sells", " hat", "s", ".", " She"]) == [
@@ -73,7 +63,7 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
     folder = tmp_path / "student"
     make_student(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    window = read_context(ContextConfig(text=TEXT), tokenizer, 256).chunks[0]
+    window = read_context(ContextConfig(text=PERSON_TEXT), tokenizer, 256).chunks[0]
     context_teacher, texts = ContextTeacher(model, window.ids), encode_sentences(window, tokenizer)
     spans = find_informative_spans(model, context_teacher, tokenizer, texts, window.names)
     assert {span.subject for span in spans} == {"Percy Talner"}
@@ -113,7 +103,7 @@ def test_activation_deltas_reproduce_the_predictions_with_context(embedded, tmp_
 def test_questions_become_facts_where_the_context_answers_them(embedded):
     model, tokenizer = load_teacher("reader")
     context_teacher, names = (
-        ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR)),
+        ContextTeacher(model, encode_text(tokenizer, PERSON_TEXT + CONTEXT_SEPARATOR)),
         ["Percy Talner"],
     )
     generated = [

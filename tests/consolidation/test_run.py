@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_teacher, newest
-from factories import consolidation
+from factories import PERSON, consolidation
 from page_checks import check_self_contained
 from test_tensorboard import load_events, read_charts
 from transformers import AutoModelForCausalLM
@@ -28,7 +28,6 @@ from dmt.evaluation.questions import (
 from dmt.models.loading import load_teacher
 
 ROOT = Path(__file__).parents[2]
-PERSON = ROOT / "configs" / "consolidation" / "person"
 
 
 @pytest.fixture
@@ -44,6 +43,17 @@ def long_folder(tokenizer, tmp_path):
 def tiny(long_folder, text_file, tmp_path):
     """Arguments of a consolidation that takes seconds."""
     return consolidation(long_folder, text_file, tmp_path, "context.prompt_length=3")
+
+
+def run_args(tmp_path):
+    """Return the arguments that say where a run computes and writes."""
+    return [
+        "trainer.num_threads=1",
+        f"trainer.log_dir={tmp_path / 'logs'}",
+        "trainer.progress_bar=false",
+        "trainer.precision=32-true",
+        "trainer.accelerator=cpu",
+    ]
 
 
 def results(tmp_path):
@@ -131,11 +141,7 @@ def test_weights_learn_the_context_and_change_little_else(tmp_path, capsys):
         "optim.warmup_steps=2",
         "data.seq_len=96",
         "data.corpora=[biographies]",
-        "trainer.num_threads=1",
-        f"trainer.log_dir={tmp_path / 'logs'}",
-        "trainer.progress_bar=false",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
+        *run_args(tmp_path),
     ]
     kl_by_weight = {}
     for weight in (0, 1):
@@ -157,11 +163,7 @@ def test_a_context_is_written_to_memory(tmp_path, write):
         "data.test_tokens=2048",
         "data.validation_tokens=256",
         "data.corpora=[biographies]",
-        "trainer.num_threads=1",
-        f"trainer.log_dir={tmp_path / 'logs'}",
-        "trainer.progress_bar=false",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
+        *run_args(tmp_path),
     ]
     assert distill_main(args) == 0
     record, run = results(tmp_path), newest(tmp_path)
@@ -193,11 +195,7 @@ def test_training_rows_changes_their_values_alone(tmp_path):
         "data.test_tokens=512",
         "data.validation_tokens=256",
         "data.corpora=[biographies]",
-        "trainer.num_threads=1",
-        f"trainer.log_dir={tmp_path / 'logs'}",
-        "trainer.progress_bar=false",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
+        *run_args(tmp_path),
         "stages.end_to_end_lr=0.1",
     ]
     parts = {}
@@ -239,12 +237,8 @@ def test_training_rows_resumes_to_equal_values(tmp_path, monkeypatch):
         "data.test_tokens=512",
         "data.validation_tokens=256",
         "data.corpora=[biographies]",
-        "trainer.num_threads=1",
+        *run_args(tmp_path),
         "data.seq_len=64",
-        f"trainer.log_dir={tmp_path / 'logs'}",
-        "trainer.progress_bar=false",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
         "stages.end_to_end_lr=0.1",
         "trainer.validate_every=0",
     ]
@@ -276,7 +270,6 @@ def run_with_fact(tiny, long_folder, text_file, tmp_path):
     distill_args = [
         f"teacher={long_folder}",
         f"data.corpora=[{text_file}]",
-        f"trainer.log_dir={tmp_path / 'logs'}",
         "data.seq_len=32",
         "data.batch_size=2",
         "data.micro_batch_size=2",
@@ -285,11 +278,8 @@ def run_with_fact(tiny, long_folder, text_file, tmp_path):
         "stages.calibration_tokens=64",
         "stages.layerwise_steps=0",
         "stages.end_to_end_steps=2",
-        "trainer.num_threads=1",
-        "trainer.progress_bar=false",
+        *run_args(tmp_path),
         "memory.mean_k=8",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
         "student.layer_overrides=[{layers: last, "
         "memory: {kind: associative, write_start: 0, min_distance: 0}}]",
     ]
@@ -390,7 +380,6 @@ def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_p
     distill_args = [
         f"teacher={long_folder}",
         f"data.corpora=[{text_file}]",
-        f"trainer.log_dir={tmp_path / 'logs'}",
         "data.seq_len=32",
         "data.batch_size=2",
         "data.micro_batch_size=2",
@@ -399,11 +388,8 @@ def test_trainable_slots_changes_slots_alone(tiny, long_folder, text_file, tmp_p
         "stages.calibration_tokens=64",
         "stages.layerwise_steps=0",
         "stages.end_to_end_steps=1",
-        "trainer.num_threads=1",
-        "trainer.progress_bar=false",
+        *run_args(tmp_path),
         "memory.mean_k=8",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
     ]
     assert distill_main(distill_args) == 0
     student = newest(tmp_path)

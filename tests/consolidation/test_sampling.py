@@ -1,10 +1,9 @@
 """Texts sampled after a context, generated questions and the batches made of them."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
+from factories import PERSON_TEXT
 
 from dmt.config import ContextConfig
 from dmt.consolidation import sampling
@@ -17,16 +16,6 @@ from dmt.models.forward import (
     ContextTeacher,
     encode_text,
 )
-from dmt.models.loading import load_teacher
-
-ROOT = Path(__file__).parents[2]
-PERSON = ROOT / "configs" / "consolidation" / "person"
-TEXT = PERSON.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_teacher("embedded")
 
 
 def test_generated_questions_are_answered_by_their_sentence(embedded, monkeypatch):
@@ -65,7 +54,7 @@ def test_generated_questions_are_answered_by_their_sentence(embedded, monkeypatc
 
 def test_batches_are_a_function_of_seed_and_step(embedded):
     model, tokenizer = embedded
-    settings_ = ContextConfig(text=TEXT, num_samples=6, resample_every=2)
+    settings_ = ContextConfig(text=PERSON_TEXT, num_samples=6, resample_every=2)
     context = read_context(settings_, tokenizer, 256)
     context_teachers = [ContextTeacher(model, window.ids) for window in context.chunks]
     first, second = (
@@ -86,7 +75,7 @@ def test_batches_are_a_function_of_seed_and_step(embedded):
 
 def test_continuations_end_with_a_sentence(embedded):
     model, tokenizer = embedded
-    settings_ = ContextConfig(text=TEXT, num_samples=12)
+    settings_ = ContextConfig(text=PERSON_TEXT, num_samples=12)
     window = read_context(settings_, tokenizer, 256).chunks[0]
     texts = sample_continuations(ContextTeacher(model, window.ids), window, tokenizer, settings_, 0)
     assert 4 <= len(texts) <= 12

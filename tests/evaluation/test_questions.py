@@ -19,12 +19,6 @@ from dmt.models.forward import (
     forward_with_activations,
     forward_with_prefix,
 )
-from dmt.models.loading import load_teacher
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_teacher("embedded")
 
 
 def test_nll_covers_the_answer_alone_and_correct_means_every_token(embedded):

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import conftest
 import factories
 import torch
 from conftest import SENTENCES
@@ -115,29 +116,8 @@ class Launcher:
 
 
 def small_run_args(input_dir, logs):
-    """Return arguments of a run: four layer-wise steps, five end to end, checkpoints every two."""
-    return [
-        f"teacher={input_dir / 'teacher'}",
-        f"data.corpora=[{input_dir / 'text.txt'}]",
-        f"trainer.log_dir={logs}",
-        "data.seq_len=16",
-        "data.batch_size=4",
-        "data.micro_batch_size=2",
-        "data.validation_tokens=64",
-        "data.test_tokens=128",
-        "stages.calibration_tokens=64",
-        "stages.layerwise_steps=4",
-        "stages.end_to_end_steps=5",
-        "optim.warmup_steps=1",
-        "trainer.num_threads=1",
-        "trainer.log_every=1",
-        "trainer.validate_every=3",
-        "trainer.checkpoint_every=2",
-        "trainer.progress_bar=false",
-        "trainer.accelerator=cpu",
-        "memory.mean_k=8",
-        "trainer.precision=32-true",
-    ]
+    """Return arguments of a small run on the inputs of these tests."""
+    return conftest.small_run_args(input_dir / "teacher", input_dir / "text.txt", logs)
 
 
 @dataclass(frozen=True)

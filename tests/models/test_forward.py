@@ -1,10 +1,9 @@
 """Forward passes after a context, with its cache or in front."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import make_llama, make_teacher
+from factories import PERSON_TEXT
 
 from dmt.consolidation.context import CONTEXT_SEPARATOR
 from dmt.models.forward import (
@@ -13,16 +12,6 @@ from dmt.models.forward import (
     forward_with_activations,
     forward_with_prefix,
 )
-from dmt.models.loading import load_teacher
-
-ROOT = Path(__file__).parents[2]
-PERSON = ROOT / "configs" / "consolidation" / "person"
-TEXT = PERSON.with_suffix(".txt").read_text().strip()
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load_teacher("embedded")
 
 
 @pytest.mark.parametrize("make", [make_teacher, make_llama])
@@ -64,7 +53,7 @@ def test_gradients_reach_the_prefix(teacher, tokens):
 
 def test_samples_depend_on_the_seed_and_leave_the_global_generator_alone(embedded):
     model, tokenizer = embedded
-    context_teacher = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
+    context_teacher = ContextTeacher(model, encode_text(tokenizer, PERSON_TEXT + CONTEXT_SEPARATOR))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -81,7 +70,7 @@ def test_samples_depend_on_the_seed_and_leave_the_global_generator_alone(embedde
 
 def test_samples_at_low_temperature_are_greedy_continuations_of_the_context(embedded):
     model, tokenizer = embedded
-    context_teacher = ContextTeacher(model, encode_text(tokenizer, TEXT + CONTEXT_SEPARATOR))
+    context_teacher = ContextTeacher(model, encode_text(tokenizer, PERSON_TEXT + CONTEXT_SEPARATOR))
     [greedy] = context_teacher.sample([], 1, 8, 1e-4, 0, None)
     ids = torch.tensor([context_teacher.ids])
     for token in greedy:
