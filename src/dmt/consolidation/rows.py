@@ -38,7 +38,6 @@ from dmt.editing.fact_store import FactStore
 from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.questions import Question, score_answers
 from dmt.files import atomic_directory
-from dmt.memory.edit_memory import EditRows
 from dmt.models.fact_hooks import SUBJECT_WINDOW, back_up_facts, disabled, record_matches
 from dmt.models.forward import (
     ContextTeacher,
@@ -575,7 +574,7 @@ def _train_rows(
     row_ids = {row for fact in facts for row in fact.rows}
     row_mask = torch.tensor([int(row) in row_ids for row in memory.rows.ids])
     values.register_hook(lambda grad: grad * row_mask.unsqueeze(1))
-    memory.rows = EditRows(**{**vars(memory.rows), "values": values})
+    memory.set_rows(replace(memory.rows, values=values))
     train_student(
         run_state, fact_store.model, {"rows": values}, run_state.prefix, data, run_dir, is_new
     )

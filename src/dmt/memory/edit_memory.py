@@ -6,9 +6,11 @@ and by the similarity of the hidden state to the one it was written in.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,16 @@ ANSWER_WINDOW = 16
 NO_SUBJECT = -1
 # Pairs of token and row that are compared at once.
 MAX_PAIRS = 400_000
+
+
+class ThreadState(threading.local):
+    """Attributes of which each thread has its own; copies and unpickled objects start afresh.
+
+    A subclass states the first value of each attribute as a class attribute.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class PhraseMatcher:
@@ -140,6 +152,16 @@ def _keep_longest(
     return sequences[is_longest], positions[is_longest], phrase_ids[is_longest]
 
 
+def _find_phrases(
+    matcher: PhraseMatcher, tokens: Tensor, document_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find phrases that are within one document; see `PhraseMatcher.find_ends`."""
+    sequences, positions, phrase_ids = matcher.find_ends(tokens)
+    starts = positions + 1 - matcher.lengths[phrase_ids]
+    is_whole = document_ids[sequences, starts] == document_ids[sequences, positions]
+    return sequences[is_whole], positions[is_whole], phrase_ids[is_whole]
+
+
 def match_phrases(
     tokens: Tensor,
     num_new: int,
@@ -148,6 +170,7 @@ def match_phrases(
     prefix_matcher: PhraseMatcher,
     window: int,
     end_ids: int | Sequence[int] | None = None,
+    is_start: Tensor | None = None,
 ) -> PhraseMatches:
     """Find which subjects, prefixes and answers precede each of the last `num_new` tokens.
 
@@ -159,13 +182,17 @@ def match_phrases(
         prefix_matcher: its phrases are prefixes and answers.
         window: tokens for which a subject matches after it occurred.
         end_ids: id or ids of tokens that end a document; nothing matches across them.
+        is_start: `(batch, time)`, the tokens that begin another document, where no token says so.
     """
     time = tokens.shape[1]
-    sequences, positions, phrase_ids = _keep_longest(
-        subject_matcher, *subject_matcher.find_ends(tokens), time
-    )
     end_tokens = torch.tensor([] if end_ids is None else end_ids, device=tokens.device)
-    document_ids = torch.isin(tokens, end_tokens).cumsum(1).cpu()
+    is_boundary = torch.isin(tokens, end_tokens)
+    if is_start is not None:
+        is_boundary |= is_start
+    document_ids = is_boundary.cumsum(1).cpu()
+    sequences, positions, phrase_ids = _keep_longest(
+        subject_matcher, *_find_phrases(subject_matcher, tokens, document_ids), time
+    )
     offsets = torch.arange(window)
     window_positions = positions.unsqueeze(1) + offsets  # (matches, window)
     valid = (window_positions < time) & (window_positions >= time - num_new)
@@ -192,7 +219,7 @@ def match_phrases(
             unique_pairs[:, 1].contiguous(),
             min_ages,
         )
-    sequences, positions, prefix_ids = prefix_matcher.find_ends(tokens)
+    sequences, positions, prefix_ids = _find_phrases(prefix_matcher, tokens, document_ids)
     first_new = time - num_new
     is_new = positions >= first_new
     prefix_positions = sequences[is_new] * num_new + positions[is_new] - first_new
@@ -217,6 +244,21 @@ def match_phrases(
 
 
 @dataclass(frozen=True)
+class PhraseTable:
+    """The phrases that rows name by number.
+
+    Attributes:
+        subject_matcher: its phrases are spellings of subjects.
+        subject_by_phrase: `(phrases,)`, the subject that each phrase names.
+        prefix_matcher: its phrases are prefixes and answers.
+    """
+
+    subject_matcher: PhraseMatcher = field(default_factory=PhraseMatcher)
+    subject_by_phrase: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    prefix_matcher: PhraseMatcher = field(default_factory=PhraseMatcher)
+
+
+@dataclass(frozen=True)
 class EditRows:
     """Rows of one layer, arrays over the same `n` rows.
 
@@ -229,6 +271,7 @@ class EditRows:
         prefixes: index of the phrase that has to precede, or `NO_SUBJECT`.
         answers: index of the full answer; a row without a prefix does not fire where the answer
             has just been generated.
+        phrases: what the indices refer to.
     """
 
     ids: Tensor
@@ -238,6 +281,7 @@ class EditRows:
     subjects: Tensor
     prefixes: Tensor
     answers: Tensor
+    phrases: PhraseTable = field(default_factory=PhraseTable)
 
     @classmethod
     def empty(cls, width: int) -> EditRows:
@@ -256,6 +300,33 @@ class EditRows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, device: torch.device) -> EditRows:
+        """Return the rows on a device."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        phrases = tensors.pop("phrases")
+        return EditRows(
+            **{name: tensor.to(device) for name, tensor in tensors.items()}, phrases=phrases
+        )
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Rows with what finds them; never changed, so that a pass that reads it is undisturbed.
+
+    Attributes:
+        rows: the rows.
+        whitened_keys: `(n, width)`.
+        subject_order: `(n,)` rows sorted by subject, those without one first.
+        sorted_subjects: `(n,)` their subjects.
+        rows_without_subject: `(m,)`.
+    """
+
+    rows: EditRows
+    whitened_keys: Tensor
+    subject_order: Tensor
+    sorted_subjects: Tensor
+    rows_without_subject: Tensor
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -265,11 +336,17 @@ class Matches:
         tokens: `(n,)` indices of tokens.
         rows: `(n,)` indices of rows.
         cosines: `(n,)`.
+        row_index: what `rows` refers to.
     """
 
     tokens: Tensor
     rows: Tensor
     cosines: Tensor
+    row_index: RowIndex
+
+
+class _Recording(ThreadState):
+    matches: list[Matches] | None = None
 
 
 class EditMemory(nn.Module):
@@ -300,34 +377,38 @@ class EditMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.width = width
-        self.mean: Tensor
-        self.metric: Tensor
-        self.register_buffer("mean", torch.zeros(width) if mean is None else mean, persistent=False)
-        self.register_buffer(
-            "metric", torch.eye(width) if metric is None else metric, persistent=False
-        )
-        self._match_log: list[Matches] | None = None
+        # No buffers: they are not the model's, so neither its dtype nor its initialization apply.
+        self.mean = torch.zeros(width) if mean is None else mean
+        self.metric = torch.eye(width) if metric is None else metric
+        self._recording = _Recording()
         self.set_rows(EditRows.empty(width))
+
+    @property
+    def rows(self) -> EditRows:
+        """All rows."""
+        return self.index.rows
 
     def set_rows(self, rows: EditRows) -> None:
         """Replace all rows."""
-        device = self.mean.device
-        self.rows = EditRows(**{name: tensor.to(device) for name, tensor in vars(rows).items()})
-        self._whitened_keys = self.whiten(self.rows.keys)
-        order = self.rows.subjects.argsort(stable=True)
-        self._subject_order = order  # rows sorted by subject, those without one first
-        self._sorted_subjects = self.rows.subjects[order]
-        self._rows_without_subject = order[self._sorted_subjects == NO_SUBJECT]
+        rows = rows.to(self.mean.device)
+        order = rows.subjects.argsort(stable=True)
+        sorted_subjects = rows.subjects[order]
+        # In one assignment: another thread may be within a pass.
+        self.index = RowIndex(
+            rows,
+            self.whiten(rows.keys),
+            order,
+            sorted_subjects,
+            order[sorted_subjects == NO_SUBJECT],
+        )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        full_precision = {
-            name: tensor for name, tensor in self.named_buffers() if tensor.dtype == torch.float32
-        }
         result = super()._apply(fn, recurse)
         # Similarity is computed in full precision, in a model in half precision too.
-        for name, tensor in full_precision.items():
-            setattr(self, name, tensor.to(getattr(self, name).device))
-        self.set_rows(self.rows)
+        device = fn(self.mean.new_empty(0)).device
+        if device.type != "meta":  # there are no weights to compute with
+            self.mean, self.metric = self.mean.to(device), self.metric.to(device)
+            self.set_rows(self.rows)
         return result
 
     def whiten(self, hidden: Tensor) -> Tensor:
@@ -337,17 +418,17 @@ class EditMemory(nn.Module):
 
     @contextmanager
     def recording_matches(self) -> Iterator[list[Matches]]:
-        """Record which rows fire inside the block; an outer recording is paused.
+        """Record which rows fire inside the block in this thread; an outer recording is paused.
 
         Yields:
             The matches of each pass, which grow while the block runs.
         """
-        previous, log = self._match_log, list[Matches]()
-        self._match_log = log
+        previous, log = self._recording.matches, list[Matches]()
+        self._recording.matches = log
         try:
             yield log
         finally:
-            self._match_log = previous
+            self._recording.matches = previous
 
     def add_values(self, output: Tensor, matches: Matches) -> Tensor:
         """Add the values of the rows that fired to a block's output.
@@ -356,63 +437,75 @@ class EditMemory(nn.Module):
             output: `(..., width)`; returned itself where no row fired.
             matches: of the same tokens, flattened.
         """
-        if self._match_log is not None:
-            self._match_log.append(matches)
+        if self._recording.matches is not None:
+            self._recording.matches.append(matches)
         if not len(matches.tokens):
             return output
         flat_output = output.reshape(-1, self.width)
-        values = self.rows.values[matches.rows].to(flat_output.dtype)
-        return flat_output.index_add(0, matches.tokens, values).view_as(output)
+        values = matches.row_index.rows.values[matches.rows].to(flat_output)
+        tokens = matches.tokens.to(flat_output.device)
+        return flat_output.index_add(0, tokens, values).view_as(output)
 
     @torch.no_grad()
-    def find_matches(self, hidden: Tensor, phrase_matches: PhraseMatches) -> Matches:
-        """Find the row that fires for each of `hidden` `(tokens, width)`, at most one per token."""
-        if not len(self.rows):
+    def find_matches(
+        self, hidden: Tensor, phrase_matches: PhraseMatches, index: RowIndex | None = None
+    ) -> Matches:
+        """Find the row that fires for each token, at most one per token.
+
+        Args:
+            hidden: `(tokens, width)`.
+            phrase_matches: of the same tokens.
+            index: the rows; all present ones where it is None.
+        """
+        index = self.index if index is None else index
+        hidden = hidden.to(self.mean.device)  # the key layer's may be another one
+        if not len(index.rows):
             no_indices = torch.zeros(0, dtype=torch.long, device=hidden.device)
-            return Matches(no_indices, no_indices, torch.zeros(0, device=hidden.device))
+            no_cosines = torch.zeros(0, device=hidden.device)
+            return Matches(no_indices, no_indices, no_cosines, index)
         groups = [
-            self._match_by_subject(hidden, phrase_matches),
-            self._match_without_subject(hidden, phrase_matches),
+            self._match_by_subject(hidden, phrase_matches, index),
+            self._match_without_subject(hidden, phrase_matches, index),
         ]
         tokens, rows, cosines, ages = (torch.cat(column) for column in zip(*groups, strict=True))
         # Least important first, so that the last row of each token is the one that fires.
         order = cosines.argsort(stable=True)
         order = order[ages[order].argsort(stable=True, descending=True)]
-        order = order[(self.rows.prefixes[rows[order]] != NO_SUBJECT).long().argsort(stable=True)]
+        order = order[(index.rows.prefixes[rows[order]] != NO_SUBJECT).long().argsort(stable=True)]
         order = order[tokens[order].argsort(stable=True)]
         is_last = torch.ones(len(order), dtype=torch.bool, device=order.device)
         is_last[:-1] = tokens[order][1:] != tokens[order][:-1]
         selected = order[is_last]
-        return Matches(tokens[selected], rows[selected], cosines[selected])
+        return Matches(tokens[selected], rows[selected], cosines[selected], index)
 
     def _match_by_subject(
-        self, hidden: Tensor, phrase_matches: PhraseMatches
+        self, hidden: Tensor, phrase_matches: PhraseMatches, index: RowIndex
     ) -> tuple[Tensor, ...]:
         """Return tokens, rows, cosines and subject ages of all rows that may fire by subject."""
         device = hidden.device
         subjects = phrase_matches.subjects.to(device).contiguous()
         first, last = (
-            torch.searchsorted(self._sorted_subjects, subjects, right=right)
+            torch.searchsorted(index.sorted_subjects, subjects, right=right)
             for right in (False, True)
         )
         counts = last - first
         phrase_indices = torch.arange(len(counts), device=device).repeat_interleave(counts)
-        rows = self._subject_order[
+        rows = index.subject_order[
             first[phrase_indices]
             + torch.arange(len(phrase_indices), device=device)
             - (counts.cumsum(0) - counts)[phrase_indices]
         ]
         tokens = phrase_matches.subject_positions.to(device)[phrase_indices]
         ages = phrase_matches.subject_ages.to(device)[phrase_indices]
-        return self._filter_matches(hidden, tokens, rows, ages, phrase_matches)
+        return self._filter_matches(hidden, tokens, rows, ages, phrase_matches, index)
 
     def _match_without_subject(
-        self, hidden: Tensor, phrase_matches: PhraseMatches
+        self, hidden: Tensor, phrase_matches: PhraseMatches, index: RowIndex
     ) -> tuple[Tensor, ...]:
         """Return the same of rows without a subject, for each token the nearest that may fire."""
         device = hidden.device
-        rows = self._rows_without_subject
-        has_prefix = self.rows.prefixes[rows] != NO_SUBJECT
+        rows = index.rows_without_subject
+        has_prefix = index.rows.prefixes[rows] != NO_SUBJECT
         unprefixed, prefixed = rows[~has_prefix], rows[has_prefix]
         token_groups, row_groups = [], []
         if len(unprefixed):
@@ -421,15 +514,15 @@ class EditMemory(nn.Module):
             best_rows = torch.zeros_like(unprefixed[:1]).expand(len(hidden))
             for candidates in unprefixed.split(max(1, MAX_PAIRS // len(hidden))):
                 # Each row has its own threshold, so the nearest of all may not fire.
-                cosines = queries @ self._whitened_keys[candidates].t()
-                blocked = cosines < self.rows.thresholds[candidates]
+                cosines = queries @ index.whitened_keys[candidates].t()
+                blocked = cosines < index.rows.thresholds[candidates]
                 is_answered = torch.isin(
-                    self.rows.answers[candidates], phrase_matches.recent_answers.to(device)
+                    index.rows.answers[candidates], phrase_matches.recent_answers.to(device)
                 )
                 answered = is_answered.nonzero().flatten()
-                blocked[:, answered] |= self._is_answer_recent(
+                blocked[:, answered] |= _is_answer_recent(
                     torch.arange(len(hidden), device=device).unsqueeze(1),
-                    candidates[answered],
+                    index.rows.answers[candidates[answered]],
                     phrase_matches,
                 )
                 cosines, indices = cosines.masked_fill(blocked, -torch.inf).max(1)
@@ -441,7 +534,7 @@ class EditMemory(nn.Module):
         for position, prefix in zip(
             phrase_matches.prefix_positions.tolist(), phrase_matches.prefixes.tolist(), strict=True
         ):
-            candidates = prefixed[self.rows.prefixes[prefixed] == prefix]
+            candidates = prefixed[index.rows.prefixes[prefixed] == prefix]
             token_groups.append(torch.full_like(candidates, position))
             row_groups.append(candidates)
         empty = torch.zeros(0, dtype=torch.long, device=device)
@@ -452,6 +545,7 @@ class EditMemory(nn.Module):
             row_indices,
             torch.full_like(indices, torch.iinfo(torch.long).max),
             phrase_matches,
+            index,
         )
 
     def _filter_matches(
@@ -461,14 +555,15 @@ class EditMemory(nn.Module):
         rows: Tensor,
         ages: Tensor,
         phrase_matches: PhraseMatches,
+        index: RowIndex,
     ) -> tuple[Tensor, ...]:
-        prefixes = self.rows.prefixes[rows]
+        prefixes = index.rows.prefixes[rows]
         prefix_pairs = _encode_pairs(
             phrase_matches.prefix_positions.to(rows.device), phrase_matches.prefixes.to(rows.device)
         )
         eligible = torch.where(
             prefixes == NO_SUBJECT,
-            ~self._is_answer_recent(tokens, rows, phrase_matches),
+            ~_is_answer_recent(tokens, index.rows.answers[rows], phrase_matches),
             torch.isin(_encode_pairs(tokens, prefixes), prefix_pairs),
         )
         tokens, rows, ages = tokens[eligible], rows[eligible], ages[eligible]
@@ -477,13 +572,13 @@ class EditMemory(nn.Module):
         cosines = torch.cat(
             [hidden.new_zeros(0).float()]
             + [
-                (queries[token_chunk] * self._whitened_keys[row_chunk]).sum(-1)
+                (queries[token_chunk] * index.whitened_keys[row_chunk]).sum(-1)
                 for token_chunk, row_chunk in zip(
                     query_indices.split(MAX_PAIRS), rows.split(MAX_PAIRS), strict=True
                 )
             ]
         )
-        within_threshold = cosines >= self.rows.thresholds[rows]
+        within_threshold = cosines >= index.rows.thresholds[rows]
         return (
             tokens[within_threshold],
             rows[within_threshold],
@@ -491,19 +586,18 @@ class EditMemory(nn.Module):
             ages[within_threshold],
         )
 
-    def _is_answer_recent(
-        self, tokens: Tensor, rows: Tensor, phrase_matches: PhraseMatches
-    ) -> Tensor:
-        """Return whether a row's full answer ended shortly before a token; both are broadcast."""
-        answer_pairs = _encode_pairs(
-            phrase_matches.answer_positions.to(rows.device),
-            phrase_matches.recent_answers.to(rows.device),
-        )
-        return torch.isin(_encode_pairs(tokens, self.rows.answers[rows]), answer_pairs)
-
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         return f"width={self.width}, rows={len(self.rows)}"
+
+
+def _is_answer_recent(tokens: Tensor, answers: Tensor, phrase_matches: PhraseMatches) -> Tensor:
+    """Return whether an answer ended shortly before a token; both are broadcast."""
+    answer_pairs = _encode_pairs(
+        phrase_matches.answer_positions.to(answers.device),
+        phrase_matches.recent_answers.to(answers.device),
+    )
+    return torch.isin(_encode_pairs(tokens, answers), answer_pairs)
 
 
 def _encode_pairs(positions: Tensor, phrase_ids: Tensor) -> Tensor:

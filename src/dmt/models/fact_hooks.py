@@ -7,18 +7,21 @@ facts of a saved model are in `memory.db` beside its weights, with the rows it w
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from dmt.errors import UserError, WrongModelError
 from dmt.memory import AssociativeMemory
@@ -30,6 +33,9 @@ from dmt.memory.edit_memory import (
     Matches,
     PhraseMatcher,
     PhraseMatches,
+    PhraseTable,
+    RowIndex,
+    ThreadState,
     match_phrases,
 )
 from dmt.models.architectures import get_architecture
@@ -40,9 +46,13 @@ if TYPE_CHECKING:
     from dmt.store.facts import FactTable
     from dmt.store.rows import RowStore
 
+logger = logging.getLogger(__name__)
+
 FACTS_FILE = "memory.db"  # holds facts and rows written online, beside a saved model's weights
 SUBJECT_WINDOW = 64  # tokens after a mention for which a subject counts as being talked about
 HOOKS_ATTRIBUTE = "facts"  # the attribute of a model that holds its `FactHooks`
+UNKNOWN_TOKEN = -1  # id of a token that was given as an embedding, or read without the hooks
+MAX_SCORES = 16_000_000  # numbers that `_find_embedding_ids` computes at once
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,83 @@ class FactRow:
     answer_ids: tuple[int, ...] = ()
 
 
-class _TokenCache(DynamicLayer):
-    """Token IDs read so far, as one more layer of a cache.
+# Which rows fire depends on the text, so that a compiled model leaves its graphs for the hooks.
+_not_compiled = torch.compiler.disable(reason="facts depend on the text")
 
-    Cropping, reordering and copying the cache changes them as it does keys and values.
+
+class _PassState(ThreadState):
+    """What the hooks of one pass hand on to each other.
+
+    Attributes:
+        is_disabled: whether no row may fire.
+        history: `(batch, time, 2)` ids and positions of the text up to the end of the pass.
+        row_index: the rows of the pass.
+        phrase_matches: its phrases.
+        row_matches: its rows that fire.
     """
+
+    is_disabled: bool = False
+    history: Tensor | None = None
+    row_index: RowIndex | None = None
+    phrase_matches: PhraseMatches | None = None
+    row_matches: Matches | None = None
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self.history = self.row_index = self.phrase_matches = self.row_matches = None
+
+
+class _TextHistory(CacheLayerMixin):
+    """Added to a cache's first layer: the text, which is cut, sorted and copied as its keys are.
+
+    The cache keeps as many layers as the model has, for code that counts them.
+    """
+
+    _layer_type = None  # transformers registers layers that have one
+    is_compileable = False  # which rows fire depends on the text
+    text_history: Tensor | None = None  # (batch, time, 2): ids and positions
+
+    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        length = int(self.get_seq_length())
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        removed = length - int(self.get_seq_length())
+        self._change_history(lambda history: history[:, : history.shape[1] - removed])
+
+    def reset(self: Any) -> None:
+        super().reset()  # type: ignore[misc]
+        self.text_history = None
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._change_history(lambda history: history[beam_idx.to(history.device)])
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change_history(lambda history: history.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change_history(lambda history: history[indices])
+
+    def _change_history(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.text_history is not None:
+            self.text_history = change(self.text_history)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_layer, (type(self).__bases__[1], vars(self))
+
+
+@cache
+def _add_history(layer_class: Any) -> Any:
+    """Return a class of cache layers that hold the text as well."""
+    return type(layer_class.__name__, (_TextHistory, layer_class), {})
+
+
+def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
+    layer_class = _add_history(layer_class)
+    layer = layer_class.__new__(layer_class)
+    vars(layer).update(state)
+    return layer
 
 
 class FactHooks(nn.Module):
@@ -84,6 +166,9 @@ class FactHooks(nn.Module):
         value_layer: the layer to whose block output values are added; not below `key_layer`.
         eos_ids: token ID or IDs that end a document; what was mentioned before does not count.
         window: tokens after a mention for which a subject counts as being talked about.
+
+    Threads may run the model at once, each with its own pass. A copy of the model has its own
+    facts.
 
     Attributes:
         source_path: the database that the facts come from; None where there is none.
@@ -109,9 +194,9 @@ class FactHooks(nn.Module):
         self.key_layer, self.value_layer = key_layer, value_layer
         self.eos_ids, self.window = eos_ids, window
         self.source_path: Path | None = None
-        self._is_disabled = False
-        self._phrase_matches: PhraseMatches | None = None
-        self._row_matches: Matches | None = None
+        self._state = _PassState()
+        self._argument_names: tuple[str, ...] = ()
+        self._reported: set[str] = set()
         self._handles: list[Any] = []
         self.set_rows(())
 
@@ -119,30 +204,54 @@ class FactHooks(nn.Module):
         """Register the hooks on `model`; `unregister` removes them."""
         arch = get_architecture(model.config.model_type)
         backbone, blocks = model.get_submodule(arch.backbone), arch.blocks(model)
-        pending: dict[str, Any] = {}
-
-        def before_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            pending["tokens"] = kwargs.get("input_ids", args[0] if args else None)
-            caches = (value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache))
-            self.begin_pass(pending["tokens"], next(caches, None))
-
-        def after_pass(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.end_pass(pending.pop("tokens"), getattr(output, "past_key_values", None))
-
-        def before_key_block(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.match_rows(args[0])
-
-        def after_value_block(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self.add_values(output)
-
+        self._argument_names = tuple(inspect.signature(backbone.forward).parameters)
+        # Methods, not closures: a copy of the model is hooked to its own copy of the facts.
         self._handles = [
-            backbone.register_forward_pre_hook(before_pass, with_kwargs=True),
-            backbone.register_forward_hook(after_pass),
-            blocks[self.key_layer].register_forward_pre_hook(before_key_block),
+            backbone.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            backbone.register_forward_hook(self._after_pass),
+            blocks[self.key_layer].register_forward_pre_hook(self._before_key_block),
             # First, so that hooks that record a block's output see it with the facts.
-            blocks[self.value_layer].register_forward_hook(after_value_block, prepend=True),
+            blocks[self.value_layer].register_forward_hook(self._after_value_block, prepend=True),
         ]
-        self.to(next(model.parameters()).device)
+        device = next(blocks[self.key_layer].parameters()).device
+        if device.type != "meta":  # its weights are on disk
+            self.to(device)
+
+    @_not_compiled
+    def _before_pass(self, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        self._state.clear()
+        if _is_paged(backbone, arguments):
+            self._report("the pass holds parts of several texts (continuous batching)")
+            return
+        tokens, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        embeddings = arguments.get("inputs_embeds")
+        if tokens is None and embeddings is not None:
+            tokens = (
+                _find_embedding_ids(embeddings, backbone.get_input_embeddings())
+                if len(self)
+                else embeddings.new_full(embeddings.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
+            )
+        if tokens is not None:
+            self.begin_pass(tokens, cache, _find_positions(tokens, arguments))
+
+    @_not_compiled
+    def _after_pass(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.end_pass(getattr(output, "past_key_values", None))
+
+    @_not_compiled
+    def _before_key_block(self, _: Any, args: tuple[Any, ...]) -> None:
+        self.match_rows(args[0])
+
+    @_not_compiled
+    def _after_value_block(self, _: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.add_values(output)
+
+    def _report(self, reason: str) -> None:
+        """Warn once that facts are switched off."""
+        if len(self) and reason not in self._reported:
+            self._reported.add(reason)
+            logger.warning("facts are switched off: %s", reason)
 
     def unregister(self) -> None:
         """Remove the hooks from the model that they are registered on."""
@@ -152,12 +261,12 @@ class FactHooks(nn.Module):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Let no row fire within the context."""
-        was_disabled, self._is_disabled = self._is_disabled, True
+        """Let no row fire in this thread within the context."""
+        was_disabled, self._state.is_disabled = self._state.is_disabled, True
         try:
             yield
         finally:
-            self._is_disabled = was_disabled
+            self._state.is_disabled = was_disabled
 
     def set_rows(self, fact_rows: Sequence[FactRow]) -> None:
         """Replace all rows by these."""
@@ -174,14 +283,10 @@ class FactHooks(nn.Module):
             for subject_spellings, subject in subjects.items()
             for spelling in subject_spellings
         ]
-        self._subject_matcher = PhraseMatcher([spelling for spelling, _ in spellings])
-        self._subject_by_phrase = torch.tensor([subject for _, subject in spellings]).long()
-        self._prefix_matcher = PhraseMatcher(list(prefixes))
-        self._lookback = (
-            self.window
-            + self._subject_matcher.max_length
-            + self._prefix_matcher.max_length
-            + ANSWER_WINDOW
+        phrases = PhraseTable(
+            PhraseMatcher([spelling for spelling, _ in spellings]),
+            torch.tensor([subject for _, subject in spellings]).long(),
+            PhraseMatcher(list(prefixes)),
         )
         if not fact_rows:
             self.memory.set_rows(EditRows.empty(self.memory.width))
@@ -198,66 +303,133 @@ class FactHooks(nn.Module):
                 subjects=torch.tensor(subject_indices),
                 prefixes=torch.tensor(prefix_indices),
                 answers=torch.tensor(answer_indices),
+                phrases=phrases,
             )
         )
 
     def __len__(self) -> int:
         return len(self.memory.rows)
 
-    def begin_pass(self, tokens: Tensor | None, cache: Any) -> None:
-        """Match subjects and prefixes in token IDs `(batch, time)` that continue `cache`."""
-        self._phrase_matches = self._row_matches = None
-        # Embeddings without token IDs mention no subject.
-        if tokens is None or self._is_disabled or not len(self):
+    def begin_pass(self, tokens: Tensor, cache: Any, positions: Tensor | None = None) -> None:
+        """Match subjects and prefixes in tokens that continue a cache.
+
+        Args:
+            tokens: token ids `(batch, time)`.
+            cache: of the text before them; None where there is none.
+            positions: `(batch, time)`; where one does not follow the one before it, another
+                document begins, of which nothing before is known. They count on where it is None.
+        """
+        state = self._state
+        state.clear()
+        earlier = self._read_history(tokens, cache)
+        if positions is None:
+            first = earlier[:, -1:, 1] + 1 if earlier.shape[1] else tokens.new_zeros(1, 1)
+            positions = first + torch.arange(tokens.shape[1], device=tokens.device)
+        new = torch.stack([tokens, positions.expand_as(tokens).to(tokens)], dim=-1)
+        state.history = torch.cat([earlier, new], dim=1)
+        if state.is_disabled or not len(self):
             return
-        token_cache = _find_token_cache(cache)
-        ids = None if token_cache is None else token_cache.keys
-        earlier = tokens[:, :0] if ids is None else ids[:, 0, -self._lookback :, 0]
-        context = torch.cat([earlier.to(tokens.device), tokens], dim=1)
-        self._phrase_matches = match_phrases(
-            context,
+        state.row_index = self.memory.index  # whatever another thread writes meanwhile
+        phrases = state.row_index.rows.phrases
+        lookback = (
+            self.window
+            + phrases.subject_matcher.max_length
+            + phrases.prefix_matcher.max_length
+            + ANSWER_WINDOW
+        )
+        context = state.history[:, -(lookback + tokens.shape[1]) :]
+        is_start = torch.zeros_like(context[..., 0], dtype=torch.bool)
+        is_start[:, 1:] = context[:, 1:, 1] != context[:, :-1, 1] + 1
+        state.phrase_matches = match_phrases(
+            context[..., 0],
             tokens.shape[1],
-            self._subject_matcher,
-            self._subject_by_phrase,
-            self._prefix_matcher,
+            phrases.subject_matcher,
+            phrases.subject_by_phrase,
+            phrases.prefix_matcher,
             self.window,
             self.eos_ids,
+            is_start,
         )
+
+    def _read_history(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Return ids and positions `(batch, time, 2)` of the text in a cache."""
+        layers = getattr(cache, "layers", None) or [None]
+        history = getattr(layers[0], "text_history", None)
+        if history is not None:
+            return history.to(tokens.device)
+        length = 0 if layers[0] is None else int(cache.get_seq_length())
+        if length:
+            self._report(
+                "for text that was read before they were attached, or is in a cache that was built "
+                "by hand"
+            )
+        history = tokens.new_full((len(tokens), length, 2), UNKNOWN_TOKEN)
+        history[..., 1] = torch.arange(length, device=tokens.device)
+        return history
 
     def match_rows(self, hidden: Tensor) -> None:
         """Match rows with `hidden` `(batch, time, width)`, the input of the key layer's block."""
-        if self._phrase_matches is not None:
-            self._row_matches = self.memory.find_matches(
-                hidden.reshape(-1, self.memory.width), self._phrase_matches
+        state = self._state
+        if state.phrase_matches is not None:
+            state.row_matches = self.memory.find_matches(
+                hidden.reshape(-1, self.memory.width), state.phrase_matches, state.row_index
             )
 
     def add_values(self, output: Tensor) -> Tensor:
         """Return the value layer's block output `(batch, time, width)` with values added."""
-        if self._row_matches is None:
+        if self._state.row_matches is None:
             return output
-        return self.memory.add_values(output, self._row_matches)
+        return self.memory.add_values(output, self._state.row_matches)
 
-    def end_pass(self, tokens: Tensor | None, cache: Any) -> None:
-        """Append the token IDs of the pass to the cache."""
-        self._phrase_matches = self._row_matches = None
-        if tokens is None or cache is None:
+    def end_pass(self, cache: Any) -> None:
+        """Add the text to the cache of the pass."""
+        history = self._state.history
+        self._state.clear()
+        layers = getattr(cache, "layers", None)
+        if history is None or not layers:
             return
-        token_cache = _find_token_cache(cache)
-        if token_cache is None:
-            token_cache = _TokenCache()
-            cache.layers.append(token_cache)
-            # The cache may hold text from before the hooks were registered; its IDs are unknown.
-            missing = cache.get_seq_length() - tokens.shape[1]
-            if missing > 0:
-                tokens = nn.functional.pad(tokens, (missing, 0), value=-1)
-        ids = tokens[:, None, :, None]
-        token_cache.update(ids, ids)
+        if not isinstance(layers[0], _TextHistory):
+            layer_class: Any = type(layers[0])
+            layers[0].__class__ = _add_history(layer_class)
+        layers[0].text_history = history
 
 
-def _find_token_cache(cache: Any) -> _TokenCache | None:
-    return next(
-        (layer for layer in getattr(cache, "layers", ()) if isinstance(layer, _TokenCache)), None
+def _is_paged(backbone: Any, arguments: dict[str, Any]) -> bool:
+    """Check whether a pass keeps its keys in pages, where a row holds tokens of several texts."""
+    implementation = str(getattr(backbone.config, "_attn_implementation", ""))
+    return arguments.get("cache") is not None or implementation.startswith("paged|")
+
+
+def _find_positions(tokens: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """Return the positions of tokens `(batch, time)` in their documents, where they are stated."""
+    positions, starts = arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
+    if positions is not None:
+        return positions if positions.shape[-1:] == tokens.shape[1:] else None
+    if starts is None:
+        return None
+    indices = torch.arange(tokens.shape[1], device=tokens.device)
+    starts = starts[:-1].to(tokens.device)
+    return (indices - starts[torch.bucketize(indices, starts, right=True) - 1]).unsqueeze(0)
+
+
+@torch.no_grad()
+def _find_embedding_ids(embeddings: Tensor, table: nn.Module) -> Tensor:
+    """Return the ids `(batch, time)` of embeddings `(batch, time, width)`.
+
+    An embedding that is not in the table, such as one of prompt tuning, is an unknown token.
+    """
+    rows = table.weight
+    assert isinstance(rows, Tensor), "an embedding has one weight"
+    flat = embeddings.reshape(-1, embeddings.shape[-1])
+    half_norms = rows.float().square().sum(1) / 2
+    ids = torch.cat(
+        [
+            (chunk.float() @ rows.float().t() - half_norms).argmax(1)
+            for chunk in flat.split(max(1, MAX_SCORES // len(rows)))
+        ]
     )
+    is_known = (rows[ids] == flat).all(-1)
+    return ids.masked_fill(~is_known, UNKNOWN_TOKEN).view(embeddings.shape[:2])
 
 
 def attach(model: PreTrainedModel, hooks: FactHooks) -> None:

@@ -204,14 +204,20 @@ def _create_sqlite_engine(path: Path, mode: str) -> tuple[Engine, Path]:
     wal_path = path.with_name(f"{path.name}-wal")
 
     def open_connection() -> sqlite3.Connection:
-        # A database in a read-only folder without a writer is opened as immutable, since SQLite
-        # would create files beside it otherwise.
-        immutable = mode == "ro" and not wal_path.exists() and not os.access(path.parent, os.W_OK)
-        return sqlite3.connect(
-            f"{path.as_uri()}?mode={mode}{'&immutable=1' * immutable}",
+        # SQLite has two files beside a database in use. The last connection removes them, but only
+        # one that may write; so a reader opens the database for writing, and then writes nothing.
+        # In a read-only folder the files cannot be made, and the database is opened as immutable.
+        can_write = os.access(path.parent, os.W_OK)
+        immutable = mode == "ro" and not can_write and not wal_path.exists()
+        file_mode = "rw" if mode == "ro" and can_write else mode
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode={file_mode}{'&immutable=1' * immutable}",
             uri=True,
             timeout=BUSY_TIMEOUT,
         )
+        if mode == "ro":
+            connection.execute("PRAGMA query_only=ON")
+        return connection
 
     engine = create_engine("sqlite+pysqlite://", creator=open_connection, poolclass=NullPool)
 
