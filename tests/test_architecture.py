@@ -1,6 +1,7 @@
 """The architecture: imports point one way, one module knows model internals, all configs run."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,27 @@ def test_any_module_can_be_imported_first(module):
         [sys.executable, "-c", f"import dmt.{module}"], capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
+
+
+def list_unquoted_paths(tree):
+    """Yield the source of values that an f-string puts into a command without quoting them."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        parts = [*node.values, ast.Constant("")]
+        for before, value, after in zip(parts, parts[1:], parts[2:], strict=False):
+            if (
+                isinstance(before, ast.Constant)
+                and isinstance(value, ast.FormattedValue)
+                and re.search(r"(dmt (distill|compare)|--resume|--model|--logdir) $", before.value)
+                and not (isinstance(after, ast.Constant) and after.value.startswith(":"))
+                and not ast.unparse(value.value).startswith(("quote_path(", "shlex."))
+            ):
+                yield ast.unparse(node)
+
+
+def test_printed_commands_quote_their_paths():
+    sample = "f'resume: dmt distill --resume {run_dir}'"
+    assert list(list_unquoted_paths(ast.parse(sample))) == [sample]
+    unquoted = [text for _, tree, _ in parse_modules() for text in list_unquoted_paths(tree)]
+    assert [text for text in unquoted if not text.endswith("{arguments}'")] == []  # quoted before

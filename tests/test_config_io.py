@@ -32,6 +32,7 @@ from dmt.config_io import (
     select_layers,
 )
 from dmt.errors import UserError
+from dmt.paths import expand_home
 
 SHAPE = {"n_layer": 4, "n_embd": 128, "n_positions": 256}  # so 512 neurons in a block
 GROUPS = {
@@ -755,6 +756,19 @@ def test_the_shape_is_read_from_config_json_or_is_unknown(tmp_path, content, sha
 def test_the_embedded_teacher_fits_the_defaults():
     check_config(Config())
     assert read_teacher_shape("embedded") is not None
+
+
+def test_a_user_without_a_home_folder_needs_none(monkeypatch):
+    monkeypatch.delenv("DMT_CACHE", raising=False)
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert read_teacher_shape("nix/model") is None
+    with pytest.raises(UserError, match="set DMT_CACHE"):
+        read_teacher_shape("smollm2")
+    assert expand_home("~nobody-has-this-name/x") == Path("~nobody-has-this-name/x")
 
 
 # --- to a file and back -------------------------------------------------------------------------

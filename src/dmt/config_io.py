@@ -648,12 +648,11 @@ def read_teacher_shape(teacher: str) -> dict[str, int] | None:
     Returns:
         None where the teacher is not on this machine; loading it says what is wrong with it.
     """
-    local_dirs = {
-        "embedded": EMBEDDED_TEACHER_DIR,
-        "reader": READER_DIR,
-        SMOLLM2: get_smollm2_dir(),
-    }
-    teacher_dir = local_dirs.get(teacher) or _expand_setting_path(teacher, "teacher")
+    if teacher == SMOLLM2:
+        teacher_dir = get_smollm2_dir()
+    else:
+        shipped = {"embedded": EMBEDDED_TEACHER_DIR, "reader": READER_DIR}
+        teacher_dir = shipped.get(teacher) or _expand_setting_path(teacher, "teacher")
     try:
         teacher_config = json.loads((teacher_dir / "config.json").read_text(encoding="utf-8"))
         if "n_layer" in teacher_config:
@@ -676,8 +675,17 @@ def read_teacher_shape(teacher: str) -> dict[str, int] | None:
 
 
 def get_cache_dir() -> Path:
-    """Return the folder of files shared by runs: `DMT_CACHE`, or `~/.cache/dmt`."""
-    return Path(os.environ.get("DMT_CACHE") or Path.home() / ".cache" / "dmt")
+    """Return the folder of files shared by runs: `DMT_CACHE`, or `~/.cache/dmt`.
+
+    Raises:
+        UserError: this user has no home folder, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("DMT_CACHE") or Path.home() / ".cache" / "dmt")
+    except RuntimeError:
+        raise UserError(
+            "this user has no home folder for downloaded models; set DMT_CACHE to a folder"
+        ) from None
 
 
 def get_smollm2_dir() -> Path:

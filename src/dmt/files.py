@@ -84,7 +84,7 @@ def disk_error_class(error: BaseException, path: Path | None = None) -> type[Use
 def _is_on_read_only_disk(path: Path) -> bool:
     if not hasattr(os, "statvfs"):  # Windows
         return False
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     return bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
 
@@ -278,7 +278,7 @@ def read_text_file(path: Path, display_name: str, advice: str) -> str:
         UserError: The file cannot be read or is not UTF-8 text.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{display_name} is not UTF-8 text; convert it, or {advice}") from None
     except (OSError, RuntimeError, ValueError) as error:  # no such home folder; a NUL in the name

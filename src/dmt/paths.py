@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 from dmt.errors import UserError, format_value
@@ -90,12 +92,14 @@ def find_run(name_or_path: str) -> Path:
     )
 
 
-def expand_home(path: str) -> Path:
+def quote_path(path: str | Path) -> str:
+    """Quote a path for a command that a user copies into a shell."""
+    return shlex.quote(str(path))
+
+
+def expand_home(path: str | Path) -> Path:
     """Expand `~` in a path, or return it as it is if there is no such home."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def _get_start_time(run_dir: Path) -> float:

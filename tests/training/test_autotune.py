@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dmt.config import Config, TrainerConfig
+from dmt.errors import UserError
 from dmt.training import autotune
 
 
@@ -72,6 +73,12 @@ def test_a_decision_is_made_once_per_machine(teacher, tokens, monkeypatch):
     assert get_threads() == 2
     monkeypatch.setattr(autotune, "get_autotune_path", lambda: Path("/proc/nowhere/autotune.json"))
     assert get_threads() == 2, "a folder that cannot be written to does not stop a run"
+
+    def fail():
+        raise UserError("this user has no home folder")
+
+    monkeypatch.setattr(autotune, "get_autotune_path", fail)
+    assert get_threads() == 2, "nor does a user without a home folder"
 
 
 def test_precision_does_not_depend_on_processes_and_threads(teacher, tokens, monkeypatch):

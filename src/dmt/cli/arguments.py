@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -86,6 +87,15 @@ def add_command(
     verbosity.add_argument("--quiet", action="store_true", help="print only results and warnings")
     verbosity.add_argument("--verbose", action="store_true", help="print debug messages too")
     return parser
+
+
+def check_docstrings() -> None:
+    """Raise `UserError` if Python removed the docstrings, which transformers needs."""
+    if sys.flags.optimize >= 2:
+        raise UserError(
+            "transformers cannot be imported without docstrings; unset PYTHONOPTIMIZE (it is "
+            f"{sys.flags.optimize}), or leave out -OO"
+        )
 
 
 def indent(lines: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from dmt.cli.arguments import (
 from dmt.config import Config, ContextConfig
 from dmt.config_io import list_setting_names
 from dmt.errors import UserError
+from dmt.paths import expand_home
 from dmt.training.run_dir import check_run_name_free, check_writable, read_record
 from dmt.validation import ArgumentError
 
@@ -239,7 +240,7 @@ def _resolve_model(model: str | None, settings: Sequence[str]) -> str:
 
     if model is None and any(setting.startswith("teacher=") for setting in settings):
         return next(s for s in settings if s.startswith("teacher=")).partition("=")[2]
-    is_run = model is not None and (Path(model).expanduser() / "student").is_dir()
+    is_run = model is not None and (expand_home(model) / "student").is_dir()
     return str(resolve_student_folder(model)) if model is None or is_run else model
 
 
@@ -261,7 +262,7 @@ def _build_config(
     """
     values = dict(values)
     if output is not None:
-        path = Path(output).expanduser()
+        path = expand_home(output)
         values |= {"trainer.log_dir": str(path.parent), "trainer.run_name": path.name}
     if out.as_json or out.quiet:
         values["trainer.progress_bar"] = False

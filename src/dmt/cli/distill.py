@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmt import config_io, signals
-from dmt.cli.arguments import add_command
+from dmt.cli.arguments import add_command, check_docstrings
 from dmt.config import Config
 from dmt.config_files import find_config
 from dmt.errors import UserError
@@ -77,6 +77,7 @@ def run_distill(args: argparse.Namespace, out: Output) -> None:
     if config.trainer.devices > 1 or "RANK" in os.environ:
         # DDP warns about settings that only one of the two stages needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    check_docstrings()
     is_first_process = os.environ.get("RANK", "0") == "0"  # torchrun starts several
     if is_first_process and not out.quiet:
         print("loading torch and transformers ...", file=sys.stderr)

@@ -11,7 +11,8 @@ from typing import NoReturn
 import dmt
 from dmt import files, signals
 from dmt.cli import compare, config, consolidate, distill, generate, memory
-from dmt.cli.arguments import Parser, PrintCompletion, indent
+from dmt.cli.arguments import Parser, PrintCompletion, check_docstrings, indent
+from dmt.cli.output import Output, escape_unencodable_chars, log_to_stderr
 from dmt.errors import FailureError, UserError
 from dmt.files import check_utf8_args
 
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_and_report(argv: Sequence[str] | None) -> int:
     try:
-        return _run_command(list(sys.argv[1:] if argv is None else argv))
+        with escape_unencodable_chars():
+            return _run_command(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         return _report_error(str(error), FAILURE if isinstance(error, FailureError) else MISTAKE)
     except KeyboardInterrupt as interrupt:
@@ -101,13 +103,12 @@ def _run_command(argv: list[str]) -> int:
         args.parser.print_help()
         return SUCCESS
     if args.needs_torch:
+        check_docstrings()
         with signals.fast_imports():  # only once the arguments are valid
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             from dmt.training.trainer import silence_libraries
 
             silence_libraries()
-    from dmt.cli.output import Output, log_to_stderr
-
     with log_to_stderr(args.quiet, args.verbose):
         args.run(args, Output(args.json, args.quiet))
     return SUCCESS

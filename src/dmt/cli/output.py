@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
 import os
@@ -94,8 +96,7 @@ class Output:
     def print_json(self, payload: Any) -> None:
         """Print the whole result as JSON if `--json` was passed."""
         if self.as_json:
-            json.dump(payload, sys.stdout, ensure_ascii=False, indent=1)
-            print()
+            print(format_json(payload, ascii_only=not _is_utf8(sys.stdout)))
 
     @contextmanager
     def stdout_to_stderr(self) -> Iterator[None]:
@@ -120,6 +121,41 @@ class Output:
         ) as bar:
             task = bar.add_task(description, total=total)
             yield lambda count: bar.advance(task, count)
+
+
+def format_json(payload: Any, ascii_only: bool = False) -> str:
+    """Format JSON in which every character that a terminal might obey is escaped.
+
+    Args:
+        payload: what `json.dumps` accepts.
+        ascii_only: escape everything that is not ASCII.
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
+        for char in json.dumps(payload, ensure_ascii=ascii_only, indent=1)
+    )
+
+
+def _is_utf8(stream: Any) -> bool:
+    encoding = getattr(stream, "encoding", None)
+    return encoding is None or codecs.lookup(encoding).name == "utf-8"
+
+
+@contextmanager
+def escape_unencodable_chars() -> Iterator[None]:
+    """Escape, within this, characters that stdout and stderr cannot encode, instead of failing."""
+    streams = [
+        (stream, stream.errors)
+        for stream in (sys.stdout, sys.stderr)
+        if isinstance(stream, io.TextIOWrapper)
+    ]
+    for stream, _ in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in streams:
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from dmt.files import atomic_directory
 from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
 from dmt.models.forward import ContextTeacher, forward_with_prefix
 from dmt.models.loading import SAFE_LOADING, load, load_teacher
+from dmt.paths import expand_home
 from dmt.report import consolidation
 from dmt.report.consolidation import needs_training
 from dmt.report.curves import read_curves
@@ -162,7 +163,7 @@ def execute_with_changes(
     if resume:
         if output is None:
             raise UserError("resume=True continues the run in `output`; give its folder")
-        run_dir = Path(output).expanduser()
+        run_dir = expand_home(output)
         return execute(function, load_run_config(run_dir), run_dir)
     return execute(function, build_config(task, model_path, output, changes))
 
@@ -176,7 +177,7 @@ def build_config(
     """Build and check a config from Python values, see `execute_with_changes`."""
     config = Config(task=task, teacher=str(model_path))
     if output is not None:
-        path = Path(output).expanduser()
+        path = expand_home(output)
         folder = {"log_dir": str(path.parent), "run_name": path.name}
         changes = {**changes, "trainer": folder | dict(changes.get("trainer", {}))}
     for name, value in changes.items():
@@ -270,7 +271,7 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
 
 def find_student_folder(source: str | Path) -> Path | None:
     """Return the folder of a saved student: `source` itself or `student` in it; None if neither."""
-    folder = Path(source).expanduser()
+    folder = expand_home(source)
     for candidate in (folder / "student", folder):
         config_path = candidate / "config.json"
         if config_path.is_file() and '"dmt_' in config_path.read_text(

@@ -45,6 +45,7 @@ from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations, forward_with_prefix
 from dmt.models.loading import load
 from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.paths import expand_home
 from dmt.report import slot_transfer
 from dmt.report.curves import read_curves
 from dmt.store import RowStore
@@ -200,7 +201,7 @@ def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
     )
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
-    folder = find_student_folder(config.teacher) or Path(config.teacher).expanduser()
+    folder = find_student_folder(config.teacher) or expand_home(config.teacher)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"teacher={config.teacher} is not a saved student; give the folder of a run or student"

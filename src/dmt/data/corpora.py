@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dmt.errors import UserError
 from dmt.files import format_fields, read_json_lines, read_text_file
+from dmt.paths import expand_home
 
 SPLITS = ("train", "validation", "test")
 LINE_EXAMPLE = '{"text": "..."}'
@@ -196,7 +197,7 @@ def _list_sources() -> str:
 
 
 def _load_files(source: str, seed: int) -> Corpus:
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if not path.exists():
         raise UserError(f"data.corpora: no file or folder {source}; accepted are {_list_sources()}")
     paths = (

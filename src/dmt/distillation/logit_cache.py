@@ -36,6 +36,7 @@ from dmt.config import Config
 from dmt.errors import FailureError, UserError, format_value
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
+from dmt.paths import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ def open_logit_cache(
         UserError: the cache was made from something else, lacks a window or is damaged, or the disk
             is too small.
     """
-    cache_dir = Path(str(config.logit_cache.dir)).expanduser()
+    cache_dir = expand_home(str(config.logit_cache.dir))
     vocab_size = teacher.config.vocab_size
     if config.logit_cache.top_k > vocab_size:
         raise UserError(

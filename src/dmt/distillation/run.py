@@ -51,6 +51,7 @@ from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, load_model, load_teacher
 from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.ops import use_onednn_linear
+from dmt.paths import expand_home
 from dmt.report import distillation
 from dmt.report.curves import read_curves
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
@@ -184,7 +185,7 @@ def distill(
     if resume:
         if output is None:
             raise UserError("resume=True continues the run in output; give output=<its folder>")
-        resume_dir = Path(output).expanduser() if (Path(output) / "config.yaml").is_file() else None
+        resume_dir = expand_home(output) if (Path(output) / "config.yaml").is_file() else None
     if resume_dir is not None:
         config = load_run_config(resume_dir)
     else:
@@ -254,7 +255,7 @@ def _resolve_data(config: Config, data: str | Path | Sequence[str | Path]) -> li
     lines = [json.dumps({"text": str(text)}, ensure_ascii=False) for text in items]
     content = "\n".join(lines) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    folder = Path(config.trainer.log_dir).expanduser() / "texts" / digest
+    folder = expand_home(config.trainer.log_dir) / "texts" / digest
     folder.mkdir(parents=True, exist_ok=True)
     files.atomic_write(folder / "texts.jsonl", content)
     return [str(folder / "texts.jsonl")]
@@ -266,7 +267,7 @@ def _is_source(item: str | Path) -> bool:
         return True
     if "\n" in item or "\0" in item or len(item) > MAX_PATH_LENGTH:
         return False
-    if FUNCTION_PATTERN.fullmatch(item) or Path(item).expanduser().exists():
+    if FUNCTION_PATTERN.fullmatch(item) or expand_home(item).exists():
         return True
     return not any(character.isspace() for character in item)  # a misspelled name or path
 
@@ -274,7 +275,7 @@ def _is_source(item: str | Path) -> bool:
 def _set_output(config: Config, output: str | Path | None) -> Config:
     if output is None:
         return config
-    path = Path(output).expanduser()
+    path = expand_home(output)
     trainer = replace(config.trainer, log_dir=str(path.parent), run_name=path.name)
     return replace(config, trainer=trainer)
 
@@ -437,7 +438,7 @@ def _open_cache(config: Config, teacher: Any, data: TextDataModule) -> LogitCach
     """Open or write the logit cache of the end-to-end stage, if the config has one."""
     if not config.logit_cache.dir:
         return None
-    if not (Path(config.logit_cache.dir).expanduser() / CACHE_FILE).exists():
+    if not (expand_home(config.logit_cache.dir) / CACHE_FILE).exists():
         check_writable(config.logit_cache.dir, "logit_cache.dir")
     window_ids = data.window_indices_from(config.stages.layerwise_steps)
     teacher.to(select_device(config))

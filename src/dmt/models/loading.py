@@ -24,7 +24,7 @@ from dmt.memory.mmap_tensors import MmapTensorFile
 from dmt.models.architectures import get_architecture
 from dmt.models.external_tensors import SLOTS_FILE
 from dmt.ops import use_onednn_linear
-from dmt.paths import RUNS_DIR, list_runs
+from dmt.paths import RUNS_DIR, expand_home, list_runs
 
 # How everything is loaded: a pickle may run code, and so may Python files beside the weights.
 SAFE_LOADING: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
@@ -74,7 +74,7 @@ def load(
         UserError: there is no such model, its files do not belong together, or its family is not
             supported.
     """
-    path = None if path_or_name is None else Path(path_or_name).expanduser()
+    path = None if path_or_name is None else expand_home(path_or_name)
     if path is None or is_student_folder(path):
         source = str(resolve_student_folder(path))
     else:
@@ -185,7 +185,7 @@ def resolve_student_folder(path: str | Path | None = None) -> Path:
                 f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name a model"
             )
         return runs[-1] / "student"
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     for candidate in (folder / "student", folder, Path(RUNS_DIR) / folder / "student"):
         if (candidate / "config.json").is_file():
             return candidate
@@ -319,7 +319,7 @@ def _resolve_source(source: str, label: str) -> str:
                 "python scripts/fetch_smollm2.py"
             )
         return str(get_smollm2_dir())
-    directory = Path(source).expanduser()
+    directory = expand_home(source)
     if directory.is_dir():
         return str(directory)
     if directory.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:

@@ -7,6 +7,7 @@ print(comparison.to_markdown())
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 
 from dmt.config import Config
 from dmt.errors import UserError, format_value
-from dmt.paths import find_run
+from dmt.paths import find_run, quote_path
 from dmt.report.curves import (
     Curve,
     choose_layer_ticks,
@@ -273,7 +274,7 @@ class Comparison:
             *plot_final_layer_errors(self.runs),
         ]
         page.locations = [(run.name, run.run_dir) for run in self.runs]
-        page.provenance = f"by dmt compare {' '.join(run.run_dir for run in self.runs)}"
+        page.provenance = f"by dmt compare {shlex.join(run.run_dir for run in self.runs)}"
         return page
 
     def __repr__(self) -> str:
@@ -467,13 +468,15 @@ def _load_runs(names: Sequence[str]) -> list[ComparedRun]:
 def _load_run(folder: Path, name: str) -> ComparedRun:
     record = read_record(folder)
     if not isinstance(record, dict) or not has_results(record):
-        raise UserError(f"{folder} has no results yet; resume it: dmt distill --resume {folder}")
+        raise UserError(
+            f"{folder} has no results yet; resume it: dmt distill --resume {quote_path(folder)}"
+        )
     try:
         collect_results(record)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(
             f"{folder / 'run.json'} does not have the fields of this version of dmt; repeat the "
-            f"run: dmt distill {folder}/config.yaml"
+            f"run: dmt distill {quote_path(folder / 'config.yaml')}"
         ) from None
     return ComparedRun(
         name, str(folder), record, _load_settings(folder / "config.yaml"), read_curves(folder)

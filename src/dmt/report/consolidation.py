@@ -15,6 +15,7 @@ from dmt import files
 from dmt.config import Config
 from dmt.evaluation.questions import Question
 from dmt.models.forward import encode_text, forward_with_prefix
+from dmt.paths import quote_path
 from dmt.report.curves import overlay_curves
 from dmt.report.distillation import format_percent, format_provenance, list_run_locations
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
@@ -266,7 +267,8 @@ def _format_markdown(
     if answers := results.get("answers"):
         lines += ["## Questions", "", build_questions_table(answers, questions).to_markdown(), ""]
     lines.append(
-        f"Replay: `dmt distill {run_dir}/config.yaml`. Versions, machine and numbers: `run.json`."
+        f"Replay: `dmt distill {quote_path(run_dir / 'config.yaml')}`. "
+        "Versions, machine and numbers: `run.json`."
     )
     return "\n".join(lines) + "\n"
 

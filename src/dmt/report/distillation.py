@@ -14,6 +14,7 @@ from typing import Any
 from dmt import files
 from dmt.config import Config
 from dmt.evaluation.samples import SamplePair, format_samples_table
+from dmt.paths import quote_path
 from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
 from dmt.report.hparams import find_changed_settings
 from dmt.report.html import Card, Page, Sample, write_report_safely
@@ -47,10 +48,10 @@ def summarize(run_dir: Path, record: Mapping[str, Any]) -> Summary:
     """
     report = run_dir / "report.html"
     locations = {
-        "curves": f"tensorboard --logdir {run_dir.parent}",
+        "curves": f"tensorboard --logdir {quote_path(run_dir.parent)}",
         "student": str(run_dir / "student"),
         "report": str(report if report.exists() else run_dir / "report.md"),
-        "generate": f"dmt generate 'Once' --model {run_dir}",
+        "generate": f"dmt generate 'Once' --model {quote_path(run_dir)}",
     }
     return Summary(build_table(record), build_notes(record), locations)
 
@@ -128,8 +129,8 @@ def _render_markdown(
     for corpus, samples in samples_by_corpus.items():
         lines += [f"## {corpus}: greedy continuations", "", format_samples_table(samples), ""]
     lines.append(
-        f"Replay: `dmt distill {run_dir}/config.yaml`. Versions, machine and numbers: `run.json`; "
-        "the source of each tensor: `weight_map.txt`."
+        f"Replay: `dmt distill {quote_path(run_dir / 'config.yaml')}`. "
+        "Versions, machine and numbers: `run.json`; the source of each tensor: `weight_map.txt`."
     )
     return "\n".join(lines) + "\n"
 
@@ -208,13 +209,13 @@ def format_provenance(record: Mapping[str, Any]) -> str:
 
 def list_run_locations(run_dir: Path, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the files of a run and the commands that use it, by name."""
-    replay = record.get("replay_command", f"dmt distill {run_dir}/config.yaml")
+    replay = record.get("replay_command", f"dmt distill {quote_path(run_dir / 'config.yaml')}")
     return [
         ("student", str(run_dir / "student")),
-        ("generate", f"dmt generate 'Once' --model {run_dir}"),
+        ("generate", f"dmt generate 'Once' --model {quote_path(run_dir)}"),
         ("replay", str(replay)),
-        ("compare", f"dmt compare {run_dir} ANOTHER_RUN --html compared.html"),
-        ("curves", f"tensorboard --logdir {run_dir.parent}"),
+        ("compare", f"dmt compare {quote_path(run_dir)} ANOTHER_RUN --html compared.html"),
+        ("curves", f"tensorboard --logdir {quote_path(run_dir.parent)}"),
         ("settings", str(run_dir / "config.yaml")),
         ("numbers", str(run_dir / "run.json")),
         ("as text", str(run_dir / "report.md")),

@@ -10,6 +10,7 @@ from typing import Any
 from dmt import files
 from dmt.config import Config
 from dmt.models.hub_files import CARD_FILE, render_model_card
+from dmt.paths import expand_home
 from dmt.report.tables import Table
 
 # Licenses of teachers that are known by name.
@@ -85,7 +86,7 @@ def build_model_index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def get_display_name(teacher: str) -> str:
     """Return the name of a teacher without local folders."""
-    return Path(teacher).name if Path(teacher).expanduser().exists() else teacher
+    return Path(teacher).name if expand_home(teacher).exists() else teacher
 
 
 def get_hub_name(teacher: str) -> str | None:
@@ -101,7 +102,7 @@ def get_hub_name(teacher: str) -> str | None:
 def read_license(teacher: str) -> str | None:
     """Return the license in the model card of a teacher's folder; None if there is none."""
     try:
-        text = (Path(teacher).expanduser() / CARD_FILE).read_text(encoding="utf-8")
+        text = (expand_home(teacher) / CARD_FILE).read_text(encoding="utf-8")
     except (OSError, RuntimeError, ValueError):
         return None
     header = text.partition("---\n")[2].partition("\n---")[0] if text.startswith("---") else ""

@@ -38,6 +38,7 @@ from sqlalchemy.pool import NullPool
 
 from dmt.errors import FailureError, UserError, WrongModelError
 from dmt.files import check_version, disk_error_class
+from dmt.paths import expand_home
 
 
 class RawBytes(LargeBinary):
@@ -200,7 +201,7 @@ def create_store_engine(url: str, mode: str = "rwc") -> tuple[Engine, Path | Non
 
 
 def _create_sqlite_engine(path: Path, mode: str) -> tuple[Engine, Path]:
-    path = path.expanduser().absolute()  # once: the working directory may change later
+    path = expand_home(path).absolute()  # once: the working directory may change later
     wal_path = path.with_name(f"{path.name}-wal")
 
     def open_connection() -> sqlite3.Connection:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dmt import files
 from dmt.config import Config, TrainerConfig
 from dmt.config_io import get_cache_dir
+from dmt.errors import UserError
 from dmt.ops import read_cpu_field
 from dmt.training.launch import broadcast_config
 from dmt.training.trainer import select_device, use_training_kernels
@@ -142,9 +143,9 @@ def _check_decision(decision: Any) -> dict[str, Any] | None:
 
 def _write_decisions(decisions: dict[str, Any]) -> None:
     """Save decisions; if they cannot be saved the next run times again."""
-    path = get_autotune_path()
     document = {"format": AUTOTUNE_VERSION, "decisions": decisions}
-    with suppress(OSError):
+    with suppress(OSError, UserError):  # UserError: there is no home folder
+        path = get_autotune_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.atomic_write(path, json.dumps(document, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from dmt.errors import UserError
 from dmt.files import CHECKPOINT_VERSION, atomic_path, check_version
+from dmt.paths import quote_path
 from dmt.training.optimization import NonFiniteError
 from dmt.training.run_dir import format_distill_command, list_checkpoints, newest_checkpoint
 
@@ -111,7 +112,7 @@ def set_aside_damaged_checkpoints(run_dir: Path) -> None:
         path.rename(damaged_path)
         damaged.append(f"{path.name} (kept as {damaged_path.name})")
     newest = newest_checkpoint(run_dir)
-    restart_command = format_distill_command(f"{run_dir}/config.yaml")
+    restart_command = format_distill_command(quote_path(run_dir / "config.yaml"))
     checkpoint_dir = run_dir / "checkpoints"
     if damaged and newest is None:
         raise UserError(

@@ -19,6 +19,7 @@ from dmt import config_io
 from dmt.config import Config, TrainerConfig
 from dmt.distributed import all_gather_strings, is_distributed
 from dmt.errors import UserError
+from dmt.paths import quote_path
 from dmt.training.run_dir import format_distill_command
 
 ResultT = TypeVar("ResultT")
@@ -54,7 +55,9 @@ def resolve_device_count(config: Config, resume_dir: Path | None = None) -> Conf
         return config
     if world_size == 1:
         arguments = (
-            "[CONFIG.yaml] [key=value ...]" if resume_dir is None else f"--resume {resume_dir}"
+            "[CONFIG.yaml] [key=value ...]"
+            if resume_dir is None
+            else f"--resume {quote_path(resume_dir)}"
         )
         raise UserError(
             f"trainer.devices={devices} needs {devices} processes, which torchrun starts:"

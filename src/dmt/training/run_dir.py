@@ -24,7 +24,7 @@ from dmt import config_io, files
 from dmt.config import Config
 from dmt.errors import NothingToDoError, UnknownSettingError, UserError
 from dmt.files import RECORD_VERSION, check_version
-from dmt.paths import list_runs, parse_run_number
+from dmt.paths import expand_home, list_runs, parse_run_number, quote_path
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -61,7 +61,7 @@ def check_writable(path: str, setting_name: str = "trainer.log_dir") -> None:
         path: Folder that the run will create if needed.
         setting_name: How the message names the folder.
     """
-    existing_parent = Path(path).expanduser()
+    existing_parent = expand_home(path)
     try:
         while not existing_parent.exists() and existing_parent != existing_parent.parent:
             existing_parent = existing_parent.parent
@@ -78,14 +78,14 @@ def check_run_name_free(config: Config) -> None:
     """Raise `UserError` if `trainer.run_name` is given and its folder exists."""
     if config.trainer.run_name is None:
         return
-    run_dir = Path(config.trainer.log_dir).expanduser() / config.trainer.run_name
+    run_dir = expand_home(config.trainer.log_dir) / config.trainer.run_name
     if run_dir.exists():
         raise _make_name_taken_error(config, run_dir)
 
 
 def _make_name_taken_error(config: Config, run_dir: Path) -> UserError:
     can_resume = (run_dir / "config.yaml").is_file()
-    resume_advice = f"resume it by --resume {run_dir}, or " if can_resume else ""
+    resume_advice = f"resume it by --resume {quote_path(run_dir)}, or " if can_resume else ""
     return UserError(
         f"trainer.run_name={config.trainer.run_name}: {run_dir} exists; "
         f"{resume_advice}give another name"
@@ -101,7 +101,7 @@ def create_run_dir(config: Config) -> Path:
     Raises:
         UserError: The name is taken.
     """
-    log_dir = Path(config.trainer.log_dir).expanduser()
+    log_dir = expand_home(config.trainer.log_dir)
     if config.trainer.run_name is not None:
         run_dir = log_dir / config.trainer.run_name
         try:
@@ -225,7 +225,7 @@ def format_distill_command(arguments: str, num_processes: int | None = None) -> 
     """Return the command line of `dmt distill`, by torchrun for several processes.
 
     Args:
-        arguments: What follows `dmt distill`.
+        arguments: What follows `dmt distill`; paths are quoted.
         num_processes: None for as many as train now.
     """
     if num_processes is None:
@@ -237,7 +237,7 @@ def format_distill_command(arguments: str, num_processes: int | None = None) -> 
 
 def resume_command(run_dir: Path) -> str:
     """Return the command that resumes a run."""
-    return format_distill_command(f"--resume {run_dir}")
+    return format_distill_command(f"--resume {quote_path(run_dir)}")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -287,7 +287,7 @@ def write_record(
         "format": RECORD_VERSION,
         "formats": dict.fromkeys(REPORT_FILES, RECORD_VERSION),
         "dmt": dmt.__version__,
-        "replay_command": format_distill_command(f"{run_dir}/run.json"),
+        "replay_command": format_distill_command(quote_path(run_dir / "run.json")),
         "commit": get_git_commit(),
         "created_at": previous.get("created_at", now),
         "python": platform.python_version(),
