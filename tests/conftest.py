@@ -48,6 +48,7 @@ SLOW = (
     "faults/",
     "test_benchmark",
     "test_readme.py::test_a_command",
+    "test_second_device.py::test_students",
     "test_docs.py::test_commands",
     "training/test_distributed.py",
     "test_architecture.py::test_every_config_parses_and_runs_a_step",
