@@ -378,7 +378,7 @@ def test_updates_move_the_shared_threshold_to_the_budget():
     for memory in memories:
         memory.threshold.fill_(1e-3)
         memory(torch.randn(9, WIDTH, dtype=torch.double))
-    assert not any(memory.budget_counts for memory in memories), "counted only after reset_counts"
+    assert not any(memory.budget_tokens for memory in memories), "counted only after reset_counts"
     reset_counts(memories)
     hidden = torch.randn(400, WIDTH, dtype=torch.double)
     for _ in range(60):
@@ -440,7 +440,8 @@ def test_a_threshold_moves_by_a_bounded_power_of_the_excess(k, multiplier, reads
     reset_counts(memories)
     for memory in memories:
         memory.set_k_multiplier(multiplier)
-        memory.budget_counts.copy_(torch.tensor([reads * 100, 100]))
+        memory.budget_reads.fill_(reads * 100)
+        memory.budget_tokens = 100
     update_threshold(memories, rate=0.5)
     assert [float(memory.threshold) for memory in memories] == [pytest.approx(8 * factor**0.5)] * 2
     update_threshold(memories, rate=0.5)

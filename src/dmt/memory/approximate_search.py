@@ -74,6 +74,10 @@ class Int8Matrix:
         matrix.rows, matrix.scales = rows, scales
         return matrix
 
+    def to(self, device: torch.device) -> Int8Matrix:
+        """Return the matrix on a device."""
+        return Int8Matrix.from_quantized(self.rows.to(device), self.scales.to(device))
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` `(tokens, width)` with the transposed matrix: `(tokens, rows)`."""
         if hidden.device.type != "cpu":

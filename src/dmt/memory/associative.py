@@ -176,6 +176,7 @@ class AssociativeMemory(MemoryLayer):
         self._tag = ""
         self._retrieval_stats: RetrievalStats | None = None
         self._pending_writes: list[PendingWrites] = []
+        # Positions of rows and their weights, both (n, k); -1 where there was no row.
         self._pending_reads: list[tuple[Tensor, Tensor]] = []
         self._last_retrieval: tuple[Tensor, Tensor] | None = None
         # Decayed squared error of each of `NULL_LOGIT_CANDIDATES`.
@@ -333,7 +334,8 @@ class AssociativeMemory(MemoryLayer):
             self._retrieval_stats.null_weight += len(weights) - float(weights.detach().sum())
             self._retrieval_stats.nearest_distances.append(matches.distances[:, 0].sqrt())
         if self._writing:
-            self._pending_reads.append((matches.indices[valid], weights.detach()[valid]))
+            read_indices = matches.indices.masked_fill(~valid, -1)
+            self._pending_reads.append((read_indices.flatten(), weights.detach().flatten()))
             if not torch.is_grad_enabled():  # training never calls calibrate_null_logit
                 self._last_retrieval = scores, matches.indices
         return self._combine_outputs(base, weights, values)
@@ -521,9 +523,11 @@ class AssociativeMemory(MemoryLayer):
         weights = all_gather(
             torch.cat([no_states.new_zeros(0), *(weight.float() for _, weight in reads)])
         )
+        indices, weights = indices.cpu(), weights.cpu()
+        is_read = indices >= 0
         self.rows.record_reads(
-            indices.cpu().numpy(),
-            weights.double().cpu().numpy(),
+            indices[is_read].numpy(),
+            weights[is_read].double().numpy(),
             step,
             now,
             self.insert_policy.decay,
@@ -664,9 +668,11 @@ class _StraightThroughRows(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (origins,) = ctx.saved_tensors
         grad_keys, grad_values = grad_outputs
-        has_origin = origins >= 0
-        recent_grads = [
-            grad.new_zeros(shape).index_add(0, origins[has_origin], grad[has_origin])
-            for shape, grad in zip(ctx.recent_shapes, grad_outputs, strict=True)
-        ]
+        # Gradients without an origin are added to one more row, which is dropped. Leaving them out
+        # would make the host wait for their number.
+        recent_grads = []
+        for (num_recent, width), grad in zip(ctx.recent_shapes, grad_outputs, strict=True):
+            targets = torch.where(origins >= 0, origins, num_recent).flatten()
+            sums = grad.new_zeros(num_recent + 1, width)
+            recent_grads.append(sums.index_add(0, targets, grad.flatten(0, 1))[:num_recent])
         return grad_keys.sum(1), recent_grads[0], recent_grads[1], grad_keys, grad_values, None

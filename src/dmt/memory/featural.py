@@ -243,7 +243,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """Map `(..., width)` to the same shape."""
         self.check_attached()
         flat = hidden.reshape(-1, self.width)
-        if len(flat) == 1 and not torch.is_grad_enabled():
+        reads_single = len(flat) == 1 and not torch.is_grad_enabled()
+        if reads_single and not self._multiplies_all_values(flat):
             output = self._read_single(flat)
         else:
             output = (
@@ -308,6 +309,21 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             keys_offloaded or few_tokens or self.num_slots > MAX_EXACT_SLOTS
         )
 
+    def _multiplies_all_values(self, hidden: Tensor) -> bool:
+        """Return whether an exact read multiplies all values with weights that are mostly zero.
+
+        Gradients need it. Without them only the values read are touched on a CPU, which is up to
+        four times as fast (benchmarks/memory.py). A GPU computes the whole product in the time that
+        gathering takes, and the host does not wait for the number of values read, which differs
+        between tokens with `k_mode="threshold"`. Mapped and quantized values are always gathered.
+        """
+        if self.mmap_tensors is not None:
+            return False
+        if torch.is_grad_enabled():
+            return True
+        varies = self.threshold is not None and not self._uses_candidates(len(hidden))
+        return hidden.device.type != "cpu" and (len(hidden) > 1 or varies)
+
     def _read_exact(self, hidden: Tensor) -> Tensor:
         """Score all slots and sum the selected values and all means: `(tokens, width)`."""
         scores = self.compute_scores(hidden)
@@ -318,9 +334,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             bias, weights = self.constant_output(), self.compute_weights(hidden, scores)
             mask = self._select_mask(self.rank_weights(weights, scores))
         self._record_reads(mask)
-        # Without gradients only the values read are touched: up to four times as fast
-        # (benchmarks/memory.py).
-        if not torch.is_grad_enabled() or self.mmap_tensors is not None:
+        if not self._multiplies_all_values(hidden):
             (tokens, ids), num_reads = mask.nonzero(as_tuple=True), mask.sum(-1)
             return (
                 self.sum_values(ids, weights[tokens, ids], num_reads.cumsum(0) - num_reads) + bias
@@ -468,7 +482,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return self.rank_weights(self._scores_to_weights(scores, gains, self.means), scores)
 
     def _int8_matrix(self, name: str, rows: Tensor) -> Int8Matrix:
-        stored = None if self.mmap_tensors is None else getattr(self.mmap_tensors, f"{name}_codes")
+        attached = self.mmap_tensors
+        stored = None if attached is None else getattr(attached, f"{name}_codes")
         return (
             self._tensor_cache(f"{name}_codes", Int8Matrix, (rows,)) if stored is None else stored
         )

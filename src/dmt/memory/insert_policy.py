@@ -95,14 +95,17 @@ def apply_insert_policy(
     Raises:
         ValueError: a number is not finite; nothing has changed.
     """
+    # Rows are put together on the CPU, where a store takes them. Distances are computed where the
+    # proposals are.
+    device_keys, keys, values = keys, keys.cpu(), values.cpu()
     if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
         raise ValueError("keys and values of a memory must be finite")
     if not len(keys):
         return InsertResult(StepChanges(), np.empty(0, np.int64), np.empty(0, np.int64))
-    matches = rows.search(keys, 1)
-    nearest_distances = matches.distances[:, 0].double().sqrt()
+    matches = rows.search(device_keys, 1)
+    nearest_distances = matches.distances[:, 0].cpu().double().sqrt()
     nearest_ids = rows.ids_at(matches.indices[:, 0]) if rows.allocated_rows else None
-    leaders, leader_distances = _group_candidates(keys, nearest_distances, policy)
+    leaders, leader_distances = _group_candidates(device_keys, nearest_distances, policy)
     merges: dict[int, list[int]] = {}  # row id -> candidates merged into it
     new_groups: dict[int, list[int]] = {}  # leading candidate -> candidates merged into it
     for candidate, distance in enumerate(nearest_distances.tolist()):
@@ -149,6 +152,11 @@ def _group_candidates(
 ) -> tuple[list[int], list[float]]:
     """Group the candidates that no stored row is near to.
 
+    Args:
+        keys: `(n, key width)`, on any device.
+        nearest_distances: of each candidate to a stored row, `(n,)` on the CPU.
+        policy: distances.
+
     Returns:
         For each candidate the first one that represents it (itself where a row is near), and the
         distance to that.
@@ -156,7 +164,9 @@ def _group_candidates(
     radius = max(policy.min_distance, policy.merge_distance)
     leaders, leader_distances = list(range(len(keys))), [0.0] * len(keys)
     unmatched = (nearest_distances > radius).nonzero().flatten()
-    unmatched_keys, candidates = keys[unmatched].double(), unmatched.tolist()
+    keys = keys.cpu() if keys.device.type == "mps" else keys  # which has no float64
+    unmatched_keys = keys if len(unmatched) == len(keys) else keys[unmatched.to(keys.device)]
+    unmatched_keys, candidates = unmatched_keys.double(), unmatched.tolist()
     assigned = np.zeros(len(candidates), bool)
     chunk_size = max(1, MAX_SCORES // max(1, len(candidates)))
     for start in range(0, len(candidates), chunk_size):
@@ -191,15 +201,17 @@ def _build_new_rows(
     now: float,
     allocate_ids: Callable[[int], IntArray],
 ) -> RowInsert:
-    mean_keys, mean_values = (
-        torch.stack([states[members].mean(0) for members in new_groups.values()])
-        for states in (keys, values)
-    )
+    groups = [(row, members) for row, members in enumerate(new_groups.values()) if members[1:]]
+    means = []
+    for states in (keys, values):
+        means.append(states[list(new_groups)])  # of most groups, which have one member
+        for row, members in groups:
+            means[-1][row] = states[members].mean(0)
     entries = np.array([len(members) for members in new_groups.values()], np.int64)
     return RowInsert(
         allocate_ids(len(new_groups)),
-        _to_numpy(mean_keys),
-        _to_numpy(mean_values),
+        _to_numpy(means[0]),
+        _to_numpy(means[1]),
         entries.astype(np.float32),
         [join_tags(tags[member] for member in members) for members in new_groups.values()],
         entries,
@@ -222,22 +234,19 @@ def _merge_into_rows(
     stats = rows.stats
     added_counts = np.array([len(members) for members in merges.values()], np.int64)
     entries = stats.entries[indices] + added_counts
-    candidates = torch.tensor(
-        [candidate for members in merges.values() for candidate in members], device=keys.device
-    )
-    group_indices = torch.arange(len(merges)).repeat_interleave(torch.as_tensor(added_counts))
-    group_indices = group_indices.to(keys.device)
+    candidates = [candidate for members in merges.values() for candidate in members]
+    group_indices = torch.from_numpy(np.arange(len(merges)).repeat(added_counts))
     old_counts, new_counts = (
-        torch.as_tensor(counts, device=keys.device).unsqueeze(-1)
-        for counts in (stats.entries[indices], entries)
+        torch.from_numpy(counts).unsqueeze(-1) for counts in (stats.entries[indices], entries)
     )
     means = []
+    row_indices = torch.as_tensor(indices, device=rows.keys.device)
     for stored, candidate_states in ((rows.keys, keys), (rows.values, values)):
         sums = candidate_states.new_zeros(
             len(merges), candidate_states.shape[1], dtype=torch.double
         )
         sums.index_add_(0, group_indices, candidate_states[candidates].double())
-        means.append((stored[torch.as_tensor(indices)].double() * old_counts + sums) / new_counts)
+        means.append((stored[row_indices].cpu().double() * old_counts + sums) / new_counts)
     joined_tags = [
         join_tags([stats.tags[index], *(tags[member] for member in members)])
         for index, members in zip(indices, merges.values(), strict=True)
@@ -263,4 +272,4 @@ def join_tags(tags: Iterable[str]) -> str:
 
 
 def _to_numpy(states: Tensor) -> FloatArray:
-    return states.float().cpu().numpy()
+    return states.float().numpy()

@@ -14,6 +14,7 @@ import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,8 @@ def _advise(tensor: Tensor, advice: str) -> None:
 class MmapTensors:
     """What accompanies tensors in a file and is used for every token, so that it is in RAM.
 
+    Or in the memory of the device that computes.
+
     Attributes:
         scales: of int8 values, `(num_slots,)`.
         value_norms: norm of each value in the metric, `(num_slots,)`.
@@ -245,6 +248,11 @@ class MmapTensors:
     gain_codes: Int8Matrix | None
 
     @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.value_norms.device
+
+    @property
     def num_bytes(self) -> int:
         """Size of all of it in bytes."""
         code_tensors = [
@@ -258,6 +266,13 @@ class MmapTensors:
             for tensor in (self.scales, self.value_norms, self.mean_output, *code_tensors)
             if tensor is not None
         )
+
+    def to(self, device: torch.device) -> MmapTensors:
+        """Return all of it on a device."""
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return MmapTensors(**moved)
 
     def to_specs(self) -> dict[str, TensorSpec]:
         """Describe all of it for `write_tensor_file`, by the names in the file."""
@@ -296,6 +311,14 @@ class MmapTensors:
             read_matrix("key"),
             read_matrix("gain"),
         )
+
+
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows `(..., width)` of ids `(...)` where the ids are.
+
+    A table in a file stays on the CPU; only the rows that are read move.
+    """
+    return F.embedding(ids.to(table.device), table).to(ids.device)
 
 
 def sum_embedding_bags(
@@ -375,16 +398,34 @@ class MmapTensorsMixin(nn.Module):
         if offload not in OFFLOAD_MODES:
             raise ValueError(f"offload must be one of {', '.join(OFFLOAD_MODES)}, got {offload}")
         self.value_dtype, self.offload = value_dtype, offload
-        self.mmap_tensors: MmapTensors | None = None
+        self._mmap_tensors: MmapTensors | None = None
+
+    @property
+    def mmap_tensors(self) -> MmapTensors | None:
+        """What accompanies the tensors of the file; None where no file is attached.
+
+        It follows the parameters to the device that computes, as copies of the file's tensors in
+        RAM do: they are no buffers, which a change of the dtype would round. So it does not matter
+        who moves the parameters, or when.
+        """
+        device = self.output_bias.device
+        attached = self._mmap_tensors
+        if attached is not None and device.type != "meta" and attached.device != device:
+            self._mmap_tensors = attached.to(device)
+            for name in self.external_names if self.offload == "none" else ():
+                setattr(self, name, getattr(self, name).to(device))
+        return self._mmap_tensors
 
     def gather_values(self, ids: Tensor) -> Tensor:
         """Return the values `(n, width)` of the slots `ids` `(n,)` in the type of computation."""
+        attached = self.mmap_tensors
         scales = (
             None
-            if self.mmap_tensors is None or self.mmap_tensors.scales is None
-            else self.mmap_tensors.scales.index_select(0, ids)
+            if attached is None or attached.scales is None
+            else attached.scales.index_select(0, ids)
         )
-        return dequantize_rows(self.values.index_select(0, ids), scales, self.output_bias.dtype)
+        rows = self.values.index_select(0, ids.to(self.values.device)).to(ids.device)
+        return dequantize_rows(rows, scales, self.output_bias.dtype)
 
     def sum_values(self, ids: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Sum weighted values per token: `(tokens, width)`.
@@ -395,7 +436,8 @@ class MmapTensorsMixin(nn.Module):
             offsets: where each token's ids begin, `(tokens,)`.
         """
         weights = weights.to(self.output_bias.dtype)
-        if self.values.dtype == weights.dtype:
+        is_mapped = self.mmap_tensors is not None and self.values.device != weights.device
+        if self.values.dtype == weights.dtype and not is_mapped:
             return F.embedding_bag(
                 ids, self.values, offsets, per_sample_weights=weights, mode="sum"
             )
@@ -418,7 +460,7 @@ class MmapTensorsMixin(nn.Module):
     @torch.no_grad()
     def export_specs(self) -> dict[str, TensorSpec]:
         """Describe what the file of this memory holds, by name; values in `value_dtype`."""
-        assert self.mmap_tensors is None, "it has a file already, which can be copied"
+        assert self._mmap_tensors is None, "it has a file already, which can be copied"
         encoded, scales = quantize_rows(self.values, self.value_dtype)
         values = dequantize_rows(encoded, scales, self.values.dtype)
         key_codes, gain_codes = (
@@ -466,7 +508,7 @@ class MmapTensorsMixin(nn.Module):
                     "with this student's"
                 )
             setattr(self, name, tensor.clone() if self.offload == "none" else tensor)
-        self.mmap_tensors = MmapTensors.from_file(file, prefix)
+        self._mmap_tensors = MmapTensors.from_file(file, prefix)
 
     def check_attached(self) -> None:
         """Raise `UserError` where the tensors are in a file that is not attached."""
@@ -478,11 +520,11 @@ class MmapTensorsMixin(nn.Module):
 
     def external_sizes(self) -> dict[str, int]:
         """Return the bytes of a file's tensors held in `ram` and left on `disk`."""
-        if self.mmap_tensors is None:
+        if self._mmap_tensors is None:
             return {"ram": 0, "disk": 0}
         num_bytes = sum(getattr(self, name).nbytes for name in self.external_names)
         return {
-            "ram": self.mmap_tensors.num_bytes + num_bytes * (self.offload == "none"),
+            "ram": self._mmap_tensors.num_bytes + num_bytes * (self.offload == "none"),
             "disk": num_bytes * (self.offload != "none"),
         }
 
@@ -492,7 +534,7 @@ class MmapTensorsMixin(nn.Module):
         Raises:
             UserError: a file is attached, whose tensors cannot be trained.
         """
-        if mode and self.mmap_tensors is not None:
+        if mode and self._mmap_tensors is not None:
             raise UserError(
                 f"this memory was saved with offload={self.offload} and "
                 f"value_dtype={self.value_dtype} and cannot be trained; distill with offload=none "

@@ -165,6 +165,11 @@ class RowTable(nn.Module):
         self._index_by_id: dict[int, int] | None = None
         self._stats: RowStats | None = None
 
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        result = super()._apply(fn, recurse)
+        self._key_offsets = self._bf16_keys = None  # of the old dtype and device
+        return result
+
     def reset(self) -> None:
         """Remove all rows."""
         self.ids.fill_(-1)
@@ -315,11 +320,12 @@ class RowTable(nn.Module):
             KeyError: no row has one of the ids.
         """
         indices = [self.index_by_id.pop(int(row_id)) for row_id in ids]
-        self.ids[indices] = -1
+        positions = torch.tensor(indices, dtype=torch.long, device=self.ids.device)
+        self.ids[positions] = -1
         if self._index_is_current and self._index is not None:
-            self._index_is_current = self._index.remove(torch.as_tensor(indices))
+            self._index_is_current = self._index.remove(positions)
         if self._key_offsets is not None:
-            self._key_offsets[indices] = -torch.inf
+            self._key_offsets[positions] = -torch.inf
 
     def record_reads(
         self, indices: IntArray, weights: NDArray[np.float64], step: int, now: float, decay: float
@@ -386,9 +392,7 @@ class RowTable(nn.Module):
                 (self.values, batch.values),
                 (self.ids, batch.ids),
             ):
-                buffer[span] = (
-                    torch.tensor(array).to(buffer) if buffer.is_cuda else _as_tensor(array)
-                )
+                buffer[span] = _as_tensor(array)
             for name in STORED_STATS:
                 getattr(stats, name)[span] = batch.metadata[name]
             stats.last_read[span] = [
@@ -425,7 +429,7 @@ class RowTable(nn.Module):
 
 def _lazy_zeros(num_rows: int, like: Tensor) -> Tensor:
     """Create zeros `(num_rows, width of like)`, without touching their pages where possible."""
-    if like.is_cuda or like.dtype != torch.float32:
+    if like.device.type != "cpu" or like.dtype != torch.float32:
         return like.new_zeros(num_rows, like.shape[1])
     return torch.from_numpy(np.zeros((num_rows, like.shape[1]), np.float32))
 

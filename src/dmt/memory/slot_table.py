@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmt.memory.mmap_tensors import MmapTensorsMixin, compute_value_norms
+from dmt.memory.mmap_tensors import MmapTensorsMixin, compute_value_norms, gather_rows
 from dmt.memory.usage import UsageCounts
 from dmt.ops import linear, solve_ridge
 
@@ -196,7 +196,10 @@ class SlotTable(MmapTensorsMixin):
         self.threshold: Tensor | None
         self.register_buffer("metric", torch.empty(width, width) if metric == "fisher" else None)
         self.register_buffer("threshold", torch.empty(()) if has_threshold else None)
-        self.budget_counts: Tensor | None = None
+        # Reads and tokens of training passes since `update_threshold`; the number of tokens is
+        # known to the host, which would otherwise wait for it.
+        self.budget_reads: Tensor | None = None
+        self.budget_tokens = 0
         self._usage: UsageCounts | None = None
         self._tensor_cache = TensorCache()
 
@@ -263,26 +266,27 @@ class SlotTable(MmapTensorsMixin):
     def compute_scores(self, hidden: Tensor) -> Tensor:
         """Score every slot for every token: `(tokens, width)` to `(tokens, num_slots)`."""
         queries = self.compute_queries(hidden)
+        keys = self.keys.to(queries.device)  # a copy where they are in a file and this is a GPU
         if self.activation_fn is not None and queries.shape[1] == 1:
-            return linear(queries[:, 0], self.keys, self.key_bias)
+            return linear(queries[:, 0], keys, self.key_bias)
         if queries.shape[1] == 1:
-            products = linear(queries[:, 0], self.keys)
+            products = linear(queries[:, 0], keys)
         else:
             products = torch.einsum(
-                "nhv,hsv->nhs", queries, self.keys.view(self.heads, -1, self.width)
+                "nhv,hsv->nhs", queries, keys.view(self.heads, -1, self.width)
             ).flatten(-2)
-        return self._finish_scores(products, queries, self.keys, self.key_bias)
+        return self._finish_scores(products, queries, keys, self.key_bias)
 
     def compute_scores_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Score the slots `ids` `(tokens, n)` only, from their keys alone; for one head."""
         queries = self.compute_queries(hidden)
         if len(hidden) == 1:
-            keys, slot_ids = self.keys.index_select(0, ids[0]), ids[0]
-            keys = keys.to(queries.dtype)
+            slot_ids = ids[0]
+            keys = self.keys.index_select(0, slot_ids.to(self.keys.device)).to(queries)
             return self._finish_scores(
                 torch.mv(keys, queries[0, 0]), queries, keys, self.key_bias[slot_ids]
             ).view(1, -1)
-        keys = F.embedding(ids, self.keys).to(queries.dtype)
+        keys = gather_rows(self.keys, ids).to(queries.dtype)
         products = (keys @ queries.transpose(1, 2)).squeeze(-1)
         return self._finish_scores(products, queries, keys, self.key_bias[ids])
 
@@ -310,14 +314,16 @@ class SlotTable(MmapTensorsMixin):
         Returns:
             `(tokens, num_slots)`.
         """
-        gains = None if self.gains is None else linear(hidden, self.gains, self.gain_bias)
+        gains = None
+        if self.gains is not None:
+            gains = linear(hidden, self.gains.to(hidden.device), self.gain_bias)
         return self._scores_to_weights(scores, gains, self.means)
 
     def compute_weights_at(self, hidden: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
         """Compute the weights of the slots `ids` `(tokens, n)` from scores of the same shape."""
         gains = None
         if self.gains is not None and self.gain_bias is not None:
-            gain_rows = F.embedding(ids, self.gains).to(hidden.dtype)
+            gain_rows = gather_rows(self.gains, ids).to(hidden.dtype)
             gains = (gain_rows @ hidden.unsqueeze(-1)).squeeze(-1) + self.gain_bias[ids]
         return self._scores_to_weights(
             scores, gains, None if self.means is None else self.means[ids]
@@ -356,9 +362,9 @@ class SlotTable(MmapTensorsMixin):
         """Compute what every token receives, `(width,)`: the output bias and all slots' means."""
         if self.means is None:
             return self.output_bias
-        if self.mmap_tensors is not None:
-            assert self.mmap_tensors.mean_output is not None, "saved for every centered memory"
-            return self.output_bias + self.mmap_tensors.mean_output.to(self.output_bias.dtype)
+        if (attached := self.mmap_tensors) is not None:
+            assert attached.mean_output is not None, "saved for every centered memory"
+            return self.output_bias + attached.mean_output.to(self.output_bias.dtype)
         if torch.is_grad_enabled():  # then it belongs to the graph of one step
             return self.output_bias + self.means @ self.values
         return self._tensor_cache(
@@ -371,8 +377,8 @@ class SlotTable(MmapTensorsMixin):
     @torch.no_grad()
     def value_norms(self) -> Tensor:
         """Compute the norm of each value in the metric, `(num_slots,)`."""
-        if self.mmap_tensors is not None:
-            return self.mmap_tensors.value_norms.to(self.output_bias.dtype)
+        if (attached := self.mmap_tensors) is not None:
+            return attached.value_norms.to(self.output_bias.dtype)
         return self._tensor_cache(
             "value_norms",
             compute_value_norms,
@@ -436,19 +442,16 @@ class SlotTable(MmapTensorsMixin):
 
     def reset_budget_counts(self) -> None:
         """Start to count reads and tokens of training passes, which `update_threshold` uses."""
-        self.budget_counts = torch.zeros(2, dtype=torch.long, device=self.keys.device)
+        self.budget_reads = torch.zeros((), dtype=torch.long, device=self.key_bias.device)
+        self.budget_tokens = 0
 
     @torch.no_grad()
     def _record_reads(self, selected: Tensor, num_tokens: int | None = None) -> None:
         """Count reads: a mask `(tokens, num_slots)`, or the ids that `num_tokens` tokens read."""
         if self._usage is not None:
             self._usage.add(selected, num_tokens)
-        if self.budget_counts is not None and self.training:
-            is_mask = selected.dtype == torch.bool
-            num_reads = (
-                selected.sum()
-                if is_mask
-                else torch.tensor(selected.numel(), device=selected.device)
+        if self.budget_reads is not None and self.training:
+            self.budget_reads += (
+                selected.sum() if selected.dtype == torch.bool else selected.numel()
             )
-            num_tokens = len(selected) if num_tokens is None else num_tokens
-            self.budget_counts += torch.stack([num_reads, num_reads.new_tensor(num_tokens)])
+            self.budget_tokens += len(selected) if num_tokens is None else num_tokens

@@ -80,14 +80,19 @@ def update_threshold(memories: Iterable[FeaturalMemory], rate: float) -> None:
     counted = [
         memory
         for memory in select_thresholded(memories)
-        if memory.budget_counts is not None and memory.budget_counts[1]
+        if memory.budget_reads is not None and memory.budget_tokens
     ]
     if not counted:
         return
-    counts = all_reduce_sum(torch.stack([memory.budget_counts for memory in counted]))  # type: ignore[misc]
+    reads = torch.stack([memory.budget_reads for memory in counted])  # type: ignore[misc]
+    # Filled, not copied from the host, which would wait for a GPU.
+    tokens = torch.stack(
+        [torch.full_like(memory.budget_reads, memory.budget_tokens) for memory in counted]  # type: ignore[arg-type]
+    )
+    counts = all_reduce_sum(torch.stack([reads, tokens], dim=1))
     total_counts = counts.float()  # (memories, 2): reads and tokens of all processes
     target_reads = sum(min(memory.num_slots, memory.k * memory.k_multiplier) for memory in counted)
     factor = ((total_counts[:, 0] / total_counts[:, 1]).sum() / target_reads).clamp(0.1, 10) ** rate
     for memory in counted:
         memory.threshold.mul_(factor)  # type: ignore[union-attr]
-        memory.budget_counts.zero_()  # type: ignore[union-attr]
+        memory.reset_budget_counts()

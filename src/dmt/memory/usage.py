@@ -39,7 +39,8 @@ class UsageCounts:
         if selected.dtype == torch.bool:
             self.reads.add_(selected.sum(0))
         else:
-            self.reads.add_(torch.bincount(selected.flatten(), minlength=len(self.reads)))
+            ids = selected.flatten()
+            self.reads.scatter_add_(0, ids, torch.ones_like(ids))
         self.tokens += len(selected) if num_tokens is None else num_tokens
 
     @property

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.errors import UserError
 from dmt.files import atomic_path, disk_error_class
 from dmt.memory import FeaturalMemory
-from dmt.memory.mmap_tensors import MmapTensorFile, TensorSpec, make_spec, write_tensor_file
+from dmt.memory.mmap_tensors import (
+    MmapTensorFile,
+    TensorSpec,
+    gather_rows,
+    make_spec,
+    write_tensor_file,
+)
 from dmt.models.architectures import get_architecture
 
 # Name of the file in a student's folder.
@@ -31,7 +36,7 @@ class MmapEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids `(...)` to rows `(..., width)`."""
-        return F.embedding(ids, self.table).to(self.like.dtype)
+        return gather_rows(self.table, ids).to(self.like.dtype)
 
 
 def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
