@@ -98,8 +98,17 @@ class SparseDistribution:
 
     def to(self, device: torch.device | str) -> SparseDistribution:
         """Return the distributions on another device."""
+        tensors = [tensor.contiguous() for tensor in (self.ids, self.log_probs, self.threshold)]
+        if self.ids.device == torch.device(device):
+            return self
+        # In one copy: the host waits for each.
+        data = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]).to(device)
+        parts = data.split([tensor.nbytes for tensor in tensors])
         return SparseDistribution(
-            self.ids.to(device), self.log_probs.to(device), self.threshold.to(device)
+            *(
+                part.view(tensor.dtype).view(tensor.shape)
+                for part, tensor in zip(parts, tensors, strict=True)
+            )
         )
 
 

@@ -193,7 +193,7 @@ def compute_loss_terms(
         terms["hidden_cosine"] = ((1 - similarity) * mask).sum() / num_tokens
     if weights.block_fvu:
         fvu = block_fvu(student.block_outputs, teacher.block_outputs, mask, num_tokens, scales)
-        terms["block_fvu"] = fvu.mean() if layers is None else fvu[list(layers)].mean()
+        terms["block_fvu"] = fvu.mean() if layers is None else select_layers(fvu, layers).mean()
     for name, weight in weights.extra.items():
         if weight:
             values = get_loss(name)(student, teacher, batch)
@@ -204,6 +204,11 @@ def compute_loss_terms(
                 )
             terms[name.rpartition(":")[2]] = (values.float() * mask).sum() / num_tokens
     return terms
+
+
+def select_layers(values: Tensor, layers: Sequence[int]) -> Tensor:
+    """Return the values of some layers `(n,)`; a list as index would be copied to the device."""
+    return torch.stack([values[layer] for layer in layers])
 
 
 def sum_weighted_terms(terms: dict[str, Tensor], weights: LossConfig) -> Tensor:

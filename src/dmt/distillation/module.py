@@ -18,7 +18,7 @@ from dmt.distillation.losses import (
     block_fvu,
     compute_loss_terms,
     measure_scales,
-    next_token_mask,
+    select_layers,
     sum_weighted_terms,
 )
 from dmt.distillation.row_sync import RowStoreSync, set_row_targets
@@ -190,15 +190,16 @@ class DistillationModule(TrainingModule):
         tokens, window_ids = _unpack_batch(batch)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         # Processes average their gradients, so each divides by its own share of the step's tokens.
-        token_counts = float(mask.sum()), float(next_token_mask(mask).sum())
+        token_counts = float(tokens.numel()), float(tokens.numel() - len(tokens))
+        size = self.settings.data.micro_batch_size
         return [
             Batch(
-                tokens[indices],
-                mask[indices],
+                tokens[start : start + size],
+                mask[start : start + size],
                 *token_counts,
-                window_ids=None if window_ids is None else window_ids[indices],
+                window_ids=None if window_ids is None else window_ids[start : start + size],
             )
-            for indices in torch.arange(len(tokens)).split(self.settings.data.micro_batch_size)
+            for start in range(0, len(tokens), size)
         ]
 
     def compute_terms(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -229,7 +230,8 @@ class DistillationModule(TrainingModule):
         teacher = forward_teacher(self.teacher, batch.tokens, capture_blocks=True)
         errors = self._memory_fvu(teacher, batch)
         if self.settings.stages.layerwise_loss == "mse":
-            errors = errors * self.scales.block_variances[list(get_memories(self.student))]
+            layers = list(get_memories(self.student))
+            errors = errors * select_layers(self.scales.block_variances, layers)
         loss = errors.sum()
         return loss, {"layerwise_loss": loss}
 
@@ -267,7 +269,9 @@ class DistillationModule(TrainingModule):
         scales = self.scales
         assert scales.outlier_norms is not None, "registered in the constructor"
         layer_scales = LossScales(
-            scales.block_variances[layers], scales.hidden_variance, scales.outlier_norms[layers]
+            select_layers(scales.block_variances, layers),
+            scales.hidden_variance,
+            select_layers(scales.outlier_norms, layers),
         )
         return block_fvu(outputs, targets, batch.mask, batch.tokens_in_step, layer_scales)
 

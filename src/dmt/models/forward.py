@@ -109,6 +109,33 @@ def capture(
             handle.remove()
 
 
+class _NoCache(Cache):
+    """A cache that stores nothing: attention sees the states of the pass alone.
+
+    Without a cache, transformers looks in the position ids for several texts in one window, and the
+    host waits for the answer in each pass. Windows here never have position ids of their own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return the states `(batch, heads, time, width)` themselves."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of earlier tokens."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the position of the first token."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many tokens are attended to, and the position of the first."""
+        return query_length, 0
+
+
 def forward_with_activations(
     model: PreTrainedModel,
     tokens: Tensor,
@@ -129,7 +156,7 @@ def forward_with_activations(
     arch = get_architecture(model.config.model_type)
     backbone = model.get_submodule(arch.backbone)
     cache_kwargs: dict[str, Any] = (
-        {"use_cache": False}
+        {"use_cache": False, "past_key_values": _NoCache()}
         if past_key_values is None
         else {"use_cache": True, "past_key_values": past_key_values}
     )

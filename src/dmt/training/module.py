@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.distributed import all_reduce_mean
-from dmt.training.optimization import check_finite, clip_gradients, no_sync
+from dmt.training.optimization import (
+    check_finite,
+    clip_gradients,
+    measure_gradients,
+    no_sync,
+)
 
 
 class TrainingModule(pl.LightningModule):
@@ -104,7 +109,8 @@ class TrainingModule(pl.LightningModule):
             for name, value in terms.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
         self.after_backward(step)
-        grad_norm = clip_gradients(optimizer, self.settings.optim.grad_clip)  # type: ignore[arg-type]
+        grad_norm = measure_gradients(optimizer)  # type: ignore[arg-type]
+        # The only time in a step that the host waits for a GPU.
         check_finite(
             step + 1,
             total_loss,
@@ -112,6 +118,7 @@ class TrainingModule(pl.LightningModule):
             self.trained_model,
             lambda: [self.compute_terms(micro_batch) for micro_batch in micro_batches],
         )
+        clip_gradients(optimizer, self.settings.optim.grad_clip, grad_norm)  # type: ignore[arg-type]
         self.before_update(step)
         optimizer.step()  # type: ignore[union-attr]
         self.after_update(step)

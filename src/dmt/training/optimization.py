@@ -102,24 +102,27 @@ def no_sync(module: pl.LightningModule, is_last: bool) -> AbstractContextManager
     return strategy.block_backward_sync()
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+def measure_gradients(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the norm of all gradients of an optimizer's parameters, `()`."""
+    gradients = [p.grad for p in _list_trained(optimizer) if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor) -> None:
     """Scale gradients down to `max_norm` if they are longer, as torch does.
 
     Args:
         optimizer: Holds the parameters.
         max_norm: 0 for no clipping.
-
-    Returns:
-        The norm of all gradients before clipping, `()`.
+        norm: Norm of all gradients `()`, which has to be finite: any other would spoil all of them
+            and hide the one that caused it.
     """
-    parameters = [
-        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    # Scaling by a non-finite norm would spoil all gradients and hide the one that caused it.
-    if max_norm and bool(norm.isfinite()):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(_list_trained(optimizer), max_norm, norm)
+
+
+def _list_trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def check_finite(
