@@ -54,11 +54,16 @@ class PhraseMatcher:
                 phrase_id for phrase_id, phrase in enumerate(phrases) if len(phrase) == length
             ]
             token_ids = torch.tensor(
-                [list(phrases[phrase_id]) for phrase_id in phrase_ids], dtype=torch.long
+                [list(phrases[phrase_id]) for phrase_id in phrase_ids],
+                dtype=torch.long,
+                device="cpu",
             ).view(len(phrase_ids), length)
             hashes, order = _hash_tokens(token_ids).sort(stable=True)
-            self._by_length[length] = hashes, token_ids[order], torch.tensor(phrase_ids)[order]
-        self.lengths = torch.tensor([len(phrase) for phrase in phrases], dtype=torch.long)
+            group_ids = torch.tensor(phrase_ids, device="cpu")[order]
+            self._by_length[length] = hashes, token_ids[order], group_ids
+        self.lengths = torch.tensor(
+            [len(phrase) for phrase in phrases], dtype=torch.long, device="cpu"
+        )
         self.max_length = max(self._by_length, default=0)
 
     def find_ends(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +76,7 @@ class PhraseMatcher:
             Sequence, position of the last token, and index of each phrase, all `(n,)`.
         """
         tokens = tokens.cpu()
-        matches = [torch.zeros(3, 0, dtype=torch.long)]
+        matches = [torch.zeros(3, 0, dtype=torch.long, device="cpu")]
         for length, (hashes, token_ids, group_ids) in self._by_length.items():
             if tokens.shape[1] < length:
                 continue
@@ -83,10 +88,10 @@ class PhraseMatcher:
             sequence, start = (last > first).nonzero(as_tuple=True)
             first_match, counts = first[sequence, start], (last - first)[sequence, start]
             # Several phrases may share a hash, most often because they are equal.
-            window_indices = torch.arange(len(counts)).repeat_interleave(counts)
+            window_indices = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
             candidates = (
                 first_match[window_indices]
-                + torch.arange(len(window_indices))
+                + torch.arange(len(window_indices), device="cpu")
                 - (counts.cumsum(0) - counts)[window_indices]
             )
             is_equal = (
@@ -107,7 +112,9 @@ class PhraseMatcher:
 
 
 def _hash_tokens(ids: Tensor) -> Tensor:
-    powers = torch.tensor([pow(HASH_BASE, power, 2**62) for power in range(ids.shape[-1])])
+    powers = torch.tensor(
+        [pow(HASH_BASE, power, 2**62) for power in range(ids.shape[-1])], device="cpu"
+    )
     return ((ids + 1) * powers).sum(-1)
 
 
@@ -145,7 +152,7 @@ def _keep_longest(
         return sequences, positions, phrase_ids
     end_positions = sequences * time + positions
     unique_ends, group = end_positions.unique(return_inverse=True)
-    longest_lengths = torch.zeros(len(unique_ends), dtype=torch.long).scatter_reduce(
+    longest_lengths = torch.zeros_like(unique_ends).scatter_reduce(
         0, group, matcher.lengths[phrase_ids], "amax"
     )
     is_longest = matcher.lengths[phrase_ids] == longest_lengths[group]
@@ -185,15 +192,14 @@ def match_phrases(
         is_start: `(batch, time)`, the tokens that begin another document, where no token says so.
     """
     time = tokens.shape[1]
-    end_tokens = torch.tensor([] if end_ids is None else end_ids, device=tokens.device)
-    is_boundary = torch.isin(tokens, end_tokens)
-    if is_start is not None:
-        is_boundary |= is_start
-    document_ids = is_boundary.cumsum(1).cpu()
+    is_start = torch.zeros_like(tokens) if is_start is None else is_start.to(tokens.dtype)
+    tokens, starts = torch.stack([tokens, is_start]).cpu()  # a host waits for each copy
+    end_tokens = torch.tensor([] if end_ids is None else end_ids, device="cpu")
+    document_ids = (torch.isin(tokens, end_tokens) | starts.bool()).cumsum(1)
     sequences, positions, phrase_ids = _keep_longest(
         subject_matcher, *_find_phrases(subject_matcher, tokens, document_ids), time
     )
-    offsets = torch.arange(window)
+    offsets = torch.arange(window, device="cpu")
     window_positions = positions.unsqueeze(1) + offsets  # (matches, window)
     valid = (window_positions < time) & (window_positions >= time - num_new)
     window_positions = window_positions.clamp_max(time - 1)
@@ -211,7 +217,7 @@ def match_phrases(
         order = ages.argsort(stable=True)
         pairs = torch.stack([subject_positions, subject_ids], dim=1)[order]
         unique_pairs, group = pairs.unique(dim=0, return_inverse=True)
-        min_ages = torch.full((len(unique_pairs),), window).scatter_reduce(
+        min_ages = torch.full_like(unique_pairs[:, 0], window).scatter_reduce(
             0, group, ages[order], "amin"
         )
         subject_positions, subject_ids, ages = (
@@ -223,7 +229,7 @@ def match_phrases(
     first_new = time - num_new
     is_new = positions >= first_new
     prefix_positions = sequences[is_new] * num_new + positions[is_new] - first_new
-    recent_positions = positions.unsqueeze(1) + torch.arange(ANSWER_WINDOW)
+    recent_positions = positions.unsqueeze(1) + torch.arange(ANSWER_WINDOW, device="cpu")
     valid = (recent_positions >= first_new) & (recent_positions < time)
     valid &= document_ids[
         sequences.unsqueeze(1), recent_positions.clamp_max(time - 1)
@@ -254,13 +260,17 @@ class PhraseTable:
     """
 
     subject_matcher: PhraseMatcher = field(default_factory=PhraseMatcher)
-    subject_by_phrase: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    subject_by_phrase: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
+    )
     prefix_matcher: PhraseMatcher = field(default_factory=PhraseMatcher)
 
 
 @dataclass(frozen=True)
 class EditRows:
     """Rows of one layer, arrays over the same `n` rows.
+
+    Keys and values are where the model computes, the others on the CPU, where rows are matched.
 
     Attributes:
         ids: of the rows.
@@ -286,26 +296,21 @@ class EditRows:
     @classmethod
     def empty(cls, width: int) -> EditRows:
         """Create an instance without rows."""
-        no_ids = torch.zeros(0, dtype=torch.long)
-        return cls(
-            no_ids,
-            torch.zeros(0, width),
-            torch.zeros(0, width),
-            torch.zeros(0),
-            no_ids,
-            no_ids,
-            no_ids,
-        )
+        no_ids = torch.zeros(0, dtype=torch.long, device="cpu")
+        no_states = torch.zeros(0, width, device="cpu")
+        return cls(no_ids, no_states, no_states, no_states.new_zeros(0), no_ids, no_ids, no_ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device) -> EditRows:
-        """Return the rows on a device."""
+        """Return the rows with keys and values on a device."""
+        devices = dict.fromkeys(("keys", "values"), device)
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         phrases = tensors.pop("phrases")
         return EditRows(
-            **{name: tensor.to(device) for name, tensor in tensors.items()}, phrases=phrases
+            **{name: tensor.to(devices.get(name, "cpu")) for name, tensor in tensors.items()},
+            phrases=phrases,
         )
 
 
@@ -330,7 +335,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which rows fired in one pass.
+    """Which rows fired in one pass, on the CPU.
 
     Attributes:
         tokens: `(n,)` indices of tokens.
@@ -458,11 +463,10 @@ class EditMemory(nn.Module):
             index: the rows; all present ones where it is None.
         """
         index = self.index if index is None else index
+        if not (len(phrase_matches.subjects) or len(index.rows_without_subject)):
+            no_indices = phrase_matches.subjects.new_zeros(0)
+            return Matches(no_indices, no_indices, torch.zeros(0, device="cpu"), index)
         hidden = hidden.to(self.mean.device)  # the key layer's may be another one
-        if not len(index.rows):
-            no_indices = torch.zeros(0, dtype=torch.long, device=hidden.device)
-            no_cosines = torch.zeros(0, device=hidden.device)
-            return Matches(no_indices, no_indices, no_cosines, index)
         groups = [
             self._match_by_subject(hidden, phrase_matches, index),
             self._match_without_subject(hidden, phrase_matches, index),
@@ -473,7 +477,7 @@ class EditMemory(nn.Module):
         order = order[ages[order].argsort(stable=True, descending=True)]
         order = order[(index.rows.prefixes[rows[order]] != NO_SUBJECT).long().argsort(stable=True)]
         order = order[tokens[order].argsort(stable=True)]
-        is_last = torch.ones(len(order), dtype=torch.bool, device=order.device)
+        is_last = torch.ones_like(order, dtype=torch.bool)
         is_last[:-1] = tokens[order][1:] != tokens[order][:-1]
         selected = order[is_last]
         return Matches(tokens[selected], rows[selected], cosines[selected], index)
@@ -482,46 +486,44 @@ class EditMemory(nn.Module):
         self, hidden: Tensor, phrase_matches: PhraseMatches, index: RowIndex
     ) -> tuple[Tensor, ...]:
         """Return tokens, rows, cosines and subject ages of all rows that may fire by subject."""
-        device = hidden.device
-        subjects = phrase_matches.subjects.to(device).contiguous()
+        subjects = phrase_matches.subjects.contiguous()
         first, last = (
             torch.searchsorted(index.sorted_subjects, subjects, right=right)
             for right in (False, True)
         )
         counts = last - first
-        phrase_indices = torch.arange(len(counts), device=device).repeat_interleave(counts)
+        phrase_indices = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         rows = index.subject_order[
             first[phrase_indices]
-            + torch.arange(len(phrase_indices), device=device)
+            + torch.arange(len(phrase_indices), device="cpu")
             - (counts.cumsum(0) - counts)[phrase_indices]
         ]
-        tokens = phrase_matches.subject_positions.to(device)[phrase_indices]
-        ages = phrase_matches.subject_ages.to(device)[phrase_indices]
+        tokens = phrase_matches.subject_positions[phrase_indices]
+        ages = phrase_matches.subject_ages[phrase_indices]
         return self._filter_matches(hidden, tokens, rows, ages, phrase_matches, index)
 
     def _match_without_subject(
         self, hidden: Tensor, phrase_matches: PhraseMatches, index: RowIndex
     ) -> tuple[Tensor, ...]:
         """Return the same of rows without a subject, for each token the nearest that may fire."""
-        device = hidden.device
         rows = index.rows_without_subject
         has_prefix = index.rows.prefixes[rows] != NO_SUBJECT
         unprefixed, prefixed = rows[~has_prefix], rows[has_prefix]
         token_groups, row_groups = [], []
         if len(unprefixed):
             queries = self.whiten(hidden)
-            best_cosines = hidden.new_full((len(hidden),), -torch.inf).float()
+            best_cosines = torch.full((len(hidden),), -torch.inf, device="cpu")
             best_rows = torch.zeros_like(unprefixed[:1]).expand(len(hidden))
             for candidates in unprefixed.split(max(1, MAX_PAIRS // len(hidden))):
                 # Each row has its own threshold, so the nearest of all may not fire.
-                cosines = queries @ index.whitened_keys[candidates].t()
+                cosines = (queries @ index.whitened_keys[candidates].t()).cpu()
                 blocked = cosines < index.rows.thresholds[candidates]
                 is_answered = torch.isin(
-                    index.rows.answers[candidates], phrase_matches.recent_answers.to(device)
+                    index.rows.answers[candidates], phrase_matches.recent_answers
                 )
                 answered = is_answered.nonzero().flatten()
                 blocked[:, answered] |= _is_answer_recent(
-                    torch.arange(len(hidden), device=device).unsqueeze(1),
+                    torch.arange(len(hidden), device="cpu").unsqueeze(1),
                     index.rows.answers[candidates[answered]],
                     phrase_matches,
                 )
@@ -537,7 +539,7 @@ class EditMemory(nn.Module):
             candidates = prefixed[index.rows.prefixes[prefixed] == prefix]
             token_groups.append(torch.full_like(candidates, position))
             row_groups.append(candidates)
-        empty = torch.zeros(0, dtype=torch.long, device=device)
+        empty = rows.new_zeros(0)
         indices, row_indices = torch.cat([empty, *token_groups]), torch.cat([empty, *row_groups])
         return self._filter_matches(
             hidden,
@@ -558,9 +560,7 @@ class EditMemory(nn.Module):
         index: RowIndex,
     ) -> tuple[Tensor, ...]:
         prefixes = index.rows.prefixes[rows]
-        prefix_pairs = _encode_pairs(
-            phrase_matches.prefix_positions.to(rows.device), phrase_matches.prefixes.to(rows.device)
-        )
+        prefix_pairs = _encode_pairs(phrase_matches.prefix_positions, phrase_matches.prefixes)
         eligible = torch.where(
             prefixes == NO_SUBJECT,
             ~_is_answer_recent(tokens, index.rows.answers[rows], phrase_matches),
@@ -570,9 +570,8 @@ class EditMemory(nn.Module):
         unique_tokens, query_indices = tokens.unique(return_inverse=True)
         queries = self.whiten(hidden[unique_tokens])
         cosines = torch.cat(
-            [hidden.new_zeros(0).float()]
-            + [
-                (queries[token_chunk] * index.whitened_keys[row_chunk]).sum(-1)
+            [
+                (queries[token_chunk] * index.whitened_keys[row_chunk]).sum(-1).cpu()
                 for token_chunk, row_chunk in zip(
                     query_indices.split(MAX_PAIRS), rows.split(MAX_PAIRS), strict=True
                 )
@@ -593,10 +592,7 @@ class EditMemory(nn.Module):
 
 def _is_answer_recent(tokens: Tensor, answers: Tensor, phrase_matches: PhraseMatches) -> Tensor:
     """Return whether an answer ended shortly before a token; both are broadcast."""
-    answer_pairs = _encode_pairs(
-        phrase_matches.answer_positions.to(answers.device),
-        phrase_matches.recent_answers.to(answers.device),
-    )
+    answer_pairs = _encode_pairs(phrase_matches.answer_positions, phrase_matches.recent_answers)
     return torch.isin(_encode_pairs(tokens, answers), answer_pairs)
 
 

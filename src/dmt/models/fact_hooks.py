@@ -285,7 +285,7 @@ class FactHooks(nn.Module):
         ]
         phrases = PhraseTable(
             PhraseMatcher([spelling for spelling, _ in spellings]),
-            torch.tensor([subject for _, subject in spellings]).long(),
+            torch.tensor([subject for _, subject in spellings], dtype=torch.long, device="cpu"),
             PhraseMatcher(list(prefixes)),
         )
         if not fact_rows:
