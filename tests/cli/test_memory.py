@@ -163,6 +163,38 @@ def test_forgetting_restores_the_logits_exactly(run, student):
     assert not torch.equal(logits_with_fact, logits_without_fact)
 
 
+def test_purged_facts_are_in_no_file_and_not_printed(run, student, capsys):
+    run("memory", "write", "Zelda lives in Quxtown.")
+    run("memory", "forget", "--query", "zelda")
+    (student / "memory.before-1.db").write_bytes(b"")
+    assert any(b"Quxtown" in path.read_bytes() for path in student.iterdir())
+    assert run("memory", "forget", "--purge", "--id", "7", ok=False).count("never existed") == 1
+    purged = run("memory", "forget", "--purge")
+    assert purged == {"ids": [2], "backups": [str(student / "memory.before-1.db")]}
+    assert not any(b"Quxtown" in path.read_bytes() for path in student.iterdir())
+    assert main(["memory", "forget", "--purge", "--tag", "dogs", "-m", str(student)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 facts erased" in printed
+    assert "Holbrook" not in printed
+    assert run("memory", "list", "--all") == []
+
+
+def test_facts_are_rebound_to_other_weights(run, student, tokenizer, tmp_path):
+    model, _ = load(student)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    shutil.copy(student / "memory.db", tmp_path / "trained")
+    trained = {"model": tmp_path / "trained"}
+    assert "dmt memory rebind" in run("memory", "list", **trained, ok=False)
+    result = run("memory", "rebind", **trained)
+    assert result["num_facts"] == 1
+    assert 0 <= result["key_layer"] <= result["value_layer"] < 3
+    assert run("generate", PROMPT, "--max-new-tokens", "3", **trained)["facts"][0]["id"] == 1
+
+
 def test_facts_are_written_from_a_file(run, tmp_path):
     lines = [
         {"sentence": "Ben Carver reads a table"},
@@ -576,6 +608,8 @@ MISTAKES = [
     (["memory", "forget", "--id", "77", "-m", "{s}"], "fact 77 is not stored"),
     (["memory", "forget", "--tag", "none", "-m", "{s}"], "no matching facts, nothing was deleted"),
     (["memory", "forget", "--rows", "--tag", "x", "-m", "{s}"], "no associative memory"),
+    (["memory", "forget", "--purge", "--tag", "x", "-m", "{s}"], "nothing was erased"),
+    (["memory", "forget", "--purge", "--rows", "-m", "{s}"], "leave --rows out"),
     (
         ["memory", "forget", "--rows", "--query", "x", "-m", "{s}"],
         "rows of associative memory have no text",

@@ -11,6 +11,7 @@ import torch
 from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
 from test_edit_memory import record_passes
+from transformers import AutoModelForCausalLM
 
 from dmt.config import FeaturalConfig
 from dmt.editing import calibration as calibration_module
@@ -1414,3 +1415,189 @@ def test_the_period_of_a_sentence_is_generated_after_the_answer(fact_store, teac
     assert (
         fact_store.write_many([parse_fact("Ada lives in Ravenhill")])[0].status == "unchanged"
     )  # equal with and without the period
+
+
+# Other weights, other folders, and nothing left behind.
+
+
+@pytest.fixture(scope="module")
+def written_student(tokenizer, tmp_path_factory):
+    """A saved student with the facts of these tests; tests copy it."""
+    folder = tmp_path_factory.mktemp("written") / "student"
+    teacher = make_fact_model(make_teacher, tokenizer)
+    student, _ = convert_blocks(teacher, [FeaturalConfig()] * LAYERS)
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with FactStore.open(folder) as fact_store:
+        fact_store.initialize(FACTS, prose=PROSE, layers=(1, 2))
+        fact_store.write_many(FACTS, tag="all")
+    return folder
+
+
+@pytest.fixture
+def student_folder(written_student, tmp_path):
+    shutil.copytree(written_student, tmp_path / "student")
+    return tmp_path / "student"
+
+
+def change_weights(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+
+
+def test_a_trained_model_is_saved_with_its_facts_and_says_so(
+    student_folder, tokenizer, tmp_path, caplog
+):
+    model = AutoModelForCausalLM.from_pretrained(student_folder)
+    change_weights(model)
+    assert not caplog.records
+    for name in ("other", "student"):  # elsewhere, and where it came from
+        caplog.clear()
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert [record.message.split(": ")[1][:24] for record in caplog.records] == [
+            "the weights have changed"
+        ]
+        loaded, _ = load(tmp_path / name)
+        assert "dmt memory rebind" in caplog.records[-1].message
+        assert torch.equal(compute_logits(loaded, tokenizer), compute_logits(model, tokenizer))
+        with FactStore.open(tmp_path / name) as fact_store:
+            assert len(fact_store.records) == len(FACTS)
+    loaded.resize_token_embeddings(320)
+    loaded.save_pretrained(tmp_path / "resized")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "resized").config.vocab_size == 320
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_the_same_model(student_folder, tmp_path, dtype, caplog):
+    AutoModelForCausalLM.from_pretrained(student_folder, dtype=dtype).save_pretrained(
+        tmp_path / "half"
+    )
+    shutil.copy(student_folder / "tokenizer.json", tmp_path / "half")
+    shutil.copy(student_folder / "tokenizer_config.json", tmp_path / "half")
+    for loaded_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if {dtype, loaded_dtype} != {torch.bfloat16, torch.float16}:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=loaded_dtype)
+            assert len(get_fact_hooks(model)) > 0
+    with FactStore.open(tmp_path / "half") as fact_store:
+        assert len(fact_store.records) == len(FACTS)
+    shutil.copy(student_folder / FACTS_FILE, tmp_path / "half")  # by hand, of the original
+    with FactStore.open(tmp_path / "half", read_only=True) as fact_store:
+        assert len(fact_store.records) == len(FACTS)
+    assert not caplog.records
+    other = make_fact_model(make_teacher, fact_store.tokenizer)
+    change_weights(other)
+    student, _ = convert_blocks(other, [FeaturalConfig()] * LAYERS)
+    student.to(dtype).save_pretrained(tmp_path / "other")
+    shutil.copy(student_folder / FACTS_FILE, tmp_path / "other")
+    with pytest.raises(UserError, match=r"another model .* dmt memory rebind"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=dtype)
+
+
+def test_rebinding_writes_the_facts_for_the_present_weights(
+    student_folder, tokenizer, tmp_path, caplog
+):
+    with FactStore.open(student_folder) as fact_store:
+        fact_store.delete(list(fact_store.records)[1])
+        fact_store.fact_table.record_usage({fact_store.get(1).rows[0]: 3})
+    model, _ = load(student_folder)
+    detach(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for block in model.transformer.h:  # its states are others now
+            for parameter in block.attn.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    shutil.copy(student_folder / FACTS_FILE, tmp_path / "trained")
+    with pytest.raises(UserError, match="dmt memory rebind"):
+        load(tmp_path / "trained")
+    with FactStore.rebind(tmp_path / "trained", prose=PROSE) as rebound:
+        active = [fact for index, fact in enumerate(FACTS) if index != 1]
+        assert [recalls(rebound.model, tokenizer, fact) for fact in active] == [True] * 3
+        assert not recalls(rebound.model, tokenizer, FACTS[1])
+        history = rebound.list(include_deleted=True)
+        assert [fact.deleted_reason for fact in history] == [None, "forgotten", None, None]
+        assert {fact.tag for fact in history} == {"all"}
+        usage = rebound.fact_table.read_usage()
+        assert usage[history[0].rows[0]][0] == 3
+        assert set(usage) == {row for fact in history for row in fact.rows}, "old rows are gone"
+        rebound.restore(history[1].id)
+        assert recalls(rebound.model, tokenizer, FACTS[1])
+    caplog.clear()
+    load(tmp_path / "trained")
+    assert not caplog.records, "the facts are of these weights"
+
+
+def test_rebinding_without_facts_is_rejected(student_folder):
+    (student_folder / FACTS_FILE).unlink()
+    with pytest.raises(UserError, match="no facts yet"):
+        FactStore.rebind(student_folder)
+
+
+def find_words(folder, *words):
+    """Return the words that are in any file of a folder."""
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return {word for word in words for content in contents if word.encode() in content}
+
+
+def test_purged_facts_are_in_no_file(student_folder, tokenizer):
+    with FactStore.open(student_folder) as fact_store:
+        first = fact_store.write("Zelda lives in Quxtown.", tag="private").fact
+        second = fact_store.write("Zelda lives in Quuxville.", tag="private").fact
+        assert fact_store.get(first.id).replaced_by == second.id
+        other = fact_store.write("Wendell eats plughs.").fact
+        fact_store.delete(other.id)
+        words = "Zelda", "Quxtown", "Quuxville", "plugh", "private"
+        assert find_words(student_folder, *words) == set(words)
+        purged = fact_store.purge(second.id)
+        assert [fact.id for fact in purged] == [first.id, second.id], "and what it replaced"
+        assert second.id not in fact_store.records
+        assert find_words(student_folder, *words) == {"plugh"}, "in the history still"
+        assert [fact.id for fact in fact_store.purge()] == [other.id]
+        assert find_words(student_folder, *words) == set()
+        with pytest.raises(UserError, match="never existed"):
+            fact_store.purge([second.id])
+        assert len(fact_store.list(include_deleted=True)) == len(FACTS)
+        new = fact_store.write("Ben drinks March").fact
+        assert new.id > other.id, "the ID of an erased fact is not used again"
+        assert [fact.id for fact in fact_store.purge(tag="all")] == [1, 2, 3, 4]
+        assert list(fact_store.records) == [new.id]
+    with FactStore.open(student_folder, read_only=True) as reopened:
+        assert list(reopened.records) == [new.id]
+        assert not recalls(reopened.model, tokenizer, FACTS[0])
+
+
+def test_history_is_not_saved_with_a_model_unless_asked_for(student_folder, tmp_path):
+    with FactStore.open(student_folder) as fact_store:
+        fact = fact_store.write("Zelda lives in Quxtown.").fact
+        fact_store.delete(fact.id)
+        fact_store.export(tmp_path / "pack")
+        fact_store.model.save_pretrained(tmp_path / "saved")
+        fact_store.model.save_pretrained(tmp_path / "asked", fact_history=True)
+    assert find_words(tmp_path / "pack", "Zelda", "Quxtown") == set()
+    assert find_words(tmp_path / "saved", "Zelda", "Quxtown") == set()
+    assert find_words(tmp_path / "asked", "Zelda", "Quxtown") == {"Zelda", "Quxtown"}
+    store = RowStore(str(tmp_path / "saved" / FACTS_FILE), read_only=True)
+    assert len(FactTable(store).read(include_deleted=True)) == len(FACTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert len(get_fact_hooks(model)) == sum(len(fact.rows) for fact in FactTable(store).read())
+
+
+@pytest.mark.parametrize("source", ["subfolder", "hub"])
+def test_facts_are_found_in_a_subfolder_and_by_the_name_of_a_repository(
+    student_folder, tokenizer, tmp_path, monkeypatch, source
+):
+    expected = AutoModelForCausalLM.from_pretrained(student_folder)
+    if source == "subfolder":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="student")
+    else:
+        commit = "a" * 40
+        repository = tmp_path / "cache" / "models--me--student"
+        shutil.copytree(student_folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        model = AutoModelForCausalLM.from_pretrained("me/student", cache_dir=tmp_path / "cache")
+    assert torch.equal(compute_logits(model, tokenizer), compute_logits(expected, tokenizer))
+    assert len(get_fact_hooks(model)) == len(get_fact_hooks(expected)) > 0

@@ -73,6 +73,7 @@ def add_parser(commands: Any) -> None:
         _add_forget,
         _add_restore,
         _add_prune,
+        _add_rebind,
     ):
         add(subcommands)
     packs.add_parsers(subcommands)
@@ -513,12 +514,16 @@ def _add_write(commands: Any) -> None:
         metavar="RATE",
         help="target false-positive rate of the match threshold (default: 0.01)",
     )
+    _add_calibration_text_argument(parser)
+    add_model_argument(parser)
+
+
+def _add_calibration_text_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-text",
         metavar="FILE",
         help="held-out text for the calibration before the first fact (default: speeches)",
     )
-    add_model_argument(parser)
 
 
 def run_write(args: argparse.Namespace, out: Output) -> None:
@@ -642,8 +647,18 @@ def _add_forget(commands: Any) -> None:
         "forget",
         run_forget,
         "Delete facts by ID, tag or words",
-        "dmt memory restore reverts it.",
-        ["dmt memory forget --tag family", "dmt memory forget --id 3 --id 4"],
+        "dmt memory restore reverts it, unless --purge erased them for good.",
+        [
+            "dmt memory forget --tag family",
+            "dmt memory forget --id 3 --id 4",
+            "dmt memory forget --purge --tag family",
+        ],
+    )
+    parser.add_argument(
+        "--purge",
+        action="store_true",
+        help="erase them from the history and the file too, with the facts that they replaced; "
+        "alone: erase all facts that were deleted before",
     )
     add_selection_arguments(parser)
     add_rows_argument(parser)
@@ -654,9 +669,12 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
     """Delete facts, or rows of associative memory."""
     from dmt.editing.fact_store import FactStore
 
-    if not (args.id or args.tag is not None or args.query):
+    if not (args.id or args.tag is not None or args.query or args.purge):
         raise UserError(f"forget needs --id, --tag or --query; {NO_MATCH_HINT}")
     check_row_selection(args)
+    if args.purge:
+        _purge_facts(args, out)
+        return
     with FactStore.open(args.model) as fact_store:
         if args.rows:
             _forget_rows(fact_store, args, out)
@@ -671,6 +689,36 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
         out.print_line(f"... and {len(deleted) - MAX_SHOWN:,} more")
     out.print_line(f"{len(deleted):,} deleted; dmt memory restore ID restores one")
     out.print_json([fact_to_dict(fact) for fact in deleted])
+
+
+def _purge_facts(args: argparse.Namespace, out: Output) -> None:
+    from dmt.editing.fact_store import FactStore
+    from dmt.models.fact_hooks import FACTS_FILE
+
+    if args.rows:
+        raise UserError("--purge erases facts; leave --rows out")
+    with FactStore.open(args.model) as fact_store:
+        path = fact_store.db.path if fact_store.db is not None else None
+        selected = filter_facts(
+            fact_store.list(include_deleted=True), args.id, args.tag, args.query
+        )
+        for fact_id in args.id or ():
+            fact_store.get(fact_id)  # or an error that says that it never existed
+        has_selection = args.id or args.tag is not None or args.query
+        if has_selection and not selected:
+            raise UserError(f"no matching facts, nothing was erased; {NO_MATCH_HINT}")
+        purged = fact_store.purge([fact.id for fact in selected] if has_selection else None)
+    # Not by their words: what is erased should not stand in a terminal or a log either.
+    out.print_line(f"{len(purged):,} facts erased; nothing restores them")
+    backups = sorted(path.parent.glob(f"{Path(FACTS_FILE).stem}.before-*.db")) if path else []
+    if backups:
+        out.print_line(
+            "earlier stores are kept beside it and may hold them; delete those: "
+            + ", ".join(str(backup) for backup in backups)
+        )
+    out.print_json(
+        {"ids": [fact.id for fact in purged], "backups": [str(backup) for backup in backups]}
+    )
 
 
 def _forget_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:
@@ -753,3 +801,32 @@ def run_prune(args: argparse.Namespace, out: Output) -> None:
         f"{len(pruned):,} facts deleted, {num_remaining:,} kept; dmt memory restore ID restores one"
     )
     out.print_json([fact_to_dict(fact) for fact in pruned])
+
+
+def _add_rebind(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "rebind",
+        run_rebind,
+        "Write all facts again for the present weights",
+        "Of use after fine-tuning, merging an adapter, or copying memory.db to another student.\n"
+        "Facts keep their IDs, tags and history.",
+        ["dmt memory rebind --model finetuned"],
+    )
+    _add_calibration_text_argument(parser)
+    add_model_argument(parser)
+
+
+def run_rebind(args: argparse.Namespace, out: Output) -> None:
+    """Calibrate anew, and write the facts from their sentences."""
+    from dmt.editing.fact_store import FactStore
+
+    prose = _read_calibration_text(args.calibration_text)
+    with FactStore.rebind(args.model, prose=prose) as fact_store:
+        num_facts, hooks = len(fact_store.records), fact_store.hooks
+    layers = {"key_layer": hooks.key_layer, "value_layer": hooks.value_layer}
+    out.print_line(
+        f"{num_facts:,} facts written for the present weights, matched at layer "
+        f"{hooks.key_layer}, added at layer {hooks.value_layer}"
+    )
+    out.print_json({"num_facts": num_facts} | layers)

@@ -498,6 +498,10 @@ def copy_fact_store(plan: SlotTransferPlan, student: PreTrainedModel, folder: Pa
     copy_database(plan.folder / FACTS_FILE, folder / FACTS_FILE)
     with closing(RowStore(str(folder / FACTS_FILE))) as store:
         fact_table = FactTable(store)
+        history = fact_table.read(include_deleted=True) if fact_table.exists else []
+        fact_table.purge(
+            [fact.id for fact in history if fact.deleted_reason not in (None, TRANSFERRED)]
+        )
         fact_table.soft_delete([fact.id for fact in plan.facts], TRANSFERRED)
         namespaces = {namespace.name: namespace for namespace in store.list_namespaces()}
         changes = {

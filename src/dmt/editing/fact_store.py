@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -40,6 +41,7 @@ from dmt.models.fact_hooks import (
     FACTS_FILE,
     FactHooks,
     FactRow,
+    accept_facts_of_any_model,
     attach,
     build_fact_rows,
     create_fact_hooks,
@@ -48,7 +50,7 @@ from dmt.models.fact_hooks import (
     get_fact_hooks,
     load_fact_rows,
 )
-from dmt.models.fingerprint import hash_model
+from dmt.models.fingerprint import hash_model, hash_rounded
 from dmt.models.forward import check_length, collect_hidden_states, encode_text
 from dmt.models.generation import generate_text
 from dmt.models.loading import (
@@ -58,7 +60,7 @@ from dmt.models.loading import (
     resolve_student_folder,
 )
 from dmt.models.memories import get_associative_memories
-from dmt.store.facts import FactTable
+from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore
 
@@ -179,16 +181,86 @@ class FactStore:
                 return cls(*load(path, device), None)
         model, tokenizer = load(path, device)
         db = RowStore(store, hash_model(model), read_only=read_only)
-        # The IDs of rows that were saved with the weights stay theirs.
-        used_ids = [
-            row_id
-            for memory in get_associative_memories(model).values()
-            for row_id in memory.rows.index_by_id
-        ]
-        db.next_id = max([db.next_id, *(row_id + 1 for row_id in used_ids)])
+        if not read_only:
+            _reserve_saved_ids(db, model)
+            if len(db.read_fingerprints()) == 1:  # so that it fits the model in half precision too
+                rebind_model(db, hash_model(model), hash_rounded(model))
         fact_store = cls(model, tokenizer, db)
         fact_store._temporary_dir = temporary_dir
         return fact_store
+
+    @classmethod
+    def rebind(
+        cls,
+        path: str | Path | None = None,
+        *,
+        prose: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> FactStore:
+        """Calibrate a student anew, and write its facts again from their sentences.
+
+        Of use where the weights have changed since the facts were written, or `memory.db` comes
+        from another model. IDs, tags, history and usage stay; the rows are new. All facts are
+        rewritten, or none.
+
+        Args:
+            path: a run's folder or a student's; None is the student of the newest run.
+            prose: held-out text; the speeches that ship with dmt where it is None.
+            device: where to put the model; the CPU where it is None.
+
+        Returns:
+            The facts, as `open` returns them.
+
+        Raises:
+            UserError: there is no such student, it has no facts, a fact cannot be written, or
+                another program writes to the store.
+        """
+        folder = resolve_student_folder(path)
+        if not has_fact_store(folder):
+            raise UserError(NO_FACTS_MESSAGE)
+        with accept_facts_of_any_model():
+            model, tokenizer = load(folder, device)
+        with RowStore(str(folder / FACTS_FILE)) as db:
+            _reserve_saved_ids(db, model)
+            cls(model, tokenizer, db)._rewrite(prose)
+        return cls.open(folder, device=device)
+
+    def _rewrite(self, prose: Sequence[str] | None) -> None:
+        """Write all facts for the present weights."""
+        history = self._read_history()
+        records = [record for record in history if record.deleted_reason != TRANSFERRED]
+        if not records:
+            raise UserError(NO_FACTS_MESSAGE)
+        facts = [_restore_fact(record, self.tokenizer) for record in records]
+        with disabled(self.model):
+            *layers, calibration = choose_layers(self.model, self.tokenizer, facts, prose)
+            prepared = prepare_facts(
+                self.model,
+                self.tokenizer,
+                facts,
+                (layers[0], layers[1]),
+                calibration,
+                FALSE_POSITIVE_RATE,
+            )
+        entries = [
+            (
+                replace(
+                    record,
+                    subject_ids=new.record.subject_ids,
+                    answer_ids=new.record.answer_ids,
+                    thresholds=new.record.thresholds,
+                ),
+                new.keys.numpy(),
+                new.values.numpy(),
+            )
+            for record, new in zip(records, prepared, strict=True)
+        ]
+        self.fact_table.rewrite(
+            entries,
+            (layers[0], layers[1]),
+            _calibration_arrays(calibration),
+            (hash_model(self.model), hash_rounded(self.model)),
+        )
 
     def close(self) -> None:
         """Release the store, delete a temporary one; the facts stay attached to the model."""
@@ -313,8 +385,9 @@ class FactStore:
             key_layer, value_layer, calibration = choose_layers(
                 self.model, self.tokenizer, facts, prose, layers, value_layer
             )
-        tensors = {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
-        self.fact_table.create(len(calibration.mean), key_layer, value_layer, tensors)
+        self.fact_table.create(
+            len(calibration.mean), key_layer, value_layer, _calibration_arrays(calibration)
+        )
         hooks = create_fact_hooks(self.fact_table.store, self.model.config.eos_token_id)
         assert hooks is not None, "its tables were just created"
         self._attach_hooks(hooks)
@@ -444,6 +517,42 @@ class FactStore:
         self._remove_facts([fact.id for fact in facts])
         self._update_hooks()
         return [replace(fact, deleted_reason=reason, deleted_at=time.time()) for fact in facts]
+
+    def purge(self, ids: int | Sequence[int] | None = None, *, tag: str = "") -> FactList:
+        """Erase facts for good, with the facts that they replaced; no file holds them afterwards.
+
+        Args:
+            ids: one or several fact IDs, of active or deleted facts.
+            tag: erase the facts with this tag instead. With neither, the whole history is erased:
+                all facts that were deleted before.
+
+        Returns:
+            The erased facts.
+
+        Raises:
+            UserError: a fact never existed; then none is erased. Or another program reads the
+                store, whose files hold the facts until then.
+        """
+        history = {fact.id: fact for fact in self._read_history()}
+        if ids is not None:
+            selected = {
+                self.get(fact_id).id for fact_id in ([ids] if isinstance(ids, int) else ids)
+            }
+        elif tag:
+            selected = {fact.id for fact in history.values() if fact.tag == tag}
+        else:
+            selected = {fact.id for fact in history.values() if fact.deleted_reason is not None}
+        num_selected = -1
+        while len(selected) != num_selected:  # until nothing more was replaced by one of them
+            num_selected = len(selected)
+            selected |= {fact.id for fact in history.values() if fact.replaced_by in selected}
+        try:
+            self.fact_table.purge(sorted(selected))
+        finally:
+            self._remove_facts(selected & set(self.records))
+            if get_fact_hooks(self.model) is not None:
+                self._update_hooks()
+        return [history[fact_id] for fact_id in sorted(selected)]
 
     def restore(self, fact_id: int) -> RestoreResult:
         """Restore a fact that was deleted, replaced or pruned; it replaces what contradicts it.
@@ -713,6 +822,24 @@ class FactStore:
 
 
 Memory = FactStore
+
+
+def _reserve_saved_ids(db: RowStore, model: PreTrainedModel) -> None:
+    """Keep the IDs of rows that were saved with the weights from new rows."""
+    memories = get_associative_memories(model).values()
+    used_ids = (row_id for memory in memories for row_id in memory.rows.index_by_id)
+    db.next_id = max([db.next_id, *(row_id + 1 for row_id in used_ids)])
+
+
+def _calibration_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
+    return {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
+
+
+def _restore_fact(record: FactRecord, tokenizer: Any) -> Fact:
+    """Return the fact that a record was made of."""
+    answer = tokenizer.decode(record.answer_ids)
+    closing = answer.removeprefix(record.answer) if answer.startswith(record.answer) else ""
+    return Fact(record.prompt, record.answer, record.subject, record.tag, record.source, closing)
 
 
 def _to_fact(fact: Fact | str | Mapping[str, str], tag: str) -> Fact:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +39,7 @@ from dmt.memory.edit_memory import (
     match_phrases,
 )
 from dmt.models.architectures import get_architecture
-from dmt.models.fingerprint import hash_model
+from dmt.models.fingerprint import ROUNDED_DTYPES, hash_model, hash_rounded
 from dmt.store.records import FactRecord
 
 if TYPE_CHECKING:
@@ -517,25 +517,43 @@ def build_fact_rows(fact: FactRecord, states: Sequence[tuple[Tensor, Tensor]]) -
     ]
 
 
+class _Loading(ThreadState):
+    accepts_any_model: bool = False
+
+
+_loading = _Loading()
+
+
+@contextmanager
+def accept_facts_of_any_model() -> Iterator[None]:
+    """Load models within the context with facts that were written for other weights."""
+    _loading.accepts_any_model = True
+    try:
+        yield
+    finally:
+        _loading.accepts_any_model = False
+
+
 def load_facts(model: PreTrainedModel, path: Path) -> None:
     """Attach the facts of a database to a model, and load the rows that it wrote online.
 
     Raises:
-        WrongModelError: the file is no store, or the store of another model. A model in half
-            precision accepts the store of any model, since its fingerprint is not comparable.
+        WrongModelError: the file is no store, or the store of another model. The store of a model
+            is also that of the same model in half precision.
         UserError: the store cannot be read.
     """
-    from dmt.store.facts import FactTable, imported_namespaces
+    from dmt.store.facts import WRITTEN_FOR, FactTable, imported_namespaces
     from dmt.store.rows import RowStore
 
-    is_float32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    try:
-        store = RowStore(str(path), hash_model(model) if is_float32 else None, read_only=True)
-    except WrongModelError as error:
-        raise WrongModelError(
-            f"{error}; {path} does not belong to this model: move it elsewhere to load the model "
-            "without facts"
-        ) from None
+    store = RowStore(str(path), read_only=True)
+    if not _loading.accepts_any_model and _is_comparable(model, store):
+        try:
+            store.check_model(hash_model(model))
+        except WrongModelError as error:
+            raise WrongModelError(
+                f"{error}; {path} does not belong to this model: dmt memory rebind writes its "
+                "facts for this model; to load the model without them, move the file elsewhere"
+            ) from None
     hooks = create_fact_hooks(store, model.config.eos_token_id)
     if hooks is not None:
         fact_table = FactTable(store)
@@ -543,6 +561,12 @@ def load_facts(model: PreTrainedModel, path: Path) -> None:
         hooks.source_path = path.absolute()
         hooks.set_rows([row for rows in rows_by_fact.values() for row in rows])
         attach(model, hooks)
+        if len(hooks) and fact_table.read_metadata(WRITTEN_FOR):
+            logger.warning(
+                "%s: the weights have changed since these facts were written, so that some may be "
+                "recalled no longer; dmt memory rebind writes them for the present weights",
+                path,
+            )
     namespaces = {namespace.name: namespace for namespace in store.list_namespaces()}
     imported = imported_namespaces(store)
     for layer, block in enumerate(get_architecture(model.config.model_type).blocks(model)):
@@ -551,26 +575,71 @@ def load_facts(model: PreTrainedModel, path: Path) -> None:
             block.rows.load_rows(store.scan(namespace), expected_rows=store.count(namespace))
 
 
-def copy_facts(model: PreTrainedModel, folder: Path) -> None:
+def _is_comparable(model: PreTrainedModel, store: RowStore) -> bool:
+    """Check whether the store has a fingerprint of the model in the type that it has."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if dtypes == {torch.float32}:
+        return True
+    # Quantized weights have none; neither have stores of before, in half precision.
+    return len(dtypes) == 1 and dtypes <= set(ROUNDED_DTYPES) and len(store.read_fingerprints()) > 1
+
+
+def copy_facts(
+    model: PreTrainedModel,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    with_history: bool = False,
+) -> None:
     """Copy the database of a model's facts into the folder that the model was saved to.
 
-    A database that is in the folder already is renamed, not overwritten.
+    The copy belongs to the model as it was saved, which training may have changed. A database that
+    is in the folder already is renamed, not overwritten.
+
+    Args:
+        model: the model.
+        folder: where it was saved.
+        state_dict: the weights that were saved, where they are not the model's own.
+        with_history: copy deleted facts too.
 
     Raises:
-        UserError: the database of the facts no longer exists.
+        UserError: the database of the facts no longer exists, or another program writes to it.
     """
+    from dmt.store.database import FINGERPRINT
+    from dmt.store.facts import rebind_model, strip_history
+    from dmt.store.rows import RowStore
+
     hooks, target = get_fact_hooks(model), folder / FACTS_FILE
     source = None if hooks is None else hooks.source_path
-    if source is not None and target.exists() and target.samefile(source):
+    if source is None:
+        if hooks is not None and len(hooks):
+            logger.warning("%s: saved without its facts, which are not in a file", folder)
+        back_up_facts(folder, folder)
         return
-    if source is not None and not source.is_file():
-        raise UserError(
-            f"{source}, the database of this model's facts, no longer exists, so they cannot be "
-            "saved with it"
-        )
-    back_up_facts(folder, folder)
-    if source is not None:
+    if not (target.exists() and target.samefile(source)):
+        if not source.is_file():
+            raise UserError(
+                f"{source}, the database of this model's facts, no longer exists, so they cannot "
+                "be saved with it"
+            )
+        back_up_facts(folder, folder)
         copy_database(source, target)
+        if not with_history:
+            strip_history(target)
+    model_hash = hash_model(model, state_dict=state_dict)
+    hashes = RowStore(str(target), read_only=True).read_fingerprints()
+    stored_hash = hashes.pop(FINGERPRINT)
+    if model_hash == stored_hash:
+        return
+    is_rounded = model_hash in hashes.values()
+    with RowStore(str(target)) as store:
+        rounded_hashes = None if state_dict else hash_rounded(model)
+        rebind_model(store, model_hash, rounded_hashes, "" if is_rounded else stored_hash)
+    if not is_rounded:
+        logger.warning(
+            "%s: the weights have changed since its facts were written, so that some may be "
+            "recalled no longer; dmt memory rebind writes them for the saved weights",
+            target,
+        )
 
 
 def back_up_facts(source_folder: Path, target_folder: Path) -> None:

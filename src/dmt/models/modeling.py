@@ -98,6 +98,15 @@ def _get_memory_class(kind: str, layer: str) -> type[MemoryLayer]:
         ) from None
 
 
+def _find_file(name_or_path: Any, file_name: str, kwargs: dict[str, Any]) -> Path | None:
+    """Return a file of a saved model, which may be a folder or a name on a hub; None without it."""
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    file = cached_file(
+        str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    return None if file is None else Path(file)
+
+
 class _MemoryModelMixin(PreTrainedModel):
     # Of the backbone and of every head: loading asks the one that holds a module how to initialize
     # it.
@@ -117,21 +126,13 @@ class _MemoryModelMixin(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.external_tensors:
-            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            file = cached_file(
-                str(pretrained_model_name_or_path),
-                external_tensors.SLOTS_FILE,
-                _raise_exceptions_for_missing_entries=False,
-                **hub_kwargs,
-            )
+            file = _find_file(pretrained_model_name_or_path, external_tensors.SLOTS_FILE, kwargs)
             external_tensors.attach_model_file(
                 model,
-                Path(
-                    file or Path(str(pretrained_model_name_or_path)) / external_tensors.SLOTS_FILE
-                ),
+                file or Path(str(pretrained_model_name_or_path)) / external_tensors.SLOTS_FILE,
                 model.config.external_tensors,
             )
-        if (facts_path := Path(str(pretrained_model_name_or_path)) / FACTS_FILE).is_file():
+        if facts_path := _find_file(pretrained_model_name_or_path, FACTS_FILE, kwargs):
             if model.can_generate():
                 load_facts(model, facts_path)
             else:
@@ -144,7 +145,14 @@ class _MemoryModelMixin(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save a student, with slots in a file of their own, stored rows and facts."""
+        """Save a student, with slots in a file of their own, stored rows and facts.
+
+        Args:
+            save_directory: the folder.
+            args: of transformers.
+            kwargs: of transformers; and `fact_history=True` to save deleted facts too.
+        """
+        with_history = kwargs.pop("fact_history", False)
         for layer, block in enumerate(get_architecture(self.config.model_type).blocks(self)):
             if isinstance(block, MemoryLayer):
                 arguments = self.config.memory[str(layer)]
@@ -162,7 +170,10 @@ class _MemoryModelMixin(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.external_tensors = slots_digest  # tensors in RAM do not need the file
-        copy_facts(self, Path(str(save_directory)))
+        if kwargs.get("is_main_process", True):
+            copy_facts(
+                self, Path(str(save_directory)), kwargs.get("state_dict"), with_history=with_history
+            )
         write_hub_files(Path(str(save_directory)), self.config, classes)
 
     @classmethod

@@ -147,6 +147,10 @@ calibration_table = Table(
     Column("data", RawBytes, nullable=False),  # float32
 )
 
+# In `dmt_metadata`: the fingerprint of the model that the rows belong to. Names that begin with it
+# and an underscore hold those of the same model rounded to a type in which it may be saved.
+FINGERPRINT = "model_fingerprint"
+
 POSTGRESQL_DISK_FULL = "53100"  # SQLSTATE
 BUSY_TIMEOUT = 30  # seconds that a connection waits for another one's transaction
 DAMAGED_HINT = "the file is damaged; restore a copy, or give a new file"
@@ -228,6 +232,7 @@ def _create_sqlite_engine(path: Path, mode: str) -> tuple[Engine, Path]:
         # In WAL mode a killed program loses nothing that was committed.
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
 
     return engine, path
 
@@ -311,13 +316,37 @@ def check_store(engine: Engine, label: str, model_hash: str | None) -> bool:
         f"store {label}: schema version",
         "use the dmt that made it, or give a new file and write again",
     )
-    stored_hash = metadata.get("model_fingerprint", "unknown")
-    if model_hash is not None and stored_hash != model_hash:
+    stored_hash = metadata.get(FINGERPRINT, "unknown")
+    accepted = [value for name, value in metadata.items() if name.startswith(FINGERPRINT)]
+    if model_hash is not None and model_hash not in accepted:
         raise WrongModelError(
             f"store {label}: its rows belong to another model ({stored_hash[:12]}, this one is "
             f"{model_hash[:12]}); give a new file"
         )
     return True
+
+
+def compact_database(engine: Engine, label: str) -> None:
+    """Write a database anew without what was deleted, so that no file holds it any longer.
+
+    Raises:
+        UserError: another program reads the database.
+    """
+    with translate_errors(label), engine.connect() as connection:
+        if engine.dialect.name != "sqlite":
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            for name in set(inspect(engine).get_table_names()) & set(
+                row_metadata.tables | fact_metadata.tables
+            ):
+                connection.exec_driver_sql(f"VACUUM (FULL) {name}")
+            return
+        connection.exec_driver_sql("VACUUM")
+        is_busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+    if is_busy:
+        raise UserError(
+            f"store {label}: another program reads it, so that its files still hold what was "
+            "deleted; close that program and do this again"
+        )
 
 
 def acquire_write_lock(label: str, path: Path | None, engine: Engine) -> Callable[[], None]:

@@ -1,31 +1,36 @@
 """Tables of facts in a store: their text, their rows and their history.
 
-Nothing is overwritten: a deleted fact stays in the history and can be restored.
+Nothing is overwritten: a deleted fact stays in the history and can be restored, until it is purged.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, inspect, select, update
 
 from dmt.errors import UserError
 from dmt.files import check_version
 from dmt.store.database import (
     DAMAGED_HINT,
     FACTS_VERSION,
+    FINGERPRINT,
     calibration_table,
+    compact_database,
+    create_store_engine,
     fact_metadata,
     fact_rows_table,
     facts_table,
     metadata_table,
     row_stats_table,
+    rows_table,
     translate_errors,
 )
 from dmt.store.records import FactRecord, FloatArray, IntArray, Namespace, RowInsert, StepChanges
@@ -35,6 +40,9 @@ FACTS_NAMESPACE = "facts"  # holds the rows of facts
 IMPORTED_PREFIX = "imported "  # of the metadata that lists the namespaces `mark_imported` marked
 NO_RUN = "dmt"  # run name of rows that no run wrote
 TRANSFERRED = "transferred"  # deletion reason of facts that are in the slots now (`dmt sleep`)
+# In the metadata: the fingerprint of the model in whose states the facts were written, where the
+# weights have changed since; and the largest ID that a purged fact had.
+WRITTEN_FOR, LAST_FACT_ID = "facts_written_for", "last_fact_id"
 MAX_IDS_PER_QUERY = 500
 
 
@@ -55,7 +63,7 @@ class FactTable:
         Raises:
             UserError: they have another version.
         """
-        version = self._read_metadata("facts_version").get("facts_version")
+        version = self.read_metadata("facts_version").get("facts_version")
         if version is not None:
             check_version(
                 version,
@@ -81,40 +89,20 @@ class FactTable:
             calibration: tensors by name.
         """
         self.store.get_or_create_namespace(FACTS_NAMESPACE, width, width)
-        metadata = {
-            "facts_version": FACTS_VERSION,
-            "facts_key_layer": key_layer,
-            "facts_value_layer": value_layer,
-        }
-        tensors = [
-            {
-                "name": name,
-                "shape": json.dumps(array.shape),
-                "data": array.astype("<f4").tobytes(),
-            }
-            for name, array in calibration.items()
-        ]
 
         def write(connection: Connection) -> None:
             fact_metadata.create_all(connection, checkfirst=True)
-            connection.execute(delete(calibration_table))
-            connection.execute(insert(calibration_table), tensors)
-            connection.execute(
-                delete(metadata_table).where(metadata_table.c.name.in_(list(metadata)))
-            )
-            connection.execute(
-                insert(metadata_table),
-                [{"name": name, "value": str(value)} for name, value in metadata.items()],
-            )
+            _write_calibration(connection, key_layer, value_layer, calibration)
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
     def read_layers(self) -> tuple[int, int]:
         """Return the key layer and the value layer."""
-        metadata = self._read_metadata("facts_key_layer", "facts_value_layer")
+        metadata = self.read_metadata("facts_key_layer", "facts_value_layer")
         return int(metadata["facts_key_layer"]), int(metadata["facts_value_layer"])
 
-    def _read_metadata(self, *names: str) -> dict[str, str]:
+    def read_metadata(self, *names: str) -> dict[str, str]:
+        """Return entries of the store's metadata by name, those that exist."""
         query = select(metadata_table).where(metadata_table.c.name.in_(names))
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
             return {row.name: row.value for row in connection.execute(query)}
@@ -152,9 +140,10 @@ class FactTable:
             The facts with the IDs of facts and rows.
         """
         row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
+        last_id = int(self.read_metadata(LAST_FACT_ID).get(LAST_FACT_ID, 0))
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            # Facts never leave the table, so that the ID after the largest one is new.
-            last_id = connection.execute(select(func.max(facts_table.c.id))).scalar_one() or 0
+            query = select(func.max(facts_table.c.id))
+            last_id = max(last_id, connection.execute(query).scalar_one() or 0)
         added: list[FactRecord] = []
         offset = 0
         for fact_id, (fact, keys, _) in enumerate(entries, last_id + 1):
@@ -169,17 +158,7 @@ class FactTable:
         def write(connection: Connection) -> None:
             if added:
                 connection.execute(insert(facts_table), [_fact_columns(fact) for fact in added])
-                row_columns = [
-                    {
-                        "row_id": row_id,
-                        "fact_id": fact.id,
-                        "answer_position": position,
-                        "threshold": fact.thresholds[position],
-                    }
-                    for fact in added
-                    for position, row_id in enumerate(fact.rows)
-                ]
-                connection.execute(insert(fact_rows_table), row_columns)
+                connection.execute(insert(fact_rows_table), _row_columns(added))
             if replaced_by:
                 _soft_delete(connection, list(replaced_by), "replaced", replaced_by)
 
@@ -195,6 +174,85 @@ class FactTable:
             _soft_delete(connection, list(fact_ids), reason, {})
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
+
+    def purge(self, fact_ids: Sequence[int]) -> None:
+        """Erase facts, active or deleted, and their rows; nothing restores them.
+
+        The file is written anew, so that it no longer holds their words.
+
+        Raises:
+            UserError: another program reads the database.
+        """
+        if not fact_ids:
+            return
+
+        def write(connection: Connection) -> None:
+            _erase_facts(connection, fact_ids)
+
+        self.store.commit(NO_RUN, 0, {}, extra_write=write)
+        self.store.compact()
+
+    def rewrite(
+        self,
+        entries: Sequence[tuple[FactRecord, FloatArray, FloatArray]],
+        layers: tuple[int, int],
+        calibration: dict[str, NDArray[np.float32]],
+        fingerprints: tuple[str, Mapping[str, str]],
+    ) -> None:
+        """Replace the rows of facts by those of other weights, all or none of them.
+
+        Args:
+            entries: facts with their IDs and the IDs of their present rows, active or deleted,
+                with new thresholds, keys and values `(tokens, width)`.
+            layers: key and value layer.
+            calibration: tensors by name.
+            fingerprints: of the model, and of its rounded weights by type.
+        """
+        row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
+        usage, old_ids = self.read_usage(), [row for fact, *_ in entries for row in fact.rows]
+        rewritten: list[FactRecord] = []
+        counts: list[dict[str, Any]] = []
+        offset = 0
+        for fact, keys, _ in entries:
+            rows = tuple(row_ids[offset : offset + len(keys)].tolist())
+            counts += [
+                {"row_id": new, "count": usage[old][0], "new_last_read": usage[old][1]}
+                for old, new in zip(fact.rows, rows, strict=False)  # a tokenizer may have changed
+            ]
+            rewritten.append(replace(fact, rows=rows))
+            offset += len(keys)
+        changes: dict[Namespace, StepChanges] = {}
+        if len(row_ids):
+            changes[self.namespace] = StepChanges([_build_insert(row_ids, rewritten, entries)])
+
+        def write(connection: Connection) -> None:
+            _erase_rows(connection, old_ids)
+            _write_calibration(connection, *layers, calibration)
+            _write_fingerprints(connection, *fingerprints)
+            for fact in rewritten:
+                token_ids = {
+                    name: _fact_columns(fact)[name] for name in ("subject_ids", "answer_ids")
+                }
+                connection.execute(
+                    update(facts_table).where(facts_table.c.id == fact.id).values(token_ids)
+                )
+                if fact.deleted_reason is not None:
+                    deletion = {
+                        "deleted_reason": fact.deleted_reason,
+                        "deleted_run": NO_RUN,
+                        "deleted_step": 0,
+                    }
+                    connection.execute(
+                        update(row_stats_table)
+                        .where(row_stats_table.c.id.in_(fact.rows))
+                        .values(deletion)
+                    )
+            if rewritten:
+                connection.execute(insert(fact_rows_table), _row_columns(rewritten))
+            if counts:
+                connection.execute(_add_usage(), counts)
+
+        self.store.commit(NO_RUN, 0, changes, extra_write=write)
 
     def undelete(self, fact_id: int, replaced_ids: Sequence[int]) -> None:
         """Restore a fact, and mark the facts that contradict it as replaced by it.
@@ -269,14 +327,6 @@ class FactTable:
         """Add to the rows' usage: by row ID how often the row has fired just now."""
         if not counts:
             return
-        statement = (
-            update(row_stats_table)
-            .where(row_stats_table.c.id == bindparam("row_id"))
-            .values(
-                reads=row_stats_table.c.reads + bindparam("count"),
-                last_read=bindparam("new_last_read"),
-            )
-        )
         now = time.time()
         parameters = [
             {"row_id": row_id, "count": count, "new_last_read": now}
@@ -284,22 +334,43 @@ class FactTable:
         ]
 
         def write(connection: Connection) -> None:
-            connection.execute(statement, parameters)
+            connection.execute(_add_usage(), parameters)
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
 
-def rebind_model(store: RowStore, model_hash: str) -> None:
-    """Make the store belong to the model with this fingerprint, which was made from its model."""
+def rebind_model(
+    store: RowStore,
+    model_hash: str,
+    rounded_hashes: Mapping[str, str] | None = None,
+    written_for: str = "",
+) -> None:
+    """Make the store belong to another model, which was made from its model.
+
+    Args:
+        store: open for writing.
+        model_hash: fingerprint of the other model.
+        rounded_hashes: those of its rounded weights by type; unknown where it is None.
+        written_for: fingerprint of the model in whose states the facts were written, where theirs
+            are others.
+    """
 
     def write(connection: Connection) -> None:
-        connection.execute(
-            update(metadata_table)
-            .where(metadata_table.c.name == "model_fingerprint")
-            .values(value=model_hash)
-        )
+        _write_fingerprints(connection, model_hash, rounded_hashes or {}, written_for)
 
     store.commit(NO_RUN, 0, {}, extra_write=write)
+
+
+def strip_history(path: Path) -> None:
+    """Erase deleted facts and rows from a copy of a database that nobody else uses."""
+    engine, _ = create_store_engine(str(path), "rw")
+    with translate_errors(str(path)), engine.begin() as connection:
+        if inspect(connection).has_table(facts_table.name):
+            query = select(facts_table.c.id).where(facts_table.c.deleted_reason.is_not(None))
+            _erase_facts(connection, connection.execute(query).scalars().all())
+        deleted = select(row_stats_table.c.id).where(row_stats_table.c.deleted_reason.is_not(None))
+        _erase_rows(connection, connection.execute(deleted).scalars().all())
+    compact_database(engine, str(path))
 
 
 def imported_namespaces(store: RowStore) -> set[str]:
@@ -320,6 +391,101 @@ def mark_imported(connection: Connection, namespace: str) -> None:
         insert(metadata_table),
         {"name": f"{IMPORTED_PREFIX}{namespace}", "value": str(time.time())},
     )
+
+
+def _write_calibration(
+    connection: Connection,
+    key_layer: int,
+    value_layer: int,
+    calibration: dict[str, NDArray[np.float32]],
+) -> None:
+    tensors = [
+        {"name": name, "shape": json.dumps(array.shape), "data": array.astype("<f4").tobytes()}
+        for name, array in calibration.items()
+    ]
+    connection.execute(delete(calibration_table))
+    connection.execute(insert(calibration_table), tensors)
+    metadata = {
+        "facts_version": FACTS_VERSION,
+        "facts_key_layer": key_layer,
+        "facts_value_layer": value_layer,
+    }
+    _set_metadata(connection, metadata)
+
+
+def _write_fingerprints(
+    connection: Connection,
+    model_hash: str,
+    rounded_hashes: Mapping[str, str],
+    written_for: str = "",
+) -> None:
+    is_about_model = metadata_table.c.name.startswith(FINGERPRINT)
+    connection.execute(
+        delete(metadata_table).where(is_about_model | (metadata_table.c.name == WRITTEN_FOR))
+    )
+    metadata = {FINGERPRINT: model_hash}
+    metadata |= {f"{FINGERPRINT}_{dtype}": value for dtype, value in rounded_hashes.items()}
+    _set_metadata(connection, metadata | ({WRITTEN_FOR: written_for} if written_for else {}))
+
+
+def _set_metadata(connection: Connection, metadata: Mapping[str, Any]) -> None:
+    connection.execute(delete(metadata_table).where(metadata_table.c.name.in_(list(metadata))))
+    connection.execute(
+        insert(metadata_table),
+        [{"name": name, "value": str(value)} for name, value in metadata.items()],
+    )
+
+
+def _erase_facts(connection: Connection, fact_ids: Sequence[int]) -> None:
+    """Erase facts and their rows; their IDs are never used again."""
+    last_id = connection.execute(select(func.max(facts_table.c.id))).scalar_one() or 0
+    query: Select[Any] = select(metadata_table.c.value).where(metadata_table.c.name == LAST_FACT_ID)
+    stored = connection.execute(query).scalar_one_or_none()
+    _set_metadata(connection, {LAST_FACT_ID: max(last_id, int(stored or 0))})
+    for ids in _split_ids(fact_ids):
+        is_selected = fact_rows_table.c.fact_id.in_(ids)
+        row_query = select(fact_rows_table.c.row_id).where(is_selected)
+        _erase_rows(connection, connection.execute(row_query).scalars().all())
+        connection.execute(delete(facts_table).where(facts_table.c.id.in_(ids)))
+
+
+def _erase_rows(connection: Connection, row_ids: Sequence[int]) -> None:
+    columns = [rows_table.c.id, row_stats_table.c.id]
+    if inspect(connection).has_table(fact_rows_table.name):
+        columns.append(fact_rows_table.c.row_id)
+    for ids in _split_ids(row_ids):
+        for column in columns:
+            connection.execute(delete(column.table).where(column.in_(ids)))
+
+
+def _split_ids(ids: Sequence[int]) -> list[list[int]]:
+    """Split IDs among queries."""
+    starts = range(0, len(ids), MAX_IDS_PER_QUERY)
+    return [list(ids[start : start + MAX_IDS_PER_QUERY]) for start in starts]
+
+
+def _add_usage() -> Any:
+    return (
+        update(row_stats_table)
+        .where(row_stats_table.c.id == bindparam("row_id"))
+        .values(
+            reads=row_stats_table.c.reads + bindparam("count"),
+            last_read=bindparam("new_last_read"),
+        )
+    )
+
+
+def _row_columns(facts: Iterable[FactRecord]) -> list[dict[str, Any]]:
+    return [
+        {
+            "row_id": row_id,
+            "fact_id": fact.id,
+            "answer_position": position,
+            "threshold": fact.thresholds[position],
+        }
+        for fact in facts
+        for position, row_id in enumerate(fact.rows)
+    ]
 
 
 def _build_insert(
@@ -353,10 +519,8 @@ def _soft_delete(
         )
         .values(deleted_reason=reason, deleted_run=NO_RUN, deleted_step=0)
     )
-    for start in range(0, len(fact_ids), MAX_IDS_PER_QUERY):
-        query = select(fact_rows_table.c.row_id).where(
-            fact_rows_table.c.fact_id.in_(fact_ids[start : start + MAX_IDS_PER_QUERY])
-        )
+    for ids in _split_ids(fact_ids):
+        query = select(fact_rows_table.c.row_id).where(fact_rows_table.c.fact_id.in_(ids))
         row_ids = connection.execute(query).scalars().all()
         if row_ids:
             connection.execute(row_update, [{"row_id": row_id} for row_id in row_ids])

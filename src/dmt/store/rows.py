@@ -24,9 +24,11 @@ from sqlalchemy import (
 from dmt.errors import UserError
 from dmt.store.database import (
     DAMAGED_HINT,
+    FINGERPRINT,
     SCHEMA_VERSION,
     acquire_write_lock,
     check_store,
+    compact_database,
     create_store_engine,
     metadata_table,
     namespaces_table,
@@ -144,7 +146,7 @@ class RowStore:
     def _create_tables(self, model_hash: str) -> None:
         metadata = {
             "schema_version": str(SCHEMA_VERSION),
-            "model_fingerprint": model_hash,
+            FINGERPRINT: model_hash,
             "created_at": str(time.time()),
             "next_row_id": "1",
         }
@@ -156,6 +158,30 @@ class RowStore:
                 insert(metadata_table),
                 [{"name": name, "value": value} for name, value in metadata.items()],
             )
+
+    def check_model(self, model_hash: str) -> None:
+        """Check that the rows belong to the model with this fingerprint.
+
+        Raises:
+            WrongModelError: they belong to another one.
+        """
+        with translate_errors(self.url):
+            check_store(self.engine, self.url, model_hash)
+
+    def read_fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of the rows' model, and those of its rounded weights, by name."""
+        query = select(metadata_table).where(metadata_table.c.name.startswith(FINGERPRINT))
+        with translate_errors(self.url), self.engine.connect() as connection:
+            return {row.name: row.value for row in connection.execute(query)}
+
+    def compact(self) -> None:
+        """Write the database anew without what was deleted; no file holds it then.
+
+        Raises:
+            UserError: another program reads the database.
+        """
+        self._check_writable()
+        compact_database(self.engine, self.url)
 
     def close(self) -> None:
         """Release the write lock. Everything was committed before."""
