@@ -51,6 +51,8 @@ SLOW = (
     "test_second_device.py::test_students",
     "test_docs.py::test_commands",
     "training/test_distributed.py",
+    "models/test_compile.py::test_slots_in_a_file",
+    "models/test_compile.py::test_compiled_training",
     "test_architecture.py::test_every_config_parses_and_runs_a_step",
 )
 

@@ -73,7 +73,9 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         `(..., outputs)`.
     """
-    if gemm_library != "onednn" or not _can_use_onednn(hidden, weight, bias):
+    # A compiled or exported model chooses the library itself, perhaps on another machine.
+    is_fixed = gemm_library != "onednn" or torch.compiler.is_compiling()
+    if is_fixed or not _can_use_onednn(hidden, weight, bias):
         return F.linear(hidden, weight, bias)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)

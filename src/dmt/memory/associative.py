@@ -308,7 +308,9 @@ class AssociativeMemory(MemoryLayer):
         if self._retrieval_stats is not None:
             self._retrieval_stats.num_tokens += len(flat)
             self._retrieval_stats.null_weight += 0 if len(self.rows) else len(flat)
-        if len(self.rows):
+        # A compiled model searches whatever rows are there, since it cannot look at their ids.
+        is_compiling = torch.compiler.is_compiling()
+        if self.rows.allocated_rows if is_compiling else len(self.rows):
             return self._read_rows(flat, base).view_as(hidden)
         if base is None:
             base = self.output(torch.zeros_like(flat))  # zeros that are part of the graph
@@ -318,15 +320,12 @@ class AssociativeMemory(MemoryLayer):
         queries = F.normalize(self.query(hidden), dim=-1)
         matches = self.rows.search(queries, self.k)
         valid = matches.distances.isfinite()
-        recent_keys, recent_values, origins = self._project_recent_rows(matches.indices, valid)
-        keys, values = straight_through_rows(
-            queries,
-            recent_keys,
-            recent_values,
-            self.rows.keys[matches.indices],
-            self.rows.values[matches.indices],
-            origins,
-        )
+        keys, values = self.rows.keys[matches.indices], self.rows.values[matches.indices]
+        if torch.is_grad_enabled():
+            recent_keys, recent_values, origins = self._project_recent_rows(matches.indices, valid)
+            keys, values = straight_through_rows(
+                queries, recent_keys, recent_values, keys, values, origins
+            )
         scores = torch.einsum("nd,nkd->nk", queries, keys.to(queries.dtype))
         scores = scores.masked_fill(~valid, -torch.inf)
         weights = self._compute_weights(scores)
@@ -354,7 +353,8 @@ class AssociativeMemory(MemoryLayer):
     def _compute_weights(self, cosines: Tensor, null_logit: Tensor | None = None) -> Tensor:
         """Compute the weights of rows `(n, k)` beside a base that counts as one more row."""
         null_logit = self.null_logit if null_logit is None else null_logit
-        cosines = torch.cat([cosines, null_logit.to(cosines.dtype).expand(len(cosines), 1)], dim=1)
+        null_logits = null_logit.to(cosines.dtype).expand(cosines.shape[0], 1)
+        cosines = torch.cat([cosines, null_logits], dim=1)
         return (cosines * self.log_sharpness.exp()).softmax(-1)[:, :-1]
 
     @torch.no_grad()
@@ -383,12 +383,7 @@ class AssociativeMemory(MemoryLayer):
             Keys and values `(m, width)`, and which of the m each retrieved row is, -1 for none.
         """
         no_origin = torch.full_like(indices, -1)
-        if (
-            self._recent_hidden is None
-            or self._recent_ids is None
-            or not len(self._recent_hidden)
-            or not torch.is_grad_enabled()
-        ):
+        if self._recent_hidden is None or self._recent_ids is None or not len(self._recent_hidden):
             no_rows = self.rows.keys.new_zeros(0, self.width)
             return no_rows, no_rows, no_origin
         self._recent_hidden = self._recent_hidden.to(indices.device)

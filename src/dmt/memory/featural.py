@@ -243,8 +243,11 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """Map `(..., width)` to the same shape."""
         self.check_attached()
         flat = hidden.reshape(-1, self.width)
-        reads_single = len(flat) == 1 and not torch.is_grad_enabled()
-        if reads_single and not self._multiplies_all_values(flat):
+        if self._has_fixed_shapes:
+            output = self._read_exact(flat)
+        elif (
+            len(flat) == 1 and not torch.is_grad_enabled() and not self._multiplies_all_values(flat)
+        ):
             output = self._read_single(flat)
         else:
             output = (
@@ -301,6 +304,14 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             if self.threshold is not None and previous_threshold is not None:
                 self.threshold.copy_(previous_threshold)
 
+    @property
+    def _has_fixed_shapes(self) -> bool:
+        """Whether no shape may depend on how many slots are read: in a compiled or exported model.
+
+        Such a model scores every slot. Slots in a file are read as ever, outside of its graph.
+        """
+        return torch.compiler.is_compiling() and self.mmap_tensors is None
+
     def _uses_candidates(self, num_tokens: int) -> bool:
         """Return whether to search: where scoring every slot is slower, or reads the disk."""
         keys_offloaded = self.offload == "slots" and not self.training
@@ -319,7 +330,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """
         if self.mmap_tensors is not None:
             return False
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._has_fixed_shapes:
             return True
         varies = self.threshold is not None and not self._uses_candidates(len(hidden))
         return hidden.device.type != "cpu" and (len(hidden) > 1 or varies)

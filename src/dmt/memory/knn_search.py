@@ -85,6 +85,8 @@ def _search_in_chunks(
     queries: Tensor, k: int, chunk_size: int, search_chunk: ChunkSearch
 ) -> tuple[Tensor, Tensor]:
     """Concatenate the distances and rows `(n, k)` of chunks of queries."""
+    if torch.compiler.is_compiling():  # the number of chunks would be fixed
+        return search_chunk(queries)
     if not len(queries):
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device)
     distances, rows = zip(*map(search_chunk, queries.split(max(1, chunk_size))), strict=True)

@@ -208,6 +208,8 @@ class RowTable(nn.Module):
         A faiss index may miss some.
         """
         queries = queries.detach().to(self.keys.dtype)
+        if torch.compiler.is_compiling():  # faiss is not part of a graph
+            return self._search_keys(queries, k, use_bf16=False)
         if self._index is not None and len(self) > k:
             return self._search_index(queries, k)
         return self._search_keys(queries, k, self._uses_bf16)
@@ -223,7 +225,8 @@ class RowTable(nn.Module):
             self.keys.dtype,
         ):
             offsets = (-self.keys.square().sum(-1) / 2).masked_fill(self.ids < 0, -torch.inf)
-            self._key_offsets = offsets
+            if not torch.compiler.is_compiling():
+                self._key_offsets = offsets
         num_available = min(k, self.allocated_rows)
         with torch.autocast(self.keys.device.type, enabled=False):
             if use_bf16:

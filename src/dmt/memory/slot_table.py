@@ -105,7 +105,8 @@ class TensorCache:
     ) -> Any:
         """Return `build(*sources)`, from the cache while no source was written to or replaced.
 
-        A write that bypasses autograd's version counter (`tensor.data`) is not noticed.
+        A write that bypasses autograd's version counter (`tensor.data`) is not noticed. A compiled
+        or exported model computes the value in each pass, since it cannot look at a version.
 
         Args:
             name: of the entry.
@@ -118,6 +119,9 @@ class TensorCache:
             The value.
         """
         tensors = [tensor for tensor in sources if tensor is not None]
+        if torch.compiler.is_compiling():
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                return build(*sources)
         cacheable = not force and not any(tensor.is_inference() for tensor in tensors)
         versions = (
             [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
