@@ -74,7 +74,7 @@ def load_config(
     for change in sorted(changes, key=_sets_memory_kind, reverse=True):
         values = _merge_override(values, change)
     try:
-        config = _build_config(values)
+        config = build_config(values)
     except UserError as error:
         if path is not None and str(error) == _get_error(merged_file):
             raise _wrap(error, f"{path}: ") from None
@@ -86,7 +86,7 @@ def load_config(
 def _get_error(values: dict[str, Any]) -> str | None:
     """Return what is wrong with `values`, or None."""
     try:
-        _build_config(values)
+        build_config(values)
     except UserError as error:
         return str(error)
     return None
@@ -233,7 +233,13 @@ def _merge_memory(previous: dict[str, Any], changes: dict[Any, Any], prefix: str
     return {**_merge_group(config_class, previous, changes, prefix), "kind": kind}
 
 
-def _build_config(values: dict[str, Any]) -> Config:
+def build_config(values: dict[str, Any]) -> Config:
+    """Return the settings of nested dictionaries, as `dataclasses.asdict` makes them of a `Config`.
+
+    Raises:
+        UnknownSettingError: a key names no setting.
+        UserError: a value is not accepted.
+    """
     groups: dict[str, Any] = {}
     for name, value in values.items():
         group_class = _get_group_class(name)

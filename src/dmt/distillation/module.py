@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config import Config
+from dmt.data.windows import TextDataModule
 from dmt.distillation.logit_cache import LogitCache
 from dmt.distillation.losses import (
     Batch,
@@ -22,7 +23,7 @@ from dmt.distillation.losses import (
     sum_weighted_terms,
 )
 from dmt.distillation.row_sync import RowStoreSync, set_row_targets
-from dmt.distributed import all_reduce_sum
+from dmt.distributed import all_reduce_mean, all_reduce_sum, is_distributed
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
@@ -49,30 +50,39 @@ class DistillationModule(TrainingModule):
     """Train a student to predict what its teacher predicts, layer by layer, then end to end.
 
     Works in any Lightning `Trainer`: with `dmt.data.windows.TextDataModule` or with data loaders of
-    your own, any logger and any callbacks. A training batch is token ids `(windows, time)`, a pair
-    of token ids and window indices (see `LogitCache`), or a dict with `input_ids`; texts are packed
-    into windows of equal length, without padding. One training step is one optimizer step, computed
-    in micro-batches of `data.micro_batch_size` windows. Call `calibrate` once before the first step
-    and train for `total_steps` steps:
+    your own, any logger and any callbacks. A batch is token ids `(windows, time)`, a pair of token
+    ids and window indices `(windows,)` (see `LogitCache`), or a dict with `input_ids` and, where
+    rows are padded, `attention_mask`. Other keys are not read: targets are what the teacher
+    predicts, so `labels` have no effect. One training step is one optimizer step, computed in
+    micro-batches of at most `data.micro_batch_size` windows of equal length; no model sees padding.
+    Call `calibrate` once before the first step. Training stops after `total_steps` steps:
 
         student, _ = dmt.models.conversion.convert_blocks(teacher, memories)
         module = DistillationModule(config, student, teacher)
         module.calibrate(windows)
-        trainer = pl.Trainer(max_steps=module.total_steps, logger=my_logger)
+        trainer = pl.Trainer(logger=my_logger)
         trainer.fit(module, train_loader, {"news": val_loader})
 
     Validation metrics are logged as `val/<corpus>/<metric>`: the corpora of a `TextDataModule`, the
     keys of a dict of loaders, or `data` (`data_0`, `data_1`, ... of several).
 
+    `load_from_checkpoint(path, student=..., teacher=...)` loads what a Trainer saved; `student` is
+    converted like the one that was trained, and its weights are replaced.
+
     Args:
-        config: settings of the run; `stages`, `loss`, `optim`, `student`, `data.micro_batch_size`
-            and `trainer.log_every` are read here.
+        config: settings of the run, or their dict in a checkpoint; `stages`, `loss`, `optim`,
+            `student`, `data.micro_batch_size` and `trainer.log_every` are read here.
         student: a model whose feed-forward blocks were replaced by `convert_blocks`.
         teacher: the model to imitate, in eval mode. It is kept outside the module tree: no
             checkpoint contains it and `.train()` does not reach it.
     """
 
-    def __init__(self, config: Config, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any],
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+    ) -> None:
         super().__init__(config)
         self.student = student
         self._teacher_ref = (teacher,)  # a tuple hides it from the module tree
@@ -84,7 +94,7 @@ class DistillationModule(TrainingModule):
         self.logit_cache: LogitCache | None = None
         self.val_metrics: list[FidelityMetrics] = []
         self.val_errors: list[Tensor] = []
-        self.num_val_windows = 0
+        self.num_val_tokens = 0
         self._writes_rows = False
         trainable = self.trainable_parameters()
         for name, parameter in self.student.named_parameters():
@@ -187,20 +197,37 @@ class DistillationModule(TrainingModule):
 
     def split_batch(self, batch: Any) -> Sequence[Batch]:
         """Split token ids into micro-batches that count the tokens of the whole step."""
-        tokens, window_ids = _unpack_batch(batch)
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        # Processes average their gradients, so each divides by its own share of the step's tokens.
-        token_counts = float(tokens.numel()), float(tokens.numel() - len(tokens))
+        tokens, attention_mask, window_ids = self._read_batch(batch)
+        groups = _remove_padding(tokens, attention_mask)
+        num_tokens = float(sum(group.numel() for group in groups))
+        num_targets = num_tokens - sum(len(group) for group in groups)
+        if attention_mask is not None and is_distributed():
+            # Processes average their gradients, and they may have different numbers of tokens.
+            counts = torch.tensor([num_tokens, num_targets], device=tokens.device)
+            num_tokens, num_targets = all_reduce_mean(counts).tolist()
         size = self.settings.data.micro_batch_size
         return [
             Batch(
-                tokens[start : start + size],
-                mask[start : start + size],
-                *token_counts,
+                group[start : start + size],
+                torch.ones_like(group[start : start + size], dtype=torch.bool),
+                num_tokens,
+                num_targets,
                 window_ids=None if window_ids is None else window_ids[start : start + size],
             )
-            for start in range(0, len(tokens), size)
+            for group in groups
+            for start in range(0, len(group), size)
         ]
+
+    def _read_batch(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the parts of a batch, see `_unpack_batch`, of windows that the models can read."""
+        tokens, attention_mask, window_ids = _unpack_batch(batch)
+        max_length = self.student.config.max_position_embeddings
+        if tokens.shape[1] > max_length:
+            raise UserError(
+                f"a batch has windows of {tokens.shape[1]:,} tokens, the model reads "
+                f"{max_length:,} at most; cut the texts into shorter windows"
+            )
+        return tokens, attention_mask, window_ids
 
     def compute_terms(self, micro_batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute loss and terms of the stage that the current step belongs to."""
@@ -278,8 +305,8 @@ class DistillationModule(TrainingModule):
     def _val_names(self) -> list[str]:
         """Return the names of the validation loaders."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        if corpora := getattr(datamodule, "corpora", None):
-            return [corpus.name for corpus in corpora]
+        if isinstance(datamodule, TextDataModule):
+            return [corpus.name for corpus in datamodule.corpora]
         loaders = self.trainer.val_dataloaders
         if isinstance(loaders, dict):
             return list(loaders)
@@ -291,25 +318,31 @@ class DistillationModule(TrainingModule):
         """Start new sums for every validation loader."""
         self.teacher.to(self.device)  # type: ignore[arg-type]
         self.val_metrics = [FidelityMetrics() for _ in self._val_names()]
-        self.val_errors, self.num_val_windows = [], 0
+        self.val_errors, self.num_val_tokens = [], 0
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the sums of its loader."""
-        tokens, _ = _unpack_batch(batch)
-        teacher = forward_teacher(self.teacher, tokens, capture_blocks=True)
-        student = forward_with_activations(self.student, tokens)
-        self.val_metrics[dataloader_idx].update(student.logits, teacher.logits, tokens)
-        self.val_errors.append(self._memory_fvu(teacher, Batch.full_step(tokens)) * len(tokens))
-        self.num_val_windows += len(tokens)
+        tokens, attention_mask, _ = self._read_batch(batch)
+        for group in _remove_padding(tokens, attention_mask):
+            teacher = forward_teacher(self.teacher, group, capture_blocks=True)
+            student = forward_with_activations(self.student, group)
+            self.val_metrics[dataloader_idx].update(student.logits, teacher.logits, group)
+            errors = self._memory_fvu(teacher, Batch.full_step(group))
+            self.val_errors.append(errors * group.numel())
+            self.num_val_tokens += group.numel()
 
     def on_validation_epoch_end(self) -> None:
         """Log fidelity by corpus and the error of each memory."""
         for corpus, rank_metrics in zip(self._val_names(), self.val_metrics, strict=True):
             metrics = rank_metrics.all_reduce()
+            if not metrics.tokens:
+                raise UserError(
+                    f"the validation loader {corpus} has no window of two tokens; give it more text"
+                )
             for name in FIDELITY_METRICS:
                 self.log(f"val/{corpus}/{name}", getattr(metrics, name), sync_dist=True)
-        num_windows = all_reduce_sum(torch.tensor(self.num_val_windows)).to(self.device)
-        errors = all_reduce_sum(torch.stack(self.val_errors).sum(0)) / num_windows
+        num_tokens = all_reduce_sum(torch.tensor(self.num_val_tokens)).to(self.device)
+        errors = all_reduce_sum(torch.stack(self.val_errors).sum(0)) / num_tokens
         for layer, error in zip(get_memories(self.student), errors, strict=True):
             self.log(f"val/fvu/layer_{layer}", error, sync_dist=True)
 
@@ -334,6 +367,11 @@ class DistillationModule(TrainingModule):
             self.row_sync.restore_checkpoint(checkpoint["global_step"], checkpoint["rows"])
             own_state = self.state_dict()
             checkpoint["state_dict"] |= {name: own_state[name] for name in self._row_state_keys()}
+        elif "rows" in checkpoint:
+            raise UserError(
+                "the stored rows of this checkpoint are in the store of its run; go on with "
+                "dmt distill --resume RUN, or load the run's student with dmt.load"
+            )
 
     def _row_state_keys(self) -> list[str]:
         """Return the names of the tensors in the state that hold stored rows."""
@@ -349,26 +387,78 @@ class DistillationModule(TrainingModule):
         ]
 
 
-def _unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return token ids `(windows, time)` and, where the batch has them, window indices.
+def _unpack_batch(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return token ids `(windows, time)`, their attention mask and window indices, if any.
 
     Raises:
-        UserError: a dict without `input_ids`, or with an attention mask that masks tokens.
+        UserError: the batch has another form.
     """
+    attention_mask = window_ids = None
     if isinstance(batch, list | tuple):
-        tokens, *window_ids = batch
-        return tokens, window_ids[0] if window_ids else None
-    if isinstance(batch, Tensor):
-        return batch, None
-    if "input_ids" not in batch:
+        tokens, *rest = batch or [None]
+        if rest:
+            window_ids = rest[0]
+        if len(rest) > 1 or (rest and getattr(window_ids, "shape", None) != (len(tokens),)):
+            raise UserError(
+                "a batch of several tensors must be token ids (windows, time) and window indices "
+                f"(windows,), got {_describe(batch)}; pass an attention mask in a dict of "
+                "input_ids and attention_mask"
+            )
+    elif isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise UserError(
+                f"a batch needs the key input_ids, got {', '.join(map(str, batch))}; "
+                "pass token ids (windows, time)"
+            )
+        tokens, attention_mask = batch["input_ids"], batch.get("attention_mask")
+    else:
+        tokens = batch
+    is_token_ids = isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.numel()
+    if not is_token_ids or tokens.dtype not in (torch.long, torch.int):
         raise UserError(
-            f"a batch needs the key input_ids, got {', '.join(map(str, batch))}; "
-            "pass token ids (windows, time)"
+            f"a batch must have integer token ids of shape (windows, time), got {_describe(tokens)}"
         )
-    attention_mask = batch.get("attention_mask")
-    if attention_mask is not None and not bool(attention_mask.all()):
+    return tokens, attention_mask, window_ids
+
+
+def _describe(value: Any) -> str:
+    """Return shape and type of what a batch has, for an error."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_describe, value))}]" if len(value) < 4 else f"{len(value)} values"
+    return type(value).__name__
+
+
+def _remove_padding(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """Return the rows of `tokens` `(windows, time)` without padding, those of a length together.
+
+    So padding costs nothing and no memory reads, counts or stores it.
+
+    Raises:
+        UserError: the mask has another shape, gaps, or no token.
+    """
+    if attention_mask is None:
+        return [tokens]
+    if attention_mask.shape != tokens.shape:
         raise UserError(
-            "attention_mask masks tokens of the batch; pack texts into windows of equal length "
-            "without padding (dmt.data.windows.TextDataModule does)"
+            f"attention_mask must have the shape of input_ids {tuple(tokens.shape)}, got "
+            f"{tuple(attention_mask.shape)}"
         )
-    return batch["input_ids"], None
+    mask = attention_mask.bool()
+    if mask.all():
+        return [tokens]
+    lengths, starts = mask.sum(1), mask.int().argmax(1)
+    offsets = torch.arange(tokens.shape[1], device=tokens.device) - starts.unsqueeze(1)
+    if not torch.equal(mask, (offsets >= 0) & (offsets < lengths.unsqueeze(1))):
+        raise UserError(
+            "attention_mask has gaps; a row must be one text, padded on its left or right"
+        )
+    groups = [
+        tokens[mask & (lengths == length).unsqueeze(1)].view(-1, length)
+        for length in lengths.unique().tolist()
+        if length
+    ]
+    if not groups:
+        raise UserError("attention_mask masks every token of a batch; leave empty texts out")
+    return groups

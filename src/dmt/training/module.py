@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.config import Config
+from dmt.config_io import build_config
 from dmt.distributed import all_reduce_mean
+from dmt.errors import UserError
 from dmt.training.optimization import (
     check_finite,
     clip_gradients,
@@ -33,11 +35,14 @@ class TrainingModule(pl.LightningModule):
     does not.
 
     Args:
-        config: settings; `optim`, `data.micro_batch_size` and `trainer.log_every` are read here.
+        config: settings, or their dict in a checkpoint; `optim`, `data.micro_batch_size` and
+            `trainer.log_every` are read here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, Config):
+            config = build_config(dict(config))
         self.save_hyperparameters({"config": asdict(config)})
         self.automatic_optimization = False
         self.settings = config
@@ -85,6 +90,19 @@ class TrainingModule(pl.LightningModule):
     def extra_metrics(self) -> dict[str, float]:
         """Return more metrics of the step, to be logged beside its terms."""
         return {}
+
+    def on_train_start(self) -> None:
+        """Refuse a Trainer that scales the loss."""
+        if self.trainer.precision == "16-mixed":
+            raise UserError(
+                "precision='16-mixed' of the Trainer scales gradients, which are clipped and "
+                "checked here; use bf16-mixed or 32-true"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop a Trainer that would go on after the last step of the schedule."""
+        if self.global_step >= self.total_steps != self.trainer.max_steps:
+            self.trainer.should_stop = True
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one optimizer step."""
