@@ -1,6 +1,8 @@
 """What TensorBoard shows: runs by name, curves of measured values, settings that differ."""
 
+import itertools
 import json
+import time
 
 import pytest
 from conftest import LAYERS, newest
@@ -12,8 +14,10 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from dmt import config_io
 from dmt.cli.main import distill_main
 from dmt.config_io import load_config
+from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
 from dmt.models.loading import resolve_student_folder
+from dmt.training.checkpoints import StepBoundaryCheckpoint
 from dmt.training.run_dir import read_record
 
 
@@ -93,6 +97,39 @@ def test_curves_begin_when_the_value_is_first_measured(distill_args, tmp_path):
             )
     record = read_record(newest(tmp_path))["fidelity"]["text"]
     assert events.Scalars("hparam/text_kl")[0].value == pytest.approx(record["kl"])
+
+
+@pytest.mark.parametrize("clock", [0, -3_600], ids=["clock runs on", "clock set back"])
+def test_a_resumed_run_has_each_step_once(distill_args, tmp_path, monkeypatch, clock):
+    class Kill(BaseException):
+        pass
+
+    def kill_at_step_8(module, *_):
+        if module.global_step == 7:
+            raise Kill
+
+    args = [*distill_args, "trainer.checkpoint_every=4", "trainer.validate_every=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationModule, "on_train_batch_start", kill_at_step_8, raising=False)
+        patch.setattr(StepBoundaryCheckpoint, "on_exception", lambda *_: None)
+        with pytest.raises(Kill):
+            distill_main(args)
+    run = newest(tmp_path)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4.ckpt"]
+    seconds = itertools.count(time.time() + clock)  # files have different seconds in their names
+    monkeypatch.setattr(time, "time", lambda: next(seconds))
+    assert distill_main(["--resume", str(run)]) == 0
+    resumed = read_steps(run)
+    assert all(steps == sorted(set(steps)) for steps in resumed.values()), resumed
+    assert resumed["lr"] == list(range(9))
+    monkeypatch.undo()
+    assert distill_main(args) == 0
+    assert read_steps(newest(tmp_path)) == resumed
+
+
+def read_steps(run):
+    events = load_events(run)
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_slot_usage_is_not_logged_without_recorded_reads(distill_args, tmp_path, monkeypatch):

@@ -33,11 +33,19 @@ LOG_INTERVAL = 30.0  # seconds between two progress lines where no bar can be dr
 ChartLayout = dict[str, dict[str, list[Any]]]
 
 
+def get_last_step(trainer: pl.Trainer) -> int:
+    """Return the last step counted from 0, under which its curves are logged.
+
+    A resumed run replaces the curves from the step of its checkpoint on.
+    """
+    return max(0, trainer.global_step - 1)
+
+
 def log_to_all(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Log metrics of the current step to every logger but the CSV file, which has the curves."""
     for run_logger in trainer.loggers:
         if not isinstance(run_logger, CSVLogger):
-            run_logger.log_metrics(metrics, step=trainer.global_step)
+            run_logger.log_metrics(metrics, step=get_last_step(trainer))
 
 
 class SlotUsage(Callback):
@@ -72,7 +80,7 @@ class SlotUsage(Callback):
                 writer.add_histogram(
                     f"slots/log10_reads/layer_{layer}",
                     (counts.reads + 1).float().log10(),
-                    trainer.global_step,
+                    get_last_step(trainer),
                 )
 
 
@@ -108,7 +116,9 @@ class StoredRowUsage(Callback):
                     "log10_row_reads": torch.as_tensor(row_stats.reads[positions] + 1).log10(),
                 }
                 for name, values in histograms.items():
-                    writer.add_histogram(f"knn/{name}/layer_{layer}", values, trainer.global_step)
+                    writer.add_histogram(
+                        f"knn/{name}/layer_{layer}", values, get_last_step(trainer)
+                    )
 
 
 class SideBySideSamples(Callback):
@@ -129,7 +139,7 @@ class SideBySideSamples(Callback):
                 corpus.validation,
             )
             writer.add_text(
-                f"samples/{corpus.name}", format_samples_table(samples), trainer.global_step
+                f"samples/{corpus.name}", format_samples_table(samples), get_last_step(trainer)
             )
 
 

@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from dmt.training.run_dir import archive_metrics, newest_checkpoint
 
 LIBRARY_LOGGERS = ("pytorch_lightning", "lightning.pytorch")
 MAX_CPU_PROCESSES = 8  # that may share a CPU, however few its cores
+EVENT_FILE_PREFIX = "events.out.tfevents."  # followed by a time in seconds
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 # Short names for `trainer.loggers`: class path and the package that the logger needs.
 LOGGERS = {
@@ -195,8 +197,10 @@ def _make_missing_package_error(name: str, package: str) -> UserError:
     )
 
 
-def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
+def build_loggers(config: Config, run_dir: Path, step: int = 0) -> list[Logger]:
     """Build the loggers of `trainer.loggers` for a run.
+
+    Where the run has curves in TensorBoard already, those from `step` on are replaced.
 
     TensorBoard and CSV write into the run's folder. Other loggers get the run's folder and name by
     those of the arguments `save_dir`, `name` and `run_name` that they take. Lightning gives all
@@ -216,6 +220,8 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
             }
             if issubclass(logger_class, TensorBoardLogger):
                 arguments["default_hp_metric"] = False
+                if make_event_files_older(run_dir):
+                    arguments["purge_step"] = step
             else:
                 arguments["flush_logs_every_n_steps"] = 1
             loggers.append(logger_class(**arguments))
@@ -228,6 +234,22 @@ def build_loggers(config: Config, run_dir: Path) -> list[Logger]:
         except ModuleNotFoundError as error:
             raise _make_missing_package_error(name, error.name or str(error)) from None
     return loggers
+
+
+def make_event_files_older(run_dir: Path) -> bool:
+    """Let the event files of a run be older than one written now; return whether there are any.
+
+    TensorBoard reads the files of a folder in the order of the times in their names, which is
+    another one if the clock was set back in between.
+    """
+    paths = sorted(run_dir.glob(f"{EVENT_FILE_PREFIX}*"))
+    latest = int(time.time()) - 1
+    for path in reversed(paths):
+        timestamp, _, rest = path.name.removeprefix(EVENT_FILE_PREFIX).partition(".")
+        if timestamp.isdecimal() and int(timestamp) > latest:
+            path.rename(path.with_name(f"{EVENT_FILE_PREFIX}{latest:010d}.{rest}"))
+            latest -= 1
+    return bool(paths)
 
 
 def fit(
@@ -284,7 +306,9 @@ def fit(
         precision=trainer_config.precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
-        logger=build_loggers(config, run_dir),
+        logger=build_loggers(
+            config, run_dir, int(checkpoint.stem[5:]) if checkpoint is not None else 0
+        ),
         callbacks=[
             *callbacks,
             stop_callback,
