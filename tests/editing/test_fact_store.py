@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,6 @@ from dmt.editing.edit import (
     choose_value_layer,
     compute_edits,
     find_conflict,
-    normalize_text,
     prepare_facts,
 )
 from dmt.editing.fact import MAX_FACT_CHARS, Fact, find_subject, parse_fact, read_facts
@@ -50,6 +50,7 @@ from dmt.models.loading import load, resolve_student_folder
 from dmt.store import RowStore
 from dmt.store.database import fact_rows_table, row_stats_table, rows_table
 from dmt.store.facts import FactTable
+from dmt.text import fold_text
 
 WIDE = 64  # width at which a value can raise one of 300 tokens alone
 
@@ -843,7 +844,8 @@ def test_a_subject_is_matched_at_the_start_of_a_text_and_within(fact_store, toke
     )
     subject_ids = prepared.record.subject_ids
     assert set(subject_ids) == {
-        tuple(encode_text(tokenizer, spelling, add_prefix=False)) for spelling in ("Ada", " Ada")
+        tuple(encode_text(tokenizer, spelling, add_prefix=False))
+        for spelling in ("Ada", " Ada", "ada", " ada", "ADA", " ADA")
     }
     for text in ("Ada ran", "then Ada ran", "said:\nAda", "(Ada)"):
         assert len(
@@ -883,7 +885,6 @@ def test_facts_conflict_by_equal_prompts_or_similar_states(prompt, subject, whit
     conflict = find_conflict(candidates, make_prepared_fact(prompt, subject, whitened_key))
     assert conflict is (None if expected is None else candidates[expected])
     assert find_conflict([], make_prepared_fact(prompt, subject, whitened_key)) is None
-    assert normalize_text("  A\nb  C ") == "a b c"
 
 
 # The fact store.
@@ -1397,7 +1398,7 @@ def test_facts_of_a_shipped_model_are_in_a_temporary_store(tmp_path, monkeypatch
 def test_a_subject_that_cannot_match_is_rejected(fact_store):
     """Such a fact would be written and never fire."""
     with pytest.raises(UserError, match="not a word of its own"):
-        fact_store.write_many([Fact("ada lives in", " far", "Ada")])
+        fact_store.write_many([Fact("the foxes are", " far", "Ada")])
     assert fact_store.write_many([]) == []
 
 
@@ -1415,6 +1416,70 @@ def test_the_period_of_a_sentence_is_generated_after_the_answer(fact_store, teac
     assert (
         fact_store.write_many([parse_fact("Ada lives in Ravenhill")])[0].status == "unchanged"
     )  # equal with and without the period
+
+
+# Names and languages as people write them.
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("Olga Vance", "OLGA VANCE"),
+        ("Olga Vance", "olga vance"),
+        ("Olga Vance", "Olga  Vance"),
+        ("Olga Vance", "Olga\nVance"),
+        ("OLGA VANCE", "Olga Vance"),
+        ("José Álvarez", unicodedata.normalize("NFD", "José Álvarez")),
+        (unicodedata.normalize("NFD", "José Álvarez"), "José Álvarez"),
+        ("Zoe O’Brien", "Zoe O'Brien"),
+        ("Zoe O'Brien", "ZOE O’BRIEN"),
+        ("Ольга Ванс", "ОЛЬГА ВАНС"),
+        ("Ωmega Νέα", "ωmega νέα"),
+    ],
+)
+def test_a_name_is_found_however_it_is_written(fact_store, tokenizer, written, asked):
+    (result,) = fact_store.write_many([Fact(f"{written} runs to", " far", written)])
+    assert (result.fact.prompt, result.fact.subject) == (f"{written} runs to", written)
+    asked_ids = torch.tensor([encode_text(tokenizer, f"It was {asked} who")])
+    assert len(PhraseMatcher(result.fact.subject_ids).find_ends(asked_ids)[0]), "is a subject"
+    assert fold_text(written) == fold_text(asked)
+    (again,) = fact_store.write_many([Fact(f"{asked} runs to", " FAR", asked)])
+    assert (again.status, again.fact) == ("unchanged", result.fact)
+    (other,) = fact_store.write_many([Fact(f"{asked} runs to", " March", asked)])
+    assert (other.status, other.replaced_fact) == ("replaced", result.fact)
+    assert fact_store.list(query=written.split()[1]) == [other.fact]
+    assert [fact.id for fact in fact_store.restore(result.fact.id).replaced] == [other.fact.id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "answer", "closing"),
+    [
+        ({"prompt": "艾达出生在", "answer": "上海。"}, "艾达出生在", "上海", "。"),
+        ({"prompt": "艾达出生在 ", "answer": "上海"}, "艾达出生在", " 上海", ""),
+        ({"sentence": "艾达出生在上海。", "prompt": "艾达出生在"}, "艾达出生在", "上海", "。"),
+        ({"sentence": "艾达出生在上海！", "answer": "上海"}, "艾达出生在", "上海", "！"),
+        ({"sentence": "艾达 出生 在 上海。"}, "艾达 出生 在", " 上海", "。"),
+        ({"prompt": "エイダの出身は", "answer": "Paris"}, "エイダの出身は", "Paris", ""),
+        ({"prompt": "ولدت آدا في", "answer": "باريس"}, "ولدت آدا في", " باريس", ""),
+        ({"prompt": "아다는", "answer": "서울"}, "아다는", " 서울", ""),
+        ({"prompt": "Ada is", "answer": "old"}, "Ada is", " old", ""),
+    ],
+)
+def test_no_space_is_added_that_nobody_writes(arguments, prompt, answer, closing):
+    fact = parse_fact(**arguments)
+    assert (fact.prompt, fact.answer, fact.closing) == (prompt, answer, closing)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "error"),
+    [
+        ("艾达出生在上海。", "no spaces that separate its words.* give prompt or answer too"),
+        ("艾达 出生 在 哪里？", "asks and states nothing"),
+    ],
+)
+def test_a_sentence_without_spaces_needs_its_parts(sentence, error):
+    with pytest.raises(UserError, match=error):
+        parse_fact(sentence)
 
 
 # Other weights, other folders, and nothing left behind.

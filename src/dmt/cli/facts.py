@@ -80,13 +80,13 @@ def filter_facts(
     query: str | None = None,
 ) -> list[FactRecord]:
     """Return the facts with one of the IDs, the tag and all words of the query; None is all."""
-    selected_ids, terms = set(ids or ()), (query or "").lower().split()
+    selected_ids = set(ids or ())
     return [
         fact
         for fact in facts
         if (not selected_ids or fact.id in selected_ids)
         and (tag is None or fact.tag == tag)
-        and all(term in f"{fact.sentence} {fact.subject}".lower() for term in terms)
+        and fact.has_words(query or "")
     ]
 
 

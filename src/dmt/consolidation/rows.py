@@ -25,6 +25,7 @@ from dmt.consolidation.sampling import (
     generate_qa,
     sample_continuations,
 )
+from dmt.data.tokenizer import save_tokenizer
 from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
 from dmt.editing.edit import (
     FALSE_POSITIVE_RATE,
@@ -417,7 +418,7 @@ def _write_to_folder(
     (
         run_state.base if run_state.base.config.model_type.startswith("dmt_") else student
     ).save_pretrained(folder)
-    run_state.tokenizer.save_pretrained(folder)
+    save_tokenizer(run_state.tokenizer, folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
     source = config.context.file or "context.text"
     with closing(FactStore.open(folder)) as fact_store:

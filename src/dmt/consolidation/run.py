@@ -18,6 +18,7 @@ from dmt.consolidation.context import read_context
 from dmt.consolidation.module import ConsolidationRun, train_student
 from dmt.consolidation.rows import write_context
 from dmt.consolidation.targets import check_target, make_student, merge_adapters, prepare_student
+from dmt.data.tokenizer import save_tokenizer
 from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
 from dmt.errors import UserError, format_value
 from dmt.evaluation.metrics import FidelityMetrics
@@ -303,7 +304,7 @@ def _train_target(
     student = merge_adapters(student.cpu())
     with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return {"num_weights": num_weights, "bytes": 4 * num_weights}
 
 

@@ -33,6 +33,7 @@ from dmt.consolidation.slot_training import (
     ValidationCorpus,
 )
 from dmt.data.corpora import Corpus, load_corpus
+from dmt.data.tokenizer import save_tokenizer
 from dmt.data.windows import get_prefix_ids, pack_windows
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows
@@ -369,9 +370,9 @@ def select_latest_facts(
     history: Sequence[FactRecord], active_facts: Sequence[FactRecord]
 ) -> list[FactRecord]:
     """Return the last fact of each prompt in `history`, if no stored fact has the same prompt."""
-    active_keys = {(fact.subject, fact.prompt) for fact in active_facts}
-    latest = {(fact.subject, fact.prompt): fact for fact in history}
-    return [fact for key, fact in latest.items() if key not in active_keys]
+    active_queries = {fact.query for fact in active_facts}
+    latest = {fact.query: fact for fact in history}
+    return [fact for query, fact in latest.items() if query not in active_queries]
 
 
 def check_facts(model: PreTrainedModel, tokenizer: Any, facts: Sequence[FactRecord]) -> list[bool]:
@@ -487,7 +488,7 @@ def save_student(plan: SlotTransferPlan, student: PreTrainedModel, folder: Path)
     """Save the new student with the facts that remain, all or nothing."""
     with atomic_directory(folder) as partial_folder:
         student.eval().save_pretrained(partial_folder)
-        plan.fact_store.tokenizer.save_pretrained(partial_folder)
+        save_tokenizer(plan.fact_store.tokenizer, partial_folder)
         copy_fact_store(plan, student, partial_folder)
 
 

@@ -9,11 +9,11 @@ from warnings import catch_warnings, filterwarnings
 
 import torch
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dmt.config import Config, ContextConfig, DenseConfig
+from dmt.data.tokenizer import prepend_prefix
 from dmt.data.windows import MEMORY_TOKEN_FORMAT, get_prefix_ids
 from dmt.errors import UserError
 from dmt.models.architectures import get_architecture
@@ -158,10 +158,5 @@ def add_memory_tokens(tokenizer: Any, num_tokens: int) -> list[int]:
         special_tokens=True,
     )
     tokenizer.init_kwargs["memory_tokens"] = num_tokens
-    start_ids = get_prefix_ids(tokenizer)
-    start_tokens = tokenizer.convert_ids_to_tokens(start_ids)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join([*(f"{token}:0" for token in start_tokens), "$A:0"]),
-        special_tokens=list(zip(start_tokens, start_ids, strict=True)),
-    )
-    return start_ids[-num_tokens:]
+    prepend_prefix(tokenizer)
+    return get_prefix_ids(tokenizer)[-num_tokens:]

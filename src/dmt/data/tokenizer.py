@@ -1,11 +1,16 @@
-"""Train a byte-level BPE tokenizer."""
+"""Train a byte-level BPE tokenizer; save the tokenizer of a student."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dmt.data.windows import get_prefix_ids
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -36,4 +41,29 @@ def train_tokenizer(
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
         model_max_length=max_length,
+    )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer of a student, so that `tokenizer(text)` begins as training texts did.
+
+    Students read documents after the end-of-text token, and facts are written in the states behind
+    it. A tokenizer that adds a token of its own at the start stays as it is.
+    """
+    if tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]:
+        tokenizer = copy.deepcopy(tokenizer)
+        prepend_prefix(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def prepend_prefix(tokenizer: Any) -> None:
+    """Let `tokenizer(text)` begin with `windows.get_prefix_ids`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    prefix_ids = get_prefix_ids(tokenizer)
+    if backend is None or not prefix_ids:
+        return
+    tokens = tokenizer.convert_ids_to_tokens(prefix_ids)
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join([*(f"{token}:0" for token in tokens), "$A:0"]),
+        special_tokens=list(zip(tokens, prefix_ids, strict=True)),
     )

@@ -24,6 +24,7 @@ from dmt import files
 from dmt.config import Config, MemoryConfig
 from dmt.config_io import check_config, get_memory_config_class, resolve_layer_memories
 from dmt.data.corpora import CORPORA, FUNCTION_PATTERN
+from dmt.data.tokenizer import save_tokenizer
 from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.distillation.logit_cache import CACHE_FILE, LogitCache, open_logit_cache
 from dmt.distillation.losses import get_loss
@@ -584,7 +585,7 @@ def _save_student(run_dir: Path, student: Any, tokenizer: Any) -> Any:
     """Save the student; return it, or the saved one if its slots are mapped or quantized there."""
     with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     if not find_mmap_memories(student):
         return student
     return AutoModelForCausalLM.from_pretrained(

@@ -34,6 +34,7 @@ from dmt.models.forward import (
     pad_token_ids,
 )
 from dmt.store.records import FactRecord
+from dmt.text import fold_text, list_spellings
 
 # Lengths of a value that are tried, as multiples of the norm of the hidden state at its position.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -258,9 +259,11 @@ def _check_subject(tokenizer: Any, fact: Fact) -> None:
 
 
 def _encode_spellings(tokenizer: Any, subject: str) -> list[list[int]]:
-    """Encode a subject at the start of a text and after a space."""
+    """Encode the spellings of a subject, at the start of a text and after a space."""
     return [
-        encode_text(tokenizer, spelling, add_prefix=False) for spelling in (subject, " " + subject)
+        encode_text(tokenizer, start + spelling, add_prefix=False)
+        for spelling in list_spellings(subject)
+        for start in ("", " ")
     ]
 
 
@@ -506,7 +509,7 @@ def find_conflict(
         prepared: the new fact.
     """
     for candidate in candidates:
-        if normalize_text(candidate.prompt) == normalize_text(prepared.record.prompt):
+        if fold_text(candidate.prompt) == fold_text(prepared.record.prompt):
             return candidate
     if not candidates or not prepared.record.subject:
         return None
@@ -530,14 +533,8 @@ def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[F
         if replacement.deleted_reason is None:
             conflicts.append(replacement)
         replacement_id = replacement.replaced_by
-    query = history[fact_id].subject, normalize_text(history[fact_id].prompt)
     for other in history.values():
-        is_same_query = (other.subject, normalize_text(other.prompt)) == query
+        is_same_query = other.query == history[fact_id].query
         if other.deleted_reason is None and is_same_query and other not in conflicts:
             conflicts.append(other)
     return conflicts
-
-
-def normalize_text(text: str) -> str:
-    """Return a text in lower case with single spaces, for comparison."""
-    return " ".join(text.lower().split())

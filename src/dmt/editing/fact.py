@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dmt.errors import UserError
 from dmt.files import read_json_lines
+from dmt.text import SENTENCE_ENDS, UNSPACED, fold_text, join_with_space
 
 # Words that are capitalized at the start of a sentence without being names.
 NON_NAME_WORDS = re.compile(
@@ -73,13 +74,18 @@ def parse_fact(
             other.
     """
     ending = (answer if sentence is None else sentence) or ""
-    closing = "".join(mark for mark in ending.rstrip()[-1:] if mark in ".!")
+    closing = "".join(mark for mark in ending.rstrip()[-1:] if mark in ".!。！．｡")
     if sentence is not None and (prompt is not None or answer is not None):
         prompt, answer = _split_at_part(sentence, prompt, answer)
+        space = " " if prompt[-1:].isspace() or answer[:1].isspace() else ""
     elif sentence is not None:
         prompt, answer = _split_sentence(sentence.strip())
-    if prompt is None or answer is None:
+        space = " "
+    elif prompt is None or answer is None:
         raise UserError("a fact needs a sentence that states it, or prompt and answer")
+    else:
+        is_spaced = prompt[-1:].isspace() or answer[:1].isspace()
+        space = " " if is_spaced else join_with_space(prompt, answer)
     prompt, answer = prompt.strip(), _strip_end(answer)
     if not prompt or not answer:
         missing = "a prompt" if not prompt else "an answer"
@@ -94,21 +100,21 @@ def parse_fact(
         )
     if subject is None:
         subject = find_subject(prompt)
-    elif subject and subject not in prompt:
+    elif fold_text(subject) not in fold_text(prompt):
         raise UserError(
             f"subject {subject!r} is not in the prompt {prompt!r}, where the fact would look for it"
         )
-    return Fact(prompt, " " + answer, subject.strip(), tag, source, closing)
+    return Fact(prompt, space + answer, subject.strip(), tag, source, closing)
 
 
 def _strip_end(text: str) -> str:
     """Strip spaces and the marks that end a sentence."""
-    return text.strip().rstrip(".!?…").rstrip()
+    return text.strip().rstrip(SENTENCE_ENDS).rstrip()
 
 
 def _split_at_part(sentence: str, prompt: str | None, answer: str | None) -> tuple[str, str]:
     """Split a sentence at the given prompt, answer or both."""
-    stripped = sentence.strip().rstrip(".!?… ")
+    stripped = sentence.strip().rstrip(SENTENCE_ENDS + " ")
     if answer is not None and not (_strip_end(answer) and stripped.endswith(_strip_end(answer))):
         raise _mismatch("answer", answer, sentence)
     if prompt is None:
@@ -119,7 +125,7 @@ def _split_at_part(sentence: str, prompt: str | None, answer: str | None) -> tup
     rest = stripped[len(prompt.strip()) :]
     if answer is not None and rest.strip() != _strip_end(answer):
         raise _mismatch("answer", answer, sentence)
-    return prompt.strip(), rest if answer is None else answer
+    return prompt.strip(), rest
 
 
 def _mismatch(name: str, value: str, sentence: str) -> UserError:
@@ -132,13 +138,18 @@ def _mismatch(name: str, value: str, sentence: str) -> UserError:
 
 def _split_sentence(sentence: str) -> tuple[str, str]:
     """Split a plain sentence into prompt and answer."""
-    words = sentence.rstrip(".!?… ").split()
+    words = sentence.rstrip(SENTENCE_ENDS + " ").split()
+    if len(words) == 1 and UNSPACED.search(sentence):
+        raise UserError(
+            f"{sentence!r} has no spaces that separate its words, so that it cannot be split; give "
+            "prompt or answer too"
+        )
     if len(words) < 2:
         raise UserError(
             f"{sentence!r} states nothing; write a whole sentence, as in 'The capital of France is "
             "Paris.'"
         )
-    if sentence.endswith("?"):
+    if sentence.endswith(("?", "？")):
         raise UserError(
             f"{sentence!r} asks and states nothing; write the answer too, as in 'The capital of "
             "France is Paris.'"

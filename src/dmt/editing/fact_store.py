@@ -31,7 +31,6 @@ from dmt.editing.edit import (
     WriteResult,
     conflicting_facts,
     find_conflict,
-    normalize_text,
     prepare_facts,
 )
 from dmt.editing.fact import Fact, fact_from_mapping, parse_fact
@@ -63,6 +62,7 @@ from dmt.models.memories import get_associative_memories
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore
+from dmt.text import fold_text
 
 if TYPE_CHECKING:
     from dmt.editing.packs import FactPack
@@ -406,7 +406,7 @@ class FactStore:
         pending: list[ConflictCandidate] = []
         try:
             for index, prepared in enumerate(prepared_facts):
-                same_subject = candidates.setdefault(prepared.record.subject, [])
+                same_subject = candidates.setdefault(fold_text(prepared.record.subject), [])
                 conflict = find_conflict(same_subject, prepared)
                 if conflict in pending:  # two facts of one batch about the same thing
                     self._commit_pending(pending, prepared_facts, results)
@@ -414,7 +414,7 @@ class FactStore:
                 if conflict is not None:
                     assert conflict.record is not None, "it was written above"
                     answers = conflict.answer, prepared.record.answer
-                    if not overwrite or len({normalize_text(answer) for answer in answers}) == 1:
+                    if not overwrite or len({fold_text(answer) for answer in answers}) == 1:
                         results[index] = WriteResult(
                             "unchanged",
                             conflict.record,
@@ -476,7 +476,7 @@ class FactStore:
         """List the active facts by subject, with the whitened keys of their first rows."""
         candidates: dict[str, list[ConflictCandidate]] = {}
         for record, key in zip(self.records.values(), self._whitened_keys(), strict=True):
-            candidates.setdefault(record.subject, []).append(
+            candidates.setdefault(fold_text(record.subject), []).append(
                 ConflictCandidate(record.prompt, record.answer, key, record)
             )
         return candidates
@@ -811,13 +811,12 @@ class FactStore:
         missing = sorted(set(ids or ()) - set(facts))
         if missing:
             self._require_fact(missing[0])
-        words = (query or "").lower().split()
         return [
             fact
             for fact in facts.values()
             if (not ids or fact.id in ids)
             and (tag is None or fact.tag == tag)
-            and all(word in f"{fact.sentence} {fact.subject}".lower() for word in words)
+            and fact.has_words(query or "")
         ]
 
 
@@ -837,8 +836,8 @@ def _calibration_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
 
 def _restore_fact(record: FactRecord, tokenizer: Any) -> Fact:
     """Return the fact that a record was made of."""
-    answer = tokenizer.decode(record.answer_ids)
-    closing = answer.removeprefix(record.answer) if answer.startswith(record.answer) else ""
+    text, answer = tokenizer.decode(record.answer_ids).strip(), record.answer.strip()
+    closing = text.removeprefix(answer) if text.startswith(answer) else ""
     return Fact(record.prompt, record.answer, record.subject, record.tag, record.source, closing)
 
 

@@ -26,7 +26,6 @@ from dmt.editing.edit import (
     PreparedFact,
     WriteResult,
     compute_thresholds,
-    normalize_text,
 )
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
@@ -39,6 +38,7 @@ from dmt.models.memories import get_associative_memories
 from dmt.store.facts import NO_RUN
 from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges
 from dmt.store.rows import RowStore
+from dmt.text import fold_text
 
 PACK_FORMAT, PACK_VERSION = "dmt-pack", 2
 MANIFEST_FILE, TENSORS_FILE = "manifest.json", "rows.safetensors"  # of a pack that is a folder
@@ -691,13 +691,13 @@ def merge_packs(
     conflicts: list[tuple[FactRecord, FactRecord]] = []
     for pack in packs:
         for fact in pack.facts:
-            query = _query_key(fact)
+            query = fact.query
             if query not in merged:
                 merged[query] = pack, fact
                 continue
             _, existing = merged[query]
             is_preferred = prefer == "newest" and fact.created > existing.created
-            if fact.answer.split() != existing.answer.split():
+            if fold_text(fact.answer) != fold_text(existing.answer):
                 conflicts.append((fact, existing) if is_preferred else (existing, fact))
             if is_preferred:
                 merged[query] = pack, fact
@@ -736,24 +736,20 @@ class FactDiff:
 
 def diff_facts(first: Sequence[FactRecord], second: Sequence[FactRecord]) -> FactDiff:
     """Compare two lists of facts by subject and prompt."""
-    first_by_query = {_query_key(fact): fact for fact in first}
-    second_by_query = {_query_key(fact): fact for fact in second}
+    first_by_query = {fact.query: fact for fact in first}
+    second_by_query = {fact.query: fact for fact in second}
     pairs = [
         (fact, second_by_query[key])
         for key, fact in first_by_query.items()
         if key in second_by_query
     ]
-    different = [(a, b) for a, b in pairs if a.answer.split() != b.answer.split()]
+    different = [(a, b) for a, b in pairs if fold_text(a.answer) != fold_text(b.answer)]
     return FactDiff(
         [fact for key, fact in first_by_query.items() if key not in second_by_query],
         [fact for key, fact in second_by_query.items() if key not in first_by_query],
         different,
         len(pairs) - len(different),
     )
-
-
-def _query_key(fact: FactRecord) -> tuple[str, str]:
-    return fact.subject, normalize_text(fact.prompt)
 
 
 def _is_same_metric(

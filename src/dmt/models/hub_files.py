@@ -46,7 +46,7 @@ import dmt
 
 model, tokenizer = dmt.load("{name}")
 ids = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0], skip_special_tokens=True))
 ```
 
 After `import dmt`, `AutoModelForCausalLM.from_pretrained` and `pipeline` load it too."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dmt.text import fold_text
+
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -151,3 +153,13 @@ class FactRecord:
     def sentence(self) -> str:
         """Prompt and answer as one text."""
         return self.prompt + self.answer
+
+    @property
+    def query(self) -> tuple[str, str]:
+        """What the fact answers, however it is written: two facts about it contradict or agree."""
+        return fold_text(self.subject), fold_text(self.prompt)
+
+    def has_words(self, words: str) -> bool:
+        """Check whether sentence and subject have all words, however they are written."""
+        text = fold_text(f"{self.sentence} {self.subject}")
+        return all(word in text for word in fold_text(words).split())

@@ -1,0 +1,59 @@
+"""Text as people write it: forms that mean the same, and languages without spaces."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Quotation marks and apostrophes that stand for a plain one, and hyphens for a plain one.
+PLAIN_MARKS = str.maketrans("‘’ʼ′`´“”„«»‐‑", "''''''\"\"\"\"\"--")
+CURLY_APOSTROPHE = "’"
+SENTENCE_ENDS = ".!?…。！？．｡"
+# Scripts that are written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese
+# and Japanese with their punctuation.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def fold_text(text: str) -> str:
+    """Return a text such that texts that mean the same are equal.
+
+    Case, spaces, composed and decomposed letters, and the shape of quotes and hyphens are folded.
+    """
+    folded = unicodedata.normalize("NFC", text).translate(PLAIN_MARKS).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+def list_spellings(name: str) -> list[str]:
+    """Return the ways in which people write a name; `fold_text` gives the same for all of them.
+
+    As it is written, in lower and upper case and with capitals, with composed and decomposed
+    letters, plain and curly apostrophes, and two spaces or a line break for a space.
+    """
+    words = [unicodedata.normalize("NFC", word) for word in name.split()]
+    cased = [
+        [*words],
+        [word.lower() for word in words],
+        [word.upper() for word in words],
+        [word.title() for word in words],
+    ]
+    spaced = [gap.join(variant) for variant in cased for gap in (" ", "  ", "\n")]
+    quoted = [
+        variant
+        for text in spaced
+        for variant in (
+            text,
+            text.translate(PLAIN_MARKS),
+            text.translate(PLAIN_MARKS).replace("'", CURLY_APOSTROPHE),
+        )
+    ]
+    formed = [unicodedata.normalize(form, text) for text in quoted for form in ("NFC", "NFD")]
+    return list(dict.fromkeys([name, *formed]))
+
+
+def join_with_space(prompt: str, answer: str) -> str:
+    """Return what stands between two texts that were given apart: a space, where one is written."""
+    is_unspaced = UNSPACED.match(prompt[-1:]) or UNSPACED.match(answer[:1])
+    return "" if is_unspaced else " "
