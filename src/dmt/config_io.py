@@ -45,6 +45,17 @@ READER_DIR = (
 )  # continues from the embedded teacher: scripts/reader.yaml
 SMOLLM2 = "smollm2"  # the teacher that `python scripts/fetch_smollm2.py` fetches
 CONFIG_HEADER = "# Settings of dmt, version {}\n"  # first line of a run's settings
+# Settings that name files which a run reads.
+INPUT_PATHS = (
+    "teacher",
+    "data.corpora",
+    "context.file",
+    "context.questions",
+    "store.url",
+    "logit_cache.dir",
+)
+# Their values that are names, also where a folder is called so.
+SHIPPED_NAMES = ("embedded", "reader", "speeches", "biographies", "strangers", "readings")
 MAX_TEACHER_LAYERS = 1_000  # layers of a teacher whose config.json is not on this machine
 
 
@@ -732,10 +743,50 @@ def _read_config_file(path: Path) -> dict[Any, Any]:
         raise UserError(
             f"{path} must hold settings such as `memory: {{k: 64}}`, got {format_value(values)}"
         )
+    working_dir = _read_working_dir(path)
     if path.name == "run.json":
         values = _get_record_config(values, path)
+    if working_dir is not None:
+        _resolve_recorded_paths(values, working_dir)
     _resolve_context_paths(values, path)
     return values
+
+
+def _read_working_dir(path: Path) -> Path | None:
+    """Return the folder in which a run was started, for its `config.yaml` or `run.json`.
+
+    None where `path` is of no run, or the run was started in the current folder.
+    """
+    if path.name not in ("config.yaml", "run.json"):
+        return None
+    try:
+        record = json.loads(path.with_name("run.json").read_text(encoding="utf-8"))
+        working_dir = (path.resolve().parent / record["working_dir"]).resolve()
+        return None if working_dir.samefile(Path.cwd()) else working_dir
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _resolve_recorded_paths(values: dict[Any, Any], working_dir: Path) -> None:
+    """Make the relative paths of a run absolute where they exist in the run's working folder.
+
+    So a run can be resumed or repeated in any folder. `values`, the settings of the run, is changed
+    in place.
+    """
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if not isinstance(value, str) or not value or value in SHIPPED_NAMES:
+            return value
+        path = working_dir / value
+        return str(path) if path.exists() else value
+
+    for name in INPUT_PATHS:
+        group_name, _, key = name.rpartition(".")
+        group = values.get(group_name) if group_name else values
+        if isinstance(group, dict) and key in group:
+            group[key] = resolve(group[key])
 
 
 def _resolve_context_paths(values: dict[Any, Any], config_path: Path) -> None:

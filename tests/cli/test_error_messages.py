@@ -361,7 +361,7 @@ TEACHERS = {
     ),
     "vocabulary of another model": Case(
         [],
-        ["its tokenizer has 300 tokens, its model 600", "put the right tokenizer.json"],
+        ["data.corpora: text has the token", "the model with its 270 embeddings does not"],
         lambda: save_teacher_with_another_vocabulary(),
     ),
     "empty tokenizer": Case(
@@ -450,7 +450,7 @@ TEACHERS = {
 def save_teacher_with_another_vocabulary() -> None:
     from conftest import make_teacher
 
-    make_teacher(600, n_positions=160).save_pretrained("teacher")
+    make_teacher(270, n_positions=160).save_pretrained("teacher")
 
 
 def make_another_database() -> None:

@@ -33,6 +33,7 @@ from dmt.report.consolidation import needs_training
 from dmt.report.curves import read_curves
 from dmt.training.autotune import autotune
 from dmt.training.execution import Task, execute
+from dmt.training.inputs import check_corpora_vocabulary, check_inputs, identify_inputs
 from dmt.training.run_dir import (
     create_run_dir,
     load_run_config,
@@ -238,6 +239,16 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     data = TextDataModule(config, tokenizer, steps)
     data.setup()
     keep_freed_memory()
+    check_corpora_vocabulary(base, tokenizer, data)
+    inputs = identify_inputs(
+        base,
+        tokenizer,
+        data.to_record(),
+        context=context.text,
+        questions="\n".join(map(str, questions)),
+    )
+    if run_dir is not None:
+        check_inputs(run_dir, config, inputs)
     student = make_student(base)
     if steps:
         config = autotune(
@@ -252,7 +263,7 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     hooks = get_fact_hooks(base)
     num_facts = 0 if hooks is None else len(hooks)
     consolidation.log_plan(config, run_dir, context, questions, steps, num_facts)
-    write_record(run_dir, config, {"corpora": data.to_record()}, is_start=True)
+    write_record(run_dir, config, inputs, is_start=True)
     prepare_end = time.perf_counter()
     write_target = write_context if config.context.target == "memory" else _train_target
     with remove_if_refused(run_dir, is_new):

@@ -52,6 +52,7 @@ from dmt.report.curves import read_curves
 from dmt.store import RowStore
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord, StepChanges
+from dmt.training.inputs import check_inputs, identify_inputs
 from dmt.training.run_dir import (
     create_run_dir,
     newest_checkpoint,
@@ -210,10 +211,17 @@ def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
     plan = plan_slot_transfer(folder, config.sleep.tag, config.sleep.min_hits)
     # Not with `config.seed`: splits are those that the student was most likely distilled on.
     corpora = [load_corpus(source) for source in config.data.corpora]
+    inputs = identify_inputs(
+        plan.fact_store.model,
+        plan.fact_store.tokenizer,
+        [{"name": corpus.name, "digest": corpus.compute_digest()} for corpus in corpora],
+    )
+    if run_dir is not None:
+        check_inputs(run_dir, config, inputs)
     is_new = run_dir is None or newest_checkpoint(run_dir) is None
     run_dir = run_dir or create_run_dir(config)
     slot_transfer.log_plan(config, run_dir, plan)
-    write_record(run_dir, config, {}, is_start=True)
+    write_record(run_dir, config, inputs, is_start=True)
     with remove_if_refused(run_dir, is_new):
         module = build_module(config, plan, corpora)
     prepare_end = time.perf_counter()

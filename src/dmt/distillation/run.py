@@ -61,6 +61,7 @@ from dmt.store.rows import open_store
 from dmt.training.autotune import TIMED_WINDOWS, autotune
 from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, StoredRowUsage
 from dmt.training.execution import execute
+from dmt.training.inputs import check_corpora_vocabulary, check_inputs, identify_inputs
 from dmt.training.launch import get_rank, make_on_rank_zero, rank_zero_first
 from dmt.training.plan import format_plan
 from dmt.training.run_dir import (
@@ -228,11 +229,6 @@ def _resolve_teacher(teacher: Any, tokenizer: Any) -> tuple[str, Teacher | None]
     get_architecture(teacher.config.model_type)  # raises if it is not supported
     if getattr(teacher.config, "memory", None):
         raise UserError("teacher is a student of dmt: it has no feed-forward blocks to replace")
-    if len(tokenizer) > teacher.config.vocab_size:
-        raise UserError(
-            f"tokenizer has {len(tokenizer):,} tokens, teacher {teacher.config.vocab_size:,}; "
-            "they belong to different models"
-        )
     model = use_onednn_linear(copy.deepcopy(teacher).float().cpu())
     return teacher.name_or_path or IN_MEMORY, (model.eval().requires_grad_(False), tokenizer)
 
@@ -380,6 +376,10 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
     logger.info("tokenizing %s", ", ".join(config.data.corpora))
     data.setup()
     keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
+    check_corpora_vocabulary(teacher, tokenizer, data)
+    inputs = identify_inputs(teacher, tokenizer, data.to_record())
+    if run_dir is not None:
+        check_inputs(run_dir, config, inputs)
     try:
         student, transfer_report = convert_blocks(
             teacher, memories, _collect_block_inputs(config, teacher, memories, data)
@@ -406,7 +406,9 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
         )
         if is_resumed and checkpoint is None:
             module.row_sync.rollback_run()
-    return _Run(config, folder, module, tokenizer, data, transfer_report, checkpoint, start_time)
+    return _Run(
+        config, folder, module, tokenizer, data, inputs, transfer_report, checkpoint, start_time
+    )
 
 
 def _resolve_memories(config: Config, teacher: PreTrainedModel) -> list[MemoryConfig]:
@@ -461,6 +463,7 @@ class _Run:
         module: the LightningModule, with student and teacher.
         tokenizer: tokenizer of both models.
         data: the text.
+        inputs: digests of teacher and text.
         transfer_report: source of each tensor of the student.
         checkpoint: the checkpoint that training continues from, None for a new run.
         start_time: when the run began, in seconds.
@@ -471,6 +474,7 @@ class _Run:
     module: DistillationModule
     tokenizer: Any
     data: TextDataModule
+    inputs: dict[str, Any]
     transfer_report: TransferReport
     checkpoint: Path | None
     start_time: float
@@ -486,7 +490,9 @@ class _Run:
         trainable = module.trainable_parameters()
         plan = format_plan(config, self.run_dir, module.student, trainable, self.transfer_report)
         logger.info("%s", plan)
-        record: dict[str, Any] = {"corpora": self.data.to_record()}
+        if get_rank() == 0:  # before anything is spent: a killed run knows what it was made from
+            write_record(self.run_dir, config, self.inputs, is_start=True)
+        record = {}
         if self.checkpoint is None:
             self._calibrate(device)
             record["before_training"] = self._measure_validation()
@@ -494,7 +500,7 @@ class _Run:
             files.atomic_write(
                 self.run_dir / WEIGHT_MAP_FILE, self.transfer_report.format_table() + "\n"
             )
-            write_record(self.run_dir, config, record, is_start=True)
+            write_record(self.run_dir, config, record)
         self.prepare_seconds = time.perf_counter() - self.start_time
 
     def _calibrate(self, device: torch.device) -> None:

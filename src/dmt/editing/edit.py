@@ -306,7 +306,7 @@ def compute_edits(
         encode_text(tokenizer, fact.answer + fact.closing, add_prefix=False) for fact in facts
     ]
     for fact, prompt, answer in zip(facts, prompt_ids, answer_ids, strict=True):
-        check_length(model, [*prompt, *answer], f"the fact {fact.prompt[:40]!r}")
+        check_length(model, tokenizer, [*prompt, *answer], f"the fact {fact.prompt[:40]!r}")
     edits: list[TokenEdit] = []
     for batch in batch_by_length(
         [len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)]

@@ -866,7 +866,7 @@ def find_nearest_facts(
     if not fact_store.records:
         return []
     ids = encode_text(fact_store.tokenizer, text)
-    check_length(fact_store.model, ids, "the text")
+    check_length(fact_store.model, fact_store.tokenizer, ids, "the text")
     layer = fact_store.hooks.key_layer
     state = collect_hidden_states(fact_store.model, [ids], [[len(ids) - 1]], [layer])[layer].cpu()
     records = list(fact_store.records.values())

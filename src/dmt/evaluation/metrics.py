@@ -23,7 +23,11 @@ from dmt.evaluation.questions import Question, score_answers
 from dmt.memory.associative import RetrievalStats
 from dmt.memory.usage import UsageCounts
 from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
-from dmt.models.forward import forward_with_activations, forward_with_prefix
+from dmt.models.forward import (
+    forward_with_activations,
+    forward_with_prefix,
+    override_decoding,
+)
 from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.ops import kl
 
@@ -288,6 +292,8 @@ def generate_greedy(model: PreTrainedModel, prompts: Tensor, max_new_tokens: int
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            stop_strings=None,
+            **override_decoding(model),
         )  # type: ignore[operator]
     return generated[:, prompts.shape[1] :]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from dmt.data.windows import get_prefix_ids
-from dmt.errors import UserError
+from dmt.errors import UserError, format_value
 from dmt.models.architectures import get_architecture
 
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -189,6 +189,33 @@ def forward_teacher(
 
 
 MAX_BATCH_TOKENS = 2_048  # of a batch of several texts, padding included
+# Generation settings of a model that choose another way of decoding than one token after the other,
+# or another kind of result, and the values that choose neither.
+TOKENWISE_DECODING: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "token_healing": False,
+    "is_assistant": False,
+    "return_dict_in_generate": False,
+}
+
+
+def override_decoding(model: PreTrainedModel) -> dict[str, Any]:
+    """Return arguments of `generate` that decode token by token, whatever a model's settings say.
+
+    Its other generation settings stay, such as the tokens that end a text and penalties.
+    """
+    settings: Any = model.generation_config
+    return {
+        name: value
+        for name, value in TOKENWISE_DECODING.items()
+        if getattr(settings, name, None) not in (None, value)
+    }
 
 
 def encode_text(tokenizer: Any, text: str, add_prefix: bool = True) -> list[int]:
@@ -198,13 +225,44 @@ def encode_text(tokenizer: Any, text: str, add_prefix: bool = True) -> list[int]
     )["input_ids"]
 
 
-def check_length(model: PreTrainedModel, ids: Sequence[int], label: str) -> None:
-    """Raise `UserError` if the text called `label` has more tokens than the model has positions."""
+def check_length(model: PreTrainedModel, tokenizer: Any, ids: Sequence[int], label: str) -> None:
+    """Check that a model can read a text.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, which may have more tokens than the model has embeddings.
+        ids: token ids of the text.
+        label: name of the text in messages.
+
+    Raises:
+        UserError: it has more tokens than the model has positions, or one that the model lacks.
+    """
     max_length = model.config.max_position_embeddings
     if len(ids) > max_length:
         raise UserError(
             f"{label} has {len(ids):,} tokens, the model reads {max_length:,} at most; "
             "give a shorter text"
+        )
+    check_vocabulary(model, tokenizer, torch.tensor(ids), label)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any, ids: Tensor, label: str) -> None:
+    """Check that a model has an embedding of each token id of a text of any shape.
+
+    Raises:
+        UserError: it lacks one; the message names the token.
+    """
+    vocab_size = model.config.vocab_size
+    beyond = ids[ids >= vocab_size]
+    if memory_tokens := getattr(model.config, "memory_tokens", None):
+        first = memory_tokens["first"]
+        beyond = beyond[(beyond < first) | (beyond >= first + memory_tokens["count"])]
+    if beyond.numel():
+        token = tokenizer.convert_ids_to_tokens(int(beyond.flatten()[0]))
+        raise UserError(
+            f"{label} has the token {format_value(token)}, which the tokenizer has and the model "
+            f"with its {vocab_size:,} embeddings does not; remove it from the text, or train a "
+            "model with model.resize_token_embeddings(len(tokenizer))"
         )
 
 
@@ -375,6 +433,7 @@ class ContextTeacher:
                 eos_token_id=eos_token_id,
                 pad_token_id=eos_token_id if eos_token_id is not None else 0,
                 **sampling_args,
+                **override_decoding(self.model),
             )
         texts = output_ids[:, len(self.ids) :].tolist()
         return [

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.errors import UserError
-from dmt.models.forward import check_length, encode_text
+from dmt.models.forward import check_length, encode_text, override_decoding
+
+MAX_REASON_CHARS = 120  # of a message of transformers
 
 
 @torch.no_grad()
@@ -38,26 +40,38 @@ def generate_tokens(
         Token IDs `(time,)` of the prompt, its start token included, and of the continuation.
 
     Raises:
-        UserError: the prompt is empty, or leaves no room for a continuation.
+        UserError: the prompt is empty, leaves no room for a continuation, or the generation
+            settings of the model do not work.
     """
     prompt_ids = encode_text(tokenizer, prompt)
     if not prompt.strip():
         raise UserError("the prompt is empty; give one such as 'The capital of France is'")
-    check_length(model, [*prompt_ids, 0], "the prompt, with room for an answer,")
+    check_length(model, tokenizer, [*prompt_ids, 0], "the prompt, with room for an answer,")
     free_positions = model.config.max_position_embeddings - len(prompt_ids)
     sampling_args: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
         sampling_args = {"do_sample": True, "temperature": temperature}
     input_ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-    output_ids = model.generate(  # type: ignore[operator]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_new_tokens, free_positions),
-        streamer=None if on_text is None else _TextStreamer(tokenizer, on_text),
-        pad_token_id=tokenizer.eos_token_id or 0,
-        **sampling_args,
-    )
+    try:
+        output_ids = model.generate(  # type: ignore[operator]
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=min(max_new_tokens, free_positions),
+            streamer=None if on_text is None else _TextStreamer(tokenizer, on_text),
+            pad_token_id=tokenizer.eos_token_id or 0,
+            tokenizer=tokenizer,  # for stop_strings
+            **sampling_args,
+            **override_decoding(model),
+        )
+    except (ValueError, TypeError) as error:
+        if getattr(model.generation_config, "_from_model_config", False):
+            raise  # it has no settings of its own
+        raise UserError(
+            "the model's generation settings do not work "
+            f"({' '.join(str(error).split())[:MAX_REASON_CHARS]}); correct its "
+            "generation_config.json, or remove it"
+        ) from error
     return output_ids[0]
 
 

@@ -35,7 +35,6 @@ REQUIRED_FILES_HINT = (
 # Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights.
 LEGACY_BUFFERS = ("attn.bias", "attn.masked_bias")
 SHIPPED_MODELS = ("embedded", "reader", SMOLLM2)  # names of models that need no folder or hub
-MAX_PADDING_ROWS = 128  # rows of an embedding matrix that no token uses, at most
 LAYER_COUNT_KEYS = ("n_layer", "num_hidden_layers")
 WIDTH_KEYS = ("n_embd", "hidden_size", "vocab_size")
 OTHER_SIZE_KEYS = (
@@ -101,7 +100,7 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
 
     Raises:
         UserError: `source` names no model, its family is not supported, it is a student, its
-            weights are not finite, or the tokenizer belongs to another model.
+            weights are not finite, or its files do not belong together.
     """
     label = f"teacher={source}"
     model, tokenizer = load_model(_resolve_source(source, label), label)
@@ -114,12 +113,6 @@ def load_teacher(source: str) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{label} is a student of dmt already: it has no feed-forward blocks left; name its "
             "teacher"
-        )
-    vocab_size = model.config.vocab_size
-    if not vocab_size - MAX_PADDING_ROWS < len(tokenizer) <= vocab_size:
-        raise UserError(
-            f"{label}: its tokenizer has {len(tokenizer):,} tokens, its model {vocab_size:,}; they "
-            "belong to different models, put the right tokenizer.json beside the weights"
         )
     return prepare_for_inference(use_onednn_linear(model)), tokenizer
 

@@ -298,6 +298,9 @@ def write_record(
             "cores": os.cpu_count(),
         },
         "commands": [*previous.get("commands", []), *([sys.argv] if is_start else [])],
+        "working_dir": previous.get(
+            "working_dir", os.path.relpath(Path.cwd().resolve(), run_dir.resolve())
+        ),
         "config": asdict(clear_run_name(config)),
         "seed": config.seed,
         "num_threads": config.trainer.num_threads,
