@@ -49,8 +49,9 @@ from dmt.models.external_tensors import find_mmap_memories
 from dmt.models.fact_hooks import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
-from dmt.models.loading import SAFE_LOADING, load_model, load_teacher
+from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher
 from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.models.model_files import format_other_files
 from dmt.ops import use_onednn_linear
 from dmt.paths import expand_home
 from dmt.report import distillation
@@ -490,6 +491,9 @@ class _Run:
         trainable = module.trainable_parameters()
         plan = format_plan(config, self.run_dir, module.student, trainable, self.transfer_report)
         logger.info("%s", plan)
+        other_files = format_other_files(Path(module.teacher.name_or_path or IN_MEMORY))
+        if other_files and config.teacher not in SHIPPED_MODELS:
+            logger.info("not taken along from the teacher's folder: %s", other_files)
         if get_rank() == 0:  # before anything is spent: a killed run knows what it was made from
             write_record(self.run_dir, config, self.inputs, is_start=True)
         record = {}

@@ -23,6 +23,7 @@ from dmt.files import STUDENT_VERSION, check_version
 from dmt.memory.mmap_tensors import MmapTensorFile
 from dmt.models.architectures import get_architecture
 from dmt.models.external_tensors import SLOTS_FILE
+from dmt.models.model_files import check_model_files, explain_names
 from dmt.ops import use_onednn_linear
 from dmt.paths import RUNS_DIR, expand_home, list_runs
 
@@ -32,6 +33,7 @@ REQUIRED_FILES_HINT = (
     "it needs config.json, model.safetensors and tokenizer.json that belong together, as "
     "save_pretrained writes them"
 )
+SPM_FILE = "tokenizer.model"
 # Constant buffers that checkpoints of early GPT-2 conversions hold beside the weights.
 LEGACY_BUFFERS = ("attn.bias", "attn.masked_bias")
 SHIPPED_MODELS = ("embedded", "reader", SMOLLM2)  # names of models that need no folder or hub
@@ -128,31 +130,46 @@ def load_model(name_or_path: str, label: str) -> tuple[PreTrainedModel, Any]:
         UserError: the model cannot be loaded, its files do not belong together, or its family is
             not supported.
     """
-    loaded: Any
+    folder = Path(name_or_path)
+    loaded: Any = None
     try:
-        if Path(name_or_path).is_dir():
-            check_folder(Path(name_or_path), label)
+        if folder.is_dir():
+            check_folder(folder, label)
         loaded = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING
+            name_or_path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+            **SAFE_LOADING,
         )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # whatever libraries raise for a file that anybody may have written
-        reason = explain_load_error(Path(name_or_path), error)
+        if loaded and not (folder / "tokenizer.json").exists() and (folder / SPM_FILE).exists():
+            raise UserError(
+                f"{label}: its tokenizer is {SPM_FILE}, a SentencePiece model; make tokenizer.json "
+                "of it: pip install sentencepiece protobuf, and in Python "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            ) from None
+        reason = explain_load_error(folder, error)
         raise UserError(f"{label} cannot be loaded ({reason}); {REQUIRED_FILES_HINT}") from None
+    tokenizer.init_kwargs.pop("auto_map", None)  # a copy would name code that it does not hold
     model, loading_info = loaded
+    architecture = get_architecture(model.config.model_type)
     # Missing weights were filled with random numbers, and training would continue from them.
-    unexpected = [
+    missing = sorted(loading_info["missing_keys"])
+    unexpected = sorted(
         name for name in loading_info["unexpected_keys"] if not name.endswith(LEGACY_BUFFERS)
-    ]
-    if mismatched := sorted(loading_info["missing_keys"]) + sorted(unexpected):
+    )
+    for name, file_shape, config_shape in loading_info["mismatched_keys"]:
         raise UserError(
-            f"{label}: its weights are not those of its config.json ({mismatched[0]} and "
-            f"{len(mismatched) - 1} more are missing or too many); save it again with "
-            "save_pretrained"
+            f"{label}: {name} has the shape {tuple(file_shape)} in its weights and "
+            f"{tuple(config_shape)} by its config.json; {REQUIRED_FILES_HINT}"
         )
-    get_architecture(model.config.model_type)
+    if missing or unexpected:
+        problem = explain_names(missing, unexpected, architecture.backbone)
+        raise UserError(f"{label}: {problem}")
     return model, tokenizer
 
 
@@ -238,6 +255,7 @@ def check_folder(folder: Path, label: str) -> None:
             f"{label}: version",
             "distill it again, or use the dmt that made it",
         )
+    check_model_files(folder, config, label)
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= MAX_SIZE:
             raise UserError(
