@@ -386,3 +386,14 @@ def test_two_processes_end_with_the_same_rows(tmp_path):
     for name in ("ids", "keys", "values", "recent_hidden", "score"):
         assert torch.equal(first[name], second[name]), name
     assert int((first["ids"] >= 0).sum()) == 25
+
+
+@pytest.mark.parametrize("value_target", ["projection", "teacher"])
+def test_every_parameter_has_a_gradient_without_recent_rows(value_target):
+    """Where several processes train, torch stops at a parameter that some pass did not use."""
+    memory = make_memory(value_target)
+    targets = torch.randn(12, WIDTH)
+    run_step(memory, torch.randn(12, WIDTH), None if value_target == "projection" else targets)
+    memory.set_recent_hidden(torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.long))
+    memory(torch.randn(5, WIDTH)).square().sum().backward()
+    assert [name for name, parameter in memory.named_parameters() if parameter.grad is None] == []

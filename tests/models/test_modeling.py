@@ -255,3 +255,10 @@ def test_generation_is_a_direct_base_and_plans_name_modules_that_exist(any_teach
     student = dmt.convert(any_teacher, FeaturalConfig(k=8))
     assert GenerationMixin in type(student).__bases__
     assert not [name for name in student.config.base_model_tp_plan or {} if "mlp" in name]
+
+
+def test_heads_take_gradient_checkpointing_from_the_config(teacher):
+    config = dmt.convert(teacher, FeaturalConfig(k=8)).config
+    config.gradient_checkpointing = True
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert model.is_activation_checkpointing

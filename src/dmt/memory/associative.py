@@ -384,8 +384,8 @@ class AssociativeMemory(MemoryLayer):
         """
         no_origin = torch.full_like(indices, -1)
         if self._recent_hidden is None or self._recent_ids is None or not len(self._recent_hidden):
-            no_rows = self.rows.keys.new_zeros(0, self.width)
-            return no_rows, no_rows, no_origin
+            # Projected too: where several processes train, each parameter needs a gradient.
+            return *self._project_rows(self.key.weight.new_zeros(0, self.width)), no_origin
         self._recent_hidden = self._recent_hidden.to(indices.device)
         self._recent_ids = self._recent_ids.to(indices.device)
         row_ids = self.rows.ids[indices]
@@ -394,13 +394,12 @@ class AssociativeMemory(MemoryLayer):
         sorted_positions = torch.searchsorted(sorted_ids, row_ids).clamp_max(len(order) - 1)
         is_recent = (sorted_ids[sorted_positions] == row_ids) & valid
         origins = torch.where(is_recent, order[sorted_positions], no_origin)
-        keys = F.normalize(self.key(self._recent_hidden), dim=-1)
-        values = (
-            torch.zeros_like(keys).detach()
-            if self.value is None
-            else self.value(self._recent_hidden)
-        )
-        return keys, values, origins
+        return *self._project_rows(self._recent_hidden), origins
+
+    def _project_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Project hidden states `(m, width)` to keys and, if values are projections, to values."""
+        keys = F.normalize(self.key(hidden), dim=-1)
+        return keys, torch.zeros_like(keys).detach() if self.value is None else self.value(hidden)
 
     @torch.no_grad()
     def _queue_writes(self, hidden: Tensor, base: Tensor | None) -> None:

@@ -316,10 +316,14 @@ def _make_head_class(
         base_model_prefix = backbone_name
 
         def __init__(self, config: Any) -> None:
+            # The dense backbone that the base may build takes this out of the config.
+            has_checkpointing = getattr(config, "gradient_checkpointing", False)
             super().__init__(config)
             if not isinstance(self.base_model, backbone):
                 setattr(self, self.base_model_prefix, backbone(config))
                 self.post_init()
+                if has_checkpointing:
+                    self.activation_checkpointing_enable()
 
     return _name_class(StudentHead, head_base)
 
