@@ -178,6 +178,9 @@ class FaissIndex:
         self._index: Any = None
         self._built_count = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FaissIndex, (self.kind, self.width)
+
     def build(self, keys: Tensor, indices: Tensor) -> None:
         """Replace the contents.
 

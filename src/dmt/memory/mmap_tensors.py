@@ -14,7 +14,7 @@ import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +181,9 @@ class MmapTensorFile:
         )
         self._names = frozenset(self._file.keys())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen_file, (self.path, self.digest)
+
     @property
     def shapes(self) -> list[list[int]]:
         """Shapes of all tensors."""
@@ -214,6 +217,28 @@ class MmapTensorFile:
                 "with this student's file"
             )
         return self._file.get_tensor(name)
+
+
+def _reopen_file(path: Path, digest: str) -> MmapTensorFile:
+    """Open the file of a copied or pickled model again.
+
+    Raises:
+        UserError: it is gone, or another file by now.
+    """
+    file = MmapTensorFile(path)
+    if file.digest != digest:
+        raise UserError(
+            f"{path} is no longer the file that this student was loaded from; load the student "
+            "again"
+        )
+    return file
+
+
+def raise_not_attached() -> NoReturn:
+    """Raise the `UserError` of a model whose file is not open."""
+    raise UserError(
+        "this memory's slots are in a file that is not open; load the student with from_pretrained"
+    )
 
 
 def _advise(tensor: Tensor, advice: str) -> None:
@@ -399,6 +424,20 @@ class MmapTensorsMixin(nn.Module):
             raise ValueError(f"offload must be one of {', '.join(OFFLOAD_MODES)}, got {offload}")
         self.value_dtype, self.offload = value_dtype, offload
         self._mmap_tensors: MmapTensors | None = None
+        self._attached_file: tuple[MmapTensorFile, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles map the file again, instead of holding a table that may exceed RAM.
+        state = self.__dict__.copy()
+        if self._attached_file is not None and self.offload != "none":
+            empty = torch.empty(0, self.width)
+            state |= {"_mmap_tensors": None} | dict.fromkeys(self.external_names, empty)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attached_file is not None and self.offload != "none":
+            self.attach_file(*self._attached_file)
 
     @property
     def mmap_tensors(self) -> MmapTensors | None:
@@ -509,14 +548,12 @@ class MmapTensorsMixin(nn.Module):
                 )
             setattr(self, name, tensor.clone() if self.offload == "none" else tensor)
         self._mmap_tensors = MmapTensors.from_file(file, prefix)
+        self._attached_file = file, prefix
 
     def check_attached(self) -> None:
         """Raise `UserError` where the tensors are in a file that is not attached."""
         if not len(self.values):
-            raise UserError(
-                "this memory's slots are in a file that is not open; load the student with "
-                "from_pretrained"
-            )
+            raise_not_attached()
 
     def external_sizes(self) -> dict[str, int]:
         """Return the bytes of a file's tensors held in `ram` and left on `disk`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,6 +170,11 @@ class RowTable(nn.Module):
         result = super()._apply(fn, recurse)
         self._key_offsets = self._bf16_keys = None  # of the old dtype and device
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy builds its index and what else is derived from the rows.
+        derived = dict.fromkeys(("_key_offsets", "_bf16_keys"))
+        return self.__dict__ | derived | {"_index_is_current": False}
 
     def reset(self) -> None:
         """Remove all rows."""

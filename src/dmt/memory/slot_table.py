@@ -94,6 +94,9 @@ class TensorCache:
         self._entries: dict[str, tuple[Any, Any]] = {}
         self._stale_calls: dict[str, int] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorCache, ()  # a copy has tensors of its own
+
     @torch.no_grad()
     def __call__(
         self,

@@ -17,6 +17,7 @@ from dmt.memory.mmap_tensors import (
     TensorSpec,
     gather_rows,
     make_spec,
+    raise_not_attached,
     write_tensor_file,
 )
 from dmt.models.architectures import get_architecture
@@ -31,12 +32,27 @@ class MmapEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = torch.empty(0, 0)
+        self._attached_file: tuple[MmapTensorFile, str] | None = None
         self.like: Tensor
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the model's dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids `(...)` to rows `(..., width)`."""
+        if not len(self.table):
+            raise_not_attached()
         return gather_rows(self.table, ids).to(self.like.dtype)
+
+    def attach_file(self, file: MmapTensorFile, name: str) -> None:
+        """Read the tensor `name` of a file."""
+        self.table, self._attached_file = file[name], (file, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"table": torch.empty(0, 0)}  # copies map the file again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._attached_file is not None:
+            self.attach_file(*self._attached_file)
 
 
 def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
@@ -168,5 +184,5 @@ def attach_model_file(model: Any, path: Path, digest: str) -> None:
     if embedding_path := position_embedding_path(model):
         embedding = model.get_submodule(embedding_path)
         assert isinstance(embedding, MmapEmbedding), "set by release_model_tensors"
-        embedding.table = mapped[f"{arch.position_embedding}.weight"]
+        embedding.attach_file(mapped, f"{arch.position_embedding}.weight")
     object.__setattr__(model, "slots_file", mapped)  # not a module attribute that nn.Module checks
