@@ -18,7 +18,7 @@ from dmt.report.html import render_html
 def make_run(tmp_path):
     """A function that writes the folder of a finished run and returns it."""
 
-    def make(name, kl, settings=(), top1=0.9, teacher_perplexity=10.0, commit="a"):
+    def make(name, kl, settings=(), top1=0.9, teacher_perplexity=10.0, commit="a", **record_more):
         folder = tmp_path / name
         folder.mkdir()
         OmegaConf.save(OmegaConf.from_dotlist(list(settings)), folder / "config.yaml")
@@ -37,6 +37,7 @@ def make_run(tmp_path):
                 }
             },
             "seconds": {"train": 3.0},
+            **record_more,
         }
         (folder / "run.json").write_text(json.dumps(record))
         (folder / "metrics.csv").write_text(
@@ -149,6 +150,62 @@ def test_runs_on_other_test_text_are_not_comparable(make_run, setting):
     assert "**0.4000**" in lines[3], "the best of the comparable runs"
     assert lines[4].startswith("| c † |")
     assert "**" not in lines[4]
+
+
+def make_inputs(weights="w", digest="d", characters=9):
+    """Return what `run.json` has of a teacher and a text."""
+    corpus = {"name": "text", "digest": digest, "documents": 2, "characters": characters}
+    return {"model": {"weights": weights}, "corpora": [corpus]}
+
+
+@pytest.mark.parametrize(
+    ("differences", "problem"),
+    [
+        ({"weights": "x"}, "measured against another teacher (its weights differ)"),
+        ({"digest": "e"}, "measured on other test text (the text of text)"),
+    ],
+)
+def test_runs_on_something_else_under_the_same_name_are_not_comparable(
+    make_run, differences, problem
+):
+    runs = [
+        make_run("a", 0.5, ["memory.mean_k=8"], **make_inputs()),
+        make_run("b", 0.4, ["memory.mean_k=16", "data.corpora=[/x/text.txt]"], **make_inputs()),
+        make_run("c", 0.1, ["memory.mean_k=32"], **make_inputs(**differences)),
+    ]
+    comparison = compare(runs)
+    assert [group.label for group in comparison.groups] == ["a", "b", "c †"]
+    assert comparison.warnings[0] == f"† c is not comparable with the first: {problem}."
+    assert problem in comparison.to_markdown().splitlines()[-1]
+    assert r"c $\dagger$" in comparison.to_latex()
+    assert problem in render_html(comparison.to_page())
+    assert "c †" in repr(comparison)
+    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert [row["problem"] for row in rows] == ["", "", problem]
+    assert [group["problem"] for group in comparison.to_dict()["groups"]] == ["", "", problem]
+
+
+def test_a_text_split_by_another_seed_is_the_same_text(make_run):
+    runs = [
+        make_run("a", 0.5, ["seed=0"], **make_inputs()),
+        make_run("b", 0.4, ["seed=1"], **make_inputs(digest="e")),
+    ]
+    assert compare(runs).groups[0].label == "all runs (2 runs)"
+    runs[1] = make_run("c", 0.4, ["seed=2"], **make_inputs(digest="e", characters=8))
+    assert compare(runs).groups[0].label == "all runs (2 runs) †"
+
+
+def test_a_longer_training_is_marked(make_run):
+    runs = [
+        make_run("a", 0.5, ["stages.end_to_end_steps=100", "stages.layerwise_steps=0"]),
+        make_run("b", 0.4, ["stages.end_to_end_steps=200", "stages.layerwise_steps=0"]),
+    ]
+    comparison = compare(runs)
+    assert [group.label for group in comparison.groups] == ["a", "b ‡"]
+    [warning] = comparison.warnings
+    assert warning.startswith("‡ b is trained on ")
+    assert comparison.groups[1].is_comparable
+    assert r"b $\ddagger$" in comparison.to_latex()
 
 
 def test_test_text_that_depends_on_the_seed_is_noted(make_run):

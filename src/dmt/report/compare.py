@@ -44,6 +44,7 @@ SEED = "seed"
 # Settings that change on what text a run is measured.
 TEST_SETTINGS = ("data.corpora", "data.test_tokens", "data.seq_len")
 NOT_COMPARABLE = "†"
+OTHER_LENGTH = "‡"  # trained on more or fewer tokens
 PERPLEXITY_TOLERANCE = 1e-3  # relative; more means that the teacher read other text
 
 
@@ -87,18 +88,27 @@ class RunGroup:
     Attributes:
         name: name of the only run, or the settings that tell the group from the others.
         runs: the runs.
-        is_comparable: whether they are measured on the same text as the first group.
+        problem: why results are not comparable with those of the first group; empty if they are.
+        has_same_length: whether they are trained on as many tokens as the first group, or are not
+            comparable anyway.
     """
 
     name: str
     runs: tuple[ComparedRun, ...]
-    is_comparable: bool = True
+    problem: str = ""
+    has_same_length: bool = True
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether they are measured on the same text and against the same teacher."""
+        return not self.problem
 
     @property
     def label(self) -> str:
-        """The name, with the number of runs and a mark where results are not comparable."""
+        """The name, with the number of runs and marks where results are not comparable."""
         seeds = f" ({len(self.runs)} runs)" if len(self.runs) > 1 else ""
-        return f"{self.name}{seeds}{'' if self.is_comparable else f' {NOT_COMPARABLE}'}"
+        mark = "" if self.is_comparable else f" {NOT_COMPARABLE}"
+        return f"{self.name}{seeds}{mark}{'' if self.has_same_length else f' {OTHER_LENGTH}'}"
 
     def values(self, key: str) -> list[float]:
         """Return the values of a metric in the runs that have it."""
@@ -210,22 +220,25 @@ class Comparison:
         return self.paper_table(metrics).to_latex()
 
     def to_csv(self) -> str:
-        """Return a line for each run: group, name, settings that differ, unrounded metrics."""
-        group_names = {run.name: group.name for group in self.groups for run in group.runs}
+        """Return a line for each run: group, settings that differ, unrounded metrics, problem."""
+        groups = {run.name: group for group in self.groups for run in group.runs}
         settings, metrics = list(self.config_diff), list(self.metrics)
         rows = [
             Row(
                 run.name,
                 (),
                 values=(
-                    group_names[run.name],
+                    groups[run.name].name,
                     *(format_value(self.config_diff[name][index]) for name in settings),
                     *(run.metrics.get(key) for key in metrics),
+                    groups[run.name].problem,
                 ),
             )
             for index, run in enumerate(self.runs)
         ]
-        return Table("", ("group", *settings, *metrics), rows, label_column="run").to_csv()
+        return Table(
+            "", ("group", *settings, *metrics, "problem"), rows, label_column="run"
+        ).to_csv()
 
     def to_dict(self) -> dict[str, Any]:
         """Return runs and groups as dictionaries and lists that JSON can hold."""
@@ -243,6 +256,7 @@ class Comparison:
                 "name": group.name,
                 "runs": [run.name for run in group.runs],
                 "is_comparable": group.is_comparable,
+                "problem": group.problem,
                 "metrics": {
                     key: {"mean": group.mean(key), "std": group.std(key)}
                     for key in self.metrics
@@ -304,7 +318,8 @@ def compare(runs: Sequence[str | Path], by: str | Sequence[str] | None = None) -
     """Compare finished runs.
 
     Runs that differ only by their seed form a group, over which mean and standard deviation are
-    taken. Groups that are measured on other test text than the first are marked with `†`.
+    taken. Groups that are measured on other test text than the first, or against another teacher,
+    are marked with `†`, those that are trained on more or fewer tokens with `‡`.
 
     Args:
         runs: folders of runs, or names or numbers of runs in `lightning_logs`; two or more.
@@ -331,7 +346,7 @@ def _group_runs(runs: Sequence[ComparedRun], by: Sequence[str]) -> Comparison:
         setting_texts = tuple(format_value(run.settings.get(key)) for key in keys)
         members.setdefault(setting_texts, []).append(run)
     reference = runs[0]
-    groups, warnings = [], []
+    groups, warnings, first_lengths = [], [], ""
     for setting_texts, group_runs in members.items():
         if len(group_runs) == 1 and not by:
             name = group_runs[0].name
@@ -343,27 +358,74 @@ def _group_runs(runs: Sequence[ComparedRun], by: Sequence[str]) -> Comparison:
         problem = next(filter(None, (_explain_mismatch(reference, run) for run in group_runs)), "")
         if problem:
             warnings.append(f"{NOT_COMPARABLE} {name} is not comparable with the first: {problem}.")
-        groups.append(RunGroup(name, tuple(group_runs), not problem))
+        lengths = _format_lengths(group_runs)
+        first_lengths = first_lengths or lengths
+        has_same_length = bool(problem) or lengths == first_lengths
+        if not has_same_length:
+            warnings.append(
+                f"{OTHER_LENGTH} {name} is trained on {lengths} tokens, the first on "
+                f"{first_lengths}."
+            )
+        groups.append(RunGroup(name, tuple(group_runs), problem, has_same_length))
     warnings += _find_test_differences(runs)
     return Comparison(tuple(runs), tuple(groups), config_diff, warnings)
 
 
 def _explain_mismatch(reference: ComparedRun, run: ComparedRun) -> str:
     """Return why results of the two are not comparable; empty if they are."""
+    texts = _identify_texts(reference, run)
     differing = [
         f"{name} {format_value(run.settings.get(name))} instead of "
         f"{format_value(reference.settings.get(name))}"
         for name in TEST_SETTINGS
         if run.settings.get(name) != reference.settings.get(name)
+        and not (texts and name == "data.corpora")
     ]
-    if differing:
-        return "measured on other test text (" + "; ".join(differing) + ")"
-    return ""
+    names = dict.fromkeys(name for identities in texts for name in identities)
+    differing += [
+        f"the text of {name}" for name in names if texts[0].get(name) != texts[1].get(name)
+    ]
+    problems = [f"measured on other test text ({'; '.join(differing)})"] if differing else []
+    weights = [_get_weights(compared) for compared in (reference, run)]
+    if None not in weights and weights[0] != weights[1]:
+        problems.append("measured against another teacher (its weights differ)")
+    return " and ".join(problems)
+
+
+def _get_weights(run: ComparedRun) -> str | None:
+    """Return the digest of the teacher's weights; runs of earlier versions have none."""
+    return run.record.get("model", {}).get("weights")
+
+
+def _identify_texts(*runs: ComparedRun) -> list[dict[str, Any]]:
+    """Return what identifies the corpora of each run, by name; nothing where one lacks it.
+
+    With one seed it is a digest. Files are split by the seed, so with several it is their size.
+    """
+    if not all(run.record.get("corpora") for run in runs):
+        return []
+    has_one_seed = len({run.settings.get(SEED) for run in runs}) == 1
+    keys = ("digest",) if has_one_seed else ("documents", "characters")
+    return [
+        {corpus["name"]: [corpus.get(key) for key in keys] for corpus in run.record["corpora"]}
+        for run in runs
+    ]
+
+
+def _format_lengths(runs: Sequence[ComparedRun]) -> str:
+    """Return the tokens that runs are trained on."""
+    lengths = {
+        _count_steps(run.settings)
+        * int(run.settings.get("data.batch_size") or 0)
+        * int(run.settings.get("data.seq_len") or 0)
+        for run in runs
+    }
+    return " or ".join(f"{length:,}" for length in sorted(lengths))
 
 
 def _find_test_differences(runs: Sequence[ComparedRun]) -> list[str]:
     """Return notes on teachers and test text that differ although the settings agree."""
-    teachers = {format_value(run.settings.get("teacher")) for run in runs}
+    teachers = {_get_weights(run) or format_value(run.settings.get("teacher")) for run in runs}
     if len(teachers) > 1:
         return ["KL, agreement and ratio are relative to the teacher of each run; teachers differ."]
     perplexities: dict[tuple[Any, ...], list[float]] = {}

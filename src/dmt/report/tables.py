@@ -31,6 +31,7 @@ LATEX_ESCAPES = str.maketrans(
         "↓": r"$\downarrow$",
         "↑": r"$\uparrow$",
         "†": r"$\dagger$",
+        "‡": r"$\ddagger$",
         "–": "--",
         "\N{NO-BREAK SPACE}": "~",
     }
