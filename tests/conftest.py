@@ -45,6 +45,7 @@ LONG = (
 # Tests of more than five seconds, by the beginning of their node id below tests/. They get the
 # marker `slow`, which the default options leave out: `make test-all` and CI run them too.
 SLOW = (
+    "clients/",
     "faults/",
     "test_benchmark",
     "test_readme.py::test_a_command",
