@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 # Starts of lines on stderr that are no error.
-NOTES = ("loading torch and transformers ...", "tokenizing ")
+NOTES = ("loading torch and transformers ...", "tokenizing ", "student ")
 # Ends of names beside an SQLite file that carry no content while they are empty; -shm never does.
 IGNORED_ENDINGS = ("-wal", ".lock")
 

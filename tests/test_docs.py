@@ -145,6 +145,7 @@ def newcomer(folder):
         model = ["--model", "lightning_logs/version_0"]
         assert main(["memory", "write", ADA, "--tag", "family", *model]) == 0
         assert main(["generate", "Ada Winterbourne was born in the town of", *model]) == 0
+        assert main(["use", "version_0"]) == 0
     finally:
         os.chdir(old)
     return folder

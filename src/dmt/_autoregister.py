@@ -15,9 +15,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 TRIGGER_MODULE, MODELING_MODULE = "transformers", "dmt.models.modeling"
-# What dmt.models.modeling is built on. Each of these is imported after transformers, or the import
-# of the model classes would meet it half imported.
-FOUNDATIONS = ("dmt.memory", "dmt.models", "dmt.ops", "dmt.store")
+# What dmt.models.modeling is built on and imports torch. Each of these is imported after
+# transformers, or the import of the model classes would meet it half imported.
+FOUNDATIONS = ("dmt.memory", "dmt.models", "dmt.ops")
 
 
 class _RegisteringFinder(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""Find runs on the disk: by the name a user types, and the newest of a log folder."""
+"""Find runs and students on the disk: by the name a user types, the chosen or the newest one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import shlex
 from pathlib import Path
 
 from dmt.errors import UserError, format_value
+from dmt.files import atomic_write
 
 RUNS_DIR = "lightning_logs"  # where runs are unless `trainer.log_dir` says otherwise
 MAX_LISTED_RUNS = 8  # runs that an error message lists
+FACTS_FILE = "memory.db"  # holds facts and rows written online, beside a saved model's weights
+CHOICE_FILE = ".student"  # in `RUNS_DIR`: the student that `dmt use` chose
 
 
 def parse_run_number(run_dir: Path) -> int | None:
@@ -90,6 +93,72 @@ def find_run(name_or_path: str) -> Path:
         f"{name_or_path}: {problem}; give a run's folder"
         + (f", or one in {RUNS_DIR}: {', '.join(recent_names)}" if recent_names else "")
     )
+
+
+def resolve_student_folder(path: str | Path | None = None) -> Path:
+    """Return the folder of a saved student.
+
+    Args:
+        path: the folder itself, or a run's folder, which holds it as `student`, or the name of a
+            run in `lightning_logs`; None is the one that `dmt use` chose, or the newest run there.
+
+    Raises:
+        UserError: there is no saved student.
+    """
+    if path is None:
+        if (chosen := read_chosen_student()) is not None:
+            return chosen
+        runs = list_runs(Path(RUNS_DIR), required_name="student")
+        if not runs:
+            raise UserError(
+                f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name a model"
+            )
+        return runs[-1] / "student"
+    folder = expand_home(path)
+    for candidate in (folder / "student", folder, Path(RUNS_DIR) / folder / "student"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    problem = (
+        "it holds no saved student (no config.json)" if folder.exists() else "nothing is there"
+    )
+    raise UserError(
+        f"model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made "
+        "by save_pretrained"
+    )
+
+
+def read_chosen_student() -> Path | None:
+    """Return the folder of the student that `dmt use` chose, or None.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    try:
+        text = (Path(RUNS_DIR) / CHOICE_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    if not (Path(text) / "config.json").is_file():
+        raise UserError(
+            f"{text}, which dmt use chose, holds no saved student any more; choose another with "
+            "dmt use RUN, or the newest run with dmt use --newest"
+        )
+    return Path(text)
+
+
+def choose_student(folder: Path | None) -> None:
+    """Let commands without `--model` use the student in a folder; None is the newest run's.
+
+    Raises:
+        OSError: the choice cannot be stored.
+    """
+    choice = Path(RUNS_DIR) / CHOICE_FILE
+    if folder is None:
+        choice.unlink(missing_ok=True)
+        return
+    if not folder.resolve().is_relative_to(Path.cwd()):
+        folder = folder.resolve()
+    choice.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(choice, f"{folder}\n")
 
 
 def quote_path(path: str | Path) -> str:

@@ -700,8 +700,8 @@ RUNS = {
         ["dmt", "memory", "list", *MODEL],
         [f"store {FACTS_DB}: this file is not a store"],
         lambda: (
-            delete(f"{FACTS_DB}-wal")(),
-            delete(f"{FACTS_DB}-shm")(),
+            Path(f"{FACTS_DB}-wal").unlink(missing_ok=True),
+            Path(f"{FACTS_DB}-shm").unlink(missing_ok=True),
             write_file(FACTS_DB, "text " * 999)(),
         ),
     ),
@@ -731,7 +731,7 @@ RUNS = {
         execute_sql(FACTS_DB, "UPDATE dmt_facts SET subject_ids='[['"),
     ),
     "truncated rows": Case(
-        ["dmt", "memory", "list", *MODEL],
+        ["dmt", "memory", "show", "1", *MODEL],
         [f"store {FACTS_DB}", "damaged"],
         execute_sql(FACTS_DB, "UPDATE dmt_rows SET key=x'00'"),
     ),

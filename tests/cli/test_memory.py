@@ -1,6 +1,7 @@
 """The `dmt` command, as people and programs use it: on a saved student, in one process."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,9 @@ def test_a_written_fact_is_generated_listed_shown_and_searched(run, student):
     shown = run("memory", "show", str(fact["id"]))
     assert "".join(row["token"] for row in shown["rows"]) == " dog"
     assert all(row["value_norm"] > 0 for row in shown["rows"])
+    promoted = run("memory", "show", str(fact["id"]), "--promoted")["rows"]
+    assert [len(row.pop("top_tokens")) for row in promoted] == [5] * len(promoted)
+    assert promoted == shown["rows"]
     assert run("memory", "search", "holbrook DOG")[0]["matched_by"] == "text"
     assert run("memory", "search", "Ben runs to the")[-1]["matched_by"] == "hidden_state"
     assert [fact["matched_by"] for fact in run("memory", "search", PROMPT)] == [
@@ -188,7 +192,7 @@ def test_facts_are_rebound_to_other_weights(run, student, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "trained")
     shutil.copy(student / "memory.db", tmp_path / "trained")
     trained = {"model": tmp_path / "trained"}
-    assert "dmt memory rebind" in run("memory", "list", **trained, ok=False)
+    assert "dmt memory rebind" in run("memory", "stats", **trained, ok=False)
     result = run("memory", "rebind", **trained)
     assert result["num_facts"] == 1
     assert 0 <= result["key_layer"] <= result["value_layer"] < 3
@@ -696,6 +700,80 @@ def test_the_newest_run_is_the_default(student_with_fact, tmp_path, monkeypatch,
     (tmp_path / "lightning_logs" / "version_2" / "student").mkdir()
     assert main(["memory", "list"]) == 0
     assert "Holbrook" in capsys.readouterr().out
+
+
+@pytest.fixture
+def two_runs(student, tmp_path, monkeypatch):
+    """Two runs, of which the older one has the fact."""
+    monkeypatch.chdir(tmp_path)
+    for number in (2, 10):
+        (tmp_path / "lightning_logs" / f"version_{number}").mkdir(parents=True)
+        shutil.copytree(student, tmp_path / "lightning_logs" / f"version_{number}" / "student")
+    for file in (tmp_path / "lightning_logs" / "version_10" / "student").glob("memory.db*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["memory", "write", "Ben runs to the dog"],
+        ["memory", "forget", "--id", "1"],
+        ["memory", "restore", "1"],
+        ["memory", "prune", "--keep", "0"],
+        ["generate", "Ben", "--write-memory"],
+    ],
+    ids=lambda args: args[1],
+)
+def test_writing_does_not_guess_the_student(two_runs, capsys, args):
+    assert main(args) == 2
+    assert capsys.readouterr().err == (
+        "error: lightning_logs/version_10 is the newest run, but lightning_logs/version_2 has the "
+        f"facts; say which is meant: {shlex.join(['dmt', *args])} --model lightning_logs/version_2,"
+        " or choose one with dmt use\n"
+    )
+
+
+def test_the_chosen_student_is_used_and_named(two_runs, capsys):
+    def run_and_read(*args):
+        assert main(list(args)) == 0
+        return capsys.readouterr()
+
+    assert run_and_read("use").out == "lightning_logs/version_10/student (the newest run)\n"
+    printed = run_and_read("memory", "list", "--json")
+    assert json.loads(printed.out) == []
+    assert printed.err == "student lightning_logs/version_10/student (the newest run)\n"
+    assert run_and_read("memory", "list", "--quiet").err == ""
+    printed = run_and_read("use", "version_2")
+    assert printed.out == "lightning_logs/version_2/student (chosen with dmt use)\n"
+    printed = run_and_read("memory", "list", "--json")
+    assert len(json.loads(printed.out)) == 1
+    assert printed.err == "student lightning_logs/version_2/student (chosen with dmt use)\n"
+    printed = run_and_read("memory", "list", "--json", "-m", "version_10")
+    assert json.loads(printed.out) == [], "--model beats it"
+    assert printed.err == "student lightning_logs/version_10/student\n"
+    run_and_read("memory", "forget", "--id", "1")
+    shutil.rmtree("lightning_logs/version_2")
+    assert main(["memory", "list"]) == 2
+    assert "holds no saved student any more; choose another" in capsys.readouterr().err
+    assert "the newest run" in run_and_read("use", "--newest").out
+
+
+def test_reading_the_facts_does_not_import_torch(student):
+    """A student with 100,000 facts is read in a second, not in a minute."""
+    code = f"""
+import sys
+from dmt.cli.main import main
+for args in (
+    ["list"], ["list", "--all", "--json"], ["search", "holbrook"], ["show", "1"]
+):
+    assert main(["memory", *args, "-m", {str(student)!r}]) == 0, args
+assert main(["use"]) == 2
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=student, capture_output=True, text=True, check=False
+    )
+    assert process.stdout.splitlines()[-1] == "False False", process.stderr
 
 
 def test_tables_are_not_json(student, capsys):

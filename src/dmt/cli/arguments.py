@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dmt import signals
 from dmt.errors import UserError, format_value
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def add_command(
     description: str = "",
     examples: Sequence[str] = (),
     *,
-    needs_torch: bool = True,
+    needs_torch: bool | Callable[[argparse.Namespace], bool] = True,
 ) -> Parser:
     """Add a command with the options that all commands have.
 
@@ -73,7 +75,8 @@ def add_command(
         summary: one line for the list of commands; a sentence without its period.
         description: more sentences for `--help`.
         examples: command lines for `--help`.
-        needs_torch: whether torch and transformers are imported before `run` is called.
+        needs_torch: whether torch and transformers are imported before `run` is called; may depend
+            on the arguments.
     """
     parser: Parser = commands.add_parser(
         name,
@@ -87,6 +90,16 @@ def add_command(
     verbosity.add_argument("--quiet", action="store_true", help="print only results and warnings")
     verbosity.add_argument("--verbose", action="store_true", help="print debug messages too")
     return parser
+
+
+def import_torch() -> None:
+    """Import torch and transformers, quickly and silently; only once the arguments are valid."""
+    check_docstrings()
+    with signals.fast_imports():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from dmt.training.trainer import silence_libraries
+
+        silence_libraries()
 
 
 def check_docstrings() -> None:
@@ -109,7 +122,8 @@ def add_model_argument(parser: argparse.ArgumentParser, help_text: str = "") -> 
         "-m",
         "--model",
         metavar="RUN",
-        help=help_text or "a run's folder or a saved student (default: the newest run)",
+        help=help_text
+        or "a run's folder or a saved student (default: what dmt use chose, or the newest run)",
     )
 
 

@@ -17,6 +17,7 @@ from dmt.cli.arguments import (
     positive_int,
     seed,
 )
+from dmt.cli.facts import resolve_student
 from dmt.config import Config, ContextConfig
 from dmt.config_io import list_setting_names
 from dmt.errors import UserError
@@ -171,7 +172,7 @@ def run_consolidate(args: argparse.Namespace, out: Output) -> None:
     if text is not None and text.partition("=")[0] in list_setting_names():
         extra_settings, text = [text, *extra_settings], None  # the first of the settings
     values: dict[str, Any] = {
-        "teacher": _resolve_model(args.model, extra_settings),
+        "teacher": _resolve_model(args, extra_settings, out),
         "stages.end_to_end_steps": DEFAULT_STEPS,
         "stages.end_to_end_lr": DEFAULT_LR,
     }
@@ -193,7 +194,7 @@ def run_sleep(args: argparse.Namespace, out: Output) -> None:
     from dmt.consolidation.sleep import find_replay_data, read_result
     from dmt.report.slot_transfer import summarize
 
-    values: dict[str, Any] = {"teacher": _resolve_model(args.model, args.settings)}
+    values: dict[str, Any] = {"teacher": _resolve_model(args, args.settings, out)}
     if corpora := find_replay_data(Path(values["teacher"])):
         values["data.corpora"] = corpora
     values |= _read_options(args, SETTING_BY_SLEEP_OPTION)
@@ -234,14 +235,13 @@ def _read_options(args: argparse.Namespace, settings: Mapping[str, str]) -> dict
     }
 
 
-def _resolve_model(model: str | None, settings: Sequence[str]) -> str:
+def _resolve_model(args: argparse.Namespace, settings: Sequence[str], out: Output) -> str:
     """Return the folder of the student that `--model` names, or the name of another model."""
-    from dmt.models.loading import resolve_student_folder
-
+    model: str | None = args.model
     if model is None and any(setting.startswith("teacher=") for setting in settings):
         return next(s for s in settings if s.startswith("teacher=")).partition("=")[2]
     is_run = model is not None and (expand_home(model) / "student").is_dir()
-    return str(resolve_student_folder(model)) if model is None or is_run else model
+    return str(resolve_student(args, out)) if model is None or is_run else model
 
 
 def _build_config(

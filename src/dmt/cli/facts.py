@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmt.cli.arguments import positive_int
 from dmt.errors import UserError
+from dmt.paths import (
+    FACTS_FILE,
+    RUNS_DIR,
+    list_runs,
+    quote_path,
+    read_chosen_student,
+    resolve_student_folder,
+)
 
 if TYPE_CHECKING:
     from dmt.cli.output import Output
     from dmt.editing.edit import WriteResult
     from dmt.editing.fact_store import FactStore
+    from dmt.store.facts import FactTable
     from dmt.store.records import FactRecord
 
 MAX_SHOWN = 20  # facts of a long list in the output of one command
@@ -58,19 +67,18 @@ def check_row_selection(args: argparse.Namespace) -> None:
         )
 
 
-def select_facts(fact_store: FactStore, args: argparse.Namespace) -> list[FactRecord]:
-    """Return the stored facts that `--id`, `--tag` and `--query` select; all without any.
+def select_facts(facts: Collection[FactRecord], args: argparse.Namespace) -> list[FactRecord]:
+    """Return the facts that `--id`, `--tag` and `--query` select; all without any.
 
     Raises:
         UserError: an ID is not stored.
     """
-    missing = sorted(set(args.id or ()) - set(fact_store.records))
+    missing = sorted(set(args.id or ()) - {fact.id for fact in facts})
     if missing:
         raise UserError(
-            f"fact {missing[0]} is not stored; dmt memory list shows the "
-            f"{len(fact_store.records):,} that are"
+            f"fact {missing[0]} is not stored; dmt memory list shows the {len(facts):,} that are"
         )
-    return filter_facts(fact_store.records.values(), args.id, args.tag, args.query)
+    return filter_facts(facts, args.id, args.tag, args.query)
 
 
 def filter_facts(
@@ -90,13 +98,70 @@ def filter_facts(
     ]
 
 
-def open_student(model: str | None, writable: bool = False) -> tuple[FactStore, Path]:
-    """Open the facts of a student, read-only unless `writable`; return them and its folder."""
-    from dmt.editing.fact_store import FactStore
-    from dmt.models.loading import resolve_student_folder
+def resolve_student(args: argparse.Namespace, out: Output, *, writes: bool = False) -> Path:
+    """Return the folder of the student that `--model` names, or of the default; print which it is.
 
-    folder = resolve_student_folder(model)
-    return FactStore.open(folder, read_only=not writable), folder
+    Args:
+        args: arguments with `model` and `command`.
+        out: where the command prints.
+        writes: the command changes the student's memory.
+
+    Raises:
+        UserError: there is no student, or one is to be changed and it is not clear which.
+    """
+    folder = resolve_student_folder(args.model)
+    if args.model is not None:
+        reason = ""
+    elif read_chosen_student() is not None:
+        reason = "chosen with dmt use"
+    else:
+        reason = "the newest run"
+        if writes:
+            _check_newest_is_meant(folder, args.command)
+    out.print_student(folder, reason)
+    return folder
+
+
+def _check_newest_is_meant(newest: Path, command: str) -> None:
+    """Raise `UserError` if the newest student has no facts or rows, but that of another run has."""
+    if _has_memory(newest):
+        return
+    runs = [run for run in list_runs(Path(RUNS_DIR), "student") if _has_memory(run / "student")]
+    if runs:
+        raise UserError(
+            f"{newest.parent} is the newest run, but {runs[-1]} has the facts; say which is meant: "
+            f"{command} --model {quote_path(runs[-1])}, or choose one with dmt use"
+        )
+
+
+def _has_memory(folder: Path) -> bool:
+    """Check whether anything was ever written into the memory of a student."""
+    from dmt.store import RowStore
+
+    path = folder / FACTS_FILE
+    return path.is_file() and bool(RowStore(str(path), read_only=True).list_namespaces())
+
+
+def open_student(
+    args: argparse.Namespace, out: Output, *, writes: bool = False
+) -> tuple[FactStore, Path]:
+    """Open the facts of a student, read-only unless it `writes`; return them and its folder."""
+    from dmt.editing.fact_store import FactStore
+
+    folder = resolve_student(args, out, writes=writes)
+    return FactStore.open(folder, read_only=not writes), folder
+
+
+def open_fact_table(folder: Path) -> FactTable | None:
+    """Open the facts of a student without loading the student; None where it has none."""
+    from dmt.store import RowStore
+    from dmt.store.facts import FactTable
+
+    path = folder / FACTS_FILE
+    if not path.is_file():
+        return None
+    fact_table = FactTable(RowStore(str(path), read_only=True))
+    return fact_table if fact_table.exists else None
 
 
 def load_fact_records(name: str) -> list[FactRecord]:
@@ -106,19 +171,12 @@ def load_fact_records(name: str) -> list[FactRecord]:
         UserError: it is none of them.
     """
     from dmt.editing.packs import is_pack, load_fact_pack
-    from dmt.models.fact_hooks import FACTS_FILE
-    from dmt.models.loading import resolve_student_folder
-    from dmt.store import RowStore
-    from dmt.store.facts import FactTable
 
     path = Path(name)
     if is_pack(path):
         return load_fact_pack(path).facts
-    db_path = resolve_student_folder(path) / FACTS_FILE
-    if not db_path.is_file():
-        return []
-    fact_table = FactTable(RowStore(str(db_path), read_only=True))
-    return fact_table.read() if fact_table.exists else []
+    fact_table = open_fact_table(resolve_student_folder(path))
+    return [] if fact_table is None else fact_table.read()
 
 
 def fact_to_dict(fact: FactRecord) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
     def print_token(text: str) -> None:
         print(escape_control_chars(text, "\n\t"), end="", flush=True)
 
-    fact_store, folder = open_student(args.model, writable=args.write_memory)
+    fact_store, folder = open_student(args, out, writes=args.write_memory)
     model, tokenizer = fact_store.model, fact_store.tokenizer
     if args.write_memory:
         ensure_namespaces(model, fact_store.db)  # fails before anything is generated

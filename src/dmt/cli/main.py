@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import dmt
 from dmt import files, signals
-from dmt.cli import compare, config, consolidate, distill, generate, memory
-from dmt.cli.arguments import Parser, PrintCompletion, check_docstrings, indent
+from dmt.cli import compare, config, consolidate, distill, generate, memory, use
+from dmt.cli.arguments import Parser, PrintCompletion, import_torch, indent
 from dmt.cli.output import Output, escape_unencodable_chars, log_to_stderr
 from dmt.errors import FailureError, UserError
 from dmt.files import check_utf8_args
@@ -91,7 +92,7 @@ def build_parser() -> Parser:
     )
     root.set_defaults(parser=root)
     commands = root.add_subparsers(metavar="COMMAND", title="commands")
-    for module in (distill, generate, memory, consolidate, compare, config):
+    for module in (distill, generate, memory, use, consolidate, compare, config):
         module.add_parser(commands)
     return root
 
@@ -102,13 +103,9 @@ def _run_command(argv: list[str]) -> int:
     if not hasattr(args, "run"):
         args.parser.print_help()
         return SUCCESS
-    if args.needs_torch:
-        check_docstrings()
-        with signals.fast_imports():  # only once the arguments are valid
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-            from dmt.training.trainer import silence_libraries
-
-            silence_libraries()
+    args.command = shlex.join(["dmt", *argv])
+    if args.needs_torch(args) if callable(args.needs_torch) else args.needs_torch:
+        import_torch()
     with log_to_stderr(args.quiet, args.verbose):
         args.run(args, Output(args.json, args.quiet))
     return SUCCESS

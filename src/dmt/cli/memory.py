@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dmt.cli import packs
 from dmt.cli.arguments import (
@@ -15,6 +18,7 @@ from dmt.cli.arguments import (
     add_model_argument,
     add_trace_arguments,
     false_positive_rate,
+    import_torch,
     non_negative_int,
 )
 from dmt.cli.facts import (
@@ -27,9 +31,11 @@ from dmt.cli.facts import (
     fact_to_dict,
     filter_facts,
     make_fact_lookup,
+    open_fact_table,
     open_student,
     print_counts,
     print_omitted,
+    resolve_student,
     select_facts,
 )
 from dmt.config_io import select_layers
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from dmt.editing.edit import WriteResult
     from dmt.editing.fact import Fact
     from dmt.editing.fact_store import FactStore
+    from dmt.store.facts import FactTable
     from dmt.store.records import FactRecord
 
 MIN_CONFIDENT_PROB = 0.5  # a less likely answer may not be generated; the user is warned
@@ -99,7 +106,7 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
     from dmt.models.architectures import get_architecture
     from dmt.models.fact_hooks import FACTS_FILE
 
-    fact_store, folder = open_student(args.model)
+    fact_store, folder = open_student(args, out)
     model = fact_store.model
     model_type = model.config.model_type
     blocks = get_architecture(model_type).blocks(model)
@@ -179,6 +186,7 @@ def _add_list(commands: Any) -> None:
         run_list,
         "List facts, or with --rows the rows of associative memory",
         examples=["dmt memory list --tag family", "dmt memory list --all --json"],
+        needs_torch=lambda args: args.rows,
     )
     add_selection_arguments(parser)
     add_rows_argument(parser)
@@ -190,21 +198,20 @@ def _add_list(commands: Any) -> None:
 def run_list(args: argparse.Namespace, out: Output) -> None:
     """Print the facts of a student, or the rows of its associative memory."""
     check_row_selection(args)
-    fact_store, _ = open_student(args.model)
     if args.rows:
-        _list_rows(fact_store, args, out)
+        _list_rows(open_student(args, out)[0], args, out)
         return
-    if fact_store.db is None:
+    fact_table = open_fact_table(resolve_student(args, out))
+    if fact_table is None:
         out.print_line(NO_FACTS_MESSAGE)
         out.print_json([])
         return
+    records = fact_table.read(include_deleted=args.all)
     if args.all:
-        facts = filter_facts(
-            fact_store.fact_table.read(include_deleted=True), args.id, args.tag, args.query
-        )
+        facts = filter_facts(records, args.id, args.tag, args.query)
     else:
-        facts = select_facts(fact_store, args)
-    usage = fact_store.fact_table.read_usage() if facts else {}
+        facts = select_facts(records, args)
+    usage = fact_table.read_usage() if facts else {}
     hits = {
         fact.id: max((usage.get(row, (0, 0.0))[0] for row in fact.rows), default=0)
         for fact in facts
@@ -223,7 +230,7 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
         )
         for fact in facts[: args.limit]
     ]
-    out.print_table(columns, cells, "no matching facts" if fact_store.records else NO_FACTS_MESSAGE)
+    out.print_table(columns, cells, "no matching facts" if records else NO_FACTS_MESSAGE)
     print_omitted(len(facts), args.limit, out)
     out.print_json([fact_to_dict(fact) | {"hits": hits[fact.id]} for fact in facts[: args.limit]])
 
@@ -271,11 +278,17 @@ def _add_show(commands: Any) -> None:
         commands,
         "show",
         run_show,
-        "Show one fact, or with --slot one slot, and the tokens that it promotes",
-        examples=["dmt memory show 1", "dmt memory show --slot 3:17"],
+        "Show one fact, or with --slot one slot",
+        examples=["dmt memory show 1 --promoted", "dmt memory show --slot 3:17"],
+        needs_torch=lambda args: args.promoted or args.slot is not None,
     )
     parser.add_argument("fact_id", nargs="?", type=int, metavar="ID", help="a fact's ID")
     parser.add_argument("--slot", metavar="LAYER:INDEX", help="show a slot instead of a fact")
+    parser.add_argument(
+        "--promoted",
+        action="store_true",
+        help="show the tokens that each row promotes, too, as always for a slot; loads the model",
+    )
     add_model_argument(parser)
 
 
@@ -283,14 +296,17 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
     """Print one fact in full, or one slot."""
     if args.slot is None and args.fact_id is None:
         raise UserError("show needs the ID of a fact, or --slot LAYER:INDEX")
-    fact_store, _ = open_student(args.model)
     if args.slot is not None:
-        _show_slot(fact_store, args.slot, out)
+        _show_slot(open_student(args, out)[0], args.slot, out)
         return
-    history = {fact.id: fact for fact in fact_store.fact_table.read(include_deleted=True)}
-    if args.fact_id not in history:
+    folder = resolve_student(args, out)
+    fact_table = open_fact_table(folder)
+    facts = [] if fact_table is None else fact_table.read(include_deleted=True)
+    history = {fact.id: fact for fact in facts}
+    if fact_table is None or args.fact_id not in history:
         raise UserError(f"fact {args.fact_id} was never stored; dmt memory list --all shows all")
     fact = history[args.fact_id]
+    rows = [] if fact.deleted_reason else _describe_fact_rows(folder, fact_table, fact)
     out.print_line(f"fact {fact.id}: {fact.prompt!r} is answered {fact.answer!r}")
     scope = (
         f"fires for {fact.subject!r}" if fact.subject else "fires for every prompt much like this"
@@ -301,14 +317,15 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
     )
     if fact.deleted_reason:
         out.print_line(_format_deletion(fact))
-    rows = _describe_fact_rows(fact_store, fact)
     columns = {
         "id": "row",
         "token": "token",
         "threshold": "min cosine",
         "value_norm": "value norm",
-        "top_tokens": "promotes",
     }
+    if args.promoted:
+        columns["top_tokens"] = "promotes"
+        _add_promoted_tokens(folder, fact, rows)
     cells = [
         [_quote(row[key]) if key in ("token", "top_tokens") else row[key] for key in columns]
         for row in rows
@@ -327,26 +344,36 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
     )
 
 
-def _describe_fact_rows(fact_store: FactStore, fact: FactRecord) -> list[dict[str, Any]]:
+def _describe_fact_rows(
+    folder: Path, fact_table: FactTable, fact: FactRecord
+) -> list[dict[str, Any]]:
+    from tokenizers import Tokenizer
+
+    tokenizer_path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.is_file() else None
+    batch = fact_table.store.get(fact_table.namespace, fact.rows)
+    norms = dict(zip(batch.ids.tolist(), np.linalg.norm(batch.values, axis=1), strict=True))
+    return [
+        {
+            "id": row_id,
+            "token": str(token) if tokenizer is None else tokenizer.decode([token], False),
+            "threshold": round(threshold, 3),
+            "value_norm": round(float(norms[row_id]), 2),
+        }
+        for row_id, token, threshold in zip(
+            fact.rows, fact.answer_ids, fact.thresholds, strict=False
+        )
+    ]
+
+
+def _add_promoted_tokens(folder: Path, fact: FactRecord, rows: Sequence[dict[str, Any]]) -> None:
+    from dmt.editing.fact_store import FactStore
     from dmt.evaluation.trace import logit_lens
 
-    if fact.deleted_reason is not None:
-        return []
-    described = []
-    for row, token, threshold in zip(
-        fact_store.get_rows(fact.id), fact.answer_ids, fact.thresholds, strict=False
-    ):
-        promoted = logit_lens(fact_store.model, fact_store.tokenizer, row.value.unsqueeze(0))[0]
-        described.append(
-            {
-                "id": row.row_id,
-                "token": fact_store.tokenizer.decode([token]),
-                "threshold": round(threshold, 3),
-                "value_norm": round(float(row.value.norm()), 2),
-                "top_tokens": [text for text, _ in promoted],
-            }
-        )
-    return described
+    fact_store = FactStore.open(folder, read_only=True)
+    for row, stored in zip(rows, fact_store.get_rows(fact.id) if rows else [], strict=True):
+        promoted = logit_lens(fact_store.model, fact_store.tokenizer, stored.value.unsqueeze(0))[0]
+        row["top_tokens"] = [text for text, _ in promoted]
 
 
 def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
@@ -397,8 +424,10 @@ def _add_search(commands: Any) -> None:
         commands,
         "search",
         run_search,
-        "Search facts by their text, and by the hidden state at the end of a text",
-        examples=['dmt memory search "Ada"', 'dmt memory search "The birthplace of Ada is"'],
+        "Search facts by their text, or else by the hidden state at the end of the text",
+        "The hidden state, for which the model is loaded, finds facts where no fact has the words.",
+        ['dmt memory search "Ada"', 'dmt memory search "The birthplace of Ada is"'],
+        needs_torch=False,  # imported where no fact has the words
     )
     parser.add_argument("text", help="words of the fact, or a prompt without its answer")
     add_limit_argument(parser, 5)
@@ -406,17 +435,12 @@ def _add_search(commands: Any) -> None:
 
 
 def run_search(args: argparse.Namespace, out: Output) -> None:
-    """Print facts that contain the text, then those with a similar hidden state."""
-    from dmt.editing.fact_store import find_nearest_facts
-
-    fact_store, _ = open_student(args.model)
-    matches = filter_facts(fact_store.records.values(), query=args.text)
-    neighbors = [
-        (fact, cosine)
-        for fact, cosine in find_nearest_facts(fact_store, args.text, args.limit)
-        if fact not in matches
-    ]
-    matches = matches[: args.limit]
+    """Print facts that contain the text, or else those with a similar hidden state."""
+    folder = resolve_student(args, out)
+    fact_table = open_fact_table(folder)
+    facts = [] if fact_table is None else fact_table.read()
+    matches = filter_facts(facts, query=args.text)[: args.limit]
+    neighbors = _search_hidden_states(folder, args) if facts and not matches else []
     cells = [(fact.id, fact.tag, fact.prompt, fact.answer.strip(), "text") for fact in matches]
     cells += [
         (fact.id, fact.tag, fact.prompt, fact.answer.strip(), f"hidden state, cosine {cosine:.2f}")
@@ -425,7 +449,7 @@ def run_search(args: argparse.Namespace, out: Output) -> None:
     out.print_table(
         ("fact", "tag", "prompt", "answer", "matched by"),
         cells,
-        "no matching facts" if fact_store.records else NO_FACTS_MESSAGE,
+        "no matching facts" if facts else NO_FACTS_MESSAGE,
     )
     payload: list[dict[str, Any]] = [
         fact_to_dict(fact) | {"matched_by": "text"} for fact in matches
@@ -435,6 +459,13 @@ def run_search(args: argparse.Namespace, out: Output) -> None:
         for fact, cosine in neighbors
     ]
     out.print_json(payload)
+
+
+def _search_hidden_states(folder: Path, args: argparse.Namespace) -> list[tuple[FactRecord, float]]:
+    import_torch()
+    from dmt.editing.fact_store import FactStore, find_nearest_facts
+
+    return find_nearest_facts(FactStore.open(folder, read_only=True), args.text, args.limit)
 
 
 def _add_trace(commands: Any) -> None:
@@ -458,7 +489,7 @@ def run_trace(args: argparse.Namespace, out: Output) -> None:
     """Print what each token reads in each layer."""
     from dmt.evaluation.trace import format_table, to_json, trace
 
-    fact_store, _ = open_student(args.model)
+    fact_store, _ = open_student(args, out)
     layers = (
         None
         if args.layers is None
@@ -528,12 +559,9 @@ def _add_calibration_text_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_write(args: argparse.Namespace, out: Output) -> None:
     """Write facts from a sentence, from its parts, or from a file."""
-    from dmt.editing.fact_store import FactStore
-    from dmt.models.loading import resolve_student_folder
-
     facts, prose = _parse_facts(args), _read_calibration_text(args.calibration_text)
-    folder = resolve_student_folder(args.model)
-    with FactStore.open(folder) as fact_store:
+    fact_store, folder = open_student(args, out, writes=True)
+    with fact_store:
         start = time.perf_counter()
         fact_store.initialize(facts, prose=prose)
         write_start = time.perf_counter()
@@ -667,19 +695,17 @@ def _add_forget(commands: Any) -> None:
 
 def run_forget(args: argparse.Namespace, out: Output) -> None:
     """Delete facts, or rows of associative memory."""
-    from dmt.editing.fact_store import FactStore
-
     if not (args.id or args.tag is not None or args.query or args.purge):
         raise UserError(f"forget needs --id, --tag or --query; {NO_MATCH_HINT}")
     check_row_selection(args)
     if args.purge:
         _purge_facts(args, out)
         return
-    with FactStore.open(args.model) as fact_store:
+    with open_student(args, out, writes=True)[0] as fact_store:
         if args.rows:
             _forget_rows(fact_store, args, out)
             return
-        facts = select_facts(fact_store, args)
+        facts = select_facts(fact_store.records.values(), args)
         if not facts:
             raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
         deleted = fact_store.delete([fact.id for fact in facts])
@@ -692,12 +718,11 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
 
 
 def _purge_facts(args: argparse.Namespace, out: Output) -> None:
-    from dmt.editing.fact_store import FactStore
     from dmt.models.fact_hooks import FACTS_FILE
 
     if args.rows:
         raise UserError("--purge erases facts; leave --rows out")
-    with FactStore.open(args.model) as fact_store:
+    with open_student(args, out, writes=True)[0] as fact_store:
         path = fact_store.db.path if fact_store.db is not None else None
         selected = filter_facts(
             fact_store.list(include_deleted=True), args.id, args.tag, args.query
@@ -746,9 +771,7 @@ def _add_restore(commands: Any) -> None:
 
 def run_restore(args: argparse.Namespace, out: Output) -> None:
     """Restore a deleted fact."""
-    from dmt.editing.fact_store import FactStore
-
-    with FactStore.open(args.model) as fact_store:
+    with open_student(args, out, writes=True)[0] as fact_store:
         fact, replaced = fact_store.restore(args.fact_id)
     out.print_line(f"restored fact {fact.id}: {fact.sentence!r}")
     for other in replaced:
@@ -780,11 +803,10 @@ def _add_prune(commands: Any) -> None:
 
 def run_prune(args: argparse.Namespace, out: Output) -> None:
     """Delete all but the most used facts, or rows."""
-    from dmt.editing.fact_store import FactStore
     from dmt.editing.online import drop_rows
     from dmt.models.memories import get_associative_memories
 
-    with FactStore.open(args.model) as fact_store:
+    with open_student(args, out, writes=True)[0] as fact_store:
         if args.rows:
             if not get_associative_memories(fact_store.model):
                 raise UserError(
@@ -822,7 +844,7 @@ def run_rebind(args: argparse.Namespace, out: Output) -> None:
     from dmt.editing.fact_store import FactStore
 
     prose = _read_calibration_text(args.calibration_text)
-    with FactStore.rebind(args.model, prose=prose) as fact_store:
+    with FactStore.rebind(resolve_student(args, out, writes=True), prose=prose) as fact_store:
         num_facts, hooks = len(fact_store.records), fact_store.hooks
     layers = {"key_layer": hooks.key_layer, "value_layer": hooks.value_layer}
     out.print_line(

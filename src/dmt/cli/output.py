@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -47,6 +48,12 @@ class Output:
         """Print a line about progress to stderr."""
         if not self.as_json and not self.quiet:
             self.stderr_console.print(text, style="dim")
+
+    def print_student(self, folder: Path, reason: str = "") -> None:
+        """Print on stderr which student a command uses, and why if it was not named."""
+        if not self.quiet:
+            note = f"student {escape_control_chars(str(folder))}{reason and f' ({reason})'}"
+            self.stderr_console.print(note, style="dim", soft_wrap=True)
 
     def print_line(self, text: str) -> None:
         """Print a line of the result."""

@@ -58,7 +58,7 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
     path = Path(args.pack)
     _check_pack_is_new(path)
     check_row_selection(args)
-    fact_store, _ = open_student(args.model)
+    fact_store, _ = open_student(args, out)
     name = args.name or path.stem
     if args.rows:
         row_pack = packs.make_row_pack(
@@ -69,7 +69,7 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
         out.print_line(f"{path}: {num_rows:,} rows of associative memory")
         out.print_json(row_pack.manifest)
         return
-    facts = select_facts(fact_store, args)
+    facts = select_facts(fact_store.records.values(), args)
     if not facts:
         raise UserError(f"no matching facts, nothing to export; {NO_MATCH_HINT}")
     pack = packs.make_fact_pack(fact_store, facts, name, args.license)
@@ -100,18 +100,18 @@ def _add_import(commands: Any) -> None:
 def run_import(args: argparse.Namespace, out: Output) -> None:
     """Write the facts or rows of a pack into a student's memory."""
     from dmt.editing import packs
-    from dmt.editing.fact_store import FactStore
 
     path = Path(args.pack)
     pack = packs.load_pack(path)
+    fact_store, _ = open_student(args, out, writes=True)
     if isinstance(pack, packs.RowPack):
-        with FactStore.open(args.model) as fact_store:
+        with fact_store:
             assert fact_store.db is not None, "opened for writing"
             num_rows, num_evicted = packs.import_rows(fact_store.model, fact_store.db, pack)
         out.print_line(f"{num_rows:,} rows imported, {num_evicted:,} evicted")
         out.print_json({"num_rows": num_rows, "num_evicted": num_evicted})
         return
-    with FactStore.open(args.model) as fact_store:
+    with fact_store:
         packs.check_fact_pack_fits(pack, fact_store, path=path)
         results = packs.import_pack(fact_store, pack)
     counts = print_counts(results, out)

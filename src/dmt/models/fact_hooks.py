@@ -40,6 +40,7 @@ from dmt.memory.edit_memory import (
 )
 from dmt.models.architectures import get_architecture
 from dmt.models.fingerprint import ROUNDED_DTYPES, hash_model, hash_rounded
+from dmt.paths import FACTS_FILE as FACTS_FILE
 from dmt.store.records import FactRecord
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FACTS_FILE = "memory.db"  # holds facts and rows written online, beside a saved model's weights
 SUBJECT_WINDOW = 64  # tokens after a mention for which a subject counts as being talked about
 HOOKS_ATTRIBUTE = "facts"  # the attribute of a model that holds its `FactHooks`
 UNKNOWN_TOKEN = -1  # id of a token that was given as an embedding, or read without the hooks

@@ -25,7 +25,8 @@ from dmt.models.architectures import get_architecture
 from dmt.models.external_tensors import SLOTS_FILE
 from dmt.models.model_files import check_model_files, explain_names
 from dmt.ops import use_onednn_linear
-from dmt.paths import RUNS_DIR, expand_home, list_runs
+from dmt.paths import expand_home
+from dmt.paths import resolve_student_folder as resolve_student_folder
 
 # How everything is loaded: a pickle may run code, and so may Python files beside the weights.
 SAFE_LOADING: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
@@ -176,36 +177,6 @@ def load_model(name_or_path: str, label: str) -> tuple[PreTrainedModel, Any]:
 def is_student_folder(path: Path) -> bool:
     """Check whether a folder holds a saved model, itself or as `student`."""
     return (path / "student").is_dir() or (path / "config.json").is_file()
-
-
-def resolve_student_folder(path: str | Path | None = None) -> Path:
-    """Return the folder of a saved student.
-
-    Args:
-        path: the folder itself, or a run's folder, which holds it as `student`, or the name of a
-            run in `lightning_logs`; None is the newest run there.
-
-    Raises:
-        UserError: there is no saved student.
-    """
-    if path is None:
-        runs = list_runs(Path(RUNS_DIR), required_name="student")
-        if not runs:
-            raise UserError(
-                f"no student is in {RUNS_DIR}/ here; run dmt distill first, or name a model"
-            )
-        return runs[-1] / "student"
-    folder = expand_home(path)
-    for candidate in (folder / "student", folder, Path(RUNS_DIR) / folder / "student"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    problem = (
-        "it holds no saved student (no config.json)" if folder.exists() else "nothing is there"
-    )
-    raise UserError(
-        f"model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made "
-        "by save_pretrained"
-    )
 
 
 def explain_load_error(folder: Path, error: Exception) -> str:
