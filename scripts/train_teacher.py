@@ -135,14 +135,9 @@ def train(model_config: ModelConfig, config: Config, run_dir: Path | None) -> Pa
     from dmt.training.autotune import autotune
     from dmt.training.launch import get_rank, make_on_rank_zero
     from dmt.training.module import TrainingModule
+    from dmt.training.optimization import build_adamw, lr_schedule
     from dmt.training.run_dir import create_run_dir, write_record
-    from dmt.training.trainer import (
-        build_adamw,
-        fit,
-        keep_freed_memory,
-        lr_schedule,
-        use_training_kernels,
-    )
+    from dmt.training.trainer import fit, keep_freed_memory, use_training_kernels
 
     class TeacherModule(TrainingModule):
         """Next-token prediction."""
