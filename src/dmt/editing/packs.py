@@ -526,6 +526,10 @@ def check_fact_pack_fits(
     """
     manifest, config = pack.manifest, fact_store.model.config
     path = manifest["name"] if path is None else path
+    pack_hash = manifest["model_fingerprint"]
+    db_hashes = {} if fact_store.db is None else fact_store.db.read_fingerprints()
+    if model_hash is None and pack_hash in db_hashes.values():
+        model_hash = pack_hash  # the same model, perhaps rounded to half precision
     pack.check_model(
         fact_store.model,
         fact_store.model_hash if model_hash is None else model_hash,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 # Base of the phrase hash; products wrap around, and hits are compared token by token.
 HASH_BASE = 1_000_003
+# Added to the hash for each token, so that phrases of different lengths differ.
+LENGTH_HASH = 4_611_686_018_427
 # Tokens for which a completed answer blocks its first row.
 ANSWER_WINDOW = 16
 # Subject of a row that fires for any subject; prefix of one that needs no preceding token.
@@ -48,23 +50,26 @@ class PhraseMatcher:
     """
 
     def __init__(self, phrases: Sequence[Sequence[int]] = ()) -> None:
-        self._by_length: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for length in sorted({len(phrase) for phrase in phrases}):
-            phrase_ids = [
-                phrase_id for phrase_id, phrase in enumerate(phrases) if len(phrase) == length
-            ]
-            token_ids = torch.tensor(
-                [list(phrases[phrase_id]) for phrase_id in phrase_ids],
-                dtype=torch.long,
-                device="cpu",
-            ).view(len(phrase_ids), length)
-            hashes, order = _hash_tokens(token_ids).sort(stable=True)
-            group_ids = torch.tensor(phrase_ids, device="cpu")[order]
-            self._by_length[length] = hashes, token_ids[order], group_ids
         self.lengths = torch.tensor(
             [len(phrase) for phrase in phrases], dtype=torch.long, device="cpu"
         )
-        self.max_length = max(self._by_length, default=0)
+        self._distinct_lengths = set(self.lengths.tolist())
+        self.max_length = max(self._distinct_lengths, default=0)
+        self._powers = torch.tensor(
+            [pow(HASH_BASE, power, 2**62) for power in range(self.max_length)],
+            dtype=torch.long,
+            device="cpu",
+        )
+        # All phrases one after the other.
+        self._tokens = torch.tensor(
+            [token for phrase in phrases for token in phrase], dtype=torch.long, device="cpu"
+        )
+        self._starts = self.lengths.cumsum(0) - self.lengths
+        owners, offsets = _expand(self.lengths)
+        hashes = torch.zeros_like(self.lengths).index_add(
+            0, owners, (self._tokens + 1) * self._powers[offsets]
+        )
+        self._hashes, self._order = (hashes + self.lengths * LENGTH_HASH).sort(stable=True)
 
     def find_ends(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Find the phrases in token ids.
@@ -76,46 +81,51 @@ class PhraseMatcher:
             Sequence, position of the last token, and index of each phrase, all `(n,)`.
         """
         tokens = tokens.cpu()
-        matches = [torch.zeros(3, 0, dtype=torch.long, device="cpu")]
-        for length, (hashes, token_ids, group_ids) in self._by_length.items():
-            if tokens.shape[1] < length:
-                continue
-            windows = tokens.unfold(1, length, 1)  # (batch, time - length + 1, length)
-            window_hashes = _hash_tokens(windows).contiguous()
-            first, last = (
-                torch.searchsorted(hashes, window_hashes, right=right) for right in (False, True)
-            )
-            sequence, start = (last > first).nonzero(as_tuple=True)
-            first_match, counts = first[sequence, start], (last - first)[sequence, start]
-            # Several phrases may share a hash, most often because they are equal.
-            window_indices = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
-            candidates = (
-                first_match[window_indices]
-                + torch.arange(len(window_indices), device="cpu")
-                - (counts.cumsum(0) - counts)[window_indices]
-            )
-            is_equal = (
-                token_ids[candidates] == windows[sequence[window_indices], start[window_indices]]
-            ).all(-1)
-            window_indices, candidates = window_indices[is_equal], candidates[is_equal]
-            matches.append(
-                torch.stack(
-                    [
-                        sequence[window_indices],
-                        start[window_indices] + length - 1,
-                        group_ids[candidates],
-                    ]
-                )
-            )
-        sequences, positions, phrase_ids = torch.cat(matches, dim=1)
-        return sequences, positions, phrase_ids
+        batch, time = tokens.shape
+        # The hash of the windows of each length, from that of the length before.
+        hashes, hashes_by_length = torch.zeros_like(tokens), []
+        for length in range(1, min(self.max_length, time) + 1):
+            last = (tokens[:, length - 1 :] + 1) * self._powers[length - 1]
+            hashes = hashes[:, : time - length + 1] + last
+            if length in self._distinct_lengths:
+                hashes_by_length.append((hashes + length * LENGTH_HASH).flatten())
+        if not hashes_by_length:
+            no_matches = torch.zeros(0, dtype=torch.long, device="cpu")
+            return no_matches, no_matches, no_matches
+        window_hashes = torch.cat(hashes_by_length)
+        first, last = (
+            torch.searchsorted(self._hashes, window_hashes, right=right) for right in (False, True)
+        )
+        windows = (last > first).nonzero().flatten()
+        # Several phrases may share a hash, most often because they are equal.
+        owners, offsets = _expand((last - first)[windows])
+        windows = windows[owners]
+        phrase_ids = self._order[first[windows] + offsets]
+        # A hash that is not of the phrase's length may be at a place where it does not fit.
+        sizes = torch.tensor([len(part) for part in hashes_by_length], device="cpu")
+        ends = sizes.cumsum(0)
+        group = torch.bucketize(windows, ends, right=True)
+        widths = sizes[group] // batch
+        index = windows - (ends - sizes)[group]
+        sequences, starts = index // widths, index % widths
+        lengths = self.lengths[phrase_ids]
+        fits = lengths == time - widths + 1
+        sequences, starts, phrase_ids = sequences[fits], starts[fits], phrase_ids[fits]
+        lengths = lengths[fits]
+        owners, offsets = _expand(lengths)
+        differs = (
+            self._tokens[self._starts[phrase_ids][owners] + offsets]
+            != tokens[sequences[owners], starts[owners] + offsets]
+        )
+        is_equal = torch.zeros_like(lengths).index_add(0, owners, differs.long()) == 0
+        return sequences[is_equal], (starts + lengths - 1)[is_equal], phrase_ids[is_equal]
 
 
-def _hash_tokens(ids: Tensor) -> Tensor:
-    powers = torch.tensor(
-        [pow(HASH_BASE, power, 2**62) for power in range(ids.shape[-1])], device="cpu"
-    )
-    return ((ids + 1) * powers).sum(-1)
+def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for `counts` items of each owner the owner and the number within the owner."""
+    owners = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+    offsets = torch.arange(len(owners), device="cpu") - (counts.cumsum(0) - counts)[owners]
+    return owners, offsets
 
 
 @dataclass(frozen=True)

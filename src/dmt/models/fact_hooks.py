@@ -632,7 +632,9 @@ def copy_facts(
         return
     is_rounded = model_hash in hashes.values()
     with RowStore(str(target)) as store:
-        rounded_hashes = None if state_dict else hash_rounded(model)
+        rounded_hashes = {} if state_dict else hash_rounded(model)
+        if is_rounded:  # packs of the model in full precision fit the rounded one
+            rounded_hashes |= {"float32": stored_hash}
         rebind_model(store, model_hash, rounded_hashes, "" if is_rounded else stored_hash)
     if not is_rounded:
         logger.warning(
