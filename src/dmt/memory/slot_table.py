@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,7 @@ class TensorCache:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, Any]] = {}
+        self._sources: dict[str, list[ref[Tensor]]] = {}
         self._stale_calls: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,19 +133,34 @@ class TensorCache:
             if cacheable
             else None
         )
-        if versions is None or name not in self._entries or self._entries[name][0] != versions:
+        if versions is None or not self._is_current(name, versions, tensors):
             self._stale_calls[name] = self._stale_calls.get(name, patience - 1) + 1
             if self._stale_calls[name] >= patience:
                 with torch.autocast(tensors[0].device.type, enabled=False):
                     self._entries[name] = versions, build(*sources)
+                self._sources[name] = [ref(tensor) for tensor in tensors]
                 self._stale_calls[name] = 0
         return self._entries[name][1]
+
+    def _is_current(self, name: str, versions: list[Any], tensors: list[Tensor]) -> bool:
+        if name not in self._entries or self._entries[name][0] != versions:
+            return False
+        # A new tensor, such as an adapted parameter, may have the address of one that is gone.
+        sources = self._sources[name]
+        return all(source() is tensor for source, tensor in zip(sources, tensors, strict=True))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise `ValueError` where `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
+
+
+class _Parametrizations(nn.ModuleDict):
+    """Parametrizations by name, of which `keys` and `values` are names of methods too."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 class SlotTable(MmapTensorsMixin):
@@ -209,6 +226,12 @@ class SlotTable(MmapTensorsMixin):
         self.budget_tokens = 0
         self._usage: UsageCounts | None = None
         self._tensor_cache = TensorCache()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `torch.nn.utils.parametrize`, with which adapters train single parameters.
+        if name == "parametrizations" and type(value) is nn.ModuleDict:
+            value = _Parametrizations(dict(value.items()))
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -22,6 +22,7 @@ from dmt.files import STUDENT_VERSION, check_version
 from dmt.memory.base import MemoryLayer
 from dmt.memory.registry import get_memory_class
 from dmt.models import external_tensors
+from dmt.models.adapters import register_target_modules
 from dmt.models.architectures import ARCHITECTURES, Architecture, get_architecture
 from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
 from dmt.models.hub_files import get_auto_map, write_hub_files
@@ -231,6 +232,7 @@ def register_architecture(family: str, architecture: Architecture) -> None:
         if auto_name in CLASS_NAMES:
             getattr(transformers, auto_name).register(config_class, cls)
             CLASS_NAMES[auto_name][config_class.model_type] = cls.__name__
+    register_target_modules()
 
 
 def _make_student_classes(family: str, architecture: Architecture) -> dict[str, Any]:
