@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SENTENCES, make_teacher
 from factories import MEMORY_COMMANDS
+from transformers import AutoModelForCausalLM
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
@@ -565,6 +566,10 @@ def test_rows_written_online_lower_the_loss_and_survive_loading(associative_stud
         assert write_online(fact_store.model, fact_store.db, ids, "x").rows >= second.rows - 1
         last = mean_nll(fact_store.model)
     assert mean_nll(load(associative_student)[0]) == pytest.approx(last, rel=1e-6)
+    in_subfolder = AutoModelForCausalLM.from_pretrained(
+        associative_student.parent, subfolder=associative_student.name
+    )
+    assert mean_nll(in_subfolder) == pytest.approx(last, rel=1e-6), "its rows are found, too"
 
 
 def test_a_failed_online_write_changes_nothing(associative_student, tokenizer, monkeypatch):
