@@ -1642,6 +1642,9 @@ def test_purged_facts_are_in_no_file(student_folder, tokenizer):
         assert fact_store.get(first.id).replaced_by == second.id
         other = fact_store.write("Wendell eats plughs.").fact
         fact_store.delete(other.id)
+        # An open connection keeps the file to which SQLite appends what is written.
+        idle = sqlite3.connect(student_folder / FACTS_FILE)
+        assert idle.execute("SELECT count(*) FROM dmt_facts").fetchone() == (7,)
         words = "Zelda", "Quxtown", "Quuxville", "plugh", "private"
         assert find_words(student_folder, *words) == set(words)
         purged = fact_store.purge(second.id)
@@ -1657,6 +1660,7 @@ def test_purged_facts_are_in_no_file(student_folder, tokenizer):
         assert new.id > other.id, "the ID of an erased fact is not used again"
         assert [fact.id for fact in fact_store.purge(tag="all")] == [1, 2, 3, 4]
         assert list(fact_store.records) == [new.id]
+    idle.close()
     with FactStore.open(student_folder, read_only=True) as reopened:
         assert list(reopened.records) == [new.id]
         assert not recalls(reopened.model, tokenizer, FACTS[0])
