@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ from dmt.training.run_dir import (
     write_record,
 )
 from dmt.training.trainer import keep_freed_memory, select_device
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STEPS, DEFAULT_LR = 200, 2e-3  # of a target that is trained
 CONDITIONS = ("without_context", "with_context", "consolidated")
@@ -229,7 +232,14 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     prefix = get_prefix_ids(tokenizer)
     seq_len = min(config.data.seq_len, max_positions - len(prefix) - num_memory_tokens)
     # Facts are read on the CPU; weights and soft prompts are trained on any device.
-    accelerator = "cpu" if config.context.target == "memory" else config.trainer.accelerator
+    accelerator = config.trainer.accelerator
+    if config.context.target == "memory" and accelerator not in ("auto", "cpu"):
+        logger.warning(
+            "context.target=memory computes on the CPU; trainer.accelerator=%s is not used",
+            accelerator,
+        )
+    if config.context.target == "memory":
+        accelerator = "cpu"
     config = replace(
         config,
         data=replace(config.data, seq_len=seq_len),
@@ -238,7 +248,8 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     base.to(select_device(config))  # type: ignore[arg-type]
     data = TextDataModule(config, tokenizer, steps)
     data.setup()
-    keep_freed_memory()
+    if select_device(config).type == "cpu":
+        keep_freed_memory()
     check_corpora_vocabulary(base, tokenizer, data)
     inputs = identify_inputs(
         base,

@@ -512,7 +512,7 @@ def _concat_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 def inverse_sqrt_factor(factor: Tensor, damping: float) -> Tensor:
     """Return the damped inverse square root of a factor scaled to a mean diagonal of 1."""
-    factor64 = factor.double().cpu()
+    factor64 = factor.cpu().double()
     mean_diagonal = factor64.diagonal().mean().clamp_min(1e-30)
     return inverse_sqrt(factor64 / mean_diagonal, damping).to(factor)
 

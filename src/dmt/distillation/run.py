@@ -376,7 +376,10 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
     data = TextDataModule(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     logger.info("tokenizing %s", ", ".join(config.data.corpora))
     data.setup()
-    keep_freed_memory()  # not before: the tokenizer's threads would wait for each other's memory
+    # Not before, since the tokenizer's threads would wait for each other's memory. Beside a GPU it
+    # would only keep copies of the models.
+    if select_device(config).type == "cpu":
+        keep_freed_memory()
     check_corpora_vocabulary(teacher, tokenizer, data)
     inputs = identify_inputs(teacher, tokenizer, data.to_record())
     if run_dir is not None:
@@ -554,7 +557,7 @@ class _Run:
         """Save the student, evaluate it, and write record and report."""
         config, teacher = self.config, self.module.teacher
         student = _save_student(self.run_dir, self.module.student.eval().cpu(), self.tokenizer)
-        device = torch.device("cpu") if find_mmap_memories(student) else select_device(config)
+        device = select_device(config)
         student, teacher = student.to(device), teacher.to(device)  # type: ignore[arg-type]
         results = evaluate_student(config, student, teacher, self.tokenizer, self.data)
         results |= self._summarize_costs()

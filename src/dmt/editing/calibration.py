@@ -230,7 +230,8 @@ def _compute_whitening(samples: Sequence[Tensor]) -> Tensor:
     width = samples[0].shape[1]
     total = torch.zeros(width, width, dtype=torch.double)
     for sample in samples:
-        covariance = sample.double().cpu().t() @ sample.double().cpu()
+        sample = sample.cpu().double()  # in this order: not every device has float64
+        covariance = sample.t() @ sample
         total += covariance / covariance.trace().clamp_min(1e-12) / len(samples)
     floor = VARIANCE_FLOOR / width * torch.eye(width, dtype=torch.double)
     return (inverse_sqrt(total + floor) / width**0.5).float()

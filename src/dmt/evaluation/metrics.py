@@ -360,6 +360,7 @@ def measure_search_recall(student: PreTrainedModel, windows: Tensor) -> dict[str
     }
     if not approximate:
         return {}
+    windows = windows.to(next(student.parameters()).device)
     outputs = forward_with_activations(student, windows, capture_blocks=True)
     return {
         str(layer): memory.measure_recall(outputs.block_inputs[layer].flatten(0, -2))

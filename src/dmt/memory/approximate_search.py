@@ -80,13 +80,16 @@ class Int8Matrix:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Multiply `hidden` `(tokens, width)` with the transposed matrix: `(tokens, rows)`."""
-        if hidden.device.type != "cpu":
-            return hidden @ self.rows.to(hidden.dtype).t() * self.scales
         # In bfloat16 the largest entry would round to 128, which int8 does not have.
         hidden = hidden.float()
         hidden_scales = hidden.abs().amax(-1, keepdim=True) / 127 + torch.finfo(torch.float32).tiny
-        codes = (hidden / hidden_scales).round_().to(torch.int8)
-        products = [torch._int_mm(codes, rows.t()) for rows in self.rows.split(MATMUL_CHUNK_ROWS)]
+        codes = (hidden / hidden_scales).round_()
+        chunks = self.rows.split(MATMUL_CHUNK_ROWS)
+        if hidden.device.type == "cpu":
+            int_codes = codes.to(torch.int8)
+            products = [torch._int_mm(int_codes, rows.t()) for rows in chunks]
+        else:  # the same whole numbers, exact in float32 up to a width of a thousand
+            products = [codes @ rows.float().t() for rows in chunks]
         return (products[0] if len(products) == 1 else torch.cat(products, -1)) * (
             hidden_scales * self.scales
         )

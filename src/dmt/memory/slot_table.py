@@ -454,7 +454,7 @@ class SlotTable(MmapTensorsMixin):
             The counts, which grow while the block runs.
         """
         previous = self._usage
-        reads = torch.zeros(self.num_slots, dtype=torch.long, device=self.keys.device)
+        reads = torch.zeros(self.num_slots, dtype=torch.long, device=self.key_bias.device)
         self._usage = UsageCounts(reads)
         try:
             yield self._usage

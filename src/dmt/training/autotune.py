@@ -194,7 +194,10 @@ def _list_candidates(trainer: TrainerConfig, on_cpu: bool) -> list[TrainerConfig
     """Return what `auto` may stand for; without timing the last one is the best."""
     if trainer.precision != "auto":
         return [trainer]
-    has_bf16 = on_cpu or (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    # Old GPUs emulate bfloat16, which is slower than float32.
+    has_bf16 = on_cpu or (
+        torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     full = replace(trainer, precision="32-true")
     return [full, replace(trainer, precision="bf16-mixed")] if has_bf16 else [full]
 
