@@ -15,13 +15,23 @@ import second_device
 if __name__ == "__main__":
     second_device.install(sys.argv[1])
 
+import csv
 import json
+import logging
+import os
+import shutil
 
+import pytest
 import torch
+from factories import ADA, ROWS, TINY
 from transformers import AutoModelForCausalLM
 
-import dmt  # noqa: F401  # registers the students
+import dmt
+from dmt.cli.main import distill_main
+from dmt.editing.online import ensure_namespaces, write_online
+from dmt.models.fact_hooks import disabled
 
+FACT_PROMPTS = ("Ada Holbrook runs to the", "Bob Stone reads a table of", "the quick brown fox")
 PROMPT = [[5, 6, 7, 8, 9, 10]]
 # A map that leaves one layer's weights on the CPU; accelerate moves them for each pass.
 OFFLOADED_LAYER = {
@@ -84,6 +94,98 @@ def load_students(*folders):
     return different
 
 
+def run(log_dir, *arguments):
+    """Distill with tiny settings in the working folder; return the folder of the run."""
+    assert distill_main([*TINY, f"trainer.log_dir={log_dir}", *arguments]) == 0
+    return max(Path(log_dir).glob("version_*"), key=lambda path: path.stat().st_mtime)
+
+
+def read_metrics(run_dir):
+    with (run_dir / "metrics.csv").open(encoding="utf-8") as file:
+        return [
+            {name: value for name, value in row.items() if value} for row in csv.DictReader(file)
+        ]
+
+
+def distill(folder, *arguments):
+    """Distill on the CPU and on the device; print steps whose metrics differ, and the number."""
+    os.chdir(folder)
+    expected, actual = (
+        read_metrics(run(f"logs_{accelerator}", *arguments, f"trainer.accelerator={accelerator}"))
+        for accelerator in ("cpu", "gpu")
+    )
+    assert len(expected) == len(actual)
+    different = []
+    for row, device_row in zip(expected, actual, strict=True):
+        assert row.keys() == device_row.keys()
+        for name, value in row.items():
+            if float(device_row[name]) != pytest.approx(float(value), rel=1e-3, abs=1e-5):
+                different.append(f"step {row['step']}: {name} is {device_row[name]}, not {value}")
+    return {"different": different, "rows": len(expected)}
+
+
+def half_precision(folder):
+    """Train in bfloat16; print whether the losses are near those in float32."""
+    os.chdir(folder)
+    arguments = ["trainer.accelerator=gpu", "stages.end_to_end_steps=3"]
+    losses = []
+    for precision in ("32-true", "auto"):
+        run_dir = run(f"logs_{precision}", *arguments, f"trainer.precision={precision}")
+        losses.append(float(read_metrics(run_dir)[-1]["train/loss"]))
+    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    return {"losses": losses, "precision": "bf16-mixed" in config}
+
+
+def resume(folder):
+    """Resume a run with stored rows from its first checkpoint; print whether weights are equal."""
+    os.chdir(folder)
+    arguments = [*ROWS, "trainer.accelerator=gpu", "stages.end_to_end_steps=4"]
+    run_dir = run("logs_resumed", *arguments)
+    checkpoints = sorted((run_dir / "checkpoints").glob("step_*.ckpt"))
+    expected = load(run_dir / "student").state_dict()
+    checkpoints[-1].unlink()
+    shutil.rmtree(run_dir / "student")
+    assert distill_main(["--resume", str(run_dir)]) == 0
+    actual = load(run_dir / "student").state_dict()
+    different = [name for name in expected if not torch.equal(expected[name], actual[name])]
+    return {"checkpoints": len(checkpoints), "different": different}
+
+
+def write_facts(folder):
+    """Write a fact on the CPU and on the device; print what each then answers, and its rows."""
+    outputs = {}
+    for device in ("cpu", "cuda"):
+        student = Path(folder) / f"facts_{device}"
+        shutil.copytree(Path(folder) / "logs" / "version_0" / "student", student)
+        with dmt.Memory.open(student, device=device) as facts:
+            written = facts.write("Bob Stone reads a table of rows")
+            outputs[device] = [facts.generate(prompt, 4) for prompt in FACT_PROMPTS]
+        with dmt.Memory.open(student, device=device) as facts:
+            outputs[device] += [facts.generate(prompt, 4) for prompt in FACT_PROMPTS]
+            with disabled(facts.model):
+                outputs[device].append(facts.generate(FACT_PROMPTS[0], 4))
+        outputs[device].append(len(written.fact.rows))
+    return outputs
+
+
+def write_rows(folder):
+    """Write a text into stored rows on both devices; print the texts that follow, and the rows."""
+    outputs = {}
+    for device in ("cpu", "cuda"):
+        student = Path(folder) / f"rows_{device}"
+        shutil.copytree(Path(folder) / "logs" / "version_2" / "student", student)
+        with dmt.Memory.open(student, device=device) as facts:
+            ensure_namespaces(facts.model, facts.db)
+            ids = torch.tensor(facts.tokenizer(ADA)["input_ids"])
+            result = write_online(facts.model, facts.db, ids, "dogs")
+            outputs[device] = [result.added, generate(facts.model)]
+        model, _ = dmt.load(student, device)
+        outputs[device].append(generate(model))
+    return outputs
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(globals()[sys.argv[2]](*sys.argv[3:])))
+    logging.disable(logging.CRITICAL)
+    result = globals()[sys.argv[2]](*sys.argv[3:])
+    print(f"\n{json.dumps(result)}")

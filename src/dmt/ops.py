@@ -19,6 +19,7 @@ errors weigh them less. Source: massive activations, Sun et al. 2024, arXiv 2402
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,6 +205,23 @@ class _DeterministicLayerNormFunction(torch.autograd.Function):
         if needs_grad[2]:
             grad_bias = grad_normed.to(mean.dtype).sum_to_size(weight.shape).to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None
+
+
+def move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors on a device, moved there in one copy: the host waits for each copy.
+
+    Args:
+        tensors: all on one device, those with larger items first.
+        device: where they are wanted.
+    """
+    if all(tensor.device == device for tensor in tensors):
+        return list(tensors)
+    data = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+    parts = data.to(device).split([tensor.nbytes for tensor in tensors])
+    return [
+        part.view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
 
 
 def solve_ridge(inputs: Tensor, targets: Tensor, ridge: float = RIDGE) -> Tensor:

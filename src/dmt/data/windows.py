@@ -309,6 +309,15 @@ class TextDataModule(pl.LightningDataModule):
             batch_sampler=sampler,
         )
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move token ids; window indices stay on the CPU, where the logit cache is read."""
+        if not isinstance(batch, list | tuple):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        tokens, *window_ids = batch
+        return [super().transfer_batch_to_device(tokens, device, dataloader_idx), *window_ids]
+
     def _make_sampler(self, **kwargs: Any) -> StepSampler:
         sizes = [len(corpus.train) for corpus in self.corpora]
         return StepSampler(

@@ -36,6 +36,7 @@ from dmt.config import Config
 from dmt.errors import FailureError, UserError, format_value
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
+from dmt.ops import move_together
 from dmt.paths import expand_home
 
 logger = logging.getLogger(__name__)
@@ -98,18 +99,8 @@ class SparseDistribution:
 
     def to(self, device: torch.device | str) -> SparseDistribution:
         """Return the distributions on another device."""
-        tensors = [tensor.contiguous() for tensor in (self.ids, self.log_probs, self.threshold)]
-        if self.ids.device == torch.device(device):
-            return self
-        # In one copy: the host waits for each.
-        data = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]).to(device)
-        parts = data.split([tensor.nbytes for tensor in tensors])
-        return SparseDistribution(
-            *(
-                part.view(tensor.dtype).view(tensor.shape)
-                for part, tensor in zip(parts, tensors, strict=True)
-            )
-        )
+        tensors = (self.ids, self.log_probs, self.threshold)
+        return SparseDistribution(*move_together(tensors, torch.device(device)))
 
 
 @torch.no_grad()

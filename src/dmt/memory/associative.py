@@ -25,6 +25,7 @@ from dmt.memory.insert_policy import InsertPolicy, apply_insert_policy
 from dmt.memory.registry import register_memory
 from dmt.memory.row_table import RowTable
 from dmt.memory.slot_table import check_choice
+from dmt.ops import move_together
 from dmt.store.records import IntArray, StepChanges
 
 # What an inserted value is: a learned projection of the hidden state, the target itself, or what
@@ -517,7 +518,7 @@ class AssociativeMemory(MemoryLayer):
         weights = all_gather(
             torch.cat([no_states.new_zeros(0), *(weight.float() for _, weight in reads)])
         )
-        indices, weights = indices.cpu(), weights.cpu()
+        indices, weights = move_together((indices, weights), torch.device("cpu"))
         is_read = indices >= 0
         self.rows.record_reads(
             indices[is_read].numpy(),

@@ -577,6 +577,8 @@ class EditMemory(nn.Module):
             torch.isin(_encode_pairs(tokens, prefixes), prefix_pairs),
         )
         tokens, rows, ages = tokens[eligible], rows[eligible], ages[eligible]
+        if not len(tokens):  # nothing is computed on the device, for which the host would wait
+            return tokens, rows, torch.zeros(0, device="cpu"), ages
         unique_tokens, query_indices = tokens.unique(return_inverse=True)
         queries = self.whiten(hidden[unique_tokens])
         cosines = torch.cat(

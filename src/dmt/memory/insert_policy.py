@@ -11,7 +11,10 @@ from torch import Tensor
 
 from dmt.memory.knn_search import MAX_SCORES
 from dmt.memory.row_table import RowTable, decayed_score, eviction_order
+from dmt.ops import move_together
 from dmt.store.records import FloatArray, IntArray, RowInsert, StepChanges
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def apply_insert_policy(
     """
     # Rows are put together on the CPU, where a store takes them. Distances are computed where the
     # proposals are.
-    device_keys, keys, values = keys, keys.cpu(), values.cpu()
+    device_keys = keys
+    keys, values = move_together((keys, values), CPU)
     if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
         raise ValueError("keys and values of a memory must be finite")
     if not len(keys):
@@ -241,12 +245,13 @@ def _merge_into_rows(
     )
     means = []
     row_indices = torch.as_tensor(indices, device=rows.keys.device)
-    for stored, candidate_states in ((rows.keys, keys), (rows.values, values)):
+    stored_rows = move_together((rows.keys[row_indices], rows.values[row_indices]), CPU)
+    for stored, candidate_states in zip(stored_rows, (keys, values), strict=True):
         sums = candidate_states.new_zeros(
             len(merges), candidate_states.shape[1], dtype=torch.double
         )
         sums.index_add_(0, group_indices, candidate_states[candidates].double())
-        means.append((stored[row_indices].cpu().double() * old_counts + sums) / new_counts)
+        means.append((stored.double() * old_counts + sums) / new_counts)
     joined_tags = [
         join_tags([stats.tags[index], *(tags[member] for member in members)])
         for index, members in zip(indices, merges.values(), strict=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dmt.memory.knn_search import FaissIndex, bf16_knn, exact_knn
+from dmt.ops import move_together
 from dmt.store.records import IntArray, RowBatch, RowInsert, RowUsage
 
 Float64Array = NDArray[np.float64]
@@ -277,20 +278,22 @@ class RowTable(nn.Module):
             Their positions `(n,)`.
         """
         count = len(batch.ids)
-        free = (self.ids < 0).nonzero().flatten()[:count]
-        if len(free) < count:
-            self._grow(count - len(free))
-            free = (self.ids < 0).nonzero().flatten()[:count]
-        self.keys[free] = torch.as_tensor(batch.keys).to(self.keys)
-        self.values[free] = torch.as_tensor(batch.values).to(self.values)
-        self.ids[free] = torch.as_tensor(batch.ids).to(self.ids)
+        indices = self._find_free(count)
+        if len(indices) < count:
+            self._grow(count - len(indices))
+            indices = self._find_free(count)
+        arrays: tuple[Any, ...] = (indices, batch.ids, batch.keys, batch.values)
+        tensors = [_as_tensor(array) for array in arrays]
+        free, ids, keys, values = move_together(tensors, self.ids.device)
+        self.keys[free] = keys.to(self.keys.dtype)
+        self.values[free] = values.to(self.values.dtype)
+        self.ids[free] = ids
         if self._key_offsets is not None:
             self._key_offsets[free] = -self.keys[free].square().sum(-1) / 2
         if self._bf16_keys is not None:
             self._bf16_keys[free] = self.keys[free].to(self._bf16_keys.dtype)
         if self._index_is_current and self._index is not None:
             self._index_is_current = self._index.add(self.keys[free], free)
-        indices = free.cpu().numpy()
         stats = self.stats
         stats.score[indices], stats.score_step[indices] = batch.scores, step
         stats.reads[indices], stats.last_read[indices] = 0, 0.0
@@ -303,6 +306,10 @@ class RowTable(nn.Module):
             stats.tags[index] = tag
         self.index_by_id.update(zip(batch.ids.tolist(), indices.tolist(), strict=True))
         return indices
+
+    def _find_free(self, count: int) -> IntArray:
+        """Return the first positions without a row, `count` at most."""
+        return (self.ids < 0).cpu().numpy().nonzero()[0][:count]
 
     def _grow(self, num_needed: int) -> None:
         min_size = self.allocated_rows + max(num_needed, GROWTH_STEP, self.allocated_rows // 2)
