@@ -1,4 +1,4 @@
-"""`scripts/train_teacher.py`: training, stopping and resuming, and the saved teacher."""
+"""`scripts/train_teacher.py` trains, stops and resumes; `scripts/gpu_check.sh` says what it saw."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import newest
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,37 @@ def load_script():
     sys.modules["train_teacher"] = module  # its dataclasses look up their module
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_check_of_a_gpu_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    process = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == "error: torch sees no GPU here; run this where there is one\n"
+
+
+def test_the_check_of_a_gpu_runs_on_the_second_device(tmp_path):
+    path = tmp_path / "gpu.json"
+    process = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", str(path), "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {"parity", "facts", "token", "step", "precision", "default run"} == {
+        row["check"] for row in rows
+    }
 
 
 @pytest.fixture(scope="module")
