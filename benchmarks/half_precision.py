@@ -51,9 +51,8 @@ def main() -> None:
     tokens = tokenize_corpus(load_corpus("speeches", 0), tokenizer, WINDOW)
     windows = tokens.test[: max(1, arguments.tokens // WINDOW)]
     calibration = tokens.train[:CALIBRATION_WINDOWS]
-    print(
-        "| model | bfloat16: KL | same top-1 | float16: KL | same top-1 |\n|---|---:|---:|---:|---:|"
-    )
+    print("| model | bfloat16: KL | same top-1 | float16: KL | same top-1 |")
+    print("|---|---:|---:|---:|---:|")
     models: dict[str, Any] = {"plain GPT-2": lambda: teacher}
     for name, config in STUDENTS.items():
         models[name] = lambda config=config: dmt.convert(teacher, config, calibration=calibration)
