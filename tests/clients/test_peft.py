@@ -20,21 +20,25 @@ def train(model, tokenizer, steps=12):
 @pytest.mark.parametrize(
     "settings",
     [
+        {},  # the default of the family
         {"target_modules": "all-linear"},  # of attention: memories are no linear layers
         {"target_modules": ["c_attn", "c_proj"]},
         {"target_modules": ["c_attn"], "modules_to_save": ["mlp"]},  # memories are trained whole
+        {"target_modules": [], "target_parameters": ["mlp.values", "mlp.keys"]},
     ],
-    ids=["all-linear", "named", "memories"],
+    ids=["default", "all-linear", "named", "memories", "slots"],
 )
 def test_an_adapter_is_trained_saved_and_merged(
     student, student_folder, student_tokenizer, measure_loss, tmp_path, settings
 ):
     start, ids = measure_loss(student), torch.arange(1, 20)[None]
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    config = peft.LoraConfig(r=4, fan_in_fan_out=True, task_type="CAUSAL_LM", **settings)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(student, config)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert any(".mlp." in name for name in trained) == ("modules_to_save" in settings)
+    assert any(".mlp." in name for name in trained) == bool(
+        {"modules_to_save", "target_parameters"} & settings.keys()
+    )
     train(model, student_tokenizer)
     assert measure_loss(model) < 0.95 * start
     with torch.no_grad():
