@@ -132,7 +132,8 @@ def test_onednn_maps_leave_a_model_the_same(onednn, make):
     assert onednn
 
 
-def test_loaded_teachers_and_students_use_onednn_maps(teacher_folder, tmp_path):
+def test_loaded_teachers_and_students_use_onednn_maps(teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "gemm_library", "onednn")
     teacher = load_teacher(str(teacher_folder))[0]
     student = convert_blocks(teacher, [FeaturalConfig(k=8)] * LAYERS)[0]
     student.save_pretrained(tmp_path / "student")
@@ -142,6 +143,14 @@ def test_loaded_teachers_and_students_use_onednn_maps(teacher_folder, tmp_path):
         ]
         assert len(maps) > LAYERS
         assert {type(module) for module in maps} == {OneDNNLinear, OneDNNConv1D}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantizers_know_linear_maps_where_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(ops, "gemm_library", "torch")
+    model = use_onednn_linear(make_llama())
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    assert not [module for module in quantized.modules() if type(module) is torch.nn.Linear]
 
 
 def test_an_onednn_head_counts_as_a_plain_linear_map():

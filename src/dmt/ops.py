@@ -136,6 +136,8 @@ class OneDNNConv1D(Conv1D):
 def use_onednn_linear(model: ModelT) -> ModelT:
     """Make every linear map of `model` multiply with `linear`; parameters and names stay.
 
+    Without oneDNN an `nn.Linear` does so already, and quantizers know it by its class.
+
     Args:
         model: changed in place.
 
@@ -143,7 +145,7 @@ def use_onednn_linear(model: ModelT) -> ModelT:
         `model`.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and gemm_library == "onednn":
             module.__class__ = OneDNNLinear
         elif type(module) is Conv1D:
             module.__class__ = OneDNNConv1D
