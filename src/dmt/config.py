@@ -293,8 +293,8 @@ class DataConfig(_CheckedConfig):
     """Text, and how it is cut into windows."""
 
     corpora: list[str] = field(default_factory=lambda: ["speeches", "biographies"])
-    """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt or .jsonl file; a folder
-    of them; `hub:<dataset>[:<config>]`."""
+    """Built-in `speeches`, `biographies`, `strangers`, `readings`; a .txt, .md, .jsonl, .json, .csv
+    or .parquet file; a folder of them; `hub:<dataset>[:<config>]`."""
     mixture_weights: list[float] = field(default_factory=list)
     """Share of the training windows that each corpus gets, for example `[3, 1]`; empty means by
     size."""
@@ -309,6 +309,9 @@ class DataConfig(_CheckedConfig):
     """Tokens per corpus measured while training."""
     test_tokens: int = bounded(65_536, minimum=1)
     """Tokens per corpus measured at the end; fewer where the corpus has fewer."""
+    field: Optional[str] = None
+    """Field that holds the text of a JSON object, a table row or a hub row; empty takes `text`,
+    `content`, `messages` (a chat), or `prompt` and `completion`."""
 
     def __post_init__(self) -> None:
         """Check every field, then what fields say together."""

@@ -6,11 +6,13 @@ A file or folder written here is complete or not there at all, also after a cras
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import re
 import shutil
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -267,18 +269,22 @@ def release_lock(lock: BaseFileLock, lock_path: Path) -> None:
 
 
 def read_text_file(path: Path, display_name: str, advice: str) -> str:
-    """Read a UTF-8 text file, without its byte order mark.
+    """Read a UTF-8 text file, without its byte order mark; every line ends with a line feed.
 
     Args:
-        path: File to read; `~` is expanded.
+        path: File to read; `~` is expanded, and what ends in `.gz` is decompressed.
         display_name: How error messages name the file, as the user typed it.
         advice: What error messages advise instead.
 
     Raises:
         UserError: The file cannot be read or is not UTF-8 text.
     """
+    open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        with open_file(os.path.expanduser(path), "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{display_name} is not a complete gzip file; {advice}") from None
     except UnicodeDecodeError:
         raise UserError(f"{display_name} is not UTF-8 text; convert it, or {advice}") from None
     except (OSError, RuntimeError, ValueError) as error:  # no such home folder; a NUL in the name
@@ -321,21 +327,26 @@ def read_json_lines(
         UserError: The file cannot be read, or a line is not an object.
     """
     text = read_text_file(path, display_name, advice)
-    start, number = 0, 0
-    while start < len(text):
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        line, start, number = text[start:end], end + 1, number + 1
+    for number, line in enumerate(iterate_lines(text), 1):
         if not line.strip():
             continue
         location = f"{display_name} line {number}"
-        value, reason = _parse_json(line)
+        value, reason = parse_json(line)
         if not isinstance(value, dict):
             raise UserError(f"{location} is not a JSON object{reason}; a line is {example}")
         yield location, value
 
 
-def _parse_json(text: str) -> tuple[Any, str]:
+def iterate_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text with their line feeds, which alone end a line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def parse_json(text: str) -> tuple[Any, str]:
     """Return what a JSON text says, or None and why it cannot be read, in brackets."""
     try:
         value = json.loads(text)

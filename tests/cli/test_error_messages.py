@@ -100,7 +100,7 @@ TEXT = "data.corpora=[a.txt]"
 LINES = "data.corpora=[a.jsonl]"
 NOT_UTF8, NO_TEXT_FIELD = (
     ["data.corpora: a.txt is not UTF-8 text", "convert it, or remove it"],
-    'has no text in a field "text"',
+    'has no text in its field "text"',
 )
 NOT_OBJECT = "is not a JSON object"
 CONTEXT = ["task=consolidate", "context.file=a.txt"]
@@ -222,18 +222,20 @@ TEXTS = {
     ),
     "empty": Case(
         [TEXT],
-        ["data.corpora: a.txt has no train text", "give it more text"],
+        ["data.corpora: a.txt has no text (files read: 1", "give it text in .txt, .md"],
         write_file("a.txt", ""),
     ),
     "only a byte order mark": Case(
         [TEXT],
-        ["data.corpora: a.txt has no train text", "give it more text"],
+        ["data.corpora: a.txt has no text (files read: 1", "give it text in .txt, .md"],
         write_file("a.txt", "\ufeff"),
     ),
-    "one token": Case([TEXT], ["a.txt has no", "give it more text"], write_file("a.txt", "a")),
+    "one token": Case(
+        [TEXT], ["a.txt has 1 tokens", "give it more text"], write_file("a.txt", "a")
+    ),
     "one token per paragraph": Case(
         [TEXT],
-        ["part of a has", "fewer than data.seq_len=16", "set a smaller data.seq_len"],
+        ["a.txt has 27 tokens", "need data.seq_len=16 each, about 48", "set data.seq_len=8"],
         write_file("a.txt", "a\n\n" * 9),
     ),
     "URL": Case(
@@ -242,16 +244,16 @@ TEXTS = {
     ),
     "file of another type": Case(
         ["data.corpora=[a.pdf]"],
-        ["a.pdf is neither .txt nor .jsonl", "convert it or name another"],
+        ["a.pdf is none of .txt, .md, .jsonl", "convert it or name another"],
         write_file("a.pdf", "%PDF"),
     ),
     "broken link": Case([TEXT], ["no file or folder a.txt"], make_link("a.txt", "nowhere")),
     "folder with a folder named .txt": Case(
-        ["data.corpora=[texts]"], ["texts/b.txt", "is not a file"], make_folder("texts/b.txt")
+        ["data.corpora=[texts]"], ["texts has no text (files read: 0)"], make_folder("texts/b.txt")
     ),
     "pipe": Case([TEXT], ["a.txt", "is not a file"], make_pipe("a.txt")),
     "empty folder": Case(
-        ["data.corpora=[texts]"], ["texts has no train text"], make_folder("texts")
+        ["data.corpora=[texts]"], ["texts has no text (files read: 0)"], make_folder("texts")
     ),
     "two corpora of one name": Case(
         ["data.corpora=[text.txt, text.txt]"], ["two are called text", "rename"]
@@ -265,7 +267,9 @@ TEXTS = {
         write_file("a.jsonl", '{"text": "a"}\n{"text": 3}\n'),
     ),
     "JSON lines of null": Case(
-        [LINES], ["a.jsonl line 1", NO_TEXT_FIELD], write_file("a.jsonl", '{"text": null}\n' * 40)
+        [LINES],
+        ["a.jsonl has no text (files read: 1, left out: 40 blank documents)"],
+        write_file("a.jsonl", '{"text": null}\n' * 40),
     ),
     "JSON lines with a lone surrogate": Case(
         [LINES], ["a.jsonl line 1", NOT_OBJECT], write_file("a.jsonl", '{"text": "\\ud800"}\n' * 40)

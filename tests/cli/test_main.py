@@ -688,10 +688,14 @@ def test_settings_that_the_teacher_contradicts(workdir, capsys, tiny_run):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", "", "data.corpora: {file} has no train text; give it more text"),
-        ("blank.txt", " \n\n \n", "data.corpora: {file} has no train text; give it more text"),
-        ("empty.jsonl", "", "data.corpora: {file} has no train text; give it more text"),
-        ("short.txt", "\n\n".join(["a few", "words"] * 9), "part of short has"),
+        ("empty.txt", "", "data.corpora: {file} has no text (files read: 1"),
+        ("blank.txt", " \n\n \n", "data.corpora: {file} has no text (files read: 1"),
+        ("empty.jsonl", "", "data.corpora: {file} has no text (files read: 1"),
+        (
+            "short.txt",
+            "\n\n".join(["a few", "words"] * 3),
+            "text need data.seq_len=16 each",
+        ),
         (
             "bad.jsonl",
             json.dumps({"text": "x"}) + "\n{\n",
@@ -700,10 +704,10 @@ def test_settings_that_the_teacher_contradicts(workdir, capsys, tiny_run):
         (
             "other.jsonl",
             '{"body": "x"}\n',
-            'data.corpora: {file} line 1 has no text in a field "text" (its fields are body)',
+            "data.corpora: {file} line 1 has no text in a field text, content, messages, ",
         ),
         ("latin.txt", b"caf\xe9 " * 100, "data.corpora: {file} is not UTF-8 text; convert it"),
-        ("page.pdf", "x", "data.corpora: {file} is neither .txt nor .jsonl"),
+        ("page.pdf", "x", "data.corpora: {file} is none of .txt, .md, .jsonl"),
     ],
     ids=lambda part: part if isinstance(part, str) and len(part) < 12 else "",
 )
@@ -717,11 +721,11 @@ def test_unusable_text(workdir, tmp_path, capsys, tiny_run, name, content, messa
 
 def test_a_corpus_shorter_than_a_window(workdir, tmp_path, capsys, tiny_run):
     file = tmp_path / "short.txt"
-    file.write_text("\n\n".join(SENTENCES))
+    file.write_text(SENTENCES[0])
     message = get_error(capsys, [*tiny_run, f"data.corpora=[{file}]", "data.seq_len=32"])
     assert re.search(
-        r"part of short has \d+ tokens, fewer than data\.seq_len=32; "
-        r"give it more text or set a smaller data\.seq_len",
+        r"short\.txt has \d+ tokens, and its training, validation and test text need "
+        r"data\.seq_len=32 each, about 96 together; give it more text or set data\.seq_len=\d+",
         message,
     )
     assert list(workdir.iterdir()) == []
@@ -729,7 +733,7 @@ def test_a_corpus_shorter_than_a_window(workdir, tmp_path, capsys, tiny_run):
 
 def test_an_empty_folder_of_text(workdir, tmp_path, capsys, tiny_run):
     (tmp_path / "nothing").mkdir()
-    assert "has no train text" in get_error(
+    assert "has no text (files read: 0)" in get_error(
         capsys, [*tiny_run, f"data.corpora=[{tmp_path / 'nothing'}]"]
     )
     assert list(workdir.iterdir()) == []

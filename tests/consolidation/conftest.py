@@ -32,7 +32,7 @@ SMALL = {
 @pytest.fixture
 def corpus(monkeypatch):
     """Let every corpus name load `CORPUS`."""
-    monkeypatch.setattr(sleep, "load_corpus", lambda *_: CORPUS)
+    monkeypatch.setattr(sleep, "load_corpus", lambda *_, **__: CORPUS)
     return CORPUS
 
 

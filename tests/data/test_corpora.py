@@ -1,6 +1,7 @@
 """Corpora, synthetic people, and the order of training windows."""
 
 import copy
+import gzip
 import json
 import sys
 import types
@@ -129,11 +130,11 @@ def test_text_files_and_folders_are_corpora(tmp_path):
     ("name", "content", "message"),
     [
         ("none.txt", None, "no file or folder"),
-        ("empty.txt", b"", "no train text"),
-        ("blank.txt", b" \n\n ", "no train text"),
-        ("one.txt", b"one paragraph", "more text"),
+        ("empty.txt", b"", "no text .files read: 1, left out: 1 blank documents.; give"),
+        ("blank.txt", b" \n\n ", "no text"),
+        ("one.txt", b"ab", "2 characters, too few .* more text"),
         ("latin.txt", b"caf\xe9", "UTF-8"),
-        ("table.csv", b"a,b", "neither .txt nor .jsonl"),
+        ("page.pdf", b"a,b", "none of .txt, .md, .jsonl"),
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2"),
         ("broken.jsonl", b'{"text": ', "line 1"),
         ("list.jsonl", b"[1]", "line 1"),
@@ -202,7 +203,7 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
         requests.append((name, *config))
         if name == "gone":
             raise ConnectionError("no route\nto host")
-        rows = [{"text": f"line {i} " * (50 if name == "flat" else 5)} for i in range(4000)]
+        rows = [{"text": f"line {i} " * (50 if name == "flat" else 5) + "\n"} for i in range(4000)]
         splits = {
             "wiki": ("train", "validation", "test"),
             "two": ("test", "train"),
@@ -212,7 +213,7 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
         starts = {"train": 0, "validation": 3000, "test": 3500}
         selected = {split: rows[starts[split] :][:500] for split in splits[name.partition("/")[0]]}
         return {
-            split: [{"content": ""}] if config == ("column",) else part
+            split: [{"body": ""}] if config == ("column",) else part
             for split, part in selected.items()
         }
 
@@ -222,7 +223,7 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     wiki = load_corpus("hub:wiki/text:raw")
     assert requests == [("wiki/text", "raw")]
-    assert "".join(wiki.test) == "".join(f"line {i} " * 5 for i in range(3500, 4000))
+    assert "".join(wiki.test) == "".join(f"line {i} " * 5 + "\n" for i in range(3500, 4000))
     assert all(len(d) >= 20_000 for d in wiki.train[:-1])
     assert len(load_corpus("hub:flat").train) == 450
     two = load_corpus("hub:two")
@@ -232,7 +233,7 @@ def test_hub_datasets_by_split_and_without_splits(monkeypatch):
     assert not set(lines(two.train)) & set(lines(two.validation))
     for source, message in (
         ("gone", "no route"),
-        ("wiki:column", "no column named text"),
+        ("wiki:column", "its fields are body"),
         ("odd", "no split named train"),
     ):
         with pytest.raises(UserError, match=message):
@@ -361,3 +362,45 @@ def test_truncation_and_padding_of_a_tokenizer_are_ignored(tokenizer):
     limited.backend_tokenizer.enable_truncation(2)
     limited.backend_tokenizer.enable_padding(length=40)
     assert list(windows._tokenize_documents(["the quick brown fox", "a"], limited)) == expected
+
+
+def test_a_long_document_has_the_tokens_of_the_whole(tokenizer, monkeypatch):
+    text = "  ".join(SENTENCES * 40) + "\n\n" + " ".join(SENTENCES * 40)
+    expected = tokenizer(text, add_special_tokens=False).input_ids
+    monkeypatch.setattr(windows, "TOKENIZE_BATCH_CHARS", 100)
+    monkeypatch.setattr(windows, "WORD_BREAK_CHARS", 50)
+    parts = list(windows._cut_document(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 100
+    assert len(parts) > len(text) // 100
+    assert list(windows._tokenize_documents([text, "a", text], tokenizer)) == [
+        expected,
+        tokenizer("a").input_ids,
+        expected,
+    ]
+    progress = []
+    stream = windows.token_stream([text, "a"], tokenizer, progress.append)
+    eos = tokenizer.eos_token_id
+    assert stream.tolist() == [eos, *expected, eos, *tokenizer("a").input_ids]
+    assert (progress[-1], progress) == (len(text) + 1, sorted(progress))
+
+
+def test_text_without_spaces_is_cut_anywhere(monkeypatch):
+    monkeypatch.setattr(windows, "TOKENIZE_BATCH_CHARS", 100)
+    monkeypatch.setattr(windows, "WORD_BREAK_CHARS", 50)
+    assert list(windows._cut_document("a" * 250)) == ["a" * 100, "a" * 100, "a" * 50]
+    assert list(windows._cut_document("")) == [""]
+
+
+def test_a_batch_is_bounded_by_characters(monkeypatch):
+    monkeypatch.setattr(windows, "TOKENIZE_BATCH_CHARS", 100)
+    documents = ["a" * 60, "b" * 30, "c" * 20, "d" * 90, "e", *["f"] * 5]
+    batches = [[text for text, _ in batch] for batch in windows._batch_parts(documents, 3)]
+    assert batches == [documents[:2], documents[2:3], [*documents[3:6]], documents[6:9], ["f"]]
+
+
+def test_a_compressed_file_is_called_as_the_file_in_it(tmp_path):
+    data = "\n\n".join(f"paragraph {i}" for i in range(50)).encode()
+    (tmp_path / "notes.txt.gz").write_bytes(gzip.compress(data))
+    corpus = load_corpus(str(tmp_path / "notes.txt.gz"))
+    assert (corpus.name, len(corpus.test), corpus.source.files) == ("notes", 2, 1)

@@ -195,8 +195,9 @@ def run_sleep(args: argparse.Namespace, out: Output) -> None:
     from dmt.report.slot_transfer import summarize
 
     values: dict[str, Any] = {"teacher": _resolve_model(args, args.settings, out)}
-    if corpora := find_replay_data(Path(values["teacher"])):
-        values["data.corpora"] = corpora
+    if args.replay_data is None:
+        replay_data = find_replay_data(Path(values["teacher"]))
+        values |= {f"data.{name}": value for name, value in replay_data.items()}
     values |= _read_options(args, SETTING_BY_SLEEP_OPTION)
     config = _build_config("sleep", values, args.settings, args.output, out)
     run_dir = _run(config, out)

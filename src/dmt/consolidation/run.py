@@ -273,7 +273,7 @@ def run_consolidation(config: Config, run_dir: Path | None) -> Path:
     run_dir = run_dir or create_run_dir(config)
     hooks = get_fact_hooks(base)
     num_facts = 0 if hooks is None else len(hooks)
-    consolidation.log_plan(config, run_dir, context, questions, steps, num_facts)
+    consolidation.log_plan(config, run_dir, context, questions, steps, num_facts, data.to_record())
     write_record(run_dir, config, inputs, is_start=True)
     prepare_end = time.perf_counter()
     write_target = write_context if config.context.target == "memory" else _train_target

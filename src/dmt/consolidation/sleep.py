@@ -34,7 +34,7 @@ from dmt.consolidation.slot_training import (
 )
 from dmt.data.corpora import Corpus, load_corpus
 from dmt.data.tokenizer import save_tokenizer
-from dmt.data.windows import get_prefix_ids, pack_windows
+from dmt.data.windows import get_prefix_ids, pack_windows, summarize_corpus
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows
 from dmt.errors import NothingToDoError, UserError
@@ -158,9 +158,12 @@ def transfer_to_slots(
     changes = overrides | {"sleep": arguments | overrides.get("sleep", {})}
     if seed is not None:
         changes["seed"] = seed
-    corpora = find_replay_data(Path(model_path)) if replay_data is None else list(replay_data)
-    if corpora:
-        changes["data"] = {"corpora": corpora} | overrides.get("data", {})
+    if replay_data is None:
+        data = find_replay_data(Path(model_path))
+    else:
+        data = {"corpora": list(replay_data)} if replay_data else {}
+    if data:
+        changes["data"] = data | overrides.get("data", {})
     run_dir = execute_with_changes("sleep", run_slot_transfer, model_path, output, resume, changes)
     return read_result(run_dir)
 
@@ -172,13 +175,19 @@ def read_result(run_dir: Path) -> SlotTransferResult:
     return SlotTransferResult(row_explained_share=shares, **values)
 
 
-def find_replay_data(model_path: Path) -> list[str]:
-    """Return the corpora of the run that distilled a student, or nothing if that is unknown."""
+def find_replay_data(model_path: Path) -> dict[str, Any]:
+    """Return the text of the run that distilled a student: settings of `data` by name.
+
+    They are those that its splits depend on; none if the run is unknown.
+    """
     folder = find_student_folder(model_path)
     config_path = None if folder is None else folder.parent / "config.yaml"
     if folder is None or folder.name != "student" or config_path is None:
-        return []
-    return config_io.load_config(config_path).data.corpora if config_path.is_file() else []
+        return {}
+    if not config_path.is_file():
+        return {}
+    data = config_io.load_config(config_path).data
+    return {"corpora": data.corpora, "field": data.field, "seq_len": data.seq_len}
 
 
 def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
@@ -210,17 +219,22 @@ def run_slot_transfer(config: Config, run_dir: Path | None) -> Path:
         )
     plan = plan_slot_transfer(folder, config.sleep.tag, config.sleep.min_hits)
     # Not with `config.seed`: splits are those that the student was most likely distilled on.
-    corpora = [load_corpus(source) for source in config.data.corpora]
-    inputs = identify_inputs(
-        plan.fact_store.model,
-        plan.fact_store.tokenizer,
-        [{"name": corpus.name, "digest": corpus.compute_digest()} for corpus in corpora],
-    )
+    corpora = [
+        load_corpus(
+            source,
+            text_field=config.data.field,
+            tokenizer=plan.fact_store.tokenizer,
+            min_tokens=config.data.seq_len,
+        )
+        for source in config.data.corpora
+    ]
+    corpus_records = [asdict(summarize_corpus(corpus, {})) for corpus in corpora]
+    inputs = identify_inputs(plan.fact_store.model, plan.fact_store.tokenizer, corpus_records)
     if run_dir is not None:
         check_inputs(run_dir, config, inputs)
     is_new = run_dir is None or newest_checkpoint(run_dir) is None
     run_dir = run_dir or create_run_dir(config)
-    slot_transfer.log_plan(config, run_dir, plan)
+    slot_transfer.log_plan(config, run_dir, plan, corpus_records)
     write_record(run_dir, config, inputs, is_start=True)
     with remove_if_refused(run_dir, is_new):
         module = build_module(config, plan, corpora)

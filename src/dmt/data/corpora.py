@@ -7,20 +7,20 @@ training, `test` is read once, at the end. No document is in two of them.
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from dmt.data.documents import ACCEPTED_KINDS, FILE_KINDS, RecordReader, read_documents
+from dmt.data.duplicates import hash_text
+from dmt.data.splits import SPLITS, TokenCounter, split_documents
 from dmt.errors import UserError
-from dmt.files import format_fields, read_json_lines, read_text_file
 from dmt.paths import expand_home
 
-SPLITS = ("train", "validation", "test")
-LINE_EXAMPLE = '{"text": "..."}'
-MIN_DOCUMENTS = 20  # with fewer, documents are split into paragraphs
 FUNCTION_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
 
@@ -44,6 +44,33 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class SourceStats:
+    """How the documents of a corpus were read and split.
+
+    Attributes:
+        files: files that were read.
+        left_out: what was not read, by reason.
+        chats: how many chats there are, and how they became text.
+        unit: what was divided: documents, or parts of them, see `Split`; empty if the splits come
+            from elsewhere.
+        copies: documents that were removed, because an earlier one is the same.
+        near_duplicates: units beside another one that is nearly the same, in the same split.
+        has_overlap: whether units of different splits are nearly the same.
+        shared: documents of validation and test that are training text, too, in splits that come
+            from elsewhere.
+    """
+
+    files: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    chats: str = ""
+    unit: str = ""
+    copies: int = 0
+    near_duplicates: int = 0
+    has_overlap: bool = False
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents by split, and questions about them.
 
@@ -52,6 +79,7 @@ class Corpus:
         train, validation, test: documents.
         probes: questions about the documents, may be none.
         unseen_probes: questions about the same facts in phrasings that no training text has.
+        source: how the documents were read and split.
     """
 
     name: str
@@ -60,6 +88,7 @@ class Corpus:
     test: list[str]
     probes: list[Probe] = field(default_factory=list)
     unseen_probes: list[Probe] = field(default_factory=list)
+    source: SourceStats = field(default_factory=SourceStats)
 
     def compute_digest(self) -> str:
         """Return a digest of all documents in order, which tells whether two texts are the same."""
@@ -73,26 +102,55 @@ class Corpus:
 
     @staticmethod
     def from_documents(name: str, documents: Sequence[str], seed: int = 0) -> Corpus:
-        """Split documents: 5 % each for validation and test.
+        """Split documents: 5 % each for validation and test, see `split_documents`.
 
-        Fewer than 20 documents are split into paragraphs first.
+        Raises:
+            UserError: the documents are too short to be split.
         """
-        if len(documents) < MIN_DOCUMENTS:
-            documents = [
-                part for document in documents for part in document.split("\n\n") if part.strip()
-            ]
-        order = list(range(len(documents)))
-        random.Random(f"split-{seed}").shuffle(order)
-        num_held_out = max(1, len(order) // 20)
-        validation, test, train = (
-            [documents[i] for i in sorted(part)]
-            for part in (
-                order[:num_held_out],
-                order[num_held_out : 2 * num_held_out],
-                order[2 * num_held_out :],
-            )
+        return _split_corpus(name, name, documents, SplitOptions(seed))
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Arguments of `split_documents`."""
+
+    seed: int
+    min_tokens: int = 1
+    count_tokens: TokenCounter = len
+
+
+def _split_corpus(
+    name: str, source: str, documents: Sequence[str], options: SplitOptions
+) -> Corpus:
+    split = split_documents(documents, options.seed, options.min_tokens, options.count_tokens)
+    if split is None:
+        raise _too_short_error(source, documents, options)
+    train, validation, test = (split.documents[split_name] for split_name in SPLITS)
+    stats = SourceStats(
+        unit=split.unit,
+        copies=split.num_copies,
+        near_duplicates=split.num_near_duplicates,
+        has_overlap=split.has_overlap,
+    )
+    return Corpus(name, train, validation, test, source=stats)
+
+
+def _too_short_error(source: str, documents: Sequence[str], options: SplitOptions) -> UserError:
+    num_tokens, min_tokens = sum(map(options.count_tokens, documents)), options.min_tokens
+    advice = "give it more text"
+    if options.count_tokens is len:
+        return UserError(
+            f"data.corpora: {source} has {num_tokens:,} characters, too few for training, "
+            f"validation and test text; {advice}"
         )
-        return Corpus(name, train, validation, test)
+    seq_len = int(0.9 * num_tokens / len(SPLITS))  # stretches end with words
+    if seq_len >= 2:
+        advice += f" or set data.seq_len={seq_len}"
+    return UserError(
+        f"data.corpora: {source} has {num_tokens:,} tokens, and its training, validation and test "
+        f"text need data.seq_len={min_tokens:,} each, about {len(SPLITS) * min_tokens:,} together; "
+        f"{advice}"
+    )
 
 
 CorpusLoader = Callable[[], Corpus | Sequence[str]]
@@ -126,30 +184,51 @@ def register_corpus(name: str, load: CorpusLoader) -> None:
     CORPORA[name] = load
 
 
-def load_corpus(source: str, seed: int = 0) -> Corpus:
+def load_corpus(
+    source: str,
+    seed: int = 0,
+    *,
+    text_field: str | None = None,
+    tokenizer: Any = None,
+    min_tokens: int = 1,
+) -> Corpus:
     """Load a corpus.
 
     Args:
         source: a registered name, `module:function`, a file or folder, or `hub:name[:config]`.
         seed: seed of the split into training, validation and test text.
+        text_field: field that holds the text of records, see `data.field`.
+        tokenizer: counts tokens and renders chats by its template; without one, tokens are
+            characters and messages are joined.
+        min_tokens: tokens that each split should have; text that is split here is cut accordingly.
 
     Raises:
         UserError: there is no such source, or a split of it has no text.
     """
+    count_tokens = len if tokenizer is None else partial(_count_tokens, tokenizer)
+    options = SplitOptions(seed, min_tokens, count_tokens)
+    reader = RecordReader(text_field, tokenizer)
     if source.startswith("hub:"):
-        corpus = _load_hub(source, seed)
+        corpus = _load_hub(source, reader, options)
     elif source in CORPORA or FUNCTION_PATTERN.fullmatch(source):
-        corpus = _call_loader(source, seed)
+        corpus = _call_loader(source, options)
     else:
-        corpus = _load_files(source, seed)
+        corpus = _load_files(source, reader, options)
     for split in SPLITS:
         if not any(document.strip() for document in getattr(corpus, split)):
-            raise UserError(
-                f"data.corpora: {source} has no {split} text; give it more text (files are split "
-                f"by document, or by paragraph where there are fewer than {MIN_DOCUMENTS} "
-                "documents)"
-            )
-    return corpus
+            raise UserError(f"data.corpora: {source} has no {split} text; give it more text")
+    return replace(corpus, source=replace(corpus.source, chats=_describe_chats(reader)))
+
+
+def _count_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _describe_chats(reader: RecordReader) -> str:
+    if not reader.num_chats:
+        return ""
+    way = "by the tokenizer's template" if reader.has_chat_template else "joined without roles"
+    return f"{reader.num_chats:,} chats {way}"
 
 
 def load_speeches() -> Corpus:
@@ -166,14 +245,21 @@ def load_speeches() -> Corpus:
     return Corpus("speeches", splits["train"], splits["validation"], splits["test"])
 
 
-def _call_loader(source: str, seed: int) -> Corpus:
+def _call_loader(source: str, options: SplitOptions) -> Corpus:
     load = CORPORA.get(source, source)
     if isinstance(load, str):
         load = _import_loader(load)
     corpus = load()
     if isinstance(corpus, Corpus):
-        return corpus
-    return Corpus.from_documents(source.rpartition(":")[2], list(corpus), seed)
+        return _count_shared(corpus)
+    return _split_corpus(source.rpartition(":")[2], source, list(corpus), options)
+
+
+def _count_shared(corpus: Corpus) -> Corpus:
+    """Count the documents of splits made elsewhere that are training text, too."""
+    train = set(map(hash_text, corpus.train))
+    shared = sum(hash_text(document) in train for document in corpus.validation + corpus.test)
+    return replace(corpus, source=replace(corpus.source, shared=shared))
 
 
 def _import_loader(path: str) -> CorpusLoader:
@@ -191,46 +277,31 @@ def _import_loader(path: str) -> CorpusLoader:
 
 def _list_sources() -> str:
     return (
-        f"{', '.join(CORPORA)}, a .txt or .jsonl file, a folder of them, hub:<dataset>, or "
-        "my_module:my_function"
+        f"{', '.join(CORPORA)}, a file ({', '.join(FILE_KINDS)}), a folder of them, hub:<dataset>, "
+        "or my_module:my_function"
     )
 
 
-def _load_files(source: str, seed: int) -> Corpus:
+def _load_files(source: str, reader: RecordReader, options: SplitOptions) -> Corpus:
     path = expand_home(source)
     if not path.exists():
         raise UserError(f"data.corpora: no file or folder {source}; accepted are {_list_sources()}")
-    paths = (
-        sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
-        if path.is_dir()
-        else [path]
-    )
-    documents = [document for p in paths for document in _read_documents(p) if document.strip()]
-    return Corpus.from_documents(path.stem or source, documents, seed)
-
-
-def _read_documents(path: Path) -> list[str]:
-    if path.suffix not in (".txt", ".jsonl"):
+    documents = read_documents(path, reader)
+    if not documents.texts:
         raise UserError(
-            f"data.corpora: {path} is neither .txt nor .jsonl; convert it or name another file"
+            f"data.corpora: {source} has no text ({documents.describe()}); give it text in "
+            f"{ACCEPTED_KINDS}"
         )
-    if not path.is_file():  # reading a pipe would block
-        raise UserError(f"data.corpora: {path} is not a file; remove it or name another")
-    name, advice = f"data.corpora: {path}", "remove it or name another"
-    if path.suffix == ".txt":
-        return [read_text_file(path, name, advice)]
-    documents = []
-    for location, record in read_json_lines(path, name, advice, LINE_EXAMPLE):
-        if not isinstance(record.get("text"), str):
-            raise UserError(
-                f'{location} has no text in a field "text" ({format_fields(record)}); a line is '
-                f"{LINE_EXAMPLE}"
-            )
-        documents.append(record["text"])
-    return documents
+    corpus = _split_corpus(_name_file(path) or source, source, documents.texts, options)
+    stats = replace(corpus.source, files=documents.num_files, left_out=dict(documents.left_out))
+    return replace(corpus, source=stats)
 
 
-def _load_hub(source: str, seed: int) -> Corpus:
+def _name_file(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def _load_hub(source: str, reader: RecordReader, options: SplitOptions) -> Corpus:
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -243,28 +314,26 @@ def _load_hub(source: str, seed: int) -> Corpus:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data.corpora: cannot load {source} ({reason}); without network, name a local .txt or "
-            ".jsonl file"
+            f"data.corpora: cannot load {source} ({reason}); without network, name a local file"
         ) from None
-    try:
-        rows = {split: [row["text"] for row in dataset[split]] for split in dataset}
-    except KeyError:
-        raise UserError(
-            f"data.corpora: {source} has no column named text; export the right one to a .jsonl "
-            "file"
-        ) from None
+    rows = {
+        split: list(reader.read_texts((f"data.corpora: {source} {split}", row) for row in part))
+        for split, part in dataset.items()
+    }
     if "train" not in rows:
         raise UserError(
             f"data.corpora: {source} has no split named train, only {', '.join(rows)}; export it "
             "to a .jsonl file"
         )
-    if not {"validation", "test"} <= rows.keys():
-        # Missing splits are cut from the training rows.
-        parts = Corpus.from_documents(name, rows["train"], seed)
-        cut = {split: getattr(parts, split) for split in SPLITS}
-        rows = cut | {split: rows[split] for split in rows if split != "train"}
-    train, validation, test = (_join_rows(rows[split]) for split in SPLITS)
-    return Corpus(name, train, validation, test)
+    documents = {split: _join_rows(part) for split, part in rows.items()}
+    if {"validation", "test"} <= rows.keys():
+        train, validation, test = (documents[split] for split in SPLITS)
+        return _count_shared(Corpus(name, train, validation, test))
+    # Missing splits are cut from the training rows.
+    corpus = _split_corpus(name, source, documents["train"], options)
+    validation = documents.get("validation", corpus.validation)
+    test = documents.get("test", corpus.test)
+    return _count_shared(replace(corpus, validation=validation, test=test))
 
 
 def _join_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmt.config import Config
-from dmt.data.corpora import SPLITS, Corpus, Probe, load_corpus
+from dmt.data.corpora import Corpus, Probe, SourceStats, load_corpus
+from dmt.data.splits import SPLITS
 from dmt.errors import UserError
 
 MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
 TOKENIZE_BATCH_SIZE = 1_000  # documents tokenized at once
+TOKENIZE_BATCH_CHARS = 2**20  # of them together, and of one that is tokenized whole
+WORD_BREAK_CHARS = 10_000  # before that limit, among which a longer document is cut
 PACK_BATCH_SIZE = 16  # documents tokenized at once where a few windows are enough
+# A space between words: no tokenizer of words and spaces joins what stands on its two sides.
+WORD_BREAK = re.compile(r"(?<=\S)(?= \S)")
 
 
 def get_prefix_ids(tokenizer: Any) -> list[int]:
@@ -41,7 +47,8 @@ class CorpusSummary:
         digest: digest of its documents, see `Corpus.compute_digest`.
         documents: number of documents.
         characters: their length.
-        tokens: tokens of each split, with the prefix of each document.
+        tokens: tokens of each split, with the prefix of each document; empty if unknown.
+        source: how they were read and split.
     """
 
     name: str
@@ -49,6 +56,7 @@ class CorpusSummary:
     documents: int
     characters: int
     tokens: dict[str, int]
+    source: SourceStats
 
 
 @dataclass(frozen=True)
@@ -89,50 +97,121 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
                 f"than data.seq_len={seq_len}; give it more text or set a smaller data.seq_len"
             )
         splits[split] = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
+    return TokenizedCorpus(
+        corpus.name,
+        probes=corpus.probes,
+        unseen_probes=corpus.unseen_probes,
+        summary=summarize_corpus(corpus, num_tokens),
+        **splits,
+    )
+
+
+def summarize_corpus(corpus: Corpus, num_tokens: dict[str, int]) -> CorpusSummary:
+    """Return what was read of a corpus.
+
+    Args:
+        corpus: the corpus.
+        num_tokens: tokens of each split; empty if it was not tokenized.
+    """
     documents = [document for split in SPLITS for document in getattr(corpus, split)]
-    summary = CorpusSummary(
+    return CorpusSummary(
         corpus.name,
         corpus.compute_digest(),
         len(documents),
         sum(map(len, documents)),
         num_tokens,
-    )
-    return TokenizedCorpus(
-        corpus.name,
-        probes=corpus.probes,
-        unseen_probes=corpus.unseen_probes,
-        summary=summary,
-        **splits,
+        corpus.source,
     )
 
 
-def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
-    """Return the token ids of documents one after the other, `(tokens,)`."""
+def token_stream(
+    documents: Sequence[str], tokenizer: Any, on_progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """Return the token ids of documents one after the other, `(tokens,)`.
+
+    Args:
+        documents: texts.
+        tokenizer: the tokenizer.
+        on_progress: called with the number of characters that have been tokenized.
+    """
     start = torch.tensor(get_prefix_ids(tokenizer), dtype=torch.long)
-    chunks = [
-        chunk
-        for ids in _tokenize_documents(documents, tokenizer)
-        for chunk in (start, torch.tensor(ids, dtype=torch.long))
-    ]
-    return torch.cat([torch.empty(0, dtype=torch.long), *chunks])
+    chunks = [torch.empty(0, dtype=torch.long)]
+    for ids, is_start, num_chars in _tokenize_parts(documents, tokenizer):
+        chunks += [start] if is_start else []
+        chunks.append(torch.tensor(ids, dtype=torch.long))
+        if on_progress is not None:
+            on_progress(num_chars)
+    return torch.cat(chunks)
 
 
 def _tokenize_documents(
-    documents: list[str], tokenizer: Any, batch_size: int = TOKENIZE_BATCH_SIZE
+    documents: Sequence[str], tokenizer: Any, batch_size: int = TOKENIZE_BATCH_SIZE
 ) -> Iterator[list[int]]:
     """Yield the token ids of each document."""
+    document_ids: list[int] | None = None
+    for ids, is_start, _ in _tokenize_parts(documents, tokenizer, batch_size):
+        if is_start and document_ids is not None:
+            yield document_ids
+        document_ids = ids if is_start or document_ids is None else document_ids + ids
+    if document_ids is not None:
+        yield document_ids
+
+
+def _tokenize_parts(
+    documents: Sequence[str], tokenizer: Any, batch_size: int = TOKENIZE_BATCH_SIZE
+) -> Iterator[tuple[list[int], bool, int]]:
+    """Yield the token ids of each part of a document.
+
+    A document has one part, or several if it is longer than `TOKENIZE_BATCH_CHARS`. Memory grows
+    with the length of a part, not of a document.
+
+    Yields:
+        Ids, whether the part begins a document, and the number of characters up to its end.
+    """
+    num_chars = 0
+    for batch in _batch_parts(documents, batch_size):
+        ids_of_parts = _encode_batch([text for text, _ in batch], tokenizer)
+        for (text, is_start), ids in zip(batch, ids_of_parts, strict=True):
+            num_chars += len(text)
+            yield ids, is_start, num_chars
+
+
+def _batch_parts(documents: Sequence[str], batch_size: int) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    num_chars = 0
+    for document in documents:
+        for number, text in enumerate(_cut_document(document)):
+            if batch and (len(batch) == batch_size or num_chars + len(text) > TOKENIZE_BATCH_CHARS):
+                yield batch
+                batch, num_chars = [], 0
+            batch.append((text, number == 0))
+            num_chars += len(text)
+    if batch:
+        yield batch
+
+
+def _cut_document(document: str) -> Iterator[str]:
+    """Yield parts of at most `TOKENIZE_BATCH_CHARS`, which begin at a space where there is one."""
+    start = 0
+    while len(document) - start > TOKENIZE_BATCH_CHARS:
+        end = start + TOKENIZE_BATCH_CHARS
+        breaks = list(WORD_BREAK.finditer(document, end - WORD_BREAK_CHARS, end))
+        end = breaks[-1].start() if breaks else end
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def _encode_batch(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    for start in range(0, len(documents), batch_size):
-        batch = documents[start : start + batch_size]
-        if backend is None:
-            yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            continue
-        backend.no_truncation()
-        backend.no_padding()
-        # Without offsets, which are not needed, this takes two thirds of the time.
-        yield from (
-            encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
-        )
+    if backend is None:
+        yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return
+    backend.no_truncation()
+    backend.no_padding()
+    # Without offsets, which are not needed, this takes two thirds of the time.
+    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        yield encoding.ids
 
 
 def pack_windows(
@@ -274,7 +353,7 @@ class TextDataModule(pl.LightningDataModule):
         if not self.corpora:
             data = self.config.data
             self.corpora = [
-                tokenize_corpus(load_corpus(source, self.config.seed), self.tokenizer, data.seq_len)
+                tokenize_corpus(self._load_corpus(source), self.tokenizer, data.seq_len)
                 for source in data.corpora
             ]
             name_counts = Counter(corpus.name for corpus in self.corpora)
@@ -283,6 +362,15 @@ class TextDataModule(pl.LightningDataModule):
                     f"data.corpora: two are called {duplicates[0]}, and results are reported by "
                     "name; rename a file or folder"
                 )
+
+    def _load_corpus(self, source: str) -> Corpus:
+        return load_corpus(
+            source,
+            self.config.seed,
+            text_field=self.config.data.field,
+            tokenizer=self.tokenizer,
+            min_tokens=self.config.data.seq_len,
+        )
 
     def to_record(self) -> list[dict[str, Any]]:
         """Return the summary of each corpus, as `run.json` has them under `corpora`."""

@@ -250,7 +250,9 @@ def _resolve_data(config: Config, data: str | Path | Sequence[str | Path]) -> li
             f"data has texts and names of corpora or files such as {sources[0]}; give one or the "
             "other"
         )
-    lines = [json.dumps({"text": str(text)}, ensure_ascii=False) for text in items]
+    lines = [
+        json.dumps({config.data.field or "text": str(text)}, ensure_ascii=False) for text in items
+    ]
     content = "\n".join(lines) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = expand_home(config.trainer.log_dir) / "texts" / digest
@@ -492,14 +494,17 @@ class _Run:
         module.to(device)
         module.teacher.to(device)  # type: ignore[arg-type]
         trainable = module.trainable_parameters()
-        plan = format_plan(config, self.run_dir, module.student, trainable, self.transfer_report)
+        corpora = self.data.to_record()
+        plan = format_plan(
+            config, self.run_dir, module.student, trainable, self.transfer_report, corpora
+        )
         logger.info("%s", plan)
         other_files = format_other_files(Path(module.teacher.name_or_path or IN_MEMORY))
         if other_files and config.teacher not in SHIPPED_MODELS:
             logger.info("not taken along from the teacher's folder: %s", other_files)
         if get_rank() == 0:  # before anything is spent: a killed run knows what it was made from
             write_record(self.run_dir, config, self.inputs, is_start=True)
-        record = {}
+        record: dict[str, Any] = {}
         if self.checkpoint is None:
             self._calibrate(device)
             record["before_training"] = self._measure_validation()

@@ -218,7 +218,11 @@ def _read_test_windows(
         raise UserError("data is empty; name at least one corpus or file")
     windows_by_text = []
     for source in sources:
-        corpus = source if isinstance(source, Corpus) else load_corpus(str(source))
+        corpus = (
+            source
+            if isinstance(source, Corpus)
+            else load_corpus(str(source), tokenizer=tokenizer, min_tokens=seq_len)
+        )
         stream = token_stream(corpus.test, tokenizer)
         if len(stream) < seq_len:
             raise UserError(

@@ -42,7 +42,7 @@ IGNORED_SETTINGS = frozenset(
 )
 SEED = "seed"
 # Settings that change on what text a run is measured.
-TEST_SETTINGS = ("data.corpora", "data.test_tokens", "data.seq_len")
+TEST_SETTINGS = ("data.corpora", "data.field", "data.test_tokens", "data.seq_len")
 NOT_COMPARABLE = "†"
 OTHER_LENGTH = "‡"  # trained on more or fewer tokens
 PERPLEXITY_TOLERANCE = 1e-3  # relative; more means that the teacher read other text

@@ -24,6 +24,7 @@ from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.results import build_results_table, collect_results
 from dmt.report.summary import Summary
 from dmt.report.tables import Row, Table
+from dmt.training.plan import describe_corpus
 from dmt.training.run_dir import read_record
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def log_plan(
     questions: Sequence[Question],
     steps: int,
     num_facts: int,
+    corpora: Sequence[Mapping[str, Any]],
 ) -> None:
     """Log what is about to happen.
 
@@ -76,6 +78,7 @@ def log_plan(
         questions: the questions about it.
         steps: number of gradient steps.
         num_facts: number of facts stored with the base model.
+        corpora: what was read of each corpus, see `TextDataModule.to_record`.
     """
     chunks = f", read in {len(context.chunks)} windows" if len(context.chunks) > 1 else ""
     source = config.context.file or "context.text"
@@ -86,6 +89,7 @@ def log_plan(
         "target": describe_target(config),
         "objective": f"{config.context.objective}, {step_note}",
         "questions": f"{len(questions)}",
+        "text": "; ".join(f"{corpus['name']}: {describe_corpus(corpus)}" for corpus in corpora),
     }
     if num_facts and config.context.target != "memory":
         rows["facts"] = (

@@ -23,6 +23,7 @@ from dmt.report.results import build_results_table, collect_results
 from dmt.report.summary import Summary
 from dmt.report.svg import Plot, Series, draw_plot
 from dmt.report.tables import Table
+from dmt.training.plan import describe_corpus
 from dmt.training.run_dir import read_record
 
 TABLE_TITLE = "teacher and student on the same test text"
@@ -353,6 +354,10 @@ def build_notes(record: Mapping[str, Any]) -> list[str]:
             f"{corpus}: {scores['tokens']:,.0f} predicted tokens of test text in {windows}, "
             f"stride {scores['stride']}{questions}"
         )
+    notes += [
+        f"{corpus['name']} was read from {describe_corpus(corpus)}"
+        for corpus in record.get("corpora", [])
+    ]
     seconds, tokens = record["seconds"], record["tokens"]
     phases = ", ".join(
         f"{name} {seconds[phase]:.0f} s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from dmt.report.html import Card, Page, write_report_safely
 from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.summary import Summary
 from dmt.report.tables import Row, Table
+from dmt.training.plan import describe_corpus
 from dmt.training.run_dir import read_record
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def log_plan(config: Config, run_dir: Path, plan: SlotTransferPlan) -> None:
+def log_plan(
+    config: Config,
+    run_dir: Path,
+    plan: SlotTransferPlan,
+    corpora: Sequence[Mapping[str, Any]],
+) -> None:
     """Log what is about to be moved into which slots."""
     num_rows = sum(map(len, plan.rows.values()))
     num_remaining = len(plan.fact_store.records) - len(plan.facts)
@@ -34,7 +40,7 @@ def log_plan(config: Config, run_dir: Path, plan: SlotTransferPlan) -> None:
         ("transfer", f"{len(plan.facts):,} facts{rows}"),
         ("remain", f"{num_remaining:,} facts stay rows" if num_remaining else ""),
         ("replay", f"{len(plan.retained_facts):,} facts of earlier transfers"),
-        ("text", ", ".join(config.data.corpora)),
+        *(("text", f"{corpus['name']}: {describe_corpus(corpus)}") for corpus in corpora),
         ("slots", f"of layers {', '.join(map(str, plan.layers))}, {config.sleep.steps:,} steps"),
         ("run", str(run_dir)),
     ):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from dmt.config import Config
+from dmt.data.documents import format_counts
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.models.conversion import TransferReport
 from dmt.models.memories import get_memories
@@ -19,6 +22,7 @@ def format_plan(
     student: PreTrainedModel,
     trainable: dict[str, nn.Parameter],
     transfer: TransferReport,
+    corpora: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return what a distillation is about to do, one line per part.
 
@@ -28,6 +32,7 @@ def format_plan(
         student: The converted model.
         trainable: Its trainable parameters by name.
         transfer: What became of each tensor of the teacher.
+        corpora: What was read of each corpus, see `TextDataModule.to_record`.
     """
     stages, step_tokens = config.stages, config.data.batch_size * config.data.seq_len
     steps = stages.layerwise_steps + stages.end_to_end_steps
@@ -59,12 +64,47 @@ def format_plan(
             f"{', '.join(config.data.corpora)}: {steps * step_tokens:,} tokens"
             f" in steps of {step_tokens:,}",
         ),
+        *((f"corpus {corpus['name']}", describe_corpus(corpus)) for corpus in corpora),
         (
             "folder",
             f"{run_dir}; {config.trainer.num_threads} threads, {config.trainer.precision}",
         ),
     ]
     return format_rows(rows)
+
+
+def describe_corpus(corpus: Mapping[str, Any]) -> str:
+    """Return what was read of a corpus, what was left out, and what stands in it twice.
+
+    Args:
+        corpus: An item of `TextDataModule.to_record`, as `run.json` has it under `corpora`.
+    """
+    tokens, source = corpus["tokens"], corpus["source"]
+    splits = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    parts = [
+        f"{source['files']:,} files" if source["files"] else "",
+        f"{corpus['documents']:,} documents",
+        f"{corpus['characters']:,} characters",
+        f"{sum(tokens.values()):,} tokens ({splits})" if tokens else "",
+    ]
+    overlap = (
+        "in different splits, because nearly all text is alike: test results are too good"
+        if source["has_overlap"]
+        else "in the same split as what they are like"
+    )
+    notes = [
+        f"split by {source['unit']}" if source["unit"] not in ("", "documents") else "",
+        source["chats"],
+        f"left out: {format_counts(source['left_out'])}" if source["left_out"] else "",
+        f"{source['copies']:,} copies removed" if source["copies"] else "",
+        f"{source['near_duplicates']:,} near duplicates, {overlap}"
+        if source["near_duplicates"]
+        else "",
+        f"{source['shared']:,} documents of validation and test are training text"
+        if source["shared"]
+        else "",
+    ]
+    return "; ".join(filter(None, [", ".join(filter(None, parts)), *notes]))
 
 
 def format_rows(rows: list[tuple[str, str]]) -> str:
