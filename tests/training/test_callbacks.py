@@ -7,37 +7,22 @@ import signal
 import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 from conftest import newest
 from pytorch_lightning.callbacks import TQDMProgressBar
 
+from dmt import progress
 from dmt.cli.main import distill_main
 from dmt.training import callbacks
 from dmt.training.callbacks import (
-    ProgressLog,
     StepProgressBar,
-    humanize_duration,
+    StepProgressLog,
     make_progress_callback,
 )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.2, "about 5 seconds"),
-        (31, "about 30 seconds"),
-        (58, "about 1 minute"),
-        (185, "about 3 minutes"),
-        (9_000, "about 2.5 hours"),
-    ],
-)
-def test_durations_are_rounded_to_a_digit_or_two(seconds, text):
-    assert humanize_duration(seconds) == text
-
-
 def test_the_progress_display_suits_the_output(monkeypatch):
-    assert isinstance(make_progress_callback(), ProgressLog), "pytest captures stdout"
+    assert isinstance(make_progress_callback(), StepProgressLog), "pytest captures stdout"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert isinstance(make_progress_callback(), StepProgressBar)
     shell = type("ZMQInteractiveShell", (), {})()
@@ -47,20 +32,20 @@ def test_the_progress_display_suits_the_output(monkeypatch):
 
 def test_a_log_gets_a_dated_line_at_most_every_interval(monkeypatch, caplog):
     now = [100.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    progress = ProgressLog(interval=30.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    callback = StepProgressLog(interval=30.0)
     trainer = SimpleNamespace(
         global_step=0,
         max_steps=1_200,
         is_global_zero=True,
         progress_bar_metrics={"loss": torch.tensor(0.25)},
     )
-    caplog.set_level(logging.INFO, "dmt.training.callbacks")
-    progress.on_train_start(trainer, None)
+    caplog.set_level(logging.INFO, "dmt.progress")
+    callback.on_train_start(trainer, None)
     for step in range(1, 13):  # 10 seconds each
         now[0] += 10
         trainer.global_step = step * 10
-        progress.on_train_batch_end(trainer, None)
+        callback.on_train_batch_end(trainer, None)
     assert len(caplog.messages) == 4
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 30/1,200  loss 0.25, about 20 minutes left",
@@ -69,7 +54,7 @@ def test_a_log_gets_a_dated_line_at_most_every_interval(monkeypatch, caplog):
     assert "step 120/1,200" in caplog.messages[-1]
     trainer.is_global_zero = False
     now[0] += 100
-    progress.on_train_batch_end(trainer, None)
+    callback.on_train_batch_end(trainer, None)
     assert len(caplog.messages) == 4, "the first process alone logs"
 
 

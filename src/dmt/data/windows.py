@@ -18,6 +18,7 @@ from dmt.config import Config
 from dmt.data.corpora import Corpus, Probe, SourceStats, load_corpus
 from dmt.data.splits import SPLITS
 from dmt.errors import UserError
+from dmt.progress import ProgressLog
 
 MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
 TOKENIZE_BATCH_SIZE = 1_000  # documents tokenized at once
@@ -89,7 +90,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, seq_len: int) -> TokenizedCo
     """
     splits, num_tokens = {}, {}
     for split in SPLITS:
-        stream = token_stream(getattr(corpus, split), tokenizer)
+        label = f"tokenizing {corpus.name} ({split})"
+        stream = token_stream(getattr(corpus, split), tokenizer, label)
         num_tokens[split] = len(stream)
         if len(stream) < seq_len:
             raise UserError(
@@ -124,23 +126,21 @@ def summarize_corpus(corpus: Corpus, num_tokens: dict[str, int]) -> CorpusSummar
     )
 
 
-def token_stream(
-    documents: Sequence[str], tokenizer: Any, on_progress: Callable[[int], None] | None = None
-) -> Tensor:
+def token_stream(documents: Sequence[str], tokenizer: Any, label: str = "tokenizing") -> Tensor:
     """Return the token ids of documents one after the other, `(tokens,)`.
 
     Args:
         documents: texts.
         tokenizer: the tokenizer.
-        on_progress: called with the number of characters that have been tokenized.
+        label: what the log calls this work if it takes long.
     """
     start = torch.tensor(get_prefix_ids(tokenizer), dtype=torch.long)
     chunks = [torch.empty(0, dtype=torch.long)]
+    progress = ProgressLog(label, sum(map(len, documents)), " characters")
     for ids, is_start, num_chars in _tokenize_parts(documents, tokenizer):
         chunks += [start] if is_start else []
         chunks.append(torch.tensor(ids, dtype=torch.long))
-        if on_progress is not None:
-            on_progress(num_chars)
+        progress.update(num_chars)
     return torch.cat(chunks)
 
 

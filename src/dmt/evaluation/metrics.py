@@ -30,6 +30,7 @@ from dmt.models.forward import (
 )
 from dmt.models.memories import get_associative_memories, get_featural_memories
 from dmt.ops import kl
+from dmt.progress import ProgressLog
 
 METRIC_NAMES = (
     "teacher_perplexity",
@@ -258,14 +259,16 @@ def measure_fidelity(
         batch_size: windows computed at once.
     """
     metrics, device = FidelityMetrics(), next(student.parameters()).device
+    progress = ProgressLog("measuring", len(windows), " windows")
     with eval_mode(student), eval_mode(teacher):
-        for tokens in windows.split(batch_size):
+        for index, tokens in enumerate(windows.split(batch_size), 1):
             tokens = tokens.to(device)
             metrics.update(
                 forward_with_activations(student, tokens).logits,
                 forward_with_activations(teacher, tokens).logits,
                 tokens,
             )
+            progress.update(min(index * batch_size, len(windows)))
     return metrics
 
 

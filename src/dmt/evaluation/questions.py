@@ -15,6 +15,7 @@ from torch import Tensor
 from dmt.errors import UserError, format_value
 from dmt.files import format_fields, read_json_lines
 from dmt.models.forward import ForwardOutputs, batch_by_length, encode_text, pad_token_ids
+from dmt.progress import ProgressLog
 
 QUESTION_KEYS = ("prompt", "answer", "type")
 QUESTION_EXAMPLE = (
@@ -148,6 +149,7 @@ def score_answers(
         encode_text(tokenizer, question.answer, add_prefix=False) for question in questions
     ]
     nlls, correct = [0.0] * len(questions), [False] * len(questions)
+    progress, num_scored = ProgressLog("measuring", len(questions), " questions"), 0
     for batch in batch_by_length(
         [len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
     ):
@@ -163,6 +165,8 @@ def score_answers(
             )
             nlls[index] = float(token_nlls[row, span].sum())
             correct[index] = bool(matches[row, span].all())
+        num_scored += len(batch)
+        progress.update(num_scored)
     return AnswerScores(nlls, correct)
 
 

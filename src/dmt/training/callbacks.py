@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterable
@@ -24,10 +23,7 @@ from dmt.evaluation.samples import format_samples_table, paired_samples
 from dmt.memory.associative import RetrievalStats, record_retrieval
 from dmt.memory.usage import UsageCounts, record_usage
 from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
-
-logger = logging.getLogger(__name__)
-
-LOG_INTERVAL = 30.0  # seconds between two progress lines where no bar can be drawn
+from dmt.progress import ProgressLog
 
 # Groups of charts for TensorBoard's custom scalars: group -> title -> chart.
 ChartLayout = dict[str, dict[str, list[Any]]]
@@ -217,61 +213,45 @@ class StepProgressBar(RichProgressBar):
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
-class ProgressLog(Callback):
-    """Log a dated line with step, loss and time left, at most every `interval` seconds.
+class StepProgressLog(Callback):
+    """Log a dated line with step, loss and time left, now and then.
 
     Args:
-        interval: Seconds between two lines.
+        interval: Seconds between two lines; None for those of `ProgressLog`.
     """
 
-    def __init__(self, interval: float = LOG_INTERVAL) -> None:
+    def __init__(self, interval: float | None = None) -> None:
         self.interval = interval
-        self._start = self._last_line = (0.0, 0)  # time and step
+        self._progress: ProgressLog | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remember when training started."""
-        self._start = self._last_line = (time.monotonic(), trainer.global_step)
+        self._progress = ProgressLog(
+            "step", trainer.max_steps, start=trainer.global_step, interval=self.interval
+        )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
     ) -> None:
         """Log a line if the last one is old enough."""
-        now, step = time.monotonic(), trainer.global_step
-        if not trainer.is_global_zero or now - self._last_line[0] < self.interval:
+        if self._progress is None or not trainer.is_global_zero or not self._progress.is_due():
             return
-        self._last_line = now, step
-        seconds_per_step = (now - self._start[0]) / max(1, step - self._start[1])
         loss = trainer.progress_bar_metrics.get("loss")
-        logger.info(
-            "%s  step %s/%s%s, %s left",
-            time.strftime("%Y-%m-%d %H:%M:%S"),
-            f"{step:,}",
-            f"{trainer.max_steps:,}",
-            "" if loss is None else f"  loss {float(loss):.4g}",
-            humanize_duration(seconds_per_step * (trainer.max_steps - step)),
-        )
+        details = "" if loss is None else f"  loss {float(loss):.4g}"
+        self._progress.update(trainer.global_step, details)
 
 
 def make_progress_callback() -> Callback:
     """Return the progress display that suits the output: a notebook, a terminal or a log file."""
     if _is_notebook():
         return TQDMProgressBar()
-    return StepProgressBar() if sys.stdout.isatty() else ProgressLog()
+    return StepProgressBar() if sys.stdout.isatty() else StepProgressLog()
 
 
 def _is_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return type(shell).__name__ == "ZMQInteractiveShell" or "google.colab" in sys.modules
-
-
-def humanize_duration(seconds: float) -> str:
-    """Format a length of time to a digit or two, as in `about 3 minutes`."""
-    if seconds < 55:
-        return f"about {max(5, 5 * round(seconds / 5))} seconds"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60)} minute{'s' if seconds >= 90 else ''}"
-    return f"about {seconds / 3600:.1f} hours"
 
 
 class StopOnSignal(Callback):
