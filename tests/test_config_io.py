@@ -22,9 +22,11 @@ from dmt.config import (
     StudentConfig,
 )
 from dmt.config_io import (
+    ADVICE_BY_NAME,
     EMBEDDED_TEACHER_DIR,
     check_config,
     describe_settings,
+    list_setting_names,
     load_config,
     read_teacher_shape,
     resolve_layer_memories,
@@ -192,6 +194,9 @@ INVALID_OVERRIDES = [
     ),
     ("memry.k=3", "memry.k is not a setting; did you mean memory.k?"),
     ("k=3", "k is not a setting; did you mean memory.k?"),
+    ("trainer.logger=wandb", "trainer.logger is not a setting; set trainer.loggers="),
+    ("trainer.max_time=1", "trainer.max_time is not a setting; send SIGTERM or SIGUSR1"),
+    ("trainer.gradient_clip_val=1", "is not a setting; set optim.grad_clip"),
     ("memory.k.x=3", "memory.k.x is not a setting; did you mean memory.k"),
     ("data.corpora[0]=x", "data.corpora[0] is not a setting; did you mean data.corpora"),
     ("memory..k=3", "memory..k is not a setting; did you mean memory.k?"),
@@ -917,3 +922,14 @@ def test_an_override_reaches_the_rules_that_have_the_setting():
     assert memories[0] == load_config(path).memory
     with pytest.raises(UserError, match=r"memory\.capacity is not a setting"):
         load_config(path, ["student.layer_overrides=[]", "memory.capacity=1000"])
+
+
+@pytest.mark.parametrize(("name", "advice"), ADVICE_BY_NAME.items())
+def test_advice_for_settings_of_other_trainers_exists(name, advice):
+    settings_named = re.findall(r"\b(?:data|optim|stages|trainer)\.\w+", advice)
+    assert set(settings_named) <= set(list_setting_names())
+    assert (
+        settings_named
+        or "--resume" in advice
+        or (Path(__file__).parents[1] / advice.split()[-1]).is_file()
+    )

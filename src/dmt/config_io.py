@@ -56,6 +56,28 @@ INPUT_PATHS = (
 )
 # Their values that are names, also where a folder is called so.
 SHIPPED_NAMES = ("embedded", "reader", "speeches", "biographies", "strangers", "readings")
+# What the settings of other trainers are called here, by the last part of their name.
+ADVICE_BY_NAME = {
+    "accumulate_grad_batches": "set data.micro_batch_size, the windows computed at once",
+    "gradient_accumulation_steps": "set data.micro_batch_size, the windows computed at once",
+    "per_device_train_batch_size": "set data.batch_size",
+    "gradient_clip_val": "set optim.grad_clip",
+    "max_grad_norm": "set optim.grad_clip",
+    "learning_rate": "set stages.end_to_end_lr",
+    "lr": "set stages.end_to_end_lr",
+    "max_steps": "set stages.end_to_end_steps",
+    "max_epochs": "set stages.end_to_end_steps; a run is one pass of steps",
+    "num_train_epochs": "set stages.end_to_end_steps; a run is one pass of steps",
+    "logger": "set trainer.loggers=[tensorboard, csv]",
+    "wandb": "set trainer.loggers=[tensorboard, csv, wandb]",
+    "mlflow": "set trainer.loggers=[tensorboard, csv, mlflow]",
+    "max_time": "send SIGTERM or SIGUSR1, which save a checkpoint, and continue with --resume RUN",
+    "resume": "continue a run with --resume RUN",
+    "resume_from_checkpoint": "continue a run with --resume RUN",
+    "early_stopping": "use a Trainer of your own with the callback, see docs/guides/lightning.md",
+    "text_column": "set data.field",
+    "dataset_text_field": "set data.field",
+}
 MAX_TEACHER_LAYERS = 1_000  # layers of a teacher whose config.json is not on this machine
 
 
@@ -316,6 +338,8 @@ def unknown_setting_error(
     """Return the error for an unknown key, with the nearest of `siblings` or `all_names`."""
     siblings, all_names = list(siblings), list(all_names)
     leaf = name.rpartition(".")[2]
+    if advice := ADVICE_BY_NAME.get(leaf):
+        return UnknownSettingError(f"{format_value(name)} is not a setting; {advice}")
     suggestions = get_close_matches(name, siblings, 1, 0.8)
     suggestions = (
         suggestions
