@@ -22,10 +22,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import second_device  # patches torch before anything else is imported
+import second_device
 
 if __name__ == "__main__":
-    second_device.install("cuda")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lines", action="store_true", help="show where the host waits")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    args = parser.parse_args()  # a mistake or --help leaves torch as it is
+    second_device.install("cuda")  # before other modules import torch
 
 import torch
 from benchmarks.tables import Row, table
@@ -201,14 +207,8 @@ def figures(quick: bool = False, show_lines: bool = False) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--lines", action="store_true", help="show where the host waits")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    """Print the counts."""
     torch.set_num_threads(1)
     logging.getLogger("dmt").setLevel(logging.ERROR)
     rows = figures(show_lines=args.lines)
@@ -218,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -525,3 +525,15 @@ def test_a_ridge_map_is_fitted_about_the_means_in_any_unit():
     fitted = fit_ridge_map(hidden, targets)
     torch.testing.assert_close(fitted, true_map, rtol=0.01, atol=0.01)
     torch.testing.assert_close(fit_ridge_map(hidden / 1e3, targets), 1e3 * fitted)
+
+
+@torch.no_grad()
+def test_parameters_that_were_read_can_be_swapped():
+    memory = FeaturalMemory(WIDTH, SLOTS, K, selection="contribution")
+    hidden = torch.randn(3, WIDTH)
+    memory(hidden)
+    new_values = torch.nn.Parameter(torch.randn_like(memory.values))
+    torch.utils.swap_tensors(memory.values, new_values)
+    output = memory(hidden)
+    memory.values.add_(0)  # computes what is cached anew
+    assert torch.equal(memory(hidden), output)

@@ -93,7 +93,7 @@ class TensorCache:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Any, Any]] = {}
-        self._sources: dict[str, list[ref[Tensor]]] = {}
+        self._sources: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._stale_calls: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -138,7 +138,7 @@ class TensorCache:
             if self._stale_calls[name] >= patience:
                 with torch.autocast(tensors[0].device.type, enabled=False):
                     self._entries[name] = versions, build(*sources)
-                self._sources[name] = [ref(tensor) for tensor in tensors]
+                self._sources[name] = [_refer_to(tensor) for tensor in tensors]
                 self._stale_calls[name] = 0
         return self._entries[name][1]
 
@@ -148,6 +148,15 @@ class TensorCache:
         # A new tensor, such as an adapted parameter, may have the address of one that is gone.
         sources = self._sources[name]
         return all(source() is tensor for source, tensor in zip(sources, tensors, strict=True))
+
+
+def _refer_to(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Return a function that returns the tensor while it exists.
+
+    A weak reference would keep torch from swapping a parameter (`torch.utils.swap_tensors`), a
+    strong one would keep the graph of a computed tensor alive.
+    """
+    return (lambda: tensor) if tensor.is_leaf else ref(tensor)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
