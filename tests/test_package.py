@@ -48,7 +48,7 @@ def test_every_dependency_is_a_range_and_every_import_is_declared():
     extras = PROJECT["optional-dependencies"]
     optional = [
         Requirement(text)
-        for name in ("hub", "lora", "postgresql", "smollm2")
+        for name in ("hub", "lora", "parquet", "postgresql", "smollm2")
         for text in extras[name]
     ]
     names = {requirement.name for requirement in declared + optional}
