@@ -221,6 +221,19 @@ def test_benchmark_arguments(command, monkeypatch, capsys):
     assert all(arg in shown for arg in args)
 
 
+def test_every_test_that_the_log_of_outside_sources_names_exists():
+    page = (ROOT / "docs" / "contributing" / "tried-from-outside.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:tests|benchmarks)/[\w/.]+)(?:::(\w+))?`", page)
+    assert len(names) > 80
+    missing = [
+        (path, name)
+        for path, name in names
+        if not (ROOT / path).exists()
+        or (name and f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert not missing
+
+
 @pytest.mark.slow
 def test_tensorboard_shows_the_runs_on_loopback_only(newcomer):
     command = next(c for _, c in COMMANDS if c.startswith("tensorboard"))
