@@ -9,6 +9,7 @@ from __future__ import annotations
 import unittest
 from importlib import import_module
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from tests.generation.test_utils import GenerationTesterMixin
@@ -17,6 +18,8 @@ from torch import nn
 
 import dmt
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.edit_memory import EditMemory
+from dmt.models.fact_hooks import FactHooks, FactRow, attach
 
 assert dmt  # registers the students
 WIDTH, LAYERS, HEADS, SLOTS, VOCABULARY, ROWS = 32, 2, 4, 128, 99, 24
@@ -154,6 +157,43 @@ class AssociativeGPT2(PlainGPT2):
     """Associative memories with rows."""
 
     prefix, memory = "Memory", ASSOCIATIVE
+
+
+class FactsGPT2(PlainGPT2):
+    """A language model with facts about every token, which fire wherever one was mentioned."""
+
+    prefix, memory = "Memory", ALL_SLOTS
+
+    def setUp(self) -> None:
+        """Let every language model that is made have facts; backbones and heads have none."""
+        super().setUp()
+        language_model = self.all_model_classes[1]
+        self.all_model_classes = (language_model,)
+        initialize = language_model.__init__
+
+        def initialize_with_facts(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            initialize(model, config, *args, **kwargs)
+            attach_facts(model)
+
+        patcher = mock.patch.object(language_model, "__init__", initialize_with_facts)
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+
+def attach_facts(model: Any) -> None:
+    """Attach a fact about each token, the same ones to every model, in float32 as from a file."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        memory = EditMemory(WIDTH, torch.zeros(WIDTH).float(), torch.eye(WIDTH).float())
+        states = torch.randn(VOCABULARY, 2, WIDTH, generator=generator, dtype=torch.float32)
+        hooks = FactHooks(memory, 0, LAYERS - 1, eos_ids=None)
+        hooks.set_rows(
+            [
+                FactRow(token, key, value, -1.0, ((token,),))
+                for token, (key, value) in enumerate(states)
+            ]
+        )
+    attach(model, hooks)
 
 
 class PlainLlama(Case, unittest.TestCase):
