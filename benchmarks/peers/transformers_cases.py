@@ -19,7 +19,7 @@ from torch import nn
 import dmt
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.edit_memory import EditMemory
-from dmt.models.fact_hooks import FactHooks, FactRow, attach
+from dmt.models.fact_hooks import FactHooks, FactRow, attach, record_matches
 
 assert dmt  # registers the students
 WIDTH, LAYERS, HEADS, SLOTS, VOCABULARY, ROWS = 32, 2, 4, 128, 99, 24
@@ -178,6 +178,14 @@ class FactsGPT2(PlainGPT2):
         patcher = mock.patch.object(language_model, "__init__", initialize_with_facts)
         patcher.start()
         self.addCleanup(patcher.stop)
+
+    def test_facts_fire(self) -> None:
+        """Check that the other tests see facts at all."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.all_model_classes[0](config).eval()
+        with record_matches(model) as passes, torch.no_grad():
+            model(**inputs)
+        assert len(passes[0].tokens) == inputs["input_ids"].numel()
 
 
 def attach_facts(model: Any) -> None:
