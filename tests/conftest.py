@@ -80,9 +80,14 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Let SIGINT reach programs that tests start, even if a background shell ignores it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let SIGINT and SIGHUP reach programs that tests start, even if a background shell or nohup
+    ignores them."""
+    for signum, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 @pytest.fixture(autouse=True)
