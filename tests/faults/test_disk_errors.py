@@ -307,11 +307,11 @@ def test_files_of_another_user_are_refused_before_anything_begins(
         run / "config.yaml",
         "(Permission denied); make it readable",
     )
-    list_args = ["memory", "list", "-m", student]
+    stats_args = ["memory", "stats", "-m", student]  # loads the model
     for file in ("model.safetensors", "config.json"):
         (student / file).chmod(0o600)
         message = assert_one_line_error(
-            launcher.run(list_args, "dmt", unprivileged=True), student / file
+            launcher.run(stats_args, "dmt", unprivileged=True), student / file
         )
         assert "cannot be read (Permission denied); make it readable" in message
         (student / file).chmod(0o644)
@@ -325,7 +325,7 @@ def test_files_of_another_user_are_refused_before_anything_begins(
         assert_one_line_error(
             ended, student / "memory.db", "it cannot be written to; make it and its folder writable"
         )
-        assert launcher.run(list_args, "dmt", unprivileged=True).code == 0, (
+        assert launcher.run(stats_args, "dmt", unprivileged=True).code == 0, (
             "a read-only store can be read"
         )
         assert launcher.run(list_args, "dmt").code == 0
