@@ -328,7 +328,7 @@ def test_files_of_another_user_are_refused_before_anything_begins(
         assert launcher.run(stats_args, "dmt", unprivileged=True).code == 0, (
             "a read-only store can be read"
         )
-        assert launcher.run(list_args, "dmt").code == 0
+        assert launcher.run(["memory", "list", "-m", student], "dmt").code == 0
         other_users_folder()
     store, own_logs = root / "rows.db", tmp_path / "own_logs"
     store_args = [*small_run_args(root / "inputs", own_logs), *ROWS, f"store.url={store}"]
