@@ -45,9 +45,10 @@ from dmt.memory.approximate_search import Int8Matrix
 from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
 from dmt.models.conversion import convert_blocks
-from dmt.models.loading import load_teacher, resolve_student_folder
+from dmt.models.loading import load_teacher
 from dmt.models.memories import get_featural_memories
 from dmt.models.modeling import STUDENT_CLASSES
+from dmt.paths import resolve_student_folder
 
 SHAPES = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},

@@ -34,7 +34,7 @@ from dmt.editing.fact_store import FactStore
 from dmt.editing.online import write_online
 from dmt.evaluation.metrics import measure_recall
 from dmt.models.forward import encode_text
-from dmt.models.loading import resolve_student_folder
+from dmt.paths import resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
 WINDOW = 200  # tokens of a speech

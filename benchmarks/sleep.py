@@ -36,7 +36,8 @@ from dmt.data.windows import pack_windows
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore
 from dmt.evaluation.metrics import measure_fidelity, measure_recall
-from dmt.models.loading import load, resolve_student_folder
+from dmt.models.loading import load
+from dmt.paths import resolve_student_folder
 from dmt.training.trainer import silence_libraries
 
 CORPORA = ("speeches", "biographies")

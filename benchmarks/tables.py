@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dmt.errors import UserError
-from dmt.models.loading import resolve_student_folder
 from dmt.ops import gemm_library, read_cpu_field
+from dmt.paths import resolve_student_folder
 from dmt.training.run_dir import get_git_commit
 
 Row = dict[str, Any]  # text cells name the row, floats are its figures

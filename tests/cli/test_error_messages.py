@@ -268,7 +268,7 @@ TEXTS = {
     ),
     "JSON lines of null": Case(
         [LINES],
-        ["a.jsonl has no text (files read: 1, left out: 40 blank documents)"],
+        ["a.jsonl has no text (files read: 1, skipped: 40 blank documents)"],
         write_file("a.jsonl", '{"text": null}\n' * 40),
     ),
     "JSON lines with a lone surrogate": Case(

@@ -130,7 +130,7 @@ def test_text_files_and_folders_are_corpora(tmp_path):
     ("name", "content", "message"),
     [
         ("none.txt", None, "no file or folder"),
-        ("empty.txt", b"", "no text .files read: 1, left out: 1 blank documents.; give"),
+        ("empty.txt", b"", "no text .files read: 1, skipped: 1 blank documents.; give"),
         ("blank.txt", b" \n\n ", "no text"),
         ("one.txt", b"ab", "2 characters, too few .* more text"),
         ("latin.txt", b"caf\xe9", "UTF-8"),

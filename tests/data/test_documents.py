@@ -1,4 +1,4 @@
-"""Reading files: kinds, fields, chats, folders, and what is left out."""
+"""Reading files: kinds, fields, chats, folders, and what is skipped."""
 
 import csv
 import gzip
@@ -141,7 +141,7 @@ def test_a_folder_counts_what_it_leaves_out(tmp_path):
     documents = read_documents(tmp_path, RecordReader())
     assert sorted(documents.texts) == ["C.TXT", "a.md", "b.txt", "sub/d.txt"]
     assert documents.num_files == 5
-    assert documents.left_out == {
+    assert documents.skipped == {
         "hidden": 4,
         ".pdf": 2,
         "files without an ending": 1,
@@ -160,7 +160,7 @@ def test_lines_without_text_in_a_folder_are_refused(tmp_path):
 def test_blank_and_missing_texts_are_counted(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": None}, {"text": " "}])
     documents = read_documents(path, RecordReader())
-    assert (documents.texts, documents.left_out["blank documents"]) == (["a"], 2)
+    assert (documents.texts, documents.skipped["blank documents"]) == (["a"], 2)
 
 
 def test_parquet_needs_its_library(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_rows_of_a_parquet_file_are_documents(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "content": ["a", None, "c"]}), path)
     documents = read_documents(path, RecordReader())
-    assert (documents.texts, documents.left_out["blank documents"]) == (["a", "c"], 1)
+    assert (documents.texts, documents.skipped["blank documents"]) == (["a", "c"], 1)
     with pytest.raises(UserError, match=r"a.parquet has no text .*its fields are id, content"):
         read_texts(path, field_name="body")
     path.write_bytes(b"PAR1 no parquet PAR1")

@@ -46,7 +46,8 @@ from dmt.models.forward import (
     forward_with_activations,
     pad_token_ids,
 )
-from dmt.models.loading import load, resolve_student_folder
+from dmt.models.loading import load
+from dmt.paths import resolve_student_folder
 from dmt.store import RowStore
 from dmt.store.database import fact_rows_table, row_stats_table, rows_table
 from dmt.store.facts import FactTable

@@ -23,7 +23,7 @@ def test_a_corpus_is_told_in_one_line():
     line = describe(
         {"train": 1_000, "validation": 20, "test": 30},
         files=3,
-        left_out={"hidden": 2, ".pdf": 1},
+        skipped={"hidden": 2, ".pdf": 1},
         chats="4 chats joined without roles",
         unit="paragraphs",
         copies=5,
@@ -32,7 +32,7 @@ def test_a_corpus_is_told_in_one_line():
     assert line == (
         f"3 files, {len(SENTENCES) + 2} documents, {num_chars} characters, "
         "1,050 tokens (train 1,000, validation 20, test 30); split by paragraphs; "
-        "4 chats joined without roles; left out: 2 hidden, 1 .pdf; 5 copies removed; "
+        "4 chats joined without roles; skipped: 2 hidden, 1 .pdf; 5 copies removed; "
         "6 near duplicates, in the same split as what they are like"
     )
 

@@ -16,7 +16,7 @@ from dmt.cli.main import distill_main
 from dmt.config_io import load_config
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
-from dmt.models.loading import resolve_student_folder
+from dmt.paths import resolve_student_folder
 from dmt.training.checkpoints import StepBoundaryCheckpoint
 from dmt.training.run_dir import read_record
 

@@ -49,7 +49,7 @@ class SourceStats:
 
     Attributes:
         files: files that were read.
-        left_out: what was not read, by reason.
+        skipped: what was not read, by reason.
         chats: how many chats there are, and how they became text.
         unit: what was divided: documents, or parts of them, see `Split`; empty if the splits come
             from elsewhere.
@@ -61,7 +61,7 @@ class SourceStats:
     """
 
     files: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     chats: str = ""
     unit: str = ""
     copies: int = 0
@@ -293,7 +293,7 @@ def _load_files(source: str, reader: RecordReader, options: SplitOptions) -> Cor
             f"{ACCEPTED_KINDS}"
         )
     corpus = _split_corpus(_name_file(path) or source, source, documents.texts, options)
-    stats = replace(corpus.source, files=documents.num_files, left_out=dict(documents.left_out))
+    stats = replace(corpus.source, files=documents.num_files, skipped=dict(documents.skipped))
     return replace(corpus, source=stats)
 
 

@@ -14,7 +14,7 @@ from dmt.errors import UserError
 from dmt.files import format_fields, iterate_lines, parse_json, read_json_lines, read_text_file
 
 TEXT_KINDS = (".txt", ".md")
-TABLE_KINDS = (".json", ".csv", ".parquet")  # in a folder, those without text are left out
+TABLE_KINDS = (".json", ".csv", ".parquet")  # in a folder, those without text are skipped
 FILE_KINDS = (*TEXT_KINDS, ".jsonl", *TABLE_KINDS)
 ACCEPTED_KINDS = f"{', '.join(FILE_KINDS)} (all but the last also with .gz)"
 # Fields that hold the text of a record, the usual ones first.
@@ -33,22 +33,22 @@ class NoTextFieldError(UserError):
 
 @dataclass
 class Documents:
-    """Documents of a file or folder, and what was left out.
+    """Documents of a file or folder, and what was skipped.
 
     Attributes:
         texts: the documents.
         num_files: files that were read.
-        left_out: what was not read, by reason.
+        skipped: what was not read, by reason.
     """
 
     texts: list[str] = field(default_factory=list)
     num_files: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def describe(self) -> str:
-        """Return what was read and left out in a few words."""
-        left_out = format_counts(self.left_out)
-        return f"files read: {self.num_files}" + (f", left out: {left_out}" if left_out else "")
+        """Return what was read and skipped in a few words."""
+        skipped = format_counts(self.skipped)
+        return f"files read: {self.num_files}" + (f", skipped: {skipped}" if skipped else "")
 
     def add(self, texts: Iterable[str]) -> None:
         """Add texts that are not blank."""
@@ -56,7 +56,7 @@ class Documents:
             if text.strip():
                 self.texts.append(text)
             else:
-                self.left_out["blank documents"] += 1
+                self.skipped["blank documents"] += 1
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
@@ -156,7 +156,7 @@ def read_documents(path: Path, reader: RecordReader) -> Documents:
     """Read the documents of a file, or of all files of a folder.
 
     In a folder, hidden files and folders, files of other kinds, and tables without a field of text
-    are left out and counted.
+    are skipped and counted.
 
     Raises:
         UserError: a file cannot be read, or a named file is of another kind.
@@ -170,26 +170,26 @@ def read_documents(path: Path, reader: RecordReader) -> Documents:
         documents.add(_read_file(path, reader))
         documents.num_files = 1
         return documents
-    for file in _list_files(path, documents.left_out):
+    for file in _list_files(path, documents.skipped):
         try:
             documents.add(list(_read_file(file, reader)))
         except NoTextFieldError:
             if _get_kind(file) not in TABLE_KINDS:
                 raise
-            documents.left_out["tables without a field of text"] += 1
+            documents.skipped["tables without a field of text"] += 1
         else:
             documents.num_files += 1
     return documents
 
 
-def _list_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+def _list_files(folder: Path, skipped: Counter[str]) -> list[Path]:
     """Return the files of a folder that can be read, sorted; count the others."""
     paths = []
     for parent, folder_names, file_names in os.walk(folder):
         hidden = [name for name in (*folder_names, *file_names) if name.startswith(".")]
         folder_names[:] = [name for name in folder_names if name not in hidden]
         if hidden:
-            left_out["hidden"] += len(hidden)
+            skipped["hidden"] += len(hidden)
         for name in file_names:
             path = Path(parent, name)
             if name in hidden:
@@ -197,7 +197,7 @@ def _list_files(folder: Path, left_out: Counter[str]) -> list[Path]:
             if _get_kind(path) is not None:
                 paths.append(path)
             else:
-                left_out[path.suffix.lower() or "files without an ending"] += 1
+                skipped[path.suffix.lower() or "files without an ending"] += 1
     return sorted(paths)
 
 

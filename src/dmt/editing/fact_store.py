@@ -56,9 +56,9 @@ from dmt.models.loading import (
     SHIPPED_MODELS,
     is_student_folder,
     load,
-    resolve_student_folder,
 )
 from dmt.models.memories import get_associative_memories
+from dmt.paths import resolve_student_folder
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore

@@ -25,8 +25,7 @@ from dmt.models.architectures import get_architecture
 from dmt.models.external_tensors import SLOTS_FILE
 from dmt.models.model_files import check_model_files, explain_names
 from dmt.ops import use_onednn_linear
-from dmt.paths import expand_home
-from dmt.paths import resolve_student_folder as resolve_student_folder
+from dmt.paths import expand_home, resolve_student_folder
 
 # How everything is loaded: a pickle may run code, and so may Python files beside the weights.
 SAFE_LOADING: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}

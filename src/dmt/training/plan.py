@@ -74,7 +74,7 @@ def format_plan(
 
 
 def describe_corpus(corpus: Mapping[str, Any]) -> str:
-    """Return what was read of a corpus, what was left out, and what stands in it twice.
+    """Return what was read of a corpus, what was skipped, and what stands in it twice.
 
     Args:
         corpus: An item of `TextDataModule.to_record`, as `run.json` has it under `corpora`.
@@ -95,7 +95,7 @@ def describe_corpus(corpus: Mapping[str, Any]) -> str:
     notes = [
         f"split by {source['unit']}" if source["unit"] not in ("", "documents") else "",
         source["chats"],
-        f"left out: {format_counts(source['left_out'])}" if source["left_out"] else "",
+        f"skipped: {format_counts(source['skipped'])}" if source["skipped"] else "",
         f"{source['copies']:,} copies removed" if source["copies"] else "",
         f"{source['near_duplicates']:,} near duplicates, {overlap}"
         if source["near_duplicates"]
