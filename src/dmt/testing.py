@@ -328,7 +328,7 @@ def check_reset(case: MemoryUnderTest) -> None:
 
 
 def check_resume(case: MemoryUnderTest) -> None:
-    """Check that training goes on from a `state_dict` as if it had not stopped."""
+    """Check that training resumes from a `state_dict` as if it had not stopped."""
     student = case.make_student()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     _train(student, optimizer, steps=2)

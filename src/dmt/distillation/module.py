@@ -369,7 +369,7 @@ class DistillationModule(TrainingModule):
             checkpoint["state_dict"] |= {name: own_state[name] for name in self._row_state_keys()}
         elif "rows" in checkpoint:
             raise UserError(
-                "the stored rows of this checkpoint are in the store of its run; go on with "
+                "the stored rows of this checkpoint are in the store of its run; resume with "
                 "dmt distill --resume RUN, or load the run's student with dmt.load"
             )
 

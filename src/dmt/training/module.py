@@ -100,7 +100,7 @@ class TrainingModule(pl.LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop a Trainer that would go on after the last step of the schedule."""
+        """Stop a Trainer that would continue after the last step of the schedule."""
         if self.global_step >= self.total_steps != self.trainer.max_steps:
             self.trainer.should_stop = True
 
@@ -151,7 +151,7 @@ class TrainingModule(pl.LightningModule):
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Write metrics to every logger at once.
 
-        `self.log` would go on writing the last value of a stage that is over.
+        `self.log` would keep writing the last value of a stage that is over.
         """
         for logger in self.loggers:
             logger.log_metrics(metrics, step)
