@@ -264,7 +264,7 @@ def test_a_checkpoint_holds_the_settings(module, tmp_path):
 
 
 def test_a_checkpoint_without_its_store_is_refused(module):
-    with pytest.raises(UserError, match="are in the store of its run; go on with dmt distill"):
+    with pytest.raises(UserError, match="are in the store of its run; resume with dmt distill"):
         module.on_load_checkpoint({"rows": {}, "state_dict": {}})
 
 
