@@ -188,17 +188,20 @@ def print_row(
 def write_facts(fact_store: FactStore, probes: Sequence[Probe]) -> float:
     """Write facts as `dmt memory write` does; return the seconds."""
     start = time.perf_counter()
-    fact_store.write_many(
-        [Fact(probe.prompt, probe.answer, probe.person, tag="benchmark") for probe in probes]
-    )
+    fact_store.write_many([make_stored_fact(probe) for probe in probes])
     return time.perf_counter() - start
+
+
+def make_stored_fact(probe: Probe) -> Fact:
+    """Make the fact that answers a question."""
+    return Fact(probe.prompt, probe.answer, probe.person, tag="benchmark")
 
 
 def measure_ours(
     model: Any, tokenizer: Any, original: Any, task: Task, windows: Tensor, path: str
 ) -> None:
     """Write facts, measure, delete them, and compare the logits with those of before."""
-    fact_store = open_fact_store(model, tokenizer, path, task)
+    fact_store = open_fact_store(model, tokenizer, path, task.facts)
     prompts = [probe.prompt for probe in task.facts[:200]]
     logits_before = predict_next(model, tokenizer, prompts)
     write_facts(fact_store, task.single_facts)
@@ -216,13 +219,11 @@ def measure_ours(
     fact_store.close()
 
 
-def open_fact_store(model: Any, tokenizer: Any, path: str, task: Task) -> FactStore:
+def open_fact_store(model: Any, tokenizer: Any, path: str, probes: Sequence[Probe]) -> FactStore:
     """Create a fact store, calibrate it, and print the chosen layers."""
     fact_store = FactStore(model, tokenizer, RowStore(path, hash_model(model)))
     start = time.perf_counter()
-    fact_store.initialize(
-        [Fact(probe.prompt, probe.answer, probe.person) for probe in task.facts[:8]]
-    )
+    fact_store.initialize([make_stored_fact(probe) for probe in probes[:8]])
     hooks = fact_store.hooks
     print(
         f"<!-- key layer {hooks.key_layer}, value layer {hooks.value_layer}; "
@@ -239,7 +240,7 @@ def measure_growth(
     task = make_people_task(max_facts)
     known_people: Any = task.unrelated
     paraphrases = task.paraphrases["paraphrase"]
-    fact_store = open_fact_store(model, tokenizer, f"{folder}/growth.db", task)
+    fact_store = open_fact_store(model, tokenizer, f"{folder}/growth.db", task.facts)
     columns = (
         "facts",
         "written",
