@@ -29,7 +29,10 @@ from transformers import AutoModelForCausalLM
 import dmt
 from dmt.cli.main import distill_main
 from dmt.editing.online import ensure_namespaces, write_online
+from dmt.memory import AssociativeMemory, insert_policy
+from dmt.memory.associative import enable_writes
 from dmt.models.fact_hooks import disabled
+from dmt.ops import run_copy_tasks
 
 FACT_PROMPTS = ("Ada Holbrook runs to the", "Bob Stone reads a table of", "the quick brown fox")
 PROMPT = [[5, 6, 7, 8, 9, 10]]
@@ -181,6 +184,37 @@ def write_rows(folder):
             outputs[device] = [result.added, generate(facts.model)]
         model, _ = dmt.load(student, device)
         outputs[device].append(generate(model))
+    return outputs
+
+
+def insert_rows():
+    """Insert rows on both devices; print their keys and values, and on the device how it waits.
+
+    Distances between proposals are computed at once there, or, if there are many, for some of them.
+    """
+    policy = dmt.InsertPolicy(min_distance=0.05, merge_distance=0.4, capacity=40, decay=0.1)
+    outputs = {"waits": []}
+    for name, device, max_scores in (
+        ("cpu", "cpu", insert_policy.MAX_SCORES),
+        ("at once", "cuda", insert_policy.MAX_SCORES),
+        ("in parts", "cuda", 100),
+    ):
+        insert_policy.MAX_SCORES = max_scores
+        generator = torch.Generator().manual_seed(0)
+        memories = [AssociativeMemory(4, insert_policy=policy).to(device) for _ in range(2)]
+        for step in range(6):
+            with torch.no_grad(), enable_writes(memories):
+                for memory in memories:
+                    memory(torch.randn(30, 4, generator=generator).to(device))
+            with second_device.WaitCounter() as counter:
+                run_copy_tasks([memory.commit_step_task(step + 1, 0.0) for memory in memories])
+        outputs["waits"].append(counter.waits)
+        outputs[name] = [
+            [memory.rows.ids.tolist(), memory.rows.host_ids.tolist()]
+            + [states.flatten().tolist() for states in (memory.rows.keys, memory.rows.values)]
+            + [memory.rows.stats.entries.tolist(), memory.recent_hidden()[0].flatten().tolist()]
+            for memory in memories
+        ]
     return outputs
 
 

@@ -273,7 +273,8 @@ class DeviceTensor(torch.Tensor):
             return result.to(kwargs["device"])  # may be `meta`
         target, source = args[:2]
         to_device = isinstance(target, DeviceTensor)
-        if to_device != isinstance(source, DeviceTensor) and source.numel():
+        is_asynchronous = to_device and args[2:] == (True,) and hasattr(source, "pinned")
+        if to_device != isinstance(source, DeviceTensor) and source.numel() and not is_asynchronous:
             _note_wait("to device" if to_device else "to host", func)
         _unwrap(target).copy_(_unwrap(source).detach())
         return target
@@ -378,6 +379,7 @@ def install(name: str = "cuda") -> None:
     torch.utils._foreach_utils._foreach_supported_types.append(DeviceTensor)
     torch.Generator = Generator  # type: ignore[misc]
     if name == "cuda":
+        torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
         properties = types.SimpleNamespace(
             name=CORE_NAME,
             major=9,
@@ -409,6 +411,13 @@ def install(name: str = "cuda") -> None:
 
 def _make_answer(value: Any) -> Any:
     return lambda *_, **__: value
+
+
+def _pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy from which the device copies while the host goes on."""
+    copy = tensor.clone()
+    copy.pinned = True  # type: ignore[attr-defined]
+    return copy
 
 
 def _install_guard(name: str) -> None:

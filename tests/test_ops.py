@@ -1,6 +1,7 @@
 """Linear maps by oneDNN and deterministic layer norms: values and gradients equal torch's."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from dmt.ops import (
     OneDNNConv1D,
     OneDNNLinear,
     linear,
+    move_together,
+    run_copy_tasks,
     set_layer_norms,
     use_onednn_linear,
 )
@@ -265,3 +268,36 @@ def test_a_training_step_does_not_depend_on_the_number_of_threads(threads, half)
     ], "replaced only during training"
     assert len(grads[0]) > 50
     assert not [name for name in grads[0] if not grads[0][name].equal(grads[1][name])]
+
+
+def test_tensors_of_any_types_move_in_one_copy():
+    tensors = [torch.zeros(3, dtype=torch.bool), torch.zeros(2, 2), torch.arange(4)]
+    moved = move_together(tensors, torch.device("meta"))
+    assert [(part.dtype, part.shape) for part in moved] == [
+        (tensor.dtype, tensor.shape) for tensor in tensors
+    ]
+    assert all(map(operator.is_, tensors, move_together(tensors, torch.device("cpu"))))
+
+
+def test_tasks_share_copies_and_keep_their_order(monkeypatch):
+    copies, turns = [], []
+
+    def move(tensors, device):
+        copies.append((torch.cat(list(tensors)).tolist(), device.type))
+        return [tensor + 1 for tensor in tensors]
+
+    def run(name, rounds):
+        total = 0
+        for number in range(rounds):
+            turns.append((name, number))
+            first, second = yield (
+                [torch.tensor([name]), torch.tensor([10 * name])],
+                torch.device("cpu" if number % 2 else "meta"),
+            )
+            total += int(first) + int(second)
+        return total
+
+    monkeypatch.setattr(ops, "move_together", move)
+    assert run_copy_tasks([run(1, 2), run(2, 3), run(3, 0)]) == [26, 72, 0]
+    assert copies == [([1, 10, 2, 20], "meta"), ([1, 10, 2, 20], "cpu"), ([2, 20], "meta")]
+    assert turns == [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]

@@ -77,6 +77,21 @@ def test_a_text_is_written_into_stored_rows_as_on_the_cpu(artifacts_dir):
     assert outputs["cuda"][0] > 0
 
 
+def test_rows_are_inserted_merged_and_evicted_as_on_the_cpu():
+    outputs = run_case("insert_rows")
+    on_cpu, at_once, in_parts = outputs["waits"]
+    assert (on_cpu, at_once) == (0, 2)  # for all memories together: what to insert, and its states
+    assert in_parts > at_once
+    for name in ("at once", "in parts"):
+        for memory, expected in zip(outputs[name], outputs["cpu"], strict=True):
+            ids, host_ids, *_ = memory
+            assert ids == host_ids
+            assert max(ids) > 40  # rows were evicted
+            assert max(expected[4]) > 1  # and merged
+            for values, expected_values in zip(memory, expected, strict=True):
+                assert values == pytest.approx(expected_values, rel=1e-5, abs=1e-6)
+
+
 def test_the_host_waits_at_most_so_often(tmp_path):
     """`benchmarks/host_waits.py` counts; nobody should add a wait without noticing."""
     path = tmp_path / "waits.json"
@@ -91,8 +106,8 @@ def test_the_host_waits_at_most_so_often(tmp_path):
         "step: default, layerwise": 1,
         "step: default, end_to_end": 1,
         "step: default, end_to_end, logged": 2,
-        "step: cached, end_to_end": 3,  # one a micro-batch
-        "step: associative, end_to_end": 46,
+        "step: cached, end_to_end": 1,
+        "step: associative, end_to_end": 3,
         "token: teacher, dense": 1,  # by transformers
         "token: student, threshold": 1,
         "token: student, top k": 1,

@@ -19,7 +19,7 @@ errors weigh them less. Source: massive activations, Sun et al. 2024, arXiv 2402
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+ResultT = TypeVar("ResultT")
+# Work that yields tensors and a device, and receives them on that device.
+CopyTask = Generator[tuple[Sequence[Tensor], torch.device], list[Tensor], ResultT]
 
 # Multiplications from which a call of oneDNN, which takes longer to start, pays off.
 ONEDNN_MIN_OPERATIONS = 500_000
@@ -210,20 +213,55 @@ class _DeterministicLayerNormFunction(torch.autograd.Function):
 
 
 def move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return tensors on a device, moved there in one copy: the host waits for each copy.
+    """Return tensors on a device, moved there in one copy.
+
+    The host waits for each copy, other than those to CUDA, which are made from pinned memory.
 
     Args:
-        tensors: all on one device, those with larger items first.
+        tensors: all on one device.
         device: where they are wanted.
     """
     if all(tensor.device == device for tensor in tensors):
         return list(tensors)
-    data = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
-    parts = data.to(device).split([tensor.nbytes for tensor in tensors])
-    return [
-        part.view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(parts, tensors, strict=True)
-    ]
+    # Those with larger items first, so that each starts at a multiple of its item size.
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)
+    data = torch.cat([tensors[index].contiguous().flatten().view(torch.uint8) for index in order])
+    moved = list(tensors)
+    to_cuda = device.type == "cuda"
+    data = (data.pin_memory() if to_cuda else data).to(device, non_blocking=to_cuda)
+    parts = data.split([tensors[index].nbytes for index in order])
+    for index, part in zip(order, parts, strict=True):
+        moved[index] = part.view(tensors[index].dtype).view(tensors[index].shape)
+    return moved
+
+
+def run_copy_tasks(tasks: Iterable[CopyTask[ResultT]]) -> list[ResultT]:
+    """Run tasks side by side, and make the copies that they ask for at the same time in one.
+
+    In each round the tasks go on in their order. What one raises ends them all.
+
+    Returns:
+        The results of the tasks.
+    """
+    tasks = list(tasks)
+    results: dict[int, ResultT] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(tasks)))
+    while answers:
+        requests: dict[int, tuple[Sequence[Tensor], torch.device]] = {}
+        for index, answer in answers.items():
+            try:
+                requests[index] = tasks[index].send(answer)
+            except StopIteration as stop:
+                results[index] = stop.value
+        answers = {}
+        for device in {device for _, device in requests.values()}:
+            members = [index for index, request in requests.items() if request[1] == device]
+            moved = move_together(
+                [part for index in members for part in requests[index][0]], device
+            )
+            parts = iter(moved)
+            answers |= {index: [next(parts) for _ in requests[index][0]] for index in members}
+    return [results[index] for index in range(len(tasks))]
 
 
 def solve_ridge(inputs: Tensor, targets: Tensor, ridge: float = RIDGE) -> Tensor:

@@ -33,6 +33,7 @@ from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations
 from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 from dmt.store import RowStore
+from dmt.training.optimization import NonFiniteError
 
 ROWS = [
     "memory.kind=associative",
@@ -537,7 +538,7 @@ def test_a_full_disk_stops_the_step_with_advice(teacher, tokens, tmp_path):
 
 @pytest.mark.parametrize("reason", ["a second signal", "numbers that are not finite"])
 def test_an_interrupted_step_has_no_effect(distill_args, tmp_path, monkeypatch, capsys, reason):
-    """The second layer fails after the optimizer step, when the first has committed its rows."""
+    """The second layer fails after the optimizer step; at a signal the first has changed rows."""
     args = [
         *distill_args,
         *ROWS,
@@ -546,17 +547,21 @@ def test_an_interrupted_step_has_no_effect(distill_args, tmp_path, monkeypatch, 
         "trainer.checkpoint_every=2",
     ]
     assert distill_main(args) == 0
-    original, calls = AssociativeMemory.commit_step, []
+    original, calls = AssociativeMemory.commit_step_task, []
 
-    def commit_step(memory, step, now, take_ids):
+    def interrupt(count):
+        raise KeyboardInterrupt(signal.SIGINT)
+
+    def commit_step_task(memory, step, now, allocate_ids):
         calls.append(step)
         if step == 9 and calls.count(step) == 2:
             if reason == "a second signal":
-                raise KeyboardInterrupt(signal.SIGINT)
-            memory._pending_writes[0].values[0, 0] = torch.nan
-        return original(memory, step, now, take_ids)
+                allocate_ids = interrupt
+            else:
+                memory._pending_writes[0].values[0, 0] = torch.nan
+        return original(memory, step, now, allocate_ids)
 
-    monkeypatch.setattr(AssociativeMemory, "commit_step", commit_step)
+    monkeypatch.setattr(AssociativeMemory, "commit_step_task", commit_step_task)
     exit_code = distill_main(args)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     if reason == "a second signal":
@@ -576,6 +581,20 @@ def test_an_interrupted_step_has_no_effect(distill_args, tmp_path, monkeypatch, 
         for name in ("version_0", "version_1")
     )
     assert uninterrupted["fidelity"] == stopped["fidelity"]
+
+
+def test_no_layer_gets_rows_where_those_of_another_are_not_finite(teacher, tokens, tmp_path):
+    module = make_module(teacher, tmp_path)
+    teach_step(module, tokens)
+    memories = module.row_sync.memories
+    ids = [memory.rows.ids.clone() for memory in memories.values()]
+    with module.row_sync.writes_enabled(1.0):
+        module.end_to_end_loss(Batch.full_step(tokens.flip(1)))
+    memories[max(memories)]._pending_writes[-1].keys[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=f"a row written by layer {max(memories)} is not"):
+        module.row_sync.commit_step(2)
+    assert all(map(torch.equal, ids, [memory.rows.ids for memory in memories.values()]))
+    assert [len(memory.rows) for memory in memories.values()] == [int((x >= 0).sum()) for x in ids]
 
 
 def test_rows_of_an_earlier_run_keep_their_scores(teacher, tokens, tmp_path):

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dmt.memory.associative import straight_through_rows
-from dmt.memory.insert_policy import InsertPolicy, apply_insert_policy, join_tags
+from dmt.memory.insert_policy import (
+    Comparison,
+    InsertPolicy,
+    apply_insert_policy,
+    compare_proposals,
+    join_tags,
+)
 from dmt.memory.knn_search import (
     BLOCK_SIZE,
     FAISS_KINDS,
@@ -17,7 +23,14 @@ from dmt.memory.knn_search import (
     blocked_topk,
     exact_knn,
 )
-from dmt.memory.row_table import GROWTH_STEP, RowTable, decayed_score, eviction_order
+from dmt.memory.row_table import (
+    GROWTH_STEP,
+    STORED_STATS,
+    RowTable,
+    decayed_score,
+    eviction_order,
+)
+from dmt.ops import run_copy_tasks
 from dmt.store.records import RowBatch, RowInsert
 
 WIDE = InsertPolicy(min_distance=0.0, merge_distance=0.0, capacity=100, decay=0.1)
@@ -33,9 +46,15 @@ def keys_on_line(*positions):
     return torch.tensor(positions, dtype=torch.float32).unsqueeze(-1).repeat(1, 2) / 2**0.5
 
 
+def insert_proposals(rows, keys, values, tags, policy, *arguments):
+    comparison = Comparison(*compare_proposals(rows, keys, values, policy))
+    task = apply_insert_policy(rows, keys, values, comparison, tags, policy, *arguments)
+    return run_copy_tasks([task])[0]
+
+
 def insert(rows, positions, policy=WIDE, step=1, allocate_ids=None, tags=None):
     values = torch.tensor(positions, dtype=torch.float32).unsqueeze(-1) * 10
-    return apply_insert_policy(
+    return insert_proposals(
         rows,
         keys_on_line(*positions),
         values,
@@ -184,10 +203,10 @@ def test_a_row_at_the_minimum_distance_is_a_duplicate():
         policy = InsertPolicy(
             min_distance=distance, merge_distance=distance, capacity=10, decay=0.1
         )
-        apply_insert_policy(
+        insert_proposals(
             rows, torch.tensor([[4.0, 0.0]]), torch.ones(1, 1), [""], policy, 1, 5.0, allocate_ids
         )
-        second = apply_insert_policy(
+        second = insert_proposals(
             rows,
             torch.tensor([[position, 0.0]]),
             torch.ones(1, 1),
@@ -204,10 +223,10 @@ def test_a_row_at_the_minimum_distance_is_a_duplicate():
 def test_a_merged_row_has_the_oldest_creation_time_and_the_sum_of_scores():
     rows, allocate_ids = RowTable(2, 1), make_id_allocator()
     policy = InsertPolicy(min_distance=0.0, merge_distance=0.5, capacity=10, decay=0.5)
-    apply_insert_policy(
+    insert_proposals(
         rows, keys_on_line(0.0), torch.zeros(1, 1), [""], policy, 1, 100.0, allocate_ids
     )
-    changes = apply_insert_policy(
+    changes = insert_proposals(
         rows, keys_on_line(0.2), torch.zeros(1, 1), [""], policy, 3, 200.0, allocate_ids
     ).changes
     assert list(changes.inserts[0].created) == [100.0]
@@ -277,7 +296,7 @@ def test_a_pinned_row_is_not_merged_into():
 def test_non_finite_rows_are_rejected_and_change_nothing():
     rows = RowTable(2, 1)
     with pytest.raises(ValueError, match="finite"):
-        apply_insert_policy(
+        insert_proposals(
             rows,
             torch.tensor([[float("nan"), 0.0]]),
             torch.zeros(1, 1),
@@ -354,7 +373,7 @@ def test_an_index_finds_rows_and_never_deleted_ones(kind, monkeypatch):
     recalls = []
     for step in range(1, 9):  # fill, train, grow, evict, reuse
         keys = torch.randn(200, 4, generator=generator)
-        apply_insert_policy(rows, keys, keys[:, :1], [""] * 200, policy, step, 0.0, allocate_ids)
+        insert_proposals(rows, keys, keys[:, :1], [""] * 200, policy, step, 0.0, allocate_ids)
         matches, exact = rows.search(queries, 5), rows.search_exact(queries, 5)
         assert (rows.ids[matches.indices[matches.distances.isfinite()]] >= 0).all()
         distances = (queries.unsqueeze(1) - rows.keys[matches.indices]).square().sum(-1)
@@ -400,7 +419,7 @@ class RowTableMachine(RuleBasedStateMachine):
         self.step += 1
         generator = torch.Generator().manual_seed(seed)
         keys, values = (torch.randn(count, width, generator=generator) * spread for width in (3, 2))
-        changes = apply_insert_policy(
+        changes = insert_proposals(
             self.rows,
             keys,
             values,
@@ -517,3 +536,21 @@ def test_the_table_grows_without_moving_rows():
     assert {row_id: rows.index_by_id[row_id] for row_id in before} == before
     assert len(rows) == 10 + GROWTH_STEP * 2
     assert rows.stats.tags == [""] * rows.allocated_rows
+
+
+def test_the_host_knows_the_ids_of_the_table():
+    rows, allocate_ids = RowTable(2, 1, allocated_rows=3), make_id_allocator()
+    insert(rows, range(5), allocate_ids=allocate_ids)  # more than are allocated
+    rows.delete_rows([2, 4])
+    insert(rows, [7.0], allocate_ids=allocate_ids)
+    assert sorted(rows.host_ids[rows.host_ids >= 0]) == [1, 3, 5, 6]
+    assert rows.host_ids.tolist() == rows.ids.tolist()
+    columns = {name: [0] for name in STORED_STATS} | {"last_read": [None], "tag": [""]}
+    batches = [RowBatch(np.array([9]), np.ones((1, 2)), np.ones((1, 1)), columns)]
+    for layout in (None, np.array([-1, 9])):
+        rows.load_rows(batches, layout)
+        assert rows.index_by_id == {9: 0 if layout is None else 1}
+        assert rows.host_ids.tolist() == rows.ids.tolist()
+    assert rows.ids_at(torch.tensor([1])).tolist() == [9]
+    rows.reset()
+    assert set(rows.host_ids) == {-1}

@@ -26,6 +26,7 @@ from dmt.memory.row_table import decayed_score
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
 from dmt.models.memories import get_associative_memories
+from dmt.ops import CopyTask, run_copy_tasks
 from dmt.store import RowStore
 from dmt.store.records import Namespace, StepChanges
 from dmt.training.optimization import NonFiniteError
@@ -187,13 +188,8 @@ class RowStoreSync:
         changes: dict[Namespace, StepChanges] = {}
         now = broadcast(time.time())
         self.step_metrics = {}
-        for layer, memory in self.memories.items():
-            try:
-                result = memory.commit_step(step, now, self.store.reserve_ids)
-            except UserError:
-                raise
-            except ValueError:
-                raise NonFiniteError(step, f"a row written by layer {layer}") from None
+        results = run_copy_tasks([self._commit_layer(layer, step, now) for layer in self.memories])
+        for (layer, memory), result in zip(self.memories.items(), results, strict=True):
             usage = memory.rows.pop_usage() if step % self.flush_every == 0 else None
             changes[self.namespaces[layer]] = StepChanges(result.inserts, result.removals, usage)
             removed_counts = {
@@ -220,6 +216,15 @@ class RowStoreSync:
                 f"store {self.store.url}: rank 0 failed to commit step {step}"
             )
         self.dirty = False
+
+    def _commit_layer(self, layer: int, step: int, now: float) -> CopyTask[StepChanges]:
+        memory = self.memories[layer]
+        try:
+            return (yield from memory.commit_step_task(step, now, self.store.reserve_ids))
+        except UserError:
+            raise
+        except ValueError:
+            raise NonFiniteError(step, f"a row written by layer {layer}") from None
 
     def checkpoint_state(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint of `step` needs beside the store: ids and usage.

@@ -21,11 +21,17 @@ from dmt.config import AssociativeConfig
 from dmt.distributed import all_gather, all_gather_strings, all_reduce_sum
 from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
 from dmt.memory.featural import FeaturalMemory
-from dmt.memory.insert_policy import InsertPolicy, apply_insert_policy
+from dmt.memory.insert_policy import (
+    CPU,
+    Comparison,
+    InsertPolicy,
+    apply_insert_policy,
+    compare_proposals,
+)
 from dmt.memory.registry import register_memory
 from dmt.memory.row_table import RowTable
 from dmt.memory.slot_table import check_choice
-from dmt.ops import move_together
+from dmt.ops import CopyTask, run_copy_tasks
 from dmt.store.records import IntArray, StepChanges
 
 # What an inserted value is: a learned projection of the hidden state, the target itself, or what
@@ -478,7 +484,6 @@ class AssociativeMemory(MemoryLayer):
         """Drop what passes since the last step have read and proposed."""
         self._pending_writes, self._pending_reads, self._last_retrieval = [], [], None
 
-    @torch.no_grad()
     def commit_step(
         self,
         step: int | None = None,
@@ -501,6 +506,19 @@ class AssociativeMemory(MemoryLayer):
         Raises:
             ValueError: targets are missing, or a key or value is not finite.
         """
+        return run_copy_tasks([self.commit_step_task(step, now, allocate_ids)])[0]
+
+    @torch.no_grad()
+    def commit_step_task(
+        self,
+        step: int | None = None,
+        now: float | None = None,
+        allocate_ids: Callable[[int], IntArray] | None = None,
+    ) -> CopyTask[StepChanges]:
+        """Do what `commit_step` does, as a task of `run_copy_tasks`.
+
+        No rows are changed before the rows of all tasks beside it were found to be finite.
+        """
         if step is None:
             last_used = int(self.rows.stats.score_step.max(initial=0))
             step = max(self._last_step, last_used) + 1
@@ -518,15 +536,6 @@ class AssociativeMemory(MemoryLayer):
         weights = all_gather(
             torch.cat([no_states.new_zeros(0), *(weight.float() for _, weight in reads)])
         )
-        indices, weights = move_together((indices, weights), torch.device("cpu"))
-        is_read = indices >= 0
-        self.rows.record_reads(
-            indices[is_read].numpy(),
-            weights[is_read].double().numpy(),
-            step,
-            now,
-            self.insert_policy.decay,
-        )
         keys, values, hidden = (
             all_gather(
                 torch.cat(
@@ -538,20 +547,28 @@ class AssociativeMemory(MemoryLayer):
         tags = all_gather_strings(
             [pending.tag for pending in pending_writes for _ in range(len(pending.keys))]
         )
-        result = apply_insert_policy(
+        comparison = compare_proposals(self.rows, keys, values, self.insert_policy)
+        indices, weights, *comparison = yield [indices, weights, *comparison], CPU
+        is_read = indices >= 0
+        self.rows.record_reads(
+            indices[is_read].numpy(),
+            weights[is_read].double().numpy(),
+            step,
+            now,
+            self.insert_policy.decay,
+        )
+        result = yield from apply_insert_policy(
             self.rows,
             keys,
             values,
+            Comparison(*comparison),
             tags,
             self.insert_policy,
             step,
             now,
             self._allocate_ids if allocate_ids is None else allocate_ids,
         )
-        self._record_recent_rows(
-            hidden[torch.as_tensor(result.unmerged_candidates, device=hidden.device)],
-            result.unmerged_ids,
-        )
+        self._record_recent_rows(hidden[result.unmerged_candidates], result.unmerged_ids)
         return result.changes
 
     def _allocate_ids(self, count: int) -> IntArray:
@@ -559,14 +576,13 @@ class AssociativeMemory(MemoryLayer):
         self._next_id = first + count
         return np.arange(first, first + count, dtype=np.int64)
 
-    def _record_recent_rows(self, hidden: Tensor, ids: IntArray) -> None:
+    def _record_recent_rows(self, hidden: Tensor, ids: Tensor) -> None:
         """Retain the hidden states `(n, width)` from which the rows `ids` `(n,)` were made."""
-        row_ids = torch.as_tensor(ids, device=hidden.device)
         if self._recent_hidden is not None and self._recent_ids is not None:
             hidden = torch.cat([self._recent_hidden.to(hidden), hidden])
-            row_ids = torch.cat([self._recent_ids.to(row_ids), row_ids])
+            ids = torch.cat([self._recent_ids.to(ids), ids])
         self._recent_hidden = hidden[-MAX_RECENT_ROWS:]
-        self._recent_ids = row_ids[-MAX_RECENT_ROWS:]
+        self._recent_ids = ids[-MAX_RECENT_ROWS:]
 
     def recent_hidden(self) -> tuple[Tensor, Tensor]:
         """Return the hidden states `(m, width)` of the rows written last and their ids `(m,)`."""

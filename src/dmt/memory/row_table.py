@@ -164,6 +164,8 @@ class RowTable(nn.Module):
         self._bf16_keys: Tensor | None = None
         self._index_is_current = False
         self._key_offsets: Tensor | None = None
+        # What the host knows of the rows, so that it does not wait for a device to tell.
+        self._host_ids: IntArray | None = None
         self._index_by_id: dict[int, int] | None = None
         self._stats: RowStats | None = None
 
@@ -181,7 +183,8 @@ class RowTable(nn.Module):
         """Remove all rows."""
         self.ids.fill_(-1)
         self._index_is_current = False
-        self._key_offsets = self._bf16_keys = self._index_by_id = self._stats = None
+        self._key_offsets = self._bf16_keys = self._stats = None
+        self._host_ids = self._index_by_id = None
 
     @property
     def allocated_rows(self) -> int:
@@ -189,12 +192,19 @@ class RowTable(nn.Module):
         return len(self.ids)
 
     @property
+    def host_ids(self) -> IntArray:
+        """Copy of `ids` in the memory of the host."""
+        if self._host_ids is None:
+            self._host_ids = self.ids.cpu().numpy().copy()
+        return self._host_ids
+
+    @property
     def index_by_id(self) -> dict[int, int]:
         """Position of each row by its id."""
         if self._index_by_id is None:
-            occupied = (self.ids >= 0).nonzero().flatten()
+            occupied = (self.host_ids >= 0).nonzero()[0]
             self._index_by_id = dict(
-                zip(self.ids[occupied].tolist(), occupied.tolist(), strict=True)
+                zip(self.host_ids[occupied].tolist(), occupied.tolist(), strict=True)
             )
         return self._index_by_id
 
@@ -206,7 +216,7 @@ class RowTable(nn.Module):
         """Statistics of the rows."""
         if self._stats is None:
             self._stats = RowStats.empty(self.allocated_rows)
-            self._stats.entries[(self.ids >= 0).cpu().numpy()] = 1
+            self._stats.entries[self.host_ids >= 0] = 1
         return self._stats
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
@@ -266,7 +276,6 @@ class RowTable(nn.Module):
         distances, order = distances.masked_fill(is_missing, torch.inf).sort(-1)
         return SearchResult(distances, indices.gather(1, order))
 
-    @torch.no_grad()
     def insert_rows(self, batch: RowInsert, step: int) -> IntArray:
         """Insert rows and allocate positions where none are free.
 
@@ -277,23 +286,25 @@ class RowTable(nn.Module):
         Returns:
             Their positions `(n,)`.
         """
+        change = self.plan_insertion(batch, step)
+        self.write_change(move_together(change, self.ids.device))
+        return change[0].numpy()
+
+    def plan_insertion(self, batch: RowInsert, step: int) -> list[Tensor]:
+        """Insert rows into what the host knows; `write_change` inserts them into the tensors.
+
+        Args:
+            batch: n rows.
+            step: as of which their scores are.
+
+        Returns:
+            Positions, ids, keys and values, on the CPU.
+        """
         count = len(batch.ids)
         indices = self._find_free(count)
         if len(indices) < count:
             self._grow(count - len(indices))
             indices = self._find_free(count)
-        arrays: tuple[Any, ...] = (indices, batch.ids, batch.keys, batch.values)
-        tensors = [_as_tensor(array) for array in arrays]
-        free, ids, keys, values = move_together(tensors, self.ids.device)
-        self.keys[free] = keys.to(self.keys.dtype)
-        self.values[free] = values.to(self.values.dtype)
-        self.ids[free] = ids
-        if self._key_offsets is not None:
-            self._key_offsets[free] = -self.keys[free].square().sum(-1) / 2
-        if self._bf16_keys is not None:
-            self._bf16_keys[free] = self.keys[free].to(self._bf16_keys.dtype)
-        if self._index_is_current and self._index is not None:
-            self._index_is_current = self._index.add(self.keys[free], free)
         stats = self.stats
         stats.score[indices], stats.score_step[indices] = batch.scores, step
         stats.reads[indices], stats.last_read[indices] = 0, 0.0
@@ -305,11 +316,34 @@ class RowTable(nn.Module):
         for index, tag in zip(indices, tags, strict=True):
             stats.tags[index] = tag
         self.index_by_id.update(zip(batch.ids.tolist(), indices.tolist(), strict=True))
-        return indices
+        self.host_ids[indices] = batch.ids
+        arrays: tuple[Any, ...] = (indices, batch.ids, batch.keys, batch.values)
+        return [_as_tensor(array) for array in arrays]
+
+    @torch.no_grad()
+    def write_change(self, change: Sequence[Tensor]) -> None:
+        """Write what `plan_insertion` or `plan_removal` returned, moved to the table's device."""
+        positions, ids, *states = change
+        self.ids[positions] = ids
+        if not states:
+            if self._index_is_current and self._index is not None:
+                self._index_is_current = self._index.remove(positions)
+            if self._key_offsets is not None:
+                self._key_offsets[positions] = -torch.inf
+            return
+        keys, values = states
+        self.keys[positions] = keys.to(self.keys.dtype)
+        self.values[positions] = values.to(self.values.dtype)
+        if self._key_offsets is not None:
+            self._key_offsets[positions] = -self.keys[positions].square().sum(-1) / 2
+        if self._bf16_keys is not None:
+            self._bf16_keys[positions] = self.keys[positions].to(self._bf16_keys.dtype)
+        if self._index_is_current and self._index is not None:
+            self._index_is_current = self._index.add(self.keys[positions], positions)
 
     def _find_free(self, count: int) -> IntArray:
         """Return the first positions without a row, `count` at most."""
-        return (self.ids < 0).cpu().numpy().nonzero()[0][:count]
+        return (self.host_ids < 0).nonzero()[0][:count]
 
     def _grow(self, num_needed: int) -> None:
         min_size = self.allocated_rows + max(num_needed, GROWTH_STEP, self.allocated_rows // 2)
@@ -323,9 +357,9 @@ class RowTable(nn.Module):
             for tensor in (self.keys, self.values)
         )
         self.ids = torch.cat([self.ids, self.ids.new_full((num_added,), -1)])
+        self._host_ids = np.concatenate([self.host_ids, np.full(num_added, -1)])
         self._stats, self._key_offsets, self._bf16_keys = stats, None, None
 
-    @torch.no_grad()
     def delete_rows(self, ids: Iterable[int]) -> None:
         """Remove rows.
 
@@ -335,13 +369,24 @@ class RowTable(nn.Module):
         Raises:
             KeyError: no row has one of the ids.
         """
+        self.write_change(move_together(self.plan_removal(ids), self.ids.device))
+
+    def plan_removal(self, ids: Iterable[int]) -> list[Tensor]:
+        """Remove rows from what the host knows; `write_change` removes them from the tensors.
+
+        Args:
+            ids: of the rows.
+
+        Returns:
+            Positions, and -1 for the id of each, on the CPU.
+
+        Raises:
+            KeyError: no row has one of the ids.
+        """
         indices = [self.index_by_id.pop(int(row_id)) for row_id in ids]
-        positions = torch.tensor(indices, dtype=torch.long, device=self.ids.device)
-        self.ids[positions] = -1
-        if self._index_is_current and self._index is not None:
-            self._index_is_current = self._index.remove(positions)
-        if self._key_offsets is not None:
-            self._key_offsets[positions] = -torch.inf
+        self.host_ids[indices] = -1
+        positions = torch.tensor(indices, dtype=torch.long)
+        return [positions, torch.full_like(positions, -1)]
 
     def record_reads(
         self, indices: IntArray, weights: NDArray[np.float64], step: int, now: float, decay: float
@@ -368,7 +413,7 @@ class RowTable(nn.Module):
     def pop_usage(self) -> RowUsage | None:
         """Return the statistics of rows read since the last call; None where none was."""
         stats = self.stats
-        used_indices = ((self.ids >= 0).cpu().numpy() & stats.used).nonzero()[0]
+        used_indices = ((self.host_ids >= 0) & stats.used).nonzero()[0]
         if not len(used_indices):
             return None
         usage = RowUsage(
@@ -416,6 +461,7 @@ class RowTable(nn.Module):
             ]
             stats.tags[span] = batch.metadata["tag"]
             start += len(batch.ids)
+        self._host_ids = None
         if layout is not None:
             self._apply_layout(layout)
 
@@ -435,12 +481,12 @@ class RowTable(nn.Module):
         self.values = torch.where(occupied.unsqueeze(-1), self.values[gather_indices], 0)
         self.ids = torch.where(occupied, self.ids[gather_indices], -1)
         self._stats = old_stats.select_rows(np.where(old_indices >= 0, old_indices, 0))
-        self._index_by_id = self._key_offsets = self._bf16_keys = None
+        self._host_ids = self._index_by_id = self._key_offsets = self._bf16_keys = None
         self._index_is_current = False
 
     def ids_at(self, indices: Sequence[int] | IntArray | Tensor) -> IntArray:
         """Return the ids of the rows at `indices`."""
-        return self.ids[torch.as_tensor(indices, device=self.ids.device)].cpu().numpy()
+        return self.host_ids[indices.cpu().numpy() if isinstance(indices, Tensor) else indices]
 
 
 def _lazy_zeros(num_rows: int, like: Tensor) -> Tensor:
