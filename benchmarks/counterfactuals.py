@@ -1,10 +1,23 @@
-"""Counterfactual facts about real countries in three phrasings, which no pretrained model knows."""
+"""Counterfactual facts, which no pretrained model knows: about real countries and invented people.
+
+`make_counterfactuals` makes several facts about each country. `make_edits` makes one fact per
+subject with questions about neighbors, in the form of CounterFact (Meng et al. 2022, arXiv
+2202.05262) and zsRE (Levy et al. 2017, arXiv 1706.04115; De Cao et al. 2021, arXiv 2104.08164).
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 
-from dmt.data.synthetic import Probe
+from dmt.data.synthetic import (
+    HELD_OUT_PHRASINGS,
+    RELATIONS,
+    TRAINED_PHRASINGS,
+    Probe,
+    make_probe,
+    make_unseen_people,
+)
 
 COUNTRIES = """
 Afghanistan, Albania, Algeria, Angola, Argentina, Armenia, Australia, Austria, Azerbaijan,
@@ -209,3 +222,66 @@ def list_unrelated_prompts() -> list[str]:
         for country in COUNTRIES[-NUM_UNRELATED:]
         for phrasings in PHRASINGS.values()
     ]
+
+
+NUM_NEIGHBORS = 2  # questions about unedited subjects for each fact
+NUM_NEIGHBOR_PEOPLE = 64
+NUM_PARAPHRASES = 2
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fact to write, and the questions of the protocols of CounterFact and zsRE.
+
+    Attributes:
+        fact: the fact in the phrasing in which it is written.
+        paraphrases: the same fact in other phrasings.
+        neighbors: the relation asked, in any phrasing, about subjects without facts; their answer
+            is that of `fact`, which should stay improbable.
+    """
+
+    fact: Probe
+    paraphrases: list[Probe]
+    neighbors: list[Probe]
+
+
+def make_edits(count: int) -> list[Edit]:
+    """Make one fact per subject: a country and a person in turn, then people alone.
+
+    The first edits of a longer list are those of a shorter one.
+    """
+    countries = random.Random("edits").sample(
+        COUNTRIES[:-NUM_UNRELATED], len(COUNTRIES) - NUM_UNRELATED
+    )
+    people = make_unseen_people(NUM_NEIGHBOR_PEOPLE + count)
+    edits: list[Edit] = []
+    for number in range(count):
+        rng = random.Random(f"edit-{number}")
+        if number % 2 == 0 and countries:
+            country, relation = countries.pop(), rng.choice(list(PHRASINGS))
+            answer = " " + rng.choice(ANSWERS[relation])
+            probes = [
+                Probe(text.format(s=country), answer, country, relation, phrasing)
+                for phrasing, text in enumerate(PHRASINGS[relation])
+            ]
+            neighbors = [
+                Probe(
+                    PHRASINGS[relation][phrasing].format(s=other), answer, other, relation, phrasing
+                )
+                for other in rng.sample(COUNTRIES[-NUM_UNRELATED:], NUM_NEIGHBORS)
+                for phrasing in [rng.randrange(len(PHRASINGS[relation]))]
+            ]
+        else:
+            person, relation = people[NUM_NEIGHBOR_PEOPLE + number], rng.choice(RELATIONS)
+            num_phrasings = TRAINED_PHRASINGS + HELD_OUT_PHRASINGS
+            probes = [make_probe(person, relation, phrasing) for phrasing in range(num_phrasings)]
+            neighbors = [
+                replace(
+                    make_probe(other, relation, rng.randrange(num_phrasings)),
+                    answer=probes[0].answer,
+                )
+                for other in rng.sample(people[:NUM_NEIGHBOR_PEOPLE], NUM_NEIGHBORS)
+            ]
+        fact, *paraphrases = rng.sample(probes, 1 + NUM_PARAPHRASES)
+        edits.append(Edit(fact, paraphrases, neighbors))
+    return edits

@@ -25,9 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peer_editing
+import peer_side_memory
+import peer_weights
 import torch
 from counterfactuals import PHRASINGS, list_unrelated_prompts, make_counterfactuals
-from peer_editing import METHODS, Edited
+from peer_editing import Edited
 from torch import Tensor
 
 from dmt.data.corpora import load_corpus
@@ -48,6 +51,7 @@ from dmt.models.loading import load_teacher
 from dmt.store import RowStore
 from dmt.training.trainer import silence_libraries
 
+METHODS = peer_editing.METHODS | peer_weights.METHODS | peer_side_memory.METHODS
 WINDOWS, WINDOW = 32, 256  # windows of held-out prose, and their tokens
 NUM_KNOWN = 320  # known facts that are asked before and after
 

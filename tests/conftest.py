@@ -48,6 +48,7 @@ SLOW = (
     "clients/",
     "faults/",
     "test_benchmark",
+    "test_edit_protocols.py::test_the_table",
     "test_readme.py::test_a_command",
     "test_second_device.py::test_students",
     "test_second_device.py::test_runs",
