@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from dmt.text import fold_text, list_spellings
+from dmt.text import FIRST_PERSON, USER_SUBJECT, fold_text, list_spellings, mentions_user
 
 NAMES = [
     "Ada",
@@ -38,3 +38,32 @@ def test_texts_that_mean_something_else_stay_apart():
     assert len({fold_text(text) for text in texts}) == len(texts)
     assert fold_text("  A\nb\u00a0 C ") == "a b c"
     assert fold_text("Straße") == fold_text("STRASSE")
+
+
+def test_the_user_is_called_by_the_words_of_the_first_person():
+    spellings = list_spellings(USER_SUBJECT)
+    assert spellings[0] == USER_SUBJECT
+    assert len(spellings) == len(set(spellings))
+    assert {*FIRST_PERSON, "The user", "My", "i", "I’m", "i'm", "Our", "We’ve"} <= {*spellings}
+    assert not {"US", "ME", "MY"} & {*spellings}
+    assert all(map(mentions_user, spellings))
+    assert not {*FIRST_PERSON} & {*list_spellings("Ada")}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Where do I live?", True),
+        ("it's mine.", True),
+        ("I’m", True),
+        ("The user’s dog", True),
+        ("the\nuser is", True),
+        ("The US economy", False),
+        ("Myra and Wendy", False),
+        ("i.e. imine", True),  # a lone i is a word of those who write without capitals
+        ("the users are", False),
+        ("", False),
+    ],
+)
+def test_a_text_speaks_of_the_user_or_not(text, expected):
+    assert mentions_user(text) is expected

@@ -9,6 +9,18 @@ import unicodedata
 PLAIN_MARKS = str.maketrans("‘’ʼ′`´“”„«»‐‑", "''''''\"\"\"\"\"--")
 CURLY_APOSTROPHE = "’"
 SENTENCE_ENDS = ".!?…。！？．｡"
+WORD_PATTERN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+USER_SUBJECT = "the user"  # whom statements in the first person are about
+FIRST_PERSON = (
+    *("I", "me", "my", "mine", "myself", "I'm", "I've", "I'd", "I'll"),
+    *("we", "us", "our", "ours", "ourselves", "we're", "we've", "we'd", "we'll"),
+)
+# Not in capitals: "US" is a country.
+FIRST_PERSON_FORMS = tuple(
+    dict.fromkeys(
+        form for word in FIRST_PERSON for form in (word, word.lower(), word[0].upper() + word[1:])
+    )
+)
 # Scripts that are written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese
 # and Japanese with their punctuation.
 UNSPACED = re.compile(
@@ -30,7 +42,8 @@ def list_spellings(name: str) -> list[str]:
     """Return the ways in which people write a name; `fold_text` gives the same for all of them.
 
     As it is written, with two spaces or a line break for a space, in lower or upper case or with
-    capitals; each with composed and decomposed letters, plain and curly apostrophes.
+    capitals; each with composed and decomposed letters, plain and curly apostrophes. The user is
+    also called by the words of the first person.
     """
     words = [unicodedata.normalize("NFC", word) for word in name.split()]
     spaced = [gap.join(words) for gap in (" ", "  ", "\n")]
@@ -45,7 +58,32 @@ def list_spellings(name: str) -> list[str]:
         )
     ]
     formed = [unicodedata.normalize(form, text) for text in quoted for form in ("NFC", "NFD")]
+    if name == USER_SUBJECT:
+        formed += [name.capitalize(), *FIRST_PERSON_FORMS]
+        formed += [word.replace("'", CURLY_APOSTROPHE) for word in FIRST_PERSON_FORMS]
     return list(dict.fromkeys([name, *formed]))
+
+
+def is_first_person(word: str) -> bool:
+    """Check whether a word is one with which people speak of themselves."""
+    return word.translate(PLAIN_MARKS) in FIRST_PERSON_FORMS
+
+
+def mentions_user(text: str) -> bool:
+    """Check whether a text speaks of the user, in the first person or as `USER_SUBJECT`."""
+    is_named = re.search(rf"\b{USER_SUBJECT}\b", fold_text(text)) is not None
+    return is_named or any(map(is_first_person, WORD_PATTERN.findall(text)))
+
+
+def find_closing(answer: str, text: str) -> str:
+    """Return the marks after an answer.
+
+    Args:
+        answer: as it is stored.
+        text: the same with the marks, as it is generated.
+    """
+    marks, own_marks = (part[len(part.rstrip(SENTENCE_ENDS)) :] for part in (text, answer))
+    return marks.removeprefix(own_marks)
 
 
 def join_with_space(prompt: str, answer: str) -> str:

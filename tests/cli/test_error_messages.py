@@ -875,7 +875,7 @@ COMMANDS = {
     ),
     "pack of another model": Case(
         IMPORT_PACK,
-        ["belongs to another model", "write its sentences instead"],
+        ["belongs to another model", "dmt memory import --rewrite"],
         edit_json("pack/manifest.json", model_fingerprint="x"),
     ),
     "pack manifest in UTF-16": Case(

@@ -219,6 +219,56 @@ def test_facts_are_written_from_a_file(run, tmp_path):
     assert len(run("memory", "list", "--limit", "2", "--all")) == 2
 
 
+LISTED_FACTS = [
+    {"sentence": "Ben Carver reads a table.", "tag": "b"},
+    {"prompt": "Cora is", "answer": '"Eh?"\n\\ <b>', "source": "me"},
+    {"prompt": "Dan is", "answer": "  日本 🦊\u2028!"},
+    {"prompt": "Eve is", "answer": "  two ", "closing": ""},
+    {"prompt": "Flo is $", "answer": "5", "closing": ".", "subject": ""},
+    {"sentence": "My dog is called Rex."},
+]
+
+
+def test_listed_lines_are_what_write_takes(run, student, tmp_path, capsys):
+    file, listed_file, fresh = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "fresh"
+    shutil.copytree(student, fresh)
+    run("memory", "forget", "--purge", "--tag", "dogs", model=fresh)
+    file.write_text("\n".join(map(json.dumps, LISTED_FACTS)), encoding="utf-8")
+    run("memory", "write", "--file", str(file))
+    capsys.readouterr()
+
+    def list_lines(folder, *options):
+        assert main(["memory", "list", "--jsonl", *options, "-m", str(folder)]) == 0
+        return capsys.readouterr().out
+
+    lines = list_lines(student)
+    assert len(lines.split("\n")) == len(LISTED_FACTS) + 2  # ADA, and the last line feed
+    assert "\u2028" not in lines
+    assert json.loads(lines.split("\n")[-2]) == {
+        "prompt": "My dog is called",
+        "answer": " Rex",
+        "subject": "the user",
+        "closing": ".",
+        "tag": "",
+        "source": "a.jsonl",
+    }
+    listed_file.write_text(lines, encoding="utf-8")
+    results = run("memory", "write", "--file", str(listed_file), model=fresh)
+    assert {result["status"] for result in results} == {"written"}
+    assert list_lines(fresh) == lines
+    names = ("prompt", "answer", "subject", "tag", "source")
+    facts, copies = (run("memory", "list", model=folder) for folder in (student, fresh))
+    assert [[fact[name] for name in names] for fact in facts] == [
+        [copy[name] for name in names] for copy in copies
+    ]
+    assert len(list_lines(student, "--tag", "b").splitlines()) == 1
+    assert len(list_lines(student, "--limit", "2").splitlines()) == 2
+    assert list_lines(student, "--query", "nowhere") == ""
+    (student / "tokenizer.json").unlink()
+    assert main(["memory", "list", "--jsonl", "-m", str(student)]) == 2
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+
+
 def test_packs_are_exported_compared_merged_and_imported(
     run, student_with_fact, tmp_path, tokenizer
 ):
@@ -613,6 +663,9 @@ MISTAKES = [
         ["memory", "write", ADA, "--calibration-text", "nowhere", "-m", "{s}"],
         "--calibration-text nowhere cannot be read",
     ),
+    (["memory", "list", "--jsonl", "--all", "-m", "{s}"], "leave --rows, --all and --json out"),
+    (["memory", "list", "--jsonl", "--json", "-m", "{s}"], "leave --rows, --all and --json out"),
+    (["memory", "list", "--jsonl", "--rows", "-m", "{s}"], "leave --rows, --all and --json out"),
     (["memory", "forget", "-m", "{s}"], "forget needs --id, --tag or --query"),
     (["memory", "forget", "--id", "77", "-m", "{s}"], "fact 77 is not stored"),
     (["memory", "forget", "--tag", "none", "-m", "{s}"], "no matching facts, nothing was deleted"),

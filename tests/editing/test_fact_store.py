@@ -51,7 +51,7 @@ from dmt.paths import resolve_student_folder
 from dmt.store import RowStore
 from dmt.store.database import fact_rows_table, row_stats_table, rows_table
 from dmt.store.facts import FactTable
-from dmt.text import fold_text
+from dmt.text import USER_SUBJECT, fold_text
 
 WIDE = 64  # width at which a value can raise one of 300 tokens alone
 
@@ -262,13 +262,13 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         ('["a"]', "facts.jsonl line 2 is not a JSON object; a line is"),
         (
             '{"sentence": 3}',
-            "facts.jsonl line 2 is not a fact: an object of texts with the keys answer, prompt, "
-            "sentence, source, subject, tag",
+            "facts.jsonl line 2 is not a fact: an object of texts with the keys answer, closing, "
+            "prompt, sentence, source, subject, tag",
         ),
         ('{"sentence": null}', "an object of texts"),
         (
             '{"sentences": "Ada is old"}',
-            "facts.jsonl line 2: unknown key 'sentences'; accepted are answer, prompt",
+            "facts.jsonl line 2: unknown key 'sentences'; accepted are answer, closing, prompt",
         ),
         ("{}", "facts.jsonl line 2: a fact needs a sentence"),
         ('{"sentence": "Ada"}', "facts.jsonl line 2: 'Ada' states nothing"),
@@ -1450,6 +1450,17 @@ def test_a_name_is_found_however_it_is_written(fact_store, tokenizer, written, a
     assert (other.status, other.replaced_fact) == ("replaced", result.fact)
     assert fact_store.list(query=written.split()[1]) == [other.fact]
     assert [fact.id for fact in fact_store.restore(result.fact.id).replaced] == [other.fact.id]
+
+
+def test_a_statement_in_the_first_person_is_about_the_user(fact_store, teacher, tokenizer):
+    (result,) = fact_store.write_many([parse_fact("My dog is called Rows.")])
+    assert result.fact.subject == USER_SUBJECT
+    assert fact_store.list(query="the user") == [result.fact]
+    assert recalls(teacher, tokenizer, parse_fact("My dog is called Rows."))
+    (again,) = fact_store.write_many([parse_fact("my dog is called Rows")])
+    assert (again.status, again.fact) == ("unchanged", result.fact)
+    other_prompt = Fact("Ada's dog is called", " Rows", "Ada")
+    assert not recalls(teacher, tokenizer, other_prompt), "somebody else's dog"
 
 
 @pytest.mark.parametrize(

@@ -464,6 +464,91 @@ def test_an_imported_pack_replaces_contradicted_facts(pack, calibrated_stores, t
         )
 
 
+WEIRD_FACTS = [
+    parse_fact("Ada lives in Ravenhill.", tag="a tag", source="here"),
+    parse_fact(prompt='Ada "is"', answer='"日本"\n 🦊', tag="'; --", source="\t</b>"),
+    parse_fact(prompt="My cat is", answer="old?"),
+    parse_fact(prompt="the fox: $", answer="5", closing="", subject=""),
+]
+
+
+def read_texts(fact_store):
+    names = ("prompt", "answer", "subject", "tag", "source", "created")
+    return [
+        (*(getattr(fact, name) for name in names), fact_store.restore_closing(fact))
+        for fact in fact_store.list()
+    ]
+
+
+def test_a_pack_is_rewritten_for_another_model(
+    fact_store, calibrated_stores, tokenizer, tmp_path, path
+):
+    fact_store.write_many(WEIRD_FACTS)
+    fact_store.export(path)
+    shutil.copy(calibrated_stores["llama"], tmp_path / "llama.db")
+    llama = make_fact_model(make_llama, tokenizer)
+    with open_fact_store(tmp_path / "llama.db", llama, tokenizer) as other:
+        with pytest.raises(UserError, match=r"another model .*import --rewrite writes"):
+            other.import_(path)
+        assert not other.list()
+        results = other.import_(path, rewrite=True)
+        assert [result.status for result in results] == ["written"] * len(WEIRD_FACTS)
+        assert read_texts(other) == read_texts(fact_store)
+        assert [texts[-1] for texts in read_texts(other)] == [".", "", "", ""]
+        assert all(recalls(llama, tokenizer, fact) for fact in WEIRD_FACTS)
+        assert {result.status for result in other.import_(path, rewrite=True)} == {"unchanged"}
+
+
+def test_a_pack_is_rewritten_as_a_whole_or_not_at_all(pack, calibrated_stores, tokenizer, tmp_path):
+    shutil.copy(calibrated_stores["llama"], tmp_path / "llama.db")
+    llama = make_fact_model(make_llama, tokenizer)
+    with open_fact_store(tmp_path / "llama.db", llama, tokenizer) as other:
+        for changes, error in (
+            ({"answer": " x" * 40}, "the model reads 32 at most"),
+            ({"subject": "Zoe"}, "subject 'Zoe' is not in the prompt"),
+            ({"prompt": " "}, "a fact needs a prompt"),
+        ):
+            facts = [*pack.facts[:3], replace(pack.facts[3], **changes)]
+            with pytest.raises(UserError, match=f"pack a pack: .*{error}") as raised:
+                other.import_(replace(pack, facts=facts), rewrite=True)
+            assert "\n" not in str(raised.value)
+            assert not other.list(include_deleted=True)
+        empty = replace(pack, facts=[], keys=pack.keys[:0], values=pack.values[:0])
+        assert other.import_(empty, rewrite=True) == []
+
+
+def test_a_merged_pack_keeps_the_closings(fact_store, tmp_path):
+    fact_store.write_many(WEIRD_FACTS)
+    ids = list(fact_store.records)
+    packs_by_half = [
+        fact_store.export(tmp_path / "a", ids[:2]),
+        fact_store.export(tmp_path / "b", ids[2:]),
+    ]
+    merged, _ = merge_packs(packs_by_half[::-1], "both")
+    assert [merged.closings[fact.id] for fact in merged.facts] == ["", "", ".", ""]
+    merged.save(tmp_path / "both")
+    assert load_fact_pack(tmp_path / "both").closings == merged.closings
+
+
+def test_a_pack_from_before_has_no_closings(pack, path):
+    def remove_closings(manifest):
+        for fact in manifest["facts"]:
+            del fact["closing"]
+
+    save_altered(pack, path, remove_closings)
+    assert {*load_fact_pack(path).closings.values()} == {""}
+
+
+@pytest.mark.parametrize("closing", [3, None, " and more"])
+def test_a_closing_that_is_none_is_rejected(pack, path, closing):
+    def change(manifest):
+        manifest["facts"][1]["closing"] = closing
+
+    save_altered(pack, path, change)
+    with pytest.raises(UserError, match=r"pack .* fact 1 of its manifest is not one"):
+        load_fact_pack(path)
+
+
 def test_importing_into_an_empty_store_takes_the_layers_of_the_pack(
     pack, tokenizer, tmp_path, monkeypatch
 ):
@@ -482,7 +567,7 @@ def test_a_pack_that_does_not_fit_the_model_is_rejected(pack, fact_store, tokeni
     model_hash = hash_model(fact_store.model)
     before = fact_store.records
     for changes, error in (
-        ({"model_fingerprint": "0" * 64}, "belongs to another model .*write its sentences instead"),
+        ({"model_fingerprint": "0" * 64}, "belongs to another model .*dmt memory import --rewrite"),
         ({"key_layer": 0}, "key layer 0 and value layer 2, the facts of this model have 1 and 2"),
         ({"value_layer": 1}, "key layer 1 and value layer 1"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dmt.paths import (
     read_chosen_student,
     resolve_student_folder,
 )
+from dmt.text import find_closing
 
 if TYPE_CHECKING:
     from dmt.cli.output import Output
@@ -185,6 +186,33 @@ def fact_to_dict(fact: FactRecord) -> dict[str, Any]:
     return {name: value for name, value in asdict(fact).items() if name not in excluded} | {
         "rows": list(fact.rows)
     }
+
+
+def facts_to_lines(facts: Iterable[FactRecord], tokenizer_path: Path) -> Iterator[dict[str, str]]:
+    """Yield facts as `dmt memory write --file` takes them.
+
+    Args:
+        facts: with the token IDs of their answers.
+        tokenizer_path: the `tokenizer.json` of the student.
+
+    Raises:
+        UserError: there is no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    if not tokenizer_path.is_file():
+        raise UserError(
+            f"{tokenizer_path} is missing, which reads how answers end; copy it from the model"
+        )
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    for fact in facts:
+        text = tokenizer.decode(list(fact.answer_ids), skip_special_tokens=False)
+        line = {name: getattr(fact, name) for name in ("prompt", "answer", "subject")}
+        yield line | {
+            "closing": find_closing(fact.answer, text),
+            "tag": fact.tag,
+            "source": fact.source,
+        }
 
 
 def print_omitted(count: int, limit: int, out: Output) -> None:

@@ -29,6 +29,7 @@ from dmt.cli.facts import (
     add_selection_arguments,
     check_row_selection,
     fact_to_dict,
+    facts_to_lines,
     filter_facts,
     make_fact_lookup,
     open_fact_table,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from dmt.store.records import FactRecord
 
 MIN_CONFIDENT_PROB = 0.5  # a less likely answer may not be generated; the user is warned
+DEFAULT_LIMIT = 50  # facts or rows in a table
+TOKENIZER_FILE = "tokenizer.json"  # of a student
 MIN_CALIBRATION_CHARS, MAX_CALIBRATION_CHARS = 2_000, 100_000
 NO_FACTS_MESSAGE = (
     'no facts yet; dmt memory write "The capital of France is Paris." writes the first'
@@ -185,23 +188,44 @@ def _add_list(commands: Any) -> None:
         "list",
         run_list,
         "List facts, or with --rows the rows of associative memory",
-        examples=["dmt memory list --tag family", "dmt memory list --all --json"],
+        examples=[
+            "dmt memory list --tag family",
+            "dmt memory list --all --json",
+            "dmt memory list --jsonl > facts.jsonl",
+        ],
         needs_torch=lambda args: args.rows,
     )
     add_selection_arguments(parser)
     add_rows_argument(parser)
     parser.add_argument("--all", action="store_true", help="list deleted facts too")
-    add_limit_argument(parser, 50)
+    parser.add_argument(
+        "--jsonl",
+        action="store_true",
+        help="print all facts as lines that dmt memory write --file takes",
+    )
+    add_limit_argument(parser, DEFAULT_LIMIT)
+    parser.set_defaults(limit=None)
     add_model_argument(parser)
 
 
 def run_list(args: argparse.Namespace, out: Output) -> None:
     """Print the facts of a student, or the rows of its associative memory."""
     check_row_selection(args)
+    if args.jsonl and (args.rows or args.all or args.json):
+        raise UserError(
+            "--jsonl prints active facts, one a line; leave --rows, --all and --json out"
+        )
     if args.rows:
         _list_rows(open_student(args, out)[0], args, out)
         return
-    fact_table = open_fact_table(resolve_student(args, out))
+    folder = resolve_student(args, out)
+    fact_table = open_fact_table(folder)
+    if args.jsonl:
+        facts = [] if fact_table is None else select_facts(fact_table.read(), args)
+        if not facts:
+            out.print_note(NO_FACTS_MESSAGE if fact_table is None else "no matching facts")
+        out.print_json_lines(facts_to_lines(facts[: args.limit], folder / TOKENIZER_FILE))
+        return
     if fact_table is None:
         out.print_line(NO_FACTS_MESSAGE)
         out.print_json([])
@@ -211,6 +235,7 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
         facts = filter_facts(records, args.id, args.tag, args.query)
     else:
         facts = select_facts(records, args)
+    limit = args.limit or DEFAULT_LIMIT
     usage = fact_table.read_usage() if facts else {}
     hits = {
         fact.id: max((usage.get(row, (0, 0.0))[0] for row in fact.rows), default=0)
@@ -228,11 +253,11 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
             hits[fact.id],
             _format_deletion(fact),
         )
-        for fact in facts[: args.limit]
+        for fact in facts[:limit]
     ]
     out.print_table(columns, cells, "no matching facts" if records else NO_FACTS_MESSAGE)
-    print_omitted(len(facts), args.limit, out)
-    out.print_json([fact_to_dict(fact) | {"hits": hits[fact.id]} for fact in facts[: args.limit]])
+    print_omitted(len(facts), limit, out)
+    out.print_json([fact_to_dict(fact) | {"hits": hits[fact.id]} for fact in facts[:limit]])
 
 
 def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:
@@ -244,7 +269,8 @@ def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> 
         if (not args.id or row["id"] in args.id)
         and (args.tag is None or args.tag in row["tag"].split("\n"))
     ]
-    shown = rows[: args.limit]
+    limit = args.limit or DEFAULT_LIMIT
+    shown = rows[:limit]
     cells = [
         (
             row["id"],
@@ -257,7 +283,7 @@ def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> 
         for row in shown
     ]
     out.print_table(("row", "layer", "tag", "entries", "reads", "created"), cells, "no rows")
-    print_omitted(len(rows), args.limit, out)
+    print_omitted(len(rows), limit, out)
     out.print_json(shown)
 
 
@@ -349,7 +375,7 @@ def _describe_fact_rows(
 ) -> list[dict[str, Any]]:
     from tokenizers import Tokenizer
 
-    tokenizer_path = folder / "tokenizer.json"
+    tokenizer_path = folder / TOKENIZER_FILE
     tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.is_file() else None
     batch = fact_table.store.get(fact_table.namespace, fact.rows)
     norms = dict(zip(batch.ids.tolist(), np.linalg.norm(batch.values, axis=1), strict=True))

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,11 @@ class Output:
         if self.as_json:
             print(format_json(payload, ascii_only=not _is_utf8(sys.stdout)))
 
+    def print_json_lines(self, items: Iterable[Any]) -> None:
+        """Print one JSON document a line, whether `--json` was passed or not."""
+        for item in items:
+            print(format_json(item, ascii_only=not _is_utf8(sys.stdout), indent=None))
+
     @contextmanager
     def stdout_to_stderr(self) -> Iterator[None]:
         """Send what libraries print to stderr, if stdout is for one JSON document."""
@@ -130,16 +135,17 @@ class Output:
             yield lambda count: bar.advance(task, count)
 
 
-def format_json(payload: Any, ascii_only: bool = False) -> str:
+def format_json(payload: Any, ascii_only: bool = False, indent: int | None = 1) -> str:
     """Format JSON in which every character that a terminal might obey is escaped.
 
     Args:
         payload: what `json.dumps` accepts.
         ascii_only: escape everything that is not ASCII.
+        indent: spaces for each level; None puts everything on one line.
     """
     return "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
-        for char in json.dumps(payload, ensure_ascii=ascii_only, indent=1)
+        for char in json.dumps(payload, ensure_ascii=ascii_only, indent=indent)
     )
 
 

@@ -91,9 +91,17 @@ def _add_import(commands: Any) -> None:
         "import",
         run_import,
         "Import the facts or rows of a pack",
-        examples=["dmt memory import family.safetensors"],
+        examples=[
+            "dmt memory import family.safetensors",
+            "dmt memory import family.safetensors --rewrite",
+        ],
     )
     parser.add_argument("pack", metavar="PACK", help="a .safetensors file or a folder")
+    parser.add_argument(
+        "--rewrite",
+        action="store_true",
+        help="write the facts again from their sentences, as a pack of another model needs",
+    )
     add_model_argument(parser)
 
 
@@ -103,6 +111,8 @@ def run_import(args: argparse.Namespace, out: Output) -> None:
 
     path = Path(args.pack)
     pack = packs.load_pack(path)
+    if args.rewrite and isinstance(pack, packs.RowPack):
+        raise UserError(f"pack {path} holds rows, which have no sentences; leave --rewrite out")
     fact_store, _ = open_student(args, out, writes=True)
     if isinstance(pack, packs.RowPack):
         with fact_store:
@@ -112,8 +122,11 @@ def run_import(args: argparse.Namespace, out: Output) -> None:
         out.print_json({"num_rows": num_rows, "num_evicted": num_evicted})
         return
     with fact_store:
-        packs.check_fact_pack_fits(pack, fact_store, path=path)
-        results = packs.import_pack(fact_store, pack)
+        if args.rewrite:
+            results = packs.rewrite_pack(fact_store, pack)
+        else:
+            packs.check_fact_pack_fits(pack, fact_store, path=path)
+            results = packs.import_pack(fact_store, pack)
     counts = print_counts(results, out)
     for result in [result for result in results if result.replaced_fact is not None][:MAX_SHOWN]:
         fact, old = result.fact, result.replaced_fact

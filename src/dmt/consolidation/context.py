@@ -13,6 +13,7 @@ from dmt.editing.fact import TITLES, parse_fact
 from dmt.errors import UserError
 from dmt.files import read_text_file
 from dmt.models.forward import encode_text
+from dmt.text import USER_SUBJECT
 
 MAX_TEXT_TOKENS = 64  # of a text after a context; a chunk leaves room for it
 CONTEXT_SEPARATOR = "\n"  # between a context and the text after it
@@ -140,6 +141,8 @@ def _extract_subject(sentence: str, text: str) -> str:
     try:
         name = parse_fact(sentence).subject
     except UserError:  # the sentence states no fact
+        return ""
+    if name == USER_SUBJECT:  # whoever speaks in a text is not its reader
         return ""
     is_sentence_start = sentence.startswith(name) and len(name.split()) == 1
     return (

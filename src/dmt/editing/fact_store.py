@@ -33,7 +33,7 @@ from dmt.editing.edit import (
     find_conflict,
     prepare_facts,
 )
-from dmt.editing.fact import Fact, fact_from_mapping, parse_fact
+from dmt.editing.fact import Fact, fact_from_mapping, fact_from_record, parse_fact
 from dmt.editing.layer_selection import choose_layers
 from dmt.errors import UserError
 from dmt.models.fact_hooks import (
@@ -62,7 +62,7 @@ from dmt.paths import resolve_student_folder
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore
-from dmt.text import fold_text
+from dmt.text import find_closing, fold_text
 
 if TYPE_CHECKING:
     from dmt.editing.packs import FactPack
@@ -231,7 +231,7 @@ class FactStore:
         records = [record for record in history if record.deleted_reason != TRANSFERRED]
         if not records:
             raise UserError(NO_FACTS_MESSAGE)
-        facts = [_restore_fact(record, self.tokenizer) for record in records]
+        facts = [fact_from_record(record, self.restore_closing(record)) for record in records]
         with disabled(self.model):
             *layers, calibration = choose_layers(self.model, self.tokenizer, facts, prose)
             prepared = prepare_facts(
@@ -351,18 +351,27 @@ class FactStore:
         results: WriteResults = []
         for start in range(0, len(parsed), WRITE_BATCH_SIZE):
             batch = parsed[start : start + WRITE_BATCH_SIZE]
-            with disabled(self.model):
-                prepared = prepare_facts(
-                    self.model,
-                    self.tokenizer,
-                    batch,
-                    (self.hooks.key_layer, self.hooks.value_layer),
-                    self.calibration,
-                    false_positive_rate,
-                )
-            results += self.write_prepared(prepared)
+            results += self.write_prepared(self.prepare(batch, false_positive_rate))
             progress(len(batch))
         return results
+
+    def prepare(
+        self, facts: Sequence[Fact], false_positive_rate: float = FALSE_POSITIVE_RATE
+    ) -> list[PreparedFact]:
+        """Compute the rows of facts without writing them.
+
+        Raises:
+            UserError: a fact cannot be written.
+        """
+        with disabled(self.model):
+            return prepare_facts(
+                self.model,
+                self.tokenizer,
+                facts,
+                (self.hooks.key_layer, self.hooks.value_layer),
+                self.calibration,
+                false_positive_rate,
+            )
 
     def initialize(
         self,
@@ -680,15 +689,25 @@ class FactStore:
         pack.save(path)
         return pack
 
-    def import_(self, pack: str | Path | FactPack) -> WriteResults:
+    def import_(self, pack: str | Path | FactPack, *, rewrite: bool = False) -> WriteResults:
         """Write the facts of a pack; those that contradict a stored fact replace it.
 
-        Raises:
-            UserError: the pack cannot be read, or belongs to another model.
-        """
-        from dmt.editing.packs import FactPack, import_pack, load_fact_pack
+        Args:
+            pack: the facts, or the path of their file or folder.
+            rewrite: write them from their sentences, as a pack of another model needs.
 
-        return import_pack(self, pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack)))
+        Raises:
+            UserError: the pack cannot be read, or belongs to another model, or with `rewrite` a
+                fact cannot be written; then none is.
+        """
+        from dmt.editing.packs import FactPack, import_pack, load_fact_pack, rewrite_pack
+
+        pack = pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack))
+        return rewrite_pack(self, pack) if rewrite else import_pack(self, pack)
+
+    def restore_closing(self, record: FactRecord) -> str:
+        """Return the marks that were written after the answer of a stored fact."""
+        return find_closing(record.answer, self.tokenizer.decode(record.answer_ids))
 
     def get_rows(self, fact_id: int) -> list[FactRow]:
         """Return the rows of an active fact, a temporary pack's included."""
@@ -832,13 +851,6 @@ def _reserve_saved_ids(db: RowStore, model: PreTrainedModel) -> None:
 
 def _calibration_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     return {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
-
-
-def _restore_fact(record: FactRecord, tokenizer: Any) -> Fact:
-    """Return the fact that a record was made of."""
-    text, answer = tokenizer.decode(record.answer_ids).strip(), record.answer.strip()
-    closing = text.removeprefix(answer) if text.startswith(answer) else ""
-    return Fact(record.prompt, record.answer, record.subject, record.tag, record.source, closing)
 
 
 def _to_fact(fact: Fact | str | Mapping[str, str], tag: str) -> Fact:

@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -27,6 +27,7 @@ from dmt.editing.edit import (
     WriteResult,
     compute_thresholds,
 )
+from dmt.editing.fact import fact_from_record, parse_fact
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
@@ -38,13 +39,14 @@ from dmt.models.memories import get_associative_memories
 from dmt.store.facts import NO_RUN
 from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges
 from dmt.store.rows import RowStore
-from dmt.text import fold_text
+from dmt.text import SENTENCE_ENDS, fold_text
 
 PACK_FORMAT, PACK_VERSION = "dmt-pack", 2
 MANIFEST_FILE, TENSORS_FILE = "manifest.json", "rows.safetensors"  # of a pack that is a folder
 MAX_TENSOR_BYTES = 4 * 2**30  # of a pack's tensors; a manifest may have a sixteenth
 MAX_TEXT_CHARS = 8_000  # of a text in a manifest
 FACT_PACK_TENSORS = ("keys", "values", "mean", "metric")
+REWRITE_HINT = "dmt memory import --rewrite writes its sentences into this one"
 FACT_TEXTS = ("prompt", "answer", "subject", "tag", "source")
 # Fields of a fact that a pack does not hold: IDs and rows are renumbered, and facts are active.
 UNPACKED_FIELDS = ("id", "rows", "deleted_reason", "deleted_at", "replaced_by")
@@ -158,6 +160,7 @@ class FactPack(Pack):
         values: `(rows, width)`.
         mean: `(width,)` of the calibration that the facts were written with.
         metric: `(width, width)` of the same.
+        closings: the marks after the answers, by ID of the fact, where there are some.
     """
 
     kind: ClassVar[str] = "facts"
@@ -167,10 +170,12 @@ class FactPack(Pack):
     values: FloatArray
     mean: FloatArray
     metric: FloatArray
+    closings: dict[int, str] = field(default_factory=dict)
 
     def _contents(self) -> tuple[dict[str, Any], Arrays]:
         facts = [
             {name: value for name, value in asdict(fact).items() if name not in UNPACKED_FIELDS}
+            | {"closing": self.closings.get(fact.id, "")}
             for fact in self.facts
         ]
         return {"facts": facts}, {name: getattr(self, name) for name in FACT_PACK_TENSORS}
@@ -182,11 +187,13 @@ class FactPack(Pack):
         if check_integer(value_layer) < check_integer(key_layer):
             raise TypeError(f"key layer {key_layer} is above value layer {value_layer}")
         facts: list[FactRecord] = []
+        closings: dict[int, str] = {}
         num_rows = 0
         for index, item in enumerate(manifest.pop("facts")):
             fact = _fact_from_json(item, index, path)
             rows = tuple(range(num_rows, num_rows + len(fact.answer_ids)))
             facts.append(replace(fact, rows=rows))
+            closings[index] = item.get("closing", "")
             num_rows += len(rows)
         # As they are, whatever the manifest states.
         manifest["tags"] = _list_tags(fact.tag for fact in facts)
@@ -197,7 +204,7 @@ class FactPack(Pack):
             "mean": [width],
             "metric": [width, width],
         }
-        return _Parsed(shapes, lambda arrays: cls(manifest, facts, **arrays))
+        return _Parsed(shapes, lambda arrays: cls(manifest, facts, **arrays, closings=closings))
 
 
 @dataclass(frozen=True)
@@ -401,6 +408,8 @@ def _fact_from_json(item: Any, index: int, path: Path) -> FactRecord:
     problem = f"pack {path}: fact {index} of its manifest is not one"
     try:
         texts: dict[str, Any] = {name: check_text(item[name]) for name in FACT_TEXTS}
+        if check_text(item.get("closing", "")).strip(SENTENCE_ENDS):  # older packs have none
+            raise TypeError(f"{item['closing'][:40]!r} holds more than the end of a sentence")
     except TypeError as error:
         raise UserError(f"{problem} ({error}); get another copy") from None
     subject_ids = tuple(tuple(token_ids) for token_ids in item["subject_ids"])
@@ -466,7 +475,8 @@ def make_fact_pack(
     )
     manifest |= {"kind": "facts", "key_layer": hooks.key_layer, "value_layer": hooks.value_layer}
     mean, metric = (tensor.cpu().numpy() for tensor in (hooks.memory.mean, hooks.memory.metric))
-    return FactPack(manifest, records, keys, values, mean, metric)
+    closings = {index: fact_store.restore_closing(fact) for index, fact in enumerate(facts)}
+    return FactPack(manifest, records, keys, values, mean, metric, closings)
 
 
 def _make_manifest(
@@ -534,7 +544,7 @@ def check_fact_pack_fits(
         fact_store.model,
         fact_store.model_hash if model_hash is None else model_hash,
         path,
-        "write its sentences instead, with dmt memory write",
+        REWRITE_HINT,
     )
     layers = manifest["key_layer"], manifest["value_layer"]
     if manifest["value_layer"] >= config.num_hidden_layers:
@@ -556,8 +566,7 @@ def check_fact_pack_fits(
     if hooks is not None and layers != (hooks.key_layer, hooks.value_layer):
         raise UserError(
             f"pack {path}: key layer {layers[0]} and value layer {layers[1]}, the facts of this "
-            f"model have {hooks.key_layer} and {hooks.value_layer}; write its sentences instead, "
-            "with dmt memory write"
+            f"model have {hooks.key_layer} and {hooks.value_layer}; {REWRITE_HINT}"
         )
 
 
@@ -610,6 +619,38 @@ def import_pack(
         whitened_key = fact_store.calibration.whiten(keys[:1])[0]
         prepared.append(PreparedFact(record, keys, values, whitened_key))
     return fact_store.write_prepared(prepared)
+
+
+def rewrite_pack(fact_store: FactStore, pack: FactPack) -> list[WriteResult]:
+    """Write the facts of a pack from their sentences, whatever model it belongs to; all or none.
+
+    Args:
+        fact_store: where to write.
+        pack: the facts; they keep their texts and dates.
+
+    Raises:
+        UserError: a fact cannot be written into this model.
+    """
+    name = pack.manifest["name"]
+    deduplicated, _ = merge_packs([pack], name)  # a pack may contradict itself
+    records = deduplicated.facts
+    if not records:
+        return []
+    try:
+        facts = [
+            parse_fact(**vars(fact_from_record(record, deduplicated.closings.get(record.id, ""))))
+            for record in records
+        ]
+        fact_store.initialize(facts)
+        prepared = fact_store.prepare(facts)
+    except UserError as error:
+        raise UserError(f"pack {name}: {error}") from None
+    return fact_store.write_prepared(
+        [
+            replace(new, record=replace(new.record, created=record.created))
+            for new, record in zip(prepared, records, strict=True)
+        ]
+    )
 
 
 def _adapt_thresholds(
@@ -718,7 +759,10 @@ def merge_packs(
         "tags": _list_tags(fact.tag for fact in facts),
         "counts": {"facts": len(facts), "rows": len(keys)},
     }
-    return FactPack(manifest, facts, keys, values, first.mean, first.metric), conflicts
+    closings = {
+        index: pack.closings.get(fact.id, "") for index, (pack, fact) in enumerate(merged.values())
+    }
+    return FactPack(manifest, facts, keys, values, first.mean, first.metric, closings), conflicts
 
 
 @dataclass(frozen=True)
