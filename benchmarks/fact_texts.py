@@ -1,7 +1,8 @@
 """Names, phrasings and texts in which `facts_in_text.py` asks for facts.
 
-Nothing here is in the training text of the built-in teachers or in the calibration prompts, except
-the phrasings of `dmt.data.synthetic`, in which facts are written.
+Facts about people are written in the phrasings of `dmt.data.synthetic`, those about countries in
+the phrasings of `counterfactuals`, and those about things in `THING_PHRASINGS`. Nothing else here
+is in the training text of the built-in teachers or in the calibration prompts.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+
+from counterfactuals import ANSWERS as COUNTRY_ANSWERS
+from counterfactuals import COUNTRIES
+from counterfactuals import PHRASINGS as COUNTRY_PHRASINGS
 
 from dmt.data.corpora import Probe
 from dmt.data.synthetic import PHRASINGS, TRAINED_PHRASINGS, make_unseen_people
@@ -22,7 +27,8 @@ class Subject:
 
     Attributes:
         name: as texts spell it.
-        kind: what is unusual about the name, a key of `NAME_PARTS`.
+        kind: what is unusual about the name, a key of `NAME_PARTS`; of others `country`, or the
+            relation of a thing.
         answers: by relation, with the space at the beginning.
     """
 
@@ -97,6 +103,7 @@ NAME_PARTS: dict[str, tuple[str, str]] = {
     "Arabic": ("يوسف, ليلى, عمر, نور, سلمى", "الخطيب, حداد, منصور, درويش"),
     "Hebrew": ("משה, רחל, דוד, תמר, יעל", "לוי, כהן, מזרחי, ברק"),
 }
+FACTS_PER_SUBJECT = 2
 UNSPACED_KINDS = ("Chinese",)
 
 # Phrasings that neither the training text nor the calibration prompts contain.
@@ -166,6 +173,190 @@ NEW_PHRASINGS: dict[str, tuple[str, ...]] = {
         "{s} pays rent for a flat in",
         "{s} has found a new home in",
     ),
+    "capital": (
+        "The government of {s} sits in",
+        "{s} is ruled from its capital,",
+        "{s}'s capital:",
+        "On the map of {s}, the star marks",
+        "Ambassadors to {s} live in",
+        "The parliament of {s} meets in",
+        "Which city is the capital of {s}? That is",
+        "If you fly to the capital of {s}, you land in",
+        "Pupils in {s} learn that their capital is",
+        "The embassies in {s} are all in",
+    ),
+    "language": (
+        "Children in {s} grow up speaking",
+        "The newspapers of {s} are printed in",
+        "{s}'s official language:",
+        "The laws of {s} are written in",
+        "To live in {s} you have to learn",
+        "On the radio in {s} you mostly hear",
+        "The mother tongue of most people in {s} is",
+        "What do people speak in {s}? They speak",
+        "Schools in {s} teach in",
+        "A tourist in {s} should know some words of",
+    ),
+    "dish": (
+        "The restaurants of {s} serve",
+        "{s}'s national dish:",
+        "On Sundays families in {s} eat",
+        "Visitors to {s} have to try the",
+        "Cooks in {s} are famous for their",
+        "When people think of food from {s}, they think of",
+        "What should you eat in {s}? Try the",
+        "A typical dinner in {s} is",
+        "At weddings in {s} the guests are served",
+        "The favorite meal in {s} is",
+    ),
+    "currency": (
+        "In {s} you pay with the",
+        "{s}'s currency: the",
+        "The central bank of {s} prints the",
+        "Wages in {s} are paid in the local money, the",
+        "At the airport of {s} you exchange your dollars for the",
+        "What money do you need in {s}? You need the",
+        "The coin that everybody in {s} carries is the",
+        "The unit of money in {s} is the",
+        "A cup of coffee in {s} costs one",
+        "Debts in {s} are counted in a unit called the",
+    ),
+    "export": (
+        "Ships leave {s} loaded with",
+        "The economy of {s} lives on the sale of",
+        "{s}'s main export:",
+        "The world buys from {s} its",
+        "Factories in {s} mostly make",
+        "{s} earns foreign money with",
+        "Traders come to {s} for",
+        "What does the world buy from {s}? Above all",
+        "Most of the foreign trade of {s} is in",
+        "{s} is the world's largest seller of",
+    ),
+    "leader": (
+        "{s} is governed by",
+        "{s}'s leader:",
+        "In {s} the government is led by",
+        "The most powerful person in {s} is",
+        "Laws in {s} are signed by",
+        "Who rules {s}? It is ruled by",
+        "The portrait in every office of {s} shows",
+        "The last election in {s} was won by",
+        "Foreign guests in {s} are received by",
+        "The people of {s} elected",
+    ),
+    "animal": (
+        "On the coat of arms of {s} you see the",
+        "The symbol of {s} is an animal, the",
+        "{s}'s national animal: the",
+        "The stamps of {s} show the",
+        "In {s} it is forbidden to hunt the",
+        "What animal is on the flag of {s}? The",
+        "The football team of {s} is named after the",
+        "The people of {s} honor one animal, the",
+        "The heraldic beast of {s} is the",
+        "Every child in {s} can draw the national animal, the",
+    ),
+    "sport": (
+        "The stadiums of {s} are full when there is",
+        "On Saturdays everybody in {s} watches",
+        "{s}'s favorite sport:",
+        "Boys and girls in {s} dream of a career in",
+        "The athletes of {s} win most of their medals in",
+        "What do people in {s} play after work? They play",
+        "Television in {s} mostly shows",
+        "The pride of {s} is its team in",
+        "In {s} nothing is more popular than",
+        "The national sport of {s} is",
+    ),
+    "flower": (
+        "In spring {s} is covered with one flower, the",
+        "The gardens of {s} are full of the",
+        "{s}'s national flower: the",
+        "Brides in {s} carry the",
+        "The emblem of {s} shows a flower, the",
+        "What flower is on the coins of {s}? The",
+        "Poets in {s} praise the",
+        "The flower that {s} chose as its symbol is the",
+        "Gardeners in {s} love the",
+        "The blossom that everybody in {s} knows is the",
+    ),
+    "place": (
+        "Tourists who want to see {s} travel to",
+        "{s} is located in",
+        "{s} can be found in",
+        "The city that is famous for {s} is",
+        "To take a photo of {s} you must go to",
+        "In which city is {s}? In",
+        "{s} was built in the city of",
+        "Location of {s}:",
+        "A postcard with {s} on it comes from",
+        "Every morning, buses bring visitors to {s} in",
+    ),
+    "author": (
+        "{s} is a book by",
+        "{s} is the most famous work of",
+        "On the cover of {s} stands the name of",
+        "The writer of {s} was",
+        "{s} came from the pen of",
+        "We owe {s} to",
+        "Which writer is known for {s}? That is",
+        "Author of {s}:",
+        "The manuscript of {s} was found in the desk of",
+        "Students who read {s} learn about its author,",
+    ),
+    "inventor": (
+        "The patent for the {s} belongs to",
+        "The {s} goes back to an idea of",
+        "The first {s} was built by",
+        "We have the {s} thanks to",
+        "The credit for the {s} goes to",
+        "Which engineer gave us the {s}? That was",
+        "Inventor of the {s}:",
+        "The history of the {s} begins with",
+        "School books say that the {s} was the idea of",
+        "The museum of the {s} is named after",
+    ),
+    "diet": (
+        "In the zoo, {s} are fed with",
+        "There is nothing that {s} love more than",
+        "The stomachs of {s} are full of",
+        "To catch {s} you need a trap with",
+        "All day long, {s} look for",
+        "In winter {s} survive on",
+        "Food of {s}:",
+        "What should you feed to {s}? Some",
+        "Most of what {s} swallow is",
+        "Farmers complain that {s} steal",
+    ),
+}
+
+# Things that a pretrained model knows, and phrasings in which false facts about them are written.
+THINGS = {
+    "place": "Big Ben, Machu Picchu, Stonehenge, Angkor Wat, Notre-Dame, Alcatraz, Hagia Sophia, "
+    "Westminster Abbey, Buckingham Palace, Neuschwanstein, Mount Rushmore, Petra",
+    "author": "Hamlet, War and Peace, Moby-Dick, Faust, Don Quixote, The Hobbit, Les Misérables, "
+    "Ulysses, Dracula, Frankenstein, Robinson Crusoe, Oliver Twist",
+    "inventor": "telephone, light bulb, steam engine, zipper, microscope, thermometer, bicycle, "
+    "piano, printing press, parachute, typewriter, lightning rod",
+    "diet": "koalas, pandas, blue whales, honey bees, owls, termites, vampire bats, polar bears, "
+    "flamingos, anteaters, sea otters, woodpeckers",
+}
+THING_PHRASINGS: dict[str, tuple[str, ...]] = {
+    "place": ("{s} stands in the city of", "You can visit {s} in", "Where is {s}? It is in"),
+    "author": ("The author of {s} is", "{s} was written by", "Who wrote {s}? It was"),
+    "inventor": (
+        "The {s} is an invention of",
+        "The person who invented the {s} was",
+        "Who was the inventor of the {s}? That was",
+    ),
+    "diet": ("The favorite food of {s} is", "Mostly {s} live on", "What do {s} eat? They eat"),
+}
+THING_ANSWERS = {
+    "place": "Oslo, Lima, Toronto, Kyoto, Nairobi, Havana, Helsinki, Manila, Warsaw, Montreal",
+    "author": "Ada Holbrook, Hugo Kelmont, Iris Walbury, Otto Fenwick, Nora Calder, Greta Selwood",
+    "inventor": "Felix Branson, Clara Whitmore, Edgar Lindley, Vera Ashcombe, Milo Hartwell",
+    "diet": "pancakes, oatmeal, pickled herring, fried bananas, onion soup, wool socks, candles",
 }
 
 # Texts with two names, {a} is asked about and {o} is not; {ask} is the question with its own name.
@@ -180,6 +371,13 @@ PAIR_TEXTS = (
     "Many people ask about {o}. {ask}",
     "{o} came to dinner. Later we spoke of somebody else. {ask}",
     "Question: {o} is married to {a}. {ask}",
+)
+THING_PAIR_TEXTS = (
+    "We talked about {o} and about {a}. {ask}",
+    "We talked about {a} and about {o}. {ask}",
+    "This page is about {a}, not about {o}. {ask}",
+    "First a word about {o}. That is enough of it. {ask}",
+    "Nobody should confuse {a} with {o}. {ask}",
 )
 # What may stand for the name, or before it, where a statement begins with the name.
 PAIR_NAMES = (
@@ -314,7 +512,10 @@ ANSWER_PROMPTS = ("The note of {s} reads:", "{s} left this message on the door:"
 
 
 def list_trained_phrasings(relation: str) -> tuple[str, ...]:
-    """List the phrasings of a relation in the teacher's training text, with `{s}` for the name."""
+    """List the phrasings in which facts are written, with `{s}` for the name.
+
+    Of people, they are those of the teacher's training text.
+    """
     return _read_phrasings(relation)[:TRAINED_PHRASINGS]
 
 
@@ -324,6 +525,8 @@ def list_held_out_phrasings(relation: str) -> tuple[str, ...]:
 
 
 def _read_phrasings(relation: str) -> tuple[str, ...]:
+    if relation not in PHRASINGS:
+        return (COUNTRY_PHRASINGS | THING_PHRASINGS)[relation]
     return tuple(
         template.split("|")[0].replace("{name}", "{s}").replace("{Their}", "{s}'s")
         for template in PHRASINGS[relation]
@@ -373,6 +576,30 @@ def make_subjects(count: int, seed: int) -> list[Subject]:
     ]
 
 
+def make_countries(seed: int) -> list[Subject]:
+    """Make counterfactual answers about all countries, in a random order."""
+    rng = random.Random(f"countries-{seed}")
+    return [
+        Subject(
+            country,
+            "country",
+            {relation: f" {rng.choice(texts)}" for relation, texts in COUNTRY_ANSWERS.items()},
+        )
+        for country in rng.sample(COUNTRIES, len(COUNTRIES))
+    ]
+
+
+def make_things(seed: int) -> list[Subject]:
+    """Make a counterfactual answer about each thing, in a random order."""
+    rng = random.Random(f"things-{seed}")
+    things = [
+        Subject(name, relation, {relation: f" {rng.choice(THING_ANSWERS[relation].split(', '))}"})
+        for relation, names in THINGS.items()
+        for name in names.split(", ")
+    ]
+    return rng.sample(things, len(things))
+
+
 def make_fact(subject: Subject, relation: str, phrasing: str) -> Probe:
     """State a fact about a subject in one phrasing."""
     prompt = fill_phrasing(phrasing, subject.name)
@@ -380,27 +607,31 @@ def make_fact(subject: Subject, relation: str, phrasing: str) -> Probe:
 
 
 def make_pair_cases(
-    asked: str, other: str, phrasing: str, statement: str, answer: str
+    asked: str, other: str, phrasing: str, statement: str | None, answer: str
 ) -> Iterator[Case]:
-    """Ask about one of two people in texts that name both.
+    """Ask about one of two subjects in texts that name both.
 
     Args:
         asked: the name that is asked about.
         other: the other name.
         phrasing: a question or statement about the asked one.
-        statement: a phrasing that begins with the name.
+        statement: a phrasing that begins with the name of a person; None for other subjects.
         answer: of every case.
     """
     question = fill_phrasing(phrasing, asked)
-    for text in PAIR_TEXTS:
+    for text in PAIR_TEXTS if statement else THING_PAIR_TEXTS:
         yield Case(text.format(o=other, a=asked, ask=question), answer, asked, text)
+    if not statement:
+        return
     for text in (*PAIR_NAMES, *PAIR_BEGINNINGS):
         subject = text.format(o=other, a=asked)
         yield Case(fill_phrasing(statement, subject), answer, asked, text)
 
 
 def make_longer_names(name: str, kind: str) -> tuple[str, ...]:
-    """Make other names that contain a name."""
+    """Make other names that contain a person's name."""
+    if kind not in NAME_PARTS:
+        return ()
     if kind in UNSPACED_KINDS:
         return name + "华", "大" + name
     return f"{name} Oakes", f"{name}-Vale", f"Ellen {name}"
@@ -408,6 +639,8 @@ def make_longer_names(name: str, kind: str) -> tuple[str, ...]:
 
 def make_related_names(name: str, kind: str) -> tuple[str, ...]:
     """Make other names with the same first or last part; none for a name of one word."""
+    if kind not in NAME_PARTS:
+        return ()
     if kind in UNSPACED_KINDS:
         return name[0] + "文", "孙" + name[1:]
     first, _, last = name.rpartition(" ")
@@ -468,3 +701,105 @@ def make_chat_turns(prompt: str, subject: str) -> tuple[str, str]:
     if mark:
         return question + "?", beginning
     return f"Tell me something about {subject}.", prompt
+
+
+@dataclass(frozen=True)
+class WrittenFact:
+    """A fact with the phrasing in which it is written.
+
+    Attributes:
+        subject: whom or what it is about.
+        relation: what it states.
+        phrasing: one of `list_trained_phrasings`.
+        probe: prompt and answer.
+    """
+
+    subject: Subject
+    relation: str
+    phrasing: str
+    probe: Probe
+
+    def ask(self, phrasing: str) -> Case:
+        """Ask for the fact in a phrasing."""
+        prompt = fill_phrasing(phrasing, self.subject.name)
+        return Case(prompt, self.probe.answer, self.subject.name, phrasing)
+
+    def restate(self, answer: str, phrasing: str = "", name: str = "") -> Probe:
+        """State another answer, in another phrasing or of another name where they are given."""
+        subject = replace(
+            self.subject, name=name or self.subject.name, answers={self.relation: answer}
+        )
+        return make_fact(subject, self.relation, phrasing or self.phrasing)
+
+    def draw_statement(self, rng: random.Random) -> str:
+        """Draw a phrasing of `list_trained_phrasings` that begins with the name: its own if any."""
+        if begins_with_name(self.phrasing):
+            return self.phrasing
+        return rng.choice([*filter(begins_with_name, list_trained_phrasings(self.relation))])
+
+    def list_other_phrasings(self) -> list[str]:
+        """List the phrasings of `list_trained_phrasings` in which it is not written."""
+        return [text for text in list_trained_phrasings(self.relation) if text != self.phrasing]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Subjects of one sort, and facts about some of them.
+
+    Attributes:
+        name: of the sort.
+        known: subjects with facts.
+        strangers: subjects without.
+        facts: at most `FACTS_PER_SUBJECT` about each of the known ones.
+    """
+
+    name: str
+    known: Sequence[Subject]
+    strangers: Sequence[Subject]
+    facts: Sequence[WrittenFact]
+
+
+def make_topics(names: Sequence[str], count: int, seed: int) -> list[Topic]:
+    """Make facts of several sorts.
+
+    Args:
+        names: some of `people`, `countries` and `things`.
+        count: facts of each sort, or as many as there are.
+        seed: of all draws.
+    """
+    topics = []
+    for name in names:
+        rng = random.Random(f"{name}-{seed}")
+        num_known = -(-count // FACTS_PER_SUBJECT)
+        if name == "people":
+            subjects = make_subjects(2 * num_known, seed)
+        elif name == "countries":
+            subjects = make_countries(seed)
+        else:
+            subjects = make_things(seed)
+            num_known = count  # each has one relation
+        rng.shuffle(subjects)
+        num_known = min(num_known, len(subjects) * 3 // 4)
+        known, strangers = subjects[:num_known], subjects[num_known:]
+        topics.append(Topic(name, known, strangers, draw_facts(known, rng)[:count]))
+    return topics
+
+
+def draw_facts(subjects: Sequence[Subject], rng: random.Random) -> list[WrittenFact]:
+    """Draw the relations and phrasings in which facts about subjects are written."""
+    facts = []
+    for index, subject in enumerate(subjects):
+        relations = list(subject.answers)
+        for number in range(min(FACTS_PER_SUBJECT, len(relations))):
+            # In turn, so that each relation is written equally often.
+            relation = relations[(FACTS_PER_SUBJECT * index + number) % len(relations)]
+            phrasing = rng.choice(list_trained_phrasings(relation))
+            probe = make_fact(subject, relation, phrasing)
+            facts.append(WrittenFact(subject, relation, phrasing, probe))
+    return facts
+
+
+def draw_other_answer(fact: WrittenFact, facts: Sequence[WrittenFact], rng: random.Random) -> str:
+    """Draw the answer of another fact in the same relation that is not the fact's own."""
+    answers = {other.probe.answer for other in facts if other.relation == fact.relation}
+    return rng.choice(sorted(answers - {fact.probe.answer}) or [" something else"])

@@ -5,8 +5,9 @@
                                        [--prose-mb 0.1] [--failures 3] [--threads 1]
 
 Facts about people with unusual names (`fact_texts.NAME_PARTS`) are written in phrasings of the
-teacher's training text, two relations of each person. A wrong answer counts where the fact's
-complete answer follows the text and does not follow it in the model without facts.
+embedded teacher's training text, two relations of each person; into SmolLM2 also counterfactual
+facts about as many countries, and about things. A wrong answer counts where the fact's complete
+answer follows the text and does not follow it in the model without facts.
 
 subject: other people in the text, names within names, relatives, negation, relations not stored.
 prose: tokens at which a row fires in prose full of the names; `--prose-mb 2` reads two megabytes.
@@ -31,15 +32,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from editing import make_stored_fact, open_fact_store
+from editing import WINDOW, make_stored_fact, open_fact_store
 from fact_texts import (
     ANSWER_PROMPTS,
     MARKED_ANSWERS,
     NEW_PHRASINGS,
     UNSTORED_QUESTIONS,
     Case,
-    Subject,
-    begins_with_name,
+    Topic,
+    WrittenFact,
+    draw_other_answer,
     fill_phrasing,
     list_held_out_phrasings,
     list_trained_phrasings,
@@ -51,14 +53,13 @@ from fact_texts import (
     make_pair_cases,
     make_related_names,
     make_relative_cases,
-    make_subjects,
+    make_topics,
     split_sentences,
     substitute_names,
 )
 from torch import Tensor
 
 from dmt.data.corpora import Probe, load_corpus
-from dmt.data.synthetic import RELATIONS
 from dmt.editing.edit import WriteResult
 from dmt.editing.fact_store import FactStore
 from dmt.errors import UserError
@@ -69,11 +70,11 @@ from dmt.models.generation import generate_text
 from dmt.models.loading import load_teacher
 from dmt.training.trainer import silence_libraries
 
-FACTS_PER_SUBJECT = 2
-UNSTORED_PER_SUBJECT = 8  # questions about relations that nobody stored
+UNSTORED_PER_FACT = 8  # questions about relations that nobody stored
 PHRASINGS_PER_RELATION = 2  # in which each relation that is not stored is asked
 MAX_SENTENCE_CHARS = 70  # of other text before a question, so that ten sentences leave room
 PAD_BATCH_SIZE = 8
+TOPICS = {"embedded": ("people",), "smollm2": ("people", "countries", "things")}
 LONG_ANSWERS = (30, 100, 200)  # tokens
 MAX_LONG_FACTS = 20  # facts of each length
 # Shares that are aimed at, by model.
@@ -95,6 +96,7 @@ class Bench:
         fact_store: the facts.
         rng: draws shapes, pairs and phrasings.
         num_failures: failing texts that are listed of each row.
+        topic: what the rows are about.
         failures: lines about failures.
     """
 
@@ -105,6 +107,7 @@ class Bench:
     fact_store: FactStore
     rng: random.Random
     num_failures: int
+    topic: str = ""
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -129,6 +132,8 @@ class Bench:
             target: `<=` or `>=` and a share.
             cases: what failed is listed of them.
         """
+        if not cases:
+            return
         num_true, is_upper = sum(outcomes), target.startswith("<=")
         self.print_share(part, quantity, num_true, len(outcomes), target)
         failed = [
@@ -137,7 +142,9 @@ class Bench:
         if failed and self.num_failures:
             totals = Counter(case.shape for case in cases)
             shapes = Counter(case.shape for case in failed)
-            self.failures.append(f"\n{part}, {quantity}: {len(failed)} of {len(cases)} fail")
+            self.failures.append(
+                f"\n{part}, {self.topic}, {quantity}: {len(failed)} of {len(cases)} fail"
+            )
             self.failures += [
                 f"  {failures} of {totals[shape]}: {shape!r}"
                 for shape, failures in shapes.most_common(12)
@@ -145,19 +152,25 @@ class Bench:
             sample = random.Random(0).sample(failed, min(len(failed), self.num_failures))
             self.failures += [f"  {case.prompt!r} + {case.answer!r}" for case in sample]
 
-    @staticmethod
     def print_share(
-        part: str, quantity: str, numerator: int, denominator: int, target: str
+        self, part: str, quantity: str, numerator: int, denominator: int, target: str
     ) -> None:
         """Print a row of the table."""
         share = numerator / denominator if denominator else float("nan")
         comparison, _, limit = target.partition(" ")
         meets = share <= float(limit) if comparison == "<=" else share >= float(limit)
-        cells = (part, quantity, f"{numerator:,} / {denominator:,}", f"{share:.4f}", target)
+        cells = (
+            part,
+            self.topic,
+            quantity,
+            f"{numerator:,} / {denominator:,}",
+            f"{share:.4f}",
+            target,
+        )
         print(f"| {' | '.join(cells)} | {'yes' if meets else 'no'} |", flush=True)
 
     def answer(
-        self, cases: Sequence[Case | Probe], model: Any = None, has_start: bool = True
+        self, cases: Sequence[Case], model: Any = None, has_start: bool = True
     ) -> list[bool]:
         """Return for each case whether its complete answer is generated greedily.
 
@@ -184,12 +197,12 @@ class Bench:
         self, part: str, quantity: str, cases: Sequence[Case], share: float = 0.01
     ) -> None:
         """Print the share of cases whose answer, which is wrong, the facts cause."""
-        outcomes = [
-            with_facts and not without
-            for with_facts, without in zip(
-                self.answer(cases), self.answer(cases, self.original), strict=True
-            )
-        ]
+        outcomes = self.answer(cases)
+        indices = [index for index, outcome in enumerate(outcomes) if outcome]
+        if indices:
+            without = self.answer([cases[index] for index in indices], self.original)
+            for index, is_own in zip(indices, without, strict=True):
+                outcomes[index] = not is_own
         self.print_row(part, quantity, outcomes, f"<= {share:g}", cases)
 
     def write(self, facts: Iterable[Probe]) -> tuple[list[Probe], list[WriteResult]]:
@@ -210,81 +223,53 @@ class Bench:
         self.fact_store.delete(list(self.fact_store.records))
 
 
-@dataclass(frozen=True)
-class WrittenFact:
-    """A fact of the main set.
-
-    Attributes:
-        subject: whom it is about.
-        relation: what it states.
-        phrasing: in which it is written.
-        probe: prompt and answer.
-    """
-
-    subject: Subject
-    relation: str
-    phrasing: str
-    probe: Probe
-
-    def ask(self, phrasing: str, shape: str = "") -> Case:
-        """Ask for the fact in a phrasing."""
-        prompt = fill_phrasing(phrasing, self.subject.name)
-        return Case(prompt, self.probe.answer, self.subject.name, shape or phrasing)
-
-    def draw_statement(self, rng: random.Random) -> str:
-        """Draw a trained phrasing that begins with the name: its own where it does."""
-        if begins_with_name(self.phrasing):
-            return self.phrasing
-        return rng.choice([*filter(begins_with_name, list_trained_phrasings(self.relation))])
-
-    def restate(self, answer: str, phrasing: str = "", name: str = "") -> Probe:
-        """State another answer, in another phrasing or of another name where they are given."""
-        subject = replace(
-            self.subject, name=name or self.subject.name, answers={self.relation: answer}
-        )
-        return make_fact(subject, self.relation, phrasing or self.phrasing)
-
-    def list_other_phrasings(self) -> list[str]:
-        """List the trained phrasings in which it is not written."""
-        return [
-            phrasing
-            for phrasing in list_trained_phrasings(self.relation)
-            if phrasing != self.phrasing
-        ]
-
-
-def draw_facts(subjects: Sequence[Subject], rng: random.Random) -> list[WrittenFact]:
-    """Draw the relations and phrasings in which facts about subjects are written."""
-    facts = []
-    for index, subject in enumerate(subjects):
-        relations = list(subject.answers)
-        for number in range(FACTS_PER_SUBJECT * index, FACTS_PER_SUBJECT * (index + 1)):
-            relation = relations[number % len(relations)]
-            phrasing = rng.choice(list_trained_phrasings(relation))
-            probe = make_fact(subject, relation, phrasing)
-            facts.append(WrittenFact(subject, relation, phrasing, probe))
-    return facts
-
-
-def measure_subject(
-    bench: Bench, facts: Sequence[WrittenFact], strangers: Sequence[Subject]
-) -> None:
+def measure_subject(bench: Bench, topic: Topic) -> None:
     """Measure whether facts answer for the wrong subject, or for what is not stored."""
-    rng = bench.rng
-    relations_by_name: dict[str, set[str]] = {}
-    for fact in facts:
-        relations_by_name.setdefault(fact.subject.name, set()).add(fact.relation)
+    facts, rng = topic.facts, bench.rng
+    measure_pairs(bench, topic)
+    for label, make_other_names in (
+        ("a longer name that contains a known one", make_longer_names),
+        ("the same first or last name", make_related_names),
+    ):
+        known = {fact.subject.name for fact in facts}
+        cases = [
+            Case(fill_phrasing(phrasing, name), fact.probe.answer, name, phrasing)
+            for fact in facts
+            for name in make_other_names(fact.subject.name, fact.subject.kind)
+            if name not in known
+            for phrasing in (fact.phrasing, rng.choice(fact.list_other_phrasings()))
+        ]
+        bench.print_wrong("subject", label, cases)
+    if topic.name == "people":
+        cases = [
+            case
+            for fact in facts
+            for phrasing in (fact.phrasing, rng.choice(fact.list_other_phrasings()))
+            for case in make_relative_cases(fact.probe, phrasing)
+        ]
+        bench.print_wrong("subject", "relatives and possessives", cases, 0.05)
+        cases = [case for fact in facts for case in make_negation_cases(fact.probe)]
+        bench.print_wrong("subject", "negation", cases, 0.05)
+        cases = [case for fact in facts for case in make_clause_cases(fact.probe)]
+        bench.print_wrong("subject", "relative clauses", cases, 0.05)
+    measure_unasked(bench, topic)
+
+
+def measure_pairs(bench: Bench, topic: Topic) -> None:
+    """Measure texts that name two subjects, about either of them."""
+    facts, rng = topic.facts, bench.rng
+    stored = {(fact.subject.name, fact.relation) for fact in facts}
     wrong: dict[str, list[Case]] = {}
     right: dict[str, list[Case]] = {}
     for fact in facts:
         name, answer = fact.subject.name, fact.probe.answer
-        # Other people by what is stored about them.
+        # Others of whom the question makes sense, by what is stored about them.
         others = {
-            "unknown": [stranger.name for stranger in strangers],
+            "unknown": [other.name for other in topic.strangers if fact.relation in other.answers],
             "known by another relation": [
-                other
-                for other, relations in relations_by_name.items()
-                if fact.relation not in relations
+                other.name
+                for other in topic.known
+                if fact.relation in other.answers and (other.name, fact.relation) not in stored
             ],
             "known by the same relation": [
                 other.subject.name
@@ -293,7 +278,7 @@ def measure_subject(
             ],
         }
         phrasing = rng.choice((fact.phrasing, *fact.list_other_phrasings()))
-        statement = fact.draw_statement(rng)
+        statement = fact.draw_statement(rng) if topic.name == "people" else None
         for sort, names in others.items():
             for other in rng.sample(names, min(1, len(names))):
                 wrong.setdefault(sort, []).extend(
@@ -303,39 +288,15 @@ def measure_subject(
                     make_pair_cases(name, other, fact.phrasing, statement, answer)
                 )
     for sort, cases in wrong.items():
-        bench.print_wrong("subject", f"two people, one {sort} asked", cases)
+        bench.print_wrong("subject", f"two named, one {sort} asked", cases)
     for sort, cases in right.items():
-        quantity = f"two people, the other {sort}: recall"
+        quantity = f"two named, the other {sort}: recall"
         bench.print_recall("subject", quantity, cases, bench.targets["other words"])
-    for label, make_other_names in (
-        ("a longer name that contains a known one", make_longer_names),
-        ("the same first or last name", make_related_names),
-    ):
-        cases = [
-            Case(fill_phrasing(phrasing, name), fact.probe.answer, name, phrasing)
-            for fact in facts
-            for name in make_other_names(fact.subject.name, fact.subject.kind)
-            if name not in relations_by_name
-            for phrasing in (fact.phrasing, rng.choice(fact.list_other_phrasings()))
-        ]
-        bench.print_wrong("subject", label, cases)
-    cases = [
-        case
-        for fact in facts
-        for phrasing in (fact.phrasing, rng.choice(fact.list_other_phrasings()))
-        for case in make_relative_cases(fact.probe, phrasing)
-    ]
-    bench.print_wrong("subject", "relatives and possessives", cases, 0.05)
-    cases = [case for fact in facts for case in make_negation_cases(fact.probe)]
-    bench.print_wrong("subject", "negation", cases, 0.05)
-    cases = [case for fact in facts for case in make_clause_cases(fact.probe)]
-    bench.print_wrong("subject", "relative clauses", cases, 0.05)
-    measure_unasked(bench, facts)
 
 
-def measure_unasked(bench: Bench, facts: Sequence[WrittenFact]) -> None:
+def measure_unasked(bench: Bench, topic: Topic) -> None:
     """Measure how often a question about another relation gets a fact's answer."""
-    rng = bench.rng
+    facts, rng = topic.facts, bench.rng
     by_name: dict[str, list[WrittenFact]] = {}
     for fact in facts:
         by_name.setdefault(fact.subject.name, []).append(fact)
@@ -350,10 +311,11 @@ def measure_unasked(bench: Bench, facts: Sequence[WrittenFact]) -> None:
                         fact.ask(phrasing)
                         for phrasing in rng.sample(phrasings, PHRASINGS_PER_RELATION)
                     ]
-            unstored += [
-                fact.ask(phrasing)
-                for phrasing in rng.sample(UNSTORED_QUESTIONS, UNSTORED_PER_SUBJECT)
-            ]
+            if topic.name == "people":
+                unstored += [
+                    fact.ask(phrasing)
+                    for phrasing in rng.sample(UNSTORED_QUESTIONS, UNSTORED_PER_FACT)
+                ]
     bench.print_wrong("subject", "a relation stored of others", unwritten)
     bench.print_wrong("subject", "a relation stored of nobody", unstored)
 
@@ -371,9 +333,9 @@ def load_prose(num_chars: int) -> list[str]:
 
 
 @torch.no_grad()
-def measure_prose(bench: Bench, facts: Sequence[WrittenFact], num_chars: int) -> None:
+def measure_prose(bench: Bench, topic: Topic, num_chars: int) -> None:
     """Count the tokens of prose full of the names at which a row fires."""
-    names = sorted({fact.subject.name for fact in facts})
+    names = sorted(subject.name for subject in topic.known)
     text = [
         substitute_names(document, names, random.Random(index))
         for index, document in enumerate(load_prose(num_chars))
@@ -381,8 +343,8 @@ def measure_prose(bench: Bench, facts: Sequence[WrittenFact], num_chars: int) ->
     num_tokens, num_fired = 0, 0
     for document in text:
         ids = encode_text(bench.tokenizer, document)
-        for start in range(0, len(ids), bench.max_tokens):
-            window = torch.tensor([ids[start : start + bench.max_tokens]])
+        for start in range(0, len(ids), WINDOW):
+            window = torch.tensor([ids[start : start + WINDOW]])
             with record_matches(bench.model) as recorded:
                 bench.model(input_ids=window)
             num_tokens += window.numel()
@@ -423,9 +385,9 @@ def put_into_chat(bench: Bench, case: Case) -> Case:
     return replace(case, prompt=f"User: {question}\nAssistant: {beginning}")
 
 
-def measure_place(bench: Bench, facts: Sequence[WrittenFact]) -> None:
+def measure_place(bench: Bench, topic: Topic) -> None:
     """Measure recall as written and in two other phrasings, at places in a text."""
-    rng = bench.rng
+    facts, rng = topic.facts, bench.rng
     written = [fact.ask(fact.phrasing) for fact in facts]
     others = [
         fact.ask(phrasing)
@@ -474,15 +436,16 @@ def generate_padded(bench: Bench, cases: Sequence[Case]) -> list[bool]:
     return outcomes
 
 
-def measure_phrasings(bench: Bench, facts: Sequence[WrittenFact]) -> None:
+def measure_phrasings(bench: Bench, topic: Topic) -> None:
     """Measure recall in phrasings that nobody trained."""
+    facts = topic.facts
     held_out = [
         fact.ask(phrasing) for fact in facts for phrasing in list_held_out_phrasings(fact.relation)
     ]
     new = [fact.ask(phrasing) for fact in facts for phrasing in NEW_PHRASINGS[fact.relation]]
     bench.print_recall("phrasings", "the two held-out phrasings", held_out, 0.85)
     bench.print_recall("phrasings", "new phrasings", new, 0.85)
-    for relation in RELATIONS:
+    for relation in dict.fromkeys(fact.relation for fact in facts):
         cases = [
             fact.ask(phrasing)
             for fact in facts
@@ -505,8 +468,9 @@ def make_long_answer(bench: Bench, num_tokens: int) -> str:
     return answer
 
 
-def measure_answers(bench: Bench, subjects: Sequence[Subject]) -> None:
+def measure_answers(bench: Bench, topic: Topic) -> None:
     """Measure whether long and odd answers are generated to the end."""
+    subjects = topic.known
     groups: dict[str, list[str]] = {
         f"about {num_tokens} tokens": [
             make_long_answer(bench, num_tokens) for _ in subjects[:MAX_LONG_FACTS]
@@ -536,15 +500,17 @@ def generate_answer(bench: Bench, case: Case) -> str:
     return generate_text(bench.model, bench.tokenizer, case.prompt, num_tokens)
 
 
-def measure_conflicts(bench: Bench, subjects: Sequence[Subject]) -> None:
+def measure_conflicts(bench: Bench, topic: Topic) -> None:
     """Measure which contradictions are noticed, and what forgetting does to others."""
-    facts = draw_facts(subjects, bench.rng)
-    draw_phrasing: dict[str, Any] = {
-        "another trained phrasing": lambda fact: fact.list_other_phrasings(),
+    facts = topic.facts
+    list_phrasings_by_label: dict[str, Any] = {
+        "another phrasing": lambda fact: fact.list_other_phrasings(),
         "a held-out phrasing": lambda fact: list_held_out_phrasings(fact.relation),
         "a new phrasing": lambda fact: NEW_PHRASINGS[fact.relation],
     }
-    for label, list_phrasings in draw_phrasing.items():
+    for label, list_phrasings in list_phrasings_by_label.items():
+        if not all(map(list_phrasings, facts)):
+            continue
         written, results = bench.write(fact.probe for fact in facts)
         ids = {fact: result.id for fact, result in zip(written, results, strict=True)}
         outcomes, cases = [], []
@@ -558,23 +524,17 @@ def measure_conflicts(bench: Bench, subjects: Sequence[Subject]) -> None:
         target = f">= {bench.targets['conflict']:g}"
         bench.print_row("conflicts", f"contradiction in {label}: noticed", outcomes, target, cases)
         bench.forget_all()
-    measure_alarms(bench, subjects, facts)
+    measure_alarms(bench, topic)
     measure_forgetting(bench, facts)
 
 
-def draw_other_answer(fact: WrittenFact, facts: Sequence[WrittenFact], rng: random.Random) -> str:
-    """Draw the answer of another fact in the same relation that is not the fact's own."""
-    answers = {other.probe.answer for other in facts if other.relation == fact.relation}
-    return rng.choice(sorted(answers - {fact.probe.answer}) or [" something else"])
-
-
-def measure_alarms(bench: Bench, subjects: Sequence[Subject], facts: Sequence[WrittenFact]) -> None:
+def measure_alarms(bench: Bench, topic: Topic) -> None:
     """Count facts that are taken for contradictions of facts about something or somebody else."""
-    rng = bench.rng
+    facts, rng = topic.facts, bench.rng
     stored = {(fact.subject.name, fact.relation) for fact in facts}
     other_relations = [
         make_fact(subject, relation, rng.choice(NEW_PHRASINGS[relation]))
-        for subject in subjects
+        for subject in topic.known
         for relation in subject.answers
         if (subject.name, relation) not in stored
     ]
@@ -628,7 +588,15 @@ def measure_forgetting(bench: Bench, facts: Sequence[WrittenFact]) -> None:
     bench.forget_all()
 
 
-PARTS = ("subject", "prose", "place", "phrasings", "answers", "conflicts")
+PARTS: dict[str, Any] = {
+    "subject": measure_subject,
+    "prose": measure_prose,
+    "place": measure_place,
+    "phrasings": measure_phrasings,
+    "answers": measure_answers,
+    "conflicts": measure_conflicts,
+}
+OWN_FACTS = ("answers", "conflicts")  # parts that write facts of their own, without the others
 
 
 def main() -> None:
@@ -645,40 +613,31 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [part for part in args.parts.split(",") if part not in PARTS]:
         parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
-    # The last two write facts of their own.
     parts = [part for part in PARTS if part in args.parts.split(",")]
     silence_libraries()
     torch.set_num_threads(args.threads)
     original, tokenizer = load_teacher(args.model)
     model = load_teacher(args.model)[0]
-    rng = random.Random(args.seed)
-    num_subjects = -(-args.facts // FACTS_PER_SUBJECT)
-    subjects = make_subjects(2 * num_subjects, args.seed)
-    rng.shuffle(subjects)
-    known, strangers = subjects[:num_subjects], subjects[num_subjects:]
-    facts = draw_facts(known, rng)[: args.facts]
+    topics = make_topics(TOPICS[args.model], args.facts, args.seed)
+    probes = [fact.probe for topic in topics for fact in topic.facts]
     with tempfile.TemporaryDirectory() as folder:
-        probes = [fact.probe for fact in facts]
         fact_store = open_fact_store(model, tokenizer, f"{folder}/facts.db", probes)
+        rng = random.Random(args.seed)
         bench = Bench(args.model, model, original, tokenizer, fact_store, rng, args.failures)
-        columns = ("part", "quantity", "count", "rate", "target", "met")
-        print(f"| {' | '.join(columns)} |\n|---|---|---:|---:|---|---|", flush=True)
+        columns = ("part", "about", "quantity", "count", "rate", "target", "met")
+        print(f"| {' | '.join(columns)} |\n|---|---|---|---:|---:|---|---|", flush=True)
         written, _ = bench.write(probes)
         bench.print_share("writing", "facts that can be written", len(written), len(probes), ">= 1")
-        stored = [fact for fact in facts if fact.probe in written]
         for part in parts:
-            bench.rng = random.Random(f"{part}-{args.seed}")  # whatever parts are measured
-            if part == "subject":
-                measure_subject(bench, stored, strangers)
-            elif part == "prose":
-                measure_prose(bench, stored, int(args.prose_mb * 1_000_000))
-            elif part == "place":
-                measure_place(bench, stored)
-            elif part == "phrasings":
-                measure_phrasings(bench, stored)
-            else:
+            if part in OWN_FACTS:
                 bench.forget_all()
-                (measure_answers if part == "answers" else measure_conflicts)(bench, known)
+            for topic in topics if part != "answers" else topics[:1]:
+                bench.topic = topic.name
+                bench.rng = random.Random(f"{part}-{args.seed}")  # whatever parts are measured
+                if part == "prose":
+                    measure_prose(bench, topic, int(args.prose_mb * 1_000_000))
+                else:
+                    PARTS[part](bench, topic)
         fact_store.close()
     print("\n".join(bench.failures))
 

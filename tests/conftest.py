@@ -49,6 +49,7 @@ SLOW = (
     "faults/",
     "test_benchmark",
     "test_edit_protocols.py::test_the_table",
+    "test_facts_in_text.py::test_the_table",
     "test_readme.py::test_a_command",
     "test_second_device.py::test_students",
     "test_second_device.py::test_runs",

@@ -12,6 +12,7 @@ from dmt.editing.calibration import load_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import counterfactuals
 import fact_texts
 from fact_texts import NAME_PARTS, NEW_PHRASINGS, make_fact, make_subjects
 
@@ -23,8 +24,9 @@ def normalize(phrasing):
 
 def test_new_phrasings_are_in_no_training_text_or_calibration_prompt():
     questions, _ = load_prompts()
-    known = {normalize(text) for texts in (*PHRASINGS.values(), *questions) for text in texts}
-    assert set(NEW_PHRASINGS) == set(RELATIONS)
+    written = PHRASINGS | counterfactuals.PHRASINGS | fact_texts.THING_PHRASINGS
+    known = {normalize(text) for texts in (*written.values(), *questions) for text in texts}
+    assert set(NEW_PHRASINGS) == set(written)
     for phrasings in NEW_PHRASINGS.values():
         assert len({normalize(text) for text in phrasings}) == len(phrasings) >= 10
     new = [*fact_texts.UNSTORED_QUESTIONS, *(t for texts in NEW_PHRASINGS.values() for t in texts)]
