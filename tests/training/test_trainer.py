@@ -1,12 +1,14 @@
 """Loggers by config, and what a run from Python leaves alone."""
 
 import logging
+import os
 import signal
 import threading
 from dataclasses import asdict
 from typing import ClassVar
 
 import pytest
+import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
@@ -116,11 +118,13 @@ def test_class_paths_of_both_lightning_packages_are_accepted(tmp_path):
 def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(distill_args, capfd, caplog):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     hook, level = threading.excepthook, logging.getLogger("pytorch_lightning").level
+    fills_memory = torch.utils.deterministic.fill_uninitialized_memory
     during = []
     module_hook = trainer_module.StopOnSignal.on_train_batch_end
 
     def record(self, *args):
         during.append(signal.getsignal(signal.SIGINT))
+        assert not torch.utils.deterministic.fill_uninitialized_memory
         module_hook(self, *args)
 
     caplog.set_level(logging.INFO, "dmt")
@@ -132,9 +136,25 @@ def test_a_run_from_python_prints_nothing_and_leaves_signals_alone(distill_args,
     assert set(during) == {handlers[0]}
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert (threading.excepthook, logging.getLogger("pytorch_lightning").level) == (hook, level)
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills_memory
     assert result.student == result.run_dir / "student"
     assert result.record["fidelity"]["text"]["kl"] > 0
     assert any(message.startswith("teacher") for message in caplog.messages)
+
+
+def test_cublas_is_deterministic_from_the_first_product(distill_args, monkeypatch):
+    """It reads the setting once; calibration computes products before Lightning sets it."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    settings = []
+
+    def load(*_):
+        settings.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("dmt.distillation.run.load_teacher", load)
+    with pytest.raises(UserError, match="far enough"):
+        run_task(config_io.load_config(None, distill_args))
+    assert settings == [":4096:8"]
 
 
 def test_a_run_from_python_works_in_a_thread(distill_args, tmp_path):

@@ -15,7 +15,12 @@ from dmt.training.checkpoints import set_aside_damaged_checkpoints
 from dmt.training.interrupts import RunInterrupted, report_disk_errors
 from dmt.training.launch import distributed_context, get_rank, resolve_device_count
 from dmt.training.run_dir import current_run, lock_run, save_changed_config, unlock_runs
-from dmt.training.trainer import check_accelerator, check_loggers, quiet_libraries
+from dmt.training.trainer import (
+    check_accelerator,
+    check_loggers,
+    prepare_determinism,
+    quiet_libraries,
+)
 
 # Takes the settings and the folder of a run to resume, or None; returns the folder of the run.
 Task = Callable[[Config, Path | None], Path]
@@ -49,7 +54,7 @@ def execute(task: Task, config: Config, resume_dir: Path | None = None) -> Path:
                 set_aside_damaged_checkpoints(resume_dir)
                 save_changed_config(resume_dir, config)
             try:
-                with distributed_context(config):
+                with distributed_context(config), prepare_determinism():
                     pl.seed_everything(config.seed, workers=True, verbose=False)
                     return task(config, resume_dir)
             except SignalInterrupt:

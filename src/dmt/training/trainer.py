@@ -37,6 +37,8 @@ from dmt.training.run_dir import archive_metrics, newest_checkpoint
 LIBRARY_LOGGERS = ("pytorch_lightning", "lightning.pytorch")
 MAX_CPU_PROCESSES = 8  # that may share a CPU, however few its cores
 EVENT_FILE_PREFIX = "events.out.tfevents."  # followed by a time in seconds
+# Eight buffers of 4 MiB, with which cuBLAS repeats its digits.
+CUBLAS_WORKSPACE = ":4096:8"
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 # Short names for `trainer.loggers`: class path and the package that the logger needs.
 LOGGERS = {
@@ -137,6 +139,23 @@ def keep_freed_memory() -> None:
     # Large blocks from the heap, its end never returned, one heap for all threads.
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
         mallopt(option, value)
+
+
+@contextmanager
+def prepare_determinism() -> Iterator[None]:
+    """Prepare torch, inside the block, for the deterministic algorithms that `fit` chooses.
+
+    cuBLAS reads its workspace setting at the first product. Lightning sets the same one, but when
+    calibration has computed products already. Filling new tensors, which torch does with these
+    algorithms, costs a launch each and no result depends on it.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
+    settings: Any = torch.utils.deterministic
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
 
 
 @contextmanager
