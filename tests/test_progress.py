@@ -17,7 +17,9 @@ from dmt.progress import ProgressLog, humanize_duration
         (0.2, "about 5 seconds"),
         (31, "about 30 seconds"),
         (58, "about 1 minute"),
+        (80, "about 1 minute"),
         (185, "about 3 minutes"),
+        (4_800, "about 80 minutes"),
         (9_000, "about 2.5 hours"),
     ],
 )
@@ -29,12 +31,12 @@ def test_a_line_tells_how_far_the_work_is_and_how_long_it_takes(monkeypatch, cap
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO, "dmt.progress")
-    log = ProgressLog("reading", 1_000, " pages", start=100)
-    for done in (200, 300, 400):
+    log = ProgressLog("reading", 1_000, " pages", start=200)
+    for done in (250, 300, 400):
         now[0] += 20.0
         log.update(done, "  fast")
     assert [message[21:] for message in caplog.messages] == [
-        "reading 300/1,000 pages  fast, about 2 minutes left"
+        "reading 300/1,000 pages  fast, about 5 minutes left"
     ]
 
 

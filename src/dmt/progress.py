@@ -11,31 +11,22 @@ LOG_INTERVAL = 30.0  # seconds between two lines
 
 
 class ProgressLog:
-    """Log a dated line at most every `interval` seconds.
+    """Log a dated line at most every `LOG_INTERVAL` seconds.
 
     Args:
         label: what is counted, as it stands before the numbers, such as `step`.
         total: units of all work.
         unit: what stands behind the numbers.
         start: units that were done before.
-        interval: seconds between two lines.
     """
 
-    def __init__(
-        self,
-        label: str,
-        total: int,
-        unit: str = "",
-        start: int = 0,
-        interval: float | None = None,
-    ) -> None:
+    def __init__(self, label: str, total: int, unit: str = "", start: int = 0) -> None:
         self.label, self.total, self.unit, self.start = label, total, unit, start
-        self.interval = LOG_INTERVAL if interval is None else interval
         self._start_time = self._last_time = time.monotonic()
 
     def is_due(self) -> bool:
         """Return whether the last line is old enough for another one."""
-        return time.monotonic() - self._last_time >= self.interval
+        return time.monotonic() - self._last_time >= LOG_INTERVAL
 
     def update(self, done: int, details: str = "") -> None:
         """Log a line if one is due.

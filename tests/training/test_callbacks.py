@@ -33,7 +33,7 @@ def test_the_progress_display_suits_the_output(monkeypatch):
 def test_a_log_gets_a_dated_line_at_most_every_interval(monkeypatch, caplog):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    callback = StepProgressLog(interval=30.0)
+    callback = StepProgressLog()
     trainer = SimpleNamespace(
         global_step=0,
         max_steps=1_200,

@@ -214,21 +214,14 @@ class StepProgressBar(RichProgressBar):
 
 
 class StepProgressLog(Callback):
-    """Log a dated line with step, loss and time left, now and then.
+    """Log a dated line with step, loss and time left, now and then."""
 
-    Args:
-        interval: Seconds between two lines; None for those of `ProgressLog`.
-    """
-
-    def __init__(self, interval: float | None = None) -> None:
-        self.interval = interval
+    def __init__(self) -> None:
         self._progress: ProgressLog | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Remember when training started."""
-        self._progress = ProgressLog(
-            "step", trainer.max_steps, start=trainer.global_step, interval=self.interval
-        )
+        self._progress = ProgressLog("step", trainer.max_steps, start=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *batch: Any
