@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +402,33 @@ def test_reading_creates_no_file_and_a_new_store_uses_wal(tmp_path):
     with sqlite3.connect(tmp_path / "rows.db") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
+
+
+def holds_word(store, word):
+    """Return whether any file of a database has a word in it."""
+    if store.engine.dialect.name == "sqlite":
+        path = Path(store.url)
+        return any(word in file.read_bytes() for file in path.parent.glob(f"{path.name}*"))
+    query = "SELECT position(%s in pg_read_binary_file(pg_relation_filepath(%s)))"
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("CHECKPOINT")  # writes pages to the files
+        return any(
+            connection.exec_driver_sql(query, (word, name)).scalar() for name in row_metadata.tables
+        )
+
+
+def test_purged_words_are_in_no_file(store_url):
+    with RowStore(store_url, MODEL) as store:
+        namespace = store.get_or_create_namespace("layer_0", 4, 6)
+        secret, other = make_rows(store, 3, tag="quxtown"), make_rows(store, 2, 1, tag="plugh")
+        store.commit("run", 1, {namespace: StepChanges([secret, other])})
+        store.commit("run", 2, {namespace: StepChanges(removals=[(secret.ids, "evicted")])})
+        assert holds_word(store, b"quxtown")
+        assert store.purge("run", 2) == 3
+        store.compact()
+        assert not holds_word(store, b"quxtown")
+        assert holds_word(store, b"plugh")
+        assert sorted(read_rows(store, namespace, include_deleted=True)) == other.ids.tolist()
 
 
 @pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
