@@ -4,7 +4,14 @@ import unicodedata
 
 import pytest
 
-from dmt.text import FIRST_PERSON, USER_SUBJECT, fold_text, list_spellings, mentions_user
+from dmt.text import (
+    FIRST_PERSON,
+    USER_SUBJECT,
+    fold_text,
+    join_with_space,
+    list_spellings,
+    mentions_user,
+)
 
 NAMES = [
     "Ada",
@@ -38,6 +45,7 @@ def test_texts_that_mean_something_else_stay_apart():
     assert len({fold_text(text) for text in texts}) == len(texts)
     assert fold_text("  A\nb\u00a0 C ") == "a b c"
     assert fold_text("Straße") == fold_text("STRASSE")
+    assert fold_text("Μαΐας") == fold_text("Μαΐας".upper())  # has no composed letter
 
 
 def test_the_user_is_called_by_the_words_of_the_first_person():
@@ -67,3 +75,10 @@ def test_the_user_is_called_by_the_words_of_the_first_person():
 )
 def test_a_text_speaks_of_the_user_or_not(text, expected):
     assert mentions_user(text) is expected
+
+
+def test_a_space_is_joined_where_one_is_written():
+    assert [
+        join_with_space(*texts)
+        for texts in (("Ada", "runs"), ("艾达", "runs"), ("Ada", "在"), ("", ""))
+    ] == [" ", "", "", " "]

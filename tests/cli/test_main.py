@@ -540,6 +540,29 @@ def test_an_ignored_signal_stays_ignored(workdir, fake_run):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_terminal_that_is_gone_does_not_change_the_exit_code(capsys, monkeypatch):
+    interruption = signals.SignalInterrupt(signal.SIGHUP, "stopped after step 3")
+    assert signals.report_signal(interruption, "stopped") == 129
+    assert signals.report_signal(KeyboardInterrupt(), "stopped") == 130
+    assert capsys.readouterr().err == "stopped after step 3\nstopped\n"
+
+    class GoneTerminal:
+        def write(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", GoneTerminal())
+    assert signals.report_signal(interruption, "stopped") == 129
+
+
+def test_runs_stop_at_the_end_of_a_step_inside_the_block_alone():
+    assert not signals.stops_at_step_end()
+    with signals.stop_at_step_end():
+        with signals.stop_at_step_end():
+            pass
+        assert signals.stops_at_step_end()
+    assert not signals.stops_at_step_end()
+
+
 def test_main_works_in_any_thread(workdir, fake_run):
     exit_codes = []
     fake_run(lambda *_: TaskResult(workdir))

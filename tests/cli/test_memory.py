@@ -1,5 +1,6 @@
 """The `dmt` command, as people and programs use it: on a saved student, in one process."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -814,6 +815,26 @@ def test_the_chosen_student_is_used_and_named(two_runs, capsys):
     assert main(["memory", "list"]) == 2
     assert "holds no saved student any more; choose another" in capsys.readouterr().err
     assert "the newest run" in run_and_read("use", "--newest").out
+
+
+def test_a_choice_is_printed_as_json_and_named_where_it_cannot_be_stored(
+    two_runs, capsys, monkeypatch
+):
+    for args, is_chosen in ((["version_2"], True), ([], True), (["--newest"], False)):
+        assert main(["use", *args, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["is_chosen"] is is_chosen
+        assert printed["student"] == f"lightning_logs/version_{2 if is_chosen else 10}/student"
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("dmt.paths.atomic_write", refuse)
+    assert main(["use", "version_2"]) == 2
+    assert capsys.readouterr().err == (
+        "error: lightning_logs/ cannot be written to (Permission denied); make it writable, or "
+        "name the student with --model\n"
+    )
 
 
 def test_reading_the_facts_does_not_import_torch(student):

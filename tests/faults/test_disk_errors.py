@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,6 +150,8 @@ def test_a_folder_that_was_removed_and_created_again(tmp_path, monkeypatch):
     assert reported_files == [str(tmp_path / "elsewhere")], (
         "the run's thread reports the error of its own file"
     )
+    threading.excepthook(SimpleNamespace(exc_value=FileNotFoundError(2, "", str(run))))
+    assert reported_files[1:] == [str(run)], "the hook of before is back"
 
 
 def test_a_disk_that_fills_up_during_caching_leaves_no_cache(launcher, distill_args, small_disk):

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
 from dmt.errors import UserError
-from dmt.memory import slot_table
+from dmt.memory import FeaturalMemory, slot_table
 from dmt.models.conversion import convert, convert_blocks
-from dmt.models.equivalence import has_tied_head
+from dmt.models.equivalence import check_equivalence, has_tied_head
+from dmt.models.memories import get_featural_memories
 
 FAMILIES = pytest.mark.parametrize("family", [make_teacher, make_llama])
 ALL_SLOTS = FeaturalConfig(k=SLOTS)
@@ -86,6 +87,18 @@ def test_the_message_names_the_tensors_that_differ():
         convert(teacher, ALL_SLOTS)
 
 
+def test_the_message_names_three_tensors_at_most(teacher):
+    student = convert(teacher, ALL_SLOTS)
+    teacher.lm_head.register_forward_hook(lambda *args: args[-1] * 1.1)
+    pairs = {f"t{i}": (torch.zeros(2), torch.full((2,), float(i))) for i in range(5)}
+    memories = get_featural_memories(student)
+    with pytest.raises(UserError, match=r"differ: t1, t2, t3 \.\.\.; use"):
+        check_equivalence(teacher, student, memories, pairs)
+    del pairs["t4"]
+    with pytest.raises(UserError, match="differ: t1, t2, t3; use"):
+        check_equivalence(teacher, student, memories, pairs)
+
+
 @pytest.mark.parametrize("memory", [FeaturalConfig(), AssociativeConfig()])
 def test_another_function_in_the_slots_is_noticed(memory, monkeypatch):
     monkeypatch.setitem(slot_table.ACTIVATIONS, "gelu_new", lambda scores: F.gelu(scores))
@@ -101,6 +114,19 @@ def test_rounding_of_a_shorter_type_is_no_difference(family, dtype):
     assert student.num_parameters() > 0
 
 
+def test_products_of_fewer_digits_are_no_difference(teacher):
+    """As of TF32 on a GPU."""
+    teacher.lm_head.register_forward_hook(lambda *args: args[-1] * 1.001)
+    with pytest.raises(UserError, match="cannot be cloned"):
+        convert(teacher, ALL_SLOTS)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert convert(teacher, ALL_SLOTS).num_parameters() > 0
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_the_check_changes_neither_random_numbers_nor_modes(teacher):
     teacher.train()
     teacher.transformer.ln_f.eval()
@@ -114,6 +140,18 @@ def test_the_check_changes_neither_random_numbers_nor_modes(teacher):
     memory = student.transformer.h[0].mlp
     assert (memory.k, memory.search) == (4, "int8")
     assert torch.equal(memory.keys, student_again.transformer.h[0].mlp.keys)
+    state = torch.random.get_rng_state()
+    check_equivalence(teacher, student, get_featural_memories(student), {})
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_check_builds_no_index(teacher, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("slots were searched")
+
+    monkeypatch.setattr(FeaturalMemory, "_find_candidates", refuse)
+    memory = FeaturalConfig(k=4, search="int8", offload="slots")
+    assert convert(teacher, memory).num_parameters() > 0
 
 
 @FAMILIES

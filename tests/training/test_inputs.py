@@ -1,8 +1,10 @@
 """A resumed run is made from what it began with, wherever it is resumed."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmt import config_io
 from dmt.cli import main
+from dmt.config import Config
 from dmt.data.tokenizer import train_tokenizer
-from dmt.training.inputs import hash_tokenizer, hash_weights
+from dmt.errors import UserError
+from dmt.files import RECORD_VERSION
+from dmt.training.inputs import (
+    check_corpora_vocabulary,
+    check_inputs,
+    hash_tokenizer,
+    hash_weights,
+    identify_inputs,
+)
 from dmt.training.run_dir import read_record
 
 RESUME = ["--resume", "logs/version_0"]
@@ -128,6 +139,63 @@ def test_digests_follow_the_tensors_and_not_the_calls(teacher, tokenizer):
     before = hash_tokenizer(tokenizer)
     tokenizer(SENTENCES, truncation=True, max_length=4)
     assert hash_tokenizer(tokenizer) == before
+
+
+def test_digests_follow_names(teacher):
+    tensors = {f"new_{name}": tensor for name, tensor in teacher.state_dict().items()}
+    assert hash_weights(SimpleNamespace(state_dict=lambda: tensors)) != hash_weights(teacher)
+    first, same, other = (
+        SimpleNamespace(get_vocab=lambda vocabulary=vocabulary: vocabulary)
+        for vocabulary in ({"a": 0, "b": 1}, {"b": 1, "a": 0}, {"a": 1, "b": 0})
+    )
+    assert hash_tokenizer(first) == hash_tokenizer(same) != hash_tokenizer(other)
+
+
+def test_the_digest_of_a_config_does_not_depend_on_who_loads_it(teacher, tokenizer, monkeypatch):
+    def hash_config():
+        return identify_inputs(teacher, tokenizer, [])["model"]["config"]
+
+    digest = hash_config()
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0")
+    teacher.config.name_or_path = "elsewhere"
+    assert hash_config() == digest
+    teacher.config.layer_norm_epsilon = 0.1
+    assert hash_config() != digest
+
+
+def test_all_that_changed_is_named(tmp_path):
+    inputs = {
+        "model": {"weights": "1", "config": "2"},
+        "corpora": [{"name": "books", "digest": "3"}, {"name": "notes", "digest": "4"}],
+        "texts": {"context": "5", "questions": "6"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps({"format": RECORD_VERSION} | inputs))
+    check_inputs(tmp_path, Config(), inputs)
+    changed = {
+        "model": inputs["model"] | {"config": "0"},
+        "corpora": [inputs["corpora"][0], {"name": "notes", "digest": "0"}],
+        "texts": inputs["texts"] | {"context": "0"},
+    }
+    message = r": the config of teacher=\S+, the text of notes, the context changed since the run"
+    with pytest.raises(UserError, match=message):
+        check_inputs(tmp_path, Config(), changed)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_no_split_may_have_a_token_that_the_model_lacks(tokenizer, split, caplog):
+    caplog.set_level(logging.INFO, "dmt")
+    splits = {name: torch.zeros(2, 3, dtype=torch.long) for name in ("train", "validation", "test")}
+    data = SimpleNamespace(corpora=[SimpleNamespace(name="books", **splits)])
+    check_corpora_vocabulary(make_teacher(len(tokenizer)), tokenizer, data)
+    assert not caplog.messages
+    smaller = make_teacher(len(tokenizer) - 1)
+    check_corpora_vocabulary(smaller, tokenizer, data)
+    assert caplog.messages == [
+        f"the tokenizer has {len(tokenizer)} tokens, the model {len(tokenizer) - 1} embeddings"
+    ]
+    splits[split][1, 2] = len(tokenizer) - 1
+    with pytest.raises(UserError, match=r"data\.corpora: books has the token"):
+        check_corpora_vocabulary(smaller, tokenizer, data)
 
 
 @pytest.mark.parametrize("family", [make_teacher, make_llama])

@@ -22,8 +22,8 @@ from dmt.training.run_dir import format_distill_command, read_record
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
-# Keys of a model's config that say where it was loaded and by what, not what it is.
-IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+# Keys of a model's config that say what has loaded it, not what it is.
+IGNORED_CONFIG_KEYS = ("transformers_version",)
 # Keys of a tokenizer's JSON that calls change.
 IGNORED_TOKENIZER_KEYS = ("truncation", "padding")
 
