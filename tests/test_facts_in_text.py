@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmt.data.corpora import load_corpus
+from dmt.models.forward import encode_text
 from dmt.models.loading import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -42,12 +43,22 @@ def test_a_wrong_answer_counts_where_the_facts_cause_it(monkeypatch, capsys):
     assert "  'Who is Cy?' + ' Rose'" in bench.failures
 
 
-def test_answers_in_padded_batches_are_those_without_padding():
+def test_answers_in_padded_batches_are_those_without_padding(monkeypatch):
     bench = make_bench(*load_teacher("embedded"))
     probes = load_corpus("biographies").probes[:10]
     cases = [Case(probe.prompt, probe.answer, probe.person, "") for probe in probes]
     cases[3] = replace(cases[3], answer=" nobody")
+    generate, mask_lengths = bench.model.generate, []
+
+    def record_mask(tokens, attention_mask, **kwargs):
+        assert bool((attention_mask.diff(dim=1) >= 0).all()), "padding is on the left"
+        mask_lengths.extend(attention_mask.sum(1).tolist())
+        return generate(tokens, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(bench.model, "generate", record_mask)
     outcomes = facts_in_text.generate_padded(bench, cases)
+    assert mask_lengths == [len(encode_text(bench.tokenizer, case.prompt)) for case in cases]
+    assert len(set(mask_lengths)) > 1
     assert outcomes == bench.answer(cases)
     assert sum(outcomes) >= 8
     assert not outcomes[3]
