@@ -7,10 +7,12 @@ import pytest
 from dmt.text import (
     FIRST_PERSON,
     USER_SUBJECT,
+    add_to_list,
     fold_text,
     join_with_space,
     list_spellings,
     mentions_user,
+    remove_from_list,
 )
 
 NAMES = [
@@ -82,3 +84,37 @@ def test_a_space_is_joined_where_one_is_written():
         join_with_space(*texts)
         for texts in (("Ada", "runs"), ("艾达", "runs"), ("Ada", "在"), ("", ""))
     ] == [" ", "", "", " "]
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("Greek", "Latin", "Greek, Latin"),
+        ("Greek, Latin", "Ionic", "Greek, Latin, Ionic"),
+        ("rock and roll", "jazz", "rock and roll, jazz"),
+        ("希腊语", "拉丁语", "希腊语、拉丁语"),
+    ],
+)
+def test_a_value_is_added_to_a_list(text, value, expected):
+    assert add_to_list(text, value) == expected
+    assert remove_from_list(expected, value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("Ada, Bo and Cy", "Ada", "Bo and Cy"),
+        ("Ada, Bo and Cy", "bo", "Ada and Cy"),
+        ("Ada, Bo and Cy", "Cy", "Ada, Bo"),
+        ("Ada, Bo, and Cy", "Cy", "Ada, Bo"),
+        ("rock and roll, jazz", "rock and roll", "jazz"),
+        ("jazz, Rock and Roll, soul", "rock  and roll", "jazz, soul"),
+        ("Sarn, Ohio, Oban", "Sarn, Ohio", "Oban"),
+        ("Sarn", "sarn", ""),
+        ("Sarn", "Sar", None),
+        ("Ada, Bo", "Ada, B", None),
+        ("Ada, Bo", "", None),
+    ],
+)
+def test_a_value_is_taken_out_of_a_list(text, value, expected):
+    assert remove_from_list(text, value) == expected

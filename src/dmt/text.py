@@ -10,6 +10,8 @@ PLAIN_MARKS = str.maketrans("‘’ʼ′`´“”„«»‐‑", "''''''\"\"\"\"
 CURLY_APOSTROPHE = "’"
 SENTENCE_ENDS = ".!?…。！？．｡"
 WORD_PATTERN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# Between the values of a list; `add_to_list` writes the first, or the last in unspaced scripts.
+LIST_SEPARATOR_PATTERN = re.compile(r"(, and |, | and |、)")
 USER_SUBJECT = "the user"  # whom statements in the first person are about
 FIRST_PERSON = (
     *("I", "me", "my", "mine", "myself", "I'm", "I've", "I'd", "I'll"),
@@ -84,6 +86,31 @@ def find_closing(answer: str, text: str) -> str:
     """
     marks, own_marks = (part[len(part.rstrip(SENTENCE_ENDS)) :] for part in (text, answer))
     return marks.removeprefix(own_marks)
+
+
+def add_to_list(text: str, value: str) -> str:
+    """Return a list with one value more, after the values of `text`."""
+    separator = ", " if join_with_space(text, value) else "、"
+    return text + separator + value
+
+
+def remove_from_list(text: str, value: str) -> str | None:
+    """Return a list without a value; None where the value is not in it.
+
+    Args:
+        text: values with commas or "and" between them; other text stays as it is.
+        value: one of them, however it is written; it may hold separators itself.
+    """
+    parts = LIST_SEPARATOR_PATTERN.split(text)  # values at even indices, separators at odd ones
+    folded = fold_text(value)
+    for start in range(0, len(parts), 2):
+        for stop in range(start + 1, len(parts) + 1, 2):
+            if fold_text("".join(parts[start:stop])) == folded:
+                rest = parts[: start - 1] + parts[stop:] if start else parts[stop + 1 :]
+                return "".join(rest)
+            if not folded.startswith(fold_text(parts[start])):
+                break
+    return None
 
 
 def join_with_space(prompt: str, answer: str) -> str:

@@ -220,6 +220,37 @@ def test_facts_are_written_from_a_file(run, tmp_path):
     assert len(run("memory", "list", "--limit", "2", "--all")) == 2
 
 
+def test_a_list_grows_and_shrinks_by_values(run, student, tmp_path, capsys):
+    run("memory", "write", "Ben reads rows.")
+    (result,) = run("memory", "write", "Ben reads foxes.", "--add")
+    assert (result["status"], result["fact"]["answer"]) == ("added", " rows, foxes")
+    assert main(["memory", "write", "Ben reads dogs.", "--add", "-m", str(student)]) == 0
+    assert "it adds to fact 3 ('Ben reads rows, foxes'); dmt memory restore 3" in (
+        capsys.readouterr().out
+    )
+    file = tmp_path / "facts.jsonl"
+    file.write_text(
+        '{"sentence": "Ben reads 1950", "add": true}\n{"sentence": "Ben reads 1951", "add": true}',
+        encoding="utf-8",
+    )
+    assert main(["memory", "write", "--file", str(file), "-m", str(student)]) == 0
+    assert "0 written" in (printed := capsys.readouterr().out)
+    assert "2 added to a list, 0 stored already" in printed
+    answer = " rows, foxes, dogs, 1950, 1951"
+    assert run("memory", "list", "--query", "ben")[0]["answer"] == answer
+    shrunk = run("memory", "forget", "--query", "ben", "--value", "foxes")
+    assert shrunk["answer"] == " rows, dogs, 1950, 1951"
+    assert "no value of the answer" in run(
+        "memory", "forget", "--query", "ben", "--value", "foxes", ok=False
+    )
+    ids = [part for fact in run("memory", "list") for part in ("--id", str(fact["id"]))]
+    assert "--value is for one fact, and 2 match" in run(
+        "memory", "forget", *ids, "--value", "rows", ok=False
+    )
+    assert run("memory", "forget", "--tag", "dogs", "--value", "Dog") is None
+    assert len(run("memory", "list")) == 1
+
+
 LISTED_FACTS = [
     {"sentence": "Ben Carver reads a table.", "tag": "b"},
     {"prompt": "Cora is", "answer": '"Eh?"\n\\ <b>', "source": "me"},
@@ -667,6 +698,10 @@ MISTAKES = [
     (["memory", "list", "--jsonl", "--all", "-m", "{s}"], "leave --rows, --all and --json out"),
     (["memory", "list", "--jsonl", "--json", "-m", "{s}"], "leave --rows, --all and --json out"),
     (["memory", "list", "--jsonl", "--rows", "-m", "{s}"], "leave --rows, --all and --json out"),
+    (
+        ["memory", "forget", "--purge", "--value", "x", "-m", "{s}"],
+        "leave --purge and --rows out",
+    ),
     (["memory", "forget", "-m", "{s}"], "forget needs --id, --tag or --query"),
     (["memory", "forget", "--id", "77", "-m", "{s}"], "fact 77 is not stored"),
     (["memory", "forget", "--tag", "none", "-m", "{s}"], "no matching facts, nothing was deleted"),

@@ -262,13 +262,15 @@ def test_a_file_of_facts_is_read_line_by_line(tmp_path):
         ('["a"]', "facts.jsonl line 2 is not a JSON object; a line is"),
         (
             '{"sentence": 3}',
-            "facts.jsonl line 2 is not a fact: an object of texts with the keys answer, closing, "
-            "prompt, sentence, source, subject, tag",
+            "facts.jsonl line 2 is not a fact: an object of texts, true or false for add, with the "
+            "keys add, answer, closing, prompt, sentence, source, subject, tag",
         ),
         ('{"sentence": null}', "an object of texts"),
+        ('{"sentence": "Ada is old", "add": "true"}', "true or false for add"),
+        ('{"sentence": true}', "an object of texts"),
         (
             '{"sentences": "Ada is old"}',
-            "facts.jsonl line 2: unknown key 'sentences'; accepted are answer, closing, prompt",
+            "facts.jsonl line 2: unknown key 'sentences'; accepted are add, answer, closing",
         ),
         ("{}", "facts.jsonl line 2: a fact needs a sentence"),
         ('{"sentence": "Ada"}', "facts.jsonl line 2: 'Ada' states nothing"),
@@ -1002,6 +1004,57 @@ def test_a_fact_that_is_too_long_aborts_its_batch(fact_store, tokenizer):
         fact_store.write_many([*FACTS, parse_fact(prompt="a" * 40, answer="b")])
     assert fact_store.records == {}
     assert fact_store.fact_table.read(include_deleted=True) == []
+
+
+def test_values_of_a_list_stand_beside_each_other(fact_store, teacher, tokenizer):
+    (greek,) = fact_store.write_many([parse_fact("Ada reads Rows.", tag="t")])
+    added = fact_store.write("Ada reads March.", add=True)
+    assert (added.status, added.replaced_fact) == ("added", greek.fact)
+    assert (added.fact.answer, added.fact.tag, added.fact.subject) == (" Rows, March", "t", "Ada")
+    assert generate_greedily(teacher, tokenizer, "Ada reads", len(added.fact.rows)) == (
+        " Rows, March."
+    )
+    again = fact_store.write(prompt="Ada  READS", answer="rows", subject="Ada", add=True)
+    assert (again.status, again.fact) == ("unchanged", added.fact)
+    assert fact_store.list() == [added.fact]
+    other = fact_store.write("Ben reads March", add=True)
+    assert (other.status, other.fact.answer) == ("written", " March")
+
+    rest = fact_store.remove_value(added.id, "rows")
+    assert (rest.status, rest.fact.answer, rest.fact.tag) == ("replaced", " March", "t")
+    assert recalls(teacher, tokenizer, parse_fact("Ada reads March"))
+    assert fact_store.restore_closing(rest.fact) == "."
+    assert fact_store.remove_value(rest.id, "March") is None
+    assert fact_store.list() == [other.fact]
+    fact_store.restore(added.id)
+    assert recalls(teacher, tokenizer, parse_fact(prompt="Ada reads", answer="Rows, March"))
+    with pytest.raises(UserError, match="'Ravenhill' is no value of the answer 'Rows, March'"):
+        fact_store.remove_value(added.id, "Ravenhill")
+    with pytest.raises(UserError, match="is not active"):
+        fact_store.remove_value(greek.id, "Rows")
+
+
+def test_values_are_added_to_a_fact_in_other_words(fact_store, monkeypatch):
+    monkeypatch.setattr("dmt.editing.edit.SAME_QUERY_COSINE", -1.0)
+    first = fact_store.write("Ada lives in Rows")
+    added = fact_store.write("Ada dwells in March", add=True)
+    assert (added.status, added.replaced_fact) == ("added", first.fact)
+    assert added.fact.sentence == "Ada lives in Rows, March"
+
+
+def test_facts_to_add_are_written_in_the_order_of_the_others(fact_store):
+    sentences = ["Ada reads Rows", "Ben eats rows", "Ada reads March", "Ada reads 1950"]
+    facts = [{"sentence": sentence, "add": sentence.startswith("Ada")} for sentence in sentences]
+    counts = []
+    results = fact_store.write_many([*facts, "Ben eats March"], progress=counts.append)
+    assert [result.status for result in results] == [
+        *("written", "written", "added", "added", "replaced")
+    ]
+    assert [fact.sentence for fact in fact_store.list()] == [
+        "Ada reads Rows, March, 1950",
+        "Ben eats March",
+    ]
+    assert counts == [1] * 5
 
 
 def test_a_chain_of_replacements_can_be_restored_both_ways(fact_store, teacher, tokenizer):

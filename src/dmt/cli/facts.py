@@ -224,13 +224,12 @@ def print_omitted(count: int, limit: int, out: Output) -> None:
 def print_counts(results: list[WriteResult], out: Output) -> dict[str, int]:
     """Print and return how many facts were written, replaced and unchanged."""
     statuses = Counter(result.status for result in results)
-    written, replaced = statuses["written"], statuses["replaced"]
-    unchanged = len(results) - written - replaced
+    added = f"{statuses['added']:,} added to a list, " if statuses["added"] else ""
     out.print_line(
-        f"{written:,} written, {replaced:,} written and replacing a contradicted fact, "
-        f"{unchanged:,} stored already"
+        f"{statuses['written']:,} written, {statuses['replaced']:,} written and replacing a "
+        f"contradicted fact, {added}{statuses['unchanged']:,} stored already"
     )
-    return {"num_written": written, "num_replaced": replaced, "num_unchanged": unchanged}
+    return {f"num_{name}": statuses[name] for name in ("written", "replaced", "added", "unchanged")}
 
 
 def make_fact_lookup(fact_store: FactStore) -> Callable[[int], tuple[int, str]]:

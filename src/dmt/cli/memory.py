@@ -6,6 +6,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -546,6 +547,7 @@ def _add_write(commands: Any) -> None:
         examples=[
             'dmt memory write "Ada Winterbourne was born in Ravenhill." --tag family',
             'dmt memory write --prompt "Ada Winterbourne was born in" --answer Ravenhill',
+            'dmt memory write "Ada Winterbourne speaks Latin." --add',
             "dmt memory write --file facts.jsonl",
         ],
     )
@@ -561,6 +563,11 @@ def _add_write(commands: Any) -> None:
         "--file",
         metavar="FACTS.jsonl",
         help='one {"sentence": ...} or {"prompt": ..., "answer": ...} per line',
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="add the answer to that of the stored fact, one more value of a list",
     )
     parser.add_argument("--tag", default="", help="tag to select the facts by")
     parser.add_argument("--source", default="", help="where the facts come from")
@@ -585,7 +592,8 @@ def _add_calibration_text_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_write(args: argparse.Namespace, out: Output) -> None:
     """Write facts from a sentence, from its parts, or from a file."""
-    facts, prose = _parse_facts(args), _read_calibration_text(args.calibration_text)
+    facts = [replace(fact, add=args.add or fact.add) for fact in _parse_facts(args)]
+    prose = _read_calibration_text(args.calibration_text)
     fact_store, folder = open_student(args, out, writes=True)
     with fact_store:
         start = time.perf_counter()
@@ -671,7 +679,7 @@ def _print_result(result: WriteResult, out: Output) -> None:
         out.print_line(
             "it has no subject, so it fires for every prompt much like this one; --subject sets one"
         )
-    if result.status in ("written", "replaced"):
+    if result.status != "unchanged":
         out.print_line(
             f"probability of the answer {result.prob_before:.2g} -> {result.prob_after:.2g}, "
             f"{len(fact.rows)} rows"
@@ -685,14 +693,15 @@ def _print_result(result: WriteResult, out: Output) -> None:
         )
     if result.replaced_fact is not None:
         old = result.replaced_fact
+        relation = "adds to" if result.status == "added" else "contradicts and replaces"
         out.print_line(
-            f"it contradicts and replaces fact {old.id} ({old.sentence!r}); "
+            f"it {relation} fact {old.id} ({old.sentence!r}); "
             f"dmt memory restore {old.id} reverts that"
         )
 
 
 def _is_uncertain(result: WriteResult) -> bool:
-    return result.status in ("written", "replaced") and result.prob_after < MIN_CONFIDENT_PROB
+    return result.status != "unchanged" and result.prob_after < MIN_CONFIDENT_PROB
 
 
 def _add_forget(commands: Any) -> None:
@@ -705,6 +714,7 @@ def _add_forget(commands: Any) -> None:
         [
             "dmt memory forget --tag family",
             "dmt memory forget --id 3 --id 4",
+            "dmt memory forget --id 3 --value Latin",
             "dmt memory forget --purge --tag family",
         ],
     )
@@ -713,6 +723,9 @@ def _add_forget(commands: Any) -> None:
         action="store_true",
         help="erase them from the history and the file too, with the facts that they replaced; "
         "alone: erase all facts that were deleted before",
+    )
+    parser.add_argument(
+        "--value", help="take only this value out of the answer of the fact, which is a list"
     )
     add_selection_arguments(parser)
     add_rows_argument(parser)
@@ -724,6 +737,8 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
     if not (args.id or args.tag is not None or args.query or args.purge):
         raise UserError(f"forget needs --id, --tag or --query; {NO_MATCH_HINT}")
     check_row_selection(args)
+    if args.value is not None and (args.purge or args.rows):
+        raise UserError("--value is in the answer of a fact; leave --purge and --rows out")
     if args.purge:
         _purge_facts(args, out)
         return
@@ -734,6 +749,9 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
         facts = select_facts(fact_store.records.values(), args)
         if not facts:
             raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
+        if args.value is not None:
+            _forget_value(fact_store, facts, args.value, out)
+            return
         deleted = fact_store.delete([fact.id for fact in facts])
     for fact in deleted[:MAX_SHOWN]:
         out.print_line(f"deleted fact {fact.id}: {fact.sentence!r}")
@@ -741,6 +759,20 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
         out.print_line(f"... and {len(deleted) - MAX_SHOWN:,} more")
     out.print_line(f"{len(deleted):,} deleted; dmt memory restore ID restores one")
     out.print_json([fact_to_dict(fact) for fact in deleted])
+
+
+def _forget_value(
+    fact_store: FactStore, facts: Sequence[FactRecord], value: str, out: Output
+) -> None:
+    if len(facts) > 1:
+        raise UserError(f"--value is for one fact, and {len(facts):,} match; choose one with --id")
+    result = fact_store.remove_value(facts[0].id, value)
+    if result is None:
+        out.print_line(f"deleted fact {facts[0].id}, which had no other value")
+    else:
+        out.print_line(f"fact {result.id}: {result.fact.sentence!r}")
+    out.print_line(f"dmt memory restore {facts[0].id} restores what it was")
+    out.print_json(None if result is None else fact_to_dict(result.fact))
 
 
 def _purge_facts(args: argparse.Namespace, out: Output) -> None:

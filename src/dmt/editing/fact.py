@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dmt.errors import UserError
 from dmt.files import read_json_lines
@@ -76,7 +77,7 @@ NAMED_POSSESSION_PATTERN = re.compile(
 # Where nobody speaks of himself: a quotation, a mine.
 NOT_SPOKEN_PATTERN = re.compile(r"[\"“„«][^\"“”„«»]*[\"“”«»]|\b(?!of )\w+ mine\b")
 # Of a fact in JSON.
-FACT_KEYS = ("answer", "closing", "prompt", "sentence", "source", "subject", "tag")
+FACT_KEYS = ("add", "answer", "closing", "prompt", "sentence", "source", "subject", "tag")
 FACT_EXAMPLE = '{"sentence": "The capital of France is Paris."}'
 CLOSING_MARKS = tuple(".!。！．｡")  # one of them ends a statement
 MAX_FACT_CHARS = 4_000  # of prompt and answer together
@@ -94,6 +95,8 @@ class Fact:
         source: where it comes from.
         closing: the full stop that ends the answer, where one was written; it keeps the model from
             continuing the last word.
+        add: add the answer to that of the stored fact with the same question, as one more value of
+            a list, instead of replacing it.
     """
 
     prompt: str
@@ -102,6 +105,7 @@ class Fact:
     tag: str = ""
     source: str = ""
     closing: str = ""
+    add: bool = False
 
 
 def parse_fact(
@@ -112,6 +116,7 @@ def parse_fact(
     tag: str = "",
     source: str = "",
     closing: str | None = None,
+    add: bool = False,
 ) -> Fact:
     """Make a fact from a sentence that states it, or from its parts.
 
@@ -128,6 +133,7 @@ def parse_fact(
         source: where the fact comes from.
         closing: the marks after the answer; where it is passed, prompt and answer are taken to the
             letter, and the answer begins with its space.
+        add: add the answer to that of a stored fact, see `Fact`.
 
     Raises:
         UserError: the sentence states nothing, a part is missing, or the parts contradict each
@@ -154,7 +160,7 @@ def parse_fact(
             "words"
         )
     subject = find_subject(prompt) if subject is None else _check_subject(subject.strip(), prompt)
-    return Fact(prompt, answer, subject, tag, source, closing)
+    return Fact(prompt, answer, subject, tag, source, closing, add)
 
 
 def _check_closing(closing: str, sentence: str | None) -> None:
@@ -381,7 +387,7 @@ def fact_from_record(record: FactRecord, closing: str) -> Fact:
     return Fact(record.prompt, record.answer, record.subject, record.tag, record.source, closing)
 
 
-def fact_from_mapping(item: Mapping[str, str]) -> Fact:
+def fact_from_mapping(item: Mapping[str, Any]) -> Fact:
     """Make a fact from a mapping with arguments of `parse_fact`.
 
     Raises:
@@ -396,8 +402,8 @@ def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
     """Read the facts of a JSONL file.
 
     Args:
-        path: a line is `{"sentence": ...}` or `{"prompt": ..., "answer": ...}`, with `subject`,
-            `tag` and `source` where wanted.
+        path: a line is `{"sentence": ...}` or `{"prompt": ..., "answer": ...}`, with the other
+            arguments of `parse_fact` where wanted.
         tag: of facts that have none.
         source: of facts that have none; the file's name where it is empty.
 
@@ -407,10 +413,12 @@ def read_facts(path: Path, tag: str = "", source: str = "") -> Iterator[Fact]:
     for location, item in read_json_lines(
         path, str(path), "give a JSONL file of facts", FACT_EXAMPLE
     ):
-        if not all(isinstance(value, str) for value in item.values()):
+        if not all(
+            isinstance(value, bool if name == "add" else str) for name, value in item.items()
+        ):
             raise UserError(
-                f"{location} is not a fact: an object of texts with the keys "
-                f"{', '.join(FACT_KEYS)}; a line is {FACT_EXAMPLE}"
+                f"{location} is not a fact: an object of texts, true or false for add, with the "
+                f"keys {', '.join(FACT_KEYS)}; a line is {FACT_EXAMPLE}"
             )
         try:
             yield fact_from_mapping({"tag": tag, "source": source or path.name} | item)

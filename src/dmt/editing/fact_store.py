@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ from dmt.paths import resolve_student_folder
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord
 from dmt.store.rows import RowStore
-from dmt.text import find_closing, fold_text
+from dmt.text import add_to_list, find_closing, fold_text, remove_from_list
 
 if TYPE_CHECKING:
     from dmt.editing.packs import FactPack
@@ -297,6 +297,7 @@ class FactStore:
         subject: str | None = None,
         tag: str = "",
         source: str = "",
+        add: bool = False,
         false_positive_rate: float = FALSE_POSITIVE_RATE,
     ) -> WriteResult:
         """Write one fact; one that contradicts a stored fact replaces it.
@@ -308,6 +309,8 @@ class FactStore:
             subject: the entity that the fact is about, as the prompt spells it; empty for none.
             tag: label to filter by.
             source: where the fact comes from.
+            add: add the answer to that of a stored fact with the same question, as one more value
+                of a list, instead of replacing it.
             false_positive_rate: share of unrelated positions at which a row may fire.
 
         Raises:
@@ -318,17 +321,19 @@ class FactStore:
             fact = replace(sentence, tag=tag or sentence.tag, source=source or sentence.source)
         else:
             fact = parse_fact(sentence, prompt, answer, subject, tag, source)
-        return self.write_many([fact], false_positive_rate)[0]
+        return self.write_many([replace(fact, add=add or fact.add)], false_positive_rate)[0]
 
     def write_many(
         self,
-        facts: Iterable[Fact | str | Mapping[str, str]],
+        facts: Iterable[Fact | str | Mapping[str, Any]],
         false_positive_rate: float = FALSE_POSITIVE_RATE,
         progress: Callable[[int], None] = lambda _: None,
         *,
         tag: str = "",
     ) -> WriteResults:
         """Write facts, `WRITE_BATCH_SIZE` in one transaction; later facts replace earlier ones.
+
+        Facts that are added to others are written one by one.
 
         Args:
             facts: `Fact`s, sentences, or mappings with the arguments of `parse_fact`.
@@ -349,11 +354,59 @@ class FactStore:
             )
         self.initialize(parsed)
         results: WriteResults = []
-        for start in range(0, len(parsed), WRITE_BATCH_SIZE):
-            batch = parsed[start : start + WRITE_BATCH_SIZE]
-            results += self.write_prepared(self.prepare(batch, false_positive_rate))
+        for batch in _split_batches(parsed):
+            if batch[0].add:
+                results.append(self._add_value(batch[0], false_positive_rate))
+            else:
+                results += self.write_prepared(self.prepare(batch, false_positive_rate))
             progress(len(batch))
         return results
+
+    def _add_value(self, fact: Fact, false_positive_rate: float) -> WriteResult:
+        """Write a fact, or add its answer to that of the stored fact with the same question."""
+        prepared = self.prepare([fact], false_positive_rate)
+        (result,) = self.write_prepared(prepared, overwrite=False)
+        stored, value = result.fact, fact.answer.strip()
+        if result.status == "written" or remove_from_list(stored.answer.strip(), value) is not None:
+            return result
+        extended = replace(
+            fact,
+            prompt=stored.prompt,
+            answer=add_to_list(stored.answer, value),
+            subject=stored.subject,
+            tag=fact.tag or stored.tag,
+            source=fact.source or stored.source,
+        )
+        (result,) = self.write_prepared(self.prepare([extended], false_positive_rate))
+        return replace(result, status="added")
+
+    def remove_value(self, fact_id: int, value: str) -> WriteResult | None:
+        """Take one value out of the answer of a fact, a list; delete the fact that has no other.
+
+        Args:
+            fact_id: ID of an active fact.
+            value: as in "Latin", of the answer "Greek, Latin".
+
+        Returns:
+            The result of writing the fact without the value; None where it was deleted.
+
+        Raises:
+            UserError: the fact is not active, or its answer has no such value.
+        """
+        record = self._require_fact(fact_id)
+        answer = record.answer.strip()
+        rest = remove_from_list(answer, value)
+        if rest is None:
+            raise UserError(
+                f"{value!r} is no value of the answer {answer!r} of fact {fact_id}; values stand "
+                "between commas or 'and'"
+            )
+        if not rest:
+            self.delete(fact_id)
+            return None
+        space = record.answer[: len(record.answer) - len(record.answer.lstrip())]
+        fact = fact_from_record(record, self.restore_closing(record))
+        return self.write_prepared(self.prepare([replace(fact, answer=space + rest)]))[0]
 
     def prepare(
         self, facts: Sequence[Fact], false_positive_rate: float = FALSE_POSITIVE_RATE
@@ -853,7 +906,17 @@ def _calibration_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     return {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
 
 
-def _to_fact(fact: Fact | str | Mapping[str, str], tag: str) -> Fact:
+def _split_batches(facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
+    """Yield batches of `WRITE_BATCH_SIZE` facts in order; each one to be added is by itself."""
+    start = 0
+    for stop in range(1, len(facts) + 1):
+        is_end = stop == len(facts) or facts[stop].add or facts[start].add
+        if is_end or stop - start == WRITE_BATCH_SIZE:
+            yield facts[start:stop]
+            start = stop
+
+
+def _to_fact(fact: Fact | str | Mapping[str, Any], tag: str) -> Fact:
     if isinstance(fact, Fact):
         return replace(fact, tag=fact.tag or tag)
     return fact_from_mapping({"tag": tag} | ({"sentence": fact} if isinstance(fact, str) else fact))
