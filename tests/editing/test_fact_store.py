@@ -1362,7 +1362,7 @@ def test_facts_of_another_version_or_model_are_rejected(fact_store, store_path, 
     with sqlite3.connect(store_path) as other:
         other.execute("UPDATE dmt_metadata SET value = '9' WHERE name = 'facts_version'")
     other.close()
-    with pytest.raises(UserError, match="facts of version 9, this dmt knows 2"):
+    with pytest.raises(UserError, match="facts of version 9, this dmt knows 3"):
         open_fact_store(store_path, teacher, tokenizer, read_only=True)
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from dmt.errors import UserError
 from dmt.store import RowInsert, RowStore, RowUsage, StepChanges, rows
-from dmt.store.database import row_metadata, translate_errors
+from dmt.store.database import fact_metadata, row_metadata, translate_errors
 from dmt.store.rows import open_store, register_store
 
 MODEL = "f" * 64
@@ -56,7 +56,8 @@ def store_url(request, tmp_path):
     from sqlalchemy import create_engine
 
     engine = create_engine(url.replace("postgresql", "postgresql+psycopg"))
-    row_metadata.drop_all(engine)
+    for tables in (row_metadata, fact_metadata):
+        tables.drop_all(engine)
     engine.dispose()
 
 

@@ -106,7 +106,7 @@ row_stats_table = Table(
 )
 
 # Of the fact tables, which are created with the first fact; in `dmt_metadata` as `facts_version`.
-FACTS_VERSION = 2
+FACTS_VERSION = 3
 
 fact_metadata = MetaData()
 
@@ -126,7 +126,14 @@ facts_table = Table(
     Column("deleted_reason", String(20), nullable=True),
     Column("deleted_at", Float, nullable=True),
     Column("replaced_by", ROW_ID_TYPE, nullable=True),
+    # Of `FactRecord.subject_key`. A number, since an index of PostgreSQL takes no long text.
+    Column("subject_hash", BigInteger, nullable=False),
+    Column("subject_words", Integer, nullable=False),
+    Column("search_text", Text, nullable=False),  # folded sentence and subject
     Index("dmt_facts_tag", "tag"),
+    # Counts facts and lists their subjects without reading the table.
+    Index("dmt_facts_subject", "subject_hash", "deleted_reason", "subject_words"),
+    Index("dmt_facts_replaced_by", "replaced_by"),
 )
 
 fact_rows_table = Table(

@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, inspect, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+    update,
+)
 
 from dmt.errors import UserError
 from dmt.files import check_version
@@ -33,8 +49,18 @@ from dmt.store.database import (
     rows_table,
     translate_errors,
 )
-from dmt.store.records import FactRecord, FloatArray, IntArray, Namespace, RowInsert, StepChanges
+from dmt.store.records import (
+    FactRecord,
+    FloatArray,
+    IntArray,
+    Namespace,
+    RowInsert,
+    StepChanges,
+    StoredFact,
+    hash_subject,
+)
 from dmt.store.rows import RowStore
+from dmt.text import fold_text
 
 FACTS_NAMESPACE = "facts"  # holds the rows of facts
 IMPORTED_PREFIX = "imported "  # of the metadata that lists the namespaces `mark_imported` marked
@@ -44,6 +70,21 @@ TRANSFERRED = "transferred"  # deletion reason of facts that are in the slots no
 # weights have changed since; and the largest ID that a purged fact had.
 WRITTEN_FOR, LAST_FACT_ID = "facts_written_for", "last_fact_id"
 MAX_IDS_PER_QUERY = 500
+FACTS_PER_QUERY = 2_000
+MAX_WORDS_PER_QUERY = 50  # SQLite limits the depth of a condition; `has_words` checks the others
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment in the history of facts.
+
+    Attributes:
+        last_id: the largest ID of a fact that was written until then; 0 where there is none.
+        time: seconds since 1970.
+    """
+
+    last_id: int
+    time: float
 
 
 class FactTable:
@@ -51,10 +92,11 @@ class FactTable:
 
     Args:
         store: stays open; its owner closes it.
+        as_of: facts that were active then count as active, until they are purged; None is now.
     """
 
-    def __init__(self, store: RowStore) -> None:
-        self.store = store
+    def __init__(self, store: RowStore, as_of: Moment | None = None) -> None:
+        self.store, self.as_of = store, as_of
 
     @property
     def exists(self) -> bool:
@@ -116,7 +158,7 @@ class FactTable:
             for row in records
         }
 
-    @property
+    @cached_property
     def namespace(self) -> Namespace:
         """The namespace that holds the rows."""
         return next(
@@ -141,9 +183,7 @@ class FactTable:
         """
         row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
         last_id = int(self.read_metadata(LAST_FACT_ID).get(LAST_FACT_ID, 0))
-        with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            query = select(func.max(facts_table.c.id))
-            last_id = max(last_id, connection.execute(query).scalar_one() or 0)
+        last_id = max(last_id, self.read_moment().last_id)
         added: list[FactRecord] = []
         offset = 0
         for fact_id, (fact, keys, _) in enumerate(entries, last_id + 1):
@@ -288,23 +328,281 @@ class FactTable:
 
         self.store.commit(NO_RUN, 0, {}, extra_write=write)
 
-    def read(self, include_deleted: bool = False) -> list[FactRecord]:
-        """Return the active facts in the order of their IDs; with `include_deleted` all facts."""
-        query = select(facts_table).order_by(facts_table.c.id)
-        if not include_deleted:
-            query = query.where(facts_table.c.deleted_reason.is_(None))
-        row_query = select(fact_rows_table).order_by(
-            fact_rows_table.c.fact_id, fact_rows_table.c.answer_position
+    def read_moment(self) -> Moment:
+        """Return the present moment."""
+        with self._connect() as connection:
+            last_id = connection.execute(select(func.max(facts_table.c.id))).scalar_one()
+        return Moment(last_id or 0, time.time())
+
+    def count(
+        self,
+        include_deleted: bool = False,
+        *,
+        ids: Sequence[int] | None = None,
+        tag: str | None = None,
+        words: str = "",
+    ) -> int:
+        """Count the facts that `read` returns."""
+        if ids is not None or len(fold_text(words).split()) > MAX_WORDS_PER_QUERY:
+            return sum(1 for _ in self.stream(include_deleted, ids=ids, tag=tag, words=words))
+        query = select(func.count()).where(self._select(include_deleted, tag, words))
+        with self._connect() as connection:
+            return int(connection.execute(query.select_from(facts_table)).scalar_one())
+
+    def count_by_tag(self) -> dict[str, int]:
+        """Count the active facts of each tag."""
+        query = select(facts_table.c.tag, func.count()).where(self._is_active)
+        with self._connect() as connection:
+            rows = connection.execute(query.group_by(facts_table.c.tag).order_by(facts_table.c.tag))
+            return {tag: int(count) for tag, count in rows}
+
+    def count_rows(self) -> int:
+        """Count the rows of the active facts."""
+        query = (
+            select(func.count())
+            .select_from(fact_rows_table)
+            .join(facts_table, facts_table.c.id == fact_rows_table.c.fact_id)
+            .where(self._is_active)
         )
-        with translate_errors(self.store.url), self.store.engine.connect() as connection:
-            records = connection.execute(query).all()
-            rows_by_fact: dict[int, list[Any]] = {}
-            for row in connection.execute(row_query):
-                rows_by_fact.setdefault(row.fact_id, []).append(row)
+        with self._connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def read_ids(self) -> list[int]:
+        """Return the IDs of the active facts, in order."""
+        query = select(facts_table.c.id).where(self._is_active).order_by(facts_table.c.id)
+        with self._connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    def read(
+        self,
+        include_deleted: bool = False,
+        *,
+        ids: Sequence[int] | None = None,
+        tag: str | None = None,
+        words: str = "",
+        limit: int | None = None,
+    ) -> list[FactRecord]:
+        """Return the facts that meet all conditions, in the order of their IDs.
+
+        Args:
+            include_deleted: return deleted facts too.
+            ids: fact IDs; those that do not exist are left out.
+            tag: the facts' tag.
+            words: the fact contains all of them; see `FactRecord.has_words`.
+            limit: at most so many.
+        """
+        facts = self.stream(include_deleted, ids=ids, tag=tag, words=words, limit=limit)
+        return list(islice(facts, limit))
+
+    def stream(
+        self,
+        include_deleted: bool = False,
+        *,
+        ids: Sequence[int] | None = None,
+        tag: str | None = None,
+        words: str = "",
+        limit: int | None = None,
+    ) -> Iterator[FactRecord]:
+        """Yield the facts that `read` returns, or more; few of them are in memory at once."""
+        condition = self._select(include_deleted, tag, words)
+        size = min(FACTS_PER_QUERY, limit or FACTS_PER_QUERY)
+        query = select(facts_table).order_by(facts_table.c.id)
+        if ids is not None:
+            for id_chunk in _split_ids(sorted(set(ids))):
+                page = self._read_page(query.where(condition, facts_table.c.id.in_(id_chunk)))
+                yield from (fact for fact in page if not words or fact.has_words(words))
+            return
+        last_id = 0
+        while True:
+            page = self._read_page(query.where(condition, facts_table.c.id > last_id).limit(size))
+            yield from (fact for fact in page if not words or fact.has_words(words))
+            if len(page) < size:
+                return
+            last_id = page[-1].id
+
+    def read_deleted(self) -> list[FactRecord]:
+        """Return the deleted facts, in the order of their IDs."""
+        is_deleted = facts_table.c.deleted_reason.is_not(None)
+        return self._read_page(select(facts_table).where(is_deleted).order_by(facts_table.c.id))
+
+    def find_by_subjects(self, subject_keys: Iterable[str]) -> list[FactRecord]:
+        """Return the active facts about these subjects, in the order of their IDs.
+
+        Args:
+            subject_keys: `FactRecord.subject_key` of the facts; empty for facts without a subject.
+        """
+        keys = set(subject_keys)
+        facts: list[FactRecord] = []
+        for hashes in _split_ids([hash_subject(key) for key in keys]):
+            is_selected = self._is_active & facts_table.c.subject_hash.in_(hashes)
+            facts += self._read_page(select(facts_table).where(is_selected))
+        return sorted(
+            (fact for fact in facts if fact.subject_key in keys), key=lambda fact: fact.id
+        )
+
+    def find_by_row(self, row_id: int) -> FactRecord | None:
+        """Return the active fact that a row belongs to; None where there is none."""
+        fact_id = select(fact_rows_table.c.fact_id).where(fact_rows_table.c.row_id == row_id)
+        is_selected = self._is_active & (facts_table.c.id == fact_id.scalar_subquery())
+        return next(iter(self._read_page(select(facts_table).where(is_selected))), None)
+
+    def find_replaced(self, fact_ids: Sequence[int]) -> list[FactRecord]:
+        """Return the facts that these facts replaced, in the order of their IDs."""
+        facts: list[FactRecord] = []
+        for ids in _split_ids(fact_ids):
+            facts += self._read_page(select(facts_table).where(facts_table.c.replaced_by.in_(ids)))
+        return sorted(facts, key=lambda fact: fact.id)
+
+    def add_replaced(self, facts: Iterable[FactRecord]) -> dict[int, FactRecord]:
+        """Return facts by ID, with those that they replaced, those that these replaced, and so on.
+
+        Args:
+            facts: active or deleted.
+        """
+        chain = {fact.id: fact for fact in facts}
+        new_ids = list(chain)
+        while new_ids:
+            replaced = [fact for fact in self.find_replaced(new_ids) if fact.id not in chain]
+            new_ids = [fact.id for fact in replaced]
+            chain |= dict(zip(new_ids, replaced, strict=True))
+        return chain
+
+    def find_least_recent(self, count: int) -> list[int]:
+        """Return the IDs of the active facts that fired longest ago, or were written first.
+
+        Args:
+            count: at most so many facts.
+        """
+        last_read = func.coalesce(row_stats_table.c.last_read, 0)
+        # The row that fired last, of several the one that fired most.
+        order = func.row_number().over(
+            partition_by=fact_rows_table.c.fact_id,
+            order_by=(last_read.desc(), row_stats_table.c.reads.desc()),
+        )
+        usage = (
+            select(
+                fact_rows_table.c.fact_id,
+                last_read.label("last_read"),
+                row_stats_table.c.reads,
+                order.label("place"),
+            )
+            .join_from(
+                fact_rows_table, row_stats_table, row_stats_table.c.id == fact_rows_table.c.row_id
+            )
+            .subquery()
+        )
+        query = (
+            select(facts_table.c.id)
+            .join_from(
+                facts_table,
+                usage,
+                (usage.c.fact_id == facts_table.c.id) & (usage.c.place == 1),
+            )
+            .where(self._is_active)
+            .order_by(usage.c.last_read, usage.c.reads, facts_table.c.created, facts_table.c.id)
+            .limit(count)
+        )
+        with self._connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    def read_subject_hashes(self) -> IntArray:
+        """Return the hashes `(n,)` of all subjects, sorted; those of deleted facts too."""
+        query = select(facts_table.c.subject_hash).distinct().order_by(facts_table.c.subject_hash)
+        with self._connect() as connection:
+            return np.fromiter(connection.execute(query).scalars(), np.int64)
+
+    def max_subject_words(self) -> int:
+        """Return the number of words of the longest subject of an active fact."""
+        query = select(func.max(facts_table.c.subject_words)).where(self._is_active)
+        with self._connect() as connection:
+            return connection.execute(query).scalar_one() or 0
+
+    def load_by_subjects(self, subject_keys: Iterable[str]) -> list[StoredFact]:
+        """Return the active facts about these subjects with their rows; see `find_by_subjects`."""
+        return self.load_rows(self.find_by_subjects(subject_keys))
+
+    def load_rows(self, records: Sequence[FactRecord]) -> list[StoredFact]:
+        """Return facts with their rows, without those that have been purged or rewritten since."""
+        namespace = self.namespace
+        row_ids = [row_id for fact in records for row_id in fact.rows]
+        data: dict[int, tuple[bytes, bytes]] = {}
+        with self._connect() as connection:
+            for ids in _split_ids(row_ids):
+                query = select(rows_table.c.id, rows_table.c.key, rows_table.c.value)
+                for row_id, key, value in connection.execute(query.where(rows_table.c.id.in_(ids))):
+                    data[row_id] = key, value
+        facts = [fact for fact in records if all(row_id in data for row_id in fact.rows)]
+        shape = -1, namespace.key_width
         try:
-            return [_fact_record(record, rows_by_fact.get(record.id, [])) for record in records]
+            return [
+                StoredFact(
+                    fact,
+                    *(
+                        np.frombuffer(b"".join(column), "<f4").reshape(shape).astype(np.float32)
+                        for column in zip(*(data[row_id] for row_id in fact.rows), strict=True)
+                    ),
+                )
+                for fact in facts
+            ]
+        except (ValueError, TypeError) as error:  # a truncated row
+            raise UserError(f"store {self.store.url}: {DAMAGED_HINT} ({error})") from None
+
+    @contextmanager
+    def _connect(self) -> Iterator[Connection]:
+        """Connect for reading; all queries see the same moment, whatever is written meanwhile."""
+        with translate_errors(self.store.url), self.store.engine.connect() as connection:
+            if self.store.path is not None:
+                connection.exec_driver_sql("BEGIN")
+            else:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    @property
+    def _is_active(self) -> ColumnElement[bool]:
+        is_active = facts_table.c.deleted_reason.is_(None)
+        if self.as_of is None:
+            return is_active
+        return and_(
+            facts_table.c.id <= self.as_of.last_id,
+            or_(is_active, facts_table.c.deleted_at > self.as_of.time),
+        )
+
+    def _select(self, include_deleted: bool, tag: str | None, words: str) -> ColumnElement[bool]:
+        """Return a condition for the facts with a tag and the first words."""
+        conditions = [facts_table.c.id > 0 if include_deleted else self._is_active]
+        if tag is not None:
+            conditions.append(facts_table.c.tag == tag)
+        find_text = func.strpos if self.store.path is None else func.instr
+        for word in fold_text(words).split()[:MAX_WORDS_PER_QUERY]:
+            conditions.append(find_text(facts_table.c.search_text, word) > 0)
+        return and_(*conditions)
+
+    def _read_page(self, query: Select[Any]) -> list[FactRecord]:
+        """Return the facts of a query of `facts_table`, with the IDs of their rows."""
+        rows_by_fact: dict[int, list[Any]] = {}
+        with self._connect() as connection:
+            records = connection.execute(query).all()
+            for ids in _split_ids([record.id for record in records]):
+                row_query = (
+                    select(fact_rows_table)
+                    .where(fact_rows_table.c.fact_id.in_(ids))
+                    .order_by(fact_rows_table.c.fact_id, fact_rows_table.c.answer_position)
+                )
+                for row in connection.execute(row_query):
+                    rows_by_fact.setdefault(row.fact_id, []).append(row)
+        try:
+            facts = [_fact_record(record, rows_by_fact.get(record.id, [])) for record in records]
         except (ValueError, TypeError) as error:  # token IDs that are not JSON
             raise UserError(f"store {self.store.url}: {DAMAGED_HINT} ({error})") from None
+        as_of = self.as_of
+        if as_of is None:
+            return facts
+        return [
+            replace(fact, deleted_reason=None, deleted_at=None, replaced_by=None)
+            if (fact.deleted_at or 0) > as_of.time
+            else fact
+            for fact in facts
+        ]
 
     def read_states(self, records: Iterable[FactRecord]) -> tuple[IntArray, FloatArray, FloatArray]:
         """Return IDs `(n,)`, keys and values `(n, width)` of the active rows of these facts."""
@@ -312,14 +610,24 @@ class FactTable:
         batch = self.store.get(self.namespace, row_ids)
         return batch.ids, batch.keys, batch.values
 
-    def read_usage(self) -> dict[int, tuple[int, float]]:
-        """Return, by row ID, how often it fired and when last (seconds since 1970; 0: never)."""
+    def read_usage(self, row_ids: Sequence[int] | None = None) -> dict[int, tuple[int, float]]:
+        """Return, by row ID, how often it fired and when last (seconds since 1970; 0: never).
+
+        Args:
+            row_ids: IDs of rows; all rows of facts where it is None.
+        """
         query = select(
             row_stats_table.c.id, row_stats_table.c.reads, row_stats_table.c.last_read
         ).where(row_stats_table.c.namespace == self.namespace.id)
-        with translate_errors(self.store.url), self.store.engine.connect() as connection:
+        queries = (
+            [query]
+            if row_ids is None
+            else [query.where(row_stats_table.c.id.in_(ids)) for ids in _split_ids(row_ids)]
+        )
+        with self._connect() as connection:
             return {
                 row.id: (int(row.reads), float(row.last_read or 0))
+                for query in queries
                 for row in connection.execute(query)
             }
 
@@ -537,6 +845,9 @@ def _fact_columns(fact: FactRecord) -> dict[str, Any]:
         "created": fact.created,
         "subject_ids": json.dumps(fact.subject_ids),
         "answer_ids": json.dumps(fact.answer_ids),
+        "subject_hash": hash_subject(fact.subject_key),
+        "subject_words": len(fact.subject_key.split()),
+        "search_text": fact.search_text,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,11 +156,42 @@ class FactRecord:
         return self.prompt + self.answer
 
     @property
+    def subject_key(self) -> str:
+        """The subject, however it is written; empty where the fact has none."""
+        return fold_text(self.subject)
+
+    @property
     def query(self) -> tuple[str, str]:
         """What the fact answers, however it is written: two facts about it contradict or agree."""
-        return fold_text(self.subject), fold_text(self.prompt)
+        return self.subject_key, fold_text(self.prompt)
+
+    @property
+    def search_text(self) -> str:
+        """Sentence and subject, however they are written."""
+        return fold_text(f"{self.sentence} {self.subject}")
 
     def has_words(self, words: str) -> bool:
         """Check whether sentence and subject have all words, however they are written."""
-        text = fold_text(f"{self.sentence} {self.subject}")
+        text = self.search_text
         return all(word in text for word in fold_text(words).split())
+
+
+@dataclass(frozen=True)
+class StoredFact:
+    """A fact with its rows.
+
+    Attributes:
+        record: the fact.
+        keys: `(tokens, width)`, in the order of `record.rows`.
+        values: `(tokens, width)`.
+    """
+
+    record: FactRecord
+    keys: FloatArray
+    values: FloatArray
+
+
+def hash_subject(subject_key: str) -> int:
+    """Return 64 bits of a subject as a signed integer, the same in every process."""
+    digest = hashlib.blake2b(subject_key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
