@@ -348,7 +348,7 @@ def measure_prose(bench: Bench, topic: Topic, num_chars: int) -> None:
             with record_matches(bench.model) as recorded:
                 bench.model(input_ids=window)
             num_tokens += window.numel()
-            num_fired += sum(len(matches.tokens) for matches in recorded)
+            num_fired += sum(map(len, recorded))
     num_mentions = sum(document.count(name) for document in text for name in names)
     quantity = f"tokens at which a row fires, {num_mentions:,} mentions"
     bench.print_share("prose", quantity, num_fired, num_tokens, "<= 0.001")

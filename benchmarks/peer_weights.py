@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 
 from dmt.data.corpora import load_corpus
 from dmt.data.synthetic import Probe
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import batch_by_length, capture, encode_text, pad_token_ids
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmt.data.synthetic import PHRASINGS, RELATIONS
-from dmt.editing.calibration import load_prompts
+from dmt.matching.relations import load_bank
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -23,9 +23,10 @@ def normalize(phrasing):
 
 
 def test_new_phrasings_are_in_no_training_text_or_calibration_prompt():
-    questions, _ = load_prompts()
     written = PHRASINGS | counterfactuals.PHRASINGS | fact_texts.THING_PHRASINGS
-    known = {normalize(text) for texts in (*written.values(), *questions) for text in texts}
+    known = {
+        normalize(text) for texts in (*written.values(), *load_bank().values()) for text in texts
+    }
     assert set(NEW_PHRASINGS) == set(written)
     for phrasings in NEW_PHRASINGS.values():
         assert len({normalize(text) for text in phrasings}) == len(phrasings) >= 10

@@ -272,9 +272,7 @@ INJECTIONS = [
 
 
 def make_record(text: str) -> FactRecord:
-    return FactRecord(
-        0, f"Ada {text} is", f" {text}", text, text, text, 1.0, ((1, 2),), (3,), (), (0.5,)
-    )
+    return FactRecord(0, f"Ada {text} is", f" {text}", text, text, text, 1.0, (3,), (), (0.5,))
 
 
 def test_texts_in_a_store_are_not_sql(store_url):  # noqa: F811

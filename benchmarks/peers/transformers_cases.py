@@ -14,12 +14,16 @@ from unittest import mock
 import torch
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import dmt
+from dmt.matching.relations import RATES, RelationMatcher, list_bank_clauses
 from dmt.memory import AssociativeMemory, FeaturalMemory
-from dmt.memory.edit_memory import EditMemory
-from dmt.models.fact_hooks import FactHooks, FactRow, attach, record_matches
+from dmt.models.fact_hooks import FactHooks, attach, record_matches
+from dmt.models.fact_matching import TextCodec
+from dmt.store.fact_index import FactIndex
+from dmt.store.records import FactRecord, StoredFact
 
 assert dmt  # registers the students
 WIDTH, LAYERS, HEADS, SLOTS, VOCABULARY, ROWS = 32, 2, 4, 128, 99, 24
@@ -185,23 +189,42 @@ class FactsGPT2(PlainGPT2):
         model = self.all_model_classes[0](config).eval()
         with record_matches(model) as passes, torch.no_grad():
             model(**inputs)
-        assert len(passes[0].tokens) == inputs["input_ids"].numel()
+        assert len(passes[0]) == inputs["input_ids"].numel()
 
 
 def attach_facts(model: Any) -> None:
-    """Attach a fact about each token, the same ones to every model, in float32 as from a file."""
+    """Attach a fact about each token, the same ones to every model, in float32 as from a file.
+
+    Every token is a word. A fact without a subject, whose prompt is that word, answers with a token
+    that no text has.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"):
-        memory = EditMemory(WIDTH, torch.zeros(WIDTH).float(), torch.eye(WIDTH).float())
-        states = torch.randn(VOCABULARY, 2, WIDTH, generator=generator, dtype=torch.float32)
-        hooks = FactHooks(memory, 0, LAYERS - 1, eos_ids=None)
-        hooks.set_rows(
-            [
-                FactRow(token, key, value, -1.0, ((token,),))
-                for token, (key, value) in enumerate(states)
-            ]
+        states = torch.randn(VOCABULARY, 2, 1, WIDTH, generator=generator, dtype=torch.float32)
+        bank = torch.randn(len(list_bank_clauses()), WIDTH, generator=generator).float()
+        relations = RelationMatcher(
+            torch.zeros(WIDTH).float(),
+            torch.eye(WIDTH).float(),
+            torch.zeros(WIDTH).float(),
+            nn.functional.normalize(bank, dim=-1),
+            torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]] * 2).float(),
+            torch.linspace(1, -1, len(RATES)).float().repeat(2, 1),
         )
-    attach(model, hooks)
+    words = {f"word{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    index = FactIndex()
+    index.set_unsaved(
+        StoredFact(
+            FactRecord(
+                token + 1, word, " new", "", "", "", 0.0, (VOCABULARY,), (token + 1,), (0.0,)
+            ),
+            *states[token].numpy(),
+        )
+        for word, token in words.items()
+    )
+    codec = TextCodec(tokenizer)
+    attach(model, FactHooks(index, relations, codec, 0, LAYERS - 1, eos_ids=None))
 
 
 class PlainLlama(Case, unittest.TestCase):

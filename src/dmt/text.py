@@ -77,6 +77,20 @@ def mentions_user(text: str) -> bool:
     return is_named or any(map(is_first_person, WORD_PATTERN.findall(text)))
 
 
+def name_user(text: str) -> str:
+    """Return a text in which the first person is `USER_SUBJECT`, in the third person."""
+
+    def replace(match: re.Match[str]) -> str:
+        word, _, ending = match[0].translate(PLAIN_MARKS).lower().partition("'")
+        if not is_first_person(match[0]):
+            return match[0]
+        verb = {"m": " is", "re": " is", "ve": " has", "d": " would", "ll": " will"}.get(ending, "")
+        owner = "'s" if word in ("my", "mine", "our", "ours") else ""
+        return f"{USER_SUBJECT}{owner}{verb}"
+
+    return WORD_PATTERN.sub(replace, text)
+
+
 def find_closing(answer: str, text: str) -> str:
     """Return the marks after an answer.
 

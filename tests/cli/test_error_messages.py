@@ -732,7 +732,7 @@ RUNS = {
     "fact with invalid JSON": Case(
         ["dmt", "memory", "list", *MODEL],
         [f"store {FACTS_DB}", "damaged"],
-        execute_sql(FACTS_DB, "UPDATE dmt_facts SET subject_ids='[['"),
+        execute_sql(FACTS_DB, "UPDATE dmt_facts SET answer_ids='[['"),
     ),
     "truncated rows": Case(
         ["dmt", "memory", "show", "1", *MODEL],
@@ -857,7 +857,7 @@ COMMANDS = {
     ),
     "pack of an older version": Case(
         IMPORT_PACK,
-        ["pack pack: version 0, this dmt knows 2", "export it again"],
+        ["pack pack: version 0, this dmt knows 3", "export it again"],
         edit_json("pack/manifest.json", version=0),
     ),
     "truncated pack": Case(

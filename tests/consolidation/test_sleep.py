@@ -18,7 +18,7 @@ from dmt.config import AssociativeConfig, DenseConfig, FeaturalConfig
 from dmt.consolidation import sleep
 from dmt.consolidation.sleep import check_facts, plan_slot_transfer, select_latest_facts
 from dmt.consolidation.slot_training import KFACParameters, ReplayLoss
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.editing.fact import Fact
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, write_online
@@ -81,7 +81,8 @@ def test_only_slots_at_and_above_the_key_layer_change(student, transferred):
 
 
 def test_remaining_rows_match_as_before(student, tmp_path, transfer):
-    num_rows_before = len(FactStore.open(student, read_only=True).hooks)
+    with FactStore.open(student, read_only=True) as fact_store:
+        num_rows_before = fact_store.fact_table.count_rows()
     result = transfer(student, tmp_path / "run", tag="day 1")
     assert (result.facts, result.recall_after) == (2, 1.0)
     assert result.rows + result.remaining_rows == num_rows_before
@@ -114,7 +115,7 @@ def test_the_teacher_does_not_predict_facts_that_remain_rows(student, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sleep, "plan_slot_transfer", lambda *_: plan)
         result = transfer(student, tmp_path / "run", tag="day 1")
-    assert len(plan.fact_store.hooks) == result.rows
+    assert len(plan.fact_store.hooks) == result.facts == 2
 
 
 def test_a_second_transfer_replays_and_retains_the_first(student, tmp_path, transfer):

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmt.config import Config, ContextConfig
 from dmt.consolidation.targets import check_target, make_student, merge_adapters, prepare_student
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError
 from dmt.models.forward import (
     encode_text,

@@ -11,33 +11,41 @@ import pytest
 import torch
 from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
-from test_edit_memory import record_passes
 from transformers import AutoModelForCausalLM
 
 from dmt.config import FeaturalConfig
+from dmt.data.windows import get_prefix_ids
 from dmt.editing import calibration as calibration_module
 from dmt.editing import edit as edit_module
 from dmt.editing import fact_store as fact_store_module
-from dmt.editing.calibration import Calibration, calibrate, choose_key_layer, list_candidate_layers
+from dmt.editing.calibration import calibrate, choose_key_layer, list_candidate_layers
 from dmt.editing.edit import (
     CONFIDENT_PROB,
-    LATER_TOKEN_RATE_FACTOR,
-    MIN_SUBJECTLESS_THRESHOLD,
+    MARGIN_STEPS,
     SCALES,
     ConflictCandidate,
-    PreparedFact,
     choose_value_layer,
     compute_edits,
+    compute_keys,
     find_conflict,
     prepare_facts,
 )
 from dmt.editing.fact import MAX_FACT_CHARS, Fact, find_subject, parse_fact, read_facts
 from dmt.editing.fact_store import FactStore, has_fact_store
 from dmt.errors import UserError
-from dmt.memory.edit_memory import PhraseMatcher
+from dmt.matching.mentions import find_mentions
+from dmt.matching.relations import (
+    RATES,
+    RelationMatcher,
+    compute_whitening,
+    get_word_weights,
+    list_bank_clauses,
+)
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks
-from dmt.models.fact_hooks import FACTS_FILE, attach, detach, disabled, get_fact_hooks
+from dmt.models.fact_files import FACTS_FILE
+from dmt.models.fact_hooks import attach, detach, disabled, get_fact_hooks, record_matches
+from dmt.models.fact_matching import PLACEHOLDER, TextCodec, parse_prompt
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import (
     batch_by_length,
@@ -347,48 +355,56 @@ def precondition(model, gradients):
     return (gradients.double() @ inverse).to(gradients.dtype)
 
 
+@pytest.mark.parametrize("context", [None, "a row ran."])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_a_value_follows_the_negative_gradient_with_the_smallest_confident_scale(
-    any_teacher, tokenizer, layer
+def test_a_value_follows_the_negative_gradient_of_all_contexts(
+    any_teacher, tokenizer, layer, context, monkeypatch
 ):
-    edits = compute_edits(any_teacher, tokenizer, FACTS, 0, layer)
+    if context:  # the default is longer than these models read
+        monkeypatch.setattr(edit_module, "CONTEXT_SENTENCE", context)
+    edits = compute_edits(any_teacher, tokenizer, FACTS, layer)
     assert [edit.fact_index for edit in edits] == sorted(edit.fact_index for edit in edits)
     chosen_scales = set()
     for fact_index, fact in enumerate(FACTS):
         fact_edits = [edit for edit in edits if edit.fact_index == fact_index]
-        text, positions, targets = encode_fact(tokenizer, fact)
-        assert [edit.prefix_ids for edit in fact_edits] == [
-            tuple(targets[:step].tolist()) for step in range(len(targets))
-        ]
-        states = collect_hidden_states(any_teacher, [text], [positions.tolist()], range(LAYERS))
-        torch.testing.assert_close(
-            torch.stack([edit.key for edit in fact_edits]), states[0], rtol=1e-4, atol=1e-4
+        facts = (
+            [fact] if context is None else [fact, replace(fact, prompt=f"{context} {fact.prompt}")]
         )
-        offset = torch.zeros(len(text), WIDTH, requires_grad=True)
-        nlls = compute_nlls(any_teacher, text, layer, offset, positions, targets)
-        (gradient,) = torch.autograd.grad(nlls.sum(), offset)
-        nlls = nlls.detach()
-        residual = forward_with_activations(
-            any_teacher, torch.tensor([text]), capture_blocks=True
-        ).layer_outputs[layer][0, positions]
+        texts = [encode_fact(tokenizer, fact) for fact in facts]
+        assert [edit.prefix_ids for edit in fact_edits] == [
+            tuple(texts[0][2][:step].tolist()) for step in range(len(texts[0][2]))
+        ]
+        gradients, norms, nlls_before = [], [], []
+        for text, positions, targets in texts:
+            offset = torch.zeros(len(text), WIDTH, requires_grad=True)
+            nlls = compute_nlls(any_teacher, text, layer, offset, positions, targets)
+            (gradient,) = torch.autograd.grad(nlls.sum(), offset)
+            outputs = forward_with_activations(
+                any_teacher, torch.tensor([text]), capture_blocks=True
+            ).layer_outputs[layer]
+            gradients.append(gradient[positions])
+            norms.append(outputs[0, positions].norm(dim=-1, keepdim=True))
+            nlls_before.append(nlls.detach())
         direction = -torch.nn.functional.normalize(
-            precondition(any_teacher, gradient[positions]), dim=-1
-        ) * residual.norm(dim=-1, keepdim=True)
+            precondition(any_teacher, sum(gradients)), dim=-1
+        ) * (sum(norms) / len(norms))
         probs_by_scale = []
         for scale in SCALES:
-            offset = torch.zeros(len(text), WIDTH)
-            offset[positions] = scale * direction
-            with torch.no_grad():
-                probs_by_scale.append(
-                    (-compute_nlls(any_teacher, text, layer, offset, positions, targets)).exp()
-                )
+            probs = []
+            for text, positions, targets in texts:
+                offset = torch.zeros(len(text), WIDTH)
+                offset[positions] = scale * direction
+                with torch.no_grad():
+                    nlls = compute_nlls(any_teacher, text, layer, offset, positions, targets)
+                probs.append((-nlls).exp())
+            probs_by_scale.append(torch.stack(probs).amin(0))
+        prob_before = (-torch.stack(nlls_before)).exp().amin(0)
         for step, edit in enumerate(fact_edits):
             probs = [float(scale_probs[step]) for scale_probs in probs_by_scale]
-            confident = [i for i, prob in enumerate(probs) if prob >= CONFIDENT_PROB]
-            expected = confident[0] if confident else probs.index(max(probs))
+            expected = choose_scale(probs)
             assert edit.scale == SCALES[expected]
             assert edit.prob_after == pytest.approx(probs[expected], abs=1e-4)
-            assert edit.prob_before == pytest.approx(float((-nlls[step]).exp()), abs=1e-5)
+            assert edit.prob_before == pytest.approx(float(prob_before[step]), abs=1e-5)
             torch.testing.assert_close(
                 edit.value, SCALES[expected] * direction[step], rtol=2e-3, atol=2e-3
             )
@@ -396,12 +412,23 @@ def test_a_value_follows_the_negative_gradient_with_the_smallest_confident_scale
     assert len(chosen_scales) > 1, "always the same scale: the choice is not tested"
 
 
+def choose_scale(probs):
+    """Return the index of the scale that is chosen by the probabilities of all."""
+    confident = [index for index, prob in enumerate(probs) if prob >= CONFIDENT_PROB]
+    if not confident:
+        return probs.index(max(probs))
+    chosen = confident[0]
+    while chosen + 1 in confident and chosen < confident[0] + MARGIN_STEPS:
+        chosen += 1
+    return chosen
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_gradient_is_a_finite_difference(layer, tokenizer):
     model = make_teacher(len(tokenizer)).double()
     fact = FACTS[0]
     text, positions, targets = encode_fact(tokenizer, fact)
-    edits = compute_edits(model, tokenizer, [fact], 1, layer)
+    edits = compute_edits(model, tokenizer, [fact], layer)
     for step in (0, len(edits) - 1):
         gradient = torch.zeros(WIDTH, dtype=torch.double)
         for i in range(WIDTH):
@@ -418,10 +445,14 @@ def test_the_gradient_is_a_finite_difference(layer, tokenizer):
         )
 
 
-def test_the_smallest_confident_scale_is_taken_else_the_most_probable(
+def test_the_smallest_confident_scale_with_a_margin_is_taken_else_the_most_probable(
     monkeypatch, teacher, tokenizer
 ):
-    probs = [0.5, 0.2, 0.995, 0.999, 0.3, 1.0], [0.1, 0.6, 0.2, 0.5, 0.1, 0.0]
+    probs = (
+        [0.5, 0.2, 0.995, 0.999, 0.3, 1.0],  # one step of margin
+        [0.1, 0.6, 0.2, 0.5, 0.1, 0.0],
+        [0.992, 0.993, 0.994, 0.995, 0.996, 0.997],  # two steps
+    )
     calls = []
 
     def make_logits(model, stream):
@@ -439,26 +470,26 @@ def test_the_smallest_confident_scale_is_taken_else_the_most_probable(
         return logits_with
 
     monkeypatch.setattr(edit_module, "_make_last_layer_logits", make_logits)
-    targets = [5, 6]
+    targets = [5, 6, 7]
     solution = edit_module.solve_value(
         teacher,
-        torch.tensor([[0, 3, 5, 6]]),
-        torch.tensor([0, 0]),
-        torch.tensor([1, 2]),
+        torch.tensor([[0, 3, 5, 6, 7]]),
+        torch.tensor([0, 0, 0]),
+        torch.tensor([1, 2, 3]),
         torch.tensor(targets),
         LAYERS - 1,
         0,
     )
-    assert solution.scales.tolist() == [SCALES[2], SCALES[1]]
-    assert solution.prob_after.tolist() == pytest.approx([0.995, 0.6])
+    assert solution.scales.tolist() == [SCALES[3], SCALES[1], SCALES[2]]
+    assert solution.prob_after.tolist() == pytest.approx([0.999, 0.6, 0.994])
 
 
 def test_edits_do_not_depend_on_the_batch(any_teacher, tokenizer, monkeypatch):
-    expected_edits = compute_edits(any_teacher, tokenizer, FACTS, 1, 2)
+    expected_edits = compute_edits(any_teacher, tokenizer, FACTS, 2)
     for tokens in (1, 40):
         monkeypatch.setattr("dmt.models.forward.MAX_BATCH_TOKENS", tokens)
         for edit, expected in zip(
-            compute_edits(any_teacher, tokenizer, FACTS, 1, 2), expected_edits, strict=True
+            compute_edits(any_teacher, tokenizer, FACTS, 2), expected_edits, strict=True
         ):
             assert (edit.fact_index, edit.prefix_ids, edit.scale) == (
                 expected.fact_index,
@@ -466,7 +497,6 @@ def test_edits_do_not_depend_on_the_batch(any_teacher, tokenizer, monkeypatch):
                 expected.scale,
             )
             torch.testing.assert_close(edit.value, expected.value, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(edit.key, expected.key, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fact_that_is_too_long_for_the_model_is_rejected(teacher, tokenizer):
@@ -479,7 +509,7 @@ def test_a_fact_that_is_too_long_for_the_model_is_rejected(teacher, tokenizer):
         > 32
     )
     with pytest.raises(UserError, match=r"the fact 'aaaa.*tokens, the model reads 32 at most"):
-        compute_edits(teacher, tokenizer, [*FACTS, fits], 1, 2)
+        compute_edits(teacher, tokenizer, [*FACTS, fits], 2)
 
 
 def test_the_value_layer_is_the_highest_of_the_best_not_below_the_key_layer(
@@ -488,7 +518,7 @@ def test_the_value_layer_is_the_highest_of_the_best_not_below_the_key_layer(
     chosen, shares = choose_value_layer(teacher, tokenizer, FACTS, 1, range(LAYERS))
     assert set(shares) == {1, 2}
     for layer, share in shares.items():
-        edits = compute_edits(teacher, tokenizer, FACTS, 1, layer)
+        edits = compute_edits(teacher, tokenizer, FACTS, layer)
         assert share == sum(edit.prob_after >= CONFIDENT_PROB for edit in edits) / len(edits)
     assert shares[chosen] == max(shares.values())
     monkeypatch.setattr(edit_module, "compute_edits", lambda *_: [])
@@ -535,135 +565,34 @@ PROSE = [
 ]
 
 
-ZERO_COSINE = torch.tensor(0.0)
-
-
-@pytest.mark.parametrize(
-    ("cosine_p95", "lowest"), [(-0.3, 0.5), (0.4, 0.5), (0.57, 0.57), (0.9, 0.65)]
-)
-def test_no_row_fires_below_the_cosine_of_different_questions(cosine_p95, lowest):
-    key = torch.tensor([[1.0, 0.0]])
-    calibration = Calibration(torch.zeros(2), torch.eye(2), -key, -key, torch.tensor(cosine_p95))
-    assert calibration.min_threshold == pytest.approx(lowest)
-    assert calibration.thresholds(key, 0.01).tolist() == pytest.approx([lowest])
-    assert calibration.thresholds(key, 0.01, 0.25).tolist() == pytest.approx([0.25])
-
-
-def test_question_cosine_p95_is_taken_over_pairs_of_different_questions():
-    questions = torch.nn.functional.normalize(torch.randn(6, 3, 2, 5), dim=-1)
-    pairs = [
-        float(questions[q, a, n] @ questions[p, b, n])
-        for n in range(2)
-        for a in range(3)
-        for b in range(3)
-        for q in range(6)
-        for p in range(6)
-        if q != p
-    ]
-    assert float(calibration_module._compute_question_cosine_p95(questions)) == pytest.approx(
-        float(np.quantile(pairs, 0.95)), abs=1e-5
-    )
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
-def test_thresholds_keep_the_false_positive_rate_on_unseen_states(rate):
-    mean, metric = torch.randn(24), torch.randn(24, 24)
-    samples = torch.randn(4, 4000, 24) @ torch.randn(24, 24) + mean
-    uncalibrated = Calibration(mean, metric, mean, mean, mean)
-    calibration = Calibration(
-        mean,
-        metric,
-        uncalibrated.whiten(samples[0]),
-        uncalibrated.whiten(samples[1]),
-        torch.tensor(0.0),
-    )
-    keys = torch.randn(50, 24) + mean
-    thresholds = calibration.thresholds(keys, rate, min_threshold=-1.0)
-    for unseen in samples[2:]:
-        false_rate = (
-            (uncalibrated.whiten(keys) @ uncalibrated.whiten(unseen).t() >= thresholds[:, None])
-            .float()
-            .mean()
-        )
-        assert 0.6 * rate < false_rate < 1.4 * rate
-    lowest, highest = calibration_module.MIN_THRESHOLD, calibration_module.MAX_THRESHOLD
-    assert torch.equal(calibration.thresholds(keys, rate), thresholds.clamp(lowest, highest))
-    assert calibration.thresholds(calibration.mean + torch.randn(2, 24), 5.0, -1.0).max() < 0.1, (
-        "a rate above 1 is 1"
-    )
-
-
-@pytest.mark.parametrize("near_name", ["prose_negatives", "question_negatives"])
-def test_both_prose_and_other_questions_raise_thresholds(near_name):
-    mean, metric = torch.zeros(8), torch.eye(8)
-    key = torch.nn.functional.normalize(torch.ones(1, 8), dim=-1)
-    near, far = key.repeat(200, 1) + 0.3 * torch.randn(200, 8), torch.randn(200, 8)
-    negatives = {
-        name: torch.nn.functional.normalize(near if name == near_name else far, dim=-1)
-        for name in ("prose_negatives", "question_negatives")
-    }
-    thresholds = Calibration(mean, metric, **negatives, question_cosine_p95=ZERO_COSINE).thresholds(
-        key, 0.1
-    )
-    assert thresholds == pytest.approx(float((negatives[near_name] @ key[0]).quantile(0.9)))
-    assert Calibration(mean, metric, near[:1], key, ZERO_COSINE).thresholds(
-        key, 0.01
-    ) == pytest.approx(calibration_module.MAX_THRESHOLD)
-    assert Calibration(mean, metric, -key, -key, ZERO_COSINE).thresholds(
-        key, 0.01
-    ) == pytest.approx(calibration_module.MIN_THRESHOLD)
-
-
-def test_thresholds_of_many_rows_are_computed_in_chunks():
-    others = torch.nn.functional.normalize(torch.randn(4000, 4), dim=-1)
-    calibration = Calibration(torch.zeros(4), torch.eye(4), others, others[:5], ZERO_COSINE)
-    keys = torch.randn(5000, 4)  # twenty million cosines, more than Tensor.quantile accepts
-    thresholds = calibration.thresholds(keys, 0.2, 0.0)
-    torch.testing.assert_close(thresholds[-3:], calibration.thresholds(keys[-3:], 0.2, 0.0))
+def make_codec(tokenizer):
+    return TextCodec.from_transformers(tokenizer, get_prefix_ids(tokenizer))
 
 
 def test_calibration_matches_its_definition(any_teacher, tokenizer):
-    calibrations = calibrate(any_teacher, tokenizer, PROSE, [0, 2])
-    assert set(calibrations) == {0, 2}
+    codec = make_codec(tokenizer)
+    matchers = calibrate(any_teacher, tokenizer, codec, PROSE, [0, 2])
+    assert set(matchers) == {0, 2}
     windows = [encode_text(tokenizer, text)[:32] for text in PROSE]
-    for layer, calibration in calibrations.items():
-        states = collect_hidden_states(any_teacher, windows, [list(range(1, 32))] * 6, [layer])[
-            layer
-        ]
-        covariance = (
-            calibration.metric.double().inverse() @ calibration.metric.double().inverse() / WIDTH
-        )
-        assert (
-            torch.linalg.eigvalsh(covariance).min()
-            > 0.99 * calibration_module.VARIANCE_FLOOR / WIDTH
-        )
-        assert torch.trace(covariance) == pytest.approx(
-            1 + calibration_module.VARIANCE_FLOOR, rel=1e-3
-        )
-        for negatives in (calibration.prose_negatives, calibration.question_negatives):
-            torch.testing.assert_close(negatives.norm(dim=-1), torch.ones(len(negatives)))
-        assert len(calibration.question_negatives) == 40 * 3 * 5
-        assert len(calibration.prose_negatives) % 24 == 0
-        assert 0 <= calibration.paraphrase_accuracy <= 1
-        assert calibration.mean.shape == (WIDTH,)
-        assert torch.cosine_similarity(calibration.mean, states.mean(0), dim=0) > 0.9
-    question = encode_text(tokenizer, "Portugal was founded in")[-32:]
-    state = collect_hidden_states(any_teacher, [question], [[len(question) - 1]], [2])[2]
-    torch.testing.assert_close(
-        calibrations[2].question_negatives[1],
-        calibrations[2].whiten(state)[0],
-        rtol=1e-3,
-        atol=1e-3,
-    )
-
-
-def test_paraphrase_deviations_are_differences_from_the_mean_of_a_question():
-    questions = torch.randn(4, 3, 2, 5)
-    deviations = calibration_module._compute_paraphrase_deviations(questions).view(4, 3, 2, 5)
-    for subject in range(4):
-        for name in range(2):
-            expected = questions[subject, :, name] - questions[subject, :, name].mean(0)
-            torch.testing.assert_close(deviations[subject, :, name], expected)
+    clauses = list_bank_clauses()
+    texts = [codec.encode_clause(clause.text)[-32:] for clause in clauses]
+    relations = get_word_weights().relations
+    is_other = relations.unsqueeze(0) != relations.unsqueeze(1)
+    for layer, matcher in matchers.items():
+        states = collect_hidden_states(any_teacher, windows, [list(range(1, 32))] * 6, [layer])
+        torch.testing.assert_close(matcher.mean, states[layer].mean(0), rtol=0.3, atol=0.3)
+        ends = [[len(text) - 1] for text in texts]
+        bank = collect_hidden_states(any_teacher, texts, ends, [layer])[layer]
+        torch.testing.assert_close(matcher.embed(bank), matcher.bank_states, rtol=1e-3, atol=1e-3)
+        features = matcher.describe([clause.text for clause in clauses], bank)
+        rarity = matcher.compute_rarity(features, features)
+        assert rarity.diagonal().min() > 3, "a clause asks what it asks itself"
+        for decades in (1, 2):  # of pairs of different questions, some of which go on
+            share = float((rarity[is_other] >= decades).float().mean())
+            assert 0.3 * 10**-decades < share < 3 * 10**-decades
+        assert 0.1 < matcher.paraphrase_recall < 1
+        assert (matcher.quantiles[:, :-1] >= matcher.quantiles[:, 1:]).all()
+        assert matcher.quantiles.shape == (2, len(RATES))
 
 
 def test_the_metric_inverts_the_mean_covariance():
@@ -671,59 +600,49 @@ def test_the_metric_inverts_the_mean_covariance():
         torch.randn(3000, 3) * torch.tensor([10.0, 1.0, 1.0]),
         torch.randn(3000, 3) * torch.tensor([1.0, 1.0, 20.0]),
     ]
-    metric = calibration_module._compute_whitening(samples)
+    metric = compute_whitening(samples, floor_share=0.1)
     total = sum(sample.t() @ sample / sample.square().sum() for sample in samples) / 2
-    total += calibration_module.VARIANCE_FLOOR / 3 * torch.eye(3)
+    total += 0.1 / 3 * torch.eye(3)
     torch.testing.assert_close(metric @ total @ metric, torch.eye(3) / 3, rtol=1e-3, atol=1e-3)
-
-
-def test_paraphrase_accuracy_is_high_only_for_separable_states(teacher, tokenizer):
-    centers, prose = torch.randn(40, 1, 1, 32), torch.randn(500, 32)
-    separable = centers + 0.05 * torch.randn(40, 3, 5, 32)
-    assert calibration_module._measure_paraphrase_accuracy(prose, torch.zeros(32), separable) > 0.99
-    assert (
-        calibration_module._measure_paraphrase_accuracy(
-            prose, torch.zeros(32), torch.randn(40, 3, 5, 32)
-        )
-        < 0.15
-    )
 
 
 def test_too_little_prose_is_rejected(teacher, tokenizer):
     for prose in (["a short text"], [], ["", "x"]):
         with pytest.raises(UserError, match="held-out prose of 32 tokens at least"):
-            calibrate(teacher, tokenizer, prose, [0])
-    # Shorter than a window once the name is replaced.
-    short_names = "saw Bartholomew Featherstonehaugh Wolverhampton Throckmorton"
-    with pytest.raises(UserError, match="held-out prose"):
-        calibrate(teacher, tokenizer, [short_names], [0])
+            calibrate(teacher, tokenizer, make_codec(tokenizer), prose, [0])
 
 
-def test_prose_windows_have_at_most_128_tokens(tokenizer):
+def test_prose_windows_have_at_most_128_tokens(tokenizer, monkeypatch):
     model = make_llama(len(tokenizer), max_position_embeddings=300)
     with pytest.raises(UserError, match="prose of 128 tokens at least"):
-        calibrate(model, tokenizer, [PROSE[0][:60]], [0])
-    calibrations = calibrate(model, tokenizer, [" ".join(PROSE)], [1])
-    assert len(calibrations[1].prose_negatives) % (128 - 8) == 0
+        calibrate(model, tokenizer, make_codec(tokenizer), [PROSE[0][:60]], [0])
+    windows = []
+
+    def stop(_, texts, *__):
+        windows.extend(texts)
+        interrupt()
+
+    monkeypatch.setattr(calibration_module, "collect_hidden_states", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tokenizer, make_codec(tokenizer), [" ".join(PROSE * 3)], [1])
+    assert {len(window) for window in windows} == {128}
+    assert len(windows) * 128 <= calibration_module.PROSE_TOKENS
 
 
 def test_candidate_layers_and_the_chosen_key_layer():
     assert list_candidate_layers(12) == [3, 6, 9, 11]
     assert list_candidate_layers(30) == [7, 15, 22, 29]
     assert [list_candidate_layers(n) for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
-    blank = Calibration(*[torch.zeros(1)] * 5)
+    blank = RelationMatcher(*[torch.zeros(1)] * 6)
     for shares, best in (
         ({0: 0.1, 3: 0.8, 6: 0.7}, 3),
-        ({3: 0.29, 6: 0.1}, 3),
-        ({3: 0.1, 6: 0.29}, 3),
-        ({3: 0.1, 6: 0.3}, 6),
+        ({3: 0.09, 6: 0.05}, 3),
+        ({3: 0.05, 6: 0.09}, 3),
+        ({3: 0.05, 6: 0.1}, 6),
     ):
         assert (
             choose_key_layer(
-                {
-                    layer: replace(blank, paraphrase_accuracy=share)
-                    for layer, share in shares.items()
-                }
+                {layer: replace(blank, paraphrase_recall=share) for layer, share in shares.items()}
             )
             == best
         )
@@ -803,22 +722,16 @@ def recalls(model, tokenizer, fact):
     )
 
 
-def test_thresholds_of_the_rows_of_a_fact(fact_store, tokenizer):
+@pytest.mark.parametrize("rate", [0.01, 0.001])
+def test_the_rows_of_a_prepared_fact(fact_store, tokenizer, rate):
     prepared_facts = prepare_facts(
-        fact_store.model, tokenizer, FACTS, (1, 2), fact_store.calibration, 0.01
+        fact_store.model, tokenizer, FACTS, (1, 2), fact_store.codec, rate
     )
     for fact, prepared in zip(FACTS, prepared_facts, strict=True):
-        edits = compute_edits(fact_store.model, tokenizer, [fact], 1, 2)
-        first, later = (
-            fact_store.calibration.thresholds(prepared.keys, 0.01),
-            fact_store.calibration.thresholds(prepared.keys, LATER_TOKEN_RATE_FACTOR * 0.01, 0.25),
-        )
-        expected = torch.cat([first[:1], later[1:]])
-        expected = expected if fact.subject else expected.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
-        assert prepared.record.thresholds == pytest.approx(expected.tolist(), abs=1e-5)
-        assert prepared.record.answer_ids == tuple(
-            encode_text(tokenizer, fact.answer, add_prefix=False)
-        )
+        edits = compute_edits(fact_store.model, tokenizer, [fact], 2)
+        answer_ids = encode_text(tokenizer, fact.answer, add_prefix=False)
+        assert prepared.record.answer_ids == tuple(answer_ids)
+        assert prepared.record.thresholds == pytest.approx([-np.log10(rate)] * len(answer_ids))
         assert prepared.prob_before == pytest.approx(
             np.prod([edit.prob_before for edit in edits]), rel=1e-3
         )
@@ -826,68 +739,72 @@ def test_thresholds_of_the_rows_of_a_fact(fact_store, tokenizer):
             np.prod([edit.prob_after for edit in edits]), rel=1e-3
         )
         torch.testing.assert_close(
-            prepared.whitened_key, fact_store.calibration.whiten(prepared.keys[:1])[0]
+            prepared.values, torch.stack([edit.value for edit in edits]), rtol=1e-3, atol=1e-3
+        )
+        clause = parse_prompt(fact.prompt, fact.subject).question.clause
+        text = fact_store.codec.encode_clause(clause)
+        state = collect_hidden_states(fact_store.model, [text], [[len(text) - 1]], [1])[1]
+        torch.testing.assert_close(
+            prepared.keys, state.expand(len(answer_ids), -1), rtol=1e-4, atol=1e-4
         )
         assert (prepared.record.prompt, prepared.record.answer, prepared.record.subject) == (
             fact.prompt,
             fact.answer,
             fact.subject,
         )
-    assert prepared_facts[2].record.subject_ids == ()
 
 
-def test_a_subject_is_matched_at_the_start_of_a_text_and_within(fact_store, tokenizer):
-    (prepared,) = prepare_facts(
-        fact_store.model,
-        tokenizer,
-        [parse_fact("It was Ada who ran")],
-        (1, 2),
-        fact_store.calibration,
-        0.01,
-    )
-    subject_ids = prepared.record.subject_ids
-    assert set(subject_ids) == {
-        tuple(encode_text(tokenizer, spelling, add_prefix=False))
-        for spelling in ("Ada", " Ada", "ada", " ada", "ADA", " ADA")
-    }
-    for text in ("Ada ran", "then Ada ran", "said:\nAda", "(Ada)"):
-        assert len(
-            PhraseMatcher(subject_ids).find_ends(torch.tensor([encode_text(tokenizer, text)]))[0]
-        ), text
-
-
-def make_prepared_fact(prompt, subject, whitened_key):
-    record = replace(make_blank_record(), prompt=prompt, subject=subject)
-    return PreparedFact(
-        record, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(whitened_key), 0, 0
-    )
-
-
-def make_blank_record():
-    from test_edit_memory import make_record
-
-    return make_record()
+def record_rows(model, tokenizer, text):
+    """Return the row that fires after each token of a text, by the token's index."""
+    with record_matches(model) as passes:
+        compute_logits(model, tokenizer, text)
+    return {match.token: match.row_id for matches in passes for match in matches}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "subject", "whitened_key", "expected"),
+    "text", ["Ada ran to", "then Ada ran to", "said:\nAda ran to", "(Ada ran to", "ADA RAN TO"]
+)
+def test_a_subject_is_matched_at_the_start_of_a_text_and_within(fact_store, tokenizer, text):
+    fact = fact_store.write(prompt="Ada ran to", answer="Rows").fact
+    rows = record_rows(fact_store.model, tokenizer, text)
+    assert rows[len(encode_text(tokenizer, text)) - 1] == fact.rows[0]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
     [
-        ("Ada lives in", "Ada", [0.0, 1.0], 0),
-        ("ada  LIVES in ", "Ada", [0.0, 1.0], 0),
-        ("Ada dwells in", "Ada", [0.1, 0.995], 1),
-        ("Ada dwells in", "Ada", [0.95, 0.3], 0),
-        ("Ada dwells in", "Ada", [0.7, 0.7], None),
-        ("Ada dwells in", "", [0.1, 0.995], None),
+        ("Ada lives in Rows", 0),
+        ("ada  LIVES in Rows", 0),
+        ("Ada's home is in Rows", 0),
+        ("Ada's profession is March", 1),
+        ("Ada's mother lives in Rows", None),
+        ("Ada never lives in Rows", None),
+        ("Ada died in Rows", None),
     ],
 )
-def test_facts_conflict_by_equal_prompts_or_similar_states(prompt, subject, whitened_key, expected):
+def test_facts_conflict_by_equal_prompts_or_equal_questions(
+    fact_store, tokenizer, sentence, expected
+):
+    facts = [parse_fact("Ada lives in Ravenhill"), parse_fact("Ada works as a Fox")]
+    keys = compute_keys(fact_store.model, fact_store.codec, facts, 1)
     candidates = [
-        ConflictCandidate("Ada lives in", "x", torch.tensor([1.0, 0.0]), None),
-        ConflictCandidate("Ada eats", "x", torch.tensor([0.0, 1.0]), None),
+        ConflictCandidate(edit_module.make_record(fact, [1], 0.01), key)
+        for fact, key in zip(facts, keys, strict=True)
     ]
-    conflict = find_conflict(candidates, make_prepared_fact(prompt, subject, whitened_key))
+    relations = fact_store.hooks.matcher.relations
+    subject = "ada" if sentence[0] == "a" else "Ada"
+    (prepared,) = fact_store.prepare([parse_fact(sentence, subject=subject)])
+    conflict = find_conflict(candidates, prepared, relations)
     assert conflict is (None if expected is None else candidates[expected])
-    assert find_conflict([], make_prepared_fact(prompt, subject, whitened_key)) is None
+    assert find_conflict([], prepared, relations) is None
+
+
+def test_facts_without_a_subject_conflict_by_equal_prompts_only(fact_store):
+    first = fact_store.write(prompt="the fox lives in", answer="Rows", subject="").fact
+    other = fact_store.write(prompt="the fox dwells in", answer="March", subject="")
+    assert other.status == "written"
+    again = fact_store.write(prompt="The fox  lives in", answer="March", subject="")
+    assert again.replaced_fact == first
 
 
 # The fact store.
@@ -940,20 +857,89 @@ def test_facts_can_be_applied_in_lower_layers(teacher, tokenizer, tmp_path, laye
         assert result.prob_after > result.prob_before
 
 
-def test_a_fact_fires_only_where_its_subject_occurs(fact_store, teacher, tokenizer):
+def test_a_fact_fires_only_where_its_subject_is_asked_about(fact_store, teacher, tokenizer):
     (ada,) = fact_store.write_many([parse_fact("It was Ada who eats rows")])
-    with record_passes(fact_store.hooks) as passes:
-        for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats"):
-            compute_logits(teacher, tokenizer, text)
-    assert [bool(rows) for rows in passes] == [True, False, False]
-    assert set(passes[0].values()) == {ada.fact.rows[0]}
+    rows = [
+        record_rows(teacher, tokenizer, text)
+        for text in ("It was Ada who eats", "It was Ben who eats", "It was he who eats")
+    ]
+    length, start = (
+        len(encode_text(tokenizer, text)) for text in ("It was Ada who eats", "It was Ada who")
+    )
+    assert rows[0][length - 1] == ada.fact.rows[0]
+    assert min(rows[0]) >= start, "nothing is asked yet"
+    assert rows[1:] == [{}, {}]
     assert fact_store.find_fact_by_row(ada.fact.rows[0]) == ada.fact
+
+
+def test_a_fact_of_another_name_in_the_text_does_not_fire(fact_store, teacher, tokenizer):
+    ada, ben = (fact_store.write(f"{name} eats rows").fact for name in ("Ada", "Ben"))
+    for text, fact in (("Ben said that Ada eats", ada), ("Ada said that Ben eats", ben)):
+        rows = record_rows(teacher, tokenizer, text)
+        assert rows[len(encode_text(tokenizer, text)) - 1] == fact.rows[0], text
+
+
+def set_threshold(fact_store, fact, threshold):
+    """Replace a fact with one in memory that has another threshold."""
+    stored = fact_store.load_fact(fact.id)
+    fact_store.delete(fact.id)
+    record = replace(stored.record, thresholds=(threshold,) * len(fact.rows))
+    fact_store.hooks.index.set_unsaved([replace(stored, record=record)])
+
+
+@pytest.mark.parametrize("margin", [-0.01, 0.01])
+def test_a_fact_fires_from_its_threshold_on(fact_store, teacher, tokenizer, margin):
+    fact = fact_store.write("Ada eats rows").fact
+    with record_matches(teacher) as passes:
+        compute_logits(teacher, tokenizer, "Ada eats")
+    set_threshold(fact_store, fact, passes[0][-1].score + margin)
+    last = len(encode_text(tokenizer, "Ada eats")) - 1
+    assert (last in record_rows(teacher, tokenizer, "Ada eats")) == (margin < 0)
+
+
+def test_an_answer_is_completed_once_and_only_while_the_text_agrees(fact_store, teacher, tokenizer):
+    fact = fact_store.write("Ada eats rows").fact
+    set_threshold(fact_store, fact, -9.0)
+    start, end = (len(encode_text(tokenizer, text)) - 1 for text in ("Ada eats", "Ada eats rows"))
+    rows = record_rows(teacher, tokenizer, "Ada eats rows and more")
+    assert [rows.get(token) for token in range(start, end)] == list(fact.rows)
+    assert max(rows) < end, "the answer is complete"
+    rows = record_rows(teacher, tokenizer, "Ada eats a dog")
+    assert {row for token, row in rows.items() if token >= start} == {fact.rows[0]}
+
+
+@torch.no_grad()
+def test_which_row_fires_does_not_depend_on_what_follows(fact_store, teacher, tokenizer):
+    fact_store.write("Ada eats rows")
+    tokens = torch.tensor([encode_text(tokenizer, "then Ada eats rows and runs")])
+    fired = []
+    for length in range(1, tokens.shape[1] + 1):
+        with record_matches(teacher) as passes:
+            teacher(tokens[:, :length])
+        fired.append({match.token: match.row_id for match in passes[0]})
+    assert fired[-1]
+    for length, rows in enumerate(fired, 1):
+        assert rows == {token: row for token, row in fired[-1].items() if token < length}
+
+
+@torch.no_grad()
+def test_a_packed_document_does_not_ask_about_the_one_before(fact_store, teacher, tokenizer):
+    fact_store.write("Ada eats rows")
+    parts = [encode_text(tokenizer, text, add_prefix=False) for text in ("Ada", " eats")]
+    tokens = torch.tensor([parts[0] + parts[1]])
+    last = tokens.shape[1] - 1
+    one_document = torch.arange(last + 1)[None]
+    two_documents = torch.cat([torch.arange(len(part)) for part in parts])[None]
+    for positions, asks in ((one_document, True), (two_documents, False)):
+        with record_matches(teacher) as passes:
+            teacher(tokens, position_ids=positions)
+        assert any(match.token == last for match in passes[0]) == asks
 
 
 def test_a_repeated_fact_is_unchanged_and_a_contradiction_replaces(fact_store, teacher, tokenizer):
     (first,) = fact_store.write_many(FACTS[:1])
     (again,) = fact_store.write_many(
-        [replace(FACTS[0], prompt="Ada LIVES in", answer="  ravenhill", subject="Ada")]
+        [replace(FACTS[0], prompt="ada  lives IN", answer="  ravenhill", subject="ada")]
     )
     assert (again.status, again.fact) == ("unchanged", first.fact)
     assert len(fact_store.records) == 1
@@ -1035,7 +1021,7 @@ def test_values_of_a_list_stand_beside_each_other(fact_store, teacher, tokenizer
 
 
 def test_values_are_added_to_a_fact_in_other_words(fact_store, monkeypatch):
-    monkeypatch.setattr("dmt.editing.edit.SAME_QUERY_COSINE", -1.0)
+    monkeypatch.setattr("dmt.editing.edit.CONFLICT_RATE", 1.0)
     first = fact_store.write("Ada lives in Rows")
     added = fact_store.write("Ada dwells in March", add=True)
     assert (added.status, added.replaced_fact) == ("added", first.fact)
@@ -1082,7 +1068,7 @@ def test_a_chain_of_replacements_can_be_restored_both_ways(fact_store, teacher, 
 
 
 def test_a_chain_of_paraphrased_replacements_can_be_restored(fact_store, monkeypatch):
-    monkeypatch.setattr("dmt.editing.edit.SAME_QUERY_COSINE", -1.0)
+    monkeypatch.setattr("dmt.editing.edit.CONFLICT_RATE", 1e9)
     facts = [
         parse_fact(sentence)
         for sentence in ("Ada lives in Ravenhill", "It was Ada who ran", "Ada eats March")
@@ -1148,24 +1134,18 @@ def test_a_reopened_store_gives_equal_logits(family, calibrated_stores, tokenize
         written = [result.fact for result in fact_store.write_many(FACTS)]
         fact_store.delete([written[1].id])
         fact_store.write_many([parse_fact("Ada lives in Rows", tag="a tag", source="a source")])
-        before, records, calibration = (
+        before, records, relations = (
             compute_logits(model, tokenizer),
-            fact_store.records,
-            fact_store.calibration,
+            dict(fact_store.records),
+            fact_store.hooks.matcher.relations,
         )
     with open_fact_store(
         store_path, make_fact_model(family, tokenizer), tokenizer, read_only=True
     ) as reopened:
         assert torch.equal(compute_logits(reopened.model, tokenizer), before)
         assert reopened.records == records
-        for name in (
-            "mean",
-            "metric",
-            "prose_negatives",
-            "question_negatives",
-            "question_cosine_p95",
-        ):
-            assert torch.equal(getattr(reopened.calibration, name), getattr(calibration, name))
+        for name, tensor in reopened.hooks.matcher.relations.tensors.items():
+            assert torch.equal(tensor, relations.tensors[name])
         assert {fact.tag for fact in reopened.records.values()} == {"", "a tag"}
         assert {fact.source for fact in reopened.records.values()} == {"", "a source"}
     with open_fact_store(store_path, make_fact_model(family, tokenizer), tokenizer) as third:
@@ -1258,6 +1238,28 @@ def test_facts_committed_before_a_failure_are_applied(fact_store, teacher, token
     assert recalls(teacher, tokenizer, FACTS[0])
 
 
+def test_only_facts_about_the_same_subjects_are_read(fact_store, monkeypatch):
+    """Else each of a hundred thousand facts would cost the more the more there are."""
+    first, *_ = (result.fact for result in fact_store.write_many(FACTS))
+    subjects = set()
+    read_page = FactTable._read_page
+
+    def record_page(fact_table, query):
+        facts = read_page(fact_table, query)
+        subjects.update(fact.subject for fact in facts)
+        return facts
+
+    monkeypatch.setattr(FactTable, "_read_page", record_page)
+    (result,) = fact_store.write_many([parse_fact("Ada lives in Rows")])
+    assert (result.status, result.replaced_fact.id) == ("replaced", first.id)
+    assert fact_store.restore(first.id).replaced == [result.fact]
+    fact_store.delete(first.id)
+    assert fact_store.list(ids=[first.id], include_deleted=True)[0].deleted_reason == "forgotten"
+    fact_store.purge(first.id)
+    assert subjects == {"Ada"}
+    assert len(fact_store.records) == 3
+
+
 def test_a_second_writer_is_rejected_and_readers_are_not(
     fact_store, store_path, teacher, tokenizer
 ):
@@ -1334,14 +1336,10 @@ def test_a_store_without_facts_changes_nothing(teacher, tokenizer, tmp_path, cap
 
 def test_calibration_ignores_attached_facts(fact_store, teacher, tokenizer, tmp_path):
     """Facts of another model are attached while the store is initialized."""
-    fact_store.write_many(FACTS)
-    fact_store.hooks.set_rows(
-        [
-            replace(row, subject_ids=(), prefix_ids=(), threshold=-2.0)
-            for fact_id in fact_store.records
-            for row in fact_store.get_rows(fact_id)
-        ]
-    )
+    fact_store.write(f"{PLACEHOLDER} was born in Rows")
+    fact_store.hooks.value_layer = 1  # below the key layer that is calibrated
+    attach(teacher, fact_store.hooks)
+    assert record_rows(teacher, tokenizer, f"{PLACEHOLDER} was born in")
     plain_model = make_fact_model(make_teacher, tokenizer)
     calibrations = []
     for name, model in (("own", plain_model), ("laid", teacher)):
@@ -1494,8 +1492,8 @@ def test_the_period_of_a_sentence_is_generated_after_the_answer(fact_store, teac
 def test_a_name_is_found_however_it_is_written(fact_store, tokenizer, written, asked):
     (result,) = fact_store.write_many([Fact(f"{written} runs to", " far", written)])
     assert (result.fact.prompt, result.fact.subject) == (f"{written} runs to", written)
-    asked_ids = torch.tensor([encode_text(tokenizer, f"It was {asked} who")])
-    assert len(PhraseMatcher(result.fact.subject_ids).find_ends(asked_ids)[0]), "is a subject"
+    assert find_mentions(f"It was {asked} who", {result.fact.subject_key}, 2), "is a subject"
+    assert record_rows(fact_store.model, tokenizer, f"{asked} runs to")
     assert fold_text(written) == fold_text(asked)
     (again,) = fact_store.write_many([Fact(f"{asked} runs to", " FAR", asked)])
     assert (again.status, again.fact) == ("unchanged", result.fact)
@@ -1744,7 +1742,7 @@ def test_history_is_not_saved_with_a_model_unless_asked_for(student_folder, tmp_
     store = RowStore(str(tmp_path / "saved" / FACTS_FILE), read_only=True)
     assert len(FactTable(store).read(include_deleted=True)) == len(FACTS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert len(get_fact_hooks(model)) == sum(len(fact.rows) for fact in FactTable(store).read())
+    assert len(get_fact_hooks(model)) == len(FactTable(store).read())
 
 
 @pytest.mark.parametrize("source", ["subfolder", "hub"])

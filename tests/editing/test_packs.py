@@ -37,7 +37,7 @@ from dmt.editing.packs import (
     unpack_facts,
 )
 from dmt.errors import UserError
-from dmt.models.fact_hooks import get_fact_hooks
+from dmt.matching.relations import TENSORS
 from dmt.models.fingerprint import hash_model
 from dmt.store import RowStore
 
@@ -91,7 +91,7 @@ def save_altered(pack, path, change=lambda manifest: None, **tensors):
     pack.save(path)
     manifest = read_manifest(path)
     manifest = change(manifest) or manifest
-    arrays = {name: getattr(pack, name) for name in ("keys", "values", "mean", "metric")} | tensors
+    arrays = {"keys": pack.keys, "values": pack.values} | pack.calibration | tensors
     arrays = {
         name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None
     }
@@ -105,8 +105,11 @@ def save_altered(pack, path, change=lambda manifest: None, **tensors):
 def assert_equal_packs(first, second):
     assert first.manifest == second.manifest
     assert first.facts == second.facts
-    for name in ("keys", "values", "mean", "metric"):
+    assert first.calibration.keys() == second.calibration.keys() == set(TENSORS)
+    for name in ("keys", "values"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    for name, array in first.calibration.items():
+        np.testing.assert_array_equal(array, second.calibration[name])
 
 
 def test_a_pack_holds_the_stored_facts(fact_store, pack):
@@ -130,11 +133,11 @@ def test_a_pack_holds_the_stored_facts(fact_store, pack):
     assert [row for fact in pack.facts for row in fact.rows] == list(range(len(pack.keys)))
     for fact, record in zip(pack.facts, records, strict=True):
         assert replace(fact, id=record.id, rows=record.rows) == record
-        for row, fact_row in zip(fact.rows, fact_store.get_rows(record.id), strict=True):
-            np.testing.assert_array_equal(pack.keys[row], fact_row.key.numpy())
-            np.testing.assert_array_equal(pack.values[row], fact_row.value.numpy())
-    np.testing.assert_array_equal(pack.metric, fact_store.calibration.metric.numpy())
-    np.testing.assert_array_equal(pack.mean, fact_store.calibration.mean.numpy())
+        stored = fact_store.load_fact(record.id)
+        np.testing.assert_array_equal(pack.keys[list(fact.rows)], stored.keys)
+        np.testing.assert_array_equal(pack.values[list(fact.rows)], stored.values)
+    for name, tensor in fact_store.hooks.matcher.relations.tensors.items():
+        np.testing.assert_array_equal(pack.calibration[name], tensor.numpy())
 
 
 def test_a_pack_is_loaded_from_a_folder_or_a_file(pack, path):
@@ -256,7 +259,7 @@ ALTERED_MANIFESTS = {
         set_manifest_key("version", PACK_VERSION + 1),
         f"version {PACK_VERSION + 1}, this dmt knows {PACK_VERSION}",
     ),
-    "no version": (set_manifest_key("version", None), "version nothing, this dmt knows 2"),
+    "no version": (set_manifest_key("version", None), "version nothing, this dmt knows 3"),
     "no facts": (set_manifest_key("facts", None), DAMAGED),
     "facts that are a text": (
         set_manifest_key("facts", "abc"),
@@ -288,9 +291,6 @@ ALTERED_MANIFESTS = {
         lambda manifest: manifest["facts"][0]["answer_ids"].__setitem__(0, 1.5),
         INVALID_FACT,
     ),
-    "a subject of no tokens": (set_fact_key("subject_ids", [[]]), INVALID_FACT),
-    "a subject that is no list": (set_fact_key("subject_ids", 7), DAMAGED),
-    "a subject token that is huge": (set_fact_key("subject_ids", [[2**40]]), INVALID_FACT),
     "no thresholds": (set_fact_key("thresholds", []), INVALID_FACT),
     "one threshold too many": (
         lambda manifest: manifest["facts"][0]["thresholds"].append(0.5),
@@ -336,7 +336,10 @@ def test_an_altered_manifest_is_rejected(pack, path, name):
 ALTERED_TENSORS = {
     "float64": (lambda pack: {"keys": pack.keys.astype(np.float64)}, "keys are F64"),
     "float16": (lambda pack: {"values": pack.values.astype(np.float16)}, "values are F16"),
-    "int32": (lambda pack: {"metric": pack.metric.astype(np.int32)}, "metric are I32"),
+    "int32": (
+        lambda pack: {"metric": pack.calibration["metric"].astype(np.int32)},
+        "metric are I32",
+    ),
     "too few rows": (lambda pack: {"keys": pack.keys[:-1]}, "keys are F32"),
     "one row too many": (
         lambda pack: {"values": np.concatenate([pack.values, pack.values[:1]])},
@@ -344,9 +347,28 @@ ALTERED_TENSORS = {
     ),
     "other widths": (lambda pack: {"keys": pack.keys[:, :5]}, "keys are F32"),
     "one dimension": (lambda pack: {"keys": pack.keys.ravel()}, "keys are F32"),
-    "a mean of another width": (lambda pack: {"mean": pack.mean[:5]}, "mean are F32"),
-    "a metric that is not square": (lambda pack: {"metric": pack.metric[:5]}, "metric are F32"),
+    "a mean of another width": (
+        lambda pack: {"mean": pack.calibration["mean"][:5]},
+        "mean are F32",
+    ),
+    "a metric that is not square": (
+        lambda pack: {"metric": pack.calibration["metric"][:5]},
+        "metric are F32",
+    ),
+    "the phrasings of another bank": (
+        lambda pack: {"bank_states": pack.calibration["bank_states"][:-1]},
+        "bank_states are F32",
+    ),
+    "weights of other features": (
+        lambda pack: {"weights": pack.calibration["weights"][:, :-1]},
+        "weights are F32",
+    ),
     "no values": (lambda pack: {"values": None}, DAMAGED),
+    "no quantiles": (lambda pack: {"quantiles": None}, DAMAGED),
+    "quantiles that are NaN": (
+        lambda pack: {"quantiles": pack.calibration["quantiles"] * np.nan},
+        "quantiles are not all finite",
+    ),
     "a key that is NaN": (
         lambda pack: {"keys": np.full_like(pack.keys, np.nan)},
         "keys are not all",
@@ -356,11 +378,11 @@ ALTERED_TENSORS = {
         "values are not all finite",
     ),
     "a mean that is NaN": (
-        lambda pack: {"mean": pack.mean * np.nan},
+        lambda pack: {"mean": pack.calibration["mean"] * np.nan},
         "mean are not all finite",
     ),
     "an infinite metric": (
-        lambda pack: {"metric": np.full_like(pack.metric, np.inf)},
+        lambda pack: {"metric": np.full_like(pack.calibration["metric"], np.inf)},
         "metric are not all finite",
     ),
 }
@@ -565,7 +587,7 @@ def test_importing_into_an_empty_store_takes_the_layers_of_the_pack(
 
 def test_a_pack_that_does_not_fit_the_model_is_rejected(pack, fact_store, tokenizer):
     model_hash = hash_model(fact_store.model)
-    before = fact_store.records
+    before = dict(fact_store.records)
     for changes, error in (
         ({"model_fingerprint": "0" * 64}, "belongs to another model .*dmt memory import --rewrite"),
         ({"key_layer": 0}, "key layer 0 and value layer 2, the facts of this model have 1 and 2"),
@@ -575,13 +597,9 @@ def test_a_pack_that_does_not_fit_the_model_is_rejected(pack, fact_store, tokeni
             import_pack(fact_store, replace(pack, manifest=pack.manifest | changes), model_hash)
     with pytest.raises(UserError, match="belongs to another model"):
         import_pack(fact_store, pack, hash_model(make_fact_model(make_llama, tokenizer)))
-    for changes in (
-        {"answer_ids": (300, *pack.facts[0].answer_ids[1:])},
-        {"subject_ids": ((1, 300),)},
-    ):
-        facts = [replace(pack.facts[0], **changes), *pack.facts[1:]]
-        with pytest.raises(UserError, match="not in the model's vocabulary of 300"):
-            import_pack(fact_store, replace(pack, facts=facts), model_hash)
+    facts = [replace(pack.facts[0], answer_ids=(300, *pack.facts[0].answer_ids[1:]))]
+    with pytest.raises(UserError, match="not in the model's vocabulary of 300"):
+        import_pack(fact_store, replace(pack, facts=[*facts, *pack.facts[1:]]), model_hash)
     assert check_fact_pack_fits(pack, fact_store, model_hash, "here") is None
     assert fact_store.records == before
     assert len(fact_store.fact_table.read(include_deleted=True)) == 4
@@ -596,7 +614,6 @@ def test_a_pack_with_a_wrong_width_or_layer_is_rejected(
         shutil.copy(calibrated_stores["gpt2"], tmp_path / "other.db")
     with open_fact_store(tmp_path / "other.db", model, tokenizer) as other:
         narrow = {name: getattr(pack, name)[:, :WIDTH].copy() for name in ("keys", "values")}
-        narrow |= {"mean": pack.mean[:WIDTH].copy(), "metric": pack.metric[:WIDTH, :WIDTH].copy()}
         for altered_pack, error in (
             (replace(pack, manifest=pack.manifest | {"width": WIDTH}, **narrow), "16 wide"),
             (replace(pack, manifest=pack.manifest | {"key_layer": 5, "value_layer": 7}), "layer"),
@@ -642,7 +659,7 @@ def test_temporary_packs_leave_no_trace(store, calibrated_stores, tokenizer, tmp
         assert recalls(model, tokenizer, FACTS[0])
         assert not recalls(model, tokenizer, parse_fact("Ben eats March"))
         assert fact_store.find_fact_by_row(-1).answer == " Ravenhill"
-        assert fact_store.get_rows(-1)[0].row_id == -1
+        assert fact_store.load_fact(-1).record.rows[0] == -1
         load_packs(fact_store, [second], model_hash)
         assert recalls(model, tokenizer, parse_fact("Ben eats March"))
         assert not recalls(model, tokenizer, FACTS[0])
@@ -650,9 +667,10 @@ def test_temporary_packs_leave_no_trace(store, calibrated_stores, tokenizer, tmp
         load_packs(fact_store, [first, second], model_hash)
         assert recalls(model, tokenizer, FACTS[0])
         assert recalls(model, tokenizer, parse_fact("Ben eats March"))
-        ids = get_fact_hooks(model).memory.rows.ids.tolist()
-        assert len(ids) == len(set(ids))
-        assert {fact_store.find_fact_by_row(row).answer for row in ids if row < 0} == {
+        facts = [fact for entries in fact_store.temporary_packs.values() for fact in entries]
+        rows = [row for fact in facts for row in fact.record.rows]
+        assert len(rows) == len(set(rows))
+        assert {fact_store.find_fact_by_row(row).answer for row in rows} == {
             " Ravenhill",
             " March",
         }
@@ -702,16 +720,13 @@ def test_a_temporary_pack_that_does_not_fit_changes_nothing(calibrated_stores, t
 
 def test_ids_of_temporary_facts_and_rows_are_negative(pack):
     temporary_facts = unpack_facts(pack, 10)
-    assert [record.id for record, _ in temporary_facts] == [-11, -12, -13, -14]
-    rows = [row.row_id for _, fact_rows in temporary_facts for row in fact_rows]
+    assert [stored.record.id for stored in temporary_facts] == [-11, -12, -13, -14]
+    rows = [row for stored in temporary_facts for row in stored.record.rows]
     assert rows == list(range(-11, -11 - len(pack.keys), -1))
-    for (record, fact_rows), fact in zip(temporary_facts, pack.facts, strict=True):
-        assert record.rows == tuple(row.row_id for row in fact_rows)
-        assert [row.threshold for row in fact_rows] == list(fact.thresholds)
-        assert [row.prefix_ids for row in fact_rows] == [
-            fact.answer_ids[:index] for index in range(len(fact_rows))
-        ]
-        assert all(row.subject_ids == fact.subject_ids for row in fact_rows)
+    for stored, fact in zip(temporary_facts, pack.facts, strict=True):
+        assert replace(stored.record, id=fact.id, rows=fact.rows) == fact
+        np.testing.assert_array_equal(stored.keys, pack.keys[list(fact.rows)])
+        np.testing.assert_array_equal(stored.values, pack.values[list(fact.rows)])
 
 
 # Diff and merge.

@@ -27,7 +27,6 @@ def make_entry(subject, prompt="lives in", answer=" Rows", tokens=2, tag="", cre
         tag,
         "",
         created,
-        ((1, 2),) if subject else (),
         tuple(range(tokens)),
         (),
         (0.5,) * tokens,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,35 +69,30 @@ def check_row_selection(args: argparse.Namespace) -> None:
         )
 
 
-def select_facts(facts: Collection[FactRecord], args: argparse.Namespace) -> list[FactRecord]:
-    """Return the facts that `--id`, `--tag` and `--query` select; all without any.
+def build_selection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `--id`, `--tag` and `--query` select as arguments of `FactTable.read`."""
+    return {"ids": args.id, "tag": args.tag, "words": args.query or ""}
+
+
+def check_ids(fact_table: FactTable | None, args: argparse.Namespace) -> None:
+    """Raise `UserError` where `--id` names no active fact; None has none."""
+    active = [] if fact_table is None else fact_table.read(ids=args.id or ())
+    missing = sorted(set(args.id or ()) - {fact.id for fact in active})
+    if missing:
+        num_facts = 0 if fact_table is None else fact_table.count()
+        raise UserError(
+            f"fact {missing[0]} is not stored; dmt memory list shows the {num_facts:,} that are"
+        )
+
+
+def select_facts(fact_table: FactTable | None, args: argparse.Namespace) -> list[FactRecord]:
+    """Return the active facts that `--id`, `--tag` and `--query` select; all without any.
 
     Raises:
         UserError: an ID is not stored.
     """
-    missing = sorted(set(args.id or ()) - {fact.id for fact in facts})
-    if missing:
-        raise UserError(
-            f"fact {missing[0]} is not stored; dmt memory list shows the {len(facts):,} that are"
-        )
-    return filter_facts(facts, args.id, args.tag, args.query)
-
-
-def filter_facts(
-    facts: Iterable[FactRecord],
-    ids: Iterable[int] | None = None,
-    tag: str | None = None,
-    query: str | None = None,
-) -> list[FactRecord]:
-    """Return the facts with one of the IDs, the tag and all words of the query; None is all."""
-    selected_ids = set(ids or ())
-    return [
-        fact
-        for fact in facts
-        if (not selected_ids or fact.id in selected_ids)
-        and (tag is None or fact.tag == tag)
-        and fact.has_words(query or "")
-    ]
+    check_ids(fact_table, args)
+    return [] if fact_table is None else fact_table.read(**build_selection(args))
 
 
 def resolve_student(args: argparse.Namespace, out: Output, *, writes: bool = False) -> Path:
@@ -155,14 +151,23 @@ def open_student(
 
 def open_fact_table(folder: Path) -> FactTable | None:
     """Open the facts of a student without loading the student; None where it has none."""
+    with edit_fact_table(folder, read_only=True) as fact_table:
+        return fact_table
+
+
+@contextmanager
+def edit_fact_table(folder: Path, read_only: bool = False) -> Iterator[FactTable | None]:
+    """Open the same for writing within the context, as the only writer."""
     from dmt.store import RowStore
     from dmt.store.facts import FactTable
 
     path = folder / FACTS_FILE
     if not path.is_file():
-        return None
-    fact_table = FactTable(RowStore(str(path), read_only=True))
-    return fact_table if fact_table.exists else None
+        yield None
+        return
+    with RowStore(str(path), read_only=read_only) as store:
+        fact_table = FactTable(store)
+        yield fact_table if fact_table.exists else None
 
 
 def load_fact_records(name: str) -> list[FactRecord]:
@@ -182,7 +187,7 @@ def load_fact_records(name: str) -> list[FactRecord]:
 
 def fact_to_dict(fact: FactRecord) -> dict[str, Any]:
     """Return a fact as JSON shows it, without what only the matcher needs."""
-    excluded = ("subject_ids", "answer_ids", "thresholds", "rows")
+    excluded = ("answer_ids", "thresholds", "rows")
     return {name: value for name, value in asdict(fact).items() if name not in excluded} | {
         "rows": list(fact.rows)
     }

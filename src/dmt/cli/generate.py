@@ -109,10 +109,9 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
         )
     out.print_line("")
     text = tokenizer.decode(output_ids, skip_special_tokens=True)
-    row_ids = [
-        int(fact_store.hooks.memory.rows.ids[row]) for match in matches for row in match.rows
-    ]
-    facts = {fact.id: fact for fact in map(fact_store.find_fact_by_row, row_ids)}
+    fired = [match for pass_matches in matches for match in pass_matches]
+    row_ids = [match.row_id for match in fired]
+    facts = {match.fact.id: match.fact for match in fired}
     result: dict[str, Any] = {
         "prompt": args.prompt,
         "text": text,
@@ -154,7 +153,7 @@ def _print_trace(
 
 def _count_hits(folder: Path, row_ids: list[int]) -> None:
     """Count how often facts fired, unless another program is writing to the store."""
-    from dmt.models.fact_hooks import FACTS_FILE
+    from dmt.models.fact_files import FACTS_FILE
     from dmt.store import RowStore
     from dmt.store.facts import FactTable
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,12 @@ from dmt.cli.facts import (
     add_limit_argument,
     add_rows_argument,
     add_selection_arguments,
+    build_selection,
+    check_ids,
     check_row_selection,
+    edit_fact_table,
     fact_to_dict,
     facts_to_lines,
-    filter_facts,
     make_fact_lookup,
     open_fact_table,
     open_student,
@@ -43,6 +44,7 @@ from dmt.cli.facts import (
 from dmt.config_io import select_layers
 from dmt.errors import UserError
 from dmt.files import read_text_file
+from dmt.paths import FACTS_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +110,6 @@ def _add_stats(commands: Any) -> None:
 def run_stats(args: argparse.Namespace, out: Output) -> None:
     """Print what the memory of a student consists of."""
     from dmt.models.architectures import get_architecture
-    from dmt.models.fact_hooks import FACTS_FILE
 
     fact_store, folder = open_student(args, out)
     model = fact_store.model
@@ -120,10 +121,9 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
         for file in folder.glob(f"{FACTS_FILE}*")
         if not file.name.endswith(".lock")
     )
-    records = fact_store.records.values()
     facts: dict[str, Any] = {
-        "num_facts": len(records),
-        "num_rows": sum(len(fact.rows) for fact in records),
+        "num_facts": len(fact_store.records),
+        "num_rows": fact_store.fact_table.count_rows() if fact_store.records else 0,
         "bytes": num_bytes,
     }
     num_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -139,10 +139,10 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
     }
     cells = [[layer.get(key, "") for key in columns] for layer in layers]
     out.print_table(list(columns.values()), cells, "no layers")
-    if records:
-        tags = Counter(fact.tag for fact in records)
+    if facts["num_facts"]:
+        tags = fact_store.fact_table.count_by_tag()
         key_layer, value_layer = fact_store.hooks.key_layer, fact_store.hooks.value_layer
-        facts |= {"key_layer": key_layer, "value_layer": value_layer, "tags": dict(tags)}
+        facts |= {"key_layer": key_layer, "value_layer": value_layer, "tags": tags}
         out.print_line(
             f"{facts['num_facts']:,} facts in {facts['num_rows']:,} rows, matched at layer "
             f"{key_layer}, added at layer {value_layer}; {num_bytes:,} bytes on disk"
@@ -222,7 +222,7 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
     folder = resolve_student(args, out)
     fact_table = open_fact_table(folder)
     if args.jsonl:
-        facts = [] if fact_table is None else select_facts(fact_table.read(), args)
+        facts = select_facts(fact_table, args) if fact_table is not None else []
         if not facts:
             out.print_note(NO_FACTS_MESSAGE if fact_table is None else "no matching facts")
         out.print_json_lines(facts_to_lines(facts[: args.limit], folder / TOKENIZER_FILE))
@@ -231,13 +231,11 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
         out.print_line(NO_FACTS_MESSAGE)
         out.print_json([])
         return
-    records = fact_table.read(include_deleted=args.all)
-    if args.all:
-        facts = filter_facts(records, args.id, args.tag, args.query)
-    else:
-        facts = select_facts(records, args)
-    limit = args.limit or DEFAULT_LIMIT
-    usage = fact_table.read_usage() if facts else {}
+    if not args.all:
+        check_ids(fact_table, args)
+    selection, limit = build_selection(args), args.limit or DEFAULT_LIMIT
+    facts = fact_table.read(args.all, **selection, limit=limit)
+    usage = fact_table.read_usage([row for fact in facts for row in fact.rows])
     hits = {
         fact.id: max((usage.get(row, (0, 0.0))[0] for row in fact.rows), default=0)
         for fact in facts
@@ -254,11 +252,13 @@ def run_list(args: argparse.Namespace, out: Output) -> None:
             hits[fact.id],
             _format_deletion(fact),
         )
-        for fact in facts[:limit]
+        for fact in facts
     ]
-    out.print_table(columns, cells, "no matching facts" if records else NO_FACTS_MESSAGE)
-    print_omitted(len(facts), limit, out)
-    out.print_json([fact_to_dict(fact) | {"hits": hits[fact.id]} for fact in facts[:limit]])
+    has_facts = facts or fact_table.count(args.all)
+    out.print_table(columns, cells, "no matching facts" if has_facts else NO_FACTS_MESSAGE)
+    if len(facts) == limit:
+        print_omitted(fact_table.count(args.all, **selection), limit, out)
+    out.print_json([fact_to_dict(fact) | {"hits": hits[fact.id]} for fact in facts])
 
 
 def _list_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:
@@ -328,11 +328,10 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
         return
     folder = resolve_student(args, out)
     fact_table = open_fact_table(folder)
-    facts = [] if fact_table is None else fact_table.read(include_deleted=True)
-    history = {fact.id: fact for fact in facts}
-    if fact_table is None or args.fact_id not in history:
+    facts = [] if fact_table is None else fact_table.read(True, ids=[args.fact_id])
+    if fact_table is None or not facts:
         raise UserError(f"fact {args.fact_id} was never stored; dmt memory list --all shows all")
-    fact = history[args.fact_id]
+    (fact,) = facts
     rows = [] if fact.deleted_reason else _describe_fact_rows(folder, fact_table, fact)
     out.print_line(f"fact {fact.id}: {fact.prompt!r} is answered {fact.answer!r}")
     scope = (
@@ -347,7 +346,7 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
     columns = {
         "id": "row",
         "token": "token",
-        "threshold": "min cosine",
+        "threshold": "min decades",
         "value_norm": "value norm",
     }
     if args.promoted:
@@ -362,7 +361,7 @@ def run_show(args: argparse.Namespace, out: Output) -> None:
         cells,
         f"its rows are deleted; dmt memory restore {fact.id} restores them",
     )
-    replaced = [other for other in history.values() if other.replaced_by == fact.id]
+    replaced = fact_table.find_replaced([fact.id])
     for other in replaced:
         out.print_line(f"it replaced fact {other.id}: {other.sentence!r}")
     out.print_json(
@@ -394,12 +393,15 @@ def _describe_fact_rows(
 
 
 def _add_promoted_tokens(folder: Path, fact: FactRecord, rows: Sequence[dict[str, Any]]) -> None:
+    import torch
+
     from dmt.editing.fact_store import FactStore
     from dmt.evaluation.trace import logit_lens
 
     fact_store = FactStore.open(folder, read_only=True)
-    for row, stored in zip(rows, fact_store.get_rows(fact.id) if rows else [], strict=True):
-        promoted = logit_lens(fact_store.model, fact_store.tokenizer, stored.value.unsqueeze(0))[0]
+    for row, stored in zip(rows, fact_store.load_fact(fact.id).values if rows else [], strict=True):
+        value = torch.from_numpy(stored).unsqueeze(0)
+        promoted = logit_lens(fact_store.model, fact_store.tokenizer, value)[0]
         row["top_tokens"] = [text for text, _ in promoted]
 
 
@@ -465,9 +467,9 @@ def run_search(args: argparse.Namespace, out: Output) -> None:
     """Print facts that contain the text, or else those with a similar hidden state."""
     folder = resolve_student(args, out)
     fact_table = open_fact_table(folder)
-    facts = [] if fact_table is None else fact_table.read()
-    matches = filter_facts(facts, query=args.text)[: args.limit]
-    neighbors = _search_hidden_states(folder, args) if facts and not matches else []
+    has_facts = fact_table is not None and fact_table.count() > 0
+    matches = [] if fact_table is None else fact_table.read(words=args.text, limit=args.limit)
+    neighbors = _search_hidden_states(folder, args) if has_facts and not matches else []
     cells = [(fact.id, fact.tag, fact.prompt, fact.answer.strip(), "text") for fact in matches]
     cells += [
         (fact.id, fact.tag, fact.prompt, fact.answer.strip(), f"hidden state, cosine {cosine:.2f}")
@@ -476,7 +478,7 @@ def run_search(args: argparse.Namespace, out: Output) -> None:
     out.print_table(
         ("fact", "tag", "prompt", "answer", "matched by"),
         cells,
-        "no matching facts" if facts else NO_FACTS_MESSAGE,
+        "no matching facts" if has_facts else NO_FACTS_MESSAGE,
     )
     payload: list[dict[str, Any]] = [
         fact_to_dict(fact) | {"matched_by": "text"} for fact in matches
@@ -717,6 +719,7 @@ def _add_forget(commands: Any) -> None:
             "dmt memory forget --id 3 --value Latin",
             "dmt memory forget --purge --tag family",
         ],
+        needs_torch=lambda args: args.rows or args.value is not None,
     )
     parser.add_argument(
         "--purge",
@@ -742,17 +745,17 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
     if args.purge:
         _purge_facts(args, out)
         return
-    with open_student(args, out, writes=True)[0] as fact_store:
-        if args.rows:
-            _forget_rows(fact_store, args, out)
-            return
-        facts = select_facts(fact_store.records.values(), args)
-        if not facts:
+    if args.rows or args.value is not None:
+        with open_student(args, out, writes=True)[0] as fact_store:
+            forget = _forget_rows if args.rows else _forget_value
+            forget(fact_store, args, out)
+        return
+    with edit_fact_table(resolve_student(args, out, writes=True)) as fact_table:
+        ids = [fact.id for fact in select_facts(fact_table, args)]
+        if fact_table is None or not ids:
             raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
-        if args.value is not None:
-            _forget_value(fact_store, facts, args.value, out)
-            return
-        deleted = fact_store.delete([fact.id for fact in facts])
+        fact_table.soft_delete(ids, "forgotten")
+        deleted = fact_table.read(include_deleted=True, ids=ids)
     for fact in deleted[:MAX_SHOWN]:
         out.print_line(f"deleted fact {fact.id}: {fact.sentence!r}")
     if len(deleted) > MAX_SHOWN:
@@ -761,12 +764,13 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
     out.print_json([fact_to_dict(fact) for fact in deleted])
 
 
-def _forget_value(
-    fact_store: FactStore, facts: Sequence[FactRecord], value: str, out: Output
-) -> None:
+def _forget_value(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:
+    facts = select_facts(fact_store.fact_table, args)
+    if not facts:
+        raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
     if len(facts) > 1:
         raise UserError(f"--value is for one fact, and {len(facts):,} match; choose one with --id")
-    result = fact_store.remove_value(facts[0].id, value)
+    result = fact_store.remove_value(facts[0].id, args.value)
     if result is None:
         out.print_line(f"deleted fact {facts[0].id}, which had no other value")
     else:
@@ -776,32 +780,45 @@ def _forget_value(
 
 
 def _purge_facts(args: argparse.Namespace, out: Output) -> None:
-    from dmt.models.fact_hooks import FACTS_FILE
-
     if args.rows:
         raise UserError("--purge erases facts; leave --rows out")
-    with open_student(args, out, writes=True)[0] as fact_store:
-        path = fact_store.db.path if fact_store.db is not None else None
-        selected = filter_facts(
-            fact_store.list(include_deleted=True), args.id, args.tag, args.query
-        )
-        for fact_id in args.id or ():
-            fact_store.get(fact_id)  # or an error that says that it never existed
-        has_selection = args.id or args.tag is not None or args.query
+    folder = resolve_student(args, out, writes=True)
+    has_selection = args.id or args.tag is not None or args.query
+    with edit_fact_table(folder) as fact_table:
+        selected, purged = _select_history(fact_table, args, bool(has_selection)), dict[int, Any]()
         if has_selection and not selected:
             raise UserError(f"no matching facts, nothing was erased; {NO_MATCH_HINT}")
-        purged = fact_store.purge([fact.id for fact in selected] if has_selection else None)
+        if fact_table is not None:
+            purged = fact_table.add_replaced(selected)
+            fact_table.purge(sorted(purged))
     # Not by their words: what is erased should not stand in a terminal or a log either.
     out.print_line(f"{len(purged):,} facts erased; nothing restores them")
-    backups = sorted(path.parent.glob(f"{Path(FACTS_FILE).stem}.before-*.db")) if path else []
+    backups = sorted(folder.glob(f"{Path(FACTS_FILE).stem}.before-*.db"))
     if backups:
         out.print_line(
             "earlier stores are kept beside it and may hold them; delete those: "
             + ", ".join(str(backup) for backup in backups)
         )
-    out.print_json(
-        {"ids": [fact.id for fact in purged], "backups": [str(backup) for backup in backups]}
-    )
+    out.print_json({"ids": sorted(purged), "backups": [str(backup) for backup in backups]})
+
+
+def _select_history(
+    fact_table: FactTable | None, args: argparse.Namespace, has_selection: bool
+) -> list[FactRecord]:
+    """Return the facts that the options select, active or deleted; all deleted facts without any.
+
+    Raises:
+        UserError: an ID never existed.
+    """
+    facts = [] if fact_table is None else fact_table.read(True, ids=args.id or ())
+    missing = sorted(set(args.id or ()) - {fact.id for fact in facts})
+    if missing:
+        raise UserError(f"fact {missing[0]} never existed; dmt memory list --all shows all facts")
+    if fact_table is None:
+        return []
+    if not has_selection:
+        return fact_table.read_deleted()
+    return fact_table.read(True, **build_selection(args))
 
 
 def _forget_rows(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:

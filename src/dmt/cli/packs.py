@@ -16,6 +16,7 @@ from dmt.cli.facts import (
     check_row_selection,
     fact_to_dict,
     load_fact_records,
+    open_fact_table,
     open_student,
     print_counts,
     print_omitted,
@@ -58,7 +59,7 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
     path = Path(args.pack)
     _check_pack_is_new(path)
     check_row_selection(args)
-    fact_store, _ = open_student(args, out)
+    fact_store, folder = open_student(args, out)
     name = args.name or path.stem
     if args.rows:
         row_pack = packs.make_row_pack(
@@ -69,7 +70,7 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
         out.print_line(f"{path}: {num_rows:,} rows of associative memory")
         out.print_json(row_pack.manifest)
         return
-    facts = select_facts(fact_store.records.values(), args)
+    facts = select_facts(open_fact_table(folder), args)
     if not facts:
         raise UserError(f"no matching facts, nothing to export; {NO_MATCH_HINT}")
     pack = packs.make_fact_pack(fact_store, facts, name, args.license)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.data.corpora import Corpus
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.models.forward import (
     batch_by_length,
     encode_text,

@@ -25,13 +25,13 @@ from dmt.consolidation.sampling import (
     generate_qa,
     sample_continuations,
 )
-from dmt.data.tokenizer import save_tokenizer
-from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
+from dmt.data.tokenizer import get_prefix_ids, save_tokenizer
+from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.editing.edit import (
     FALSE_POSITIVE_RATE,
     PreparedFact,
     WriteResult,
-    compute_thresholds,
+    compute_keys,
     make_record,
 )
 from dmt.editing.fact import Fact, parse_fact
@@ -39,7 +39,9 @@ from dmt.editing.fact_store import FactStore
 from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.questions import Question, score_answers
 from dmt.files import atomic_directory
-from dmt.models.fact_hooks import SUBJECT_WINDOW, back_up_facts, disabled, record_matches
+from dmt.models.fact_files import back_up_facts
+from dmt.models.fact_hooks import TrainedValues, disabled, record_matches
+from dmt.models.fact_matching import SUBJECT_WINDOW
 from dmt.models.forward import (
     ContextTeacher,
     batch_by_length,
@@ -252,7 +254,6 @@ def write_activation_deltas(
         deltas = (
             context_signals.layer_outputs[value_layer] - base_signals.layer_outputs[value_layer]
         ).float()
-        key_states = base_signals.block_inputs[key_layer].float()
         probs_after, probs_before = (
             torch.exp(-_token_nlls(signals.logits, tokens))
             for signals in (context_signals, base_signals)
@@ -260,21 +261,16 @@ def write_activation_deltas(
         for row, index in enumerate(batch):
             for span in spans_by_text[texts[index]]:
                 positions = slice(span.first - 1, span.last)
-                keys = key_states[row, positions].cpu()
-                thresholds = compute_thresholds(
-                    fact_store.calibration, keys, false_positive_rate, bool(span.subject)
-                )
                 fact = Fact(span.prompt, span.answer, span.subject, tag, source)
-                record = make_record(
-                    tokenizer, fact, span.ids[span.first : span.last + 1], thresholds
-                )
-                query = fact_store.calibration.whiten(keys[:1])[0]
+                answer_ids = span.ids[span.first : span.last + 1]
+                record = make_record(fact, answer_ids, false_positive_rate)
+                with disabled(model):
+                    key = compute_keys(model, fact_store.codec, [fact], key_layer)
                 prepared.append(
                     PreparedFact(
                         record,
-                        keys,
+                        key.expand(len(answer_ids), -1),
                         deltas[row, positions].cpu(),
-                        query,
                         *(
                             float(probs[row, positions].prod())
                             for probs in (probs_before, probs_after)
@@ -368,13 +364,12 @@ def find_false_triggers(
     fact_store: FactStore, windows: Sequence[Tensor], fact_ids: set[int]
 ) -> set[int]:
     """Return which of the facts fire in unrelated text, windows of token ids `(batch, time)`."""
-    row_ids = fact_store.hooks.memory.rows.ids
-    fired_rows: set[int] = set()
+    fired: set[int] = set()
     for tokens in windows:
         with record_matches(fact_store.model) as matches:
             forward_with_activations(fact_store.model, tokens)
-        fired_rows |= {int(row_ids[row]) for match in matches for row in match.rows}
-    return {fact_id for fact_id in fact_ids if fired_rows & set(fact_store.records[fact_id].rows)}
+        fired |= {match.fact.id for pass_matches in matches for match in pass_matches}
+    return fact_ids & fired
 
 
 def write_context(
@@ -570,32 +565,22 @@ def _train_rows(
     facts: list[FactRecord],
 ) -> list[FactRecord]:
     """Train the values of the facts' rows and write the facts again."""
-    memory = fact_store.hooks.memory
-    values = nn.Parameter(memory.rows.values.clone())
-    row_ids = {row for fact in facts for row in fact.rows}
-    row_mask = torch.tensor([int(row) in row_ids for row in memory.rows.ids])
-    values.register_hook(lambda grad: grad * row_mask.unsqueeze(1))
-    memory.set_rows(replace(memory.rows, values=values))
+    stored = [fact_store.load_fact(fact.id) for fact in facts]
+    values = nn.Parameter(torch.cat([torch.from_numpy(fact.values) for fact in stored]))
+    row_ids = [row for fact in stored for row in fact.record.rows]
+    fact_store.hooks.trained_values = TrainedValues(
+        {row_id: index for index, row_id in enumerate(row_ids)}, values
+    )
     train_student(
         run_state, fact_store.model, {"rows": values}, run_state.prefix, data, run_dir, is_new
     )
-    row_index = {int(row): index for index, row in enumerate(memory.rows.ids)}
-    prepared = []
-    for fact in facts:
-        fact_rows = fact_store.get_rows(fact.id)
-        trained = torch.stack(
-            [values[row_index[fact_row.row_id]].detach().cpu() for fact_row in fact_rows]
+    trained = values.detach().cpu().split([len(fact.values) for fact in stored])
+    prepared = [
+        PreparedFact(
+            replace(fact.record, id=0, rows=()), torch.from_numpy(fact.keys), new_values, 0.0, 1.0
         )
-        keys = torch.stack([fact_row.key for fact_row in fact_rows])
-        prepared.append(
-            PreparedFact(
-                replace(fact, id=0, rows=()),
-                keys,
-                trained,
-                fact_store.calibration.whiten(keys[:1])[0],
-                0.0,
-                1.0,
-            )
-        )
+        for fact, new_values in zip(stored, trained, strict=True)
+    ]
+    fact_store.hooks.trained_values = None
     fact_store.delete([fact.id for fact in facts], "replaced")
     return [result.fact for result in fact_store.write_prepared(prepared)]

@@ -19,13 +19,14 @@ from dmt.consolidation.context import read_context
 from dmt.consolidation.module import ConsolidationRun, train_student
 from dmt.consolidation.rows import write_context
 from dmt.consolidation.targets import check_target, make_student, merge_adapters, prepare_student
-from dmt.data.tokenizer import save_tokenizer
-from dmt.data.windows import TextDataModule, get_prefix_ids, select_first_windows
+from dmt.data.tokenizer import get_prefix_ids, save_tokenizer
+from dmt.data.windows import TextDataModule, select_first_windows
 from dmt.errors import UserError, format_value
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.evaluation.questions import benefit_retained, check_question_lengths, load_questions
 from dmt.files import atomic_directory
-from dmt.models.fact_hooks import back_up_facts, get_fact_hooks
+from dmt.models.fact_files import back_up_facts
+from dmt.models.fact_hooks import get_fact_hooks
 from dmt.models.forward import ContextTeacher, forward_with_prefix
 from dmt.models.loading import SAFE_LOADING, load, load_teacher
 from dmt.paths import expand_home

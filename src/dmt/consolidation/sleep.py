@@ -33,15 +33,16 @@ from dmt.consolidation.slot_training import (
     ValidationCorpus,
 )
 from dmt.data.corpora import Corpus, load_corpus
-from dmt.data.tokenizer import save_tokenizer
-from dmt.data.windows import get_prefix_ids, pack_windows, summarize_corpus
+from dmt.data.tokenizer import get_prefix_ids, save_tokenizer
+from dmt.data.windows import pack_windows, summarize_corpus
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows
 from dmt.errors import NothingToDoError, UserError
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.questions import Question, score_answers
 from dmt.files import atomic_directory
-from dmt.models.fact_hooks import FACTS_FILE, copy_database, detach, disabled, get_fact_hooks
+from dmt.models.fact_files import FACTS_FILE, copy_database
+from dmt.models.fact_hooks import detach, disabled, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_with_activations, forward_with_prefix
 from dmt.models.loading import load
@@ -50,6 +51,7 @@ from dmt.paths import expand_home
 from dmt.report import slot_transfer
 from dmt.report.curves import read_curves
 from dmt.store import RowStore
+from dmt.store.fact_index import FactIndex
 from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
 from dmt.store.records import FactRecord, StepChanges
 from dmt.training.inputs import check_inputs, identify_inputs
@@ -415,9 +417,10 @@ def build_module(
     fact_store = plan.fact_store
     teacher = fact_store.model
     if get_fact_hooks(teacher) is not None:
-        fact_store.hooks.set_rows(
-            [fact_row for fact in plan.facts for fact_row in fact_store.get_rows(fact.id)]
-        )  # other facts remain rows, so slots should not learn them
+        # Other facts remain rows, so slots should not learn them.
+        index = FactIndex()
+        index.set_unsaved(fact_store.fact_table.load_rows(plan.facts))
+        fact_store.hooks.matcher.index = index
     student = load(plan.folder)[0]
     detach(student)
     memories = get_featural_memories(student)
@@ -554,11 +557,12 @@ def evaluate_transfer(
         for corpus in _validation_windows(config, plan, corpora, config.sleep.eval_tokens)
     }
     hooks = get_fact_hooks(student)
-    num_remaining = (0 if hooks is None else len(hooks)) + len(describe_rows(student))
+    fact_table = None if hooks is None else hooks.index.fact_table
+    num_fact_rows = 0 if fact_table is None else fact_table.count_rows()
     recall_names = ("recall_before", "recall_after", "retained_before", "retained_after")
     return dict(zip(recall_names, recalls, strict=True)) | {
         "kl": kl,
-        "remaining_rows": num_remaining,
+        "remaining_rows": num_fact_rows + len(describe_rows(student)),
         "retained": len(plan.retained_facts),
     }
 

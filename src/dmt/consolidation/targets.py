@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dmt.config import Config, ContextConfig, DenseConfig
-from dmt.data.tokenizer import prepend_prefix
-from dmt.data.windows import MEMORY_TOKEN_FORMAT, get_prefix_ids
+from dmt.data.tokenizer import MEMORY_TOKEN_FORMAT, get_prefix_ids, prepend_prefix
 from dmt.errors import UserError
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks

@@ -10,9 +10,18 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dmt.data.windows import get_prefix_ids
-
 END_OF_TEXT = "<|endoftext|>"
+MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
+
+
+def get_prefix_ids(tokenizer: Any) -> list[int]:
+    """Return the token ids before a document: end of text, if the tokenizer has it, and memory."""
+    eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    count = getattr(tokenizer, "init_kwargs", {}).get("memory_tokens", 0)
+    return eos_ids + [
+        tokenizer.convert_tokens_to_ids(MEMORY_TOKEN_FORMAT.format(number))
+        for number in range(count)
+    ]
 
 
 def train_tokenizer(

@@ -17,26 +17,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dmt.config import Config
 from dmt.data.corpora import Corpus, Probe, SourceStats, load_corpus
 from dmt.data.splits import SPLITS
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError
 from dmt.progress import ProgressLog
 
-MEMORY_TOKEN_FORMAT = "<|memory_{}|>"  # the tokens of a soft prompt
 TOKENIZE_BATCH_SIZE = 1_000  # documents tokenized at once
 TOKENIZE_BATCH_CHARS = 2**20  # of them together, and of one that is tokenized whole
 WORD_BREAK_CHARS = 10_000  # before that limit, among which a longer document is cut
 PACK_BATCH_SIZE = 16  # documents tokenized at once where a few windows are enough
 # A space between words: no tokenizer of words and spaces joins what stands on its two sides.
 WORD_BREAK = re.compile(r"(?<=\S)(?= \S)")
-
-
-def get_prefix_ids(tokenizer: Any) -> list[int]:
-    """Return the token ids before a document: end of text, if the tokenizer has it, and memory."""
-    eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    count = getattr(tokenizer, "init_kwargs", {}).get("memory_tokens", 0)
-    return eos_ids + [
-        tokenizer.convert_tokens_to_ids(MEMORY_TOKEN_FORMAT.format(number))
-        for number in range(count)
-    ]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import TransferReport, convert_blocks
 from dmt.models.external_tensors import find_mmap_memories
-from dmt.models.fact_hooks import back_up_facts
+from dmt.models.fact_files import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher

@@ -6,6 +6,7 @@ enough to make the token probable; no weight changes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,40 +19,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmt.editing.calibration import Calibration
 from dmt.editing.fact import Fact
 from dmt.errors import UserError
-from dmt.memory.edit_memory import PhraseMatcher
+from dmt.matching.mentions import find_mentions
+from dmt.matching.relations import RelationMatcher, asks_for_same_subject
 from dmt.memory.slot_table import TensorCache
 from dmt.models.architectures import get_architecture
-from dmt.models.fact_hooks import SUBJECT_WINDOW
+from dmt.models.fact_matching import SUBJECT_WINDOW, TextCodec, parse_prompt
 from dmt.models.forward import (
     batch_by_length,
     capture,
     check_length,
+    collect_hidden_states,
     encode_text,
     forward_with_activations,
     pad_token_ids,
 )
 from dmt.store.records import FactRecord
-from dmt.text import fold_text, list_spellings
+from dmt.text import USER_SUBJECT, fold_text, name_user
 
 # Lengths of a value that are tried, as multiples of the norm of the hidden state at its position.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 # Probability that is enough: the smallest scale that reaches it is taken, else the best scale.
 CONFIDENT_PROB = 0.99
+# Steps to larger scales after that, while they are enough, too: a margin for other contexts.
+MARGIN_STEPS = 2
 # Added to the head's covariance in every direction, as a share of the mean variance; .001 to 1 do
 # as well (EXPERIMENTS.md).
 COVARIANCE_DAMPING = 1.0
-# Share of unrelated positions at which a row may fire (`Calibration.thresholds`).
+# Share of different questions that a fact may answer.
 FALSE_POSITIVE_RATE = 0.01
-# Rows after the first need the previous token of the answer too, and may have so many times the
-# false positive rate.
-LATER_TOKEN_RATE_FACTOR = 5
-MIN_SUBJECTLESS_THRESHOLD = 0.8  # lowest threshold of a row without a subject
-# Cosine from which on two facts about the same subject are about the same thing: safely above
-# that of two different questions (EXPERIMENTS.md, "Facts").
-SAME_QUERY_COSINE = 0.8
+# The same for two facts about one subject that are about the same thing and contradict each other.
+CONFLICT_RATE = 0.005
+# Text before a prompt, one of the contexts that a value is solved for.
+CONTEXT_SENTENCE = "It rained for most of the day."
 
 # The damped covariance of each head, computed once: with a large vocabulary it costs as much as a
 # pass through a small model.
@@ -97,9 +98,9 @@ class PreparedFact:
 
     Attributes:
         record: without IDs of fact and rows.
-        keys: `(tokens, width)`, one for each token of the answer.
+        keys: `(tokens, width)`, the hidden state after the clause that asks for the fact, for each
+            token of the answer.
         values: `(tokens, width)`.
-        whitened_key: `(width,)` the whitened key of the first row.
         prob_before: probability of the answer without the rows.
         prob_after: probability of the answer with the rows.
     """
@@ -107,7 +108,6 @@ class PreparedFact:
     record: FactRecord
     keys: Tensor
     values: Tensor
-    whitened_key: Tensor
     prob_before: float = 0.0
     prob_after: float = 0.0
 
@@ -119,7 +119,6 @@ class TokenEdit:
     Attributes:
         fact_index: index of the fact in its batch.
         prefix_ids: token IDs of the answer before the token.
-        key: `(width,)` the hidden state at which the token is to be predicted.
         value: `(width,)` what makes the model predict it.
         prob_after: probability of the token with the value.
         prob_before: probability without.
@@ -128,7 +127,6 @@ class TokenEdit:
 
     fact_index: int
     prefix_ids: tuple[int, ...]
-    key: Tensor
     value: Tensor
     prob_after: float
     prob_before: float
@@ -159,18 +157,14 @@ class ConflictCandidate:
     """A fact that may contradict a new one.
 
     Attributes:
-        prompt: of the fact.
-        answer: of the fact.
-        whitened_key: `(width,)` the whitened key of its first row.
-        record: the stored fact; None while its batch is not written.
-        index: of the fact in its batch.
+        record: the fact, without an ID while its batch is not written.
+        key: `(width,)`.
+        index: of the fact in its batch; -1 for a stored one.
         replaced_fact: the stored fact that it replaces.
     """
 
-    prompt: str
-    answer: str
-    whitened_key: Tensor
-    record: FactRecord | None
+    record: FactRecord
+    key: Tensor
     index: int = -1
     replaced_fact: FactRecord | None = None
 
@@ -180,7 +174,7 @@ def prepare_facts(
     tokenizer: Any,
     facts: Sequence[Fact],
     layers: tuple[int, int],
-    calibration: Calibration,
+    codec: TextCodec,
     false_positive_rate: float,
 ) -> list[PreparedFact]:
     """Compute the rows of facts and their thresholds.
@@ -190,30 +184,27 @@ def prepare_facts(
         tokenizer: of the model.
         facts: what to write.
         layers: key and value layer.
-        calibration: of the key layer.
-        false_positive_rate: share of unrelated positions at which a row may fire.
+        codec: the tokenizer as facts use it.
+        false_positive_rate: share of different questions that a fact may answer.
 
     Raises:
-        UserError: a fact is too long for the model, or its prompt does not contain its subject in
-            a way that its rows would match.
+        UserError: a fact is too long for the model, or its prompt does not name its subject in a
+            way that would be matched.
     """
     for fact in facts:
-        _check_subject(tokenizer, fact)
+        _check_subject(codec, fact)
     edits_by_fact: list[list[TokenEdit]] = [[] for _ in facts]
-    for edit in compute_edits(model, tokenizer, facts, *layers):
+    for edit in compute_edits(model, tokenizer, facts, layers[1]):
         edits_by_fact[edit.fact_index].append(edit)
+    keys = compute_keys(model, codec, facts, layers[0])
     prepared_facts = []
-    for fact, edits in zip(facts, edits_by_fact, strict=True):
-        keys = torch.stack([edit.key for edit in edits])
-        values = torch.stack([edit.value for edit in edits])
+    for fact, key, edits in zip(facts, keys, edits_by_fact, strict=True):
         answer_ids = encode_text(tokenizer, fact.answer + fact.closing, add_prefix=False)
-        thresholds = compute_thresholds(calibration, keys, false_positive_rate, bool(fact.subject))
         prepared_facts.append(
             PreparedFact(
-                make_record(tokenizer, fact, answer_ids, thresholds),
-                keys,
-                values,
-                calibration.whiten(keys[:1])[0],
+                make_record(fact, answer_ids, false_positive_rate),
+                key.expand(len(edits), -1),
+                torch.stack([edit.value for edit in edits]),
                 float(np.prod([edit.prob_before for edit in edits])),
                 float(np.prod([edit.prob_after for edit in edits])),
             )
@@ -221,63 +212,55 @@ def prepare_facts(
     return prepared_facts
 
 
-def compute_thresholds(
-    calibration: Calibration, keys: Tensor, false_positive_rate: float, has_subject: bool
+def compute_keys(
+    model: PreTrainedModel, codec: TextCodec, facts: Sequence[Fact], key_layer: int
 ) -> Tensor:
-    """Compute the cosines `(tokens,)` from which on the rows of one fact fire.
+    """Compute the keys `(facts, width)`: the states after the clauses that ask for facts.
 
     Args:
-        calibration: of the key layer.
-        keys: `(tokens, width)` of the fact's rows.
-        false_positive_rate: share of unrelated positions at which the first row may fire.
-        has_subject: whether the fact has a subject.
+        model: without facts, or with its facts disabled.
+        codec: the tokenizer as facts use it.
+        facts: what is written.
+        key_layer: the layer whose block input is the key.
     """
-    thresholds = calibration.thresholds(
-        keys, LATER_TOKEN_RATE_FACTOR * false_positive_rate, calibration.min_threshold / 2
-    )
-    thresholds[:1] = calibration.thresholds(keys[:1], false_positive_rate)
-    return thresholds if has_subject else thresholds.clamp_min(MIN_SUBJECTLESS_THRESHOLD)
+    max_tokens = model.config.max_position_embeddings
+    texts = []
+    for fact in facts:
+        question = parse_prompt(fact.prompt, fact.subject).question
+        clause = fact.prompt if question is None else question.clause
+        texts.append(codec.encode_clause(clause)[-max_tokens:])
+    positions = [[len(text) - 1] for text in texts]
+    return collect_hidden_states(model, texts, positions, [key_layer])[key_layer].float().cpu()
 
 
-def _check_subject(tokenizer: Any, fact: Fact) -> None:
-    """Raise `UserError` where the rows would not match the subject in the fact's own prompt."""
+def _check_subject(codec: TextCodec, fact: Fact) -> None:
+    """Raise `UserError` where the subject in the fact's own prompt would not be matched."""
     if not fact.subject:
         return
-    prompt_ids = torch.tensor([encode_text(tokenizer, fact.prompt)])
-    _, ends, _ = PhraseMatcher(_encode_spellings(tokenizer, fact.subject)).find_ends(prompt_ids)
-    if not len(ends):
+    name = fold_text(fact.subject)
+    prompt = name_user(fact.prompt) if name == USER_SUBJECT else fact.prompt
+    mentions = find_mentions(prompt, {name}, len(name.split()))
+    if not mentions:
         raise UserError(
             f"the subject {fact.subject!r} is not a word of its own in the prompt {fact.prompt!r}; "
             "spell it as the prompt does"
         )
-    distance = prompt_ids.shape[1] - 1 - int(ends.max())
-    if distance >= SUBJECT_WINDOW:
+    ids = codec.tokenizer.encode(prompt[mentions[-1].end :], add_special_tokens=False).ids
+    if len(ids) >= SUBJECT_WINDOW:
         raise UserError(
-            f"the subject {fact.subject!r} is {distance} tokens before the answer; a fact matches "
+            f"the subject {fact.subject!r} is {len(ids)} tokens before the answer; a fact matches "
             f"its subject within {SUBJECT_WINDOW}, so name it nearer to the end"
         )
 
 
-def _encode_spellings(tokenizer: Any, subject: str) -> list[list[int]]:
-    """Encode the spellings of a subject, at the start of a text and after a space."""
-    spellings = [start + spelling for spelling in list_spellings(subject) for start in ("", " ")]
-    # All at once, in half the time.
-    token_ids: list[list[int]] = tokenizer(spellings, add_special_tokens=False)["input_ids"]
-    return token_ids
-
-
-def make_record(
-    tokenizer: Any, fact: Fact, answer_ids: Sequence[int], thresholds: Tensor
-) -> FactRecord:
+def make_record(fact: Fact, answer_ids: Sequence[int], false_positive_rate: float) -> FactRecord:
     """Make the record of a fact that is not stored yet.
 
     Args:
-        tokenizer: of the model.
         fact: the fact.
         answer_ids: token IDs of its answer.
-        thresholds: `(tokens,)` of its rows.
+        false_positive_rate: share of different questions that it may answer.
     """
-    spellings = _encode_spellings(tokenizer, fact.subject) if fact.subject else []
     return FactRecord(
         0,
         fact.prompt,
@@ -286,36 +269,46 @@ def make_record(
         fact.tag,
         fact.source,
         time.time(),
-        tuple(sorted({tuple(token_ids) for token_ids in spellings})),
         tuple(answer_ids),
-        thresholds=tuple(thresholds.tolist()),
+        thresholds=(-math.log10(false_positive_rate),) * len(answer_ids),
     )
 
 
 def compute_edits(
-    model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], key_layer: int, value_layer: int
+    model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], value_layer: int
 ) -> list[TokenEdit]:
     """Compute one edit for each token of each fact's answer, in the order of facts and tokens.
+
+    Each is solved for several contexts at once, so that it holds wherever the fact is asked for.
 
     Raises:
         UserError: a fact has more tokens than the model has positions.
     """
-    prompt_ids = [encode_text(tokenizer, fact.prompt) for fact in facts]
     answer_ids = [
         encode_text(tokenizer, fact.answer + fact.closing, add_prefix=False) for fact in facts
     ]
-    for fact, prompt, answer in zip(facts, prompt_ids, answer_ids, strict=True):
-        check_length(model, tokenizer, [*prompt, *answer], f"the fact {fact.prompt[:40]!r}")
+    max_tokens = model.config.max_position_embeddings
+    prompts: list[list[list[int]]] = []  # by fact, in each context
+    for fact, answer in zip(facts, answer_ids, strict=True):
+        alone = encode_text(tokenizer, fact.prompt)
+        check_length(model, tokenizer, [*alone, *answer], f"the fact {fact.prompt[:40]!r}")
+        after_text = encode_text(tokenizer, f"{CONTEXT_SENTENCE} {fact.prompt}")
+        contexts = [alone, after_text]
+        prompts.append(
+            [prompt for prompt in contexts if 0 < len(prompt) <= max_tokens - len(answer)]
+        )
     edits: list[TokenEdit] = []
     for batch in batch_by_length(
-        [len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+        [
+            sum(len(prompt) + len(answer) for prompt in contexts)
+            for contexts, answer in zip(prompts, answer_ids, strict=True)
+        ]
     ):
         edits += _compute_batch_edits(
             model,
-            [prompt_ids[i] for i in batch],
-            [answer_ids[i] for i in batch],
+            [prompts[index] for index in batch],
+            [answer_ids[index] for index in batch],
             batch,
-            key_layer,
             value_layer,
         )
     return sorted(edits, key=lambda edit: (edit.fact_index, len(edit.prefix_ids)))
@@ -346,7 +339,7 @@ def choose_value_layer(
     """
     shares = {}
     for layer in sorted((layer for layer in layers if layer >= key_layer), reverse=True):
-        edits = compute_edits(model, tokenizer, facts[:max_facts], key_layer, layer)
+        edits = compute_edits(model, tokenizer, facts[:max_facts], layer)
         num_confident = sum(edit.prob_after >= CONFIDENT_PROB for edit in edits)
         shares[layer] = num_confident / max(1, len(edits))
     return max(shares, key=lambda layer: shares[layer]), shares
@@ -354,41 +347,46 @@ def choose_value_layer(
 
 def _compute_batch_edits(
     model: PreTrainedModel,
-    prompts: list[list[int]],
+    prompts: list[list[list[int]]],
     answers: list[list[int]],
     fact_indices: list[int],
-    key_layer: int,
     value_layer: int,
 ) -> list[TokenEdit]:
     device = next(model.parameters()).device
-    tokens = pad_token_ids(
-        [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    ).to(device)
-    positions = [
-        (index, len(prompt) - 1 + offset)
-        for index, prompt in enumerate(prompts)
-        for offset in range(len(answers[index]))
-    ]
+    texts: list[list[int]] = []
+    positions: list[tuple[int, int]] = []
+    targets: list[int] = []
+    groups: list[int] = []  # the edit that is made at each position
+    edited: list[tuple[int, int]] = []  # index and offset of each edit
+    for index, (contexts, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for prompt in contexts:
+            positions += [(len(texts), len(prompt) - 1 + offset) for offset in range(len(answer))]
+            groups += range(len(edited), len(edited) + len(answer))
+            targets += answer
+            texts.append([*prompt, *answer])
+        edited += [(index, offset) for offset in range(len(answer))]
     rows, columns = (
         torch.tensor(coordinates, device=device) for coordinates in zip(*positions, strict=True)
     )
-    targets = torch.tensor([token for answer in answers for token in answer], device=device)
-    solution = solve_value(model, tokens, rows, columns, targets, value_layer, key_layer)
+    solution = solve_value(
+        model,
+        pad_token_ids(texts).to(device),
+        rows,
+        columns,
+        torch.tensor(targets, device=device),
+        value_layer,
+        value_layer,
+        torch.tensor(groups, device=device),
+    )
     edits = []
-    for index, (row, column) in enumerate(positions):
-        prefix_ids = tuple(answers[row][: column - len(prompts[row]) + 1])
+    for group, (index, offset) in enumerate(edited):
         stats = (
-            float(values[index])
+            float(values[group])
             for values in (solution.prob_after, solution.prob_before, solution.scales)
         )
+        prefix_ids = tuple(answers[index][:offset])
         edits.append(
-            TokenEdit(
-                fact_indices[row],
-                prefix_ids,
-                solution.keys[index].cpu(),
-                solution.values[index].cpu(),
-                *stats,
-            )
+            TokenEdit(fact_indices[index], prefix_ids, solution.values[group].cpu(), *stats)
         )
     return edits
 
@@ -401,6 +399,7 @@ def solve_value(
     targets: Tensor,
     value_layer: int,
     key_layer: int,
+    groups: Tensor | None = None,
 ) -> ValueSolution:
     """Compute what to add to a block's output so that the model predicts `targets`.
 
@@ -416,6 +415,8 @@ def solve_value(
         targets: `(n,)` token IDs to predict after the positions.
         value_layer: the layer to whose block output the values are added.
         key_layer: the layer whose block input is the key.
+        groups: `(n,)` positions of one group get one value, and there is one solution for each;
+            every position has its own where it is None.
 
     Source: ours. With a vocabulary of 49,152 the plain gradient never makes 77 % of SmolLM2's
         facts probable, however long it is, since a similar token overtakes the target; in the
@@ -431,26 +432,45 @@ def solve_value(
         if is_last
         else _make_inner_layer_logits(model, tokens, rows, columns, value_layer)
     )
-    delta = torch.zeros_like(keys, requires_grad=True)
+    if groups is None:
+        groups = torch.arange(len(targets), device=targets.device)
+    size = int(groups.max()) + 1
+    counts = groups.bincount(minlength=size).unsqueeze(1)
+
+    def average(values: Tensor) -> Tensor:
+        return values.new_zeros(size, values.shape[1]).index_add(0, groups, values) / counts
+
+    def reduce_least(log_probs: Tensor) -> Tensor:
+        return log_probs.new_zeros(size).scatter_reduce(
+            0, groups, log_probs, "amin", include_self=False
+        )
+
+    delta = torch.zeros_like(average(layer_output), requires_grad=True)
     with torch.enable_grad():
-        nll = F.cross_entropy(compute_logits(delta), targets, reduction="none")
+        nll = F.cross_entropy(compute_logits(delta[groups]), targets, reduction="none")
         (grad,) = torch.autograd.grad(nll.sum(), delta)
-    direction = -F.normalize(_precondition(model, grad), dim=-1) * layer_output.norm(
-        dim=-1, keepdim=True
-    )
+    norms = average(layer_output.norm(dim=-1, keepdim=True))
+    direction = -F.normalize(_precondition(model, grad), dim=-1) * norms
     log_probs = []
     with torch.no_grad():
         for scale in SCALES:
-            log_probs.append(
-                -F.cross_entropy(compute_logits(scale * direction), targets, reduction="none")
-            )
-    probs = torch.stack(log_probs).exp()  # (scales, n)
+            logits = compute_logits(scale * direction[groups])
+            log_probs.append(reduce_least(-F.cross_entropy(logits, targets, reduction="none")))
+    probs = torch.stack(log_probs).exp()  # (scales, groups)
     confident = probs >= CONFIDENT_PROB
     scale_index = torch.where(confident.any(0), confident.long().argmax(0), probs.argmax(0))
+    for _ in range(MARGIN_STEPS):
+        larger = (scale_index + 1).clamp(max=len(SCALES) - 1)
+        is_confident = confident.gather(0, larger.unsqueeze(0))[0]
+        scale_index = torch.where(is_confident, larger, scale_index)
     scales = torch.tensor(SCALES, device=tokens.device)[scale_index]
     best_prob = probs.gather(0, scale_index.unsqueeze(0))[0]
     return ValueSolution(
-        keys, scales.unsqueeze(-1) * direction, best_prob, (-nll.detach()).exp(), scales
+        average(keys),
+        scales.unsqueeze(-1) * direction,
+        best_prob,
+        reduce_least(-nll.detach()).exp(),
+        scales,
     )
 
 
@@ -499,23 +519,33 @@ def _make_inner_layer_logits(
 
 
 def find_conflict(
-    candidates: Sequence[ConflictCandidate], prepared: PreparedFact
+    candidates: Sequence[ConflictCandidate], prepared: PreparedFact, relations: RelationMatcher
 ) -> ConflictCandidate | None:
-    """Find the fact that has the same prompt as a new one, or nearly the same key.
+    """Find the fact that has the same prompt as a new one, or answers the same question.
 
     Args:
         candidates: facts with the same subject.
         prepared: the new fact.
+        relations: compares their clauses.
     """
+    record = prepared.record
     for candidate in candidates:
-        if fold_text(candidate.prompt) == fold_text(prepared.record.prompt):
+        if fold_text(candidate.record.prompt) == fold_text(record.prompt):
             return candidate
-    if not candidates or not prepared.record.subject:
+    question = parse_prompt(record.prompt, record.subject).question
+    if not record.subject or question is None:
         return None
-    keys = torch.stack([candidate.whitened_key for candidate in candidates])
-    cosines = keys @ prepared.whitened_key
-    best = int(cosines.argmax())
-    return candidates[best] if float(cosines[best]) >= SAME_QUERY_COSINE else None
+    features = relations.describe([question.clause], prepared.keys[:1])
+    best, best_rarity = None, -math.log10(CONFLICT_RATE)
+    for candidate in candidates:
+        other = parse_prompt(candidate.record.prompt, candidate.record.subject).question
+        if other is None or not asks_for_same_subject(question, other):
+            continue
+        other_features = relations.describe([other.clause], candidate.key.unsqueeze(0))
+        rarity = float(relations.compute_rarity(features, other_features))
+        if rarity >= best_rarity:
+            best, best_rarity = candidate, rarity
+    return best
 
 
 def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[FactRecord]:

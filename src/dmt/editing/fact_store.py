@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dmt.editing.calibration import Calibration
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.editing.edit import (
     FALSE_POSITIVE_RATE,
     ConflictCandidate,
@@ -36,19 +37,15 @@ from dmt.editing.edit import (
 from dmt.editing.fact import Fact, fact_from_mapping, fact_from_record, parse_fact
 from dmt.editing.layer_selection import choose_layers
 from dmt.errors import UserError
-from dmt.models.fact_hooks import (
+from dmt.matching.questions import mask_names
+from dmt.models.fact_files import (
     FACTS_FILE,
-    FactHooks,
-    FactRow,
     accept_facts_of_any_model,
-    attach,
-    build_fact_rows,
     create_fact_hooks,
-    detach,
-    disabled,
-    get_fact_hooks,
-    load_fact_rows,
+    pack_calibration,
 )
+from dmt.models.fact_hooks import FactHooks, attach, detach, disabled, get_fact_hooks
+from dmt.models.fact_matching import TextCodec
 from dmt.models.fingerprint import hash_model, hash_rounded
 from dmt.models.forward import check_length, collect_hidden_states, encode_text
 from dmt.models.generation import generate_text
@@ -59,8 +56,9 @@ from dmt.models.loading import (
 )
 from dmt.models.memories import get_associative_memories
 from dmt.paths import resolve_student_folder
-from dmt.store.facts import TRANSFERRED, FactTable, rebind_model
-from dmt.store.records import FactRecord
+from dmt.store.active_facts import ActiveFacts
+from dmt.store.facts import FACTS_PER_QUERY, TRANSFERRED, FactTable, Moment, rebind_model
+from dmt.store.records import FactRecord, FloatArray, StoredFact
 from dmt.store.rows import RowStore
 from dmt.text import add_to_list, find_closing, fold_text, remove_from_list
 
@@ -70,14 +68,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WRITE_BATCH_SIZE = 256  # facts written in one transaction
-# The tensors of a calibration, by the names under which a store holds them.
-CALIBRATION_TENSORS = (
-    "mean",
-    "metric",
-    "prose_negatives",
-    "question_negatives",
-    "question_cosine_p95",
-)
 NO_FACTS_MESSAGE = "this model has no facts yet; write one first"
 
 FactList = list[FactRecord]
@@ -120,25 +110,30 @@ class FactStore:
         model: the facts are attached to it; it is put into eval mode.
         tokenizer: of the model.
         db: the store of this model, closed by `close`; None allows temporary packs only.
+        hooks: of the model, where they apply the facts of `db` already; made where it is None.
 
     Attributes:
-        records: the active facts by ID.
         temporary_packs: facts that are applied but not stored, by pack; see `packs.load_packs`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, db: RowStore | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        db: RowStore | None,
+        hooks: FactHooks | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.db = model.eval(), tokenizer, db
-        self.records: dict[int, FactRecord] = {}
-        self.temporary_packs: dict[str, list[tuple[FactRecord, list[FactRow]]]] = {}
-        self._rows: dict[int, list[FactRow]] = {}
+        self.temporary_packs: dict[str, list[StoredFact]] = {}
         self._temporary_dir: tempfile.TemporaryDirectory[str] | None = None  # removed by `close`
+        if db is not None:
+            _ = self.fact_table  # a reader has the facts of this moment
+        if hooks is not None:
+            return
         detach(model)  # the facts that it was loaded with are in the store, if the store is its own
-        hooks = None if db is None else create_fact_hooks(db, model.config.eos_token_id)
+        hooks = None if db is None else create_fact_hooks(self.fact_table, model.config)
         if hooks is not None:
             self._attach_hooks(hooks)
-            self.records = {record.id: record for record in self.fact_table.read()}
-            self._rows = load_fact_rows(self.fact_table, list(self.records.values()))
-            self._update_hooks()
 
     @classmethod
     def open(
@@ -185,7 +180,9 @@ class FactStore:
             _reserve_saved_ids(db, model)
             if len(db.read_fingerprints()) == 1:  # so that it fits the model in half precision too
                 rebind_model(db, hash_model(model), hash_rounded(model))
-        fact_store = cls(model, tokenizer, db)
+        hooks = get_fact_hooks(model)
+        is_applied = read_only and hooks is not None and hooks.source_path == db.path
+        fact_store = cls(model, tokenizer, db, hooks if is_applied else None)
         fact_store._temporary_dir = temporary_dir
         return fact_store
 
@@ -227,26 +224,25 @@ class FactStore:
 
     def _rewrite(self, prose: Sequence[str] | None) -> None:
         """Write all facts for the present weights."""
-        history = self._read_history()
+        history = self.list(include_deleted=True)
         records = [record for record in history if record.deleted_reason != TRANSFERRED]
         if not records:
             raise UserError(NO_FACTS_MESSAGE)
         facts = [fact_from_record(record, self.restore_closing(record)) for record in records]
         with disabled(self.model):
-            *layers, calibration = choose_layers(self.model, self.tokenizer, facts, prose)
+            *layers, relations = choose_layers(self.model, self.tokenizer, self.codec, facts, prose)
             prepared = prepare_facts(
                 self.model,
                 self.tokenizer,
                 facts,
                 (layers[0], layers[1]),
-                calibration,
+                self.codec,
                 FALSE_POSITIVE_RATE,
             )
         entries = [
             (
                 replace(
                     record,
-                    subject_ids=new.record.subject_ids,
                     answer_ids=new.record.answer_ids,
                     thresholds=new.record.thresholds,
                 ),
@@ -258,7 +254,7 @@ class FactStore:
         self.fact_table.rewrite(
             entries,
             (layers[0], layers[1]),
-            _calibration_arrays(calibration),
+            pack_calibration(relations, self.codec),
             (hash_model(self.model), hash_rounded(self.model)),
         )
 
@@ -277,7 +273,7 @@ class FactStore:
 
     def __repr__(self) -> str:
         location = "no store" if self.db is None else repr(self.db.url)
-        rows = sum(len(fact.rows) for fact in self.records.values())
+        rows = 0 if self._stored is None else self._stored.count_rows()
         hooks = get_fact_hooks(self.model)
         layers = (
             ""
@@ -393,7 +389,7 @@ class FactStore:
         Raises:
             UserError: the fact is not active, or its answer has no such value.
         """
-        record = self._require_fact(fact_id)
+        record = self._require_facts([fact_id])[0]
         answer = record.answer.strip()
         rest = remove_from_list(answer, value)
         if rest is None:
@@ -422,7 +418,7 @@ class FactStore:
                 self.tokenizer,
                 facts,
                 (self.hooks.key_layer, self.hooks.value_layer),
-                self.calibration,
+                self.codec,
                 false_positive_rate,
             )
 
@@ -444,13 +440,16 @@ class FactStore:
         if self.fact_table.exists:
             return
         with disabled(self.model):
-            key_layer, value_layer, calibration = choose_layers(
-                self.model, self.tokenizer, facts, prose, layers, value_layer
+            key_layer, value_layer, relations = choose_layers(
+                self.model, self.tokenizer, self.codec, facts, prose, layers, value_layer
             )
         self.fact_table.create(
-            len(calibration.mean), key_layer, value_layer, _calibration_arrays(calibration)
+            len(relations.mean),
+            key_layer,
+            value_layer,
+            pack_calibration(relations, self.codec),
         )
-        hooks = create_fact_hooks(self.fact_table.store, self.model.config.eos_token_id)
+        hooks = create_fact_hooks(self.fact_table, self.model.config)
         assert hooks is not None, "its tables were just created"
         self._attach_hooks(hooks)
 
@@ -463,19 +462,19 @@ class FactStore:
             prepared_facts: the facts with their rows.
             overwrite: replace a stored fact that says something else; without it, keep that one.
         """
-        candidates = self._build_conflict_candidates()
+        subject_keys = {prepared.record.subject_key for prepared in prepared_facts}
+        candidates = self._find_conflict_candidates(subject_keys)
         results: dict[int, WriteResult] = {}
         pending: list[ConflictCandidate] = []
         try:
             for index, prepared in enumerate(prepared_facts):
-                same_subject = candidates.setdefault(fold_text(prepared.record.subject), [])
-                conflict = find_conflict(same_subject, prepared)
+                same_subject = candidates.setdefault(prepared.record.subject_key, [])
+                conflict = find_conflict(same_subject, prepared, self.hooks.matcher.relations)
                 if conflict in pending:  # two facts of one batch about the same thing
                     self._commit_pending(pending, prepared_facts, results)
                     pending = []
                 if conflict is not None:
-                    assert conflict.record is not None, "it was written above"
-                    answers = conflict.answer, prepared.record.answer
+                    answers = conflict.record.answer, prepared.record.answer
                     if not overwrite or len({fold_text(answer) for answer in answers}) == 1:
                         results[index] = WriteResult(
                             "unchanged",
@@ -487,10 +486,8 @@ class FactStore:
                         continue
                     same_subject.remove(conflict)
                 candidate = ConflictCandidate(
-                    prepared.record.prompt,
-                    prepared.record.answer,
-                    prepared.whitened_key,
-                    None,
+                    prepared.record,
+                    prepared.keys[0],
                     index,
                     None if conflict is None else conflict.record,
                 )
@@ -498,7 +495,7 @@ class FactStore:
                 pending.append(candidate)
             self._commit_pending(pending, prepared_facts, results)
         finally:
-            self._update_hooks()  # facts that were written before a failure count, too
+            self.hooks.index.forget(subject_keys)  # what was written before a failure counts, too
         return [results[index] for index in range(len(prepared_facts))]
 
     def _commit_pending(
@@ -520,12 +517,6 @@ class FactStore:
         new_records = self.fact_table.add(entries, replacements)
         for candidate, record, prepared in zip(pending, new_records, batch, strict=True):
             candidate.record = record
-            self.records[record.id] = record
-            self._rows[record.id] = build_fact_rows(
-                record, list(zip(prepared.keys, prepared.values, strict=True))
-            )
-            if candidate.replaced_fact is not None:
-                self._remove_facts([candidate.replaced_fact.id])
             results[candidate.index] = WriteResult(
                 "written" if candidate.replaced_fact is None else "replaced",
                 record,
@@ -534,21 +525,23 @@ class FactStore:
                 prepared.prob_after,
             )
 
-    def _build_conflict_candidates(self) -> dict[str, list[ConflictCandidate]]:
-        """List the active facts by subject, with the whitened keys of their first rows."""
+    def _find_conflict_candidates(
+        self, subject_keys: Iterable[str]
+    ) -> dict[str, list[ConflictCandidate]]:
+        """List the active facts about subjects."""
         candidates: dict[str, list[ConflictCandidate]] = {}
-        for record, key in zip(self.records.values(), self._whitened_keys(), strict=True):
-            candidates.setdefault(fold_text(record.subject), []).append(
-                ConflictCandidate(record.prompt, record.answer, key, record)
+        for record, key in self.load_keys(self.fact_table.find_by_subjects(subject_keys)):
+            candidates.setdefault(record.subject_key, []).append(
+                ConflictCandidate(record, torch.from_numpy(key))
             )
         return candidates
 
-    def _whitened_keys(self) -> Sequence[torch.Tensor]:
-        """Return the whitened key of each active fact's first row."""
-        if not self.records:
-            return []
-        keys = torch.stack([self._rows[fact_id][0].key for fact_id in self.records])
-        return self.calibration.whiten(keys)  # type: ignore[return-value]
+    def load_keys(self, records: Iterable[FactRecord]) -> list[tuple[FactRecord, FloatArray]]:
+        """Return facts with their keys `(width,)`."""
+        records_by_id = {record.id: record for record in records}
+        first_rows = [replace(record, rows=record.rows[:1]) for record in records_by_id.values()]
+        facts = self.fact_table.load_rows(first_rows)
+        return [(records_by_id[fact.record.id], fact.keys[0]) for fact in facts]
 
     # Deleting.
 
@@ -573,11 +566,9 @@ class FactStore:
             raise UserError("delete needs ids or a tag; list() shows the facts")
         if ids is None:
             ids = [fact.id for fact in self.list(tag=tag)]
-        fact_ids = [ids] if isinstance(ids, int) else ids
-        facts = [self._require_fact(fact_id) for fact_id in dict.fromkeys(fact_ids)]
+        facts = self._require_facts([ids] if isinstance(ids, int) else ids)
         self.fact_table.soft_delete([fact.id for fact in facts], reason)
-        self._remove_facts([fact.id for fact in facts])
-        self._update_hooks()
+        self.hooks.index.forget({fact.subject_key for fact in facts})
         return [replace(fact, deleted_reason=reason, deleted_at=time.time()) for fact in facts]
 
     def purge(self, ids: int | Sequence[int] | None = None, *, tag: str = "") -> FactList:
@@ -595,26 +586,19 @@ class FactStore:
             UserError: a fact never existed; then none is erased. Or another program reads the
                 store, whose files hold the facts until then.
         """
-        history = {fact.id: fact for fact in self._read_history()}
         if ids is not None:
-            selected = {
-                self.get(fact_id).id for fact_id in ([ids] if isinstance(ids, int) else ids)
-            }
+            selected = [self.get(fact_id) for fact_id in ([ids] if isinstance(ids, int) else ids)]
         elif tag:
-            selected = {fact.id for fact in history.values() if fact.tag == tag}
+            selected = self.list(tag=tag, include_deleted=True)
         else:
-            selected = {fact.id for fact in history.values() if fact.deleted_reason is not None}
-        num_selected = -1
-        while len(selected) != num_selected:  # until nothing more was replaced by one of them
-            num_selected = len(selected)
-            selected |= {fact.id for fact in history.values() if fact.replaced_by in selected}
+            selected = [] if self._stored is None else self._stored.read_deleted()
+        facts = {} if self._stored is None else self._stored.add_replaced(selected)
         try:
-            self.fact_table.purge(sorted(selected))
+            self.fact_table.purge(sorted(facts))
         finally:
-            self._remove_facts(selected & set(self.records))
             if get_fact_hooks(self.model) is not None:
-                self._update_hooks()
-        return [history[fact_id] for fact_id in sorted(selected)]
+                self.hooks.index.forget({fact.subject_key for fact in facts.values()})
+        return [facts[fact_id] for fact_id in sorted(facts)]
 
     def restore(self, fact_id: int) -> RestoreResult:
         """Restore a fact that was deleted, replaced or pruned; it replaces what contradicts it.
@@ -622,21 +606,28 @@ class FactStore:
         Raises:
             UserError: the fact never existed, is active, or was transferred to the slots.
         """
-        history = {fact.id: fact for fact in self.fact_table.read(include_deleted=True)}
-        if fact_id not in history or history[fact_id].deleted_reason is None:
-            status = "is active" if fact_id in history else "never existed"
+        facts = self.fact_table.read(include_deleted=True, ids=[fact_id])
+        if not facts or facts[0].deleted_reason is None:
+            status = "is active" if facts else "never existed"
             raise UserError(
                 f"fact {fact_id} {status}, so it cannot be restored; dmt memory list --all shows "
                 "what can"
             )
-        fact = replace(history[fact_id], deleted_reason=None, deleted_at=None, replaced_by=None)
+        history = self._read_related(facts[0])
         conflicts = conflicting_facts(history, fact_id)
         self.fact_table.undelete(fact_id, [conflict.id for conflict in conflicts])
-        self._remove_facts([conflict.id for conflict in conflicts])
-        self.records[fact_id] = fact
-        self._rows |= load_fact_rows(self.fact_table, [fact])
-        self._update_hooks()
+        self.hooks.index.forget({fact.subject_key for fact in (facts[0], *conflicts)})
+        fact = replace(facts[0], deleted_reason=None, deleted_at=None, replaced_by=None)
         return RestoreResult(fact, conflicts)
+
+    def _read_related(self, fact: FactRecord) -> dict[int, FactRecord]:
+        """Return a fact, its replacements, and the active facts about its subject, by ID."""
+        facts = {fact.id: fact}
+        facts |= {other.id: other for other in self.fact_table.find_by_subjects([fact.subject_key])}
+        while fact.replaced_by is not None:
+            (fact,) = self.fact_table.read(include_deleted=True, ids=[fact.replaced_by])
+            facts[fact.id] = fact
+        return facts
 
     def prune(self, keep: int) -> FactList:
         """Keep the `keep` facts that fired last, or were written last, and delete the others.
@@ -651,16 +642,15 @@ class FactStore:
             raise UserError(f"keep must be 0 or more, got {keep}")
         if not self.records:
             return []
-        usage = self.fact_table.read_usage()
-        # Time and count of the last use, then time of creation.
-        recency = {
-            fact.id: (*max(usage[row][::-1] for row in fact.rows), fact.created)
-            for fact in self.records.values()
-        }
-        oldest_first = sorted(recency, key=lambda fact_id: recency[fact_id])
-        return self.delete(oldest_first[: max(0, len(recency) - keep)], "evicted")
+        num_deleted = max(0, len(self.records) - keep)
+        return self.delete(self.fact_table.find_least_recent(num_deleted), "evicted")
 
     # Reading.
+
+    @property
+    def records(self) -> Mapping[int, FactRecord]:
+        """The active facts by ID, as they are stored when they are read."""
+        return ActiveFacts(self._stored)
 
     def get(self, fact_id: int) -> FactRecord:
         """Return a fact by its ID, a deleted one too.
@@ -668,10 +658,8 @@ class FactStore:
         Raises:
             UserError: the fact never existed.
         """
-        if fact_id in self.records:
-            return self.records[fact_id]
-        for fact in self._read_history():
-            if fact.id == fact_id:
+        if self._stored is not None:
+            for fact in self._stored.read(include_deleted=True, ids=[fact_id]):
                 return fact
         raise UserError(f"fact {fact_id} never existed; dmt memory list --all shows all facts")
 
@@ -685,13 +673,12 @@ class FactStore:
         Returns:
             Facts that contain all words of `text`, then the nearest others by cosine.
         """
-        text_matches = self.list(query=text)
-        matched_ids = {fact.id for fact in text_matches}
-        results = [SearchResult(fact, "text") for fact in text_matches[:k]]
-        return results + [
+        table = self._stored
+        text_matches = [] if table is None else table.read(words=text, limit=k)
+        return [SearchResult(fact, "text") for fact in text_matches] + [
             SearchResult(fact, "hidden_state", cosine)
             for fact, cosine in find_nearest_facts(self, text, k)
-            if fact.id not in matched_ids
+            if not fact.has_words(text)
         ]
 
     def generate(
@@ -762,20 +749,31 @@ class FactStore:
         """Return the marks that were written after the answer of a stored fact."""
         return find_closing(record.answer, self.tokenizer.decode(record.answer_ids))
 
-    def get_rows(self, fact_id: int) -> list[FactRow]:
-        """Return the rows of an active fact, a temporary pack's included."""
-        if fact_id in self._rows:
-            return self._rows[fact_id]
-        return {fact.id: rows for fact, rows in self._temporary_facts()}[fact_id]
+    def load_fact(self, fact_id: int) -> StoredFact:
+        """Return an active fact with its rows, a temporary pack's included."""
+        return self.load_facts([fact_id])[0]
+
+    def load_facts(self, ids: Iterable[int]) -> list[StoredFact]:
+        """Return active facts with their rows, those of temporary packs included."""
+        fact_ids = list(ids)
+        facts = {fact.record.id: fact for fact in self._temporary_facts()}
+        missing = [fact_id for fact_id in fact_ids if fact_id not in facts]
+        if missing and self._stored is not None:
+            stored = self._stored.load_rows(self._stored.read(ids=missing))
+            facts |= {fact.record.id: fact for fact in stored}
+        return [facts[fact_id] for fact_id in fact_ids]
 
     def find_fact_by_row(self, row_id: int) -> FactRecord:
         """Return the active fact that a row belongs to, a temporary pack's included."""
-        temporary = (fact for fact, _ in self._temporary_facts())
-        return next(fact for fact in (*self.records.values(), *temporary) if row_id in fact.rows)
+        fact = None if self._stored is None else self._stored.find_by_row(row_id)
+        if fact is not None:
+            return fact
+        temporary = (stored.record for stored in self._temporary_facts())
+        return next(fact for fact in temporary if row_id in fact.rows)
 
     def set_temporary_packs(
         self,
-        packs: dict[str, list[tuple[FactRecord, list[FactRow]]]],
+        packs: dict[str, list[StoredFact]],
         hooks: FactHooks | None = None,
     ) -> None:
         """Apply these facts beside the stored ones, in place of earlier temporary packs.
@@ -788,7 +786,7 @@ class FactStore:
         if get_fact_hooks(self.model) is None and hooks is not None:
             self._attach_hooks(hooks)
         if get_fact_hooks(self.model) is not None:
-            self._update_hooks()
+            self.hooks.index.set_unsaved(self._temporary_facts())
 
     # Internals of the model and the database.
 
@@ -804,57 +802,59 @@ class FactStore:
             raise UserError(NO_FACTS_MESSAGE)
         return hooks
 
-    @property
+    @cached_property
     def fact_table(self) -> FactTable:
-        """The tables of facts.
+        """The tables of facts; of a store that is only read, as they were at first.
 
         Raises:
             UserError: there is no store.
         """
         if self.db is None:
             raise UserError(NO_FACTS_MESSAGE)
-        return FactTable(self.db)
+        table = FactTable(self.db)
+        if not self.db.read_only:
+            return table
+        return FactTable(self.db, table.read_moment() if table.exists else Moment(0, time.time()))
+
+    @property
+    def _stored(self) -> FactTable | None:
+        """The tables of facts, where they exist."""
+        return self.fact_table if self.db is not None and self.fact_table.exists else None
 
     @cached_property
-    def calibration(self) -> Calibration:
-        """The calibration of the key layer."""
-        arrays = self.fact_table.read_calibration()
-        tensors = {name: torch.from_numpy(arrays[name]) for name in CALIBRATION_TENSORS}
-        return Calibration(**tensors)  # type: ignore[arg-type]
+    def codec(self) -> TextCodec:
+        """The tokenizer as facts use it."""
+        return TextCodec.from_transformers(self.tokenizer, get_prefix_ids(self.tokenizer))
 
     @cached_property
     def model_hash(self) -> str:
         """The fingerprint of the model."""
         return hash_model(self.model)
 
-    def _read_history(self) -> FactList:
-        if self.db is None or not self.fact_table.exists:
-            return []
-        return self.fact_table.read(include_deleted=True)
+    def _require_facts(self, ids: Iterable[int], include_deleted: bool = False) -> FactList:
+        """Return facts in the order of these IDs, each once.
 
-    def _require_fact(self, fact_id: int) -> FactRecord:
-        if fact_id not in self.records:
-            raise UserError(
-                f"fact {fact_id} is not active; dmt memory list shows the {len(self.records):,} "
-                "that are"
-            )
-        return self.records[fact_id]
+        Raises:
+            UserError: one of them is not among the facts.
+        """
+        fact_ids = list(dict.fromkeys(ids))
+        table = self._stored
+        read = [] if table is None else table.read(include_deleted, ids=fact_ids)
+        facts = {fact.id: fact for fact in read}
+        for fact_id in fact_ids:
+            if fact_id not in facts:
+                raise UserError(
+                    f"fact {fact_id} is not active; dmt memory list shows the "
+                    f"{len(self.records):,} that are"
+                )
+        return [facts[fact_id] for fact_id in fact_ids]
 
-    def _remove_facts(self, ids: Iterable[int]) -> None:
-        for fact_id in ids:
-            del self.records[fact_id], self._rows[fact_id]
-
-    def _temporary_facts(self) -> Iterable[tuple[FactRecord, list[FactRow]]]:
+    def _temporary_facts(self) -> Iterable[StoredFact]:
         return (entry for entries in self.temporary_packs.values() for entry in entries)
 
     def _attach_hooks(self, hooks: FactHooks) -> None:
         hooks.source_path = None if self.db is None else self.db.path
         attach(self.model, hooks)
-
-    def _update_hooks(self) -> None:
-        rows = [row for fact_rows in self._rows.values() for row in fact_rows]
-        rows += [row for _, fact_rows in self._temporary_facts() for row in fact_rows]
-        self.hooks.set_rows(rows)
 
     # The last method, since its name hides the built-in in the annotations of those after it.
     def list(
@@ -876,19 +876,13 @@ class FactStore:
         Raises:
             UserError: one of `ids` is not among the facts.
         """
-        facts = {
-            fact.id: fact
-            for fact in (self._read_history() if include_deleted else self.records.values())
-        }
-        missing = sorted(set(ids or ()) - set(facts))
-        if missing:
-            self._require_fact(missing[0])
+        if not ids:
+            table = self._stored
+            return [] if table is None else table.read(include_deleted, tag=tag, words=query or "")
         return [
             fact
-            for fact in facts.values()
-            if (not ids or fact.id in ids)
-            and (tag is None or fact.tag == tag)
-            and fact.has_words(query or "")
+            for fact in self._require_facts(sorted(ids), include_deleted)
+            if (tag is None or fact.tag == tag) and fact.has_words(query or "")
         ]
 
 
@@ -900,10 +894,6 @@ def _reserve_saved_ids(db: RowStore, model: PreTrainedModel) -> None:
     memories = get_associative_memories(model).values()
     used_ids = (row_id for memory in memories for row_id in memory.rows.index_by_id)
     db.next_id = max([db.next_id, *(row_id + 1 for row_id in used_ids)])
-
-
-def _calibration_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
-    return {name: getattr(calibration, name).cpu().numpy() for name in CALIBRATION_TENSORS}
 
 
 def _split_batches(facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
@@ -938,20 +928,24 @@ def find_nearest_facts(
     Raises:
         UserError: the text is too long for the model.
     """
-    if not fact_store.records:
+    if not len(fact_store.records):
         return []
-    ids = encode_text(fact_store.tokenizer, text)
-    check_length(fact_store.model, fact_store.tokenizer, ids, "the text")
-    layer = fact_store.hooks.key_layer
-    state = collect_hidden_states(fact_store.model, [ids], [[len(ids) - 1]], [layer])[layer].cpu()
-    records = list(fact_store.records.values())
-    keys = torch.stack([fact_store.get_rows(record.id)[0].key for record in records])
-    cosines = fact_store.calibration.whiten(keys) @ fact_store.calibration.whiten(state)[0]
-    top = cosines.topk(min(count, len(records)))
-    return [
-        (records[index], cosine)
-        for cosine, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
+    check_length(
+        fact_store.model, fact_store.tokenizer, encode_text(fact_store.tokenizer, text), "the text"
+    )
+    relations, layer = fact_store.hooks.matcher.relations, fact_store.hooks.key_layer
+    clause = fact_store.codec.encode_clause(mask_names(text))
+    state = collect_hidden_states(fact_store.model, [clause], [[len(clause) - 1]], [layer])[layer]
+    query = relations.embed(state)[0]
+    nearest: list[tuple[FactRecord, float]] = []
+    facts = fact_store.fact_table.stream()
+    while records := list(islice(facts, FACTS_PER_QUERY)):
+        loaded = fact_store.load_keys(records)
+        keys = relations.embed(torch.from_numpy(np.stack([key for _, key in loaded])))
+        cosines = (keys @ query).tolist()
+        nearest += [(record, cosine) for (record, _), cosine in zip(loaded, cosines, strict=True)]
+        nearest = sorted(nearest, key=lambda pair: -pair[1])[:count]
+    return nearest
 
 
 def has_fact_store(folder: Path) -> bool:

@@ -21,31 +21,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from dmt.editing.edit import (
-    FALSE_POSITIVE_RATE,
-    PreparedFact,
-    WriteResult,
-    compute_thresholds,
-)
+from dmt.editing.edit import PreparedFact, WriteResult
 from dmt.editing.fact import fact_from_record, parse_fact
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
 from dmt.files import atomic_path, check_version, disk_error_class
-from dmt.memory.edit_memory import EditMemory
-from dmt.models.fact_hooks import FactHooks, FactRow, build_fact_rows, get_fact_hooks
+from dmt.matching.relations import NUM_WEIGHTS, RATES, TENSORS, RelationMatcher, list_bank_clauses
+from dmt.models.fact_hooks import FactHooks, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.memories import get_associative_memories
+from dmt.store.fact_index import FactIndex
 from dmt.store.facts import NO_RUN
-from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges
+from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges, StoredFact
 from dmt.store.rows import RowStore
 from dmt.text import SENTENCE_ENDS, fold_text
 
-PACK_FORMAT, PACK_VERSION = "dmt-pack", 2
+PACK_FORMAT, PACK_VERSION = "dmt-pack", 3
 MANIFEST_FILE, TENSORS_FILE = "manifest.json", "rows.safetensors"  # of a pack that is a folder
 MAX_TENSOR_BYTES = 4 * 2**30  # of a pack's tensors; a manifest may have a sixteenth
 MAX_TEXT_CHARS = 8_000  # of a text in a manifest
-FACT_PACK_TENSORS = ("keys", "values", "mean", "metric")
 REWRITE_HINT = "dmt memory import --rewrite writes its sentences into this one"
 FACT_TEXTS = ("prompt", "answer", "subject", "tag", "source")
 # Fields of a fact that a pack does not hold: IDs and rows are renumbered, and facts are active.
@@ -158,8 +153,7 @@ class FactPack(Pack):
         facts: IDs and rows count from 0 within the pack.
         keys: `(rows, width)`.
         values: `(rows, width)`.
-        mean: `(width,)` of the calibration that the facts were written with.
-        metric: `(width, width)` of the same.
+        calibration: tensors of the `RelationMatcher` that the facts were written with, by name.
         closings: the marks after the answers, by ID of the fact, where there are some.
     """
 
@@ -168,8 +162,7 @@ class FactPack(Pack):
     facts: list[FactRecord]
     keys: FloatArray
     values: FloatArray
-    mean: FloatArray
-    metric: FloatArray
+    calibration: Arrays
     closings: dict[int, str] = field(default_factory=dict)
 
     def _contents(self) -> tuple[dict[str, Any], Arrays]:
@@ -178,7 +171,7 @@ class FactPack(Pack):
             | {"closing": self.closings.get(fact.id, "")}
             for fact in self.facts
         ]
-        return {"facts": facts}, {name: getattr(self, name) for name in FACT_PACK_TENSORS}
+        return {"facts": facts}, {"keys": self.keys, "values": self.values} | self.calibration
 
     @classmethod
     def _parse(cls, manifest: dict[str, Any], path: Path) -> _Parsed[FactPack]:
@@ -203,8 +196,17 @@ class FactPack(Pack):
             "values": [num_rows, width],
             "mean": [width],
             "metric": [width, width],
+            "center": [width],
+            "bank_states": [len(list_bank_clauses()), width],
+            "weights": [2, NUM_WEIGHTS],
+            "quantiles": [2, len(RATES)],
         }
-        return _Parsed(shapes, lambda arrays: cls(manifest, facts, **arrays, closings=closings))
+
+        def build(arrays: Arrays) -> FactPack:
+            calibration = {name: arrays[name] for name in TENSORS}
+            return cls(manifest, facts, arrays["keys"], arrays["values"], calibration, closings)
+
+        return _Parsed(shapes, build)
 
 
 @dataclass(frozen=True)
@@ -412,25 +414,19 @@ def _fact_from_json(item: Any, index: int, path: Path) -> FactRecord:
             raise TypeError(f"{item['closing'][:40]!r} holds more than the end of a sentence")
     except TypeError as error:
         raise UserError(f"{problem} ({error}); get another copy") from None
-    subject_ids = tuple(tuple(token_ids) for token_ids in item["subject_ids"])
     answer_ids, thresholds = tuple(item["answer_ids"]), tuple(item["thresholds"])
-    has_valid_ids = all(
-        isinstance(token, int) and 0 <= token < 2**31
-        for token_ids in (*subject_ids, answer_ids)
-        for token in token_ids
-    )
+    has_valid_ids = all(isinstance(token, int) and 0 <= token < 2**31 for token in answer_ids)
     has_valid_numbers = all(
         isinstance(number, int | float) and math.isfinite(number)
         for number in (*thresholds, item["created"])
     )
-    has_valid_lengths = answer_ids and all(subject_ids) and len(thresholds) == len(answer_ids)
+    has_valid_lengths = answer_ids and len(thresholds) == len(answer_ids)
     if not (has_valid_ids and has_valid_numbers and has_valid_lengths):
         raise UserError(f"{problem}; get another copy")
     return FactRecord(
         index,
         **texts,
         created=float(item["created"]),
-        subject_ids=subject_ids,
         answer_ids=answer_ids,
         thresholds=tuple(map(float, thresholds)),
     )
@@ -457,14 +453,11 @@ def make_fact_pack(
     """
     hooks = fact_store.hooks
     entries = [
-        (
-            fact,
-            [row.key.numpy() for row in fact_store.get_rows(fact.id)],
-            [row.value.numpy() for row in fact_store.get_rows(fact.id)],
-        )
-        for fact in facts
+        (stored.record, list(stored.keys), list(stored.values))
+        for stored in fact_store.load_facts(fact.id for fact in facts)
     ]
-    records, keys, values = _renumber(entries, hooks.memory.width)
+    relations = hooks.matcher.relations
+    records, keys, values = _renumber(entries, len(relations.mean))
     manifest = _make_manifest(
         fact_store.model,
         fact_store.model_hash if model_hash is None else model_hash,
@@ -474,9 +467,9 @@ def make_fact_pack(
         {"facts": len(records), "rows": len(keys)},
     )
     manifest |= {"kind": "facts", "key_layer": hooks.key_layer, "value_layer": hooks.value_layer}
-    mean, metric = (tensor.cpu().numpy() for tensor in (hooks.memory.mean, hooks.memory.metric))
+    calibration = {name: tensor.numpy() for name, tensor in relations.tensors.items()}
     closings = {index: fact_store.restore_closing(fact) for index, fact in enumerate(facts)}
-    return FactPack(manifest, records, keys, values, mean, metric, closings)
+    return FactPack(manifest, records, keys, values, calibration, closings)
 
 
 def _make_manifest(
@@ -552,12 +545,7 @@ def check_fact_pack_fits(
             f"pack {path}: value layer {manifest['value_layer']}, of a model that has "
             f"{config.num_hidden_layers} layers; get another copy"
         )
-    if any(
-        token >= config.vocab_size
-        for fact in pack.facts
-        for token_ids in (*fact.subject_ids, fact.answer_ids)
-        for token in token_ids
-    ):
+    if any(token >= config.vocab_size for fact in pack.facts for token in fact.answer_ids):
         raise UserError(
             f"pack {path}: a token is not in the model's vocabulary of {config.vocab_size:,}; get "
             "another copy"
@@ -583,13 +571,11 @@ def load_packs(
     Raises:
         UserError: a pack does not fit; the packs that were loaded before stay.
     """
-    temporary_packs: dict[str, list[tuple[FactRecord, list[FactRow]]]] = {}
+    temporary_packs: dict[str, list[StoredFact]] = {}
     first_id = 0
     for index, pack in enumerate(packs):
         check_fact_pack_fits(pack, fact_store, model_hash)
-        temporary_packs[f"{index} {pack.manifest['name']}"] = _adapt_thresholds(
-            unpack_facts(pack, first_id), pack, fact_store
-        )
+        temporary_packs[f"{index} {pack.manifest['name']}"] = unpack_facts(pack, first_id)
         first_id += max(len(pack.facts), len(pack.keys))
     hooks = _make_hooks(packs[0], fact_store) if packs else None
     fact_store.set_temporary_packs(temporary_packs, hooks)
@@ -612,13 +598,14 @@ def import_pack(
     layers = pack.manifest["key_layer"], pack.manifest["value_layer"]
     fact_store.initialize([], layers=layers)
     deduplicated, _ = merge_packs([pack], pack.manifest["name"])  # a pack may contradict itself
-    prepared = []
-    for record, rows in _adapt_thresholds(unpack_facts(deduplicated), pack, fact_store):
-        keys = torch.stack([row.key for row in rows])
-        values = torch.stack([row.value for row in rows])
-        whitened_key = fact_store.calibration.whiten(keys[:1])[0]
-        prepared.append(PreparedFact(record, keys, values, whitened_key))
-    return fact_store.write_prepared(prepared)
+    return fact_store.write_prepared(
+        [
+            PreparedFact(
+                stored.record, torch.from_numpy(stored.keys), torch.from_numpy(stored.values)
+            )
+            for stored in unpack_facts(deduplicated)
+        ]
+    )
 
 
 def rewrite_pack(fact_store: FactStore, pack: FactPack) -> list[WriteResult]:
@@ -653,53 +640,36 @@ def rewrite_pack(fact_store: FactStore, pack: FactPack) -> list[WriteResult]:
     )
 
 
-def _adapt_thresholds(
-    facts: list[tuple[FactRecord, list[FactRow]]], pack: FactPack, fact_store: FactStore
-) -> list[tuple[FactRecord, list[FactRow]]]:
-    """Measure the thresholds of a pack's facts again where the fact store has another metric."""
-    hooks = get_fact_hooks(fact_store.model)
-    if hooks is None or not facts:
-        return facts
-    own_metric = hooks.memory.mean.cpu().numpy(), hooks.memory.metric.cpu().numpy()
-    if _is_same_metric(own_metric, (pack.mean, pack.metric)):
-        return facts
-    if fact_store.db is None:
-        raise UserError(
-            f"pack {pack.manifest['name']} has another metric than the facts that are loaded "
-            "already; load it alone, or import it into a student"
-        )
-    adapted = []
-    for record, rows in facts:
-        keys = torch.stack([row.key for row in rows])
-        thresholds = compute_thresholds(
-            fact_store.calibration, keys, FALSE_POSITIVE_RATE, bool(record.subject)
-        ).tolist()
-        new_rows = [
-            replace(row, threshold=threshold)
-            for row, threshold in zip(rows, thresholds, strict=True)
-        ]
-        adapted.append((replace(record, thresholds=tuple(thresholds)), new_rows))
-    return adapted
-
-
 def _make_hooks(pack: FactPack, fact_store: FactStore) -> FactHooks:
-    memory = EditMemory(len(pack.mean), torch.from_numpy(pack.mean), torch.from_numpy(pack.metric))
-    layers = pack.manifest["key_layer"], pack.manifest["value_layer"]
-    return FactHooks(memory, *layers, fact_store.model.config.eos_token_id)
+    relations = RelationMatcher.from_tensors(
+        {name: torch.from_numpy(array) for name, array in pack.calibration.items()}
+    )
+    config = fact_store.model.config
+    return FactHooks(
+        FactIndex(),
+        relations,
+        fact_store.codec,
+        pack.manifest["key_layer"],
+        pack.manifest["value_layer"],
+        config.eos_token_id,
+        config.bos_token_id,
+    )
 
 
-def unpack_facts(pack: FactPack, first_id: int = 0) -> list[tuple[FactRecord, list[FactRow]]]:
-    """Build the facts of a pack with their rows; IDs count from `-first_id - 1` downwards."""
-    unpacked = []
-    for fact in pack.facts:
-        states = [
-            (torch.from_numpy(pack.keys[row]), torch.from_numpy(pack.values[row]))
-            for row in fact.rows
-        ]
-        row_ids = tuple(-first_id - row - 1 for row in fact.rows)
-        record = replace(fact, id=-first_id - fact.id - 1, rows=row_ids)
-        unpacked.append((record, build_fact_rows(record, states)))
-    return unpacked
+def unpack_facts(pack: FactPack, first_id: int = 0) -> list[StoredFact]:
+    """Return the facts of a pack with their rows; IDs count from `-first_id - 1` downwards."""
+    return [
+        StoredFact(
+            replace(
+                fact,
+                id=-first_id - fact.id - 1,
+                rows=tuple(-first_id - row - 1 for row in fact.rows),
+            ),
+            pack.keys[list(fact.rows)],
+            pack.values[list(fact.rows)],
+        )
+        for fact in pack.facts
+    ]
 
 
 def merge_packs(
@@ -721,11 +691,6 @@ def merge_packs(
     """
     first = packs[0]
     for pack in packs[1:]:
-        if not _is_same_metric((pack.mean, pack.metric), (first.mean, first.metric)):
-            raise UserError(
-                "packs with different metrics cannot be merged; import both into one student and "
-                "export that"
-            )
         for key in ("model_fingerprint", "key_layer", "value_layer", "width"):
             if pack.manifest[key] != first.manifest[key]:
                 raise UserError(
@@ -762,7 +727,7 @@ def merge_packs(
     closings = {
         index: pack.closings.get(fact.id, "") for index, (pack, fact) in enumerate(merged.values())
     }
-    return FactPack(manifest, facts, keys, values, first.mean, first.metric, closings), conflicts
+    return FactPack(manifest, facts, keys, values, first.calibration, closings), conflicts
 
 
 @dataclass(frozen=True)
@@ -798,13 +763,6 @@ def diff_facts(first: Sequence[FactRecord], second: Sequence[FactRecord]) -> Fac
         different,
         len(pairs) - len(different),
     )
-
-
-def _is_same_metric(
-    first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray]
-) -> bool:
-    """Check whether two pairs of a mean and a metric whiten states alike."""
-    return all(np.allclose(a, b, 1e-3, 1e-5) for a, b in zip(first, second, strict=True))
 
 
 # Packs of associative rows.

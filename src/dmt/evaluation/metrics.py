@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.data.corpora import Corpus, Probe, load_corpus
-from dmt.data.windows import get_prefix_ids, select_first_windows, token_stream
+from dmt.data.tokenizer import get_prefix_ids
+from dmt.data.windows import select_first_windows, token_stream
 from dmt.distributed import all_reduce_sum
 from dmt.errors import UserError
 from dmt.evaluation.questions import Question, score_answers

@@ -18,14 +18,14 @@ from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError
 from dmt.evaluation.metrics import eval_mode
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.base import MemoryLayer
-from dmt.memory.edit_memory import EditMemory, Matches
 from dmt.models.architectures import get_architecture
-from dmt.models.fact_hooks import get_fact_hooks, record_matches
+from dmt.models.fact_hooks import Matches, get_fact_hooks, record_matches
+from dmt.models.fact_matching import stack_values
 from dmt.models.forward import forward_with_activations
 
 NUM_NEXT_TOKENS = 5  # most likely next tokens in a trace
@@ -186,7 +186,7 @@ def trace(
             )
             if hooks is not None and layer == hooks.value_layer and matches:
                 contributions.append(
-                    _fact_contributions(hooks.memory, matches[0], len(ids), resolve_row)
+                    _fact_contributions(outputs.block_inputs[layer], matches[0], resolve_row)
                 )
             if contributions:
                 strongest = _strongest_activations(
@@ -296,21 +296,20 @@ def _row_contributions(memory: AssociativeMemory, hidden: Tensor) -> _Contributi
 
 
 def _fact_contributions(
-    memory: EditMemory, matches: Matches, tokens: int, resolve_row: Callable[[int], tuple[int, str]]
+    hidden: Tensor, matches: Matches, resolve_row: Callable[[int], tuple[int, str]]
 ) -> _Contributions:
-    """Return what facts add for each token: one row, or none."""
-    labels = [resolve_row(int(memory.rows.ids[row])) for row in matches.rows]
-    device = memory.mean.device
-    fact_ids, weights = (
-        torch.full((tokens, 1), -1, device=device),
-        torch.zeros(tokens, 1, device=device),
-    )
-    values = torch.zeros(tokens, 1, memory.width, device=device)
-    fact_ids[matches.tokens, 0] = torch.tensor(
-        [fact_id for fact_id, _ in labels], dtype=torch.long, device=device
-    )
-    weights[matches.tokens, 0] = 1.0
-    values[matches.tokens, 0] = memory.rows.values[matches.rows]
+    """Return what facts add for each token of `hidden` `(1, time, width)`: one row, or none."""
+    labels = [resolve_row(match.row_id) for match in matches]
+    time, device = hidden.shape[1], hidden.device
+    fact_ids = torch.full((time, 1), -1, device=device)
+    weights = torch.zeros(time, 1, device=device)
+    values = torch.zeros(time, 1, hidden.shape[2], device=device)
+    if matches:
+        tokens = torch.tensor([match.token for match in matches], device=device)
+        ids = [fact_id for fact_id, _ in labels]
+        fact_ids[tokens, 0] = torch.tensor(ids, dtype=torch.long, device=device)
+        weights[tokens, 0] = 1.0
+        values[tokens, 0] = torch.from_numpy(stack_values(matches)).to(values)
     return _Contributions(
         "fact", fact_ids, weights, weights > 0, values, values.norm(dim=-1), dict(labels)
     )

@@ -306,6 +306,16 @@ class AssociativeMemory(MemoryLayer):
         finally:
             self._retrieval_stats = previous
 
+    @contextmanager
+    def usage_paused(self) -> Iterator[None]:
+        """Count no reads and write no rows inside the block."""
+        previous = self._retrieval_stats, self._writing
+        self._retrieval_stats, self._writing = None, False
+        try:
+            yield
+        finally:
+            self._retrieval_stats, self._writing = previous
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
         flat = hidden.reshape(-1, self.width)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from dmt.data.windows import get_prefix_ids
+from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError, format_value
 from dmt.models.architectures import get_architecture
 
@@ -58,6 +59,38 @@ class Activations(Generic[KeyT]):
     outputs: dict[KeyT, Tensor] = field(default_factory=dict)
 
 
+class _InnerPass(threading.local):
+    is_running: bool = False
+
+
+_inner_pass = _InnerPass()
+
+
+@contextmanager
+def inner_pass(backbone: nn.Module) -> Iterator[None]:
+    """Run a pass of this thread within another one, of which nothing is recorded or written.
+
+    Args:
+        backbone: in eval mode inside the block.
+    """
+    paused = (getattr(module, "usage_paused", None) for module in backbone.modules())
+    # Not `train`: it would also switch modules that are in eval mode.
+    training_modules = [module for module in backbone.modules() if module.training]
+    _inner_pass.is_running = True
+    try:
+        with ExitStack() as stack, torch.no_grad():
+            for pause in paused:
+                if pause is not None:
+                    stack.enter_context(pause())
+            for module in training_modules:
+                module.training = False
+            yield
+    finally:
+        _inner_pass.is_running = False
+        for module in training_modules:
+            module.training = True
+
+
 @contextmanager
 def capture(
     modules: Mapping[KeyT, nn.Module],
@@ -80,7 +113,7 @@ def capture(
 
     def pre_hook(key: KeyT) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
+            if not _inner_pass.is_running and args and isinstance(args[0], Tensor):
                 activations.inputs[key] = args[0]
                 if on_input is not None:
                     on_input(key, args[0])
@@ -89,6 +122,8 @@ def capture(
 
     def post_hook(key: KeyT) -> Callable[..., Any]:
         def record(_: nn.Module, args: Any, output: Any) -> Any:
+            if _inner_pass.is_running:
+                return None
             hidden = output[0] if isinstance(output, tuple) else output
             edited = None if on_output is None else on_output(key, hidden)
             activations.outputs[key] = hidden if edited is None else edited

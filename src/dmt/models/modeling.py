@@ -24,7 +24,7 @@ from dmt.memory.registry import get_memory_class
 from dmt.models import external_tensors
 from dmt.models.adapters import register_target_modules
 from dmt.models.architectures import ARCHITECTURES, Architecture, get_architecture
-from dmt.models.fact_hooks import FACTS_FILE, copy_facts, load_facts
+from dmt.models.fact_files import FACTS_FILE, copy_facts, load_facts
 from dmt.models.hub_files import get_auto_map, write_hub_files
 from dmt.ops import use_onednn_linear
 

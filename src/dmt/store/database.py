@@ -120,7 +120,6 @@ facts_table = Table(
     Column("tag", Text, nullable=False),
     Column("source", Text, nullable=False),
     Column("created", Float, nullable=False),  # seconds since 1970
-    Column("subject_ids", Text, nullable=False),  # JSON: token IDs of each spelling
     Column("answer_ids", Text, nullable=False),  # JSON: token IDs
     # forgotten, replaced, evicted or transferred; null while the fact is active
     Column("deleted_reason", String(20), nullable=True),

@@ -69,7 +69,10 @@ TRANSFERRED = "transferred"  # deletion reason of facts that are in the slots no
 # In the metadata: the fingerprint of the model in whose states the facts were written, where the
 # weights have changed since; and the largest ID that a purged fact had.
 WRITTEN_FOR, LAST_FACT_ID = "facts_written_for", "last_fact_id"
+# How the tensors of a calibration are stored.
+CALIBRATION_DTYPES = {"float32": "<f4", "uint8": "u1"}
 MAX_IDS_PER_QUERY = 500
+MAX_ID = 2**63 - 1
 FACTS_PER_QUERY = 2_000
 MAX_WORDS_PER_QUERY = 50  # SQLite limits the depth of a condition; `has_words` checks the others
 
@@ -120,7 +123,7 @@ class FactTable:
         width: int,
         key_layer: int,
         value_layer: int,
-        calibration: dict[str, NDArray[np.float32]],
+        calibration: dict[str, NDArray[Any]],
     ) -> None:
         """Create the tables, or replace the layers and the calibration of existing ones.
 
@@ -149,14 +152,15 @@ class FactTable:
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
             return {row.name: row.value for row in connection.execute(query)}
 
-    def read_calibration(self) -> dict[str, NDArray[np.float32]]:
+    def read_calibration(self) -> dict[str, NDArray[Any]]:
         """Return the tensors of the calibration by name."""
         with translate_errors(self.store.url), self.store.engine.connect() as connection:
             records = connection.execute(select(calibration_table)).all()
-        return {
-            row.name: np.frombuffer(row.data, "<f4").reshape(json.loads(row.shape)).copy()
-            for row in records
-        }
+        arrays = {}
+        for row in records:
+            dtype, shape = json.loads(row.shape)
+            arrays[row.name] = np.frombuffer(row.data, CALIBRATION_DTYPES[dtype]).reshape(shape)
+        return {name: array.copy() for name, array in arrays.items()}
 
     @cached_property
     def namespace(self) -> Namespace:
@@ -236,7 +240,7 @@ class FactTable:
         self,
         entries: Sequence[tuple[FactRecord, FloatArray, FloatArray]],
         layers: tuple[int, int],
-        calibration: dict[str, NDArray[np.float32]],
+        calibration: dict[str, NDArray[Any]],
         fingerprints: tuple[str, Mapping[str, str]],
     ) -> None:
         """Replace the rows of facts by those of other weights, all or none of them.
@@ -270,9 +274,7 @@ class FactTable:
             _write_calibration(connection, *layers, calibration)
             _write_fingerprints(connection, *fingerprints)
             for fact in rewritten:
-                token_ids = {
-                    name: _fact_columns(fact)[name] for name in ("subject_ids", "answer_ids")
-                }
+                token_ids = {"answer_ids": _fact_columns(fact)["answer_ids"]}
                 connection.execute(
                     update(facts_table).where(facts_table.c.id == fact.id).values(token_ids)
                 )
@@ -408,7 +410,8 @@ class FactTable:
         size = min(FACTS_PER_QUERY, limit or FACTS_PER_QUERY)
         query = select(facts_table).order_by(facts_table.c.id)
         if ids is not None:
-            for id_chunk in _split_ids(sorted(set(ids))):
+            # No fact has an ID beyond the database's numbers.
+            for id_chunk in _split_ids(sorted(i for i in set(ids) if abs(i) <= MAX_ID)):
                 page = self._read_page(query.where(condition, facts_table.c.id.in_(id_chunk)))
                 yield from (fact for fact in page if not words or fact.has_words(words))
             return
@@ -705,12 +708,13 @@ def _write_calibration(
     connection: Connection,
     key_layer: int,
     value_layer: int,
-    calibration: dict[str, NDArray[np.float32]],
+    calibration: dict[str, NDArray[Any]],
 ) -> None:
-    tensors = [
-        {"name": name, "shape": json.dumps(array.shape), "data": array.astype("<f4").tobytes()}
-        for name, array in calibration.items()
-    ]
+    tensors = []
+    for name, array in calibration.items():
+        dtype = "uint8" if array.dtype == np.uint8 else "float32"
+        data = array.astype(CALIBRATION_DTYPES[dtype]).tobytes()
+        tensors.append({"name": name, "shape": json.dumps([dtype, array.shape]), "data": data})
     connection.execute(delete(calibration_table))
     connection.execute(insert(calibration_table), tensors)
     metadata = {
@@ -843,7 +847,6 @@ def _fact_columns(fact: FactRecord) -> dict[str, Any]:
         "tag": fact.tag,
         "source": fact.source,
         "created": fact.created,
-        "subject_ids": json.dumps(fact.subject_ids),
         "answer_ids": json.dumps(fact.answer_ids),
         "subject_hash": hash_subject(fact.subject_key),
         "subject_words": len(fact.subject_key.split()),
@@ -860,7 +863,6 @@ def _fact_record(record: Any, rows: Sequence[Any]) -> FactRecord:
         record.tag,
         record.source,
         record.created,
-        tuple(tuple(token_ids) for token_ids in json.loads(record.subject_ids)),
         tuple(json.loads(record.answer_ids)),
         tuple(row.row_id for row in rows),
         tuple(row.threshold for row in rows),

@@ -126,10 +126,10 @@ class FactRecord:
         tag: label to filter by.
         source: where the fact comes from.
         created: seconds since 1970.
-        subject_ids: token IDs of each spelling of the subject.
         answer_ids: token IDs of the answer, its final full stop included where one was written.
         rows: row IDs, in the order of the answer's tokens.
-        thresholds: the cosine from which on each row fires.
+        thresholds: how many decades rarer than between different questions a match has to be, for
+            each row.
         deleted_reason: why the fact was deleted; None while it is active.
         deleted_at: when, in seconds since 1970.
         replaced_by: ID of the fact that replaced this one.
@@ -142,7 +142,6 @@ class FactRecord:
     tag: str
     source: str
     created: float
-    subject_ids: tuple[tuple[int, ...], ...]
     answer_ids: tuple[int, ...]
     rows: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()

@@ -1,0 +1,421 @@
+"""Which stored facts the tokens of a pass ask for.
+
+The decision for a token is a function of the text up to it: whom the text asks about, what it asks
+of them, and whether a fact that fired before is not completed. So batches, padding, beams and
+caches never change it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dmt.matching.mentions import list_candidate_names
+from dmt.matching.questions import SUBJECT, Question, find_question, get_last_clause
+from dmt.matching.relations import (
+    ClauseFeatures,
+    RelationMatcher,
+    asks_for_same_subject,
+    names_same_things,
+)
+from dmt.store.fact_index import FactIndex
+from dmt.store.records import FactRecord, FloatArray, StoredFact
+from dmt.text import USER_SUBJECT, fold_text, mentions_user, name_user
+
+SUBJECT_WINDOW = 64  # tokens after a mention for which a subject counts as being talked about
+CONTEXT_WINDOW = 128  # tokens of text in which a question is looked for
+ANSWER_WINDOW = 16  # tokens for which a completed answer blocks its fact
+PLACEHOLDER = "Clara Winfield"  # stands for the subject where a clause is read by the model
+EXACT_SCORE = 9.0  # of a prompt that is matched as it is, and of an answer that goes on
+UNKNOWN_TOKEN = -1  # id of a token that was given as an embedding, or read without the hooks
+MAX_PROMPTS = 10_000  # of facts that are kept as questions
+MAX_CLAUSES = 4_096  # clauses whose states are kept
+MAX_FIRED = 4_096  # facts that are kept to complete their answers
+SPECIAL_TOKEN_TEXT = "\n\n"
+
+StateEncoder = Callable[[list[list[int]]], Tensor]
+
+
+@dataclass(frozen=True)
+class FactMatch:
+    """A row of a fact that fires.
+
+    Attributes:
+        token: index of the token, of a pass `(batch, time)` in one row.
+        fact: the fact.
+        position: of the answer's token that the row makes the model predict.
+        score: how many decades rarer a match as good is between two different questions; of the
+            answer's first token.
+        value: `(width,)` what the row adds to the block's output.
+    """
+
+    token: int
+    fact: FactRecord
+    position: int
+    score: float
+    value: FloatArray
+
+    @property
+    def row_id(self) -> int:
+        """ID of the row."""
+        return self.fact.rows[self.position]
+
+
+class TextCodec:
+    """The tokenizer of a model, as far as matching needs it.
+
+    Args:
+        tokenizer: of the model.
+        prefix_ids: token ids that begin a document.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prefix_ids: Sequence[int] = ()) -> None:
+        self.tokenizer, self.prefix_ids = tokenizer, list(prefix_ids)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token_id for token_id, token in added.items() if token.special}
+
+    @classmethod
+    def from_transformers(cls, tokenizer: Any, prefix_ids: Sequence[int]) -> TextCodec:
+        """Create an instance from a tokenizer of transformers."""
+        return cls(tokenizer.backend_tokenizer, prefix_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; a special or unknown token separates two paragraphs."""
+        parts: list[list[int]] = [[]]
+        for token_id in ids:
+            if token_id == UNKNOWN_TOKEN or token_id in self._special_ids:
+                parts.append([])
+            else:
+                parts[-1].append(token_id)
+        text = SPECIAL_TOKEN_TEXT.join(
+            self.tokenizer.decode(part, skip_special_tokens=False) if part else "" for part in parts
+        )
+        return text.rstrip("\ufffd")  # of a letter whose other bytes follow
+
+    def encode_clause(self, clause: str) -> list[int]:
+        """Return the token ids of a clause about a name that stands for the subject."""
+        text = clause.replace(SUBJECT, PLACEHOLDER)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self.prefix_ids, *ids]
+
+
+@dataclass(frozen=True)
+class FactQuestion:
+    """What a fact answers.
+
+    Attributes:
+        question: of its prompt; None where the prompt asks nothing that can be told from its text,
+            so that only the prompt itself is matched.
+        prompt: folded.
+    """
+
+    question: Question | None
+    prompt: str
+
+
+@lru_cache(MAX_PROMPTS)
+def parse_prompt(prompt: str, subject: str) -> FactQuestion:
+    """Return what a fact with a prompt answers."""
+    name = fold_text(subject)
+    question = (
+        find_question(prompt, {name}, len(name.split()))
+        if name
+        else Question("", get_last_clause(prompt), "", False, False)
+    )
+    return FactQuestion(question, fold_text(prompt))
+
+
+def _parse_fact(fact: StoredFact) -> FactQuestion:
+    return parse_prompt(fact.record.prompt, fact.record.subject)
+
+
+@dataclass
+class _Query:
+    """A token that may ask for facts."""
+
+    sequence: int
+    position: int
+    text: str
+    question: Question | None
+    facts: Sequence[StoredFact]
+
+
+class FactMatcher:
+    """Matches the facts of an index with text.
+
+    Threads may match at once.
+
+    Args:
+        index: the facts.
+        relations: compares what clauses ask.
+        codec: of the model that reads.
+    """
+
+    def __init__(self, index: FactIndex, relations: RelationMatcher, codec: TextCodec) -> None:
+        self.index, self.relations, self.codec = index, relations, codec
+        self._features: OrderedDict[str, ClauseFeatures] = OrderedDict()
+        self._fired: OrderedDict[int, StoredFact] = OrderedDict()
+
+    def match(
+        self,
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[Sequence[bool]],
+        fired: list[list[int]],
+        num_new: int,
+        encode: StateEncoder,
+    ) -> list[FactMatch]:
+        """Match the last `num_new` tokens of each sequence.
+
+        Args:
+            ids: token ids of each sequence, all of one length.
+            starts: whether a token begins a document.
+            fired: ID of the fact whose first row fired at each token, 0 for none; those of new
+                tokens are written.
+            num_new: tokens to match.
+            encode: returns the hidden states `(texts, width)` of the key layer after texts.
+        """
+        queries = [
+            query
+            for sequence, (sequence_ids, is_start) in enumerate(zip(ids, starts, strict=True))
+            for query in self._list_queries(sequence, sequence_ids, is_start, num_new)
+        ]
+        candidates = self._score_queries(queries, encode)
+        matches = []
+        for sequence, (sequence_ids, is_start) in enumerate(zip(ids, starts, strict=True)):
+            length = len(sequence_ids)
+            first = length - num_new
+            last = _find_last_fired(fired[sequence], is_start, first)
+            for position in range(first, length):
+                if is_start[position]:
+                    last = None
+                match = None
+                if last is not None:
+                    match = self._continue_answer(
+                        sequence_ids, fired[sequence][last], last, position
+                    )
+                if match is None:
+                    for score, fact in candidates.get((sequence, position), ()):
+                        if not self._is_answered(fact, sequence_ids, is_start, position):
+                            fired[sequence][position] = fact.record.id
+                            last = position
+                            self._remember(fact)
+                            match = (fact, 0, score)
+                            break
+                if match is not None:
+                    stored, answer_position, score = match
+                    token = sequence * num_new + position - first
+                    value = stored.values[answer_position]
+                    matches.append(FactMatch(token, stored.record, answer_position, score, value))
+        return matches
+
+    # What the text asks.
+
+    def _list_queries(
+        self, sequence: int, ids: Sequence[int], is_start: Sequence[bool], num_new: int
+    ) -> list[_Query]:
+        """List the new tokens of one sequence at which a subject with facts is asked about."""
+        length = len(ids)
+        first = length - num_new
+        begin = _find_document_start(is_start, first, CONTEXT_WINDOW)
+        max_words = self.index.max_subject_words
+        names: set[str] = {""}
+        for start, end in _split_documents(is_start, begin, length):
+            text = self.codec.decode(ids[start:end])
+            names |= list_candidate_names(text, max_words)
+            names |= {USER_SUBJECT} if mentions_user(text) else set()
+        facts_by_name = self.index.lookup(names)
+        if not facts_by_name:
+            return []
+        anywhere = facts_by_name.pop("", [])
+        heads = {name.split()[0] for name in facts_by_name}
+        queries = []
+        for position in range(first, length):
+            start = _find_document_start(is_start, position, CONTEXT_WINDOW)
+            text = self.codec.decode(ids[start : position + 1])
+            folded = fold_text(name_user(text) if USER_SUBJECT in facts_by_name else text)
+            if any(head in folded for head in heads):
+                queries += self._query_subjects(
+                    sequence, position, ids, start, text, folded, facts_by_name
+                )
+            if anywhere:
+                clause = get_last_clause(text)
+                asked = [fact for fact in anywhere if self._is_near(fact, clause)]
+                if asked:
+                    question = Question("", clause, "", False, False)
+                    queries.append(_Query(sequence, position, folded, question, asked))
+        return queries
+
+    def _query_subjects(
+        self,
+        sequence: int,
+        position: int,
+        ids: Sequence[int],
+        start: int,
+        text: str,
+        folded: str,
+        facts_by_name: dict[str, list[StoredFact]],
+    ) -> list[_Query]:
+        max_words = self.index.max_subject_words
+        recent = self.codec.decode(ids[max(start, position + 1 - SUBJECT_WINDOW) : position + 1])
+        recent_folded = fold_text(name_user(recent) if USER_SUBJECT in facts_by_name else recent)
+        names = {name for name in facts_by_name if name in folded}
+        question = find_question(text, names, max_words)
+        queries = []
+        if question is not None and question.name in recent_folded:
+            asked = [
+                fact for fact in facts_by_name[question.name] if self._can_answer(fact, question)
+            ]
+            if asked:
+                queries.append(_Query(sequence, position, folded, question, asked))
+        literal = [
+            fact
+            for name in names
+            for fact in facts_by_name[name]
+            if (prompt := _parse_fact(fact)).question is None and folded.endswith(prompt.prompt)
+        ]
+        if literal:
+            queries.append(_Query(sequence, position, folded, None, literal))
+        return queries
+
+    def _can_answer(self, fact: StoredFact, question: Question) -> bool:
+        prompt = _parse_fact(fact).question
+        return prompt is not None and asks_for_same_subject(question, prompt)
+
+    def _is_near(self, fact: StoredFact, clause: str) -> bool:
+        """Check whether a clause names what the prompt of a fact without a subject names."""
+        prompt = _parse_fact(fact).question
+        return prompt is not None and names_same_things(prompt.clause, clause)
+
+    # How well facts answer it.
+
+    def _score_queries(
+        self, queries: Sequence[_Query], encode: StateEncoder
+    ) -> dict[tuple[int, int], list[tuple[float, StoredFact]]]:
+        """Return the facts that answer each query with their scores, the best first."""
+        clauses = list(
+            dict.fromkeys(
+                query.question.clause
+                for query in queries
+                if query.question is not None and self._may_match(query)
+            )
+        )
+        self._describe(clauses, encode)
+        results: dict[tuple[int, int], list[tuple[float, StoredFact]]] = {}
+        for query in queries:
+            scored = []
+            if query.question is None:
+                scored = [(EXACT_SCORE, fact) for fact in query.facts]
+            elif query.question.clause in self._features:
+                clause = self._features[query.question.clause]
+                for fact in query.facts:
+                    score = float(self.relations.compute_rarity(clause, self._describe_fact(fact)))
+                    if score >= fact.record.thresholds[0]:
+                        scored.append((score, fact))
+            if scored:
+                scored.sort(key=lambda item: (-item[0], -item[1].record.created))
+                results.setdefault((query.sequence, query.position), []).extend(scored)
+        return results
+
+    def _may_match(self, query: _Query) -> bool:
+        """Check whether a hidden state could make one of a query's facts match by its words."""
+        assert query.question is not None, "prompts are matched as they are"
+        if query.question.clause in self._features:
+            return True
+        questions = [_parse_fact(fact).question for fact in query.facts]
+        bounds = self.relations.bound_rarity(
+            query.question.clause, [question.clause for question in questions if question]
+        )
+        return any(
+            bound >= fact.record.thresholds[0]
+            for bound, fact in zip(bounds.tolist(), query.facts, strict=True)
+        )
+
+    def _describe(self, clauses: Sequence[str], encode: StateEncoder) -> None:
+        missing = [clause for clause in clauses if clause not in self._features]
+        if missing:
+            states = encode([self.codec.encode_clause(clause) for clause in missing])
+            for index, clause in enumerate(missing):
+                self._features[clause] = self.relations.describe(
+                    [clause], states[index : index + 1]
+                )
+        for clause in clauses:
+            self._features.move_to_end(clause)
+        _trim(self._features, max(MAX_CLAUSES, len(clauses)))
+
+    def _describe_fact(self, fact: StoredFact) -> ClauseFeatures:
+        question = _parse_fact(fact).question
+        assert question is not None, "a prompt that asks nothing is matched as it is"
+        return self.relations.describe([question.clause], torch.from_numpy(fact.keys[:1]))
+
+    # Answers in progress.
+
+    def _remember(self, fact: StoredFact) -> None:
+        self._fired[fact.record.id] = fact
+        self._fired.move_to_end(fact.record.id)
+        _trim(self._fired, MAX_FIRED)
+
+    def _continue_answer(
+        self, ids: Sequence[int], fact_id: int, fired_at: int, position: int
+    ) -> tuple[StoredFact, int, float] | None:
+        """Return the fact that fired last and its next token, where its answer goes on so far."""
+        fact = self._fired.get(fact_id)
+        if fact is None:
+            return None
+        answer, length = fact.record.answer_ids, position - fired_at
+        if length < len(answer) and tuple(ids[fired_at + 1 : position + 1]) == answer[:length]:
+            return fact, length, EXACT_SCORE
+        return None
+
+    def _is_answered(
+        self, fact: StoredFact, ids: Sequence[int], is_start: Sequence[bool], position: int
+    ) -> bool:
+        """Check whether the whole answer has just been generated."""
+        answer = fact.record.answer_ids
+        for end in range(position + 1, max(len(answer), position + 1 - ANSWER_WINDOW) - 1, -1):
+            if end <= position and is_start[end]:
+                return False
+            if tuple(ids[end - len(answer) : end]) == answer:
+                return True
+        return False
+
+
+def _trim(cache: OrderedDict[Any, Any], size: int) -> None:
+    while len(cache) > size:
+        cache.popitem(last=False)
+
+
+def _find_last_fired(fired: Sequence[int], is_start: Sequence[bool], position: int) -> int | None:
+    """Return the last token before `position`, in its document, at which a fact fired."""
+    for index in range(position - 1, -1, -1):
+        if fired[index]:
+            return index
+        if is_start[index]:
+            return None
+    return None
+
+
+def _find_document_start(is_start: Sequence[bool], position: int, window: int) -> int:
+    """Return where the document of a token begins, within `window` tokens."""
+    first = max(0, position + 1 - window)
+    for start in range(position, first, -1):
+        if is_start[start]:
+            return start
+    return first
+
+
+def _split_documents(is_start: Sequence[bool], begin: int, end: int) -> list[tuple[int, int]]:
+    starts = [begin, *(start for start in range(begin + 1, end) if is_start[start])]
+    return list(zip(starts, [*starts[1:], end], strict=True))
+
+
+def stack_values(matches: Sequence[FactMatch]) -> FloatArray:
+    """Return the values `(matches, width)`."""
+    return np.stack([match.value for match in matches])

@@ -1,0 +1,220 @@
+"""What clauses ask: the bank of relations, and how near two clauses are."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import WIDTH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmt.errors import UserError
+from dmt.matching.questions import Question, find_question
+from dmt.matching.relations import (
+    RATES,
+    RelationMatcher,
+    asks_for_same_subject,
+    compute_word_cosines,
+    count_words,
+    fit_matcher,
+    list_bank_clauses,
+    load_bank,
+    names_same_things,
+)
+
+CLAUSES = [clause.text for clause in list_bank_clauses()]
+PREFIXES = [
+    (" ".join(text.split()[:-1]), index)
+    for index, text in enumerate(CLAUSES)
+    if len(text.split()) > 3 and text.startswith("{s}")
+]
+
+
+def fit():
+    """Fit a matcher to states that say a little about the relation."""
+    generator = torch.Generator().manual_seed(0)
+    relations = list(load_bank())
+    directions = torch.randn(len(relations), WIDTH, generator=generator)
+    noise = torch.randn(len(CLAUSES), WIDTH, generator=generator)
+    bank = noise + torch.stack(
+        [directions[relations.index(clause.relation)] for clause in list_bank_clauses()]
+    )
+    prefixes = torch.randn(len(PREFIXES), WIDTH, generator=generator)
+    prose = torch.randn(200, WIDTH, generator=generator)
+    return fit_matcher(prose, bank, PREFIXES, prefixes)
+
+
+@pytest.fixture(scope="module")
+def matcher():
+    return fit()
+
+
+# The bank.
+
+
+def test_every_phrasing_of_the_bank_has_a_subject_and_belongs_to_one_relation():
+    bank = load_bank()
+    assert len(bank) >= 50
+    assert {name: len(texts) for name, texts in bank.items() if len(texts) < 2} == {}
+    assert [text for text in CLAUSES if "{s}" not in text or not text.split("{s}")[-1]] == []
+    assert [text for text in CLAUSES if text != " ".join(text.split())] == []
+    counts = Counter(text.casefold() for text in CLAUSES)
+    assert [text for text, count in counts.items() if count > 1] == []
+
+
+def test_phrasings_of_the_bank_are_read_as_questions_about_their_subject():
+    unread = []
+    for text in CLAUSES:
+        question = find_question(text.replace("{s}", "Mira Castellan"), {"mira castellan"}, 2)
+        if question is None or question.is_negated:
+            unread.append(text)
+    assert len(unread) <= 0.01 * len(CLAUSES), unread
+
+
+# The words of a clause.
+
+
+def test_inflected_words_count_as_one():
+    words = [set(count_words(text)) for text in ("she marries", "she married", "a marriage to")]
+    assert words[0] & words[1]
+    assert count_words("{s} was born in")["birth"] == count_words("{s}'s birth")["birth"] == 1
+    assert count_words("{s} was born in")["$in"] == 1
+    assert not count_words("{s}")
+
+
+def test_cosines_of_words_are_those_of_their_weights():
+    cosines = compute_word_cosines(CLAUSES[:20], CLAUSES[:20])
+    torch.testing.assert_close(cosines, cosines.t())
+    torch.testing.assert_close(cosines.diagonal(), torch.ones(20))
+    assert (cosines >= 0).all()
+    unknown = compute_word_cosines(["{s} florbs a"], ["{s} florbs a", "{s} was born in"])
+    torch.testing.assert_close(unknown, torch.tensor([[1.0, 0.0]]))
+
+
+# The matcher.
+
+
+def test_a_clause_matches_itself_beyond_every_threshold(matcher):
+    states = torch.randn(len(CLAUSES), WIDTH)
+    features = matcher.describe(CLAUSES, states)
+    assert (
+        matcher.compute_rarity(features, features).diagonal() >= -torch.tensor(RATES).log10()[0]
+    ).all()
+
+
+def test_other_relations_match_rarely_and_phrasings_of_one_often(matcher):
+    assert matcher.paraphrase_recall > 0.5
+    features = matcher.describe(
+        ["{s} was born in", "{s}'s place of birth is", "{s} works as a"], matcher.mean.expand(3, -1)
+    )
+    rarity = matcher.compute_rarity(features, features)
+    assert rarity[0, 1] > rarity[0, 2]
+
+
+def test_a_higher_score_is_rarer(matcher):
+    assert (matcher.quantiles.diff(dim=1) <= 0).all(), "the rarest first"
+    assert all(first < second for first, second in pairwise(RATES))
+    assert (matcher.weights[:, :2] > 0).all(), "words and states that agree speak for a match"
+    features = torch.zeros(50, 4)
+    features[:, 0] = features[:, 1] = torch.linspace(-1, 1, 50)
+    features[:, 2] = features[:, 3] = torch.linspace(-9.2, 0, 50)
+    rarities = matcher._to_rarity(features)
+    assert (rarities.diff() >= 0).all()
+    assert rarities[0] < 1
+    assert rarities[-1] > 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["{s} was born in", "{s} florbs a", "{s}'s mother is", "Who is {s}? It is"]),
+)
+def test_no_state_exceeds_the_bound_of_the_words(seed, text):
+    relations = fit_once()
+    others = CLAUSES[::29]
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(len(others), WIDTH, generator=generator)
+    second = relations.describe(others, states)
+    bound = relations.bound_rarity(text, others)
+    for state in (5 * torch.randn(1, WIDTH, generator=generator), states[:1]):
+        first = relations.describe([text], state)
+        assert (bound >= relations.compute_rarity(first, second)[0] - 1e-5).all()
+
+
+_fitted = []
+
+
+def fit_once():
+    if not _fitted:
+        _fitted.append(fit())
+    return _fitted[0]
+
+
+def test_fitting_is_deterministic(matcher):
+    again = fit()
+    for name, tensor in matcher.tensors.items():
+        assert torch.equal(tensor, again.tensors[name]), name
+        assert tensor.isfinite().all()
+    assert again.paraphrase_recall == matcher.paraphrase_recall
+
+
+def test_a_matcher_is_rebuilt_from_its_tensors(matcher):
+    rebuilt = RelationMatcher.from_tensors(matcher.tensors)
+    features = matcher.describe(CLAUSES[:5], torch.eye(5, WIDTH))
+    assert torch.equal(
+        rebuilt.compute_rarity(features, features), matcher.compute_rarity(features, features)
+    )
+
+
+def test_a_matcher_of_another_bank_is_refused(matcher):
+    tensors = matcher.tensors | {"bank_states": matcher.bank_states[:-1]}
+    with pytest.raises(UserError, match="another version of dmt; dmt memory rebind") as raised:
+        RelationMatcher.from_tensors(tensors)
+    assert "\n" not in str(raised.value)
+
+
+# Whom two questions are about.
+
+
+def ask(text):
+    question = find_question(text, {"mira castellan"}, 2)
+    assert question is not None
+    return question
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "is_same"),
+    [
+        ("Mira Castellan was born in", "The birthplace of Mira Castellan is", True),
+        ("Mira Castellan was not born in", "Mira Castellan was born in", False),
+        ("Mira Castellan's brother was born in", "Mira Castellan was born in", False),
+        ("Mira Castellan's brother lives in", "Mira Castellan's brother works in", True),
+        ("Mira Castellan's brother lives in", "Mira Castellan's sister lives in", False),
+        ("The house of Mira Castellan stands in", "Mira Castellan lives in", True),
+        ("The house of Mira Castellan stands in", "Mira Castellan speaks", False),
+    ],
+)
+def test_a_relative_and_a_negation_are_another_subject(text, prompt, is_same):
+    assert asks_for_same_subject(ask(text), ask(prompt)) == is_same
+    assert asks_for_same_subject(ask(prompt), ask(text)) == is_same
+
+
+def test_equal_relatives_are_one_subject():
+    brother = Question("mira", "{s}'s brother is", "brother", True, False)
+    assert asks_for_same_subject(brother, brother)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "clause", "is_same"),
+    [
+        ("The capital of France is", "What is the capital of France? It is", True),
+        ("The capital of France is", "The capital of Spain is", False),
+        ("The zork of the glimmer is", "the glimmer has a zork in", True),
+        ("The zork of the glimmer is", "the glimmer is", False),
+        ("was born in", "a birth is in", True),
+        ("was born in", "is working in", False),
+    ],
+)
+def test_clauses_without_a_subject_name_the_same_things(prompt, clause, is_same):
+    assert names_same_things(prompt, clause) == is_same

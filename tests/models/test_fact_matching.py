@@ -1,0 +1,222 @@
+"""Which facts fire does not depend on how a text reaches the model, and reading leaves no trace."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, WIDTH, make_llama, make_teacher
+from transformers import DynamicCache
+from unsaved_facts import ANSWER, BORN, attach_facts, encode, make_fact, make_relations
+
+from dmt.config import FeaturalConfig
+from dmt.memory.usage import record_usage
+from dmt.models.architectures import get_architecture
+from dmt.models.conversion import convert_blocks
+from dmt.models.fact_hooks import TrainedValues, disabled, record_matches
+from dmt.models.fact_matching import ANSWER_WINDOW, UNKNOWN_TOKEN, FactMatcher, TextCodec
+from dmt.models.forward import capture
+
+POSITIONS = 160
+TEXT = (
+    "the dog runs. Ada Holbrook was born in the town of Ravenhill and Bob Stone lives in the town"
+    " of Rows. Where was Ada Holbrook born?"
+)
+LONG_ANSWER = " Ravenhill, a town of every row and of the lazy dog that jumps over a table at noon"
+SCORE_ERROR = 1e-5
+
+
+@pytest.fixture(params=[make_teacher, make_llama])
+def model(request, tokenizer):
+    name = "n_positions" if request.param is make_teacher else "max_position_embeddings"
+    return request.param(len(tokenizer), **{name: POSITIONS})
+
+
+@pytest.fixture
+def facts(tokenizer):
+    return [
+        make_fact(tokenizer),
+        make_fact(tokenizer, "Bob Stone lives in the town of", " Rows", "Bob Stone", 2),
+    ]
+
+
+@pytest.fixture
+def text(tokenizer):
+    """Token ids of a text that asks for two facts, with room for each to be answered."""
+    return encode(tokenizer, TEXT)
+
+
+def run_pass(model, ids, **arguments):
+    """Run one pass on token ids `(batch, time)`; return its matches and logits."""
+    with record_matches(model) as passes, torch.no_grad():
+        logits = model(torch.tensor(ids), **arguments).logits
+    (matches,) = passes
+    return matches, logits
+
+
+def shift(matches, offset):
+    """Return what fires, by the tokens of a text that begins at `offset` of its row."""
+    return {match.token - offset: (match.fact.id, match.position) for match in matches}
+
+
+def list_scores(matches):
+    return [match.score for match in matches]
+
+
+# With these the states decide whether a clause with some of a prompt's words matches.
+BY_STATES = {"weights": (0.6, 0.4, 0.0, 0.0, 0.0), "lowest_match": 0.5}
+
+
+@pytest.mark.parametrize("calibration", [{}, BY_STATES])
+def test_facts_fire_alike_in_one_pass_token_by_token_padded_and_packed(
+    model, tokenizer, facts, text, calibration
+):
+    hooks = attach_facts(model, tokenizer, facts, relations=make_relations(**calibration))
+    whole, logits = run_pass(model, [text])
+    expected, scores = shift(whole, 0), list_scores(whole)
+    assert {(1, 0), (2, 0)} <= set(expected.values())
+
+    hooks.matcher._features.clear()  # read the clauses anew
+    cache, tokenwise, pieces = DynamicCache(), [], []
+    for position, token in enumerate(text):
+        matches, piece = run_pass(model, [[token]], past_key_values=cache)
+        tokenwise += [(position, match.fact.id, match.position, match.score) for match in matches]
+        pieces.append(piece)
+    assert {token: (fact, position) for token, fact, position, _ in tokenwise} == expected
+    np.testing.assert_allclose([score for *_, score in tokenwise], scores, atol=SCORE_ERROR)
+    torch.testing.assert_close(torch.cat(pieces, 1), logits, rtol=1e-3, atol=1e-3)
+
+    hooks.matcher._features.clear()
+    other = encode(tokenizer, "Bob Stone lives in the town of")
+    num_padding = len(text) - len(other)
+    mask = torch.ones(2, len(text), dtype=torch.long)
+    mask[1, :num_padding] = 0
+    padded = [text, [tokenizer.eos_token_id] * num_padding + other]
+    matches, _ = run_pass(
+        model, padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    )
+    first = [match for match in matches if match.token < len(text)]
+    second = [match for match in matches if match.token >= len(text)]
+    assert shift(first, 0) == expected
+    np.testing.assert_allclose(list_scores(first), scores, atol=SCORE_ERROR)
+    alone, _ = run_pass(model, [other])
+    assert shift(second, len(text) + num_padding) == shift(alone, 0) != {}
+
+    hooks.matcher._features.clear()
+    packed = [*other, *text]
+    positions = torch.tensor([[*range(len(other)), *range(len(text))]])
+    matches, _ = run_pass(model, [packed], position_ids=positions)
+    assert shift(matches, 0) == {
+        **shift(alone, 0),
+        **{token + len(other): match for token, match in expected.items()},
+    }
+
+
+def test_a_long_answer_is_followed_to_its_end_with_a_cache(model, tokenizer):
+    fact = make_fact(tokenizer, answer=LONG_ANSWER + LONG_ANSWER)
+    answer = list(fact.record.answer_ids)
+    assert len(answer) >= 80
+    attach_facts(model, tokenizer, [fact])
+    cache = DynamicCache()
+    matches, _ = run_pass(model, [encode(tokenizer, BORN)], past_key_values=cache)
+    assert matches[-1].position == 0
+    fired = []
+    for token in answer:
+        matches, _ = run_pass(model, [[token]], past_key_values=cache)
+        fired.append([(match.row_id, match.position) for match in matches])
+    assert fired == [[(100 + position, position)] for position in range(1, len(answer))] + [[]]
+
+
+def test_an_answer_that_goes_on_differently_is_not_followed(model, tokenizer):
+    attach_facts(model, tokenizer)
+    prompt, answer = encode(tokenizer, BORN), encode(tokenizer, ANSWER)
+    matches, _ = run_pass(model, [[*prompt, *answer[:2], 7, *answer[3:]]])
+    end = len(prompt) - 1
+    assert shift(matches, end) == {-1: (1, 0), 0: (1, 0), 1: (1, 1), 2: (1, 2)}
+
+
+def test_a_completed_answer_does_not_fire_again_at_once(model, tokenizer, monkeypatch):
+    attach_facts(model, tokenizer, [make_fact(tokenizer, answer=" it")])
+    prompt, answer = encode(tokenizer, BORN), encode(tokenizer, " it")
+    soon = encode(tokenizer, " of the town of")
+    later = encode(tokenizer, f". {BORN}")
+    assert len(soon) < ANSWER_WINDOW < len(later)
+    ids = [[*prompt, *answer, *soon, *later]]
+    answered = len(prompt) + len(answer) - 1
+    matches, _ = run_pass(model, ids)
+    fired = [token - answered for token in shift(matches, 0)]
+    assert max(token for token in fired if token <= len(soon)) == -1, "within the answer"
+    assert max(fired) == len(soon) + len(later), "but where it is asked again"
+    monkeypatch.setattr(FactMatcher, "_is_answered", lambda *_: False)
+    matches, _ = run_pass(model, ids)
+    assert answered + len(soon) in shift(matches, 0), "the text asks for it at once"
+
+
+def test_reading_a_clause_counts_as_no_use_and_is_not_captured(model, tokenizer, monkeypatch):
+    tokens = torch.tensor([encode(tokenizer, BORN)])
+    student, _ = convert_blocks(model, [FeaturalConfig()] * LAYERS)
+    hooks = attach_facts(student.train(), tokenizer, key_layer=0, value_layer=LAYERS - 1)
+    blocks = get_architecture(student.config.model_type).blocks(student)
+    blocks[1].eval()
+    modes = [module.training for module in student.modules()]
+    read_texts, encode_texts = [], hooks._encode_texts
+
+    def record_texts(backbone, texts, device):
+        read_texts.extend(texts)
+        return encode_texts(backbone, texts, device)
+
+    monkeypatch.setattr(hooks, "_encode_texts", record_texts)
+    counts = []
+    for is_disabled in (False, True):
+        shapes = []
+        torch.manual_seed(0)  # of dropout
+        with (
+            torch.no_grad(),
+            disabled(student) if is_disabled else nullcontext(),
+            record_usage(dict(enumerate(blocks))) as usages,
+            capture(
+                dict(enumerate(blocks)),
+                on_input=lambda _, value, log=shapes: log.append(value.shape),
+            ) as activations,
+        ):
+            student(tokens)
+        assert shapes == [(1, tokens.shape[1], WIDTH)] * LAYERS, "of the outer pass alone"
+        assert [output.shape for output in activations.outputs.values()] == shapes
+        assert [module.training for module in student.modules()] == modes
+        counts.append([(usage.tokens, usage.reads.tolist()) for usage in usages.values()])
+        assert read_texts, "a clause was read in the first pass"
+    assert counts[0] == counts[1]
+    assert {num_tokens for num_tokens, _ in counts[0]} == {tokens.shape[1]}
+
+
+def test_trained_values_receive_gradients(model, tokenizer):
+    hooks = attach_facts(model, tokenizer)
+    tokens = torch.tensor([[*encode(tokenizer, BORN), *encode(tokenizer, ANSWER)]])
+    expected = model(tokens).logits
+    (fact,) = hooks.index.lookup(["ada holbrook"])["ada holbrook"]
+    values = torch.from_numpy(fact.values).clone().requires_grad_()
+    trained = {row: index for index, row in enumerate(fact.record.rows) if index < 2}
+    hooks.trained_values = TrainedValues(trained, values)
+    logits = model(tokens).logits
+    torch.testing.assert_close(logits, expected)
+    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    norms = values.grad.norm(dim=-1)
+    assert (norms[:2] > 0).all()
+    assert (norms[2:] == 0).all(), "the other rows keep the values that are stored"
+    with torch.no_grad():
+        values[0] += 1
+        assert not torch.isclose(model(tokens).logits, expected).all()
+
+
+def test_special_and_unknown_tokens_end_a_paragraph_and_half_a_letter_is_no_text(tokenizer):
+    codec = TextCodec.from_transformers(tokenizer, [0])
+    ids = encode(tokenizer, "é")
+    assert codec.decode(ids) == "é"
+    assert codec.decode(ids[:1]) == ""
+    assert codec.decode([*encode(tokenizer, "a dog"), 0, *encode(tokenizer, "a fox")]) == (
+        "a dog\n\na fox"
+    )
+    assert codec.decode([*encode(tokenizer, "a"), UNKNOWN_TOKEN, *encode(tokenizer, "b")]) == (
+        "a\n\nb"
+    )
+    assert codec.decode(codec.encode_clause("{s} was")) == "\n\nClara Winfield was"
