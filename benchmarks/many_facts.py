@@ -24,11 +24,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from benchmarks.tables import Row, table
 
 import dmt
-from dmt.editing.edit import make_record
+from dmt.config import FeaturalConfig
+from dmt.editing.edit import FALSE_POSITIVE_RATE, make_record
 from dmt.editing.fact import parse_fact
 from dmt.editing.fact_store import FactStore
 from dmt.models.loading import load_teacher
@@ -43,6 +43,16 @@ BATCH_SIZE = 1_000
 WRITTEN = 1_000  # facts of `write many`
 SYLLABLES = ("bo", "da", "fe", "gu", "ka", "li", "mo", "ne", "ru", "sha", "ti", "vo", "wen", "zar")
 LOAD_MODEL = "import dmt, transformers; transformers.AutoModelForCausalLM.from_pretrained({!r})"
+
+
+# A small process between this one and the command: a process begins with its parent's peak.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
 
 
 def make_name(number: int) -> str:
@@ -64,7 +74,7 @@ def make_sentence(number: int) -> str:
 def make_student(folder: Path) -> None:
     """Save a student whose store has been prepared for facts and has none."""
     teacher, tokenizer = load_teacher("embedded")
-    dmt.convert(teacher).save_pretrained(folder)
+    dmt.convert(teacher, FeaturalConfig(k=32)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with FactStore.open(folder) as memory:
         memory.purge(memory.write(make_sentence(0)).fact.id)
@@ -75,7 +85,6 @@ def fill_store(folder: Path, count: int) -> tuple[float, int]:
     with FactStore.open(folder) as memory:
         fact = memory.write(make_sentence(0)).fact
         (stored,) = memory.fact_table.load_rows([fact])
-        tokenizer, thresholds = memory.tokenizer, torch.tensor(fact.thresholds)
     start = time.process_time()
     with RowStore(str(folder / FACTS_FILE)) as store:
         fact_table = FactTable(store)
@@ -83,7 +92,7 @@ def fill_store(folder: Path, count: int) -> tuple[float, int]:
             entries = []
             for number in range(first, min(first + BATCH_SIZE, count)):
                 parsed = parse_fact(make_sentence(number), None, None, None, "", "")
-                record = make_record(tokenizer, parsed, fact.answer_ids, thresholds)
+                record = make_record(parsed, fact.answer_ids, FALSE_POSITIVE_RATE)
                 entries.append((replace(record, id=0), stored.keys, stored.values))
             fact_table.add(entries)
     return time.process_time() - start, (folder / FACTS_FILE).stat().st_size
@@ -92,16 +101,16 @@ def fill_store(folder: Path, count: int) -> tuple[float, int]:
 def run_process(*arguments: str) -> tuple[float, float, str]:
     """Return processor seconds, peak memory in MB, and the output of a new process."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert process.stdout is not None, "it is a pipe"
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output
+        raise SystemExit(f"{' '.join(arguments)} failed: {process.stderr}")
+    seconds, kilobytes = process.stderr.splitlines()[-1].split()
+    return float(seconds), int(kilobytes) / 1024, process.stdout
 
 
 def measure_commands(folder: Path, first: int) -> dict[str, tuple[float, float]]:
