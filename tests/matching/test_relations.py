@@ -136,7 +136,7 @@ def test_no_state_exceeds_the_bound_of_the_words(seed, text):
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(len(others), WIDTH, generator=generator)
     second = relations.describe(others, states)
-    bound = relations.bound_rarity(text, others)
+    bound = relations.bound_rarity([text], others)[0]
     for state in (5 * torch.randn(1, WIDTH, generator=generator), states[:1]):
         first = relations.describe([text], state)
         assert (bound >= relations.compute_rarity(first, second)[0] - 1e-5).all()

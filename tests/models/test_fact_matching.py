@@ -1,6 +1,7 @@
 """Which facts fire does not depend on how a text reaches the model, and reading leaves no trace."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,14 @@ from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import TrainedValues, disabled, record_matches
-from dmt.models.fact_matching import ANSWER_WINDOW, UNKNOWN_TOKEN, FactMatcher, TextCodec
-from dmt.models.forward import capture
+from dmt.models.fact_matching import (
+    ANSWER_WINDOW,
+    UNKNOWN_TOKEN,
+    FactMatcher,
+    TextCodec,
+    parse_prompt,
+)
+from dmt.models.forward import capture, collect_hidden_states
 
 POSITIONS = 160
 TEXT = (
@@ -71,12 +78,11 @@ BY_STATES = {"weights": (0.6, 0.4, 0.0, 0.0, 0.0), "lowest_match": 0.5}
 def test_facts_fire_alike_in_one_pass_token_by_token_padded_and_packed(
     model, tokenizer, facts, text, calibration
 ):
-    hooks = attach_facts(model, tokenizer, facts, relations=make_relations(**calibration))
+    attach_facts(model, tokenizer, facts, relations=make_relations(**calibration))
     whole, logits = run_pass(model, [text])
     expected, scores = shift(whole, 0), list_scores(whole)
     assert {(1, 0), (2, 0)} <= set(expected.values())
 
-    hooks.matcher._features.clear()  # read the clauses anew
     cache, tokenwise, pieces = DynamicCache(), [], []
     for position, token in enumerate(text):
         matches, piece = run_pass(model, [[token]], past_key_values=cache)
@@ -86,7 +92,6 @@ def test_facts_fire_alike_in_one_pass_token_by_token_padded_and_packed(
     np.testing.assert_allclose([score for *_, score in tokenwise], scores, atol=SCORE_ERROR)
     torch.testing.assert_close(torch.cat(pieces, 1), logits, rtol=1e-3, atol=1e-3)
 
-    hooks.matcher._features.clear()
     other = encode(tokenizer, "Bob Stone lives in the town of")
     num_padding = len(text) - len(other)
     mask = torch.ones(2, len(text), dtype=torch.long)
@@ -102,7 +107,6 @@ def test_facts_fire_alike_in_one_pass_token_by_token_padded_and_packed(
     alone, _ = run_pass(model, [other])
     assert shift(second, len(text) + num_padding) == shift(alone, 0) != {}
 
-    hooks.matcher._features.clear()
     packed = [*other, *text]
     positions = torch.tensor([[*range(len(other)), *range(len(text))]])
     matches, _ = run_pass(model, [packed], position_ids=positions)
@@ -150,6 +154,45 @@ def test_a_completed_answer_does_not_fire_again_at_once(model, tokenizer, monkey
     monkeypatch.setattr(FactMatcher, "_is_answered", lambda *_: False)
     matches, _ = run_pass(model, ids)
     assert answered + len(soon) in shift(matches, 0), "the text asks for it at once"
+
+
+def test_the_answer_of_a_deleted_fact_is_not_followed(model, tokenizer):
+    hooks = attach_facts(model, tokenizer)
+    cache, (first, second, *_) = DynamicCache(), encode(tokenizer, ANSWER)
+    matches, _ = run_pass(model, [encode(tokenizer, BORN)], past_key_values=cache)
+    assert matches[-1].position == 0
+    matches, _ = run_pass(model, [[first]], past_key_values=cache)
+    assert [match.position for match in matches] == [1]
+    hooks.index.set_unsaved([make_fact(tokenizer, "Bob Stone lives in", " Rows", "Bob Stone", 2)])
+    matches, _ = run_pass(model, [[second]], past_key_values=cache)
+    assert not matches
+
+
+def test_a_clause_is_read_with_the_present_weights(model, tokenizer):
+    relations = make_relations(weights=(0.0, 1.0, 0.0, 0.0, 0.0), lowest_match=0.99)
+    hooks = attach_facts(model, tokenizer, relations=relations)
+    clause = hooks.matcher.codec.encode_clause("{s} was born in the town of")
+    key = collect_hidden_states(model, [clause], [[len(clause) - 1]], [hooks.key_layer])
+    fact = make_fact(tokenizer)
+    keys = key[hooks.key_layer].float().numpy().repeat(len(fact.keys), 0)
+    hooks.index.set_unsaved([replace(fact, keys=keys)])
+    ids = [encode(tokenizer, BORN)]
+    matches, _ = run_pass(model, ids)
+    assert matches, "the key is the state itself"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    matches, _ = run_pass(model, ids)
+    assert not matches
+
+
+def test_a_prompt_that_asks_nothing_is_matched_from_a_word_on(model, tokenizer):
+    prompt = "he and Ada Holbrook and Bob Stone went to"
+    assert parse_prompt(prompt, "Ada Holbrook").question is None
+    attach_facts(model, tokenizer, [make_fact(tokenizer, prompt)])
+    for text, is_matched in ((prompt, True), (f"the dog. {prompt}", True), (f"s{prompt}", False)):
+        matches, _ = run_pass(model, [encode(tokenizer, text)])
+        assert bool(matches) == is_matched, text
 
 
 def test_reading_a_clause_counts_as_no_use_and_is_not_captured(model, tokenizer, monkeypatch):

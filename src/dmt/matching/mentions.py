@@ -20,6 +20,7 @@ def load_words(name: str) -> frozenset[str]:
     return frozenset(json.loads(text)[name])
 
 
+AROUND = 60  # characters before and after a mention that show how a text is written
 MAX_UNSPACED_NAME = 12  # characters of a name in a script without spaces
 OPENING, CLOSING = "\"'“”„«»‘’([{<*_#-–—", "\"'“”„«»‘’)]}>*_,.;:!?…-–—"
 CHUNK = re.compile(r"\S+")
@@ -29,7 +30,6 @@ SENTENCE_STARTERS = load_words("sentence_starters")
 # Capitalized in English anywhere, and no name of anybody.
 NON_NAMES = load_words("non_names")
 TITLES = load_words("titles")
-PARTICLES = load_words("particles")
 # Names that are words as well: in lower case they are the words.
 COMMON_WORDS = load_words("common_words")
 
@@ -174,7 +174,9 @@ def _is_part_of_longer_name(text: str, mention: Mention) -> bool:
     if UNSPACED.match(spelled):
         return _is_part_of_word(text, mention)
     has_case = spelled.lower() != spelled.upper()
-    if (has_case and not begins_with_capital(spelled)) or is_all_capitals(text, mention.start):
+    if (has_case and not begins_with_capital(spelled)) or is_all_capitals(
+        text[max(0, mention.start - AROUND) : mention.start + AROUND]
+    ):
         return False
     after = re.match(r"(?:[-‐‑]|[ \n])(\w[\w’'-]*)", text[mention.end :])
     is_name = (
@@ -193,7 +195,7 @@ def _is_part_of_longer_name(text: str, mention: Mention) -> bool:
 
 def _is_part_of_word(text: str, mention: Mention) -> bool:
     """Check whether a name without spaces is a part of a word in a text with spaces."""
-    around = text[max(0, mention.start - 60) : mention.end + 60]
+    around = text[max(0, mention.start - AROUND) : mention.end + AROUND]
     unspaced = len(UNSPACED.findall(around))
     if 2 * unspaced > sum(letter.isalpha() for letter in around):
         return False  # a text in that script, where words are not told apart
@@ -211,10 +213,9 @@ def begins_with_capital(word: str) -> bool:
     return word[:1].isupper() or re.match(r"[a-z]{1,3}['’-][A-Z]", word) is not None
 
 
-def is_all_capitals(text: str, position: int) -> bool:
-    """Check whether the text around a position is in capital letters, which then mark no name."""
-    around = text[max(0, position - 60) : position + 60]
-    letters = [letter for letter in around if letter.isalpha()]
+def is_all_capitals(text: str) -> bool:
+    """Check whether a text is in capital letters, which then mark no name."""
+    letters = [letter for letter in text if letter.isalpha()]
     lower = sum(letter.islower() for letter in letters)
     return bool(letters) and lower <= 0.1 * len(letters)
 
@@ -229,7 +230,7 @@ def find_names(text: str, mentions: Collection[Mention] = ()) -> list[Mention]:
         mentions: of stored subjects, which are names in any case.
     """
     names = list(mentions)
-    if is_all_capitals(text, len(text) - 60):
+    if is_all_capitals(text[-2 * AROUND :]):
         return sorted(names, key=lambda name: name.start)
     current: list[_Chunk] = []
 

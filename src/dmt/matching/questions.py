@@ -254,7 +254,7 @@ def _find_antecedent(
 
 
 def _make_question(name: str, clause: str) -> Question:
-    if is_all_capitals(clause.replace(SUBJECT, ""), len(clause)):
+    if is_all_capitals(clause.replace(SUBJECT, "")):
         clause = clause.lower()
     clause = " ".join(clause.split())
     clause = re.sub(r"\s*[:：]$", " is", clause)  # a label, as in "Name: ..."

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from importlib.resources import files
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from dmt.errors import UserError
 from dmt.matching.mentions import load_words
 from dmt.matching.questions import SUBJECT, Question
+from dmt.ops import inverse_sqrt
 
 BANK_FILE = "relations.json"
 # Of a `RelationMatcher`, as stores and packs hold them.
@@ -69,16 +70,16 @@ IRREGULAR = {
 
 
 @dataclass(frozen=True)
-class Clause:
-    """A clause to compare.
+class BankClause:
+    """A phrasing of the bank.
 
     Attributes:
         text: with `SUBJECT` for the subject.
-        relation: the relation of the bank that it is a phrasing of; empty for another clause.
+        relation: the relation of the bank that it is a phrasing of.
     """
 
     text: str
-    relation: str = ""
+    relation: str
 
 
 @cache
@@ -89,9 +90,9 @@ def load_bank() -> dict[str, list[str]]:
     return bank
 
 
-def list_bank_clauses() -> list[Clause]:
+def list_bank_clauses() -> list[BankClause]:
     """List all phrasings of the bank."""
-    return [Clause(text, name) for name, texts in load_bank().items() for text in texts]
+    return [BankClause(text, name) for name, texts in load_bank().items() for text in texts]
 
 
 @cache
@@ -160,6 +161,12 @@ class WordWeights:
                 if word in self._columns:
                     matrix[row, self._columns[word]] = weight
         return matrix
+
+
+@cache
+def list_relation_words(relation: str) -> frozenset[str]:
+    """Return the stems that the phrasings of a relation of the bank use."""
+    return frozenset(word for text in load_bank()[relation] for word in count_words(text))
 
 
 @cache
@@ -248,10 +255,6 @@ class RelationMatcher:
         """The tensors by name."""
         return {name: getattr(self, name) for name in TENSORS}
 
-    @cached_property
-    def _bank(self) -> WordWeights:
-        return get_word_weights()
-
     def embed(self, hidden: Tensor) -> Tensor:
         """Return hidden states `(n, width)` in the metric, centered, at unit length."""
         unit = F.normalize((hidden.float().cpu() - self.mean) @ self.metric, dim=-1)
@@ -274,13 +277,14 @@ class RelationMatcher:
 
     def share_by_words(self, texts: Sequence[str]) -> Tensor:
         """Return how likely each relation is by the words of clauses `(texts, relations)`."""
-        return self._share(self._bank.vectorize(texts) @ self._bank.matrix.t())
+        words = get_word_weights()
+        return self._share(words.vectorize(texts) @ words.matrix.t())
 
     def _share(self, cosines: Tensor, excluded: Tensor | None = None) -> Tensor:
         """Turn cosines with phrasings `(n, phrasings)` into shares of relations."""
         if excluded is not None:
             cosines = cosines.masked_fill(excluded, -1.0)
-        relations = self._bank.relations
+        relations = get_word_weights().relations
         best = torch.full((len(cosines), int(relations.max()) + 1), -1.0)
         best = best.scatter_reduce(1, relations.expand(len(cosines), -1), cosines, "amax")
         return (best / TEMPERATURE).softmax(1)
@@ -291,16 +295,20 @@ class RelationMatcher:
         Returns:
             Decades `(first, second)`: 2 where one in a hundred pairs scores higher.
         """
-        features = stack_features(first, second)
-        return self._to_rarity(features)
+        return self._to_rarity(stack_features(first, second))
 
-    def bound_rarity(self, text: str, others: Sequence[str]) -> Tensor:
-        """Return the highest rarity `(others,)` that any hidden state could give a clause."""
-        words = compute_word_cosines([text], others)[0]
-        shares = self.share_by_words([text]) @ self.share_by_words(others).t()
-        ones = torch.ones_like(words)
+    def bound_rarity(self, texts: Sequence[str], others: Sequence[str]) -> Tensor:
+        """Return the highest rarity `(texts, others)` that any hidden states could give."""
+        words = compute_word_cosines(texts, others)
+        shares = self.share_by_words(texts) @ self.share_by_words(others).t()
         features = torch.stack(
-            [words, ones, shares[0].clamp_min(MIN_SHARE).log(), torch.zeros_like(words)], dim=-1
+            [
+                words,
+                torch.ones_like(words),
+                shares.clamp_min(MIN_SHARE).log(),
+                torch.zeros_like(words),
+            ],
+            dim=-1,
         )
         return self._to_rarity(features)
 
@@ -441,8 +449,6 @@ def compute_whitening(samples: Sequence[Tensor], floor_share: float = 0.1) -> Te
         samples: centered, `(n, width)`.
         floor_share: added to the variance in every direction, as a share of the mean variance.
     """
-    from dmt.ops import inverse_sqrt
-
     width = samples[0].shape[1]
     total = torch.zeros(width, width, dtype=torch.double)
     for sample in samples:
@@ -477,15 +483,8 @@ def _is_word_of(noun: str, prompt: Question) -> bool:
     """Check whether phrasings of a prompt's relation use a noun."""
     stems = {stem for stem in count_words(noun) if stem[0] != "$"}
     words = get_word_weights()
-    vector = words.vectorize([prompt.clause])
-    cosines = (vector @ words.matrix.t())[0]
-    best = int(words.relations[int(cosines.argmax())])
-    relation_words = {
-        word
-        for clause, relation in zip(words.clauses, words.relations.tolist(), strict=True)
-        if relation == best
-        for word in count_words(clause.text)
-    }
+    cosines = (words.vectorize([prompt.clause]) @ words.matrix.t())[0]
+    relation_words = list_relation_words(words.clauses[int(cosines.argmax())].relation)
     return stems <= (relation_words | set(count_words(prompt.clause)))
 
 

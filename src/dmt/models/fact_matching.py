@@ -8,7 +8,7 @@ caches never change it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor
 from dmt.matching.mentions import list_candidate_names
 from dmt.matching.questions import SUBJECT, Question, find_question, get_last_clause
 from dmt.matching.relations import (
-    ClauseFeatures,
     RelationMatcher,
     asks_for_same_subject,
     names_same_things,
@@ -37,8 +36,7 @@ PLACEHOLDER = "Clara Winfield"  # stands for the subject where a clause is read 
 EXACT_SCORE = 9.0  # of a prompt that is matched as it is, and of an answer that goes on
 UNKNOWN_TOKEN = -1  # id of a token that was given as an embedding, or read without the hooks
 MAX_PROMPTS = 10_000  # of facts that are kept as questions
-MAX_CLAUSES = 4_096  # clauses whose states are kept
-MAX_FIRED = 4_096  # facts that are kept to complete their answers
+MAX_FIRED = 4_096  # facts that are remembered to complete their answers
 SPECIAL_TOKEN_TEXT = "\n\n"
 
 StateEncoder = Callable[[list[list[int]]], Tensor]
@@ -137,13 +135,19 @@ def _parse_fact(fact: StoredFact) -> FactQuestion:
     return parse_prompt(fact.record.prompt, fact.record.subject)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Query:
-    """A token that may ask for facts."""
+    """A token at which a text may ask for facts.
+
+    Attributes:
+        sequence: index of its sequence.
+        position: in the sequence.
+        question: what the text asks; None where it ends in the prompt of each of the facts.
+        facts: about whom it asks.
+    """
 
     sequence: int
     position: int
-    text: str
     question: Question | None
     facts: Sequence[StoredFact]
 
@@ -161,8 +165,8 @@ class FactMatcher:
 
     def __init__(self, index: FactIndex, relations: RelationMatcher, codec: TextCodec) -> None:
         self.index, self.relations, self.codec = index, relations, codec
-        self._features: OrderedDict[str, ClauseFeatures] = OrderedDict()
-        self._fired: OrderedDict[int, StoredFact] = OrderedDict()
+        # The subjects of the facts that fired last, by ID: a cache of the model has the IDs.
+        self._fired_subjects: OrderedDict[int, str] = OrderedDict()
 
     def match(
         self,
@@ -242,57 +246,56 @@ class FactMatcher:
             text = self.codec.decode(ids[start : position + 1])
             folded = fold_text(name_user(text) if USER_SUBJECT in facts_by_name else text)
             if any(head in folded for head in heads):
-                queries += self._query_subjects(
-                    sequence, position, ids, start, text, folded, facts_by_name
-                )
+                recent = ids[max(start, position + 1 - SUBJECT_WINDOW) : position + 1]
+                queries += [
+                    _Query(sequence, position, question, facts)
+                    for question, facts in self._find_asked_facts(
+                        text, folded, self.codec.decode(recent), facts_by_name
+                    )
+                ]
             if anywhere:
                 clause = get_last_clause(text)
-                asked = [fact for fact in anywhere if self._is_near(fact, clause)]
-                if asked:
-                    question = Question("", clause, "", False, False)
-                    queries.append(_Query(sequence, position, folded, question, asked))
+                facts = [fact for fact in anywhere if _names_same_things(fact, clause)]
+                question = Question("", clause, "", False, False)
+                queries += [_Query(sequence, position, question, facts)] if facts else []
         return queries
 
-    def _query_subjects(
+    def _find_asked_facts(
         self,
-        sequence: int,
-        position: int,
-        ids: Sequence[int],
-        start: int,
         text: str,
         folded: str,
+        recent_text: str,
         facts_by_name: dict[str, list[StoredFact]],
-    ) -> list[_Query]:
-        max_words = self.index.max_subject_words
-        recent = self.codec.decode(ids[max(start, position + 1 - SUBJECT_WINDOW) : position + 1])
-        recent_folded = fold_text(name_user(recent) if USER_SUBJECT in facts_by_name else recent)
+    ) -> Iterator[tuple[Question | None, list[StoredFact]]]:
+        """Yield what a text asks with the facts that may answer it.
+
+        Args:
+            text: up to the token.
+            folded: the same, folded.
+            recent_text: its end, in which the subject has to be.
+            facts_by_name: by the folded names of their subjects.
+        """
+        if USER_SUBJECT in facts_by_name:
+            recent_text = name_user(recent_text)
         names = {name for name in facts_by_name if name in folded}
-        question = find_question(text, names, max_words)
-        queries = []
-        if question is not None and question.name in recent_folded:
-            asked = [
-                fact for fact in facts_by_name[question.name] if self._can_answer(fact, question)
+        question = find_question(text, names, self.index.max_subject_words)
+        if question is not None and question.name in fold_text(recent_text):
+            facts = [
+                fact
+                for fact in facts_by_name[question.name]
+                if (prompt := _parse_fact(fact).question) is not None
+                and asks_for_same_subject(question, prompt)
             ]
-            if asked:
-                queries.append(_Query(sequence, position, folded, question, asked))
+            if facts:
+                yield question, facts
         literal = [
             fact
             for name in names
             for fact in facts_by_name[name]
-            if (prompt := _parse_fact(fact)).question is None and folded.endswith(prompt.prompt)
+            if _parse_fact(fact).question is None and _ends_with(folded, _parse_fact(fact).prompt)
         ]
         if literal:
-            queries.append(_Query(sequence, position, folded, None, literal))
-        return queries
-
-    def _can_answer(self, fact: StoredFact, question: Question) -> bool:
-        prompt = _parse_fact(fact).question
-        return prompt is not None and asks_for_same_subject(question, prompt)
-
-    def _is_near(self, fact: StoredFact, clause: str) -> bool:
-        """Check whether a clause names what the prompt of a fact without a subject names."""
-        prompt = _parse_fact(fact).question
-        return prompt is not None and names_same_things(prompt.clause, clause)
+            yield None, literal
 
     # How well facts answer it.
 
@@ -300,78 +303,86 @@ class FactMatcher:
         self, queries: Sequence[_Query], encode: StateEncoder
     ) -> dict[tuple[int, int], list[tuple[float, StoredFact]]]:
         """Return the facts that answer each query with their scores, the best first."""
-        clauses = list(
-            dict.fromkeys(
-                query.question.clause
-                for query in queries
-                if query.question is not None and self._may_match(query)
-            )
-        )
-        self._describe(clauses, encode)
+        rarities = self._compute_rarities(queries, encode)
         results: dict[tuple[int, int], list[tuple[float, StoredFact]]] = {}
         for query in queries:
-            scored = []
-            if query.question is None:
-                scored = [(EXACT_SCORE, fact) for fact in query.facts]
-            elif query.question.clause in self._features:
-                clause = self._features[query.question.clause]
-                for fact in query.facts:
-                    score = float(self.relations.compute_rarity(clause, self._describe_fact(fact)))
-                    if score >= fact.record.thresholds[0]:
-                        scored.append((score, fact))
-            if scored:
-                scored.sort(key=lambda item: (-item[0], -item[1].record.created))
-                results.setdefault((query.sequence, query.position), []).extend(scored)
+            for fact in query.facts:
+                score = EXACT_SCORE
+                if query.question is not None:
+                    score = rarities.get((query.question.clause, fact.record.id), 0.0)
+                if score >= fact.record.thresholds[0]:
+                    scored = results.setdefault((query.sequence, query.position), [])
+                    scored.append((score, fact))
+        for scored in results.values():
+            scored.sort(key=lambda item: (-item[0], -item[1].record.created))
         return results
 
-    def _may_match(self, query: _Query) -> bool:
-        """Check whether a hidden state could make one of a query's facts match by its words."""
-        assert query.question is not None, "prompts are matched as they are"
-        if query.question.clause in self._features:
-            return True
-        questions = [_parse_fact(fact).question for fact in query.facts]
-        bounds = self.relations.bound_rarity(
-            query.question.clause, [question.clause for question in questions if question]
-        )
-        return any(
-            bound >= fact.record.thresholds[0]
-            for bound, fact in zip(bounds.tolist(), query.facts, strict=True)
-        )
+    def _compute_rarities(
+        self, queries: Sequence[_Query], encode: StateEncoder
+    ) -> dict[tuple[str, int], float]:
+        """Compute how rarely the clause of a query and a fact match as well, by clause and fact ID.
 
-    def _describe(self, clauses: Sequence[str], encode: StateEncoder) -> None:
-        missing = [clause for clause in clauses if clause not in self._features]
-        if missing:
-            states = encode([self.codec.encode_clause(clause) for clause in missing])
-            for index, clause in enumerate(missing):
-                self._features[clause] = self.relations.describe(
-                    [clause], states[index : index + 1]
-                )
-        for clause in clauses:
-            self._features.move_to_end(clause)
-        _trim(self._features, max(MAX_CLAUSES, len(clauses)))
-
-    def _describe_fact(self, fact: StoredFact) -> ClauseFeatures:
-        question = _parse_fact(fact).question
-        assert question is not None, "a prompt that asks nothing is matched as it is"
-        return self.relations.describe([question.clause], torch.from_numpy(fact.keys[:1]))
+        The model reads only clauses whose words let a fact match; other pairs are left out.
+        """
+        pairs = {
+            (query.question.clause, fact.record.id): fact
+            for query in queries
+            if query.question is not None
+            for fact in query.facts
+        }
+        if not pairs:
+            return {}
+        clauses = list(dict.fromkeys(clause for clause, _ in pairs))
+        facts = list({fact_id: fact for (_, fact_id), fact in pairs.items()}.values())
+        prompts = [_parse_fact(fact).question for fact in facts]
+        fact_clauses = [prompt.clause for prompt in prompts if prompt is not None]
+        assert len(fact_clauses) == len(facts), "a prompt that asks nothing has no query"
+        columns = {fact.record.id: column for column, fact in enumerate(facts)}
+        rows = {clause: row for row, clause in enumerate(clauses)}
+        bounds = self.relations.bound_rarity(clauses, fact_clauses).tolist()
+        possible = [
+            (clause, fact_id)
+            for (clause, fact_id), fact in pairs.items()
+            if bounds[rows[clause]][columns[fact_id]] >= fact.record.thresholds[0]
+        ]
+        if not possible:
+            return {}
+        clauses = list(dict.fromkeys(clause for clause, _ in possible))
+        rows = {clause: row for row, clause in enumerate(clauses)}
+        states = encode([self.codec.encode_clause(clause) for clause in clauses])
+        keys = torch.from_numpy(np.stack([fact.keys[0] for fact in facts]))
+        rarities = self.relations.compute_rarity(
+            self.relations.describe(clauses, states), self.relations.describe(fact_clauses, keys)
+        ).tolist()
+        return {
+            (clause, fact_id): rarities[rows[clause]][columns[fact_id]]
+            for clause, fact_id in possible
+        }
 
     # Answers in progress.
 
     def _remember(self, fact: StoredFact) -> None:
-        self._fired[fact.record.id] = fact
-        self._fired.move_to_end(fact.record.id)
-        _trim(self._fired, MAX_FIRED)
+        # Without a lock: whatever other threads do meanwhile, no fact is remembered wrongly.
+        self._fired_subjects.pop(fact.record.id, None)
+        self._fired_subjects[fact.record.id] = fact.record.subject_key
+        while len(self._fired_subjects) > MAX_FIRED:
+            self._fired_subjects.popitem(last=False)
 
     def _continue_answer(
         self, ids: Sequence[int], fact_id: int, fired_at: int, position: int
     ) -> tuple[StoredFact, int, float] | None:
         """Return the fact that fired last and its next token, where its answer goes on so far."""
-        fact = self._fired.get(fact_id)
-        if fact is None:
+        subject_key = self._fired_subjects.get(fact_id)
+        if subject_key is None:
             return None
-        answer, length = fact.record.answer_ids, position - fired_at
-        if length < len(answer) and tuple(ids[fired_at + 1 : position + 1]) == answer[:length]:
-            return fact, length, EXACT_SCORE
+        for fact in self.index.lookup([subject_key]).get(subject_key, ()):
+            answer, length = fact.record.answer_ids, position - fired_at
+            if (
+                fact.record.id == fact_id
+                and length < len(answer)
+                and tuple(ids[fired_at + 1 : position + 1]) == answer[:length]
+            ):
+                return fact, length, EXACT_SCORE
         return None
 
     def _is_answered(
@@ -387,9 +398,16 @@ class FactMatcher:
         return False
 
 
-def _trim(cache: OrderedDict[Any, Any], size: int) -> None:
-    while len(cache) > size:
-        cache.popitem(last=False)
+def _names_same_things(fact: StoredFact, clause: str) -> bool:
+    """Check whether a clause names what the prompt of a fact without a subject names."""
+    prompt = _parse_fact(fact).question
+    return prompt is not None and names_same_things(prompt.clause, clause)
+
+
+def _ends_with(text: str, prompt: str) -> bool:
+    """Check whether a text ends in a prompt that begins with a word of its own."""
+    before = text[: len(text) - len(prompt)]
+    return text.endswith(prompt) and not before[-1:].isalnum()
 
 
 def _find_last_fired(fired: Sequence[int], is_start: Sequence[bool], position: int) -> int | None:
