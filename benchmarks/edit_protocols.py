@@ -298,8 +298,10 @@ def main() -> None:
     print("| method | edits | efficacy | paraphrase | neighborhood | fluency | seconds per edit |")
     print("|---|---:|---|---|---|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ours = FactWriter(args.model, folder, [edit.fact for edit in make_edits(NUM_CALIBRATION)])
-        methods = {UNEDITED: lambda model, *_: Edited(model, 0.0), OURS: ours, **METHODS}
+        fact_writer = FactWriter(
+            args.model, folder, [edit.fact for edit in make_edits(NUM_CALIBRATION)]
+        )
+        methods = {UNEDITED: lambda model, *_: Edited(model, 0.0), OURS: fact_writer, **METHODS}
         for count in (int(count) for count in args.edits.split(",")):
             edits = make_edits(SINGLE_EDITS if count == 1 else count)
             sample = random.Random(count).sample(edits, min(len(edits), MAX_SAMPLE))

@@ -44,13 +44,13 @@ class Case:
     Attributes:
         prompt: ends where the answer begins.
         answer: with the space at the beginning.
-        asked: who or what the text asks about.
+        asked_name: who or what the text asks about.
         shape: the kind of text, by which failures are counted.
     """
 
     prompt: str
     answer: str
-    asked: str
+    asked_name: str
     shape: str
 
 
@@ -607,25 +607,25 @@ def make_fact(subject: Subject, relation: str, phrasing: str) -> Probe:
 
 
 def make_pair_cases(
-    asked: str, other: str, phrasing: str, statement: str | None, answer: str
+    asked_name: str, other: str, phrasing: str, statement: str | None, answer: str
 ) -> Iterator[Case]:
     """Ask about one of two subjects in texts that name both.
 
     Args:
-        asked: the name that is asked about.
+        asked_name: the name that is asked about.
         other: the other name.
         phrasing: a question or statement about the asked one.
         statement: a phrasing that begins with the name of a person; None for other subjects.
         answer: of every case.
     """
-    question = fill_phrasing(phrasing, asked)
+    question = fill_phrasing(phrasing, asked_name)
     for text in PAIR_TEXTS if statement else THING_PAIR_TEXTS:
-        yield Case(text.format(o=other, a=asked, ask=question), answer, asked, text)
+        yield Case(text.format(o=other, a=asked_name, ask=question), answer, asked_name, text)
     if not statement:
         return
     for text in (*PAIR_NAMES, *PAIR_BEGINNINGS):
-        subject = text.format(o=other, a=asked)
-        yield Case(fill_phrasing(statement, subject), answer, asked, text)
+        subject = text.format(o=other, a=asked_name)
+        yield Case(fill_phrasing(statement, subject), answer, asked_name, text)
 
 
 def make_longer_names(name: str, kind: str) -> tuple[str, ...]:
@@ -650,22 +650,22 @@ def make_related_names(name: str, kind: str) -> tuple[str, ...]:
 def make_relative_cases(fact: Probe, phrasing: str) -> Iterator[Case]:
     """Ask about others whose names contain the subject's."""
     for relative in RELATIVES:
-        asked = relative.format(s=fact.person)
-        yield Case(fill_phrasing(phrasing, asked), fact.answer, asked, relative)
+        asked_name = relative.format(s=fact.person)
+        yield Case(fill_phrasing(phrasing, asked_name), fact.answer, asked_name, relative)
 
 
 def make_negation_cases(fact: Probe) -> Iterator[Case]:
     """Deny something of the subject."""
     for phrasing in NEGATIONS[fact.relation]:
-        asked = f"not {fact.person}"
-        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked, phrasing)
+        asked_name = f"not {fact.person}"
+        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked_name, phrasing)
 
 
 def make_clause_cases(fact: Probe) -> Iterator[Case]:
     """Ask about somebody else within a clause, after the subject."""
     for phrasing in RELATIVE_CLAUSES[fact.relation]:
-        asked = phrasing.removeprefix("{s} ").split(" who")[0].strip(" ,")
-        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked, phrasing)
+        asked_name = phrasing.removeprefix("{s} ").split(" who")[0].strip(" ,")
+        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked_name, phrasing)
 
 
 def split_sentences(documents: Sequence[str], max_chars: int) -> list[str]:

@@ -231,12 +231,12 @@ def measure_subject(bench: Bench, topic: Topic) -> None:
         ("a longer name that contains a known one", make_longer_names),
         ("the same first or last name", make_related_names),
     ):
-        known = {fact.subject.name for fact in facts}
+        fact_names = {fact.subject.name for fact in facts}
         cases = [
             Case(fill_phrasing(phrasing, name), fact.probe.answer, name, phrasing)
             for fact in facts
             for name in make_other_names(fact.subject.name, fact.subject.kind)
-            if name not in known
+            if name not in fact_names
             for phrasing in (fact.phrasing, rng.choice(fact.list_other_phrasings()))
         ]
         bench.print_wrong("subject", label, cases)
@@ -354,7 +354,7 @@ def measure_prose(bench: Bench, topic: Topic, num_chars: int) -> None:
     bench.print_share("prose", quantity, num_fired, num_tokens, "<= 0.001")
 
 
-def list_places(bench: Bench) -> Iterator[tuple[str, Any]]:
+def list_contexts(bench: Bench) -> Iterator[tuple[str, Any]]:
     """Yield the names of places in a text, and functions that put a case there."""
     sentences = split_sentences(load_corpus("speeches").test, MAX_SENTENCE_CHARS)
     yield "at the start", lambda case: case
@@ -376,7 +376,7 @@ def list_places(bench: Bench) -> Iterator[tuple[str, Any]]:
 
 def put_into_chat(bench: Bench, case: Case) -> Case:
     """Ask as a user in the tokenizer's chat template, or in a plain one."""
-    question, beginning = make_chat_turns(case.prompt, case.asked)
+    question, beginning = make_chat_turns(case.prompt, case.asked_name)
     if bench.tokenizer.chat_template:
         head = bench.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -397,11 +397,11 @@ def measure_place(bench: Bench, topic: Topic) -> None:
     groups = (("as written", written, "written"), ("two other phrasings", others, "other words"))
     for label, cases, target in groups:
         share = bench.targets[target]
-        for place, put in list_places(bench):
+        for context, put in list_contexts(bench):
             moved = [put(case) for case in cases]
             # A chat template brings its own start token.
-            has_start = not (place == "in a chat" and bench.tokenizer.chat_template)
-            bench.print_recall("place", f"{place}, {label}", moved, share, has_start)
+            has_start = not (context == "in a chat" and bench.tokenizer.chat_template)
+            bench.print_recall("place", f"{context}, {label}", moved, share, has_start)
         bench.print_recall("place", f"without start token, {label}", cases, share, False)
         outcomes = generate_padded(bench, cases)
         quantity = f"in a batch with padding, {label}"
@@ -487,7 +487,8 @@ def measure_answers(bench: Bench, topic: Topic) -> None:
         names = {fact.person for fact in written}
         cases = [Case(fact.prompt, fact.answer, fact.person, label) for fact in facts]
         outcomes = [
-            case.asked in names and generate_answer(bench, case) == case.answer for case in cases
+            case.asked_name in names and generate_answer(bench, case) == case.answer
+            for case in cases
         ]
         share = bench.targets["written"]
         bench.print_row("answers", f"{label}, to the end", outcomes, f">= {share:g}", cases)

@@ -58,10 +58,10 @@ sys.exit(code)
 def make_name(number: int) -> str:
     """Return a name of two words, another for each number."""
     words = [""]
-    for place in range(6):
+    for position in range(6):
         number, syllable = divmod(number, len(SYLLABLES))
         words[-1] += SYLLABLES[syllable]
-        if place == 2:
+        if position == 2:
             words.append("")
     return " ".join(word.capitalize() for word in words) + (f" {number}" if number else "")
 
@@ -174,10 +174,10 @@ def compare(folders: dict[int, Path], repeats: int) -> list[Row]:
     for command in runs[0][0]:
         seconds, peak = (
             {
-                count: statistics.median(figures[command][place] for figures in results)
+                count: statistics.median(figures[command][figure] for figures in results)
                 for count, results in runs.items()
             }
-            for place in (0, 1)
+            for figure in (0, 1)
         )
         for count in folders:
             rows.append(

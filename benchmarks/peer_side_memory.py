@@ -146,12 +146,12 @@ def _train_side(
         for step in range(MAX_STEPS):
             outputs = forward_with_activations(edited, tokens)
             answer_loss = F.cross_entropy(outputs.head(outputs.hidden[rows, positions]), answers)
-            inside = memory.distances[rows, positions] / scale
-            outside = memory.distances[-1, : len(other)].mean() / scale
+            edit_distances = memory.distances[rows, positions] / scale
+            prose_distance = memory.distances[-1, : len(other)].mean() / scale
             margin_loss = scale * (
-                F.relu(outside - ALPHA)
-                + F.relu(BETA - inside.mean())
-                + F.relu(GAMMA - inside.mean() + outside)
+                F.relu(prose_distance - ALPHA)
+                + F.relu(BETA - edit_distances.mean())
+                + F.relu(GAMMA - edit_distances.mean() + prose_distance)
             )
             loss = answer_loss + margin_loss
             if loss.item() <= ENOUGH or step == MAX_STEPS - 1:
@@ -162,7 +162,7 @@ def _train_side(
                 weight.clamp_(original - MAX_CHANGE, original + MAX_CHANGE)
     memory.is_editing = False
     weight.requires_grad_(False)
-    return inside.min().item() * scale
+    return edit_distances.min().item() * scale
 
 
 METHODS: dict[str, Callable[[PreTrainedModel, Any, list[Probe]], Edited]] = {"WISE": write_wise}

@@ -30,7 +30,7 @@ def test_a_wrong_answer_counts_where_the_facts_cause_it(monkeypatch, capsys):
 
     def answer(self, cases, model=None, has_start=True):
         names = ("Bo",) if model == "original" else ("Ada", "Bo")
-        return [case.asked in names for case in cases]
+        return [case.asked_name in names for case in cases]
 
     monkeypatch.setattr(facts_in_text.Bench, "answer", answer)
     bench.print_wrong("subject", "wrong", cases)

@@ -117,8 +117,10 @@ def _list_candidates(
                 yield Mention(
                     chunk.full_start, chunk.full_end, _fold(text[chunk.full_start : chunk.full_end])
                 )
-            whole = _fold(text[chunk.start if not head else chunk.full_start : chunk.full_end])
-            folded = f"{head} {whole}" if head else whole
+            folded_chunk = _fold(
+                text[chunk.start if not head else chunk.full_start : chunk.full_end]
+            )
+            folded = f"{head} {folded_chunk}" if head else folded_chunk
     for run in re.finditer(f"(?:{UNSPACED.pattern})+", text):
         for start in range(run.start(), run.end()):
             for end in range(start + 1, min(run.end(), start + MAX_UNSPACED_NAME) + 1):

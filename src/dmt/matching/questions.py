@@ -229,7 +229,7 @@ def _find_antecedent(
 ) -> Mention | None:
     """Find the mention that a pronoun after `sentences` stands for."""
     for start, end in reversed(sentences):
-        inside = [
+        sentence_mentions = [
             Mention(mention.start - start, mention.end - start, mention.name)
             for mention in mentions
             if start <= mention.start < end
@@ -237,7 +237,7 @@ def _find_antecedent(
         sentence = text[start:end]
         people = [
             name
-            for name in find_names(sentence, inside)
+            for name in find_names(sentence, sentence_mentions)
             if name.name or not PLACE_PREPOSITION.search(sentence[: name.start])
         ]
         if not people:

@@ -493,7 +493,7 @@ def names_same_things(prompt: str, clause: str) -> bool:
 
     Where the bank uses all of them, the clause needs them all.
     """
-    known = get_word_weights().known_words
+    bank_words = get_word_weights().known_words
     words = {word for word in count_words(prompt) if word[0] != "$"}
-    things = {word for word in words if word not in known} or words
+    things = {word for word in words if word not in bank_words} or words
     return things <= set(count_words(clause))
