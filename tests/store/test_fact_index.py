@@ -132,7 +132,6 @@ def test_a_random_history_gives_the_answers_of_reading_all(table):
         index.forget(changed)
         some = rng.sample([*names, "of", "no one"], 3)
         assert lookup_records(index, *some) == read_records(table, *some)
-        assert index._num_kept == sum(map(len, index._kept.values()))
 
 
 def test_few_facts_are_kept(table, monkeypatch):
@@ -147,6 +146,23 @@ def test_few_facts_are_kept(table, monkeypatch):
     assert set(index._kept) == {"cid"}, "all of one lookup are kept, for the next"
     index.lookup(["cid"])
     assert len(reads) == 5
+
+
+def test_threads_that_read_the_same_facts_keep_them_once(table, monkeypatch):
+    table.add([make_entry("Ada"), make_entry("Ben")])
+    index = FactIndex(table, capacity=2)
+    load, barrier = table.load_by_subjects, threading.Barrier(2)
+
+    def load_at_once(keys):
+        barrier.wait(timeout=30)
+        return load(keys)
+
+    monkeypatch.setattr(table, "load_by_subjects", load_at_once)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(index.lookup, [["ada"]] * 2))
+    monkeypatch.setattr(table, "load_by_subjects", load)
+    index.lookup(["ben"])
+    assert set(index._kept) == {"ada", "ben"}, "there is room for both"
 
 
 def test_a_subject_with_the_hash_of_another_has_no_facts(table, monkeypatch):

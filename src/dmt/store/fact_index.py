@@ -96,7 +96,7 @@ class FactIndex:
         with self._lock:
             self._generation += 1
             for key in keys:
-                self._num_kept -= len(self._kept.pop(key, ()))
+                self._kept.pop(key, None)
             if self._hashes is not None:
                 self._changed_hashes.update(map(hash_subject, keys))
                 self._stored_words = max(self._stored_words, _max_words(keys))
@@ -107,7 +107,6 @@ class FactIndex:
             self._generation += 1
             # By subject, the last used last; none where a hash is that of another subject.
             self._kept: OrderedDict[str, tuple[StoredFact, ...]] = OrderedDict()
-            self._num_kept = 0
             self._hashes: IntArray | None = None  # of all subjects, sorted
             self._changed_hashes: set[int] = set()  # of subjects that were written since
             self._stored_words = 0
@@ -140,7 +139,6 @@ class FactIndex:
         with self._lock:
             if generation == self._generation:  # nothing was written meanwhile
                 self._kept |= read
-                self._num_kept += sum(map(len, read.values()))
                 self._drop_oldest(len(stored) + len(read))
         return stored | read
 
@@ -176,10 +174,11 @@ class FactIndex:
 
     def _drop_oldest(self, num_latest: int) -> None:
         """Make room, but keep the subjects of the latest lookup, which the next may need again."""
-        while len(self._kept) > num_latest and (
-            max(self._num_kept, len(self._kept)) > self.capacity
-        ):
-            self._num_kept -= len(self._kept.popitem(last=False)[1])
+        # A subject without facts takes room, too.
+        size = sum(max(1, len(facts)) for facts in self._kept.values())
+        while len(self._kept) > num_latest and size > self.capacity:
+            _, facts = self._kept.popitem(last=False)
+            size -= max(1, len(facts))
 
     def __reduce__(self) -> tuple[Callable[..., FactIndex], tuple[Any, ...]]:
         """Describe a copy: database connections and locks stay with the process."""
