@@ -7,21 +7,19 @@ import unicodedata
 
 # Quotation marks and apostrophes that stand for a plain one, and hyphens for a plain one.
 PLAIN_MARKS = str.maketrans("‘’ʼ′`´“”„«»‐‑", "''''''\"\"\"\"\"--")
-CURLY_APOSTROPHE = "’"
 SENTENCE_ENDS = ".!?…。！？．｡"
 WORD_PATTERN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # Between the values of a list; `add_to_list` writes the first, or the last in unspaced scripts.
 LIST_SEPARATOR_PATTERN = re.compile(r"(, and |, | and |、)")
 USER_SUBJECT = "the user"  # whom statements in the first person are about
-FIRST_PERSON = (
-    *("I", "me", "my", "mine", "myself", "I'm", "I've", "I'd", "I'll"),
-    *("we", "us", "our", "ours", "ourselves", "we're", "we've", "we'd", "we'll"),
-)
-# Not in capitals: "US" is a country.
-FIRST_PERSON_FORMS = tuple(
-    dict.fromkeys(
-        form for word in FIRST_PERSON for form in (word, word.lower(), word[0].upper() + word[1:])
+# Lower case or with a capital, but not in capitals: "US" is a country.
+FIRST_PERSON = frozenset(
+    form
+    for word in (
+        *("i", "me", "my", "mine", "myself", "i'm", "i've", "i'd", "i'll"),
+        *("we", "us", "our", "ours", "ourselves", "we're", "we've", "we'd", "we'll"),
     )
+    for form in (word, word.capitalize())
 )
 # Scripts that are written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese
 # and Japanese with their punctuation.
@@ -40,35 +38,9 @@ def fold_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def list_spellings(name: str) -> list[str]:
-    """Return the ways in which people write a name; `fold_text` gives the same for all of them.
-
-    As it is written, with two spaces or a line break for a space, in lower or upper case or with
-    capitals; each with composed and decomposed letters, plain and curly apostrophes. The user is
-    also called by the words of the first person.
-    """
-    words = [unicodedata.normalize("NFC", word) for word in name.split()]
-    spaced = [gap.join(words) for gap in (" ", "  ", "\n")]
-    spaced += [change(spaced[0]) for change in (str.lower, str.upper, str.title)]
-    quoted = [
-        variant
-        for text in spaced
-        for variant in (
-            text,
-            text.translate(PLAIN_MARKS),
-            text.translate(PLAIN_MARKS).replace("'", CURLY_APOSTROPHE),
-        )
-    ]
-    formed = [unicodedata.normalize(form, text) for text in quoted for form in ("NFC", "NFD")]
-    if name == USER_SUBJECT:
-        formed += [name.capitalize(), *FIRST_PERSON_FORMS]
-        formed += [word.replace("'", CURLY_APOSTROPHE) for word in FIRST_PERSON_FORMS]
-    return list(dict.fromkeys([name, *formed]))
-
-
 def is_first_person(word: str) -> bool:
     """Check whether a word is one with which people speak of themselves."""
-    return word.translate(PLAIN_MARKS) in FIRST_PERSON_FORMS
+    return word.translate(PLAIN_MARKS) in FIRST_PERSON
 
 
 def mentions_user(text: str) -> bool:

@@ -196,19 +196,6 @@ def test_facts_in_memory_are_found_beside_those_of_the_store(table):
     assert not alone.is_empty
 
 
-def test_all_facts_can_be_taken_into_memory(table, path):
-    added = table.add([make_entry(name) for name in ("Ada", "Ben")])
-    index = FactIndex(table)
-    index.set_unsaved([packed := StoredFact(*make_entry("Ben", "packed"))])
-    index.read_into_memory()
-    index.read_into_memory()
-    path.unlink()
-    found = index.lookup(["ada", "ben"])
-    assert [fact.record for fact in found["ada"]] == added[:1]
-    assert [fact.record for fact in found["ben"]] == [added[1], packed.record]
-    assert len(index) == 3
-
-
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_has_the_facts_of_its_moment(table, make_copy):
     ada, ben = table.add([make_entry("Ada"), make_entry("Ben")])

@@ -111,15 +111,6 @@ class FactIndex:
             self._changed_hashes: set[int] = set()  # of subjects that were written since
             self._stored_words = 0
 
-    def read_into_memory(self) -> None:
-        """Read all facts; the store is no longer needed then, nor are its changes noticed."""
-        if self.fact_table is None:
-            return
-        facts = self.fact_table.load_rows(self.fact_table.read())
-        self.set_unsaved([*facts, *(fact for part in self._unsaved.values() for fact in part)])
-        self.fact_table = None
-        self.clear()
-
     def _lookup_stored(self, keys: list[str]) -> dict[str, tuple[StoredFact, ...]]:
         stored: dict[str, tuple[StoredFact, ...]] = {}
         missing = []
