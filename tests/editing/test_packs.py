@@ -658,8 +658,8 @@ def test_temporary_packs_leave_no_trace(store, calibrated_stores, tokenizer, tmp
         load_packs(fact_store, [first], model_hash)
         assert recalls(model, tokenizer, FACTS[0])
         assert not recalls(model, tokenizer, parse_fact("Ben eats March"))
-        assert fact_store.find_fact_by_row(-1).answer == " Ravenhill"
-        assert fact_store.load_fact(-1).record.rows[0] == -1
+        record = fact_store.load_fact(-1).record
+        assert (record.answer, record.rows[0]) == (" Ravenhill", -1)
         load_packs(fact_store, [second], model_hash)
         assert recalls(model, tokenizer, parse_fact("Ben eats March"))
         assert not recalls(model, tokenizer, FACTS[0])
@@ -670,10 +670,7 @@ def test_temporary_packs_leave_no_trace(store, calibrated_stores, tokenizer, tmp
         facts = [fact for entries in fact_store.temporary_packs.values() for fact in entries]
         rows = [row for fact in facts for row in fact.record.rows]
         assert len(rows) == len(set(rows))
-        assert {fact_store.find_fact_by_row(row).answer for row in rows} == {
-            " Ravenhill",
-            " March",
-        }
+        assert [fact.record.answer for fact in facts] == [" Ravenhill", " March"]
         load_packs(fact_store, [second], model_hash)
         assert torch.equal(compute_logits(model, tokenizer), with_second)
         load_packs(fact_store, [], model_hash)

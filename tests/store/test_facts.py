@@ -140,12 +140,9 @@ def test_the_least_recent_facts_are_those_that_fired_longest_ago(table, monkeypa
     assert table.read_usage([a.rows[1], b.rows[0]]) == {a.rows[1]: (2, 10.0), b.rows[0]: (0, 0.0)}
 
 
-def test_facts_and_their_rows_are_found_from_each_other(table):
+def test_facts_are_read_with_their_rows(table):
     ada, ben = table.add([entries := make_entry("Ada"), make_entry("Ben")])
     (new,) = table.add([make_entry("Ada", "moved to")], {ada.id: 0})
-    assert table.find_by_row(ben.rows[1]) == ben
-    assert table.find_by_row(ada.rows[0]) is None, "it is deleted"
-    assert table.find_by_row(10**6) is None
     (replaced,) = table.find_replaced([new.id, ben.id])
     assert (replaced.id, replaced.replaced_by) == (ada.id, new.id)
     (stored,) = table.load_by_subjects(["ada"])
@@ -169,8 +166,6 @@ def test_facts_are_read_as_of_a_moment(table):
     (new,) = table.add([make_entry("Ada", "moved to distant")], {ada.id: 0})
     assert table.read() == [new]
     assert past.read() == past.find_by_subjects(["ada"]) == [ada]
-    assert past.find_by_row(ada.rows[0]) == ada
-    assert past.find_by_row(new.rows[0]) is None
     assert (past.count(), past.read_ids(), past.count_by_tag()) == (1, [ada.id], {"": 1})
     assert past.load_by_subjects(["ada"])[0].record == ada
     table.purge([ada.id])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -235,13 +235,3 @@ def print_counts(results: list[WriteResult], out: Output) -> dict[str, int]:
         f"contradicted fact, {added}{statuses['unchanged']:,} stored already"
     )
     return {f"num_{name}": statuses[name] for name in ("written", "replaced", "added", "unchanged")}
-
-
-def make_fact_lookup(fact_store: FactStore) -> Callable[[int], tuple[int, str]]:
-    """Return a function from a row's ID to the ID and the tag of its fact."""
-
-    def lookup(row_id: int) -> tuple[int, str]:
-        fact = fact_store.find_fact_by_row(row_id)
-        return fact.id, fact.tag
-
-    return lookup

@@ -16,7 +16,7 @@ from dmt.cli.arguments import (
     positive_int,
     temperature,
 )
-from dmt.cli.facts import fact_to_dict, make_fact_lookup, open_student
+from dmt.cli.facts import fact_to_dict, open_student
 from dmt.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,7 +144,6 @@ def _print_trace(
         output_ids,
         top_reads=args.top_reads,
         top_tokens=args.top_tokens,
-        resolve_row=make_fact_lookup(fact_store),
     )[num_prompt_tokens:-1]
     out.print_line("")
     out.print_renderable(format_table(traces))

@@ -33,7 +33,6 @@ from dmt.cli.facts import (
     edit_fact_table,
     fact_to_dict,
     facts_to_lines,
-    make_fact_lookup,
     open_fact_table,
     open_student,
     print_counts,
@@ -531,7 +530,6 @@ def run_trace(args: argparse.Namespace, out: Output) -> None:
         layers,
         args.top_reads,
         top_tokens=args.top_tokens,
-        resolve_row=make_fact_lookup(fact_store),
     )
     out.print_renderable(format_table(traces))
     out.print_json(to_json(traces))

@@ -763,14 +763,6 @@ class FactStore:
             facts |= {fact.record.id: fact for fact in stored}
         return [facts[fact_id] for fact_id in fact_ids]
 
-    def find_fact_by_row(self, row_id: int) -> FactRecord:
-        """Return the active fact that a row belongs to, a temporary pack's included."""
-        fact = None if self._stored is None else self._stored.find_by_row(row_id)
-        if fact is not None:
-            return fact
-        temporary = (stored.record for stored in self._temporary_facts())
-        return next(fact for fact in temporary if row_id in fact.rows)
-
     def set_temporary_packs(
         self,
         packs: dict[str, list[StoredFact]],

@@ -7,7 +7,7 @@ for token in dmt.trace(model, tokenizer, "Ada was born in"):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -128,7 +128,6 @@ def trace(
     top_reads: int = 3,
     *,
     top_tokens: int = 5,
-    resolve_row: Callable[[int], tuple[int, str]] = lambda row: (row, ""),
 ) -> Traces:
     """Trace what each token of a text activates.
 
@@ -142,7 +141,6 @@ def trace(
         layers: the layers to trace; None means all. Layers with a dense block have only facts.
         top_reads: maximum number of slots and rows for each token and layer.
         top_tokens: number of promoted tokens for each of them.
-        resolve_row: function from the ID of a row of the fact memory to the ID and tag of its fact.
 
     Returns:
         A list with a `TokenTrace` for each token.
@@ -185,9 +183,7 @@ def trace(
                 blocks[layer], outputs.block_inputs[layer].flatten(0, 1)
             )
             if hooks is not None and layer == hooks.value_layer and matches:
-                contributions.append(
-                    _fact_contributions(outputs.block_inputs[layer], matches[0], resolve_row)
-                )
+                contributions.append(_fact_contributions(outputs.block_inputs[layer], matches[0]))
             if contributions:
                 strongest = _strongest_activations(
                     contributions, model, tokenizer, layer, top_reads, top_tokens
@@ -295,24 +291,20 @@ def _row_contributions(memory: AssociativeMemory, hidden: Tensor) -> _Contributi
     return _Contributions("row", row_ids, weights, weights > 0, values, values.norm(dim=-1), tags)
 
 
-def _fact_contributions(
-    hidden: Tensor, matches: Matches, resolve_row: Callable[[int], tuple[int, str]]
-) -> _Contributions:
+def _fact_contributions(hidden: Tensor, matches: Matches) -> _Contributions:
     """Return what facts add for each token of `hidden` `(1, time, width)`: one row, or none."""
-    labels = [resolve_row(match.row_id) for match in matches]
     time, device = hidden.shape[1], hidden.device
     fact_ids = torch.full((time, 1), -1, device=device)
     weights = torch.zeros(time, 1, device=device)
     values = torch.zeros(time, 1, hidden.shape[2], device=device)
     if matches:
         tokens = torch.tensor([match.token for match in matches], device=device)
-        ids = [fact_id for fact_id, _ in labels]
+        ids = [match.fact.id for match in matches]
         fact_ids[tokens, 0] = torch.tensor(ids, dtype=torch.long, device=device)
         weights[tokens, 0] = 1.0
         values[tokens, 0] = torch.from_numpy(stack_values(matches)).to(values)
-    return _Contributions(
-        "fact", fact_ids, weights, weights > 0, values, values.norm(dim=-1), dict(labels)
-    )
+    tags = {match.fact.id: match.fact.tag for match in matches}
+    return _Contributions("fact", fact_ids, weights, weights > 0, values, values.norm(dim=-1), tags)
 
 
 def _strongest_activations(

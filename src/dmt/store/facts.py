@@ -443,12 +443,6 @@ class FactTable:
             (fact for fact in facts if fact.subject_key in keys), key=lambda fact: fact.id
         )
 
-    def find_by_row(self, row_id: int) -> FactRecord | None:
-        """Return the active fact that a row belongs to; None where there is none."""
-        fact_id = select(fact_rows_table.c.fact_id).where(fact_rows_table.c.row_id == row_id)
-        is_selected = self._is_active & (facts_table.c.id == fact_id.scalar_subquery())
-        return next(iter(self._read_page(select(facts_table).where(is_selected))), None)
-
     def find_replaced(self, fact_ids: Sequence[int]) -> list[FactRecord]:
         """Return the facts that these facts replaced, in the order of their IDs."""
         facts: list[FactRecord] = []
