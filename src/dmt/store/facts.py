@@ -185,18 +185,10 @@ class FactTable:
         Returns:
             The facts with the IDs of facts and rows.
         """
-        row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
+        records, changes = self._build_insertion(entries)
         last_id = int(self.read_metadata(LAST_FACT_ID).get(LAST_FACT_ID, 0))
         last_id = max(last_id, self.read_moment().last_id)
-        added: list[FactRecord] = []
-        offset = 0
-        for fact_id, (fact, keys, _) in enumerate(entries, last_id + 1):
-            rows = tuple(row_ids[offset : offset + len(keys)].tolist())
-            added.append(replace(fact, id=fact_id, rows=rows))
-            offset += len(keys)
-        changes: dict[Namespace, StepChanges] = {}
-        if len(row_ids):
-            changes[self.namespace] = StepChanges([_build_insert(row_ids, added, entries)])
+        added = [replace(fact, id=fact_id) for fact_id, fact in enumerate(records, last_id + 1)]
         replaced_by = {old_id: added[index].id for old_id, index in (replacements or {}).items()}
 
         def write(connection: Connection) -> None:
@@ -252,31 +244,24 @@ class FactTable:
             calibration: tensors by name.
             fingerprints: of the model, and of its rounded weights by type.
         """
-        row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
+        rewritten, changes = self._build_insertion(entries)
         usage, old_ids = self.read_usage(), [row for fact, *_ in entries for row in fact.rows]
-        rewritten: list[FactRecord] = []
-        counts: list[dict[str, Any]] = []
-        offset = 0
-        for fact, keys, _ in entries:
-            rows = tuple(row_ids[offset : offset + len(keys)].tolist())
-            counts += [
-                {"row_id": new, "count": usage[old][0], "new_last_read": usage[old][1]}
-                for old, new in zip(fact.rows, rows, strict=False)  # a tokenizer may have changed
-            ]
-            rewritten.append(replace(fact, rows=rows))
-            offset += len(keys)
-        changes: dict[Namespace, StepChanges] = {}
-        if len(row_ids):
-            changes[self.namespace] = StepChanges([_build_insert(row_ids, rewritten, entries)])
+        counts = [
+            {"row_id": new, "count": usage[old][0], "new_last_read": usage[old][1]}
+            for (fact, *_), new_fact in zip(entries, rewritten, strict=True)
+            # A tokenizer may have changed, and with it the number of rows.
+            for old, new in zip(fact.rows, new_fact.rows, strict=False)
+        ]
 
         def write(connection: Connection) -> None:
             _erase_rows(connection, old_ids)
             _write_calibration(connection, *layers, calibration)
             _write_fingerprints(connection, *fingerprints)
             for fact in rewritten:
-                token_ids = {"answer_ids": _fact_columns(fact)["answer_ids"]}
                 connection.execute(
-                    update(facts_table).where(facts_table.c.id == fact.id).values(token_ids)
+                    update(facts_table)
+                    .where(facts_table.c.id == fact.id)
+                    .values(answer_ids=json.dumps(fact.answer_ids))
                 )
                 if fact.deleted_reason is not None:
                     deletion = {
@@ -295,6 +280,21 @@ class FactTable:
                 connection.execute(_add_usage(), counts)
 
         self.store.commit(NO_RUN, 0, changes, extra_write=write)
+
+    def _build_insertion(
+        self, entries: Sequence[tuple[FactRecord, FloatArray, FloatArray]]
+    ) -> tuple[list[FactRecord], dict[Namespace, StepChanges]]:
+        """Return facts with the IDs of new rows, and the insertion of these rows."""
+        row_ids = self.store.reserve_ids(sum(len(keys) for _, keys, _ in entries))
+        records: list[FactRecord] = []
+        offset = 0
+        for fact, keys, _ in entries:
+            rows = tuple(row_ids[offset : offset + len(keys)].tolist())
+            records.append(replace(fact, rows=rows))
+            offset += len(keys)
+        if not records:
+            return [], {}
+        return records, {self.namespace: StepChanges([_build_insert(row_ids, records, entries)])}
 
     def undelete(self, fact_id: int, replaced_ids: Sequence[int]) -> None:
         """Restore a fact, and mark the facts that contradict it as replaced by it.
@@ -346,7 +346,7 @@ class FactTable:
     ) -> int:
         """Count the facts that `read` returns."""
         if ids is not None or len(fold_text(words).split()) > MAX_WORDS_PER_QUERY:
-            return sum(1 for _ in self.stream(include_deleted, ids=ids, tag=tag, words=words))
+            return len(self.read(include_deleted, ids=ids, tag=tag, words=words))
         query = select(func.count()).where(self._select(include_deleted, tag, words))
         with self._connect() as connection:
             return int(connection.execute(query.select_from(facts_table)).scalar_one())
@@ -393,35 +393,24 @@ class FactTable:
             words: the fact contains all of them; see `FactRecord.has_words`.
             limit: at most so many.
         """
-        facts = self.stream(include_deleted, ids=ids, tag=tag, words=words, limit=limit)
+        condition = self._select(include_deleted, tag, words)
+        if ids is None:
+            pages = self._read_pages(condition, min(FACTS_PER_QUERY, limit or FACTS_PER_QUERY))
+        else:
+            # No fact has an ID beyond the database's numbers.
+            valid_ids = sorted(fact_id for fact_id in set(ids) if abs(fact_id) <= MAX_ID)
+            query = select(facts_table).where(condition).order_by(facts_table.c.id)
+            pages = (
+                self._read_page(query.where(facts_table.c.id.in_(chunk)))
+                for chunk in _split_ids(valid_ids)
+            )
+        facts = (fact for page in pages for fact in page if not words or fact.has_words(words))
         return list(islice(facts, limit))
 
-    def stream(
-        self,
-        include_deleted: bool = False,
-        *,
-        ids: Sequence[int] | None = None,
-        tag: str | None = None,
-        words: str = "",
-        limit: int | None = None,
-    ) -> Iterator[FactRecord]:
-        """Yield the facts that `read` returns, or more; few of them are in memory at once."""
-        condition = self._select(include_deleted, tag, words)
-        size = min(FACTS_PER_QUERY, limit or FACTS_PER_QUERY)
-        query = select(facts_table).order_by(facts_table.c.id)
-        if ids is not None:
-            # No fact has an ID beyond the database's numbers.
-            for id_chunk in _split_ids(sorted(i for i in set(ids) if abs(i) <= MAX_ID)):
-                page = self._read_page(query.where(condition, facts_table.c.id.in_(id_chunk)))
-                yield from (fact for fact in page if not words or fact.has_words(words))
-            return
-        last_id = 0
-        while True:
-            page = self._read_page(query.where(condition, facts_table.c.id > last_id).limit(size))
-            yield from (fact for fact in page if not words or fact.has_words(words))
-            if len(page) < size:
-                return
-            last_id = page[-1].id
+    def stream(self) -> Iterator[FactRecord]:
+        """Yield the active facts in the order of their IDs; few of them are in memory at once."""
+        for page in self._read_pages(self._is_active, FACTS_PER_QUERY):
+            yield from page
 
     def read_deleted(self) -> list[FactRecord]:
         """Return the deleted facts, in the order of their IDs."""
@@ -573,6 +562,17 @@ class FactTable:
         for word in fold_text(words).split()[:MAX_WORDS_PER_QUERY]:
             conditions.append(find_text(facts_table.c.search_text, word) > 0)
         return and_(*conditions)
+
+    def _read_pages(self, condition: ColumnElement[bool], size: int) -> Iterator[list[FactRecord]]:
+        """Yield the facts that meet a condition, in the order of their IDs, `size` at a time."""
+        query = select(facts_table).where(condition).order_by(facts_table.c.id).limit(size)
+        last_id = 0
+        while True:
+            page = self._read_page(query.where(facts_table.c.id > last_id))
+            yield page
+            if len(page) < size:
+                return
+            last_id = page[-1].id
 
     def _read_page(self, query: Select[Any]) -> list[FactRecord]:
         """Return the facts of a query of `facts_table`, with the IDs of their rows."""
