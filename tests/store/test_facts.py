@@ -115,6 +115,14 @@ def test_facts_are_selected_by_tag_and_words(table, monkeypatch):
     assert [fact.id for fact in table.read(True, tag="b")] == [ben.id, cid.id]
 
 
+@pytest.mark.parametrize("selection", [{"words": "ada \ud800"}, {"tag": "\ud800"}])
+def test_half_of_a_surrogate_pair_is_one_line(table, selection):
+    table.add([make_entry("Ada")])
+    for read in (table.read, table.count):
+        with pytest.raises(UserError, match=r"'\\ud800' is no UTF-8 text"):
+            read(**selection)
+
+
 def test_a_query_may_have_thousands_of_words(table):
     (ada,) = table.add([make_entry("Ada")])
     assert table.read(words="ada " * 5_000) == [ada]

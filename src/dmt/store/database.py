@@ -149,8 +149,8 @@ calibration_table = Table(
     "dmt_calibration",
     fact_metadata,
     Column("name", String(40), primary_key=True),
-    Column("shape", Text, nullable=False),  # JSON
-    Column("data", RawBytes, nullable=False),  # float32
+    Column("shape", Text, nullable=False),  # JSON: the type of the numbers, and the shape
+    Column("data", RawBytes, nullable=False),
 )
 
 # In `dmt_metadata`: the fingerprint of the model that the rows belong to. Names that begin with it
@@ -256,6 +256,11 @@ def translate_errors(label: str) -> Iterator[None]:
     """Turn database errors into one line about the store `label`; a `FailureError` of the disk."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"store {label}: {error.object[:40]!r} is no UTF-8 text, so that it can neither be "
+            "stored nor searched for"
+        ) from None
     except DBAPIError as error:
         raise _choose_error_class(error, label)(f"store {label}: {_explain_error(error)}") from None
     except SQLAlchemyError as error:
