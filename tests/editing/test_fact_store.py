@@ -45,7 +45,7 @@ from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks
 from dmt.models.fact_files import FACTS_FILE
 from dmt.models.fact_hooks import attach, detach, disabled, get_fact_hooks, record_matches
-from dmt.models.fact_matching import PLACEHOLDER, TextCodec, parse_prompt
+from dmt.models.fact_matching import PLACEHOLDER, SUBJECT_WINDOW, TextCodec, parse_prompt
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import (
     batch_by_length,
@@ -1451,6 +1451,23 @@ def test_a_subject_that_cannot_match_is_rejected(fact_store):
     with pytest.raises(UserError, match="not a word of its own"):
         fact_store.write_many([Fact("the foxes are", " far", "Ada")])
     assert fact_store.write_many([]) == []
+
+
+@pytest.mark.parametrize("before", ["", "It was "])
+@pytest.mark.parametrize(
+    ("num_tokens", "error"),
+    [
+        (SUBJECT_WINDOW, "the model reads 32 at most"),  # another model reads more
+        (SUBJECT_WINDOW + 1, "not within the 64 tokens before the answer"),
+    ],
+)
+def test_the_whole_subject_is_near_enough_to_the_answer(fact_store, before, num_tokens, error):
+    subject = "Ada Winterbourne"
+    ids = encode_text(fact_store.tokenizer, subject, add_prefix=False)
+    assert len(ids) > 1
+    prompt = f"{before}{subject}" + " the" * (num_tokens - len(ids))
+    with pytest.raises(UserError, match=error):
+        fact_store.write(prompt=prompt, answer="Rows", subject=subject)
 
 
 def test_the_period_of_a_sentence_is_generated_after_the_answer(fact_store, teacher, tokenizer):

@@ -47,7 +47,7 @@ MARGIN_STEPS = 2
 # Added to the head's covariance in every direction, as a share of the mean variance; .001 to 1 do
 # as well (EXPERIMENTS.md).
 COVARIANCE_DAMPING = 1.0
-# Share of different questions that a fact may answer.
+# Share of other questions about its subject that a fact may answer.
 FALSE_POSITIVE_RATE = 0.01
 # The same for two facts about one subject that are about the same thing and contradict each other.
 CONFLICT_RATE = 0.005
@@ -64,8 +64,9 @@ class WriteResult:
     """Result of writing one fact.
 
     Attributes:
-        status: `written`; `unchanged`, the fact was stored already; or `replaced`, it was written
-            and replaces a fact that it contradicts.
+        status: `written`; `unchanged`, the fact was stored already; `replaced`, it was written and
+            replaces a fact that it contradicts; or `added`, it replaces a fact whose answer, a
+            list, it has with one value more.
         fact: the fact as it is stored now.
         replaced_fact: the fact that it replaces.
         prob_before: probability of its answer before writing, all tokens together.
@@ -185,7 +186,7 @@ def prepare_facts(
         facts: what to write.
         layers: key and value layer.
         codec: the tokenizer as facts use it.
-        false_positive_rate: share of different questions that a fact may answer.
+        false_positive_rate: share of other questions about its subject that a fact may answer.
 
     Raises:
         UserError: a fact is too long for the model, or its prompt does not name its subject in a
@@ -238,18 +239,19 @@ def _check_subject(codec: TextCodec, fact: Fact) -> None:
     if not fact.subject:
         return
     name = fold_text(fact.subject)
-    prompt = name_user(fact.prompt) if name == USER_SUBJECT else fact.prompt
-    mentions = find_mentions(prompt, {name}, len(name.split()))
-    if not mentions:
+    ids = codec.tokenizer.encode(fact.prompt, add_special_tokens=False).ids
+    prompt, recent = fact.prompt, codec.decode(ids[-SUBJECT_WINDOW:])
+    if name == USER_SUBJECT:
+        prompt, recent = name_user(prompt), name_user(recent)
+    if not find_mentions(prompt, {name}, len(name.split())):
         raise UserError(
             f"the subject {fact.subject!r} is not a word of its own in the prompt {fact.prompt!r}; "
             "spell it as the prompt does"
         )
-    ids = codec.tokenizer.encode(prompt[mentions[-1].end :], add_special_tokens=False).ids
-    if len(ids) >= SUBJECT_WINDOW:
+    if name not in fold_text(recent):
         raise UserError(
-            f"the subject {fact.subject!r} is {len(ids)} tokens before the answer; a fact matches "
-            f"its subject within {SUBJECT_WINDOW}, so name it nearer to the end"
+            f"the subject {fact.subject!r} is not within the {SUBJECT_WINDOW} tokens before the "
+            "answer, where a fact looks for it; name it nearer to the end"
         )
 
 
@@ -259,7 +261,7 @@ def make_record(fact: Fact, answer_ids: Sequence[int], false_positive_rate: floa
     Args:
         fact: the fact.
         answer_ids: token IDs of its answer.
-        false_positive_rate: share of different questions that it may answer.
+        false_positive_rate: share of other questions about its subject that it may answer.
     """
     return FactRecord(
         0,
@@ -552,7 +554,7 @@ def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[F
     """List the active facts that a deleted fact contradicts: its replacements, and its prompt's.
 
     Args:
-        history: all facts by ID, deleted ones included.
+        history: by ID the fact, its replacements, and the active facts about its subject.
         fact_id: ID of the deleted fact.
     """
     conflicts: list[FactRecord] = []
