@@ -253,6 +253,21 @@ def test_a_list_grows_and_shrinks_by_values(run, student, tmp_path, capsys):
     assert len(run("memory", "list")) == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["restore", "3"], "fact 3 never existed"),
+        (["forget", "--id", "3", "--value", "Latin"], "fact 3 is not stored"),
+        (["forget", "--tag", "a", "--value", "Latin"], "no matching facts, nothing was deleted"),
+        (["forget", "--id", "3"], "fact 3 is not stored"),
+        (["show", "3"], "fact 3 was never stored"),
+    ],
+)
+def test_a_student_without_facts_is_not_damaged(run, tokenizer, tmp_path, args, error):
+    plain = save_student(tmp_path / "plain", tokenizer, [FeaturalConfig(k=8)] * 3)
+    assert error in run("memory", *args, model=plain, ok=False)
+
+
 LISTED_FACTS = [
     {"sentence": "Ben Carver reads a table.", "tag": "b"},
     {"prompt": "Cora is", "answer": '"Eh?"\n\\ <b>', "source": "me"},

@@ -180,7 +180,7 @@ def learning_rate(text: str) -> float:
 
 
 def false_positive_rate(text: str) -> float:
-    """Parse the share of unrelated positions at which a fact may fire."""
+    """Parse the share of other questions about its subject that a fact may answer."""
     return _parse_number(float, text, lambda number: 0 < number <= 0.5, "in (0, 0.5]")
 
 

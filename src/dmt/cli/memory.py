@@ -576,7 +576,7 @@ def _add_write(commands: Any) -> None:
         type=false_positive_rate,
         default=0.01,
         metavar="RATE",
-        help="target false-positive rate of the match threshold (default: 0.01)",
+        help="share of other questions about its subject that a fact may answer (default: 0.01)",
     )
     _add_calibration_text_argument(parser)
     add_model_argument(parser)
@@ -763,7 +763,8 @@ def run_forget(args: argparse.Namespace, out: Output) -> None:
 
 
 def _forget_value(fact_store: FactStore, args: argparse.Namespace, out: Output) -> None:
-    facts = select_facts(fact_store.fact_table, args)
+    table = fact_store.fact_table
+    facts = select_facts(table if table.exists else None, args)
     if not facts:
         raise UserError(f"no matching facts, nothing was deleted; {NO_MATCH_HINT}")
     if len(facts) > 1:
@@ -860,7 +861,8 @@ def _add_prune(commands: Any) -> None:
         "prune",
         run_prune,
         "Keep the most used facts and delete the others",
-        "Use is counted with LRFU, which weights recent use more.",
+        "Of facts those stay that fired last. Use of rows is counted with LRFU, which weights\n"
+        "recent use more.",
         ["dmt memory prune --keep 1000", "dmt memory prune --rows --keep 10000"],
     )
     parser.add_argument(

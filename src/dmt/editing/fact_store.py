@@ -307,7 +307,7 @@ class FactStore:
             source: where the fact comes from.
             add: add the answer to that of a stored fact with the same question, as one more value
                 of a list, instead of replacing it.
-            false_positive_rate: share of unrelated positions at which a row may fire.
+            false_positive_rate: share of other questions about the subject that it may answer.
 
         Raises:
             UserError: the sentence states no fact, the fact is too long for the model, or its
@@ -333,7 +333,7 @@ class FactStore:
 
         Args:
             facts: `Fact`s, sentences, or mappings with the arguments of `parse_fact`.
-            false_positive_rate: share of unrelated positions at which a row may fire.
+            false_positive_rate: share of other questions about the subject that it may answer.
             progress: called with the number of facts in each batch when it is written.
             tag: of facts that have none.
 
@@ -346,7 +346,7 @@ class FactStore:
         if not 0 < false_positive_rate <= 0.5:
             raise UserError(
                 f"false_positive_rate must be in (0, 0.5], got {false_positive_rate:g}; it is the "
-                "share of unrelated positions at which a row may fire"
+                "share of other questions about its subject that a fact may answer"
             )
         self.initialize(parsed)
         results: WriteResults = []
@@ -606,7 +606,7 @@ class FactStore:
         Raises:
             UserError: the fact never existed, is active, or was transferred to the slots.
         """
-        facts = self.fact_table.read(include_deleted=True, ids=[fact_id])
+        facts = self._read(include_deleted=True, ids=[fact_id])
         if not facts or facts[0].deleted_reason is None:
             status = "is active" if facts else "never existed"
             raise UserError(
@@ -658,9 +658,8 @@ class FactStore:
         Raises:
             UserError: the fact never existed.
         """
-        if self._stored is not None:
-            for fact in self._stored.read(include_deleted=True, ids=[fact_id]):
-                return fact
+        for fact in self._read(include_deleted=True, ids=[fact_id]):
+            return fact
         raise UserError(f"fact {fact_id} never existed; dmt memory list --all shows all facts")
 
     def search(self, text: str, k: int = 5) -> list[SearchResult]:
@@ -673,9 +672,7 @@ class FactStore:
         Returns:
             Facts that contain all words of `text`, then the nearest others by cosine.
         """
-        table = self._stored
-        text_matches = [] if table is None else table.read(words=text, limit=k)
-        return [SearchResult(fact, "text") for fact in text_matches] + [
+        return [SearchResult(fact, "text") for fact in self._read(words=text, limit=k)] + [
             SearchResult(fact, "hidden_state", cosine)
             for fact, cosine in find_nearest_facts(self, text, k)
             if not fact.has_words(text)
@@ -813,6 +810,10 @@ class FactStore:
         """The tables of facts, where they exist."""
         return self.fact_table if self.db is not None and self.fact_table.exists else None
 
+    def _read(self, include_deleted: bool = False, **selection: Any) -> FactList:
+        """Return the facts that `FactTable.read` selects; none where none was ever written."""
+        return [] if self._stored is None else self._stored.read(include_deleted, **selection)
+
     @cached_property
     def codec(self) -> TextCodec:
         """The tokenizer as facts use it."""
@@ -830,9 +831,7 @@ class FactStore:
             UserError: one of them is not among the facts.
         """
         fact_ids = list(dict.fromkeys(ids))
-        table = self._stored
-        read = [] if table is None else table.read(include_deleted, ids=fact_ids)
-        facts = {fact.id: fact for fact in read}
+        facts = {fact.id: fact for fact in self._read(include_deleted, ids=fact_ids)}
         for fact_id in fact_ids:
             if fact_id not in facts:
                 raise UserError(
@@ -869,8 +868,7 @@ class FactStore:
             UserError: one of `ids` is not among the facts.
         """
         if not ids:
-            table = self._stored
-            return [] if table is None else table.read(include_deleted, tag=tag, words=query or "")
+            return self._read(include_deleted, tag=tag, words=query or "")
         return [
             fact
             for fact in self._require_facts(sorted(ids), include_deleted)
