@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, SENTENCES, WIDTH, make_llama, make_teacher
+from conftest import LAYERS, POSITIONS, SENTENCES, WIDTH, make_llama, make_teacher
 from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +34,7 @@ from dmt.editing.fact import MAX_FACT_CHARS, Fact, find_subject, parse_fact, rea
 from dmt.editing.fact_store import FactStore, has_fact_store
 from dmt.errors import UserError
 from dmt.matching.mentions import find_mentions
+from dmt.matching.questions import SUBJECT
 from dmt.matching.relations import (
     RATES,
     RelationMatcher,
@@ -869,6 +870,17 @@ def test_a_fact_fires_only_where_its_subject_is_asked_about(fact_store, teacher,
     assert rows[0][length - 1] == ada.fact.rows[0]
     assert min(rows[0]) >= start, "nothing is asked yet"
     assert rows[1:] == [{}, {}]
+
+
+def test_a_question_may_fill_the_context(fact_store, teacher, tokenizer):
+    """With `PLACEHOLDER` for the name the clause has more tokens than the model has positions."""
+    (fact,) = (result.fact for result in fact_store.write_many([parse_fact("Al eats rows")]))
+    text = "Al eats"
+    while len(encode_text(tokenizer, f"{text} the")) <= POSITIONS:
+        text += " the"
+    assert len(fact_store.codec.encode_clause(text.replace("Al", SUBJECT))) > POSITIONS
+    assert torch.isfinite(compute_logits(teacher, tokenizer, text)).all()
+    assert [found.fact for found in fact_store.search(text)] == [fact]
 
 
 def test_a_fact_of_another_name_in_the_text_does_not_fire(fact_store, teacher, tokenizer):

@@ -924,7 +924,8 @@ def find_nearest_facts(
         fact_store.model, fact_store.tokenizer, encode_text(fact_store.tokenizer, text), "the text"
     )
     relations, layer = fact_store.hooks.matcher.relations, fact_store.hooks.key_layer
-    clause = fact_store.codec.encode_clause(mask_names(text))
+    max_tokens = fact_store.model.config.max_position_embeddings
+    clause = fact_store.codec.encode_clause(mask_names(text))[-max_tokens:]
     state = collect_hidden_states(fact_store.model, [clause], [[len(clause) - 1]], [layer])[layer]
     query = relations.embed(state)[0]
     nearest: list[tuple[FactRecord, float]] = []

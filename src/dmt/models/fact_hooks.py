@@ -338,6 +338,9 @@ class FactHooks(nn.Module):
         self, backbone: nn.Module, texts: list[list[int]], device: torch.device
     ) -> Tensor:
         """Return the states `(texts, width)` of the key layer after texts, on the CPU."""
+        config: Any = backbone.config
+        # A clause may be longer than the text it is from: a name of many tokens stands in it.
+        texts = [text[-config.max_position_embeddings :] for text in texts]
         state = self._state
         states: dict[int, Tensor] = {}
         state.is_encoding = True
