@@ -25,6 +25,8 @@ NAMES = {
         "Sunny",
         "The Blue Lantern",
         "Marblewick",
+        "Acme Inc",
+        "Yahoo",
     )
 }
 BORN = "{s} was born in"
@@ -103,6 +105,15 @@ def test_unusual_names_are_taken_out_of_the_clause(text, name, form):
         ("Mira Castellan lived in Rome and works as a", "{s} works as a"),
         ("The capital of Marblewick is", "The capital of {s} is"),
         ("Mira Castellan said in Rome that she lives", "{s} said in Rome that she lives"),
+        ("Mira Castellan is a potter. She is old. She was born in", "{s} was born in"),
+        ("Mira Castellan's birthplace:", "{s}'s birthplace is"),
+        ("Mira Castellan is a man who was born in", "{s} is a man who was born in"),
+        ("It grew. Acme Inc. is based in", "{s} is based in"),
+        ("It grew. Yahoo! is based in", "{s} is based in"),
+        ("It grew. Acme Inc.'s home is in", "{s}'s home is in"),
+        ("Where is Acme Inc. based? In", "Where is {s} based? In"),
+        ("We know Mira Castellan. she was born in", "{s} was born in"),
+        ("we know mira castellan. it rains. she was born in", "{s} was born in"),
     ],
 )
 def test_the_clause_is_the_sentence_that_asks(text, clause):
@@ -124,6 +135,7 @@ def test_the_clause_is_the_sentence_that_asks(text, clause):
         "Mira Castellan says that Tom Wexford was born in",
         "Mira Castellan. Tom Wexford was born in",
         "Mira Castellan met Joren Blythe. She was born in",
+        "Mira Castellan's brother left. He was born in",
         "Mira Castellan wrote to Tom Wexford, who was born in",
         "Mira Castellan lived in Rome, which lies in",
         "Mira Castellan lived in Rome. The hotel was built in",
@@ -142,6 +154,9 @@ def test_a_text_about_somebody_else_asks_nobody(text):
         ("The cat of Mira Castellan was born in", "cat", True),
         ("A man who knows Mira Castellan was born in", "person", True),
         ("Mira Castellan knows a man who was born in", "person", True),
+        ("Mira Castellan, whose mother was born in", "mother", True),
+        ("When Mira Castellan came home, the old nurse was born in", "nurse", True),
+        ("Mira Castellan as a teacher was born in", "", False),
         ("The house of Mira Castellan stands in", "house", False),
         ("Mira Castellan was born in", "", False),
         ("Mira Castellan, who was born in", "", False),
@@ -164,6 +179,8 @@ def test_a_being_or_thing_of_the_subject_is_no_subject(text, relative, is_certai
         ("Mira Castellan has never lived in", True),
         ("Mira Castellan no longer lives in", True),
         ("Иван Петров не родился в", True),
+        ("Mira Castellan no nació en", True),
+        ("Mira Castellan has no children and lives in", False),
         ("Mira Castellan was born in Nottingham and works in", False),
         ("It was not raining. Mira Castellan was born in", False),
     ],

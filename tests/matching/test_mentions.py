@@ -34,6 +34,9 @@ def mention(text, *names):
         ("Mira Castellan’s hat", "Mira Castellan", "Mira Castellan"),
         ("James' hat", "James", "James"),
         ("Dr. Renn left", "Renn", "Renn"),
+        ("We met Professor Renn there", "Renn", "Renn"),
+        ("the firm NASA Renn works for", "Renn", "Renn"),
+        ("Acme Inc.'s hats", "Acme Inc", "Acme Inc"),
         ("O’Neill-Sandoval left", "O'Neill-Sandoval", "O’Neill-Sandoval"),
         ("In M. C. Escher's house", "M. C. Escher", "M. C. Escher"),
         ("Yahoo! was sold", "Yahoo!", "Yahoo!"),
@@ -58,6 +61,8 @@ def test_a_name_is_mentioned_however_it_is_written(text, name, spelling):
         ("New York is big", "York"),
         ("It was a sunny day", "Sunny"),
         ("the river rose", "Rose"),
+        ("the sign says 王小明子 in red", "王小明"),
+        ("then Henry VIII left", "Henry"),
     ],
 )
 def test_a_part_of_another_name_or_a_word_is_no_mention(text, name):
@@ -87,6 +92,8 @@ def test_a_composed_and_a_decomposed_name_are_one():
         ("The weather in Lyon is fine", ["Lyon"]),
         ("On Monday Jean-Luc d'Aubrey left", ["Jean-Luc d'Aubrey"]),
         ("Tom's Anna", ["Tom", "Anna"]),
+        ("then Tom (Anna) left", ["Tom", "Anna"]),
+        ("then Mr. Long left", ["Long"]),
         ("Tom, Anna and Joe", ["Tom", "Anna", "Joe"]),
         ("it is what it is", []),
         ("ALL OF THIS IS LOUD", []),

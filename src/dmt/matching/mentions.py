@@ -80,7 +80,9 @@ def _split_chunks(text: str) -> list[_Chunk]:
             start, end = 0, len(raw)
         core = raw[start:end]
         possessive = POSSESSIVE.search(core)
-        owner_end = end - len(possessive[0]) if possessive else end
+        owner_end = end
+        if possessive:
+            owner_end = start + len(core[: possessive.start()].rstrip(CLOSING))
         begin = match.start()
         chunks.append(
             _Chunk(begin + start, begin + end, begin, match.end(), core, begin + owner_end)

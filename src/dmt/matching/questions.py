@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dmt.matching.mentions import Mention, find_mentions, find_names, is_all_capitals, load_words
+from dmt.matching.mentions import (
+    Mention,
+    begins_with_capital,
+    find_mentions,
+    find_names,
+    is_all_capitals,
+    load_words,
+)
 from dmt.text import USER_SUBJECT, name_user
 
 OTHER = "person"  # a being that a clause does not name by its relation to the subject
@@ -22,6 +29,8 @@ SENTENCE_END = re.compile(
     r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)(?<!\b[A-Z])"
     r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？．]|\n\s*\n|\n(?=\s*[A-Z<])|(?<=[.!?:;,])\n"
 )
+# Of a name, as in "Acme Inc. is" and "Yahoo! is", where the sentence goes on.
+NAME_STOP = re.compile(r"[.!](?=['’]s\b|\s+(?P<next>\w+))")
 # What a question or an answer begins with in a dialog.
 MARKER = re.compile(
     r"(?:^|(?<=\n))\s*(?:question|answer|q|a|user|assistant|system|human|model)[ ]*(?::|\n)\s*",
@@ -31,7 +40,7 @@ PRONOUNS = re.compile(r"\b(he|she|it|they|him|her|them|his|hers|its|their|theirs
 POSSESSIVE_PRONOUNS = ("his", "its", "their", "theirs", "hers")
 NEGATION = re.compile(
     r"\b(?:not|never|cannot|neither|nor|hardly|nowhere|no longer|without|nicht|kein\w*|nunca|jamais"
-    r"|non|не|никогда)\b|n['’]t\b|[不没未]",
+    r"|non|não|pas|niet|ikke|inte|не|никогда)\b|n['’]t\b|[不没未]|ない|ません|\{s\}\s+no\b",
     re.IGNORECASE,
 )
 AUXILIARY = (
@@ -69,6 +78,10 @@ DETERMINER = (
 OTHER_BEING = re.compile(
     rf"\b(?:{DETERMINER}\s+(?:[\w'’-]+\s+){{0,3}}?[\w'’-]+|some(?:one|body)|any(?:one|body)|people|"
     r"those)\s*,?\s+(?:who|whose|whom)\b"
+)
+# As of the being in "When {s} came home, the baby was born in".
+SUBJECT_OF_VERB = re.compile(
+    rf"\b{DETERMINER}\s+(?:[\w'’-]+\s+){{0,2}}?([\w'’-]+)\s+(?:{AUXILIARY})\b"
 )
 BE = re.compile(r"\b(?:is|was|be|been|became|remains|remained|as)\s*$", re.IGNORECASE)
 # Before a name that is a place, a time or a thing rather than somebody.
@@ -118,7 +131,7 @@ def find_question(text: str, names: Collection[str], max_words: int) -> Question
     text = MARKER.sub("\n", text)
     if USER_SUBJECT in names:
         text = name_user(text)
-    mentions = find_mentions(text, names, max_words)
+    mentions = [_include_stop(text, mention) for mention in find_mentions(text, names, max_words)]
     if not mentions:
         return None
     sentences = _split_sentences(text, mentions)
@@ -157,10 +170,9 @@ def _find_in_sentence(sentence: str, mentions: list[Mention]) -> Question | None
     topic, rest_start = _choose_topic(sentence, names)
     if topic is None or not topic.name:
         return None
-    start = max(rest_start, topic.end)
-    later = [name for name in names if name.start >= start and name.name != topic.name]
-    if rest_start > topic.end:  # a second thing is said of the topic
-        return None if later else _make_question(topic.name, f"{SUBJECT} {sentence[rest_start:]}")
+    if rest_start > topic.end:  # a second thing is said of the topic, after all names
+        return _make_question(topic.name, f"{SUBJECT} {sentence[rest_start:]}")
+    later = [name for name in names if name.start >= topic.end and name.name != topic.name]
     if any(not _is_object(sentence, topic, name) for name in later):
         return None
     clause, offset = "", _find_clause_start(sentence, topic, names)
@@ -271,7 +283,7 @@ def _make_question(name: str, clause: str) -> Question:
 
 def _find_relative(after: str, before: str) -> str:
     """Return the being or thing of the subject that a clause is about; empty for the subject."""
-    owned = re.match(r"['’]s?\s+((?:[^\W\d][\w'’-]*\s*)+)", after)
+    owned = re.match(r"(?:['’]s?|\s*,?\s*whose)\s+((?:[^\W\d][\w'’-]*\s*)+)", after)
     thing = ""
     for index, word in enumerate(owned[1].split() if owned else ()):
         if re.sub(r"['’]s?$", "", word.lower()) in RELATIVES:
@@ -297,6 +309,9 @@ def _find_relative(after: str, before: str) -> str:
     for other in OTHER_BEING.finditer(after):
         if not BE.search(after[: other.start()]):
             return OTHER
+    for being in SUBJECT_OF_VERB.finditer(after):
+        if being[1].lower() in RELATIVES and not BE.search(after[: being.start()]):
+            return being[1].lower()
     return thing
 
 
@@ -304,6 +319,16 @@ def _says_more(predicate: list[str]) -> bool:
     """Check whether a predicate says more than what its noun is."""
     words = [re.sub(r"\W", "", word.lower()) for word in predicate]
     return any(word and word not in COPULA for word in words)
+
+
+def _include_stop(text: str, mention: Mention) -> Mention:
+    """Extend a capitalized name by a stop after it that ends no sentence."""
+    stop = NAME_STOP.match(text, mention.end)
+    if stop is None or not begins_with_capital(text[mention.start : mention.end]):
+        return mention
+    word = stop["next"] or ""
+    ends_sentence = word and (not word[0].islower() or PRONOUNS.fullmatch(word))
+    return mention if ends_sentence else replace(mention, end=stop.end())
 
 
 def _split_sentences(text: str, mentions: list[Mention]) -> list[tuple[int, int]]:
