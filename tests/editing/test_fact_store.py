@@ -356,6 +356,16 @@ def precondition(model, gradients):
     return (gradients.double() @ inverse).to(gradients.dtype)
 
 
+def test_values_are_the_same_in_inference_mode(teacher, tokenizer):
+    facts = [parse_fact("Ada Holbrook was born in Ravenhill.")]
+    expected = compute_edits(teacher, tokenizer, facts, 1)
+    with torch.inference_mode():
+        edits = compute_edits(teacher, tokenizer, facts, 1)
+    assert len(edits) == len(expected) > 0
+    for edit, other in zip(edits, expected, strict=True):
+        assert torch.equal(edit.value, other.value)
+
+
 @pytest.mark.parametrize("context", [None, "a row ran."])
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_a_value_follows_the_negative_gradient_of_all_contexts(
@@ -805,6 +815,14 @@ def test_facts_without_a_subject_conflict_by_equal_prompts_only(fact_store):
     other = fact_store.write(prompt="the fox dwells in", answer="March", subject="")
     assert other.status == "written"
     again = fact_store.write(prompt="The fox  lives in", answer="March", subject="")
+    assert again.replaced_fact == first
+
+
+def test_facts_in_another_language_conflict_only_where_they_share_words(fact_store):
+    first = fact_store.write(prompt="Ada nació en", answer="Rows", subject="Ada").fact
+    other = fact_store.write(prompt="Ada murió en", answer="March", subject="Ada")
+    assert other.status == "written"
+    again = fact_store.write(prompt="Ada nació EN", answer="March", subject="Ada")
     assert again.replaced_fact == first
 
 

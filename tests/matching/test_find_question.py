@@ -136,6 +136,7 @@ def test_the_clause_is_the_sentence_that_asks(text, clause):
         "Mira Castellan. Tom Wexford was born in",
         "Mira Castellan met Joren Blythe. She was born in",
         "Mira Castellan's brother left. He was born in",
+        "Where was Mira Castellan born? The old stories that people tell at night begin in",
         "Mira Castellan wrote to Tom Wexford, who was born in",
         "Mira Castellan lived in Rome, which lies in",
         "Mira Castellan lived in Rome. The hotel was built in",

@@ -20,6 +20,7 @@ from dmt.matching.relations import (
     fit_matcher,
     list_bank_clauses,
     load_bank,
+    may_ask_the_same,
     names_same_things,
 )
 
@@ -218,3 +219,41 @@ def test_equal_relatives_are_one_subject():
 )
 def test_clauses_without_a_subject_name_the_same_things(prompt, clause, is_same):
     assert names_same_things(prompt, clause) == is_same
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "may_match"),
+    [
+        ("Mira Castellan nació en", "Mira Castellan murió en", False),
+        ("Mira Castellan nació en", "Mira Castellan nació", False),
+        ("Mira Castellan nació en", "Mira Castellan nació en 1920 en", True),
+        ("Mira Castellan wohnt in", "Mira Castellan arbeitet in", False),
+        ("Mira Castellan の住所は", "Mira Castellan の電話番号は", False),
+        ("Mira Castellan の住所は", "Mira Castellan の今の住所は", True),
+        ("Mira Castellan lives in", "Mira Castellan resides near", True),
+        ("Mira Castellan was born in", "Mira Castellan’s hometown is", True),
+        ("Mira Castellan lives in", "Mira Castellan's brother lives in", False),
+    ],
+)
+def test_a_language_that_the_bank_has_not_needs_the_words_of_the_prompt(prompt, text, may_match):
+    assert may_ask_the_same(ask(text), ask(prompt)) == may_match
+
+
+def test_the_callers_precision_changes_no_rarity(matcher):
+    texts = CLAUSES[:40:8]
+    hidden = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def compute():
+        features = matcher.describe(texts, hidden)
+        rarity = matcher.compute_rarity(features, features)
+        return torch.cat([rarity, matcher.bound_rarity(texts, texts)])
+
+    expected = compute()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compute(), expected)
+        assert torch.is_autocast_enabled("cpu"), "calls that nest restore the caller's autocast"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(compute(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -17,6 +17,8 @@ from dmt.models.conversion import convert_blocks
 from dmt.models.fact_hooks import TrainedValues, disabled, record_matches
 from dmt.models.fact_matching import (
     ANSWER_WINDOW,
+    CONTEXT_WINDOW,
+    SUBJECT_WINDOW,
     UNKNOWN_TOKEN,
     FactMatcher,
     TextCodec,
@@ -137,6 +139,50 @@ def test_an_answer_that_goes_on_differently_is_not_followed(model, tokenizer):
     matches, _ = run_pass(model, [[*prompt, *answer[:2], 7, *answer[3:]]])
     end = len(prompt) - 1
     assert shift(matches, end) == {-1: (1, 0), 0: (1, 0), 1: (1, 1), 2: (1, 2)}
+
+
+def test_a_prompt_that_is_matched_as_it_is_is_about_the_same_name(model, tokenizer):
+    prompt = "Ada Holbrook met Bob Stone, who lives in the town of"
+    attach_facts(model, tokenizer, [make_fact(tokenizer, prompt)])
+    for text, fires in ((prompt, True), (f"So {prompt}", True), (f"Mary {prompt}", False)):
+        ids = encode(tokenizer, text)
+        matches, _ = run_pass(model, [ids])
+        assert (len(ids) - 1 in shift(matches, 0)) == fires
+
+
+def test_the_newest_of_facts_that_match_alike_fires(model, tokenizer):
+    first, *others = [make_fact(tokenizer, fact_id=fact_id) for fact_id in (1, 3, 2)]
+    attach_facts(model, tokenizer, [first, *(replace(fact, keys=first.keys) for fact in others)])
+    matches, _ = run_pass(model, [encode(tokenizer, BORN)])
+    assert {match.fact.id for match in matches} == {3}
+
+
+def test_an_answer_in_another_document_neither_goes_on_nor_counts(model, tokenizer):
+    attach_facts(model, tokenizer, [make_fact(tokenizer, "Ada is", " it", "Ada")])
+    prompt, answer = encode(tokenizer, "Ada is"), encode(tokenizer, " it")
+    assert len(prompt) <= ANSWER_WINDOW
+    documents = [prompt, answer, [*prompt, *answer], prompt]
+    ids = [token for document in documents for token in document]
+    positions = [position for document in documents for position in range(len(document))]
+    packed, _ = run_pass(model, [ids], position_ids=torch.tensor([positions]))
+    offset, expected = 0, {}
+    for document in documents:
+        alone, _ = run_pass(model, [document])
+        expected |= shift(alone, -offset)
+        offset += len(document)
+    assert shift(packed, 0) == expected
+    assert {len(prompt) - 1, len(ids) - 1} <= set(expected)
+    assert len(prompt) not in expected
+
+
+def test_a_subject_that_was_named_long_ago_is_not_asked_about(model, tokenizer):
+    attach_facts(model, tokenizer)
+    for num_words, fires in ((2, True), (30, False)):
+        ids = encode(tokenizer, "Ada Holbrook" + " is" * num_words + " was born in the town of")
+        assert (len(ids) < SUBJECT_WINDOW) == fires
+        assert len(ids) < CONTEXT_WINDOW
+        matches, _ = run_pass(model, [ids])
+        assert (len(ids) - 1 in shift(matches, 0)) == fires
 
 
 def test_a_completed_answer_does_not_fire_again_at_once(model, tokenizer, monkeypatch):

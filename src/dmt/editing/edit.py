@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from dmt.editing.fact import Fact
 from dmt.errors import UserError
 from dmt.matching.mentions import find_mentions
-from dmt.matching.relations import RelationMatcher, asks_for_same_subject
+from dmt.matching.relations import RelationMatcher, may_ask_the_same
 from dmt.memory.slot_table import TensorCache
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_matching import SUBJECT_WINDOW, TextCodec, parse_prompt
@@ -276,6 +276,7 @@ def make_record(fact: Fact, answer_ids: Sequence[int], false_positive_rate: floa
     )
 
 
+@torch.inference_mode(False)  # whose tensors have no gradients, even where they are enabled
 def compute_edits(
     model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], value_layer: int
 ) -> list[TokenEdit]:
@@ -541,7 +542,7 @@ def find_conflict(
     best, best_rarity = None, -math.log10(CONFLICT_RATE)
     for candidate in candidates:
         other = parse_prompt(candidate.record.prompt, candidate.record.subject).question
-        if other is None or not asks_for_same_subject(question, other):
+        if other is None or not may_ask_the_same(question, other):
             continue
         other_features = relations.describe([other.clause], candidate.key.unsqueeze(0))
         rarity = float(relations.compute_rarity(features, other_features))

@@ -11,9 +11,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import torch
@@ -24,10 +25,13 @@ from dmt.errors import UserError
 from dmt.matching.mentions import load_words
 from dmt.matching.questions import SUBJECT, Question
 from dmt.ops import inverse_sqrt
+from dmt.text import UNSPACED
 
 BANK_FILE = "relations.json"
 # Of a `RelationMatcher`, as stores and packs hold them.
 TENSORS = ("mean", "metric", "center", "bank_states", "weights", "quantiles")
+# With a phrasing of the bank; of a clause of fewer of its words, states say little.
+MIN_BANK_COSINE = 0.4
 TEMPERATURE = 0.1  # of the softmax over relations
 LAST_WORD_WEIGHT = 0.8  # of the word that the answer follows
 # One in this many of the pairs that ask different things is fitted; there are very many.
@@ -38,6 +42,9 @@ MIN_SHARE = 1e-4  # that two clauses ask the same; keeps its logarithm finite
 RATES = tuple(10 ** (-4 + 0.05 * step) for step in range(75))
 # Words that say nothing about a relation.
 STOP_WORDS = load_words("stop_words")
+# A letter of a script without spaces is a word.
+LETTER = rf"(?:(?!{UNSPACED.pattern})[^\W_])"
+WORD = re.compile(rf"{LETTER}+(?:-{LETTER}+)*|[^\W_]|[?:]")
 # Words of two words: "birthday" shares the first with "birth" and the second with "on which day".
 COMPOUND = re.compile(r"^(birth|home|work)(day|place|date|town|land|time)$")
 IRREGULAR = {
@@ -67,6 +74,16 @@ IRREGULAR = {
     "raised": "raise",
     "hired": "hire",
 }
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute without the caller's autocast, so that it changes nothing that is stored or compared.
+
+    As a decorator it makes a new context for each call: calls may nest, and threads overlap.
+    """
+    with torch.autocast("cpu", enabled=False):
+        yield
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,7 @@ def _stem(word: str) -> str:
 
 def count_words(text: str) -> Counter[str]:
     """Count the stems of the words that say what a clause asks; `$` marks its last word."""
-    words = re.findall(r"[^\W_]+(?:-[^\W_]+)*|[?:]", text.replace(SUBJECT, " ").casefold())
+    words = WORD.findall(text.replace(SUBJECT, " ").casefold())
     parts = [part for word in words for part in COMPOUND.sub(r"\1 \2", word).split()]
     counts = Counter(_stem(word) for word in parts if word not in STOP_WORDS and word not in "?:")
     if words:
@@ -155,7 +172,7 @@ class WordWeights:
 
     def vectorize(self, texts: Sequence[str]) -> Tensor:
         """Return the weights `(texts, words)` of the words that are in the bank."""
-        matrix = torch.zeros(len(texts), len(self._columns), device="cpu")
+        matrix = torch.zeros(len(texts), len(self._columns), dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             for word, weight in self.weigh(text).items():
                 if word in self._columns:
@@ -184,7 +201,7 @@ def compute_word_cosines(first: Sequence[str], second: Sequence[str]) -> Tensor:
     for word in (word for texts in weighed for text in texts for word in text):
         columns.setdefault(word, len(columns))
     for texts in weighed:
-        matrix = torch.zeros(len(texts), len(columns), device="cpu")
+        matrix = torch.zeros(len(texts), len(columns), dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             for word, weight in text.items():
                 matrix[row, columns[word]] = weight
@@ -255,11 +272,13 @@ class RelationMatcher:
         """The tensors by name."""
         return {name: getattr(self, name) for name in TENSORS}
 
+    @full_precision()
     def embed(self, hidden: Tensor) -> Tensor:
         """Return hidden states `(n, width)` in the metric, centered, at unit length."""
         unit = F.normalize((hidden.float().cpu() - self.mean) @ self.metric, dim=-1)
         return F.normalize(unit - self.center, dim=-1)
 
+    @full_precision()
     def describe(self, texts: Sequence[str], hidden: Tensor) -> ClauseFeatures:
         """Compute the features of clauses.
 
@@ -285,10 +304,11 @@ class RelationMatcher:
         if excluded is not None:
             cosines = cosines.masked_fill(excluded, -1.0)
         relations = get_word_weights().relations
-        best = torch.full((len(cosines), int(relations.max()) + 1), -1.0)
+        best = cosines.new_full((len(cosines), int(relations.max()) + 1), -1.0)
         best = best.scatter_reduce(1, relations.expand(len(cosines), -1), cosines, "amax")
         return (best / TEMPERATURE).softmax(1)
 
+    @full_precision()
     def compute_rarity(self, first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
         """Compute how rare a match as good is between clauses that ask different things.
 
@@ -297,6 +317,7 @@ class RelationMatcher:
         """
         return self._to_rarity(stack_features(first, second))
 
+    @full_precision()
     def bound_rarity(self, texts: Sequence[str], others: Sequence[str]) -> Tensor:
         """Return the highest rarity `(texts, others)` that any hidden states could give."""
         words = compute_word_cosines(texts, others)
@@ -315,7 +336,7 @@ class RelationMatcher:
     def _to_rarity(self, features: Tensor) -> Tensor:
         """Compute rarities from features `(..., 4)`: the greater of both scores'."""
         scores = features @ self.weights[:, :4].t() + self.weights[:, 4]
-        rates = torch.tensor([-math.log10(rate) for rate in RATES])
+        rates = scores.new_tensor([-math.log10(rate) for rate in RATES])
         rarities = []
         for score, quantiles in zip(scores.unbind(-1), self.quantiles, strict=True):
             index = torch.searchsorted(-quantiles, -score.contiguous()).clamp(max=len(RATES) - 1)
@@ -477,6 +498,27 @@ def asks_for_same_subject(question: Question, prompt: Question) -> bool:
         if own.relative and (own.is_certain_relative or not _is_word_of(own.relative, other)):
             return False
     return True
+
+
+def may_ask_the_same(question: Question, prompt: Question) -> bool:
+    """Check whether a question may ask what a prompt asks, before states are compared.
+
+    States are calibrated with the bank, which is in English. Where the prompt's words are others,
+    the question needs them.
+
+    Args:
+        question: what a text asks.
+        prompt: what a fact's own prompt asks.
+    """
+    return asks_for_same_subject(question, prompt) and (
+        _resembles_bank(prompt.clause) or names_same_things(prompt.clause, question.clause)
+    )
+
+
+@lru_cache(10_000)
+def _resembles_bank(clause: str) -> bool:
+    words = get_word_weights()
+    return bool((words.vectorize([clause]) @ words.matrix.t()).max() >= MIN_BANK_COSINE)
 
 
 def _is_word_of(noun: str, prompt: Question) -> bool:

@@ -18,11 +18,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dmt.matching.mentions import list_candidate_names
+from dmt.matching.mentions import find_mentions, list_candidate_names
 from dmt.matching.questions import SUBJECT, Question, find_question, get_last_clause
 from dmt.matching.relations import (
     RelationMatcher,
-    asks_for_same_subject,
+    may_ask_the_same,
     names_same_things,
 )
 from dmt.store.fact_index import FactIndex
@@ -284,7 +284,7 @@ class FactMatcher:
                 fact
                 for fact in facts_by_name[question.name]
                 if (prompt := _parse_fact(fact).question) is not None
-                and asks_for_same_subject(question, prompt)
+                and may_ask_the_same(question, prompt)
             ]
             if facts:
                 yield question, facts
@@ -294,6 +294,13 @@ class FactMatcher:
             for fact in facts_by_name[name]
             if _parse_fact(fact).question is None and _ends_with(folded, _parse_fact(fact).prompt)
         ]
+        if literal:
+            spelled = name_user(text) if USER_SUBJECT in names else text
+            mentioned = {
+                mention.name
+                for mention in find_mentions(spelled, names, self.index.max_subject_words)
+            }
+            literal = [fact for fact in literal if fact.record.subject_key in mentioned]
         if literal:
             yield None, literal
 
