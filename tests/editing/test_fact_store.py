@@ -818,6 +818,21 @@ def test_facts_without_a_subject_conflict_by_equal_prompts_only(fact_store):
     assert again.replaced_fact == first
 
 
+def test_the_nearest_of_conflicting_facts_is_taken_in_any_order(fact_store):
+    facts = [parse_fact("Ada resides in Ravenhill"), parse_fact("Ada's home is in March")]
+    keys = compute_keys(fact_store.model, fact_store.codec, facts, 1)
+    candidates = [
+        ConflictCandidate(edit_module.make_record(fact, [1], 0.01), key)
+        for fact, key in zip(facts, keys, strict=True)
+    ]
+    relations = fact_store.hooks.matcher.relations
+    (prepared,) = fact_store.prepare([parse_fact("Ada lives in Rows")])
+    for candidate in candidates:
+        assert find_conflict([candidate], prepared, relations) is candidate
+    nearest = find_conflict(candidates, prepared, relations)
+    assert find_conflict(candidates[::-1], prepared, relations) is nearest
+
+
 def test_facts_in_another_language_conflict_only_where_they_share_words(fact_store):
     first = fact_store.write(prompt="Ada nació en", answer="Rows", subject="Ada").fact
     other = fact_store.write(prompt="Ada murió en", answer="March", subject="Ada")
