@@ -114,6 +114,16 @@ def test_unusual_names_are_taken_out_of_the_clause(text, name, form):
         ("Where is Acme Inc. based? In", "Where is {s} based? In"),
         ("We know Mira Castellan. she was born in", "{s} was born in"),
         ("we know mira castellan. it rains. she was born in", "{s} was born in"),
+        ("Mostly Marblewick exports", "Mostly {s} exports"),
+        ("Farmers in Marblewick grow", "Farmers in {s} grow"),
+        ("Bakers in the Blue Lantern sell", "Bakers in {s} sell"),
+        ("Capital of Marblewick:", "Capital of {s} is"),
+        ("What does Mira Castellan do? Working as a", "What does {s} do? Working as a"),
+        ("Everybody knows Mira Castellan as a", "Everybody knows {s} as a"),
+        (
+            "The passport of Mira Castellan gives as birthplace",
+            "The passport of {s} gives as birthplace",
+        ),
     ],
 )
 def test_the_clause_is_the_sentence_that_asks(text, clause):
@@ -140,6 +150,7 @@ def test_the_clause_is_the_sentence_that_asks(text, clause):
         "Mira Castellan wrote to Tom Wexford, who was born in",
         "Mira Castellan lived in Rome, which lies in",
         "Mira Castellan lived in Rome. The hotel was built in",
+        "Sally, who saw Marblewick, was born in",
     ],
 )
 def test_a_text_about_somebody_else_asks_nobody(text):
@@ -159,6 +170,8 @@ def test_a_text_about_somebody_else_asks_nobody(text):
         ("When Mira Castellan came home, the old nurse was born in", "nurse", True),
         ("Mira Castellan as a teacher was born in", "", False),
         ("The house of Mira Castellan stands in", "house", False),
+        ("The passport of Mira Castellan lies in", "passport", False),
+        ("The teacher of Mira Castellan gives as birthplace", "teacher", True),
         ("Mira Castellan was born in", "", False),
         ("Mira Castellan, who was born in", "", False),
         ("The birthplace of Mira Castellan is", "", False),

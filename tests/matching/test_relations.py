@@ -233,6 +233,10 @@ def test_clauses_without_a_subject_name_the_same_things(prompt, clause, is_same)
         ("Mira Castellan lives in", "Mira Castellan resides near", True),
         ("Mira Castellan was born in", "Mira Castellan’s hometown is", True),
         ("Mira Castellan lives in", "Mira Castellan's brother lives in", False),
+        ("Mira Castellan is an invention of", "Mira Castellan was devised by", True),
+        ("Mira Castellan mag gern", "Mira Castellan mag gern", True),
+        ("Mira Castellan is geboren in", "Mira Castellan is overleden in", False),
+        ("Mira Castellan est né à", "Mira Castellan est mort à", False),
     ],
 )
 def test_a_language_that_the_bank_has_not_needs_the_words_of_the_prompt(prompt, text, may_match):

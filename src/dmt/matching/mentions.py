@@ -25,8 +25,12 @@ MAX_UNSPACED_NAME = 12  # characters of a name in a script without spaces
 OPENING, CLOSING = "\"'“”„«»‘’([{<*_#-–—", "\"'“”„«»‘’)]}>*_,.;:!?…-–—"
 CHUNK = re.compile(r"\S+")
 POSSESSIVE = re.compile(r"(?:['’ʼ′]s|(?<=s)['’])$", re.IGNORECASE)
+# What stands between a noun and the name that it governs.
+GOVERNED = re.compile(r"\s+(of|in|from|to|at|with)\s+(the\s+)?")
 # Words that begin with a capital letter at the start of a sentence without being names.
 SENTENCE_STARTERS = load_words("sentence_starters")
+# Names that end as adverbs, participles or plurals do.
+NAMES_LIKE_WORDS = load_words("names_like_words")
 # Capitalized in English anywhere, and no name of anybody.
 NON_NAMES = load_words("non_names")
 TITLES = load_words("titles")
@@ -194,7 +198,7 @@ def _is_part_of_longer_name(text: str, mention: Mention) -> bool:
     word = before[1].lower()
     if _is_emphasized(before[1]) and not _is_emphasized(spelled):
         return False
-    return word not in SENTENCE_STARTERS | NON_NAMES | TITLES
+    return word not in SENTENCE_STARTERS | NON_NAMES | TITLES and not _ends_as_no_name(word)
 
 
 def _is_part_of_word(text: str, mention: Mention) -> bool:
@@ -224,6 +228,30 @@ def is_all_capitals(text: str) -> bool:
     return bool(letters) and lower <= 0.1 * len(letters)
 
 
+def _is_common_word(text: str, chunk: _Chunk, mentions: Collection[Mention]) -> bool:
+    """Check whether the first word of a sentence is no name by its ending or what follows it.
+
+    As in "Mostly Brazil exports", "Working for Ada", "Farmers in Brazil grow" and "Capital of
+    Brazil:".
+    """
+    word = chunk.text.lower()
+    if _ends_as_no_name(word):
+        return True
+    following = GOVERNED.match(text, chunk.full_end)
+    if following is None:
+        return False
+    starts = (following.start(2), following.end())  # before and after the article
+    if not any(mention.start in starts for mention in mentions):
+        return False
+    is_plural = re.search(r"[^su]s$", word) and word not in NAMES_LIKE_WORDS
+    return following[1] == "of" or bool(is_plural)
+
+
+def _ends_as_no_name(word: str) -> bool:
+    """Check whether a word in lower case ends as an adverb or a participle does."""
+    return word.endswith(("ly", "ing")) and word not in NAMES_LIKE_WORDS
+
+
 def find_names(text: str, mentions: Collection[Mention] = ()) -> list[Mention]:
     """Find mentions, and everything else that looks like a name, in their order.
 
@@ -251,7 +279,7 @@ def find_names(text: str, mentions: Collection[Mention] = ()) -> list[Mention]:
         is_capital = begins_with_capital(chunk.text) and word not in NON_NAMES
         is_capital = is_capital and not _is_emphasized(chunk.text)
         bare = re.split(r"['’]", word)[0]
-        if is_start and (word in SENTENCE_STARTERS or bare in SENTENCE_STARTERS):
+        if is_start and (bare in SENTENCE_STARTERS or _is_common_word(text, chunk, mentions)):
             is_capital = False
         if chunk.full_start < chunk.start:  # a quote or bracket
             close()

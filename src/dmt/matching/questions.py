@@ -97,6 +97,13 @@ INSERTION = re.compile(
 )
 # Beings that belong to somebody and have facts of their own.
 RELATIVES = load_words("relatives")
+# Things that say something about whom they belong to, as in "The passport of {s} gives as".
+DOCUMENTS = load_words("documents")
+REPORTS = re.compile(
+    r"\s*(?:says?|said|gives?|gave|shows?|showed|states?|stated|lists?|listed|reads?|records?|"
+    r"recorded|mentions?|mentioned|reports?|reported|tells?|told|names?|named|notes?|noted|"
+    r"confirms?|confirmed|is dated|was dated)\b"
+)
 COPULA = load_words("copula")
 
 
@@ -301,7 +308,8 @@ def _find_relative(after: str, before: str) -> str:
         noun = owner[1].split()[-1].lower()
         if noun in RELATIVES:
             return noun
-        if _says_more(after.split()) and not owned:
+        reports = noun in DOCUMENTS and REPORTS.match(after)
+        if _says_more(after.split()) and not owned and not reports:
             return noun
     knower = re.search(r"[^\W\d][\w’'-]*,?\s+(?:who|whom|whose)\b[^?.!]*$", before)
     if knower and _says_more(re.sub(r"[?].*", "", after).split()):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmt.errors import UserError
-from dmt.matching.mentions import load_words
+from dmt.matching.mentions import SENTENCE_STARTERS, load_words
 from dmt.matching.questions import SUBJECT, Question
 from dmt.ops import inverse_sqrt
 from dmt.text import UNSPACED
@@ -30,8 +30,8 @@ from dmt.text import UNSPACED
 BANK_FILE = "relations.json"
 # Of a `RelationMatcher`, as stores and packs hold them.
 TENSORS = ("mean", "metric", "center", "bank_states", "weights", "quantiles")
-# With a phrasing of the bank; of a clause of fewer of its words, states say little.
-MIN_BANK_COSINE = 0.4
+MIN_BANK_COSINE = 0.4  # with a phrasing of the bank, from which on a clause is English
+INTERNATIONAL_WORDS = load_words("international_words")  # of English and of other languages
 TEMPERATURE = 0.1  # of the softmax over relations
 LAST_WORD_WEIGHT = 0.8  # of the word that the answer follows
 # One in this many of the pairs that ask different things is fitted; there are very many.
@@ -503,22 +503,37 @@ def asks_for_same_subject(question: Question, prompt: Question) -> bool:
 def may_ask_the_same(question: Question, prompt: Question) -> bool:
     """Check whether a question may ask what a prompt asks, before states are compared.
 
-    States are calibrated with the bank, which is in English. Where the prompt's words are others,
-    the question needs them.
+    States are calibrated with the bank, which is in English. Where a prompt is in another language,
+    the question needs its words.
 
     Args:
         question: what a text asks.
         prompt: what a fact's own prompt asks.
     """
     return asks_for_same_subject(question, prompt) and (
-        _resembles_bank(prompt.clause) or names_same_things(prompt.clause, question.clause)
+        _is_english(prompt.clause) or names_same_things(prompt.clause, question.clause)
     )
 
 
 @lru_cache(10_000)
-def _resembles_bank(clause: str) -> bool:
+def _is_english(clause: str) -> bool:
+    """Check whether a clause resembles the bank, or at least half of its words are English.
+
+    Words that other languages have too do not count.
+    """
     words = get_word_weights()
-    return bool((words.vectorize([clause]) @ words.matrix.t()).max() >= MIN_BANK_COSINE)
+    if float((words.vectorize([clause]) @ words.matrix.t()).max()) >= MIN_BANK_COSINE:
+        return True
+    spelled = [
+        word
+        for word in WORD.findall(clause.replace(SUBJECT, " ").casefold())
+        if word not in "?:" and word not in INTERNATIONAL_WORDS
+    ]
+    num_english = sum(
+        word in SENTENCE_STARTERS or word in STOP_WORDS or _stem(word) in words.known_words
+        for word in spelled
+    )
+    return num_english > 0 and 2 * num_english >= len(spelled)
 
 
 def _is_word_of(noun: str, prompt: Question) -> bool:
