@@ -5,7 +5,7 @@ from conftest import WIDTH
 from torch.nn.functional import normalize
 
 from dmt.data.tokenizer import get_prefix_ids
-from dmt.matching.relations import RATES, RelationMatcher, list_bank_clauses
+from dmt.matching.relations import RATES, RelationMatcher, StateSpace, list_bank_clauses
 from dmt.models.fact_hooks import FactHooks, attach, record_matches
 from dmt.models.fact_matching import TextCodec
 from dmt.store.fact_index import FactIndex
@@ -14,9 +14,9 @@ from dmt.store.records import FactRecord, StoredFact
 BORN = "Ada Holbrook was born in the town of"
 ANSWER = " Ravenhill"
 THRESHOLD = 4.0  # decades
-# Of words and states: a clause with all words of a prompt matches whatever its state is, one with
-# two thirds of their weight never does.
-WEIGHTS = (0.9, 0.1, 0.0, 0.0, 0.0)
+# Scores of words and of states: a clause with all words of a prompt matches whatever its state is,
+# one with two thirds of their weight never does.
+WORDS, STATES, NEVER = (1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, -1.0)
 LOWEST_MATCH = 0.75
 
 
@@ -24,16 +24,19 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def make_relations(width=WIDTH, weights=WEIGHTS, lowest_match=LOWEST_MATCH):
+def make_relations(width=WIDTH, weights=(WORDS, NEVER, NEVER), lowest_match=LOWEST_MATCH):
     """Make a matcher with random states of the bank."""
     generator = torch.Generator().manual_seed(0)
-    return RelationMatcher(
+    space = StateSpace(
         torch.zeros(width),
         torch.eye(width),
         torch.zeros(width),
         normalize(torch.randn(len(list_bank_clauses()), width, generator=generator), dim=-1),
-        torch.tensor([weights, weights]),
-        torch.linspace(lowest_match, -1, len(RATES)).expand(2, -1).contiguous(),
+    )
+    return RelationMatcher(
+        [space],
+        torch.tensor(weights),
+        torch.linspace(lowest_match, -1, len(RATES)).expand(3, -1).contiguous(),
     )
 
 

@@ -28,6 +28,7 @@ from dmt.cli.main import distill_main
 from dmt.config import Config
 from dmt.config_files import find_config, list_configs
 from dmt.config_io import list_setting_names, load_config, save_config
+from dmt.editing.edit import FALSE_POSITIVE_RATE
 from dmt.errors import UserError
 from dmt.files import RECORD_VERSION
 from dmt.tasks import TaskResult
@@ -133,6 +134,12 @@ def test_help_fits_a_screen_and_shows_an_example(capsys, command):
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("  dmt ") for line in lines)
+
+
+def test_the_default_rate_of_facts_is_that_of_the_library():
+    """Spelled out in the parser, which imports no torch."""
+    args = main.build_parser().parse_args(["memory", "write", "Ada lives in Paris."])
+    assert args.false_positive_rate == FALSE_POSITIVE_RATE
 
 
 def list_commands(parser=None, prefix=()):

@@ -37,7 +37,7 @@ from dmt.editing.packs import (
     unpack_facts,
 )
 from dmt.errors import UserError
-from dmt.matching.relations import TENSORS
+from dmt.matching.relations import list_tensor_shapes
 from dmt.models.fingerprint import hash_model
 from dmt.store import RowStore
 
@@ -105,7 +105,7 @@ def save_altered(pack, path, change=lambda manifest: None, **tensors):
 def assert_equal_packs(first, second):
     assert first.manifest == second.manifest
     assert first.facts == second.facts
-    assert first.calibration.keys() == second.calibration.keys() == set(TENSORS)
+    assert first.calibration.keys() == second.calibration.keys() == set(list_tensor_shapes([1]))
     for name in ("keys", "values"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     for name, array in first.calibration.items():

@@ -150,6 +150,8 @@ def test_the_clause_is_the_sentence_that_asks(text, clause):
         "Mira Castellan wrote to Tom Wexford, who was born in",
         "Mira Castellan lived in Rome, which lies in",
         "Mira Castellan lived in Rome. The hotel was built in",
+        "דוד כהן, unlike Mira Castellan, was born in",
+        "Mira Castellan says that דוד כהן was born in",
         "Sally, who saw Marblewick, was born in",
     ],
 )

@@ -99,6 +99,8 @@ def test_a_composed_and_a_decomposed_name_are_one():
         ("Emily left. Sterling left. Agnes left", ["Emily", "Sterling", "Agnes"]),
         ("Walking is fine", []),
         ("Bakers in Rome sell", ["Bakers", "Rome"]),
+        ("once, then, דוד כהן met 王小明 in 1920", ["דוד כהן", "王小明"]),
+        ("דוד כהן נולד בעיר רומא", []),
         ("it is what it is", []),
         ("ALL OF THIS IS LOUD", []),
     ],

@@ -8,7 +8,16 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, make_llama, make_teacher
 from transformers import DynamicCache
-from unsaved_facts import ANSWER, BORN, attach_facts, encode, make_fact, make_relations
+from unsaved_facts import (
+    ANSWER,
+    BORN,
+    NEVER,
+    STATES,
+    attach_facts,
+    encode,
+    make_fact,
+    make_relations,
+)
 
 from dmt.config import FeaturalConfig
 from dmt.memory.usage import record_usage
@@ -73,7 +82,7 @@ def list_scores(matches):
 
 
 # With these the states decide whether a clause with some of a prompt's words matches.
-BY_STATES = {"weights": (0.6, 0.4, 0.0, 0.0, 0.0), "lowest_match": 0.5}
+BY_STATES = {"weights": ((0.6, 0.4, 0.0, 0.0), NEVER, NEVER), "lowest_match": 0.5}
 
 
 @pytest.mark.parametrize("calibration", [{}, BY_STATES])
@@ -215,7 +224,7 @@ def test_the_answer_of_a_deleted_fact_is_not_followed(model, tokenizer):
 
 
 def test_a_clause_is_read_with_the_present_weights(model, tokenizer):
-    relations = make_relations(weights=(0.0, 1.0, 0.0, 0.0, 0.0), lowest_match=0.99)
+    relations = make_relations(weights=(STATES, NEVER, NEVER), lowest_match=0.99)
     hooks = attach_facts(model, tokenizer, relations=relations)
     clause = hooks.matcher.codec.encode_clause("{s} was born in the town of")
     key = collect_hidden_states(model, [clause], [[len(clause) - 1]], [hooks.key_layer])

@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dmt.errors import UserError
-from dmt.matching.relations import RelationMatcher, fit_matcher, list_bank_clauses
+from dmt.matching.relations import (
+    RelationMatcher,
+    StateSamples,
+    fit_matcher,
+    list_bank_clauses,
+)
 from dmt.models.fact_matching import PLACEHOLDER, SUBJECT, TextCodec
 from dmt.models.forward import collect_hidden_states, encode_text
 
@@ -70,12 +76,11 @@ def calibrate(
         positions.append([*incomplete, len(ids) - 1])
     states = collect_hidden_states(model, texts, positions, layers)
     ends = [index for chosen in positions for index in [False] * (len(chosen) - 1) + [True]]
+    is_end = torch.tensor(ends)
     return {
         layer: fit_matcher(
-            prose_states[layer],
-            states[layer][[index for index, is_end in enumerate(ends) if is_end]],
             prefixes,
-            states[layer][[index for index, is_end in enumerate(ends) if not is_end]],
+            [StateSamples(prose_states[layer], states[layer][is_end], states[layer][~is_end])],
         )
         for layer in layers
     }

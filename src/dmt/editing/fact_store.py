@@ -444,7 +444,7 @@ class FactStore:
                 self.model, self.tokenizer, self.codec, facts, prose, layers, value_layer
             )
         self.fact_table.create(
-            len(relations.mean),
+            self.model.config.hidden_size,
             key_layer,
             value_layer,
             pack_calibration(relations, self.codec),
@@ -923,16 +923,16 @@ def find_nearest_facts(
     check_length(
         fact_store.model, fact_store.tokenizer, encode_text(fact_store.tokenizer, text), "the text"
     )
-    relations, layer = fact_store.hooks.matcher.relations, fact_store.hooks.key_layer
+    space, layer = fact_store.hooks.matcher.relations.spaces[0], fact_store.hooks.key_layer
     max_tokens = fact_store.model.config.max_position_embeddings
     clause = fact_store.codec.encode_clause(mask_names(text))[-max_tokens:]
     state = collect_hidden_states(fact_store.model, [clause], [[len(clause) - 1]], [layer])[layer]
-    query = relations.embed(state)[0]
+    query = space.embed(state)[0]
     nearest: list[tuple[FactRecord, float]] = []
     facts = fact_store.fact_table.stream()
     while records := list(islice(facts, FACTS_PER_QUERY)):
         loaded = fact_store.load_keys(records)
-        keys = relations.embed(torch.from_numpy(np.stack([key for _, key in loaded])))
+        keys = space.embed(torch.from_numpy(np.stack([key for _, key in loaded])))
         cosines = (keys @ query).tolist()
         nearest += [(record, cosine) for (record, _), cosine in zip(loaded, cosines, strict=True)]
         nearest = sorted(nearest, key=lambda pair: -pair[1])[:count]

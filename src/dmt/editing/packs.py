@@ -27,7 +27,7 @@ from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces
 from dmt.errors import UserError, WrongModelError
 from dmt.files import atomic_path, check_version, disk_error_class
-from dmt.matching.relations import NUM_WEIGHTS, RATES, TENSORS, RelationMatcher, list_bank_clauses
+from dmt.matching.relations import RelationMatcher, list_tensor_shapes
 from dmt.models.fact_hooks import FactHooks, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.memories import get_associative_memories
@@ -191,19 +191,11 @@ class FactPack(Pack):
         # As they are, whatever the manifest states.
         manifest["tags"] = _list_tags(fact.tag for fact in facts)
         manifest["counts"] = {"facts": len(facts), "rows": num_rows}
-        shapes = {
-            "keys": [num_rows, width],
-            "values": [num_rows, width],
-            "mean": [width],
-            "metric": [width, width],
-            "center": [width],
-            "bank_states": [len(list_bank_clauses()), width],
-            "weights": [2, NUM_WEIGHTS],
-            "quantiles": [2, len(RATES)],
-        }
+        calibration_shapes = list_tensor_shapes([width])
+        shapes = {"keys": [num_rows, width], "values": [num_rows, width]} | calibration_shapes
 
         def build(arrays: Arrays) -> FactPack:
-            calibration = {name: arrays[name] for name in TENSORS}
+            calibration = {name: arrays[name] for name in calibration_shapes}
             return cls(manifest, facts, arrays["keys"], arrays["values"], calibration, closings)
 
         return _Parsed(shapes, build)
@@ -457,7 +449,7 @@ def make_fact_pack(
         for stored in fact_store.load_facts(fact.id for fact in facts)
     ]
     relations = hooks.matcher.relations
-    records, keys, values = _renumber(entries, len(relations.mean))
+    records, keys, values = _renumber(entries, fact_store.model.config.hidden_size)
     manifest = _make_manifest(
         fact_store.model,
         fact_store.model_hash if model_hash is None else model_hash,

@@ -255,7 +255,8 @@ def _ends_as_no_name(word: str) -> bool:
 def find_names(text: str, mentions: Collection[Mention] = ()) -> list[Mention]:
     """Find mentions, and everything else that looks like a name, in their order.
 
-    A name begins with a capital letter; a script without them shows none.
+    A name begins with a capital letter. In a script without them it is a name where most of the
+    text is in a script that has them.
 
     Args:
         text: one sentence, or several.
@@ -273,10 +274,14 @@ def find_names(text: str, mentions: Collection[Mention] = ()) -> list[Mention]:
                 names.append(Mention(start, end))
             current.clear()
 
+    num_letters = sum(letter.isalpha() for letter in text)
+    num_cased = sum(letter.lower() != letter.upper() for letter in text)
+    has_case = 2 * num_cased > num_letters
     is_start = True
     for chunk in _split_chunks(text):
         word = chunk.text.lower()
-        is_capital = begins_with_capital(chunk.text) and word not in NON_NAMES
+        is_foreign = has_case and word == chunk.text.upper() and any(map(str.isalpha, word))
+        is_capital = is_foreign or (begins_with_capital(chunk.text) and word not in NON_NAMES)
         is_capital = is_capital and not _is_emphasized(chunk.text)
         bare = re.split(r"['’]", word)[0]
         if is_start and (bare in SENTENCE_STARTERS or _is_common_word(text, chunk, mentions)):

@@ -383,8 +383,7 @@ def _remove_insertions(sentence: str, mentions: list[Mention]) -> tuple[str, lis
             for mention in mentions
             if mention.start >= match.end()
         ]
-        names = find_names(sentence[: match.start()], before)
-        if not names or names[-1].end < match.start():
+        if not any(name.end == match.start() for name in find_names(sentence, before)):
             match = INSERTION.search(sentence, match.start() + 1)
             continue
         sentence = sentence[: match.start()] + sentence[match.end() :]

@@ -28,15 +28,15 @@ from dmt.ops import inverse_sqrt
 from dmt.text import UNSPACED
 
 BANK_FILE = "relations.json"
-# Of a `RelationMatcher`, as stores and packs hold them.
-TENSORS = ("mean", "metric", "center", "bank_states", "weights", "quantiles")
+# Tensors of a space, as stores and packs hold them: of the model's, and of the encoder's.
+SPACE_TENSORS = ("mean", "metric", "center", "bank_states")
+SPACE_PREFIXES = ("", "encoder_")
 MIN_BANK_COSINE = 0.4  # with a phrasing of the bank, from which on a clause is English
 INTERNATIONAL_WORDS = load_words("international_words")  # of English and of other languages
 TEMPERATURE = 0.1  # of the softmax over relations
 LAST_WORD_WEIGHT = 0.8  # of the word that the answer follows
 # One in this many of the pairs that ask different things is fitted; there are very many.
 NEGATIVE_STRIDE = 7
-NUM_WEIGHTS = 5  # of four features and a bias
 MIN_SHARE = 1e-4  # that two clauses ask the same; keeps its logarithm finite
 # Shares of negative pairs for which a threshold is stored.
 RATES = tuple(10 ** (-4 + 0.05 * step) for step in range(75))
@@ -74,6 +74,23 @@ IRREGULAR = {
     "raised": "raise",
     "hired": "hire",
 }
+
+
+def list_tensor_shapes(widths: Sequence[int]) -> dict[str, list[int]]:
+    """Return the shapes of a matcher's tensors by name.
+
+    Args:
+        widths: of the states of each space.
+    """
+    num_scores = num_features = 2 + len(widths)
+    shapes = {
+        "weights": [num_scores, num_features + 1],  # and a bias
+        "quantiles": [num_scores, len(RATES)],
+    }
+    for prefix, width in zip(SPACE_PREFIXES, widths, strict=False):
+        sizes = ([width], [width, width], [width], [len(list_bank_clauses()), width])
+        shapes |= {prefix + name: size for name, size in zip(SPACE_TENSORS, sizes, strict=True)}
+    return shapes
 
 
 @contextmanager
@@ -215,38 +232,73 @@ class ClauseFeatures:
 
     Attributes:
         texts: of `n` clauses.
-        states: `(n, width)` hidden states after them, at unit length.
-        word_shares: `(n, relations)` how likely each relation is by the words.
-        state_shares: `(n, relations)` how likely by the states.
+        states: `(n, width)` states after them in each space, at unit length.
+        relation_shares: `(n, relations)` how likely each relation of the bank is.
     """
 
     texts: Sequence[str]
-    states: Tensor
-    word_shares: Tensor
-    state_shares: Tensor
+    states: Sequence[Tensor]
+    relation_shares: Tensor
 
 
 @dataclass(frozen=True)
-class RelationMatcher:
-    """Compares what clauses ask, calibrated for one layer of one model.
+class StateSamples:
+    """States to which a space is fitted.
 
     Attributes:
-        mean: `(width,)` mean hidden state of prose.
+        prose: `(n, width)` of prose.
+        bank: `(phrasings, width)` after each phrasing of the bank.
+        prefixes: `(prefixes, width)` after phrasings that are not complete.
+    """
+
+    prose: Tensor
+    bank: Tensor
+    prefixes: Tensor
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """The space in which the states of clauses are compared.
+
+    Attributes:
+        mean: `(width,)` mean state of prose.
         metric: `(width, width)`; a state `x` is compared as `(x - mean) @ metric`.
         center: `(width,)` mean of the phrasings of the bank in the metric.
         bank_states: `(phrasings, width)` of the bank, as `embed` returns them.
-        weights: `(2, 5)` weights of the four features and a bias: of the features of the two
-            clauses alone, and with those that go through the bank.
-        quantiles: `(2, rates)` scores that a share `RATES` of pairs that ask different things
-            exceed.
-        paraphrase_recall: share of pairs of phrasings of one relation that are recognized at a rate
-            of .01, where the phrasing is not in the bank.
     """
 
     mean: Tensor
     metric: Tensor
     center: Tensor
     bank_states: Tensor
+
+    @full_precision()
+    def embed(self, hidden: Tensor) -> Tensor:
+        """Return states `(n, width)` in the metric, centered, at unit length."""
+        unit = F.normalize((hidden.float().cpu() - self.mean) @ self.metric, dim=-1)
+        return F.normalize(unit - self.center, dim=-1)
+
+
+@dataclass(frozen=True)
+class RelationMatcher:
+    """Compares what clauses ask: their words, and states after them in one or more spaces.
+
+    Words and each space say how likely each relation of the bank is. The product of these shares
+    decides, together with how near the words or the states of two clauses are; for relations that
+    the bank does not have, words and states alone.
+
+    Attributes:
+        spaces: of hidden states of one layer of one model, and of an encoder of sentences where
+            there is one.
+        weights: `(scores, features + 1)` of the features of `stack_features`, and a bias. Each
+            cosine has a score together with the share; the last score has all cosines.
+        quantiles: `(scores, rates)` scores that a share `RATES` of pairs that ask different things
+            exceed.
+        paraphrase_recall: share of pairs of phrasings of one relation that are recognized at a rate
+            of .01, where the phrasing is not in the bank.
+    """
+
+    spaces: Sequence[StateSpace]
     weights: Tensor
     quantiles: Tensor
     paraphrase_recall: float = 0.0
@@ -256,11 +308,16 @@ class RelationMatcher:
         """Create an instance from its tensors by name.
 
         Raises:
-            UserError: they are of another bank.
+            UserError: they are of another version of dmt.
         """
-        mean, metric, center, bank_states, weights, quantiles = (tensors[name] for name in TENSORS)
-        matcher = cls(mean, metric, center, bank_states, weights, quantiles)
-        if len(matcher.bank_states) != len(list_bank_clauses()):
+        spaces = [
+            StateSpace(*(tensors[prefix + name] for name in SPACE_TENSORS))
+            for prefix in SPACE_PREFIXES
+            if prefix + SPACE_TENSORS[0] in tensors
+        ]
+        matcher = cls(spaces, tensors["weights"], tensors["quantiles"])
+        shapes = list_tensor_shapes([len(space.mean) for space in spaces])
+        if any(list(tensor.shape) != shapes[name] for name, tensor in matcher.tensors.items()):
             raise UserError(
                 "these facts were calibrated by another version of dmt; dmt memory rebind writes "
                 "them for this one"
@@ -270,43 +327,45 @@ class RelationMatcher:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return {name: getattr(self, name) for name in TENSORS}
+        tensors = {"weights": self.weights, "quantiles": self.quantiles}
+        for prefix, space in zip(SPACE_PREFIXES, self.spaces, strict=False):
+            tensors |= {prefix + name: getattr(space, name) for name in SPACE_TENSORS}
+        return tensors
 
     @full_precision()
-    def embed(self, hidden: Tensor) -> Tensor:
-        """Return hidden states `(n, width)` in the metric, centered, at unit length."""
-        unit = F.normalize((hidden.float().cpu() - self.mean) @ self.metric, dim=-1)
-        return F.normalize(unit - self.center, dim=-1)
-
-    @full_precision()
-    def describe(self, texts: Sequence[str], hidden: Tensor) -> ClauseFeatures:
+    def describe(self, texts: Sequence[str], *states: Tensor) -> ClauseFeatures:
         """Compute the features of clauses.
 
         Args:
             texts: with `SUBJECT` for the subject.
-            hidden: `(texts, width)` hidden states after them.
+            states: `(texts, width)` after them, of each space.
         """
-        states = self.embed(hidden)
-        return ClauseFeatures(
-            texts,
-            states,
-            self.share_by_words(texts),
-            self._share(states @ self.bank_states.t()),
-        )
+        embedded = [space.embed(hidden) for space, hidden in zip(self.spaces, states, strict=True)]
+        return ClauseFeatures(texts, embedded, self._share_relations(texts, embedded))
 
-    def share_by_words(self, texts: Sequence[str]) -> Tensor:
-        """Return how likely each relation is by the words of clauses `(texts, relations)`."""
+    def _share_relations(
+        self, texts: Sequence[str], embedded: Sequence[Tensor], excluded: Tensor | None = None
+    ) -> Tensor:
+        """Return how likely each relation is `(texts, relations)`.
+
+        Args:
+            texts: of clauses.
+            embedded: their states in each space.
+            excluded: `(texts, phrasings)` whether a phrasing of the bank does not count.
+        """
         words = get_word_weights()
-        return self._share(words.vectorize(texts) @ words.matrix.t())
-
-    def _share(self, cosines: Tensor, excluded: Tensor | None = None) -> Tensor:
-        """Turn cosines with phrasings `(n, phrasings)` into shares of relations."""
-        if excluded is not None:
-            cosines = cosines.masked_fill(excluded, -1.0)
-        relations = get_word_weights().relations
-        best = cosines.new_full((len(cosines), int(relations.max()) + 1), -1.0)
-        best = best.scatter_reduce(1, relations.expand(len(cosines), -1), cosines, "amax")
-        return (best / TEMPERATURE).softmax(1)
+        cosines = [words.vectorize(texts) @ words.matrix.t()]
+        for space, states in zip(self.spaces, embedded, strict=True):
+            cosines.append(states @ space.bank_states.t())
+        logits = cosines[0].new_zeros(len(texts), int(words.relations.max()) + 1)
+        for similarity in cosines:
+            if excluded is not None:
+                similarity = similarity.masked_fill(excluded, -1.0)
+            best = torch.full_like(logits, -1.0).scatter_reduce(
+                1, words.relations.expand(len(texts), -1), similarity, "amax"
+            )
+            logits = logits + best / TEMPERATURE
+        return logits.softmax(1)
 
     @full_precision()
     def compute_rarity(self, first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
@@ -317,25 +376,9 @@ class RelationMatcher:
         """
         return self._to_rarity(stack_features(first, second))
 
-    @full_precision()
-    def bound_rarity(self, texts: Sequence[str], others: Sequence[str]) -> Tensor:
-        """Return the highest rarity `(texts, others)` that any hidden states could give."""
-        words = compute_word_cosines(texts, others)
-        shares = self.share_by_words(texts) @ self.share_by_words(others).t()
-        features = torch.stack(
-            [
-                words,
-                torch.ones_like(words),
-                shares.clamp_min(MIN_SHARE).log(),
-                torch.zeros_like(words),
-            ],
-            dim=-1,
-        )
-        return self._to_rarity(features)
-
     def _to_rarity(self, features: Tensor) -> Tensor:
-        """Compute rarities from features `(..., 4)`: the greater of both scores'."""
-        scores = features @ self.weights[:, :4].t() + self.weights[:, 4]
+        """Compute rarities from features `(..., features)`: the greatest of all scores'."""
+        scores = features @ self.weights[:, :-1].t() + self.weights[:, -1]
         rates = scores.new_tensor([-math.log10(rate) for rate in RATES])
         rarities = []
         for score, quantiles in zip(scores.unbind(-1), self.quantiles, strict=True):
@@ -347,98 +390,92 @@ class RelationMatcher:
 
 
 def fit_matcher(
-    prose: Tensor,
-    bank: Tensor,
-    prefixes: Sequence[tuple[str, int]],
-    prefix_states: Tensor,
+    prefixes: Sequence[tuple[str, int]], samples: Sequence[StateSamples]
 ) -> RelationMatcher:
     """Fit a matcher to the states of prose and of the bank.
 
     Args:
-        prose: `(n, width)` hidden states of prose.
-        bank: `(phrasings, width)` after each phrasing of the bank.
         prefixes: phrasings that are not complete, where no answer follows, and the index of the
             whole phrasing.
-        prefix_states: `(prefixes, width)`.
+        samples: of each space.
 
-    Source: ours. The weights are a logistic regression on pairs of phrasings; a phrasing is left
-        out of the bank for its own pairs.
+    Source: ours. The product of shares is a product of experts (Hinton, 2002). The weights are
+        logistic regressions on pairs of phrasings; a phrasing is left out of the bank for its own
+        pairs.
     """
     words = get_word_weights()
     relations = words.relations
     texts = [clause.text for clause in words.clauses]
-    mean = prose.float().cpu().mean(0)
-    centered = prose.float().cpu() - mean
+    prefix_texts = [text for text, _ in prefixes]
+    owners = torch.tensor([index for _, index in prefixes], dtype=torch.long)
+    spaces = [_fit_space(sample, relations) for sample in samples]
+    shapes = list_tensor_shapes([len(space.mean) for space in spaces])
+    matcher = RelationMatcher(
+        spaces, torch.zeros(shapes["weights"]), torch.zeros(shapes["quantiles"])
+    )
+    own = torch.eye(len(texts), dtype=torch.bool)
+    bank_states = [space.bank_states for space in spaces]
+    bank = ClauseFeatures(texts, bank_states, matcher._share_relations(texts, bank_states, own))
+    prefix_states = [
+        space.embed(sample.prefixes) for space, sample in zip(spaces, samples, strict=True)
+    ]
+    prefix_shares = matcher._share_relations(prefix_texts, prefix_states, own[owners])
+    is_same = relations.unsqueeze(0) == relations.unsqueeze(1)
+    pairs = stack_features(bank, bank)
+    positives, negatives = pairs[is_same & ~own], pairs[~is_same]
+    prefix_pairs = stack_features(ClauseFeatures(prefix_texts, prefix_states, prefix_shares), bank)
+    is_own_relation = relations[owners].unsqueeze(1) == relations.unsqueeze(0)
+    different = torch.cat([negatives, prefix_pairs[~is_own_relation]])[::NEGATIVE_STRIDE]
+    num_cosines = 1 + len(spaces)
+    columns_by_score = [[index, num_cosines] for index in range(num_cosines)]
+    columns_by_score.append(list(range(num_cosines)))
+    for score, columns in enumerate(columns_by_score):
+        fitted_weights = _fit_logistic(
+            [positives[:, columns]],
+            [negatives[::NEGATIVE_STRIDE][:, columns], prefix_pairs[is_own_relation][:, columns]],
+        )
+        matcher.weights[score, [*columns, -1]] = fitted_weights
+        scores = (different[:, columns] @ fitted_weights[:-1] + fitted_weights[-1]).sort(
+            descending=True
+        )
+        ranks = [min(len(different) - 1, int(rate * len(different))) for rate in RATES]
+        matcher.quantiles[score] = scores.values[ranks]
+    recall = (matcher._to_rarity(positives) >= 2).float().mean()
+    return replace(matcher, paraphrase_recall=float(recall))
+
+
+def _fit_space(samples: StateSamples, relations: Tensor) -> StateSpace:
+    """Fit a space in which phrasings of one relation are near.
+
+    Args:
+        samples: the states.
+        relations: of each phrasing of the bank.
+    """
+    mean = samples.prose.float().cpu().mean(0)
+    centered = samples.prose.float().cpu() - mean
     norms = centered.norm(dim=-1)
     # Real models have tokens with enormous states, which would dominate the covariance.
     centered = centered[norms < 20 * norms.median()]
-    bank = bank.float().cpu()
+    bank = samples.bank.float().cpu()
     sums = torch.zeros(int(relations.max()) + 1, bank.shape[1]).index_add(0, relations, bank)
     deviations = bank - (sums / relations.bincount().unsqueeze(1))[relations]
     metric = compute_whitening([centered, deviations])
     unit = F.normalize((bank - mean) @ metric, dim=-1)
     center = unit.mean(0)
-    matcher = RelationMatcher(
-        mean,
-        metric,
-        center,
-        F.normalize(unit - center, dim=-1),
-        torch.zeros(2, NUM_WEIGHTS),
-        torch.zeros(2, len(RATES)),
-    )
-    own = torch.eye(len(texts), dtype=torch.bool)
-    state_cosines = matcher.bank_states @ matcher.bank_states.t()
-    bank_features = ClauseFeatures(
-        texts,
-        matcher.bank_states,
-        matcher._share(words.matrix @ words.matrix.t(), own),
-        matcher._share(state_cosines, own),
-    )
-    prefix_texts = [text for text, _ in prefixes]
-    owners = torch.tensor([index for _, index in prefixes], dtype=torch.long)
-    embedded = matcher.embed(prefix_states)
-    prefix_features = ClauseFeatures(
-        prefix_texts,
-        embedded,
-        matcher._share(words.vectorize(prefix_texts) @ words.matrix.t(), own[owners]),
-        matcher._share(embedded @ matcher.bank_states.t(), own[owners]),
-    )
-    pair_features = stack_features(bank_features, bank_features)
-    is_same = relations.unsqueeze(0) == relations.unsqueeze(1)
-    positives, negatives = pair_features[is_same & ~own], pair_features[~is_same]
-    prefix_pairs = stack_features(prefix_features, bank_features)
-    prefix_negatives = prefix_pairs[relations[owners].unsqueeze(1) == relations.unsqueeze(0)]
-    all_prefix_pairs = prefix_pairs[relations[owners].unsqueeze(1) != relations.unsqueeze(0)]
-    different = torch.cat([negatives, all_prefix_pairs])[::NEGATIVE_STRIDE]
-    weights, quantiles = [], []
-    for columns in ([0, 1], [0, 1, 2, 3]):
-        weight = _fit_logistic(
-            [positives[:, columns]],
-            [negatives[::NEGATIVE_STRIDE, columns], prefix_negatives[:, columns]],
-        )
-        full = torch.zeros(NUM_WEIGHTS)
-        full[columns], full[4] = weight[:-1], weight[-1]
-        weights.append(full)
-        scores = (different @ full[:4] + full[4]).sort(descending=True).values
-        quantiles.append(
-            torch.stack([scores[min(len(scores) - 1, int(rate * len(scores)))] for rate in RATES])
-        )
-    fitted = replace(matcher, weights=torch.stack(weights), quantiles=torch.stack(quantiles))
-    recall = (fitted._to_rarity(positives) >= 2).float().mean()
-    return replace(fitted, paraphrase_recall=float(recall))
+    return StateSpace(mean, metric, center, F.normalize(unit - center, dim=-1))
 
 
 def stack_features(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
-    """Return the four features of pairs of clauses `(first, second, 4)`."""
-    return torch.stack(
-        [
-            compute_word_cosines(first.texts, second.texts),
-            first.states @ second.states.t(),
-            (first.word_shares @ second.word_shares.t()).clamp_min(MIN_SHARE).log(),
-            (first.state_shares @ second.state_shares.t()).clamp_min(MIN_SHARE).log(),
-        ],
-        dim=-1,
-    )
+    """Return the features of pairs of clauses `(first, second, features)`.
+
+    They are the cosines of the words and of the states in each space, and the logarithm of the
+    share that both ask for the same relation.
+    """
+    cosines = [compute_word_cosines(first.texts, second.texts)]
+    for states, other_states in zip(first.states, second.states, strict=True):
+        cosines.append(states @ other_states.t())
+    shares = first.relation_shares @ second.relation_shares.t()
+    return torch.stack([*cosines, shares.clamp_min(MIN_SHARE).log()], dim=-1)
 
 
 def _fit_logistic(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmt.errors import UserError, WrongModelError
-from dmt.matching.relations import TENSORS, RelationMatcher
+from dmt.matching.relations import RelationMatcher
 from dmt.memory import AssociativeMemory
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import FactHooks, attach, get_fact_hooks
@@ -52,9 +52,9 @@ def pack_calibration(relations: RelationMatcher, codec: TextCodec) -> dict[str, 
 
 def unpack_calibration(arrays: Mapping[str, Any]) -> tuple[RelationMatcher, TextCodec]:
     """Return the matcher and the tokenizer of a calibration that a store holds."""
-    tensors = {name: torch.from_numpy(arrays[name]) for name in TENSORS}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    packed = json.loads(zlib.decompress(tensors.pop("tokenizer").numpy().tobytes()))
     relations = RelationMatcher.from_tensors(tensors)
-    packed = json.loads(zlib.decompress(arrays["tokenizer"].tobytes()))
     return relations, TextCodec(Tokenizer.from_str(packed["tokenizer"]), packed["prefix_ids"])
 
 

@@ -327,10 +327,7 @@ class FactMatcher:
     def _compute_rarities(
         self, queries: Sequence[_Query], encode: StateEncoder
     ) -> dict[tuple[str, int], float]:
-        """Compute how rarely the clause of a query and a fact match as well, by clause and fact ID.
-
-        The model reads only clauses whose words let a fact match; other pairs are left out.
-        """
+        """Compute how rare a match as good is, by the clause of a query and fact ID."""
         pairs = {
             (query.question.clause, fact.record.id): fact
             for query in queries
@@ -344,26 +341,15 @@ class FactMatcher:
         prompts = [_parse_fact(fact).question for fact in facts]
         fact_clauses = [prompt.clause for prompt in prompts if prompt is not None]
         assert len(fact_clauses) == len(facts), "a prompt that asks nothing has no query"
-        columns = {fact.record.id: column for column, fact in enumerate(facts)}
-        rows = {clause: row for row, clause in enumerate(clauses)}
-        bounds = self.relations.bound_rarity(clauses, fact_clauses).tolist()
-        possible = [
-            (clause, fact_id)
-            for (clause, fact_id), fact in pairs.items()
-            if bounds[rows[clause]][columns[fact_id]] >= fact.record.thresholds[0]
-        ]
-        if not possible:
-            return {}
-        clauses = list(dict.fromkeys(clause for clause, _ in possible))
-        rows = {clause: row for row, clause in enumerate(clauses)}
         states = encode([self.codec.encode_clause(clause) for clause in clauses])
         keys = torch.from_numpy(np.stack([fact.keys[0] for fact in facts]))
         rarities = self.relations.compute_rarity(
             self.relations.describe(clauses, states), self.relations.describe(fact_clauses, keys)
         ).tolist()
+        rows = {clause: row for row, clause in enumerate(clauses)}
+        columns = {fact.record.id: column for column, fact in enumerate(facts)}
         return {
-            (clause, fact_id): rarities[rows[clause]][columns[fact_id]]
-            for clause, fact_id in possible
+            (clause, fact_id): rarities[rows[clause]][columns[fact_id]] for clause, fact_id in pairs
         }
 
     # Answers in progress.
