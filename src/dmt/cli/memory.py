@@ -574,9 +574,9 @@ def _add_write(commands: Any) -> None:
     parser.add_argument(
         "--false-positive-rate",
         type=false_positive_rate,
-        default=0.005,
+        default=0.004,
         metavar="RATE",
-        help="share of other questions about its subject that a fact may answer (default: 0.005)",
+        help="share of other questions about its subject that a fact may answer (default: 0.004)",
     )
     _add_calibration_text_argument(parser)
     add_model_argument(parser)

@@ -27,6 +27,7 @@ PROSE_TOKENS = 4_096  # tokens of prose that are measured
 PREFIX_STRIDE = 3  # of the places where phrasings of the bank are cut, one in so many is taken
 # Share of phrasings that are recognized, below which a model does not know their language.
 MIN_PARAPHRASE_RECALL = 0.1
+RECALL_TOLERANCE = 0.01  # of paraphrases, within which a lower layer is as good
 
 
 def calibrate(
@@ -92,15 +93,19 @@ def list_candidate_layers(num_layers: int) -> list[int]:
 
 
 def choose_key_layer(matchers: dict[int, RelationMatcher]) -> int:
-    """Choose the layer that recognizes paraphrases best.
+    """Choose the lowest layer that recognizes paraphrases as well as the best, but for a hundredth.
 
     For a model that does not know the language of the bank this is the lowest layer, where states
     are nearest to the words.
     """
-    best = max(matchers, key=lambda layer: matchers[layer].paraphrase_recall)
-    if matchers[best].paraphrase_recall >= MIN_PARAPHRASE_RECALL:
-        return best
-    return min(matchers)
+    best_recall = max(matcher.paraphrase_recall for matcher in matchers.values())
+    if best_recall < MIN_PARAPHRASE_RECALL:
+        return min(matchers)
+    return min(
+        layer
+        for layer, matcher in matchers.items()
+        if matcher.paraphrase_recall >= best_recall - RECALL_TOLERANCE
+    )
 
 
 def _tokenize_windows(tokenizer: Any, prose: Sequence[str], length: int) -> list[list[int]]:

@@ -48,7 +48,7 @@ MARGIN_STEPS = 2
 # as well (EXPERIMENTS.md).
 COVARIANCE_DAMPING = 1.0
 # Share of other questions about its subject that a fact may answer.
-FALSE_POSITIVE_RATE = 0.005
+FALSE_POSITIVE_RATE = 0.004
 # The same for two facts about one subject that are about the same thing and contradict each other.
 CONFLICT_RATE = 0.005
 # Text before a prompt, one of the contexts that a value is solved for.

@@ -383,9 +383,12 @@ class RelationMatcher:
         rarities = []
         for score, quantiles in zip(scores.unbind(-1), self.quantiles, strict=True):
             index = torch.searchsorted(-quantiles, -score.contiguous()).clamp(max=len(RATES) - 1)
-            # Beyond the rarest pairs the score itself goes on.
+            # Between two quantiles in proportion, beyond the rarest pairs as the score itself.
+            rarer = (index - 1).clamp_min(0)
+            step = (quantiles[rarer] - quantiles[index]).clamp_min(1e-6)
+            share = ((score - quantiles[index]) / step).clamp(0, 1)
             excess = (score - quantiles[0]).clamp_min(0)
-            rarities.append(rates[index] + excess)
+            rarities.append(rates[index] + share * (rates[rarer] - rates[index]) + excess)
         return torch.stack(rarities).amax(0)
 
 
@@ -479,25 +482,27 @@ def stack_features(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
 
 
 def _fit_logistic(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
-    """Return weights and bias that tell positives from negatives; groups count equally."""
+    """Return weights, none below 0, and a bias that tell positives from negatives.
+
+    Groups count equally.
+    """
     groups = [(group.double(), 1.0) for group in positives if len(group)]
     groups += [(group.double(), -1.0) for group in negatives if len(group)]
-    num_features = groups[0][0].shape[1]
-    weight = torch.zeros(num_features + 1, dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    roots = torch.ones(groups[0][0].shape[1], dtype=torch.double, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([roots, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def compute_loss() -> Tensor:
         optimizer.zero_grad()
-        losses = [
-            F.softplus(-sign * (group @ weight[:-1] + weight[-1])).mean() for group, sign in groups
-        ]
-        loss: Tensor = torch.stack(losses).sum() + 1e-3 * weight[:-1].square().sum()
+        weights = roots.square()
+        losses = [F.softplus(-sign * (group @ weights + bias)).mean() for group, sign in groups]
+        loss: Tensor = torch.stack(losses).sum() + 1e-3 * weights.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     with torch.enable_grad():
         optimizer.step(compute_loss)  # type: ignore[arg-type]
-    return weight.detach().float()
+    return torch.cat([roots.detach().square(), bias.detach()]).float()
 
 
 def compute_whitening(samples: Sequence[Tensor], floor_share: float = 0.1) -> Tensor:
