@@ -27,7 +27,7 @@ PROSE_TOKENS = 4_096  # tokens of prose that are measured
 PREFIX_STRIDE = 3  # of the places where phrasings of the bank are cut, one in so many is taken
 # Share of phrasings that are recognized, below which a model does not know their language.
 MIN_PARAPHRASE_RECALL = 0.1
-RECALL_TOLERANCE = 0.01  # of paraphrases, within which a lower layer is as good
+RECALL_TOLERANCE = 0.005  # share of paraphrases within which a lower layer is as good
 
 
 def calibrate(
@@ -93,7 +93,7 @@ def list_candidate_layers(num_layers: int) -> list[int]:
 
 
 def choose_key_layer(matchers: dict[int, RelationMatcher]) -> int:
-    """Choose the lowest layer that recognizes paraphrases as well as the best, but for a hundredth.
+    """Choose the lowest layer that recognizes about as many paraphrases as the best.
 
     For a model that does not know the language of the bank this is the lowest layer, where states
     are nearest to the words.

@@ -50,7 +50,7 @@ COVARIANCE_DAMPING = 1.0
 # Share of other questions about its subject that a fact may answer.
 FALSE_POSITIVE_RATE = 0.004
 # The same for two facts about one subject that are about the same thing and contradict each other.
-CONFLICT_RATE = 0.005
+CONFLICT_RATE = 0.003
 # Text before a prompt, one of the contexts that a value is solved for.
 CONTEXT_SENTENCE = "It rained for most of the day."
 
