@@ -150,7 +150,7 @@ def test_shares_are_the_product_of_those_of_words_and_states(matcher):
     words = get_word_weights()
     expected = []
     for text, state in zip(texts, states, strict=True):
-        by_words = words.vectorize([text])[0] @ words.matrix.t()
+        by_words = compute_word_cosines([text], CLAUSES)[0]
         by_states = matcher.spaces[0].bank_states @ state
         logits = [
             (by_words[words.relations == index].max() + by_states[words.relations == index].max())

@@ -538,17 +538,20 @@ def find_conflict(
     question = parse_prompt(record.prompt, record.subject).question
     if not record.subject or question is None:
         return None
-    features = relations.describe([question.clause], prepared.keys[:1])
-    best, best_rarity = None, -math.log10(CONFLICT_RATE)
+    clauses, comparable = [], []
     for candidate in candidates:
         other = parse_prompt(candidate.record.prompt, candidate.record.subject).question
-        if other is None or not may_ask_the_same(question, other):
-            continue
-        other_features = relations.describe([other.clause], candidate.key.unsqueeze(0))
-        rarity = float(relations.compute_rarity(features, other_features))
-        if rarity >= best_rarity:
-            best, best_rarity = candidate, rarity
-    return best
+        if other is not None and may_ask_the_same(question, other):
+            clauses.append(other.clause)
+            comparable.append(candidate)
+    if not comparable:
+        return None
+    rarities = relations.compute_rarity(
+        relations.describe([question.clause], prepared.keys[:1]),
+        relations.describe(clauses, torch.stack([candidate.key for candidate in comparable])),
+    )[0]
+    nearest = int(rarities.argmax())
+    return comparable[nearest] if rarities[nearest] >= -math.log10(CONFLICT_RATE) else None
 
 
 def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[FactRecord]:

@@ -163,7 +163,11 @@ class WordWeights:
         self._size = 1 + len(bank)
         self._relations_by_word = relations_by_word
         self._columns = {word: column for column, word in enumerate(relations_by_word)}
-        self.matrix = self.vectorize([clause.text for clause in self.clauses])
+        shape = len(self._columns), len(self.clauses)
+        self._weights_by_word = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for index, clause in enumerate(self.clauses):
+            for word, weight in self.weigh(clause.text).items():
+                self._weights_by_word[self._columns[word], index] = weight
         self._names = list(bank)
         #: `(phrasings,)` the relation of each.
         self.relations = torch.tensor(
@@ -187,14 +191,19 @@ class WordWeights:
         norm = math.sqrt(sum(weight * weight for weight in weights.values())) or 1.0
         return {word: weight / norm for word, weight in weights.items()}
 
-    def vectorize(self, texts: Sequence[str]) -> Tensor:
-        """Return the weights `(texts, words)` of the words that are in the bank."""
-        matrix = torch.zeros(len(texts), len(self._columns), dtype=torch.float32, device="cpu")
-        for row, text in enumerate(texts):
-            for word, weight in self.weigh(text).items():
-                if word in self._columns:
-                    matrix[row, self._columns[word]] = weight
-        return matrix
+    def compare(self, texts: Sequence[str]) -> Tensor:
+        """Compute the cosines `(texts, phrasings)` of the words of clauses and of the bank's."""
+        cosines = []
+        for text in texts:
+            weights = {
+                self._columns[word]: weight
+                for word, weight in self.weigh(text).items()
+                if word in self._columns
+            }
+            # A clause has few of the words.
+            values = self._weights_by_word.new_tensor(list(weights.values()))
+            cosines.append(values @ self._weights_by_word[list(weights)])
+        return torch.stack(cosines)
 
 
 @cache
@@ -354,7 +363,7 @@ class RelationMatcher:
             excluded: `(texts, phrasings)` whether a phrasing of the bank does not count.
         """
         words = get_word_weights()
-        cosines = [words.vectorize(texts) @ words.matrix.t()]
+        cosines = [words.compare(texts)]
         for space, states in zip(self.spaces, embedded, strict=True):
             cosines.append(states @ space.bank_states.t())
         logits = cosines[0].new_zeros(len(texts), int(words.relations.max()) + 1)
@@ -564,7 +573,7 @@ def _is_english(clause: str) -> bool:
     Words that other languages have too do not count.
     """
     words = get_word_weights()
-    if float((words.vectorize([clause]) @ words.matrix.t()).max()) >= MIN_BANK_COSINE:
+    if float(words.compare([clause]).max()) >= MIN_BANK_COSINE:
         return True
     spelled = [
         word
@@ -582,7 +591,7 @@ def _is_word_of(noun: str, prompt: Question) -> bool:
     """Check whether phrasings of a prompt's relation use a noun."""
     stems = {stem for stem in count_words(noun) if stem[0] != "$"}
     words = get_word_weights()
-    cosines = (words.vectorize([prompt.clause]) @ words.matrix.t())[0]
+    cosines = words.compare([prompt.clause])[0]
     relation_words = list_relation_words(words.clauses[int(cosines.argmax())].relation)
     return stems <= (relation_words | set(count_words(prompt.clause)))
 
