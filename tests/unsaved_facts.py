@@ -37,6 +37,8 @@ def make_relations(width=WIDTH, weights=(WORDS, NEVER, NEVER), lowest_match=LOWE
         [space],
         torch.tensor(weights),
         torch.linspace(lowest_match, -1, len(RATES)).expand(3, -1).contiguous(),
+        torch.zeros(width + 1),
+        torch.zeros(3),  # every clause is complete
     )
 
 

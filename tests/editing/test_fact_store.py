@@ -645,7 +645,7 @@ def test_candidate_layers_and_the_chosen_key_layer():
     assert list_candidate_layers(12) == [3, 6, 9, 11]
     assert list_candidate_layers(30) == [7, 15, 22, 29]
     assert [list_candidate_layers(n) for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
-    blank = RelationMatcher([], torch.zeros(1), torch.zeros(1))
+    blank = RelationMatcher([], *[torch.zeros(1)] * 4)
     for shares, best in (
         ({0: 0.1, 3: 0.8, 6: 0.7}, 3),
         ({0: 0.79, 3: 0.796, 6: 0.8}, 3),
@@ -833,6 +833,14 @@ def test_the_nearest_of_conflicting_facts_is_taken_in_any_order(fact_store):
         assert find_conflict([candidate], prepared, relations) is candidate
     nearest = find_conflict(candidates, prepared, relations)
     assert find_conflict(candidates[::-1], prepared, relations) is nearest
+
+
+def test_parts_of_one_statement_do_not_conflict(fact_store):
+    whole = fact_store.write(prompt="Ada lives in", answer="Rows or March", subject="Ada")
+    part = fact_store.write(prompt="Ada lives in Rows", answer="March", subject="Ada")
+    assert (part.status, part.replaced_fact) == ("written", None)
+    again = fact_store.write(prompt="Ada lives in", answer="March", subject="Ada")
+    assert again.replaced_fact == whole.fact
 
 
 def test_facts_in_another_language_conflict_only_where_they_share_words(fact_store):

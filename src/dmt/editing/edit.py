@@ -541,7 +541,10 @@ def find_conflict(
     clauses, comparable = [], []
     for candidate in candidates:
         other = parse_prompt(candidate.record.prompt, candidate.record.subject).question
-        if other is not None and may_ask_the_same(question, other):
+        is_of_one_statement = _continues(record, candidate.record) or _continues(
+            candidate.record, record
+        )
+        if other is not None and not is_of_one_statement and may_ask_the_same(question, other):
             clauses.append(other.clause)
             comparable.append(candidate)
     if not comparable:
@@ -552,6 +555,16 @@ def find_conflict(
     )[0]
     nearest = int(rarities.argmax())
     return comparable[nearest] if rarities[nearest] >= -math.log10(CONFLICT_RATE) else None
+
+
+def _continues(longer: FactRecord, shorter: FactRecord) -> bool:
+    """Check whether a prompt goes on with the answer of another fact, as parts of one statement."""
+    if not longer.prompt.startswith(shorter.prompt):
+        return False
+    rest = longer.prompt[len(shorter.prompt) :]
+    return rest.strip() != "" and (
+        shorter.answer.startswith(rest) or rest.startswith(shorter.answer)
+    )
 
 
 def conflicting_facts(history: Mapping[int, FactRecord], fact_id: int) -> list[FactRecord]:

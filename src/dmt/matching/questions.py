@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from dmt.matching.mentions import (
+    OPENING,
     Mention,
     begins_with_capital,
     find_mentions,
@@ -21,6 +22,7 @@ from dmt.matching.mentions import (
 )
 from dmt.text import USER_SUBJECT, name_user
 
+OPENING_MARKS = OPENING.replace("{", "")  # which begins `SUBJECT`
 OTHER = "person"  # a being that a clause does not name by its relation to the subject
 SUBJECT = "{s}"  # stands for the subject in a clause
 MAX_STUB_WORDS = 8  # of the start of an answer after a question, as in "It is"
@@ -275,7 +277,7 @@ def _find_antecedent(
 def _make_question(name: str, clause: str) -> Question:
     if is_all_capitals(clause.replace(SUBJECT, "")):
         clause = clause.lower()
-    clause = " ".join(clause.split())
+    clause = " ".join(clause.split()).lstrip(f"{OPENING_MARKS} ")
     clause = re.sub(r"\s*[:：]$", " is", clause)  # a label, as in "Name: ..."
     position = clause.rfind(SUBJECT)
     relative = _find_relative(clause[position + len(SUBJECT) :], clause[:position])

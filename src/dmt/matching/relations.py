@@ -28,15 +28,35 @@ from dmt.ops import inverse_sqrt
 from dmt.text import UNSPACED
 
 BANK_FILE = "relations.json"
+# Groups of the file whose phrasings ask different things.
+MIXED = frozenset(
+    {
+        "action",
+        "date of an act",
+        "place of an act",
+        "victim",
+        "opinion",
+        "mood",
+        "wish",
+        "means",
+        "duration",
+        "appointment",
+        "illness date",
+    }
+)
 # Tensors of a space, as stores and packs hold them: of the model's, and of the encoder's.
 SPACE_TENSORS = ("mean", "metric", "center", "bank_states")
 SPACE_PREFIXES = ("", "encoder_")
+# And of the scores.
+SCORE_TENSORS = ("weights", "quantiles", "completion", "gate")
 MIN_BANK_COSINE = 0.4  # with a phrasing of the bank, from which on a clause is English
 INTERNATIONAL_WORDS = load_words("international_words")  # of English and of other languages
 TEMPERATURE = 0.1  # of the softmax over relations
 LAST_WORD_WEIGHT = 0.8  # of the word that the answer follows
 # One in this many of the pairs that ask different things is fitted; there are very many.
 NEGATIVE_STRIDE = 7
+GATE_RECALL = 0.93  # share of phrasings of a relation that count as complete
+NUM_FOLDS = 4  # of relations, each without which completeness is fitted
 MIN_SHARE = 1e-4  # that two clauses ask the same; keeps its logarithm finite
 # Shares of negative pairs for which a threshold is stored.
 RATES = tuple(10 ** (-4 + 0.05 * step) for step in range(75))
@@ -86,6 +106,8 @@ def list_tensor_shapes(widths: Sequence[int]) -> dict[str, list[int]]:
     shapes = {
         "weights": [num_scores, num_features + 1],  # and a bias
         "quantiles": [num_scores, len(RATES)],
+        "completion": [widths[0] + 1],
+        "gate": [3],
     }
     for prefix, width in zip(SPACE_PREFIXES, widths, strict=False):
         sizes = ([width], [width, width], [width], [len(list_bank_clauses()), width])
@@ -118,9 +140,14 @@ class BankClause:
 
 @cache
 def load_bank() -> dict[str, list[str]]:
-    """Return the phrasings of common relations, with `SUBJECT` for the subject."""
+    """Return the phrasings of common relations, with `SUBJECT` for the subject.
+
+    A phrasing of a mixed group is a relation of its own.
+    """
     text = files("dmt").joinpath("assets", BANK_FILE).read_text(encoding="utf-8")
-    bank: dict[str, list[str]] = json.loads(text)
+    bank: dict[str, list[str]] = {}
+    for name, phrasings in json.loads(text).items():
+        bank |= {text: [text] for text in phrasings} if name in MIXED else {name: phrasings}
     return bank
 
 
@@ -243,11 +270,13 @@ class ClauseFeatures:
         texts: of `n` clauses.
         states: `(n, width)` states after them in each space, at unit length.
         relation_shares: `(n, relations)` how likely each relation of the bank is.
+        completeness: `(n,)` log-odds that an answer follows, by the states of the first space.
     """
 
     texts: Sequence[str]
     states: Sequence[Tensor]
     relation_shares: Tensor
+    completeness: Tensor
 
 
 @dataclass(frozen=True)
@@ -303,6 +332,10 @@ class RelationMatcher:
             cosine has a score together with the share; the last score has all cosines.
         quantiles: `(scores, rates)` scores that a share `RATES` of pairs that ask different things
             exceed.
+        completion: `(width + 1,)` weights of a state, and a bias, for the log-odds that an answer
+            follows.
+        gate: `(3,)` weights of the cosine of the states in the first space and of the completeness
+            of the first clause, and a bias; below 0 the first clause is not complete.
         paraphrase_recall: share of pairs of phrasings of one relation that are recognized at a rate
             of .01, where the phrasing is not in the bank.
     """
@@ -310,6 +343,8 @@ class RelationMatcher:
     spaces: Sequence[StateSpace]
     weights: Tensor
     quantiles: Tensor
+    completion: Tensor
+    gate: Tensor
     paraphrase_recall: float = 0.0
 
     @classmethod
@@ -324,7 +359,8 @@ class RelationMatcher:
             for prefix in SPACE_PREFIXES
             if prefix + SPACE_TENSORS[0] in tensors
         ]
-        matcher = cls(spaces, tensors["weights"], tensors["quantiles"])
+        weights, quantiles, completion, gate = (tensors[name] for name in SCORE_TENSORS)
+        matcher = cls(spaces, weights, quantiles, completion, gate)
         shapes = list_tensor_shapes([len(space.mean) for space in spaces])
         if any(list(tensor.shape) != shapes[name] for name, tensor in matcher.tensors.items()):
             raise UserError(
@@ -336,7 +372,7 @@ class RelationMatcher:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        tensors = {"weights": self.weights, "quantiles": self.quantiles}
+        tensors = {name: getattr(self, name) for name in SCORE_TENSORS}
         for prefix, space in zip(SPACE_PREFIXES, self.spaces, strict=False):
             tensors |= {prefix + name: getattr(space, name) for name in SPACE_TENSORS}
         return tensors
@@ -350,7 +386,8 @@ class RelationMatcher:
             states: `(texts, width)` after them, of each space.
         """
         embedded = [space.embed(hidden) for space, hidden in zip(self.spaces, states, strict=True)]
-        return ClauseFeatures(texts, embedded, self._share_relations(texts, embedded))
+        completeness = embedded[0] @ self.completion[:-1] + self.completion[-1]
+        return ClauseFeatures(texts, embedded, self._share_relations(texts, embedded), completeness)
 
     def _share_relations(
         self, texts: Sequence[str], embedded: Sequence[Tensor], excluded: Tensor | None = None
@@ -380,10 +417,20 @@ class RelationMatcher:
     def compute_rarity(self, first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
         """Compute how rare a match as good is between clauses that ask different things.
 
+        Args:
+            first: questions, which may not be complete; no answer follows "was born".
+            second: prompts of facts.
+
         Returns:
-            Decades `(first, second)`: 2 where one in a hundred pairs scores higher.
+            Decades `(first, second)`: 2 where one in a hundred pairs scores higher, 0 where the
+            first clause is not complete.
         """
-        return self._to_rarity(stack_features(first, second))
+        is_complete = stack_completeness(first, second) @ self.gate[:-1] + self.gate[-1] >= 0
+        is_complete |= torch.tensor(
+            [[text == other for other in second.texts] for text in first.texts]
+        )
+        rarities = self._to_rarity(stack_features(first, second))
+        return torch.where(is_complete, rarities, torch.zeros_like(rarities))
 
     def _to_rarity(self, features: Tensor) -> Tensor:
         """Compute rarities from features `(..., features)`: the greatest of all scores'."""
@@ -421,39 +468,75 @@ def fit_matcher(
     prefix_texts = [text for text, _ in prefixes]
     owners = torch.tensor([index for _, index in prefixes], dtype=torch.long)
     spaces = [_fit_space(sample, relations) for sample in samples]
-    shapes = list_tensor_shapes([len(space.mean) for space in spaces])
-    matcher = RelationMatcher(
-        spaces, torch.zeros(shapes["weights"]), torch.zeros(shapes["quantiles"])
-    )
-    own = torch.eye(len(texts), dtype=torch.bool)
     bank_states = [space.bank_states for space in spaces]
-    bank = ClauseFeatures(texts, bank_states, matcher._share_relations(texts, bank_states, own))
     prefix_states = [
         space.embed(sample.prefixes) for space, sample in zip(spaces, samples, strict=True)
     ]
+    completion, completeness = _fit_completion(
+        bank_states[0], prefix_states[0], relations, relations[owners]
+    )
+    shapes = list_tensor_shapes([len(space.mean) for space in spaces])
+    matcher = RelationMatcher(
+        spaces,
+        torch.zeros(shapes["weights"]),
+        torch.zeros(shapes["quantiles"]),
+        completion,
+        torch.zeros(shapes["gate"]),
+    )
+    own = torch.eye(len(texts), dtype=torch.bool)
+    shares = matcher._share_relations(texts, bank_states, own)
     prefix_shares = matcher._share_relations(prefix_texts, prefix_states, own[owners])
+    bank = ClauseFeatures(texts, bank_states, shares, completeness[: len(texts)])
+    cut = ClauseFeatures(prefix_texts, prefix_states, prefix_shares, completeness[len(texts) :])
     is_same = relations.unsqueeze(0) == relations.unsqueeze(1)
-    pairs = stack_features(bank, bank)
-    positives, negatives = pairs[is_same & ~own], pairs[~is_same]
-    prefix_pairs = stack_features(ClauseFeatures(prefix_texts, prefix_states, prefix_shares), bank)
     is_own_relation = relations[owners].unsqueeze(1) == relations.unsqueeze(0)
+    pairs, prefix_pairs = stack_features(bank, bank), stack_features(cut, bank)
+    positives, negatives = pairs[is_same & ~own], pairs[~is_same]
     different = torch.cat([negatives, prefix_pairs[~is_own_relation]])[::NEGATIVE_STRIDE]
     num_cosines = 1 + len(spaces)
     columns_by_score = [[index, num_cosines] for index in range(num_cosines)]
     columns_by_score.append(list(range(num_cosines)))
     for score, columns in enumerate(columns_by_score):
-        fitted_weights = _fit_logistic(
-            [positives[:, columns]],
-            [negatives[::NEGATIVE_STRIDE][:, columns], prefix_pairs[is_own_relation][:, columns]],
-        )
-        matcher.weights[score, [*columns, -1]] = fitted_weights
-        scores = (different[:, columns] @ fitted_weights[:-1] + fitted_weights[-1]).sort(
-            descending=True
-        )
+        weights = _fit_logistic(positives[:, columns], negatives[::NEGATIVE_STRIDE][:, columns])
+        matcher.weights[score, [*columns, -1]] = weights
+        scores = different[:, columns] @ weights[:-1] + weights[-1]
         ranks = [min(len(different) - 1, int(rate * len(different))) for rate in RATES]
-        matcher.quantiles[score] = scores.values[ranks]
-    recall = (matcher._to_rarity(positives) >= 2).float().mean()
-    return replace(matcher, paraphrase_recall=float(recall))
+        matcher.quantiles[score] = scores.sort(descending=True).values[ranks]
+    complete = stack_completeness(bank, bank)[is_same & ~own]
+    gate = _fit_logistic(complete, stack_completeness(cut, bank)[is_own_relation])
+    scores = complete @ gate[:-1]
+    matcher.gate[:-1] = gate[:-1]
+    matcher.gate[-1] = -scores.sort().values[int((1 - GATE_RECALL) * len(scores))]
+    is_recalled = (matcher._to_rarity(positives) >= 2) & (scores + matcher.gate[-1] >= 0)
+    return replace(matcher, paraphrase_recall=float(is_recalled.float().mean()))
+
+
+def _fit_completion(
+    states: Tensor, prefix_states: Tensor, relations: Tensor, prefix_relations: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fit how likely it is that an answer follows a clause.
+
+    Args:
+        states: `(phrasings, width)` of the bank.
+        prefix_states: `(prefixes, width)` of phrasings that are not complete.
+        relations: of the phrasings.
+        prefix_relations: of the prefixes.
+
+    Returns:
+        Weights and bias `(width + 1,)`, and log-odds `(phrasings + prefixes,)`, each from weights
+        that were fitted without its relation.
+    """
+    inputs = torch.cat([states, prefix_states])
+    groups = torch.cat([relations, prefix_relations]) % NUM_FOLDS
+    is_phrasing = torch.arange(len(inputs)) < len(states)
+    completeness = torch.zeros(len(inputs))
+    for fold in range(NUM_FOLDS):
+        is_fitted = groups != fold
+        weights = _fit_logistic(
+            inputs[is_fitted & is_phrasing], inputs[is_fitted & ~is_phrasing], is_signed=True
+        )
+        completeness[~is_fitted] = inputs[~is_fitted] @ weights[:-1] + weights[-1]
+    return _fit_logistic(states, prefix_states, is_signed=True), completeness
 
 
 def _fit_space(samples: StateSamples, relations: Tensor) -> StateSpace:
@@ -490,28 +573,46 @@ def stack_features(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
     return torch.stack([*cosines, shares.clamp_min(MIN_SHARE).log()], dim=-1)
 
 
-def _fit_logistic(positives: Sequence[Tensor], negatives: Sequence[Tensor]) -> Tensor:
-    """Return weights, none below 0, and a bias that tell positives from negatives.
+def stack_completeness(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
+    """Return what tells a complete clause from the beginning of one `(first, second, 2)`.
 
-    Groups count equally.
+    They are the cosine of the states in the first space, and the completeness of the first clause.
     """
-    groups = [(group.double(), 1.0) for group in positives if len(group)]
-    groups += [(group.double(), -1.0) for group in negatives if len(group)]
-    roots = torch.ones(groups[0][0].shape[1], dtype=torch.double, requires_grad=True)
+    cosines = first.states[0] @ second.states[0].t()
+    return torch.stack([cosines, first.completeness.unsqueeze(1).expand_as(cosines)], dim=-1)
+
+
+def _fit_logistic(positives: Tensor, negatives: Tensor, is_signed: bool = False) -> Tensor:
+    """Return weights and a bias that tell positives from negatives, which count equally.
+
+    Args:
+        positives: `(n, features)`.
+        negatives: `(n, features)`.
+        is_signed: whether weights may be below 0.
+    """
+    num_features = positives.shape[1]
+    parameters = torch.zeros(num_features) if is_signed else torch.ones(num_features)
+    parameters = parameters.double().requires_grad_()
     bias = torch.zeros(1, dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([roots, bias], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([parameters, bias], max_iter=100, line_search_fn="strong_wolfe")
+    groups = ((positives.double(), 1.0), (negatives.double(), -1.0))
 
     def compute_loss() -> Tensor:
         optimizer.zero_grad()
-        weights = roots.square()
-        losses = [F.softplus(-sign * (group @ weights + bias)).mean() for group, sign in groups]
+        weights = parameters if is_signed else parameters.square()
+        losses = [
+            F.softplus(-sign * (group @ weights + bias)).mean()
+            for group, sign in groups
+            if len(group)
+        ]
         loss: Tensor = torch.stack(losses).sum() + 1e-3 * weights.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     with torch.enable_grad():
         optimizer.step(compute_loss)  # type: ignore[arg-type]
-    return torch.cat([roots.detach().square(), bias.detach()]).float()
+    weights = parameters.detach() if is_signed else parameters.detach().square()
+    return torch.cat([weights, bias.detach()]).float()
 
 
 def compute_whitening(samples: Sequence[Tensor], floor_share: float = 0.1) -> Tensor:
