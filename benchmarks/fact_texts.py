@@ -668,6 +668,15 @@ def make_clause_cases(fact: Probe) -> Iterator[Case]:
         yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked_name, phrasing)
 
 
+def make_beginning_cases(fact: Probe) -> Iterator[Case]:
+    """Yield the prompt of a fact cut after each word from the name on, where no answer follows."""
+    words = fact.prompt.split()
+    for count in range(1, len(words)):
+        text = " ".join(words[:count])
+        if fact.person in text:
+            yield Case(text, fact.answer, fact.person, f"{len(words) - count} words left")
+
+
 def split_sentences(documents: Sequence[str], max_chars: int) -> list[str]:
     """Return the plain sentences of prose of at most `max_chars` characters."""
     return [

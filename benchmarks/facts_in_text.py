@@ -45,6 +45,7 @@ from fact_texts import (
     fill_phrasing,
     list_held_out_phrasings,
     list_trained_phrasings,
+    make_beginning_cases,
     make_chat_turns,
     make_clause_cases,
     make_fact,
@@ -253,6 +254,8 @@ def measure_subject(bench: Bench, topic: Topic) -> None:
         cases = [case for fact in facts for case in make_clause_cases(fact.probe)]
         bench.print_wrong("subject", "relative clauses", cases, 0.05)
     measure_unasked(bench, topic)
+    beginnings = [case for fact in facts for case in make_beginning_cases(fact.probe)]
+    bench.print_wrong("subject", "the beginning of its own prompt", beginnings, 0.1)
 
 
 def measure_pairs(bench: Bench, topic: Topic) -> None:
