@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 import dmt
 from dmt.config import (
+    MEMORY_CONFIGS,
     AssociativeConfig,
     Config,
     DataConfig,
@@ -38,15 +39,25 @@ from dmt.paths import expand_home
 
 SHAPE = {"n_layer": 4, "n_embd": 128, "n_positions": 256}  # so 512 neurons in a block
 GROUPS = {
-    item.name: AssociativeConfig if item.name == "memory" else type(getattr(Config(), item.name))
+    item.name: [type(getattr(Config(), item.name))]
     for item in fields(Config)
     if is_dataclass(getattr(Config(), item.name))
 }
-KEYS = [
-    f"{item.name}.{member.name}" if member else item.name
+# A setting of memories is listed once; the associative kind has all those of the featural one.
+GROUPS["memory"] = [AssociativeConfig, *MEMORY_CONFIGS.values()]
+CLASSES = {  # the class of each setting
+    f"{item.name}.{member}" if member else item.name: config_class
     for item in fields(Config)
-    for member in (fields(GROUPS[item.name]) if item.name in GROUPS else (None,))
-]
+    for member, config_class in (
+        {
+            member.name: config_class
+            for config_class in reversed(GROUPS[item.name])
+            for member in fields(config_class)
+        }
+        if item.name in GROUPS
+        else {"": Config}
+    ).items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +533,7 @@ def test_a_missing_file_is_rejected_with_a_list_of_existing_files(tmp_path, monk
 def test_a_memory_accepts_only_the_settings_of_its_kind():
     message = load_error("memory.kind=dense", "memory.k=8")
     assert message == (
-        "memory.k is not a setting of memory.kind=dense (it is one of featural and associative); "
+        "memory.k is not a setting of memory.kind=dense (it is one of featural, associative); "
         "leave it out, or set memory.kind=featural"
     )
     assert "memory.knn_k is not a setting of memory.kind=featural" in load_error("memory.knn_k=4")
@@ -626,7 +637,7 @@ INVALID_RULES = [
     (
         "[{layers: 0, memory: {kind: sparse}}]",
         (
-            "student.layer_overrides[0].memory.kind must be one of featural, associative, dense, "
+            f"student.layer_overrides[0].memory.kind must be one of {', '.join(MEMORY_CONFIGS)}, "
             "or a class such as my_package.my_module:MyMemory, got sparse"
         ),
     ),
@@ -805,31 +816,22 @@ def test_a_saved_config_loads_unchanged(tmp_path, teacher_override):
 # --- --help -------------------------------------------------------------------------------------
 
 
-def list_fields():
-    for group, config_class in {"": Config, **GROUPS}.items():
-        annotations = get_type_hints(config_class)
-        for item in fields(config_class):
-            if item.name not in GROUPS:
-                yield f"{group}.{item.name}".lstrip("."), annotations[item.name]
-
-
-@pytest.mark.parametrize(
-    ("key", "annotation"), list(list_fields()), ids=lambda part: str(part)[:40]
-)
-def test_help_prints_every_field_with_default_choices_and_docstring(key, annotation):
+@pytest.mark.parametrize(("key", "config_class"), CLASSES.items(), ids=lambda part: str(part)[:40])
+def test_help_prints_every_field_with_default_choices_and_docstring(key, config_class):
+    group, _, leaf = key.partition(".")
+    annotation = get_type_hints(config_class)[leaf or group]
     entry = re.search(rf"^{re.escape(key)}=(.*)\n    (\S.*)$", describe_settings(), re.MULTILINE)
     assert entry, f"{key} is not in --help"
     default, _, choices = entry[1].partition("   ")
     assert len(entry[2]) > 10, f"{key} has no docstring"
     if key == "memory.kind":
-        assert choices == "[featural, associative, dense]"
+        assert choices == f"[{', '.join(MEMORY_CONFIGS)}]"
     elif get_origin(annotation) is Literal:
         assert choices == f"[{', '.join(get_args(annotation))}]"
     else:
         assert not choices
-    group, _, leaf = key.partition(".")
     is_featural = group != "memory" or leaf in {item.name for item in fields(FeaturalConfig)}
-    kind = [] if is_featural else ["memory.kind=associative"]
+    kind = [] if is_featural else [f"memory.kind={config_class.kind_name}"]
     assert load_config(None, [*kind, f"{key}={default}"]) == load_config(None, kind), (
         "a printed default is a valid override"
     )
@@ -837,7 +839,9 @@ def test_help_prints_every_field_with_default_choices_and_docstring(key, annotat
 
 def test_help_prints_nothing_twice():
     lines = [line for line in describe_settings().splitlines() if not line.startswith(" ")]
-    assert [line.partition("=")[0] for line in lines] == KEYS
+    names = [line.partition("=")[0] for line in lines]
+    assert len(names) == len(set(names))
+    assert set(names) == set(CLASSES)
     assert {
         "data.corpora=[speeches, biographies]",
         "memory.k=auto",
@@ -876,7 +880,7 @@ values = strategies.one_of(
     strategies.dictionaries(any_text, any_text, max_size=3).map(json.dumps),
 )
 override = strategies.tuples(
-    strategies.sampled_from([*KEYS, "memory", "data", "student"]), values
+    strategies.sampled_from([*CLASSES, "memory", "data", "student"]), values
 ).map("=".join)
 
 

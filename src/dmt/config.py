@@ -26,8 +26,8 @@ class MemoryConfig:
 
     kind: str = field(default="", init=False)
     """`featural`: a top-k key-value layer in place of the feed-forward block; `associative`: kNN
-    attention over stored rows, beside a `base`; `dense`: keep the block; or a class of your own,
-    `my_package.my_module:MyMemory`."""
+    attention over stored rows, beside a `base`; `dense`: keep the block; one of the layers in
+    docs/concepts/memory-layers; or a class of your own, `my_package.my_module:MyMemory`."""
 
     kind_name: ClassVar[str] = ""
 
@@ -54,6 +54,11 @@ class MemoryConfig:
     def copies_block(self) -> bool:
         """Whether the memory begins as a copy of the block it replaces."""
         return True
+
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class FeaturalConfig(MemoryConfig):
     def copies_block(self) -> bool:
         """Whether the slots begin as the neurons of the replaced block."""
         return self.init == "ff" and self.has_slots
+
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        return self.copies_block and self.num_slots is not None
 
     def check(self) -> None:
         """Raise `ArgumentError` where fields contradict each other."""
@@ -261,11 +271,59 @@ class AssociativeConfig(FeaturalConfig):
             )
 
 
+@dataclass(frozen=True)
+class NoMemoryConfig(MemoryConfig):
+    """Settings of no memory at all: the mean output of the block, for every token the same."""
+
+    kind_name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class LowRankConfig(MemoryConfig):
+    """Settings of a linear map of low rank in place of the feed-forward block."""
+
+    kind_name: ClassVar[str] = "low_rank"
+
+    rank: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """With `kind: low_rank`, rank of the map; empty means one sixteenth of the width."""
+
+
+@dataclass(frozen=True)
+class PrunedConfig(MemoryConfig):
+    """Settings of a block that keeps fewer neurons, all read for every token."""
+
+    kind_name: ClassVar[str] = "pruned"
+
+    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Neurons that remain; empty means one sixteenth of the block's."""
+
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        return True
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        if self.num_slots is not None and self.num_slots > num_neurons:
+            raise ArgumentError(
+                f"{ARG}num_slots must be in [1, {num_neurons}], the neurons of the block, got "
+                f"{self.num_slots}"
+            )
+
+
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
 MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
-    "featural": FeaturalConfig,
-    "associative": AssociativeConfig,
-    "dense": DenseConfig,
+    config_class.kind_name: config_class
+    for config_class in (
+        FeaturalConfig,
+        AssociativeConfig,
+        DenseConfig,
+        NoMemoryConfig,
+        LowRankConfig,
+        PrunedConfig,
+    )
 }
 
 

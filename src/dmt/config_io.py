@@ -251,7 +251,7 @@ def _merge_memory(previous: dict[str, Any], changes: dict[Any, Any], prefix: str
         if key not in annotations and kinds:
             raise UnknownSettingError(
                 f"{prefix}{key} is not a setting of {prefix}kind={kind} (it is one of "
-                f"{' and '.join(kinds)}); leave it out, or set {prefix}kind={kinds[0]}"
+                f"{', '.join(kinds)}); leave it out, or set {prefix}kind={kinds[0]}"
             )
     old_kind = previous.get("kind", FeaturalConfig.kind_name)
     if previous and old_kind != kind:
@@ -358,15 +358,30 @@ def list_setting_names() -> list[str]:
     names = []
     for config_field in fields(Config):
         names.append(config_field.name)
-        group_class = _get_group_class(config_field.name)
-        if group_class is not None:
+        if config_field.name == "memory":
+            names += [f"memory.{name}" for name in _list_memory_settings()]
+        elif (group_class := _get_group_class(config_field.name)) is not None:
             names += [f"{config_field.name}.{item.name}" for item in fields(group_class)]
     return names
 
 
 @cache
+def _list_memory_settings() -> dict[str, type[MemoryConfig]]:
+    """Return every setting of the built-in memories, with the first kind that has it."""
+    # The associative memory has all settings of the featural one, which are listed first.
+    config_classes: list[type[MemoryConfig]] = [AssociativeConfig, *MEMORY_CONFIGS.values()]
+    settings: dict[str, type[MemoryConfig]] = {}
+    for config_class in config_classes:
+        if config_class.__module__ != schema.__name__:  # registered by somebody else
+            continue
+        for item in fields(config_class):
+            settings.setdefault(item.name, config_class)
+    return settings
+
+
+@cache
 def _get_group_class(name: str) -> Any:
-    """Return the dataclass of a group of settings; of `memory` the one with the most fields."""
+    """Return the dataclass of a group of settings; of `memory` that of the associative kind."""
     if name == "memory":
         return AssociativeConfig
     annotation = field_types(Config)[name]
@@ -411,7 +426,7 @@ def describe_settings() -> str:
         group, _, leaf = name.rpartition(".")
         if not group and _get_group_class(name) is not None:
             continue
-        config_class = _get_group_class(group) if group else Config
+        config_class = _get_setting_class(name)
         default = FeaturalConfig.kind_name if name == "memory.kind" else _get_default(name)
         choices = docs.get((config_class.__name__, leaf, "choices"))
         value = "" if default is None else format_value(default)
@@ -421,8 +436,15 @@ def describe_settings() -> str:
 
 
 def _get_default(name: str) -> Any:
+    return getattr(_get_setting_class(name)(), name.rpartition(".")[2])
+
+
+def _get_setting_class(name: str) -> Any:
+    """Return the dataclass that has the setting `group.name`; of memories the first that does."""
     group, _, leaf = name.rpartition(".")
-    return getattr(_get_group_class(group)() if group else Config(), leaf)
+    if group == "memory":
+        return _list_memory_settings()[leaf]
+    return _get_group_class(group) if group else Config
 
 
 def resolve_layer_memories(

@@ -283,6 +283,29 @@ def solve_ridge(inputs: Tensor, targets: Tensor, ridge: float = RIDGE) -> Tensor
     return torch.linalg.solve(gram + penalty, inputs.t() @ targets)
 
 
+def fit_reduced_rank(inputs: Tensor, targets: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Fit the linear map of a rank that predicts `targets` from `inputs` with the least error.
+
+    Ridge regression first; of its map those directions of the outputs remain in which its
+    predictions vary most.
+
+    Args:
+        inputs: `(samples, inputs)`, centered.
+        targets: `(samples, outputs)`, centered.
+        rank: of the map; at most the number of outputs.
+
+    Returns:
+        Two factors `(inputs, rank)` and `(rank, outputs)` whose product is the map, in float64 on
+        the CPU. The rows of the second are orthonormal.
+
+    Source: Izenman 1975, Journal of Multivariate Analysis 5.
+    """
+    coefficients = solve_ridge(inputs, targets)
+    predictions = inputs.cpu().double() @ coefficients
+    directions = torch.linalg.eigh(predictions.t() @ predictions).eigenvectors.flip(-1)[:, :rank]
+    return coefficients @ directions, directions.t()
+
+
 def inverse_sqrt(matrix: Tensor, damping: float = 0.0) -> Tensor:
     """Compute the inverse square root of a symmetric positive matrix by eigendecomposition.
 

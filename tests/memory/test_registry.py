@@ -182,7 +182,7 @@ def test_invalid_registrations_are_rejected():
         dmt.register_memory("test_other", config=EmptyConfig)(torch.nn.Linear)
     with pytest.raises(UserError, match="config=int must be a dataclass"):
         dmt.register_memory("test_other", config=int)(Memory)
-    with pytest.raises(UserError, match="must be a word such as low_rank, got a b"):
+    with pytest.raises(UserError, match="must be a word such as row_attention, got a b"):
         dmt.register_memory("a b", config=EmptyConfig)(Memory)
     with pytest.raises(
         UserError, match=r"featural is dmt\.memory\.featural:FeaturalMemory already"

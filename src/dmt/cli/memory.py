@@ -156,14 +156,16 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
 
 def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
     from dmt.memory import AssociativeMemory, FeaturalMemory
+    from dmt.memory.base import MemoryLayer
+    from dmt.memory.usage import UsageMixin
 
     num_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in (*block.parameters(), *block.buffers())
     )
-    summary: dict[str, Any] = {"layer": index, "kind": "dense", "bytes": num_bytes}
+    kind = block.kind if isinstance(block, MemoryLayer) else "dense"
+    summary: dict[str, Any] = {"layer": index, "kind": kind, "bytes": num_bytes}
     if isinstance(block, AssociativeMemory):
         summary |= {
-            "kind": "associative",
             "num_rows": len(block.rows),
             "capacity": block.insert_policy.capacity,
         }
@@ -175,9 +177,14 @@ def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
             summary["bytes_on_disk"] = sizes["disk"]
         on_average = " on average" if slot_memory.k_mode == "threshold" else ""
         summary |= {
-            "kind": "featural" if slot_memory is block else "associative+featural",
+            "kind": kind if slot_memory is block else f"{kind}+{slot_memory.kind}",
             "num_slots": slot_memory.num_slots,
             "active_per_token": f"{slot_memory.k}{on_average}",
+        }
+    elif isinstance(slot_memory, UsageMixin):
+        summary |= {
+            "num_slots": slot_memory.num_slots,
+            "active_per_token": f"{slot_memory.k}",
         }
     return summary
 

@@ -29,7 +29,12 @@ from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
 from dmt.models.calibration import calibrate_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
-from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
+from dmt.models.memories import (
+    get_associative_memories,
+    get_featural_memories,
+    get_memories,
+    get_slot_memories,
+)
 from dmt.training.module import TrainingModule
 from dmt.training.optimization import build_adamw, k_schedule, lr_schedule
 
@@ -147,7 +152,7 @@ class DistillationModule(TrainingModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters."""
-        value_ids = {id(memory.values) for memory in get_featural_memories(self.student).values()}
+        value_ids = {id(memory.values) for memory in get_slot_memories(self.student).values()}
         return build_adamw(self.trainable_parameters().values(), self.settings.optim, value_ids)
 
     def on_fit_start(self) -> None:
@@ -287,7 +292,7 @@ class DistillationModule(TrainingModule):
         layers = list(memories)
         with ExitStack() as stack:
             # Usage is counted in the student's own forward pass.
-            for memory in get_featural_memories(self.student).values():
+            for memory in get_slot_memories(self.student).values():
                 stack.enter_context(memory.usage_paused())
             outputs = tuple(
                 memory(teacher.block_inputs[layer]) for layer, memory in memories.items()

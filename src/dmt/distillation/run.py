@@ -50,7 +50,7 @@ from dmt.models.fact_files import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher
-from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.models.memories import get_associative_memories, get_slot_memories
 from dmt.models.model_files import format_other_files
 from dmt.ops import use_onednn_linear
 from dmt.paths import expand_home
@@ -437,7 +437,7 @@ def _collect_block_inputs(
     config: Config, teacher: Any, memories: list[MemoryConfig], data: TextDataModule
 ) -> tuple[Tensor, ...] | None:
     """Return the teacher's block inputs on calibration text, if slots have to be resized."""
-    if not any(memory.copies_block and getattr(memory, "num_slots", None) for memory in memories):
+    if not any(memory.resizes_block for memory in memories):
         return None
     windows = data.calibration_windows(max(config.stages.calibration_tokens, SCALE_TOKENS))
     return forward_teacher(teacher, windows, capture_blocks=True).block_inputs
@@ -617,7 +617,7 @@ def evaluate_student(
     """Measure the student on test text: fidelity, recall, and the usage of its memories."""
     fidelity: dict[str, Any] = {}
     with (
-        record_usage(get_featural_memories(student)) as usage,
+        record_usage(get_slot_memories(student)) as usage,
         record_retrieval(get_associative_memories(student)) as retrieval,
     ):
         for index, corpus in enumerate(data.corpora, 1):

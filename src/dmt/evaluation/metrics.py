@@ -29,7 +29,11 @@ from dmt.models.forward import (
     forward_with_prefix,
     override_decoding,
 )
-from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.models.memories import (
+    get_associative_memories,
+    get_featural_memories,
+    get_slot_memories,
+)
 from dmt.ops import kl
 from dmt.progress import ProgressLog
 
@@ -346,7 +350,7 @@ def collect_slot_usage(
             "k": memory.k,
             "active_per_token": usage[layer].mean_reads,
         }
-        for layer, memory in get_featural_memories(student).items()
+        for layer, memory in get_slot_memories(student).items()
     }
 
 

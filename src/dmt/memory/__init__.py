@@ -3,5 +3,15 @@
 from dmt.memory.associative import AssociativeMemory
 from dmt.memory.featural import FeaturalMemory
 from dmt.memory.insert_policy import InsertPolicy
+from dmt.memory.low_rank import LowRankMemory
+from dmt.memory.none import NoMemory
+from dmt.memory.pruned import PrunedMemory
 
-__all__ = ["AssociativeMemory", "FeaturalMemory", "InsertPolicy"]
+__all__ = [
+    "AssociativeMemory",
+    "FeaturalMemory",
+    "InsertPolicy",
+    "LowRankMemory",
+    "NoMemory",
+    "PrunedMemory",
+]

@@ -244,6 +244,11 @@ class AssociativeMemory(MemoryLayer):
             return {}
         return {name: f"base.{target}" for name, target in self.base.load_block(tensors).items()}
 
+    def calibrate(self, hidden: Tensor, target: Tensor) -> None:
+        """Set from text what the base needs."""
+        if isinstance(self.base, MemoryLayer):
+            self.base.calibrate(hidden, target)
+
     def cost(self) -> MemoryCost:
         """Return what the memory takes with the rows that it has now."""
         parameters = sum(parameter.numel() for parameter in self.parameters())

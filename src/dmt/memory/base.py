@@ -110,6 +110,16 @@ class MemoryLayer(nn.Module):
         """
         return {}
 
+    def calibrate(self, hidden: Tensor, target: Tensor) -> None:
+        """Set from text what needs no gradient; without this method nothing is set.
+
+        Called once or more before training, the lowest layer first.
+
+        Args:
+            hidden: inputs `(tokens, width)`, as the student computes them.
+            target: outputs of the teacher's block for the same tokens, of the same shape.
+        """
+
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the rows that a trace shows for `hidden` `(tokens, width)`.
 

@@ -22,7 +22,13 @@ from dmt.config import FeaturalConfig
 from dmt.memory.approximate_search import INDEX_BUILDERS, CandidateSearch, Int8Matrix
 from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
 from dmt.memory.registry import register_memory
-from dmt.memory.slot_table import ACTIVATIONS, SlotTable, check_choice, masked_softmax
+from dmt.memory.slot_table import (
+    ACTIVATIONS,
+    DEFAULT_K_DIVISOR,
+    SlotTable,
+    check_choice,
+    masked_softmax,
+)
 from dmt.ops import linear
 from dmt.validation import ARG, ArgumentError
 
@@ -40,8 +46,6 @@ MAX_GATHERED_VALUES = 16_000_000
 CANDIDATES_PER_READ = {"int8": 1, "ivf": 2}
 # Changes of the keys (training steps) for which an index is reused.
 INDEX_REFRESH_STEPS = 100
-# k = num_slots / 16 where the config leaves k empty.
-DEFAULT_K_DIVISOR = 16
 
 
 def topk_ids(rank: Tensor, k: int) -> Tensor:
@@ -227,6 +231,12 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """Copy the neurons of a feed-forward block into the slots."""
         self.load_feedforward(tensors)
         return {name: name for name in tensors}
+
+    @torch.no_grad()
+    def calibrate(self, hidden: Tensor, target: Tensor) -> None:
+        """Set the means of slots, and what stands for the slots that are not read."""
+        self.calibrate_means(hidden)
+        self.compensate(hidden, target - self.forward(hidden))
 
     def cost(self) -> MemoryCost:
         """Return what the memory takes where every slot is scored."""

@@ -2,16 +2,16 @@
 
 ```python
 @dataclass(frozen=True)
-class LowRankConfig(dmt.MemoryConfig):
-    rank: int = 8
+class RowAttentionConfig(dmt.MemoryConfig):
+    num_rows: int = 64
 
-@dmt.register_memory("low_rank", config=LowRankConfig)
-class LowRankMemory(dmt.MemoryLayer):
+@dmt.register_memory("row_attention", config=RowAttentionConfig)
+class RowAttention(dmt.MemoryLayer):
     def __init__(self, width, config): ...
     def forward(self, hidden): ...
 ```
 
-Settings name it `memory.kind=my_package.my_module:LowRankMemory`, which imports the module, or by
+Settings name it `memory.kind=my_package.my_module:RowAttention`, which imports the module, or by
 its short name once the module has been imported.
 """
 
@@ -58,7 +58,8 @@ def register_memory(
             )
         if not name.isidentifier():
             raise UserError(
-                f"register_memory: name must be a word such as low_rank, got {format_value(name)}"
+                "register_memory: name must be a word such as row_attention, got "
+                f"{format_value(name)}"
             )
         registered = _MEMORY_CLASSES.get(name)
         if registered is not None and _import_path(registered) != _import_path(cls):

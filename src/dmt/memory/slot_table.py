@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.memory.mmap_tensors import MmapTensorsMixin, compute_value_norms, gather_rows
-from dmt.memory.usage import UsageCounts
+from dmt.memory.usage import UsageMixin
 from dmt.ops import linear, solve_ridge
 
 ActivationFn = Callable[[Tensor], Tensor]
@@ -35,6 +34,8 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 JOINT_WEIGHTINGS = ("softmax", "distance")
 SELECTIONS = ("score", "contribution", "centered")
 METRICS = ("euclidean", "fisher")
+# k = num_slots / 16 where the config leaves k empty.
+DEFAULT_K_DIVISOR = 16
 
 
 def get_activation(activation: str, activation_function: str | None = None) -> ActivationFn | None:
@@ -172,7 +173,7 @@ class _Parametrizations(nn.ModuleDict):
         self._modules[name] = module  # type: ignore[assignment]
 
 
-class SlotTable(MmapTensorsMixin):
+class SlotTable(MmapTensorsMixin, UsageMixin):
     """Keys, values and their biases, and what each slot weighs for a token.
 
     Args are those of `FeaturalMemory`, which reads from it.
@@ -233,7 +234,6 @@ class SlotTable(MmapTensorsMixin):
         # known to the host, which would otherwise wait for it.
         self.budget_reads: Tensor | None = None
         self.budget_tokens = 0
-        self._usage: UsageCounts | None = None
         self._tensor_cache = TensorCache()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -455,30 +455,6 @@ class SlotTable(MmapTensorsMixin):
             mean = torch.linalg.lstsq(self.output, mean.unsqueeze(-1)).solution.squeeze(-1)
         self.output_bias.add_(mean)
 
-    @contextmanager
-    def recording_usage(self) -> Iterator[UsageCounts]:
-        """Count which slots are read inside the block; an outer recording is paused.
-
-        Yields:
-            The counts, which grow while the block runs.
-        """
-        previous = self._usage
-        reads = torch.zeros(self.num_slots, dtype=torch.long, device=self.key_bias.device)
-        self._usage = UsageCounts(reads)
-        try:
-            yield self._usage
-        finally:
-            self._usage = previous
-
-    @contextmanager
-    def usage_paused(self) -> Iterator[None]:
-        """Count no reads inside the block."""
-        previous, self._usage = self._usage, None
-        try:
-            yield
-        finally:
-            self._usage = previous
-
     def reset_budget_counts(self) -> None:
         """Start to count reads and tokens of training passes, which `update_threshold` uses."""
         self.budget_reads = torch.zeros((), dtype=torch.long, device=self.key_bias.device)
@@ -487,8 +463,7 @@ class SlotTable(MmapTensorsMixin):
     @torch.no_grad()
     def _record_reads(self, selected: Tensor, num_tokens: int | None = None) -> None:
         """Count reads: a mask `(tokens, num_slots)`, or the ids that `num_tokens` tokens read."""
-        if self._usage is not None:
-            self._usage.add(selected, num_tokens)
+        super()._record_reads(selected, num_tokens)
         if self.budget_reads is not None and self.training:
             self.budget_reads += (
                 selected.sum() if selected.dtype == torch.bool else selected.numel()

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dmt.distributed import all_reduce_sum
-
-if TYPE_CHECKING:
-    from dmt.memory.slot_table import SlotTable
 
 
 @dataclass
@@ -55,8 +51,55 @@ class UsageCounts:
         )
 
 
+class UsageMixin:
+    """A memory whose reads of slots can be counted.
+
+    Attributes:
+        num_slots: rows of its table.
+        k: rows read per token, on average.
+        values: what it sums, `(num_slots, width)`.
+        output_bias: what it adds to the sum, `(width,)`.
+    """
+
+    num_slots: int
+    k: int
+    values: Tensor
+    output_bias: Tensor
+    _usage: UsageCounts | None = None
+
+    @contextmanager
+    def recording_usage(self) -> Iterator[UsageCounts]:
+        """Count which slots are read inside the block; an outer recording is paused.
+
+        Yields:
+            The counts, which grow while the block runs.
+        """
+        previous = self._usage
+        reads = torch.zeros(self.num_slots, dtype=torch.long, device=self.output_bias.device)
+        self._usage = UsageCounts(reads)
+        try:
+            yield self._usage
+        finally:
+            self._usage = previous
+
+    @contextmanager
+    def usage_paused(self) -> Iterator[None]:
+        """Count no reads inside the block."""
+        previous, self._usage = self._usage, None
+        try:
+            yield
+        finally:
+            self._usage = previous
+
+    @torch.no_grad()
+    def _record_reads(self, selected: Tensor, num_tokens: int | None = None) -> None:
+        """Count reads: a mask `(tokens, num_slots)`, or the ids that `num_tokens` tokens read."""
+        if self._usage is not None:
+            self._usage.add(selected, num_tokens)
+
+
 @contextmanager
-def record_usage(memories: Mapping[int, SlotTable]) -> Iterator[dict[int, UsageCounts]]:
+def record_usage(memories: Mapping[int, UsageMixin]) -> Iterator[dict[int, UsageCounts]]:
     """Count the reads of several memories inside the block.
 
     Args:

@@ -22,7 +22,7 @@ from dmt.models.forward import (
     forward_teacher,
     forward_with_activations,
 )
-from dmt.models.memories import get_associative_memories, get_featural_memories
+from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
 from dmt.ops import inlier_mask, symmetric_root
 
 BUDGET_PASSES = 3  # passes over the calibration text that move the shared threshold to its budget
@@ -91,7 +91,7 @@ def sample_output_gradients(
 
 @torch.no_grad()
 def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
-    """Set slot means and output biases so that each memory's output has the teacher's mean.
+    """Set from text what memories need no gradient for, such as output biases and linear maps.
 
     First the metric that ranks slots and the shared threshold are set, from the teacher's inputs.
     Then the student reads the text: each memory is set when its input arrives, lowest layer first,
@@ -137,14 +137,12 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
 def _calibrate_outputs(
     student: PreTrainedModel, teacher_outputs: ForwardOutputs, windows: Tensor
 ) -> None:
-    memories = get_featural_memories(student)
+    memories = get_memories(student)
 
     def calibrate_memory(layer: int, block_input: Tensor) -> None:
-        memory, target = memories[layer], teacher_outputs.block_outputs[layer]
+        target = teacher_outputs.block_outputs[layer]
         inliers = inlier_mask(target)
-        hidden = block_input[inliers]
-        memory.calibrate_means(hidden)
-        memory.compensate(hidden, target[inliers] - memory.forward(hidden))
+        memories[layer].calibrate(block_input[inliers], target[inliers])
 
     with capture(memories, on_input=calibrate_memory):
         forward_with_activations(student, windows)

@@ -105,7 +105,7 @@ def convert(
         layers: layers that get a memory: `all`, `last`, `0-2`, a number or a list of them; all
             where None. The others keep their block.
         calibration: token ids `(windows, time)` of text, from which the memories are calibrated.
-            Needed with `num_slots` other than the block's neurons, and with `k="auto"`.
+            Needed with fewer slots than the block has neurons, and with `k="auto"`.
 
     Raises:
         UserError: the family is not supported, the model has memories already, a memory does not
@@ -190,7 +190,7 @@ def convert_blocks(
         teacher: the model to clone.
         memory_configs: settings of each layer.
         block_inputs: inputs of the teacher's blocks on calibration text, `(..., width)` a layer;
-            needed where a memory has another number of slots than its block has neurons.
+            needed where a memory has fewer slots than its block has neurons.
 
     Raises:
         ArgumentError: a memory does not fit the block that it replaces.
@@ -256,6 +256,8 @@ def _read_block_tensors(
     num_slots = memory.block_slots
     if num_slots is None or num_slots == num_neurons:
         return tensors
+    if num_slots > num_neurons:
+        return resize_neurons(tensors, None, num_slots, seed=layer)
     if block_inputs is None:
         raise UserError(
             f"num_slots={num_slots} for {num_neurons} neurons need calibration text: give "
@@ -326,7 +328,7 @@ def _transfer_weights(
 
 
 def resize_neurons(
-    tensors: Mapping[str, Tensor], activations: Tensor, num_slots: int, seed: int = 0
+    tensors: Mapping[str, Tensor], activations: Tensor | None, num_slots: int, seed: int = 0
 ) -> BlockTensors:
     """Return the tensors of a block with `num_slots` neurons.
 
@@ -335,11 +337,12 @@ def resize_neurons(
 
     Args:
         tensors: the block's tensors by parameter of a memory.
-        activations: of its neurons on calibration text, `(tokens, neurons)`.
+        activations: of its neurons on calibration text, `(tokens, neurons)`; needed for fewer.
         num_slots: neurons wanted.
         seed: of the random neurons.
     """
     if num_slots < len(tensors["keys"]):
+        assert activations is not None, "the least important neurons are found from text"
         return _drop_neurons(tensors, activations, num_slots)
     if num_slots > len(tensors["keys"]):
         return _add_neurons(tensors, num_slots, torch.Generator().manual_seed(seed))

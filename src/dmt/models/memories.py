@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.base import MemoryLayer
+from dmt.memory.usage import UsageMixin
 from dmt.models.architectures import get_architecture
 
 
@@ -17,13 +20,20 @@ def get_memories(student: PreTrainedModel) -> dict[int, MemoryLayer]:
 
 def get_featural_memories(student: PreTrainedModel) -> dict[int, FeaturalMemory]:
     """Return the featural memories of a student by layer, bases of associative ones included."""
-    memories = {
+    return {
+        layer: memory
+        for layer, memory in get_slot_memories(student).items()
+        if isinstance(memory, FeaturalMemory)
+    }
+
+
+def get_slot_memories(student: PreTrainedModel) -> dict[int, UsageMixin]:
+    """Return the memories whose reads of slots are counted, by layer; bases included."""
+    memories: dict[int, Any] = {
         layer: memory.base if isinstance(memory, AssociativeMemory) else memory
         for layer, memory in get_memories(student).items()
     }
-    return {
-        layer: memory for layer, memory in memories.items() if isinstance(memory, FeaturalMemory)
-    }
+    return {layer: memory for layer, memory in memories.items() if isinstance(memory, UsageMixin)}
 
 
 def get_associative_memories(student: PreTrainedModel) -> dict[int, AssociativeMemory]:

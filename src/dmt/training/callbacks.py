@@ -22,7 +22,7 @@ from dmt.evaluation.metrics import compute_slot_usage
 from dmt.evaluation.samples import format_samples_table, paired_samples
 from dmt.memory.associative import RetrievalStats, record_retrieval
 from dmt.memory.usage import UsageCounts, record_usage
-from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
+from dmt.models.memories import get_associative_memories, get_memories, get_slot_memories
 from dmt.progress import ProgressLog
 
 # Groups of charts for TensorBoard's custom scalars: group -> title -> chart.
@@ -53,7 +53,7 @@ class SlotUsage(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start counting reads."""
-        memories = get_featural_memories(module.student)  # type: ignore[arg-type]
+        memories = get_slot_memories(module.student)  # type: ignore[arg-type]
         self._usage = self._recording.enter_context(record_usage(memories))
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, error: Any) -> None:
@@ -159,14 +159,14 @@ class ChartGroups(Callback):
             },
             "layers": {"FVU per layer": _make_layer_chart("val/fvu", get_memories(module.student))},
         }
-        if featural := get_featural_memories(module.student):
+        if slot_memories := get_slot_memories(module.student):
             titles = {
                 "dead slots": "slots/dead",
                 "usage entropy": "slots/usage_entropy",
                 "active slots per token": "slots/active_per_token",
             }
             groups["layers"] |= {
-                title: _make_layer_chart(tag, featural) for title, tag in titles.items()
+                title: _make_layer_chart(tag, slot_memories) for title, tag in titles.items()
             }
         if associative := get_associative_memories(module.student):
             titles = {
