@@ -532,8 +532,9 @@ def test_a_missing_file_is_rejected_with_a_list_of_existing_files(tmp_path, monk
 
 def test_a_memory_accepts_only_the_settings_of_its_kind():
     message = load_error("memory.kind=dense", "memory.k=8")
+    kinds = ", ".join(name for name, cls in MEMORY_CONFIGS.items() if hasattr(cls, "k"))
     assert message == (
-        "memory.k is not a setting of memory.kind=dense (it is one of featural, associative); "
+        f"memory.k is not a setting of memory.kind=dense (it is one of {kinds}); "
         "leave it out, or set memory.kind=featural"
     )
     assert "memory.knn_k is not a setting of memory.kind=featural" in load_error("memory.knn_k=4")

@@ -22,6 +22,8 @@ _EXPORTS = {
     "ConsolidationResult": "dmt.consolidation.run",
     "DenseConfig": "dmt.config",
     "DistillResult": "dmt.distillation.run",
+    "ExpertsConfig": "dmt.config",
+    "ExpertsMemory": "dmt.memory.experts",
     "FeaturalConfig": "dmt.config",
     "FeaturalMemory": "dmt.memory.featural",
     "FidelityMetrics": "dmt.evaluation.metrics",

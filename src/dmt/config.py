@@ -313,6 +313,39 @@ class PrunedConfig(MemoryConfig):
             )
 
 
+@dataclass(frozen=True)
+class ExpertsConfig(MemoryConfig):
+    """Settings of the block's neurons in groups, of which a router chooses some for each token."""
+
+    kind_name: ClassVar[str] = "experts"
+
+    expert_size: int = bounded(32, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """With `kind: experts`, neurons of an expert; `k` is a multiple of it."""
+    k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Neurons read per token, those of whole experts; empty means one sixteenth of them."""
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+        if self.k is not None and self.k % self.expert_size:
+            raise ArgumentError(
+                f"{ARG}k={self.k} must be a multiple of {ARG}expert_size={self.expert_size}"
+            )
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        if num_neurons % self.expert_size:
+            raise ArgumentError(
+                f"{ARG}expert_size must divide {num_neurons}, the neurons of the block, got "
+                f"{self.expert_size}"
+            )
+        if self.k is not None and self.k > num_neurons:
+            raise ArgumentError(
+                f"{ARG}k must be in [1, {num_neurons}], the neurons of the block, got {self.k}"
+            )
+
+
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
 MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
     config_class.kind_name: config_class
@@ -323,6 +356,7 @@ MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
         NoMemoryConfig,
         LowRankConfig,
         PrunedConfig,
+        ExpertsConfig,
     )
 }
 

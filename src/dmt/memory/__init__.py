@@ -1,6 +1,7 @@
 """Memory layers: `(batch, time, width)` to the same shape, by reading rows."""
 
 from dmt.memory.associative import AssociativeMemory
+from dmt.memory.experts import ExpertsMemory
 from dmt.memory.featural import FeaturalMemory
 from dmt.memory.insert_policy import InsertPolicy
 from dmt.memory.low_rank import LowRankMemory
@@ -9,6 +10,7 @@ from dmt.memory.pruned import PrunedMemory
 
 __all__ = [
     "AssociativeMemory",
+    "ExpertsMemory",
     "FeaturalMemory",
     "InsertPolicy",
     "LowRankMemory",

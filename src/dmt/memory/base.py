@@ -110,8 +110,19 @@ class MemoryLayer(nn.Module):
         """
         return {}
 
+    def fit_selection(self, hidden: Tensor, target: Tensor) -> None:
+        """Set from text what a token reads, where no gradient will; by default nothing is set.
+
+        Called before `calibrate`.
+
+        Args:
+            hidden: inputs `(tokens, width)` of the teacher's block, to which training brings those
+                of the student.
+            target: its outputs, of the same shape.
+        """
+
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:
-        """Set from text what needs no gradient; without this method nothing is set.
+        """Set from text what the output lacks; by default nothing is set.
 
         Called once or more before training, the lowest layer first.
 

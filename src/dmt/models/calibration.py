@@ -93,7 +93,8 @@ def sample_output_gradients(
 def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor) -> None:
     """Set from text what memories need no gradient for, such as output biases and linear maps.
 
-    First the metric that ranks slots and the shared threshold are set, from the teacher's inputs.
+    First what tokens read is set from the teacher's inputs: the metric that ranks slots, the shared
+    threshold, routers.
     Then the student reads the text: each memory is set when its input arrives, lowest layer first,
     so the layers above already read its corrected output.
 
@@ -118,6 +119,10 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
     ]
     for memory, hidden in zip(memories.values(), block_inputs, strict=True):
         memory.calibrate_means(hidden)
+    for layer, any_memory in get_memories(student).items():
+        target = teacher_outputs.block_outputs[layer]
+        inliers = inlier_mask(target)
+        any_memory.fit_selection(teacher_outputs.block_inputs[layer][inliers], target[inliers])
     for layer, associative in get_associative_memories(student).items():
         associative.center(
             teacher_outputs.block_inputs[layer][inlier_mask(teacher_outputs.block_outputs[layer])]

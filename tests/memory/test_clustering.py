@@ -1,0 +1,34 @@
+"""Clusters of equal size."""
+
+import itertools
+
+import pytest
+import torch
+
+from dmt.memory.clustering import assign_evenly, cluster_evenly
+
+
+@pytest.mark.parametrize(("num_points", "num_clusters"), [(12, 4), (60, 3), (5, 1), (7, 7)])
+def test_all_clusters_have_the_same_size(num_points, num_clusters):
+    labels = cluster_evenly(torch.randn(num_points, 3), num_clusters)
+    assert labels.bincount().tolist() == [num_points // num_clusters] * num_clusters
+
+
+def test_groups_that_lie_apart_are_found():
+    centers = 100 * torch.eye(4)
+    groups = torch.arange(4).repeat(5)
+    labels = cluster_evenly(centers[groups] + torch.randn(20, 4), 4, seed=1)
+    pairs = set(zip(groups.tolist(), labels.tolist(), strict=True))
+    assert len(pairs) == 4
+
+
+def test_points_are_assigned_nearly_as_well_as_possible():
+    torch.manual_seed(3)
+    distances = torch.rand(6, 3)
+    labels = assign_evenly(distances)
+    totals = [
+        float(distances[torch.arange(6), torch.tensor(choice)].sum())
+        for choice in set(itertools.permutations([0, 0, 1, 1, 2, 2]))
+    ]
+    total = float(distances[torch.arange(6), labels].sum())
+    assert total <= sorted(totals)[len(totals) // 10]  # among the best tenth of all
