@@ -301,3 +301,16 @@ def test_tasks_share_copies_and_keep_their_order(monkeypatch):
     assert run_copy_tasks([run(1, 2), run(2, 3), run(3, 0)]) == [26, 72, 0]
     assert copies == [([1, 10, 2, 20], "meta"), ([1, 10, 2, 20], "cpu"), ([2, 20], "meta")]
     assert turns == [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("num_rows", [5, 60])
+def test_sparse_ridge_regression_is_that_of_the_dense_matrix(num_rows, monkeypatch):
+    monkeypatch.setattr(ops, "KERNEL_CHUNK_SAMPLES", 4)
+    ids, weights = torch.randint(num_rows, (30, 3)), torch.randn(30, 3).double()
+    targets = torch.randn(30, 2).double()
+    dense = torch.zeros(30, num_rows).double().scatter_add(1, ids, weights)
+    penalty = 0.1 * dense.square().sum() / num_rows
+    gram = dense.T @ dense + penalty * torch.eye(num_rows)
+    expected = torch.linalg.solve(gram, dense.T @ targets)
+    solution = ops.solve_sparse_ridge(ids, weights, targets, num_rows, ridge=0.1)
+    assert torch.allclose(solution, expected)

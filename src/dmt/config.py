@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Optional
 
@@ -346,6 +347,58 @@ class ExpertsConfig(MemoryConfig):
             )
 
 
+@dataclass(frozen=True)
+class ProductKeyConfig(MemoryConfig):
+    """Settings of a product-key memory: a large table whose keys are pairs of sub-keys."""
+
+    kind_name: ClassVar[str] = "product_key"
+
+    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Values of the memory, a square number; empty means the first at least the block's neurons."""
+    k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Slots read per token, k / heads by each head; empty means one sixteenth of the neurons."""
+    heads: int = bounded(4, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Queries of a token, each with sub-keys of its own."""
+    key_width: Optional[int] = bounded(None, minimum=2, limit=2**16)
+    """With `kind: product_key` or `peer`, size of a query, an even number; empty means the
+    width."""
+    silu_gate: bool = False
+    """With `kind: product_key`, multiply what is read by a gate and map it linearly, as Memory+."""
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+        _check_product_keys(self.num_slots, self.k, self.heads, self.key_width)
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        if self.num_slots is None:
+            num_slots = (math.isqrt(num_neurons - 1) + 1) ** 2
+            _check_product_keys(num_slots, self.k, self.heads, self.key_width)
+
+
+def _check_product_keys(
+    num_slots: int | None, k: int | None, heads: int, key_width: int | None
+) -> None:
+    """Raise `ArgumentError` where settings of product keys contradict each other."""
+    if num_slots is not None and math.isqrt(num_slots) ** 2 != num_slots:
+        low = math.isqrt(num_slots)
+        raise ArgumentError(
+            f"{ARG}num_slots must be a square number, since keys are pairs, got {num_slots}; the "
+            f"nearest are {max(1, low**2)} and {(low + 1) ** 2}"
+        )
+    if k is not None and k % heads:
+        raise ArgumentError(f"{ARG}k={k} must be a multiple of {ARG}heads={heads}")
+    if k is not None and num_slots is not None and k > num_slots * heads:
+        raise ArgumentError(
+            f"{ARG}k must be at most {num_slots * heads}, {ARG}num_slots for each of "
+            f"{ARG}heads={heads}, got {k}"
+        )
+    if key_width is not None and key_width % 2:
+        raise ArgumentError(f"{ARG}key_width must be an even number, got {key_width}")
+
+
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
 MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
     config_class.kind_name: config_class
@@ -357,6 +410,7 @@ MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
         LowRankConfig,
         PrunedConfig,
         ExpertsConfig,
+        ProductKeyConfig,
     )
 }
 

@@ -37,6 +37,8 @@ CopyTask = Generator[tuple[Sequence[Tensor], torch.device], list[Tensor], Result
 ONEDNN_MIN_OPERATIONS = 500_000
 # Default ridge of `solve_ridge`, as a share of the mean variance of the inputs.
 RIDGE = 1e-3
+# Samples of which `solve_sparse_ridge` makes a dense matrix at once.
+KERNEL_CHUNK_SAMPLES = 128
 # A state is an outlier if its norm is this many times the median.
 OUTLIER_FACTOR = 10.0
 
@@ -281,6 +283,54 @@ def solve_ridge(inputs: Tensor, targets: Tensor, ridge: float = RIDGE) -> Tensor
     gram = inputs.t() @ inputs
     penalty = ridge * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=torch.double)
     return torch.linalg.solve(gram + penalty, inputs.t() @ targets)
+
+
+def solve_sparse_ridge(
+    ids: Tensor, weights: Tensor, targets: Tensor, num_rows: int, ridge: float = RIDGE
+) -> Tensor:
+    """Fit the rows of a table of which each target is a weighted sum, by ridge regression.
+
+    Args:
+        ids: rows that each target sums, `(samples, n)`; weights of equal ids add up.
+        weights: of the same shape.
+        targets: `(samples, outputs)`.
+        num_rows: rows of the table.
+        ridge: as a share of the mean squared weight that a row has in all targets together.
+
+    Returns:
+        The table `(num_rows, outputs)` in float64 on the CPU; zero where no target reads a row.
+    """
+    weights, targets = weights.cpu().double(), targets.cpu().double()
+    used_rows, columns = ids.cpu().unique(return_inverse=True)
+    samples = torch.arange(len(ids)).unsqueeze(-1).expand(ids.shape)
+    inputs = torch.sparse_coo_tensor(
+        torch.stack([samples.flatten(), columns.flatten()]),
+        weights.flatten(),
+        (len(ids), len(used_rows)),
+        check_invariants=True,
+    ).coalesce()
+    penalty = ridge * inputs.values().square().sum() / num_rows
+    # Both forms are equal; the smaller matrix is solved.
+    if len(used_rows) <= len(ids):
+        gram = torch.sparse.mm(inputs.t(), inputs.to_dense())
+        gram.diagonal().add_(penalty)
+        solution = torch.linalg.solve(gram, torch.sparse.mm(inputs.t(), targets))
+    else:
+        kernel = torch.cat(
+            [
+                torch.sparse.mm(
+                    inputs,
+                    torch.zeros(len(used_rows), len(part), dtype=torch.double).scatter_add(
+                        0, columns[part].t(), weights[part].t()
+                    ),
+                )
+                for part in torch.arange(len(ids)).split(KERNEL_CHUNK_SAMPLES)
+            ],
+            dim=1,
+        )
+        kernel.diagonal().add_(penalty)
+        solution = torch.sparse.mm(inputs.t(), torch.linalg.solve(kernel, targets))
+    return torch.zeros(num_rows, targets.shape[1]).double().index_copy(0, used_rows, solution)
 
 
 def fit_reduced_rank(inputs: Tensor, targets: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dmt.memory.clustering import assign_evenly, cluster_evenly
+from dmt.memory.clustering import assign_evenly, cluster_directions, cluster_evenly
 
 
 @pytest.mark.parametrize(("num_points", "num_clusters"), [(12, 4), (60, 3), (5, 1), (7, 7)])
@@ -32,3 +32,17 @@ def test_points_are_assigned_nearly_as_well_as_possible():
     ]
     total = float(distances[torch.arange(6), labels].sum())
     assert total <= sorted(totals)[len(totals) // 10]  # among the best tenth of all
+
+
+def test_directions_are_clustered_by_cosine():
+    torch.manual_seed(0)
+    axes = torch.eye(3).repeat(10, 1)
+    points = torch.nn.functional.normalize(axes + 0.05 * torch.randn(30, 3), dim=-1)
+    centers = cluster_directions(points, 3, seed=2)
+    assert torch.allclose(centers.norm(dim=-1), torch.ones(3))
+    assert (centers.max(-1).values > 0.99).all()
+    assert sorted(centers.argmax(-1).tolist()) == [0, 1, 2]
+
+
+def test_more_directions_than_points_are_allowed():
+    assert cluster_directions(torch.eye(2), 5).isfinite().all()

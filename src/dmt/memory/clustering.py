@@ -1,8 +1,9 @@
-"""Cluster points evenly: k-means whose clusters all have the same size."""
+"""Cluster points: k-means whose clusters all have the same size, and k-means of directions."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rounds of k-means; balanced clusters hardly change after these.
@@ -62,3 +63,29 @@ def assign_evenly(distances: Tensor) -> Tensor:
         labels[left[order[accepted]]] = clusters[accepted]
         room -= clusters[accepted].bincount(minlength=num_clusters)
     return labels
+
+
+@torch.no_grad()
+def cluster_directions(points: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
+    """Return centers of points of length 1, compared by cosine.
+
+    Args:
+        points: `(points, width)`.
+        num_clusters: number of centers; where it exceeds that of the points, some are equal.
+        seed: of the points that are the first centers.
+
+    Returns:
+        `(clusters, width)`, of length 1.
+
+    Source: Dhillon and Modha 2001, Machine Learning 42 (spherical k-means).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(points), generator=generator)
+    first = order[torch.arange(num_clusters) % len(points)]
+    centers = points[first.to(points.device)]
+    for _ in range(MAX_ROUNDS):
+        labels = (points @ centers.t()).argmax(-1)
+        sums = torch.zeros_like(centers).index_add(0, labels, points)
+        is_empty = labels.bincount(minlength=num_clusters) == 0
+        centers = torch.where(is_empty.unsqueeze(-1), centers, F.normalize(sums, dim=-1))
+    return centers
