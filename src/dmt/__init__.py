@@ -35,6 +35,8 @@ _EXPORTS = {
     "MemoryLayer": "dmt.memory.base",
     "NoMemory": "dmt.memory.none",
     "NoMemoryConfig": "dmt.config",
+    "PeerConfig": "dmt.config",
+    "PeerMemory": "dmt.memory.peer",
     "ProductKeyConfig": "dmt.config",
     "ProductKeyMemory": "dmt.memory.product_key",
     "PrunedConfig": "dmt.config",

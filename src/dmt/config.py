@@ -378,6 +378,39 @@ class ProductKeyConfig(MemoryConfig):
             _check_product_keys(num_slots, self.k, self.heads, self.key_width)
 
 
+@dataclass(frozen=True)
+class PeerConfig(MemoryConfig):
+    """Settings of a block's own neurons, each an expert, found by product keys."""
+
+    kind_name: ClassVar[str] = "peer"
+
+    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Neurons, a square number; empty means the first that is at least the block's."""
+    k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Neurons read per token, k / heads by each head; empty means one sixteenth of the block's."""
+    heads: int = bounded(8, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Queries of a token, each with sub-keys of its own."""
+    key_width: Optional[int] = bounded(None, minimum=2, limit=2**16)
+    """Size of a query, an even number; empty means the width."""
+
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        return self.num_slots is not None
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where fields contradict each other."""
+        _check_product_keys(self.num_slots, self.k, self.heads, self.key_width)
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        if self.num_slots is None:
+            num_slots = (math.isqrt(num_neurons - 1) + 1) ** 2
+            _check_product_keys(num_slots, self.k, self.heads, self.key_width)
+
+
 def _check_product_keys(
     num_slots: int | None, k: int | None, heads: int, key_width: int | None
 ) -> None:
@@ -411,6 +444,7 @@ MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
         PrunedConfig,
         ExpertsConfig,
         ProductKeyConfig,
+        PeerConfig,
     )
 }
 

@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from dmt.memory.clustering import assign_evenly, cluster_directions, cluster_evenly
+from dmt.memory.clustering import (
+    arrange_in_grid,
+    assign_evenly,
+    cluster_directions,
+    cluster_evenly,
+)
 
 
 @pytest.mark.parametrize(("num_points", "num_clusters"), [(12, 4), (60, 3), (5, 1), (7, 7)])
@@ -46,3 +51,14 @@ def test_directions_are_clustered_by_cosine():
 
 def test_more_directions_than_points_are_allowed():
     assert cluster_directions(torch.eye(2), 5).isfinite().all()
+
+
+def test_a_grid_has_clusters_as_rows_and_like_offsets_in_a_column():
+    torch.manual_seed(0)
+    rows, columns = 100 * torch.eye(8)[:4], 10 * torch.eye(8)[4:]
+    points = (rows.unsqueeze(1) + columns).flatten(0, 1)
+    shuffled = torch.randperm(16)
+    grid = points[shuffled][arrange_in_grid(points[shuffled], 4)].view(4, 4, 8)
+    assert (grid[..., :4].argmax(-1) == grid[:, :1, :4].argmax(-1)).all()
+    assert (grid[..., 4:].argmax(-1) == grid[:1, :, 4:].argmax(-1)).all()
+    assert sorted(arrange_in_grid(torch.randn(25, 3), 5).tolist()) == list(range(25))

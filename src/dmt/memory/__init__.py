@@ -6,6 +6,7 @@ from dmt.memory.featural import FeaturalMemory
 from dmt.memory.insert_policy import InsertPolicy
 from dmt.memory.low_rank import LowRankMemory
 from dmt.memory.none import NoMemory
+from dmt.memory.peer import PeerMemory
 from dmt.memory.product_key import ProductKeyMemory
 from dmt.memory.pruned import PrunedMemory
 
@@ -16,6 +17,7 @@ __all__ = [
     "InsertPolicy",
     "LowRankMemory",
     "NoMemory",
+    "PeerMemory",
     "ProductKeyMemory",
     "PrunedMemory",
 ]

@@ -66,6 +66,36 @@ def assign_evenly(distances: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def arrange_in_grid(points: Tensor, size: int) -> Tensor:
+    """Return an order of points in which those of a row are alike, and columns are alike in rows.
+
+    Row by row it fills a square. Rows are clusters; a column holds points that lie in the same
+    direction from the centers of their rows.
+
+    Args:
+        points: `(size * size, width)`.
+        size: of a row.
+
+    Returns:
+        Indices of points, `(size * size,)`.
+    """
+    points = points.detach().cpu().float()
+    order = cluster_evenly(points, size).argsort(stable=True).view(size, size)
+    offsets = points[order] - points[order].mean(1, keepdim=True)
+    columns = torch.arange(size).repeat(size, 1)
+    for _ in range(MAX_ROUNDS):
+        aligned = offsets.gather(1, columns.unsqueeze(-1).expand_as(offsets))
+        distances = torch.cdist(offsets, aligned.mean(0).expand_as(offsets))
+        previous, columns = (
+            columns,
+            torch.stack([assign_evenly(of_row).argsort() for of_row in distances]),
+        )
+        if torch.equal(columns, previous):
+            break
+    return order.gather(1, columns).flatten()
+
+
+@torch.no_grad()
 def cluster_directions(points: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     """Return centers of points of length 1, compared by cosine.
 

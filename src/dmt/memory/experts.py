@@ -13,10 +13,8 @@ from dmt.memory.base import BlockShape
 from dmt.memory.clustering import cluster_evenly
 from dmt.memory.neuron_table import NeuronTable
 from dmt.memory.registry import register_memory
-from dmt.memory.slot_table import DEFAULT_K_DIVISOR
+from dmt.memory.slot_table import DEFAULT_K_DIVISOR, NEURON_PARAMETERS
 from dmt.ops import linear, solve_ridge
-
-NEURON_PARAMETERS = ("keys", "key_bias", "gains", "gain_bias", "values")
 
 
 @register_memory("experts", config=ExpertsConfig)

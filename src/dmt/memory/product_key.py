@@ -66,7 +66,9 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
     ) -> None:
         super().__init__()
         self.width, self.num_slots, self.k, self.heads = width, num_slots, k, heads
-        self.query = ProductKeyQuery(width, math.isqrt(num_slots), heads, key_width)
+        self.query = ProductKeyQuery(
+            width, math.isqrt(num_slots), heads, key_width, has_cosines=True
+        )
         self.values = nn.Parameter(torch.empty(num_slots, width))
         self.output_bias = nn.Parameter(torch.empty(width))
         self.gate = nn.Parameter(torch.empty(width, width)) if silu_gate else None

@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, ActivationFn] = {
 JOINT_WEIGHTINGS = ("softmax", "distance")
 SELECTIONS = ("score", "contribution", "centered")
 METRICS = ("euclidean", "fisher")
+# Parameters with an entry for each slot, by the names in `load_feedforward`.
+NEURON_PARAMETERS = ("keys", "key_bias", "gains", "gain_bias", "values")
 # k = num_slots / 16 where the config leaves k empty.
 DEFAULT_K_DIVISOR = 16
 

@@ -21,7 +21,7 @@ from dmt.errors import UserError
 from dmt.memory import FeaturalMemory
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
-from dmt.memory.slot_table import ACTIVATIONS
+from dmt.memory.slot_table import ACTIVATIONS, NEURON_PARAMETERS
 from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.calibration import calibrate_memories
 from dmt.models.equivalence import check_equivalence, has_tied_head
@@ -30,7 +30,6 @@ from dmt.models.memories import get_featural_memories, get_memories
 from dmt.models.modeling import build_student
 
 NEW_VALUE_SCALE = 0.1  # size of the values of new slots, as a fraction of the block's
-SLOT_PARAMETERS = ("keys", "key_bias", "gains", "gain_bias", "values")
 
 BlockTensors = dict[str, Tensor]
 
@@ -360,7 +359,7 @@ def _drop_neurons(
     order = neuron_importance(tensors, activations).argsort(descending=True)
     retained_ids, dropped_ids = order[:num_slots].sort().values, order[num_slots:]
     result = {
-        name: tensor[retained_ids] if name in SLOT_PARAMETERS else tensor.clone()
+        name: tensor[retained_ids] if name in NEURON_PARAMETERS else tensor.clone()
         for name, tensor in tensors.items()
     }
     values = tensors["values"]
@@ -376,7 +375,7 @@ def _add_neurons(
     count = num_slots - len(tensors["keys"])
     pairs = torch.arange(count) // 2
     result = dict(tensors)
-    for name in SLOT_PARAMETERS:
+    for name in NEURON_PARAMETERS:
         if name not in tensors:
             continue
         existing = tensors[name]
