@@ -43,6 +43,8 @@ _EXPORTS = {
     "PrunedMemory": "dmt.memory.pruned",
     "TokenTrace": "dmt.evaluation.trace",
     "SlotTransferResult": "dmt.consolidation.sleep",
+    "TranscoderConfig": "dmt.config",
+    "TranscoderMemory": "dmt.memory.transcoder",
     "UserError": "dmt.errors",
     "bounded": "dmt.validation",
     "compare": "dmt.report.compare",

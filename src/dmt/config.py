@@ -411,6 +411,33 @@ class PeerConfig(MemoryConfig):
             _check_product_keys(num_slots, self.k, self.heads, self.key_width)
 
 
+@dataclass(frozen=True)
+class TranscoderConfig(MemoryConfig):
+    """Settings of a transcoder: the k largest of many latents, decoded, beside an affine skip."""
+
+    kind_name: ClassVar[str] = "transcoder"
+
+    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Latents; empty means one for each neuron of the replaced block."""
+    k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    """Latents decoded per token; empty means one sixteenth of them."""
+    skip_connection: bool = True
+    """Add an affine map of the hidden state."""
+
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        return self.num_slots is not None
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        num_slots = self.num_slots or num_neurons
+        if self.k is not None and self.k > num_slots:
+            raise ArgumentError(f"{ARG}k must be in [1, {ARG}num_slots={num_slots}], got {self.k}")
+
+
 def _check_product_keys(
     num_slots: int | None, k: int | None, heads: int, key_width: int | None
 ) -> None:
@@ -445,6 +472,7 @@ MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
         ExpertsConfig,
         ProductKeyConfig,
         PeerConfig,
+        TranscoderConfig,
     )
 }
 

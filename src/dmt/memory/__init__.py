@@ -9,6 +9,7 @@ from dmt.memory.none import NoMemory
 from dmt.memory.peer import PeerMemory
 from dmt.memory.product_key import ProductKeyMemory
 from dmt.memory.pruned import PrunedMemory
+from dmt.memory.transcoder import TranscoderMemory
 
 __all__ = [
     "AssociativeMemory",
@@ -20,4 +21,5 @@ __all__ = [
     "PeerMemory",
     "ProductKeyMemory",
     "PrunedMemory",
+    "TranscoderMemory",
 ]

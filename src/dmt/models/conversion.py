@@ -230,6 +230,7 @@ def convert_blocks(
         for layer, memory in get_featural_memories(student).items()
         if layer in block_tensors
         and memory.activation_fn is activation_fn
+        and (memory.gains is not None) == arch.gated
         and memory.num_slots >= len(arch.read_tensors(arch.blocks(teacher)[layer])["keys"])
     }
     check_equivalence(teacher, student.eval(), whole_memories, tensor_pairs)
