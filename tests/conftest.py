@@ -59,6 +59,7 @@ SLOW = (
     "test_second_device.py::test_the_host",
     "test_scripts.py::test_the_check_of_a_gpu_runs",
     "test_docs.py::test_commands",
+    "distillation/test_kinds.py::test_it",
     "training/test_distributed.py",
     "models/test_compile.py::test_slots_in_a_file",
     "models/test_compile.py::test_compiled_training",

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as draw
 
 from dmt.cli.main import distill_main
-from dmt.config import AssociativeConfig, Config, FeaturalConfig
+from dmt.config import MEMORY_CONFIGS, Config, FeaturalConfig
 from dmt.data.tokenizer import train_tokenizer
 from dmt.models.conversion import convert_blocks
 
@@ -208,10 +208,11 @@ def draw_settings() -> dict[str, draw.SearchStrategy[str]]:
 
 
 MEMORY = {
-    item.name: draw_value(f"memory.{item.name}", get_type_hints(AssociativeConfig)[item.name])
-    for item in fields(AssociativeConfig)
+    item.name: draw_value(f"memory.{item.name}", get_type_hints(config_class)[item.name])
+    for config_class in reversed(MEMORY_CONFIGS.values())  # those of featural memories win
+    for item in fields(config_class)
     if item.name != "kind"
-} | {"kind": draw.sampled_from(["featural", "associative", "dense", "sparse", "x:y", ""])}
+} | {"kind": draw.sampled_from([*MEMORY_CONFIGS, "sparse", "x:y", ""])}
 changes = draw.lists(
     draw.sampled_from(sorted(MEMORY)).flatmap(
         lambda name: MEMORY[name].map(lambda value: f"{name}: {value}")
@@ -246,6 +247,7 @@ COMBINATIONS = [
     ["memory.search=ivf"],
     ["memory.projections=true", "memory.init=random", "memory.num_slots=32"],
     ["teacher=llama"],
+    *(["memory.k=", "memory.mean_k=", f"memory.kind={kind}"] for kind in MEMORY_CONFIGS),
     ["teacher=llama", "memory.init=random", "memory.num_slots=9", "memory.mean_k=3"],
 ]
 overrides = draw.tuples(

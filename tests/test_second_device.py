@@ -14,6 +14,15 @@ from factories import CACHED, OFFLOADED, ROWS
 
 ROOT = Path(__file__).parents[1]
 CASES = Path(__file__).with_name("device_cases.py")
+# Kinds of memory by layer.
+ROUTED = (
+    "student.layer_overrides=[{layers: 0, memory: {kind: experts, expert_size: 4}}, {layers: 1, "
+    "memory: {kind: peer, heads: 2, k: 8}}, {layers: 2, memory: {kind: product_key, k: 8}}]"
+)
+FITTED = (
+    "student.layer_overrides=[{layers: 0, memory: {kind: transcoder, k: 8}}, {layers: 1, memory: "
+    "{kind: low_rank}}, {layers: 2, memory: {kind: pruned, num_slots: 8}}]"
+)
 
 
 def run_case(name, *arguments, device="cuda"):
@@ -45,6 +54,8 @@ def test_a_run_trains_as_on_the_cpu(artifacts_dir):
         pytest.param(
             [*OFFLOADED, "memory.offload=slots", "memory.search=int8"], id="slots-in-a-file"
         ),
+        pytest.param([ROUTED], id="kinds-with-a-router"),
+        pytest.param([FITTED], id="kinds-that-are-fitted"),
     ],
 )
 def test_runs_of_each_kind_train_as_on_the_cpu(artifacts_dir, arguments):

@@ -31,6 +31,7 @@ from dmt.config import (
     MEMORY_CONFIGS,
     AssociativeConfig,
     Config,
+    DenseConfig,
     FeaturalConfig,
     MemoryConfig,
 )
@@ -636,7 +637,11 @@ def _check_memories(config: Config, memories: Sequence[MemoryConfig]) -> None:
             "memory.kind=associative stores rows in the end-to-end stage; set "
             "stages.end_to_end_steps"
         )
-    if config.stages.layerwise_steps and associative and not slot_memories:
+    learns_by_layer = any(
+        memory.has_slots or not isinstance(memory, AssociativeConfig | DenseConfig)
+        for memory in memories
+    )
+    if config.stages.layerwise_steps and associative and not learns_by_layer:
         raise UserError(
             "memory.base=none in every layer leaves nothing to learn layer by layer; set "
             "stages.layerwise_steps=0"

@@ -415,7 +415,8 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
     import torch
 
     from dmt.evaluation.trace import logit_lens
-    from dmt.memory import AssociativeMemory, FeaturalMemory
+    from dmt.memory import AssociativeMemory
+    from dmt.memory.slot_table import SlotTable
     from dmt.models.architectures import get_architecture
 
     layer, _, index = slot.partition(":")
@@ -427,7 +428,7 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
         )
     block = blocks[int(layer)]
     memory = block.base if isinstance(block, AssociativeMemory) else block
-    if not isinstance(memory, FeaturalMemory):
+    if not isinstance(memory, SlotTable):
         raise UserError(f"--slot {slot}: layer {layer} has no slots")
     if int(index) >= memory.num_slots:
         raise UserError(f"--slot {slot}: layer {layer} has slots 0 to {memory.num_slots - 1}")

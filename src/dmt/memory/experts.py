@@ -37,6 +37,9 @@ class ExpertsMemory(NeuronTable):
         gated: whether a neuron has a second, linear score, its gain (SwiGLU blocks).
         activation_function: the block's function, by its transformers name.
 
+    Raises:
+        ArgumentError: an argument is out of range, or two of them contradict each other.
+
     Source: Zhang et al. 2021, arXiv 2110.01786: experts by balanced k-means of the keys, and the
         choice by predicted activation. The paper trains a router of two layers; here it is linear
         and solved for.
@@ -55,6 +58,7 @@ class ExpertsMemory(NeuronTable):
         gated: bool,
         activation_function: str,
     ) -> None:
+        ExpertsConfig(expert_size=expert_size, k=k).check_block(num_slots)
         super().__init__(width, num_slots, k, gated=gated, activation_function=activation_function)
         self.expert_size = expert_size
         num_experts = num_slots // expert_size

@@ -104,8 +104,8 @@ class NeuronTable(SlotTable, MemoryLayer):
         """Map `(..., width)` to the same shape."""
         flat = hidden.reshape(-1, self.width)
         ids, gates = self.find_slots(flat)
-        self._record_reads(ids, len(flat))
-        if self._gathers_rows(len(flat)):
+        self._record_reads(ids, flat.shape[0])
+        if self._gathers_rows(flat.shape[0]):
             weights = self._gated_weights_at(flat, ids, gates)
             output = self.sum_values(ids, weights) + self.output_bias
         else:
@@ -117,9 +117,14 @@ class NeuronTable(SlotTable, MemoryLayer):
         return output.view_as(hidden)
 
     def _gathers_rows(self, num_tokens: int) -> bool:
-        """Return whether only the rows that are read are touched, which is fast for few of them."""
-        few_tokens = num_tokens < MIN_BATCH_TOKENS and not torch.is_grad_enabled()
-        return few_tokens or self.num_slots > MAX_EXACT_SLOTS
+        """Return whether only the rows that are read are touched, which is fast for few of them.
+
+        The shapes of a compiled or exported model must not depend on the number of tokens.
+        """
+        if self.num_slots > MAX_EXACT_SLOTS:
+            return True
+        has_fixed_shapes = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not has_fixed_shapes and num_tokens < MIN_BATCH_TOKENS
 
     def _gated_weights_at(self, hidden: Tensor, ids: Tensor, gates: Tensor | None) -> Tensor:
         weights = self.compute_weights_at(hidden, self.compute_scores_at(hidden, ids), ids)

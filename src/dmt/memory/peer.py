@@ -50,6 +50,9 @@ class PeerMemory(NeuronTable):
         gated: whether a neuron has a second, linear score, its gain (SwiGLU blocks).
         activation_function: the block's function, by its transformers name.
 
+    Raises:
+        ArgumentError: an argument is out of range, or two of them contradict each other.
+
     Source: He 2024, arXiv 2407.04153.
     """
 
@@ -64,6 +67,7 @@ class PeerMemory(NeuronTable):
         gated: bool,
         activation_function: str,
     ) -> None:
+        PeerConfig(num_slots=num_slots, k=k, heads=heads, key_width=key_width)  # checks them
         super().__init__(width, num_slots, k, gated=gated, activation_function=activation_function)
         self.num_heads = heads
         self.router = ProductKeyQuery(

@@ -51,6 +51,9 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         key_width: size of a query.
         silu_gate: whether to gate the sum.
 
+    Raises:
+        ArgumentError: an argument is out of range, or two of them contradict each other.
+
     Source: Lample et al. 2019, arXiv 1907.05242; Berges et al. 2024, arXiv 2412.09764 (gate).
     """
 
@@ -64,6 +67,7 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         key_width: int,
         silu_gate: bool,
     ) -> None:
+        ProductKeyConfig(num_slots=num_slots, k=k, heads=heads, key_width=key_width)  # checks them
         super().__init__()
         self.width, self.num_slots, self.k, self.heads = width, num_slots, k, heads
         self.query = ProductKeyQuery(
@@ -161,7 +165,7 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         """Map `(..., width)` to the same shape."""
         flat = hidden.reshape(-1, self.width)
         ids, weights = self.read_weights(flat)
-        self._record_reads(ids, len(flat))
+        self._record_reads(ids, flat.shape[0])
         total = F.embedding_bag(
             ids, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum"
         )

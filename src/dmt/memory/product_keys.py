@@ -60,7 +60,7 @@ class ProductKeyQuery(nn.Module):
 
         Those of cosines have length 1.
         """
-        queries = linear(hidden, self.weight, self.bias).view(len(hidden), self.heads, 2, -1)
+        queries = linear(hidden, self.weight, self.bias).view(hidden.shape[0], self.heads, 2, -1)
         return queries if self.scale is None else F.normalize(queries, dim=-1)
 
     def compute_scores(self, hidden: Tensor) -> Tensor:

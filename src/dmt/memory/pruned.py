@@ -47,11 +47,11 @@ class PrunedMemory(NeuronTable):
 
     def find_slots(self, hidden: Tensor) -> tuple[Tensor, None]:
         """Return every slot."""
-        return torch.arange(self.num_slots, device=hidden.device).expand(len(hidden), -1), None
+        return torch.arange(self.num_slots, device=hidden.device).expand(hidden.shape[0], -1), None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
         flat = hidden.reshape(-1, self.width)
-        self._record_reads(self.find_slots(flat)[0], len(flat))
+        self._record_reads(self.find_slots(flat)[0], flat.shape[0])
         weights = self.compute_weights(flat, self.compute_scores(flat))
         return linear(weights, self.values.t(), self.output_bias).view_as(hidden)

@@ -281,7 +281,7 @@ def _slot_counts(config: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
         (layer, section[name])
         for layer, section in sections
-        for name in ("num_slots", "allocated_rows")
+        for name in ("num_slots", "allocated_rows", "rank")
         if name in section
     ]
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config
 from dmt.data.documents import format_counts
 from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory.usage import UsageMixin
 from dmt.models.conversion import TransferReport
 from dmt.models.memories import get_memories
 
@@ -126,6 +127,8 @@ def _describe_memory(memory: nn.Module | None) -> str:
             f"{memory.k} of {memory.num_slots} slots read {basis}, {memory.activation} weights,"
             f" {memory.selection} ranking"
         )
+    if isinstance(memory, UsageMixin):
+        return f"{memory.k} of {memory.num_slots} slots read for each token ({memory.kind})"
     return type(memory).__name__
 
 
