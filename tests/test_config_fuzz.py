@@ -247,7 +247,10 @@ COMBINATIONS = [
     ["memory.search=ivf"],
     ["memory.projections=true", "memory.init=random", "memory.num_slots=32"],
     ["teacher=llama"],
-    *(["memory.k=", "memory.mean_k=", f"memory.kind={kind}"] for kind in MEMORY_CONFIGS),
+    *(
+        [f"student.layer_overrides=[{{layers: all, memory: {{kind: {kind}}}}}]"]
+        for kind in MEMORY_CONFIGS
+    ),
     ["teacher=llama", "memory.init=random", "memory.num_slots=9", "memory.mean_k=3"],
 ]
 overrides = draw.tuples(

@@ -357,9 +357,9 @@ class ProductKeyConfig(MemoryConfig):
     """Values of the memory, a square number; empty means the first at least the block's neurons."""
     k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
     """Slots read per token, k / heads by each head; empty means one sixteenth of the neurons."""
-    heads: int = bounded(4, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    heads: int = bounded(4, minimum=1, limit=2**10)
     """Queries of a token, each with sub-keys of its own."""
-    key_width: Optional[int] = bounded(None, minimum=2, limit=2**16)
+    key_width: Optional[int] = bounded(None, minimum=2, limit=2**14)
     """With `kind: product_key` or `peer`, size of a query, an even number; empty means the
     width."""
     silu_gate: bool = False
@@ -388,9 +388,9 @@ class PeerConfig(MemoryConfig):
     """Neurons, a square number; empty means the first that is at least the block's."""
     k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
     """Neurons read per token, k / heads by each head; empty means one sixteenth of the block's."""
-    heads: int = bounded(8, minimum=1, limit=MAX_SLOTS_PER_LAYER)
+    heads: int = bounded(8, minimum=1, limit=2**10)
     """Queries of a token, each with sub-keys of its own."""
-    key_width: Optional[int] = bounded(None, minimum=2, limit=2**16)
+    key_width: Optional[int] = bounded(None, minimum=2, limit=2**14)
     """Size of a query, an even number; empty means the width."""
 
     @property
