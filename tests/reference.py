@@ -83,3 +83,12 @@ def reference_output(memory, token: Tensor) -> Tensor:
     if memory.skip_connection is not None:
         output = output + memory.skip_connection @ token
     return output
+
+
+def assert_equal_gradients(output, expected, tensors):
+    """Check that two outputs have equal gradients; those of unused tensors are zero."""
+    gradients = torch.autograd.grad(output.sin().sum(), tensors)
+    references = torch.autograd.grad(expected.sin().sum(), tensors, allow_unused=True)
+    for gradient, reference in zip(gradients, references, strict=True):
+        zeros = torch.zeros_like(gradient)
+        torch.testing.assert_close(gradient, zeros if reference is None else reference)

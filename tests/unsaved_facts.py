@@ -34,7 +34,7 @@ def make_relations(width=WIDTH, weights=(WORDS, NEVER, NEVER), lowest_match=LOWE
         normalize(torch.randn(len(list_bank_clauses()), width, generator=generator), dim=-1),
     )
     return RelationMatcher(
-        [space],
+        space,
         torch.tensor(weights),
         torch.linspace(lowest_match, -1, len(RATES)).expand(3, -1).contiguous(),
         torch.zeros(width + 1),

@@ -347,14 +347,17 @@ class ExpertsConfig(MemoryConfig):
             )
 
 
-@dataclass(frozen=True)
-class ProductKeyConfig(MemoryConfig):
-    """Settings of a product-key memory: a large table whose keys are pairs of sub-keys."""
+def round_up_to_square(count: int) -> int:
+    """Return the smallest square that is at least `count`, a positive number."""
+    return (math.isqrt(count - 1) + 1) ** 2
 
-    kind_name: ClassVar[str] = "product_key"
+
+@dataclass(frozen=True)
+class _ProductKeySearchConfig(MemoryConfig):
+    """Settings of a search by product keys."""
 
     num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """Values of the memory, a square number; empty means the first at least the block's neurons."""
+    """Slots of the memory, a square number; empty means the first at least the block's neurons."""
     k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
     """Slots read per token, k / heads by each head; empty means one sixteenth of the neurons."""
     heads: int = bounded(4, minimum=1, limit=2**10)
@@ -362,53 +365,60 @@ class ProductKeyConfig(MemoryConfig):
     key_width: Optional[int] = bounded(None, minimum=2, limit=2**14)
     """With `kind: product_key` or `peer`, size of a query, an even number; empty means the
     width."""
-    silu_gate: bool = False
-    """With `kind: product_key`, multiply what is read by a gate and map it linearly, as Memory+."""
 
     def check(self) -> None:
         """Raise `ArgumentError` where fields contradict each other."""
-        _check_product_keys(self.num_slots, self.k, self.heads, self.key_width)
+        self._check_num_slots(self.num_slots)
+        if self.k is not None and self.k % self.heads:
+            raise ArgumentError(f"{ARG}k={self.k} must be a multiple of {ARG}heads={self.heads}")
+        if self.key_width is not None and self.key_width % 2:
+            raise ArgumentError(f"{ARG}key_width must be an even number, got {self.key_width}")
 
     def check_block(
         self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
     ) -> None:
         """Raise `ArgumentError` where the memory cannot replace such a block."""
-        if self.num_slots is None:
-            num_slots = (math.isqrt(num_neurons - 1) + 1) ** 2
-            _check_product_keys(num_slots, self.k, self.heads, self.key_width)
+        self._check_num_slots(self.num_slots or round_up_to_square(num_neurons))
+
+    def _check_num_slots(self, num_slots: int | None) -> None:
+        if num_slots is None:
+            return
+        low = math.isqrt(num_slots)
+        if low**2 != num_slots:
+            raise ArgumentError(
+                f"{ARG}num_slots must be a square number, since keys are pairs, got {num_slots}; "
+                f"the nearest are {max(1, low**2)} and {(low + 1) ** 2}"
+            )
+        if self.k is not None and self.k > num_slots * self.heads:
+            raise ArgumentError(
+                f"{ARG}k must be at most {num_slots * self.heads}, {ARG}num_slots for each of "
+                f"{ARG}heads={self.heads}, got {self.k}"
+            )
 
 
 @dataclass(frozen=True)
-class PeerConfig(MemoryConfig):
+class ProductKeyConfig(_ProductKeySearchConfig):
+    """Settings of a product-key memory: a large table whose keys are pairs of sub-keys."""
+
+    kind_name: ClassVar[str] = "product_key"
+
+    silu_gate: bool = False
+    """With `kind: product_key`, multiply what is read by a gate and map it linearly, as Memory+."""
+
+
+@dataclass(frozen=True)
+class PeerConfig(_ProductKeySearchConfig):
     """Settings of a block's own neurons, each an expert, found by product keys."""
 
     kind_name: ClassVar[str] = "peer"
 
-    num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """Neurons, a square number; empty means the first that is at least the block's."""
-    k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """Neurons read per token, k / heads by each head; empty means one sixteenth of the block's."""
     heads: int = bounded(8, minimum=1, limit=2**10)
     """Queries of a token, each with sub-keys of its own."""
-    key_width: Optional[int] = bounded(None, minimum=2, limit=2**14)
-    """Size of a query, an even number; empty means the width."""
 
     @property
     def resizes_block(self) -> bool:
         """Whether it copies another number of neurons, which are chosen from calibration text."""
         return self.num_slots is not None
-
-    def check(self) -> None:
-        """Raise `ArgumentError` where fields contradict each other."""
-        _check_product_keys(self.num_slots, self.k, self.heads, self.key_width)
-
-    def check_block(
-        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
-    ) -> None:
-        """Raise `ArgumentError` where the memory cannot replace such a block."""
-        if self.num_slots is None:
-            num_slots = (math.isqrt(num_neurons - 1) + 1) ** 2
-            _check_product_keys(num_slots, self.k, self.heads, self.key_width)
 
 
 @dataclass(frozen=True)
@@ -436,27 +446,6 @@ class TranscoderConfig(MemoryConfig):
         num_slots = self.num_slots or num_neurons
         if self.k is not None and self.k > num_slots:
             raise ArgumentError(f"{ARG}k must be in [1, {ARG}num_slots={num_slots}], got {self.k}")
-
-
-def _check_product_keys(
-    num_slots: int | None, k: int | None, heads: int, key_width: int | None
-) -> None:
-    """Raise `ArgumentError` where settings of product keys contradict each other."""
-    if num_slots is not None and math.isqrt(num_slots) ** 2 != num_slots:
-        low = math.isqrt(num_slots)
-        raise ArgumentError(
-            f"{ARG}num_slots must be a square number, since keys are pairs, got {num_slots}; the "
-            f"nearest are {max(1, low**2)} and {(low + 1) ** 2}"
-        )
-    if k is not None and k % heads:
-        raise ArgumentError(f"{ARG}k={k} must be a multiple of {ARG}heads={heads}")
-    if k is not None and num_slots is not None and k > num_slots * heads:
-        raise ArgumentError(
-            f"{ARG}k must be at most {num_slots * heads}, {ARG}num_slots for each of "
-            f"{ARG}heads={heads}, got {k}"
-        )
-    if key_width is not None and key_width % 2:
-        raise ArgumentError(f"{ARG}key_width must be an even number, got {key_width}")
 
 
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.

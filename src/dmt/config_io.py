@@ -852,9 +852,9 @@ def _resolve_context_paths(values: dict[Any, Any], config_path: Path) -> None:
     for name in ("file", "questions"):
         path = context.get(name)
         if isinstance(path, str) and not Path(path).exists():
-            beside = config_path.parent / path
-            if beside.is_file():
-                context[name] = str(beside)
+            neighbor = config_path.parent / path
+            if neighbor.is_file():
+                context[name] = str(neighbor)
 
 
 def _get_record_config(record: dict[Any, Any], path: Path) -> dict[Any, Any]:

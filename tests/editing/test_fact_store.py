@@ -38,6 +38,7 @@ from dmt.matching.questions import SUBJECT
 from dmt.matching.relations import (
     RATES,
     RelationMatcher,
+    StateSpace,
     compute_whitening,
     get_word_weights,
     list_bank_clauses,
@@ -591,7 +592,7 @@ def test_calibration_matches_its_definition(any_teacher, tokenizer):
     is_other = relations.unsqueeze(0) != relations.unsqueeze(1)
     for layer, matcher in matchers.items():
         states = collect_hidden_states(any_teacher, windows, [list(range(1, 32))] * 6, [layer])
-        (space,) = matcher.spaces
+        space = matcher.space
         torch.testing.assert_close(space.mean, states[layer].mean(0), rtol=0.3, atol=0.3)
         ends = [[len(text) - 1] for text in texts]
         bank = collect_hidden_states(any_teacher, texts, ends, [layer])[layer]
@@ -645,7 +646,7 @@ def test_candidate_layers_and_the_chosen_key_layer():
     assert list_candidate_layers(12) == [3, 6, 9, 11]
     assert list_candidate_layers(30) == [7, 15, 22, 29]
     assert [list_candidate_layers(n) for n in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
-    blank = RelationMatcher([], *[torch.zeros(1)] * 4)
+    blank = RelationMatcher(StateSpace(*[torch.zeros(1)] * 4), *[torch.zeros(1)] * 4)
     for shares, best in (
         ({0: 0.1, 3: 0.8, 6: 0.7}, 3),
         ({0: 0.79, 3: 0.796, 6: 0.8}, 3),
@@ -836,11 +837,11 @@ def test_the_nearest_of_conflicting_facts_is_taken_in_any_order(fact_store):
 
 
 def test_parts_of_one_statement_do_not_conflict(fact_store):
-    whole = fact_store.write(prompt="Ada lives in", answer="Rows or March", subject="Ada")
+    first = fact_store.write(prompt="Ada lives in", answer="Rows or March", subject="Ada")
     part = fact_store.write(prompt="Ada lives in Rows", answer="March", subject="Ada")
     assert (part.status, part.replaced_fact) == ("written", None)
     again = fact_store.write(prompt="Ada lives in", answer="March", subject="Ada")
-    assert again.replaced_fact == whole.fact
+    assert again.replaced_fact == first.fact
 
 
 def test_facts_in_another_language_conflict_only_where_they_share_words(fact_store):
@@ -923,7 +924,7 @@ def test_a_question_may_fill_the_context(fact_store, teacher, tokenizer):
         text += " the"
     assert len(fact_store.codec.encode_clause(text.replace("Al", SUBJECT))) > POSITIONS
     assert torch.isfinite(compute_logits(teacher, tokenizer, text)).all()
-    assert [found.fact for found in fact_store.search(text)] == [fact]
+    assert [result.fact for result in fact_store.search(text)] == [fact]
 
 
 def test_a_fact_of_another_name_in_the_text_does_not_fire(fact_store, teacher, tokenizer):
@@ -984,10 +985,10 @@ def test_a_packed_document_does_not_ask_about_the_one_before(fact_store, teacher
     last = tokens.shape[1] - 1
     one_document = torch.arange(last + 1)[None]
     two_documents = torch.cat([torch.arange(len(part)) for part in parts])[None]
-    for positions, asks in ((one_document, True), (two_documents, False)):
+    for positions, fires in ((one_document, True), (two_documents, False)):
         with record_matches(teacher) as passes:
             teacher(tokens, position_ids=positions)
-        assert any(match.token == last for match in passes[0]) == asks
+        assert any(match.token == last for match in passes[0]) == fires
 
 
 def test_a_repeated_fact_is_unchanged_and_a_contradiction_replaces(fact_store, teacher, tokenizer):
@@ -1101,8 +1102,8 @@ def test_a_chain_of_replacements_can_be_restored_both_ways(fact_store, teacher, 
     facts = [parse_fact(f"Ada lives in {where}") for where in ("Ravenhill", "Rows", "March")]
     a, b, c = (fact_store.write_many([fact])[0].fact for fact in facts)
     with_c = compute_logits(teacher, tokenizer)
-    back, against = fact_store.restore(a.id)
-    assert (back, against) == (a, [c])
+    restored, conflicts = fact_store.restore(a.id)
+    assert (restored, conflicts) == (a, [c])
     assert list(fact_store.records) == [a.id]
     assert recalls(teacher, tokenizer, facts[0])
     history = {fact.id: fact for fact in fact_store.fact_table.read(include_deleted=True)}

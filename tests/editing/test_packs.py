@@ -105,7 +105,7 @@ def save_altered(pack, path, change=lambda manifest: None, **tensors):
 def assert_equal_packs(first, second):
     assert first.manifest == second.manifest
     assert first.facts == second.facts
-    assert first.calibration.keys() == second.calibration.keys() == set(list_tensor_shapes([1]))
+    assert first.calibration.keys() == second.calibration.keys() == set(list_tensor_shapes(1))
     for name in ("keys", "values"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     for name, array in first.calibration.items():

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAYERS, SLOTS, make_teacher
+from reference import assert_equal_gradients
 
 import dmt
+from dmt.config import round_up_to_square
 from dmt.config_io import check_config, load_config
 from dmt.errors import UserError
 from dmt.memory import ProductKeyMemory
-from dmt.memory.product_keys import round_up_to_square
 from dmt.memory.usage import record_usage
 from dmt.models.forward import forward_teacher
 from dmt.models.memories import get_memories, get_slot_memories
@@ -70,12 +71,7 @@ def test_value_and_gradient_are_those_of_scoring_every_key(k, heads, silu_gate):
     output, expected = memory(hidden), reference_output(memory, hidden)
     assert torch.allclose(output, expected)
     tensors = [hidden, *memory.parameters()]
-    for ours, reference in zip(
-        torch.autograd.grad(output.sin().sum(), tensors),
-        torch.autograd.grad(expected.sin().sum(), tensors),
-        strict=True,
-    ):
-        assert torch.allclose(ours, reference)
+    assert_equal_gradients(output, expected, tensors)
 
 
 def test_the_search_is_exact():

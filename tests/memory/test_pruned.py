@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import LAYERS, SLOTS, make_teacher
-from reference import gelu_tanh
+from reference import assert_equal_gradients, gelu_tanh
 
 import dmt
 from dmt.config_io import check_config, load_config
@@ -40,12 +40,7 @@ def test_value_and_gradient_are_those_of_its_definition():
     )
     output, tensors = memory(hidden), [hidden, *memory.parameters()]
     assert torch.allclose(output, expected)
-    for ours, reference in zip(
-        torch.autograd.grad(output.sin().sum(), tensors),
-        torch.autograd.grad(expected.sin().sum(), tensors),
-        strict=True,
-    ):
-        assert torch.allclose(ours, reference)
+    assert_equal_gradients(output, expected, tensors)
 
 
 def test_neurons_that_vary_least_are_left_out_and_their_mean_stays(tokens):

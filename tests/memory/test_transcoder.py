@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import SLOTS, make_llama, make_teacher
+from reference import assert_equal_gradients
 
 import dmt
 from dmt.config_io import check_config, load_config
@@ -44,12 +45,7 @@ def test_value_and_gradient_are_those_of_its_definition(k, skip_connection):
     output, expected = memory(hidden), reference_output(memory, hidden)
     assert torch.allclose(output, expected)
     tensors = [hidden, *memory.parameters()]
-    for ours, reference in zip(
-        torch.autograd.grad(output.sin().sum(), tensors),
-        torch.autograd.grad(expected.sin().sum(), tensors),
-        strict=True,
-    ):
-        assert torch.allclose(ours, reference)
+    assert_equal_gradients(output, expected, tensors)
 
 
 def test_a_block_of_relu_neurons_is_exact_with_every_latent(tokens):

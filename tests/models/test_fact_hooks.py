@@ -118,7 +118,7 @@ def test_facts_of_a_packed_row_are_those_of_each_document(llama, tokenizer, born
         for token, match in matches.items()
     }
     ends = [starts[2], starts[5]]
-    assert sorted(packed) == [end + back for end in ends for back in (-2, -1)], (
+    assert sorted(packed) == [end + offset for end in ends for offset in (-2, -1)], (
         "a name that spans two documents is none"
     )
 

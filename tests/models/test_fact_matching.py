@@ -90,18 +90,18 @@ def test_facts_fire_alike_in_one_pass_token_by_token_padded_and_packed(
     model, tokenizer, facts, text, calibration
 ):
     attach_facts(model, tokenizer, facts, relations=make_relations(**calibration))
-    whole, logits = run_pass(model, [text])
-    expected, scores = shift(whole, 0), list_scores(whole)
+    matches, logits = run_pass(model, [text])
+    expected, scores = shift(matches, 0), list_scores(matches)
     assert {(1, 0), (2, 0)} <= set(expected.values())
 
-    cache, tokenwise, pieces = DynamicCache(), [], []
+    cache, tokenwise, step_logits = DynamicCache(), [], []
     for position, token in enumerate(text):
-        matches, piece = run_pass(model, [[token]], past_key_values=cache)
+        matches, token_logits = run_pass(model, [[token]], past_key_values=cache)
         tokenwise += [(position, match.fact.id, match.position, match.score) for match in matches]
-        pieces.append(piece)
+        step_logits.append(token_logits)
     assert {token: (fact, position) for token, fact, position, _ in tokenwise} == expected
     np.testing.assert_allclose([score for *_, score in tokenwise], scores, atol=SCORE_ERROR)
-    torch.testing.assert_close(torch.cat(pieces, 1), logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat(step_logits, 1), logits, rtol=1e-3, atol=1e-3)
 
     other = encode(tokenizer, "Bob Stone lives in the town of")
     num_padding = len(text) - len(other)

@@ -32,8 +32,8 @@ def table(path):
 
 def lookup_records(index, *subject_keys):
     """Return the records by subject key, and check their rows."""
-    found = index.lookup(subject_keys)
-    for facts in found.values():
+    facts_by_key = index.lookup(subject_keys)
+    for facts in facts_by_key.values():
         for fact in facts:
             entry = make_entry(
                 fact.record.subject, fact.record.prompt.removeprefix(f"{fact.record.subject} ")
@@ -41,7 +41,7 @@ def lookup_records(index, *subject_keys):
             np.testing.assert_array_equal(fact.keys, entry[1])
             np.testing.assert_array_equal(fact.values, entry[2])
             assert fact.keys.dtype == fact.values.dtype == np.float32
-    return {key: [fact.record for fact in facts] for key, facts in found.items()}
+    return {key: [fact.record for fact in facts] for key, facts in facts_by_key.items()}
 
 
 def read_records(table, *subject_keys):
@@ -180,10 +180,10 @@ def test_facts_in_memory_are_found_beside_those_of_the_store(table):
     index = FactIndex(table)
     packed, other = (StoredFact(*make_entry(name, "packed")) for name in ("Ada", "Ben"))
     index.set_unsaved([packed, other])
-    found = index.lookup(["ada", "ben", "cid"])
-    assert [fact.record for fact in found["ada"]] == [ada, packed.record]
-    assert found["ben"] == [other]
-    assert set(found) == {"ada", "ben"}
+    facts_by_key = index.lookup(["ada", "ben", "cid"])
+    assert [fact.record for fact in facts_by_key["ada"]] == [ada, packed.record]
+    assert facts_by_key["ben"] == [other]
+    assert set(facts_by_key) == {"ada", "ben"}
     assert len(index) == 3
     index.set_unsaved([])
     assert lookup_records(index, "ada", "ben") == {"ada": [ada]}

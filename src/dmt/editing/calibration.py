@@ -77,11 +77,11 @@ def calibrate(
         positions.append([*incomplete, len(ids) - 1])
     states = collect_hidden_states(model, texts, positions, layers)
     ends = [index for chosen in positions for index in [False] * (len(chosen) - 1) + [True]]
-    is_end = torch.tensor(ends)
+    is_end = torch.tensor(ends, device=model.device)
     return {
         layer: fit_matcher(
             prefixes,
-            [StateSamples(prose_states[layer], states[layer][is_end], states[layer][~is_end])],
+            StateSamples(prose_states[layer], states[layer][is_end], states[layer][~is_end]),
         )
         for layer in layers
     }

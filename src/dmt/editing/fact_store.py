@@ -923,7 +923,7 @@ def find_nearest_facts(
     check_length(
         fact_store.model, fact_store.tokenizer, encode_text(fact_store.tokenizer, text), "the text"
     )
-    space, layer = fact_store.hooks.matcher.relations.spaces[0], fact_store.hooks.key_layer
+    space, layer = fact_store.hooks.matcher.relations.space, fact_store.hooks.key_layer
     max_tokens = fact_store.model.config.max_position_embeddings
     clause = fact_store.codec.encode_clause(mask_names(text))[-max_tokens:]
     state = collect_hidden_states(fact_store.model, [clause], [[len(clause) - 1]], [layer])[layer]

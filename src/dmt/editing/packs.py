@@ -191,7 +191,7 @@ class FactPack(Pack):
         # As they are, whatever the manifest states.
         manifest["tags"] = _list_tags(fact.tag for fact in facts)
         manifest["counts"] = {"facts": len(facts), "rows": num_rows}
-        calibration_shapes = list_tensor_shapes([width])
+        calibration_shapes = list_tensor_shapes(width)
         shapes = {"keys": [num_rows, width], "values": [num_rows, width]} | calibration_shapes
 
         def build(arrays: Arrays) -> FactPack:

@@ -44,11 +44,13 @@ MIXED = frozenset(
         "illness date",
     }
 )
-# Tensors of a space, as stores and packs hold them: of the model's, and of the encoder's.
+# Tensors of a `RelationMatcher`, as stores and packs hold them: of its space, and of its scores.
 SPACE_TENSORS = ("mean", "metric", "center", "bank_states")
-SPACE_PREFIXES = ("", "encoder_")
-# And of the scores.
 SCORE_TENSORS = ("weights", "quantiles", "completion", "gate")
+# Features of a pair of clauses that each score is made of: with the share of one relation the
+# cosine of the words or that of the states, and for relations that the bank does not have both.
+SCORE_FEATURES = ((0, 2), (1, 2), (0, 1))
+NUM_FEATURES = 3
 MIN_BANK_COSINE = 0.4  # with a phrasing of the bank, from which on a clause is English
 INTERNATIONAL_WORDS = load_words("international_words")  # of English and of other languages
 TEMPERATURE = 0.1  # of the softmax over relations
@@ -96,32 +98,32 @@ IRREGULAR = {
 }
 
 
-def list_tensor_shapes(widths: Sequence[int]) -> dict[str, list[int]]:
+def list_tensor_shapes(width: int) -> dict[str, list[int]]:
     """Return the shapes of a matcher's tensors by name.
 
     Args:
-        widths: of the states of each space.
+        width: of the states.
     """
-    num_scores = num_features = 2 + len(widths)
-    shapes = {
-        "weights": [num_scores, num_features + 1],  # and a bias
-        "quantiles": [num_scores, len(RATES)],
-        "completion": [widths[0] + 1],
+    return {
+        "mean": [width],
+        "metric": [width, width],
+        "center": [width],
+        "bank_states": [len(list_bank_clauses()), width],
+        "weights": [len(SCORE_FEATURES), NUM_FEATURES + 1],  # and a bias
+        "quantiles": [len(SCORE_FEATURES), len(RATES)],
+        "completion": [width + 1],
         "gate": [3],
     }
-    for prefix, width in zip(SPACE_PREFIXES, widths, strict=False):
-        sizes = ([width], [width, width], [width], [len(list_bank_clauses()), width])
-        shapes |= {prefix + name: size for name, size in zip(SPACE_TENSORS, sizes, strict=True)}
-    return shapes
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute without the caller's autocast, so that it changes nothing that is stored or compared.
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU in full precision, whatever the caller's default device and autocast.
 
-    As a decorator it makes a new context for each call: calls may nest, and threads overlap.
+    So they change nothing that is stored or compared. As a decorator it makes a new context for
+    each call: calls may nest, and threads overlap.
     """
-    with torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield
 
 
@@ -268,13 +270,13 @@ class ClauseFeatures:
 
     Attributes:
         texts: of `n` clauses.
-        states: `(n, width)` states after them in each space, at unit length.
+        states: `(n, width)` states after them, as `StateSpace.embed` returns them.
         relation_shares: `(n, relations)` how likely each relation of the bank is.
-        completeness: `(n,)` log-odds that an answer follows, by the states of the first space.
+        completeness: `(n,)` log-odds that an answer follows, by the states.
     """
 
     texts: Sequence[str]
-    states: Sequence[Tensor]
+    states: Tensor
     relation_shares: Tensor
     completeness: Tensor
 
@@ -310,7 +312,7 @@ class StateSpace:
     center: Tensor
     bank_states: Tensor
 
-    @full_precision()
+    @on_cpu()
     def embed(self, hidden: Tensor) -> Tensor:
         """Return states `(n, width)` in the metric, centered, at unit length."""
         unit = F.normalize((hidden.float().cpu() - self.mean) @ self.metric, dim=-1)
@@ -319,28 +321,27 @@ class StateSpace:
 
 @dataclass(frozen=True)
 class RelationMatcher:
-    """Compares what clauses ask: their words, and states after them in one or more spaces.
+    """Compares what clauses ask by their words and by the hidden states after them.
 
-    Words and each space say how likely each relation of the bank is. The product of these shares
+    Words and states each say how likely each relation of the bank is. The product of these shares
     decides, together with how near the words or the states of two clauses are; for relations that
     the bank does not have, words and states alone.
 
     Attributes:
-        spaces: of hidden states of one layer of one model, and of an encoder of sentences where
-            there is one.
-        weights: `(scores, features + 1)` of the features of `stack_features`, and a bias. Each
-            cosine has a score together with the share; the last score has all cosines.
+        space: of the hidden states of one layer of one model.
+        weights: `(scores, features + 1)` of the features of `stack_features`, and a bias; 0 for
+            those that are not among a score's `SCORE_FEATURES`.
         quantiles: `(scores, rates)` scores that a share `RATES` of pairs that ask different things
             exceed.
         completion: `(width + 1,)` weights of a state, and a bias, for the log-odds that an answer
             follows.
-        gate: `(3,)` weights of the cosine of the states in the first space and of the completeness
-            of the first clause, and a bias; below 0 the first clause is not complete.
+        gate: `(3,)` weights of the cosine of the states and of the completeness of the first
+            clause, and a bias; below 0 the first clause is not complete.
         paraphrase_recall: share of pairs of phrasings of one relation that are recognized at a rate
             of .01, where the phrasing is not in the bank.
     """
 
-    spaces: Sequence[StateSpace]
+    space: StateSpace
     weights: Tensor
     quantiles: Tensor
     completion: Tensor
@@ -354,66 +355,38 @@ class RelationMatcher:
         Raises:
             UserError: they are of another version of dmt.
         """
-        spaces = [
-            StateSpace(*(tensors[prefix + name] for name in SPACE_TENSORS))
-            for prefix in SPACE_PREFIXES
-            if prefix + SPACE_TENSORS[0] in tensors
-        ]
-        weights, quantiles, completion, gate = (tensors[name] for name in SCORE_TENSORS)
-        matcher = cls(spaces, weights, quantiles, completion, gate)
-        shapes = list_tensor_shapes([len(space.mean) for space in spaces])
-        if any(list(tensor.shape) != shapes[name] for name, tensor in matcher.tensors.items()):
+        shapes = list_tensor_shapes(len(tensors["mean"]) if "mean" in tensors else 0)
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise UserError(
                 "these facts were calibrated by another version of dmt; dmt memory rebind writes "
                 "them for this one"
             )
-        return matcher
+        mean, metric, center, bank_states = (tensors[name] for name in SPACE_TENSORS)
+        weights, quantiles, completion, gate = (tensors[name] for name in SCORE_TENSORS)
+        space = StateSpace(mean, metric, center, bank_states)
+        return cls(space, weights, quantiles, completion, gate)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        tensors = {name: getattr(self, name) for name in SCORE_TENSORS}
-        for prefix, space in zip(SPACE_PREFIXES, self.spaces, strict=False):
-            tensors |= {prefix + name: getattr(space, name) for name in SPACE_TENSORS}
-        return tensors
+        return {name: getattr(self.space, name) for name in SPACE_TENSORS} | {
+            name: getattr(self, name) for name in SCORE_TENSORS
+        }
 
-    @full_precision()
-    def describe(self, texts: Sequence[str], *states: Tensor) -> ClauseFeatures:
+    @on_cpu()
+    def describe(self, texts: Sequence[str], hidden: Tensor) -> ClauseFeatures:
         """Compute the features of clauses.
 
         Args:
             texts: with `SUBJECT` for the subject.
-            states: `(texts, width)` after them, of each space.
+            hidden: `(texts, width)` hidden states after them.
         """
-        embedded = [space.embed(hidden) for space, hidden in zip(self.spaces, states, strict=True)]
-        completeness = embedded[0] @ self.completion[:-1] + self.completion[-1]
-        return ClauseFeatures(texts, embedded, self._share_relations(texts, embedded), completeness)
+        states = self.space.embed(hidden)
+        completeness = states @ self.completion[:-1] + self.completion[-1]
+        shares = share_relations(texts, states, self.space.bank_states)
+        return ClauseFeatures(texts, states, shares, completeness)
 
-    def _share_relations(
-        self, texts: Sequence[str], embedded: Sequence[Tensor], excluded: Tensor | None = None
-    ) -> Tensor:
-        """Return how likely each relation is `(texts, relations)`.
-
-        Args:
-            texts: of clauses.
-            embedded: their states in each space.
-            excluded: `(texts, phrasings)` whether a phrasing of the bank does not count.
-        """
-        words = get_word_weights()
-        cosines = [words.compare(texts)]
-        for space, states in zip(self.spaces, embedded, strict=True):
-            cosines.append(states @ space.bank_states.t())
-        logits = cosines[0].new_zeros(len(texts), int(words.relations.max()) + 1)
-        for similarity in cosines:
-            if excluded is not None:
-                similarity = similarity.masked_fill(excluded, -1.0)
-            best = torch.full_like(logits, -1.0).scatter_reduce(
-                1, words.relations.expand(len(texts), -1), similarity, "amax"
-            )
-            logits = logits + best / TEMPERATURE
-        return logits.softmax(1)
-
-    @full_precision()
+    @on_cpu()
     def compute_rarity(self, first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
         """Compute how rare a match as good is between clauses that ask different things.
 
@@ -448,15 +421,14 @@ class RelationMatcher:
         return torch.stack(rarities).amax(0)
 
 
-def fit_matcher(
-    prefixes: Sequence[tuple[str, int]], samples: Sequence[StateSamples]
-) -> RelationMatcher:
+@on_cpu()
+def fit_matcher(prefixes: Sequence[tuple[str, int]], samples: StateSamples) -> RelationMatcher:
     """Fit a matcher to the states of prose and of the bank.
 
     Args:
         prefixes: phrasings that are not complete, where no answer follows, and the index of the
             whole phrasing.
-        samples: of each space.
+        samples: hidden states of one layer.
 
     Source: ours. The product of shares is a product of experts (Hinton, 2002). The weights are
         logistic regressions on pairs of phrasings; a phrasing is left out of the bank for its own
@@ -467,48 +439,66 @@ def fit_matcher(
     texts = [clause.text for clause in words.clauses]
     prefix_texts = [text for text, _ in prefixes]
     owners = torch.tensor([index for _, index in prefixes], dtype=torch.long)
-    spaces = [_fit_space(sample, relations) for sample in samples]
-    bank_states = [space.bank_states for space in spaces]
-    prefix_states = [
-        space.embed(sample.prefixes) for space, sample in zip(spaces, samples, strict=True)
-    ]
+    space = _fit_space(samples, relations)
+    bank_states, prefix_states = space.bank_states, space.embed(samples.prefixes)
     completion, completeness = _fit_completion(
-        bank_states[0], prefix_states[0], relations, relations[owners]
-    )
-    shapes = list_tensor_shapes([len(space.mean) for space in spaces])
-    matcher = RelationMatcher(
-        spaces,
-        torch.zeros(shapes["weights"]),
-        torch.zeros(shapes["quantiles"]),
-        completion,
-        torch.zeros(shapes["gate"]),
+        bank_states, prefix_states, relations, relations[owners]
     )
     own = torch.eye(len(texts), dtype=torch.bool)
-    shares = matcher._share_relations(texts, bank_states, own)
-    prefix_shares = matcher._share_relations(prefix_texts, prefix_states, own[owners])
+    shares = share_relations(texts, bank_states, bank_states, own)
+    prefix_shares = share_relations(prefix_texts, prefix_states, bank_states, own[owners])
     bank = ClauseFeatures(texts, bank_states, shares, completeness[: len(texts)])
     cut = ClauseFeatures(prefix_texts, prefix_states, prefix_shares, completeness[len(texts) :])
     is_same = relations.unsqueeze(0) == relations.unsqueeze(1)
+    is_paraphrase = is_same & ~own
     is_own_relation = relations[owners].unsqueeze(1) == relations.unsqueeze(0)
     pairs, prefix_pairs = stack_features(bank, bank), stack_features(cut, bank)
-    positives, negatives = pairs[is_same & ~own], pairs[~is_same]
-    different = torch.cat([negatives, prefix_pairs[~is_own_relation]])[::NEGATIVE_STRIDE]
-    num_cosines = 1 + len(spaces)
-    columns_by_score = [[index, num_cosines] for index in range(num_cosines)]
-    columns_by_score.append(list(range(num_cosines)))
-    for score, columns in enumerate(columns_by_score):
-        weights = _fit_logistic(positives[:, columns], negatives[::NEGATIVE_STRIDE][:, columns])
-        matcher.weights[score, [*columns, -1]] = weights
-        scores = different[:, columns] @ weights[:-1] + weights[-1]
-        ranks = [min(len(different) - 1, int(rate * len(different))) for rate in RATES]
-        matcher.quantiles[score] = scores.sort(descending=True).values[ranks]
-    complete = stack_completeness(bank, bank)[is_same & ~own]
-    gate = _fit_logistic(complete, stack_completeness(cut, bank)[is_own_relation])
-    scores = complete @ gate[:-1]
-    matcher.gate[:-1] = gate[:-1]
-    matcher.gate[-1] = -scores.sort().values[int((1 - GATE_RECALL) * len(scores))]
-    is_recalled = (matcher._to_rarity(positives) >= 2) & (scores + matcher.gate[-1] >= 0)
+    weights, quantiles = _fit_scores(
+        pairs[is_paraphrase], pairs[~is_same], prefix_pairs[~is_own_relation]
+    )
+    gate = _fit_gate(
+        stack_completeness(bank, bank)[is_paraphrase],
+        stack_completeness(cut, bank)[is_own_relation],
+    )
+    matcher = RelationMatcher(space, weights, quantiles, completion, gate)
+    is_recalled = matcher.compute_rarity(bank, bank)[is_paraphrase] >= 2
     return replace(matcher, paraphrase_recall=float(is_recalled.float().mean()))
+
+
+def _fit_scores(paraphrases: Tensor, others: Tensor, cut_others: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit the scores, and how high those of pairs that ask different things are.
+
+    Args:
+        paraphrases: features of pairs that ask the same.
+        others: of pairs that ask different things.
+        cut_others: the same, where the first clause is not complete.
+
+    Returns:
+        Weights and quantiles of a `RelationMatcher`.
+    """
+    different = torch.cat([others, cut_others])[::NEGATIVE_STRIDE]
+    ranks = [min(len(different) - 1, int(rate * len(different))) for rate in RATES]
+    weights = torch.zeros(len(SCORE_FEATURES), NUM_FEATURES + 1)
+    quantiles = []
+    for index, features in enumerate(SCORE_FEATURES):
+        columns = list(features)
+        fitted = _fit_logistic(paraphrases[:, columns], others[::NEGATIVE_STRIDE][:, columns])
+        weights[index, [*columns, -1]] = fitted
+        scores = different[:, columns] @ fitted[:-1] + fitted[-1]
+        quantiles.append(scores.sort(descending=True).values[ranks])
+    return weights, torch.stack(quantiles)
+
+
+def _fit_gate(complete: Tensor, cut: Tensor) -> Tensor:
+    """Fit what tells complete clauses; a share `GATE_RECALL` of them passes.
+
+    Args:
+        complete: `stack_completeness` of pairs that ask the same.
+        cut: of beginnings of clauses with whole clauses of their relation.
+    """
+    weights = _fit_logistic(complete, cut)[:-1]
+    scores = (complete @ weights).sort().values
+    return torch.cat([weights, -scores[int((1 - GATE_RECALL) * len(scores))].unsqueeze(0)])
 
 
 def _fit_completion(
@@ -560,25 +550,52 @@ def _fit_space(samples: StateSamples, relations: Tensor) -> StateSpace:
     return StateSpace(mean, metric, center, F.normalize(unit - center, dim=-1))
 
 
+def share_relations(
+    texts: Sequence[str], states: Tensor, bank_states: Tensor, excluded: Tensor | None = None
+) -> Tensor:
+    """Return how likely each relation of the bank is, by words and states `(texts, relations)`.
+
+    Args:
+        texts: of clauses.
+        states: after them, as `StateSpace.embed` returns them.
+        bank_states: of the bank.
+        excluded: `(texts, phrasings)` whether a phrasing of the bank does not count.
+    """
+    words = get_word_weights()
+    logits = states.new_zeros(len(texts), int(words.relations.max()) + 1)
+    for cosines in (words.compare(texts), states @ bank_states.t()):
+        if excluded is not None:
+            cosines = cosines.masked_fill(excluded, -1.0)
+        best = torch.full_like(logits, -1.0).scatter_reduce(
+            1, words.relations.expand(len(texts), -1), cosines, "amax"
+        )
+        logits = logits + best / TEMPERATURE
+    return logits.softmax(1)
+
+
 def stack_features(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
     """Return the features of pairs of clauses `(first, second, features)`.
 
-    They are the cosines of the words and of the states in each space, and the logarithm of the
-    share that both ask for the same relation.
+    They are the cosines of the words and of the states, and the logarithm of the share that both
+    ask for the same relation.
     """
-    cosines = [compute_word_cosines(first.texts, second.texts)]
-    for states, other_states in zip(first.states, second.states, strict=True):
-        cosines.append(states @ other_states.t())
     shares = first.relation_shares @ second.relation_shares.t()
-    return torch.stack([*cosines, shares.clamp_min(MIN_SHARE).log()], dim=-1)
+    return torch.stack(
+        [
+            compute_word_cosines(first.texts, second.texts),
+            first.states @ second.states.t(),
+            shares.clamp_min(MIN_SHARE).log(),
+        ],
+        dim=-1,
+    )
 
 
 def stack_completeness(first: ClauseFeatures, second: ClauseFeatures) -> Tensor:
     """Return what tells a complete clause from the beginning of one `(first, second, 2)`.
 
-    They are the cosine of the states in the first space, and the completeness of the first clause.
+    They are the cosine of the states, and the completeness of the first clause.
     """
-    cosines = first.states[0] @ second.states[0].t()
+    cosines = first.states @ second.states.t()
     return torch.stack([cosines, first.completeness.unsqueeze(1).expand_as(cosines)], dim=-1)
 
 

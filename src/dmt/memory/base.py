@@ -10,9 +10,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from dmt.config import MemoryConfig
+
+
+@torch.no_grad()
+def load_output_bias(bias: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Copy the output bias of a block, where it has one; return what `load_block` does."""
+    if "output_bias" not in tensors:
+        return {}
+    bias.copy_(tensors["output_bias"])
+    return {"output_bias": "output_bias"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dmt.memory.base import BlockShape
 from dmt.memory.clustering import cluster_evenly
 from dmt.memory.neuron_table import NeuronTable
 from dmt.memory.registry import register_memory
-from dmt.memory.slot_table import DEFAULT_K_DIVISOR, NEURON_PARAMETERS
+from dmt.memory.slot_table import DEFAULT_K_DIVISOR, take_neurons
 from dmt.ops import linear, solve_ridge
 
 
@@ -88,11 +88,7 @@ class ExpertsMemory(NeuronTable):
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Take over the neurons of a block, in the order of their experts."""
         order = cluster_evenly(tensors["keys"], len(self.router)).argsort(stable=True)
-        ordered = {
-            name: tensor[order.to(tensor.device)] if name in NEURON_PARAMETERS else tensor
-            for name, tensor in tensors.items()
-        }
-        names = super().load_block(ordered)
+        names = super().load_block(take_neurons(tensors, order))
         self._route_by_keys()
         return names
 
@@ -123,8 +119,8 @@ class ExpertsMemory(NeuronTable):
         """Return the neurons `(tokens, k)` of the experts with the best scores."""
         scores = linear(hidden, self.router, self.router_bias)
         experts = scores.topk(self.k // self.expert_size, dim=-1, sorted=False).indices
-        within = torch.arange(self.expert_size, device=hidden.device)
-        return (experts.unsqueeze(-1) * self.expert_size + within).flatten(-2), None
+        offsets = torch.arange(self.expert_size, device=hidden.device)
+        return (experts.unsqueeze(-1) * self.expert_size + offsets).flatten(-2), None
 
     def routing_multiply_adds(self) -> int:
         """Return the multiplications of the router for one token."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt.config import LowRankConfig
-from dmt.memory.base import BlockShape, MemoryLayer
+from dmt.memory.base import BlockShape, MemoryLayer, load_output_bias
 from dmt.memory.registry import register_memory
 from dmt.ops import fit_reduced_rank, linear
 from dmt.validation import ARG, ArgumentError
@@ -63,13 +63,9 @@ class LowRankMemory(MemoryLayer):
         self.up.zero_()
         self.output_bias.zero_()
 
-    @torch.no_grad()
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Take over the output bias of the block, where it has one."""
-        if "output_bias" not in tensors:
-            return {}
-        self.output_bias.copy_(tensors["output_bias"])
-        return {"output_bias": "output_bias"}
+        return load_output_bias(self.output_bias, tensors)
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:

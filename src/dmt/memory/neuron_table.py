@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,22 +65,6 @@ class NeuronTable(SlotTable, MemoryLayer):
             "k": k,
             "activation_function": block.activation_function,
         }
-
-    @classmethod
-    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
-        """Create the memory from the values of `make_arguments`."""
-        return cls(width=width, gated=gated, **arguments)
-
-    @property
-    def block_slots(self) -> int:
-        """Neurons that `load_block` wants the block to have."""
-        return self.num_slots
-
-    @torch.no_grad()
-    def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Copy the neurons of a feed-forward block into the slots."""
-        self.load_feedforward(tensors)
-        return {name: name for name in tensors}
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:

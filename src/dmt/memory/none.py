@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmt.config import NoMemoryConfig
-from dmt.memory.base import MemoryLayer
+from dmt.memory.base import MemoryLayer, load_output_bias
 from dmt.memory.registry import register_memory
 
 
@@ -34,13 +34,9 @@ class NoMemory(MemoryLayer):
         """Set the output to zero."""
         self.output_bias.zero_()
 
-    @torch.no_grad()
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Take over the output bias of the block, where it has one."""
-        if "output_bias" not in tensors:
-            return {}
-        self.output_bias.copy_(tensors["output_bias"])
-        return {"output_bias": "output_bias"}
+        return load_output_bias(self.output_bias, tensors)
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:

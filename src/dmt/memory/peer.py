@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmt.config import PeerConfig
+from dmt.config import PeerConfig, round_up_to_square
 from dmt.memory.base import BlockShape
 from dmt.memory.clustering import arrange_in_grid
 from dmt.memory.neuron_table import NeuronTable
-from dmt.memory.product_keys import ProductKeyQuery, round_up_to_square
+from dmt.memory.product_keys import ProductKeyQuery
 from dmt.memory.registry import register_memory
-from dmt.memory.slot_table import DEFAULT_K_DIVISOR, NEURON_PARAMETERS
+from dmt.memory.slot_table import DEFAULT_K_DIVISOR, take_neurons
 from dmt.ops import fit_reduced_rank
 
 # How far below the mean contribution, in standard deviations, a head is told that neurons of the
@@ -103,12 +103,7 @@ class PeerMemory(NeuronTable):
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Take over the neurons of a block, in the order of the grid."""
         order = arrange_in_grid(tensors["keys"], self.router.num_sub_keys)
-        return super().load_block(
-            {
-                name: tensor[order.to(tensor.device)] if name in NEURON_PARAMETERS else tensor
-                for name, tensor in tensors.items()
-            }
-        )
+        return super().load_block(take_neurons(tensors, order))
 
     @torch.no_grad()
     def fit_selection(self, hidden: Tensor, target: Tensor) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmt.config import ProductKeyConfig
-from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.config import ProductKeyConfig, round_up_to_square
+from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer, load_output_bias
 from dmt.memory.clustering import cluster_directions
-from dmt.memory.product_keys import ProductKeyQuery, round_up_to_square
+from dmt.memory.product_keys import ProductKeyQuery
 from dmt.memory.registry import register_memory
 from dmt.memory.slot_table import DEFAULT_K_DIVISOR
 from dmt.memory.usage import UsageMixin
@@ -112,13 +112,9 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
             nn.init.constant_(self.gate_bias, OPEN_GATE)
             nn.init.eye_(self.output)
 
-    @torch.no_grad()
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Take over the output bias of the block, where it has one."""
-        if "output_bias" not in tensors:
-            return {}
-        self.output_bias.copy_(tensors["output_bias"])
-        return {"output_bias": "output_bias"}
+        return load_output_bias(self.output_bias, tensors)
 
     @torch.no_grad()
     def fit_selection(self, hidden: Tensor, target: Tensor) -> None:

@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from dmt.ops import linear
 
 
-def round_up_to_square(count: int) -> int:
-    """Return the smallest square that is at least `count`, a positive number."""
-    return (math.isqrt(count - 1) + 1) ** 2
-
-
 class ProductKeyQuery(nn.Module):
     """Finds slots by product keys: slot `i n + j` has the score `a_i + b_j`.
 

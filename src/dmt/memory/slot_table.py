@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 from weakref import ref
 
 import torch
@@ -168,6 +168,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value}")
 
 
+def take_neurons(tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a block with these of its neurons, in this order."""
+    return {
+        name: tensor[ids.to(tensor.device)] if name in NEURON_PARAMETERS else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+
+
 class _Parametrizations(nn.ModuleDict):
     """Parametrizations by name, of which `keys` and `values` are names of methods too."""
 
@@ -270,6 +278,22 @@ class SlotTable(MmapTensorsMixin, UsageMixin):
         for projection in (self.query, self.output):
             if projection is not None:
                 nn.init.normal_(projection, std=1 / math.sqrt(self.width))
+
+    @classmethod
+    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
+        """Create the memory from the values of `make_arguments`."""
+        return cls(width=width, gated=gated, **arguments)
+
+    @property
+    def block_slots(self) -> int:
+        """Neurons that `load_block` wants the block to have."""
+        return self.num_slots
+
+    @torch.no_grad()
+    def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Copy the neurons of a feed-forward block into the slots."""
+        self.load_feedforward(tensors)
+        return {name: name for name in tensors}
 
     @torch.no_grad()
     def load_feedforward(self, tensors: Mapping[str, Tensor]) -> None:

@@ -72,10 +72,10 @@ class TranscoderMemory(FeaturalMemory):
     def load_block(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Make latents of the neurons of a block."""
         gains = tensors.get("gains")
-        taken = {
+        without_gains = {
             name: tensor for name, tensor in tensors.items() if name not in ("gains", "gain_bias")
         }
-        names = super().load_block(taken)
+        names = super().load_block(without_gains)
         lengths = self.values.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         self.values.div_(lengths.unsqueeze(-1))
         if gains is not None:

@@ -21,7 +21,7 @@ from dmt.errors import UserError
 from dmt.memory import FeaturalMemory
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
-from dmt.memory.slot_table import ACTIVATIONS, NEURON_PARAMETERS
+from dmt.memory.slot_table import ACTIVATIONS, NEURON_PARAMETERS, take_neurons
 from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.calibration import calibrate_memories
 from dmt.models.equivalence import check_equivalence, has_tied_head
@@ -359,10 +359,7 @@ def _drop_neurons(
 ) -> BlockTensors:
     order = neuron_importance(tensors, activations).argsort(descending=True)
     retained_ids, dropped_ids = order[:num_slots].sort().values, order[num_slots:]
-    result = {
-        name: tensor[retained_ids] if name in NEURON_PARAMETERS else tensor.clone()
-        for name, tensor in tensors.items()
-    }
+    result = take_neurons(tensors, retained_ids)
     values = tensors["values"]
     output_bias = tensors.get("output_bias", values.new_zeros(values.shape[1]))
     dropped_mean = activations.mean(0)[dropped_ids] @ values[dropped_ids]

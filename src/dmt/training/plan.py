@@ -116,10 +116,10 @@ def format_rows(rows: list[tuple[str, str]]) -> str:
 
 def _describe_memory(memory: nn.Module | None) -> str:
     if isinstance(memory, AssociativeMemory):
-        beside = "" if memory.base is None else f", beside {_describe_memory(memory.base)}"
+        base = "" if memory.base is None else f", beside {_describe_memory(memory.base)}"
         return (
             f"{memory.k} of at most {memory.insert_policy.capacity:,} rows read for each token"
-            f" ({memory.value_target}){beside}"
+            f" ({memory.value_target}){base}"
         )
     if isinstance(memory, FeaturalMemory):
         basis = "on average over layers" if memory.k_mode == "threshold" else "for each token"
