@@ -38,7 +38,8 @@ def find_config(name_or_path: str | Path) -> Path:
     configs = list_configs()
     name = str(name_or_path)
     if path.exists() or path.is_symlink() or name not in configs:
-        if not path.exists() and not path.suffix and path.name == name:
+        is_name = path.name == name or not path.parent.exists()
+        if not path.exists() and not path.suffix and is_name:
             raise _unknown_config_error(name, list(configs))
         return path  # the loader says what is wrong with it
     return configs[name]

@@ -241,6 +241,7 @@ def test_a_file_is_preferred_to_a_config_of_that_name(workdir, started):
     [
         ("sed", "did you mean seed?"),
         ("people", "did you mean consolidation/people?"),
+        ("catalog/peer", "did you mean catalogue/peer?"),
         ("fly", "dmt config lists those that come with dmt"),
     ],
 )
