@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -110,3 +111,39 @@ def test_the_wheel_contains_configs_and_assets(tmp_path):
     for path in (ROOT / "src" / "dmt").rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
             assert path.relative_to(ROOT / "src").as_posix() in files
+
+
+# Imports each module as the first one of dmt, in a copy of a process that has read the libraries.
+IMPORT_EACH_ALONE = """
+import importlib, os, sys, traceback
+import faiss, torch, transformers
+from transformers import GenerationMixin, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+
+del sys.modules["transformers"]  # to be imported again, in a moment, as the first time
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_to_be_imported():
+    """The import of transformers brings that of the model classes: no circle may come of it."""
+    source = ROOT / "src"
+    names = [
+        ".".join(file.relative_to(source).with_suffix("").parts)
+        for file in (source / "dmt").rglob("*.py")
+        if file.stem not in ("__init__", "__main__")
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH_ALONE, *names],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, "")

@@ -16,9 +16,15 @@ from types import ModuleType
 
 TRIGGER_MODULE, MODELING_MODULE = "transformers", "dmt.models.modeling"
 PEFT_MODULE = "peft.utils.constants"  # has peft's defaults for each family
-# What dmt.models.modeling is built on and imports torch. Each of these is imported after
-# transformers, or the import of the model classes would meet it half imported.
-FOUNDATIONS = ("dmt.memory", "dmt.models", "dmt.ops")
+# What dmt.models.modeling is built on and what imports transformers. Each of these is imported
+# after transformers, or the import of the model classes would meet it half imported.
+FOUNDATIONS = (
+    "dmt.data.tokenizer",
+    "dmt.matching.relations",
+    "dmt.memory",
+    "dmt.models",
+    "dmt.ops",
+)
 
 
 class _RegisteringFinder(MetaPathFinder):

@@ -94,9 +94,8 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
     """Set from text what memories need no gradient for, such as output biases and linear maps.
 
     First what tokens read is set from the teacher's inputs: the metric that ranks slots, the shared
-    threshold, routers.
-    Then the student reads the text: each memory is set when its input arrives, lowest layer first,
-    so the layers above already read its corrected output.
+    threshold, routers. Then the student reads the text: each memory is set when its input arrives,
+    lowest layer first, so the layers above already read its corrected output.
 
     Args:
         student: model whose memories are set.
