@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import LAYERS, newest, weights
+from conftest import LAYERS, SLOTS, WIDTH, newest, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +78,13 @@ def test_it_trains_resumes_is_measured_and_generates(
     assert record["fidelity"]["text"]["kl"] > 0
     assert set(record["slots"]) == {str(layer) for layer in slot_layers}
     assert all(used["active_per_token"] == 8 for used in record["slots"].values())
+    costs = record["costs"]
+    assert list(costs["layers"]) == [str(layer) for layer in range(LAYERS)]
+    for name in ("read_bytes_per_token", "ram_bytes", "parameters", "multiply_adds"):
+        assert costs["total"][name] == sum(layer[name] for layer in costs["layers"].values())
+    assert costs["dense"]["read_bytes_per_token"] == LAYERS * 4 * (
+        2 * SLOTS * WIDTH + SLOTS + WIDTH
+    )
     assert (run / "report.html").is_file()
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()

@@ -202,7 +202,7 @@ def test_a_local_class_is_named_by_its_short_name():
 def test_the_guide_builds_a_memory_that_passes_every_check():
     text = (EXAMPLES.parent / "docs" / "guides" / "own-memory.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     code = blocks[0].replace('"row_attention"', '"guide_row_attention"')
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     namespace = {"__name__": "guide", "model": make_teacher()}

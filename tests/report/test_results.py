@@ -25,6 +25,10 @@ RECORD = {
     },
     "knn": {"1": {"num_rows": 1_234, "null_weight": 0.26, "bytes": 1_000_000}},
     "bytes": {"teacher": 2_000_000, "student": 1_000_000, "student_on_disk": 1_500_000},
+    "costs": {
+        "total": {"read_bytes_per_token": 500_000.0, "multiply_adds": 250_000.0},
+        "dense": {"read_bytes_per_token": 2_000_000.0, "multiply_adds": 500_000.0},
+    },
     "seconds": {"train": 3.0},
 }
 
@@ -40,6 +44,8 @@ def test_metrics_are_the_numbers_of_the_record():
         "dead_slots": 2.0,
         "knn_rows": 1_234,
         "student_mb": 1.0,
+        "read_mb_per_token": 0.5,
+        "multiply_adds": 0.25,
         "seconds/train": 3.0,
     }
 
@@ -55,6 +61,8 @@ def test_the_table_of_a_run_has_baselines_and_notes():
     assert rows["dead slots ↓"] == ("", "2", "1.56%")
     assert rows["stored rows, layer 1"] == ("", "1,234", "null weight 26%, 1.0 MB")
     assert rows["weights in memory, MB ↓"] == ("2.0", "1.0", "1.5 on disk")
+    assert rows["read per token, MB ↓"] == ("2.000", "0.500", "25.0% of the teacher's")
+    assert rows["multiply-adds per token, millions ↓"][2] == "50.0% of the teacher's"
     assert not any(label.startswith("seconds") for label in rows)
 
 

@@ -69,6 +69,7 @@ def test_a_run_logs_its_plan_and_its_parts(distill_args, capsys):
         "trainable",
         "tokens in steps of 64",
         "calibrating",
+        "cost of 0-2 reads",
         "measuring text (corpus 1/1)",
     )
     positions = [text.index(part) for part in parts]

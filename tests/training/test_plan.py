@@ -3,11 +3,14 @@
 import json
 from dataclasses import asdict, replace
 
-from conftest import SENTENCES
+from conftest import LAYERS, SENTENCES
 
+from dmt.config import FeaturalConfig, LowRankConfig
 from dmt.data.corpora import Corpus, SourceStats
 from dmt.data.windows import summarize_corpus
-from dmt.training.plan import describe_corpus
+from dmt.evaluation.cost import MemoryCost
+from dmt.models.conversion import convert_blocks
+from dmt.training.plan import describe_corpus, format_costs
 
 CORPUS = Corpus("notes", SENTENCES, ["a"], ["b"])
 
@@ -40,3 +43,19 @@ def test_a_corpus_is_told_in_one_line():
 def test_overlap_between_splits_is_told():
     assert "test results are too good" in describe({}, near_duplicates=6, has_overlap=True)
     assert describe({}, shared=7).endswith("7 documents of validation and test are training text")
+
+
+def test_costs_are_means_over_layers_that_are_alike(teacher):
+    slots, low_rank = FeaturalConfig(k=8), LowRankConfig(rank=2)
+    student, _ = convert_blocks(teacher, [slots, low_rank, slots])
+    dense = dict.fromkeys(range(LAYERS), MemoryCost(0, 0, 0, {"float32": 40_000.0}, None, 0.0))
+    costs = {
+        0: MemoryCost(0, 1_000_000, 0, {"float32": 10_000.0}, 7.0, 1_000.0),
+        1: MemoryCost(0, 500_000, 0, {"float32": 4_000.0}, None, 900.0),
+        2: MemoryCost(0, 2_000_000, 250_000, {"float32": 10_000.0, "int8": 10_000.0}, 9.0, 2_000.0),
+    }
+    assert format_costs(student, costs, dense).splitlines() == [
+        "cost of 0, 2  reads 15.0 kB per token, 37.5% of dense, 8.0 rows, 1,500 multiply-adds, "
+        "1.50 MB in RAM, 0.12 MB on disk",
+        "cost of 1     reads 4.0 kB per token, 10.0% of dense, 900 multiply-adds, 0.50 MB in RAM",
+    ]

@@ -31,6 +31,7 @@ from dmt.distillation.losses import get_loss
 from dmt.distillation.module import SCALE_TOKENS, DistillationModule
 from dmt.distillation.row_sync import RowStoreSync
 from dmt.errors import UserError, format_value
+from dmt.evaluation.cost import measure_costs, sum_costs
 from dmt.evaluation.metrics import (
     collect_row_stats,
     collect_slot_usage,
@@ -64,7 +65,7 @@ from dmt.training.callbacks import ChartGroups, SideBySideSamples, SlotUsage, St
 from dmt.training.execution import execute
 from dmt.training.inputs import check_corpora_vocabulary, check_inputs, identify_inputs
 from dmt.training.launch import get_rank, make_on_rank_zero, rank_zero_first
-from dmt.training.plan import format_plan
+from dmt.training.plan import format_costs, format_plan
 from dmt.training.run_dir import (
     WEIGHT_MAP_FILE,
     check_run_name_free,
@@ -507,6 +508,7 @@ class _Run:
         record: dict[str, Any] = {}
         if self.checkpoint is None:
             self._calibrate(device)
+            self._log_costs(device)
             record["before_training"] = self._measure_validation()
         if get_rank() == 0:
             files.atomic_write(
@@ -522,6 +524,18 @@ class _Run:
         logger.info("calibrating")
         num_tokens = max(self.config.stages.calibration_tokens, SCALE_TOKENS)
         self.module.calibrate(self.data.calibration_windows(num_tokens).to(device))
+
+    def _log_costs(self, device: torch.device) -> None:
+        """Log what the memories cost, which calibration has determined where `k` is `auto`."""
+        if get_rank() == 0:
+            tokens = self.data.calibration_windows(1)[0].to(device)
+            student, teacher = self.module.student, self.module.teacher
+            logger.info(
+                "%s",
+                format_costs(
+                    student, measure_costs(student, tokens), measure_costs(teacher, tokens)
+                ),
+            )
 
     def _measure_validation(self) -> dict[str, dict[str, float]]:
         """Measure and log the fidelity before the first step, in the first process."""
@@ -568,6 +582,7 @@ class _Run:
         results |= self._summarize_costs()
         student, teacher = student.cpu(), teacher.cpu()
         results["bytes"] = measure_sizes(teacher, student, self.run_dir / "student")
+        results["costs"] = measure_student_costs(student, teacher, self.data.corpora[0].test[0])
         samples = {
             corpus.name: paired_samples(student, teacher, self.tokenizer, corpus.test)
             for corpus in self.data.corpora
@@ -609,6 +624,16 @@ def _save_student(run_dir: Path, student: Any, tokenizer: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         run_dir / "student", dtype=torch.float32, **SAFE_LOADING
     )
+
+
+def measure_student_costs(student: Any, teacher: Any, tokens: Tensor) -> dict[str, Any]:
+    """Measure what layers cost on token ids `(time,)`: each, all, and all of the teacher's."""
+    costs = measure_costs(student, tokens)
+    return {
+        "layers": {layer: cost.to_dict() for layer, cost in costs.items()},
+        "total": sum_costs(costs.values()).to_dict(),
+        "dense": sum_costs(measure_costs(teacher, tokens).values()).to_dict(),
+    }
 
 
 def evaluate_student(

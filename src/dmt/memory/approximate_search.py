@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmt.memory.search_reads import search_index
+
 # Maps queries `(tokens, width)` and a count to slot ids `(tokens, count)`, -1 for none.
 CandidateSearch = Callable[[Tensor, int], Tensor]
 # Maps a slice of slot ids to one vector `(n, width)` each, so that no second copy of the table
@@ -162,7 +164,7 @@ def build_ivf_search(
         threads = torch.get_num_threads()
         faiss.omp_set_num_threads(threads if len(queries) > MAX_SINGLE_THREAD_QUERIES else 1)
         try:
-            _, ids = index.search(_to_faiss_array(queries.float() @ rotation), count)
+            ids = search_index(index, _to_faiss_array(queries.float() @ rotation), count)
         finally:
             faiss.omp_set_num_threads(threads)
         return torch.from_numpy(ids).to(queries.device)

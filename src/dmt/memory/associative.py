@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dmt.config import AssociativeConfig
 from dmt.distributed import all_gather, all_gather_strings, all_reduce_sum
-from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.featural import FeaturalMemory
 from dmt.memory.insert_policy import (
     CPU,
@@ -248,13 +248,6 @@ class AssociativeMemory(MemoryLayer):
         """Set from text what the base needs."""
         if isinstance(self.base, MemoryLayer):
             self.base.calibrate(hidden, target)
-
-    def cost(self) -> MemoryCost:
-        """Return what the memory takes with the rows that it has now."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        products = 3 * self.width**2 + len(self.rows) * self.width + self.k * self.width
-        base = self.base.cost().multiply_adds if isinstance(self.base, MemoryLayer) else 0
-        return MemoryCost(parameters, self.k, products + base)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -42,21 +42,6 @@ class BlockShape:
     activation_function: str
 
 
-@dataclass(frozen=True)
-class MemoryCost:
-    """What a memory takes.
-
-    Attributes:
-        parameters: learned numbers.
-        reads_per_token: rows of the memory that one token reads; None where it has no rows.
-        multiply_adds: multiplications with an addition for one token.
-    """
-
-    parameters: int
-    reads_per_token: int | None
-    multiply_adds: int
-
-
 class MemoryLayer(nn.Module):
     """A layer that maps hidden states `(..., width)` to the same shape in place of a block.
 
@@ -149,8 +134,3 @@ class MemoryLayer(nn.Module):
             has no rows.
         """
         return None
-
-    def cost(self) -> MemoryCost:
-        """Return what the memory takes; here every parameter is used once for a token."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        return MemoryCost(parameters, None, parameters)

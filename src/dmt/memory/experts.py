@@ -121,7 +121,3 @@ class ExpertsMemory(NeuronTable):
         experts = scores.topk(self.k // self.expert_size, dim=-1, sorted=False).indices
         offsets = torch.arange(self.expert_size, device=hidden.device)
         return (experts.unsqueeze(-1) * self.expert_size + offsets).flatten(-2), None
-
-    def routing_multiply_adds(self) -> int:
-        """Return the multiplications of the router for one token."""
-        return self.router.numel()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmt.config import FeaturalConfig
 from dmt.memory.approximate_search import INDEX_BUILDERS, CandidateSearch, Int8Matrix
-from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import register_memory
 from dmt.memory.slot_table import (
     ACTIVATIONS,
@@ -221,17 +221,6 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """Set the means of slots, and what stands for the slots that are not read."""
         self.calibrate_means(hidden)
         self.compensate(hidden, target - self.forward(hidden))
-
-    def cost(self) -> MemoryCost:
-        """Return what the memory takes where every slot is scored."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        scores = self.num_slots * self.width * (1 if self.gains is None else 2)
-        other = sum(
-            matrix.numel()
-            for matrix in (self.query, self.output, self.skip_connection)
-            if matrix is not None
-        )
-        return MemoryCost(parameters, self.k, scores + self.k * self.width + other)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""

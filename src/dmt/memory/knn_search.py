@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmt.memory.search_reads import search_index
+
 ChunkSearch = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Scores that their maximum represents in the first round of `blocked_topk`.
@@ -238,7 +240,7 @@ class FaissIndex:
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """Find the positions `(n, k)` of rows near `queries` `(n, width)`; -1 where fewer exist."""
-        _, labels = self._index.search(_to_float32_array(queries), k)
+        labels = search_index(self._index, _to_float32_array(queries), k)
         return torch.as_tensor(labels, device=queries.device)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmt.config import MemoryConfig
-from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer
+from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.featural import MAX_EXACT_SLOTS, MIN_BATCH_TOKENS
 from dmt.memory.slot_table import ACTIVATIONS, DEFAULT_K_DIVISOR, SlotTable
 from dmt.ops import linear
@@ -119,16 +119,6 @@ class NeuronTable(SlotTable, MemoryLayer):
         ids, gates = self.find_slots(hidden)
         values = self.gather_values(ids.flatten()).view(*ids.shape, self.width)
         return ids, self._gated_weights_at(hidden, ids, gates), values
-
-    def cost(self) -> MemoryCost:
-        """Return what the memory takes where only the rows read are touched."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        rows = self.k * self.width * (2 if self.gains is None else 3)
-        return MemoryCost(parameters, self.k, rows + self.routing_multiply_adds())
-
-    def routing_multiply_adds(self) -> int:
-        """Return the multiplications that find the slots of one token."""
-        return 0
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

@@ -145,7 +145,3 @@ class PeerMemory(NeuronTable):
             counts = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).sum(-1)
             gates = gates / counts
         return ids, gates
-
-    def routing_multiply_adds(self) -> int:
-        """Return the multiplications of the search for one token."""
-        return self.router.multiply_adds()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.config import ProductKeyConfig, round_up_to_square
-from dmt.memory.base import BlockShape, MemoryCost, MemoryLayer, load_output_bias
+from dmt.memory.base import BlockShape, MemoryLayer, load_output_bias
 from dmt.memory.clustering import cluster_directions
 from dmt.memory.product_keys import ProductKeyQuery
 from dmt.memory.registry import register_memory
@@ -180,13 +180,6 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         ids, weights = self.read_weights(hidden)
         values = self._apply_gate(hidden.repeat_interleave(self.k, 0), self.values[ids.flatten()])
         return ids, weights, values.view(*ids.shape, self.width)
-
-    def cost(self) -> MemoryCost:
-        """Return what the memory takes."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        matrices = [matrix for matrix in (self.gate, self.output) if matrix is not None]
-        products = sum(matrix.numel() for matrix in matrices) + self.query.multiply_adds()
-        return MemoryCost(parameters, self.k, products + self.k * self.width)
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

@@ -77,7 +77,3 @@ class ProductKeyQuery(nn.Module):
         first_ids, second_ids = tops.indices.unbind(-2)
         ids = first_ids.gather(-1, rows) * self.num_sub_keys + second_ids.gather(-1, columns)
         return ids, best.values
-
-    def multiply_adds(self) -> int:
-        """Return the multiplications of one search."""
-        return self.weight.numel() + self.sub_keys.numel()

@@ -79,6 +79,8 @@ def collect_results(record: Mapping[str, Any]) -> list[Result]:
             results.append(Result(f"slot_transfer/{name}", label, value, spec=_guess_spec(value)))
     if sizes := record.get("bytes"):
         results.append(_size_result(sizes))
+    if costs := record.get("costs"):
+        results += _cost_results(costs)
     for phase, seconds in record.get("seconds", {}).items():
         results.append(
             Result(
@@ -322,3 +324,35 @@ def _size_result(sizes: Mapping[str, int]) -> Result:
         ",.1f",
         "min",
     )
+
+
+def _cost_results(costs: Mapping[str, Any]) -> list[Result]:
+    total, dense = costs["total"], costs["dense"]
+    return [
+        Result(
+            key,
+            label,
+            total[name] / unit,
+            (dense[name] / unit,),
+            f"{total[name] / dense[name]:.1%} of the teacher's",
+            meaning,
+            ",.3f",
+            "min",
+        )
+        for key, label, name, unit, meaning in (
+            (
+                "read_mb_per_token",
+                "read per token, MB",
+                "read_bytes_per_token",
+                1e6,
+                "weights of all memories or feed-forward blocks that one token reads",
+            ),
+            (
+                "multiply_adds",
+                "multiply-adds per token, millions",
+                "multiply_adds",
+                1e6,
+                "of all memories or feed-forward blocks, for one token",
+            ),
+        )
+    ]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dmt.config import Config
 from dmt.data.documents import format_counts
+from dmt.evaluation.cost import MemoryCost, sum_costs
 from dmt.memory import AssociativeMemory, FeaturalMemory
 from dmt.memory.usage import UsageMixin
 from dmt.models.conversion import TransferReport
@@ -39,9 +40,6 @@ def format_plan(
     steps = stages.layerwise_steps + stages.end_to_end_steps
     num_weights = sum(parameter.numel() for parameter in trainable.values())
     shape = student.config
-    layers_by_description: dict[str, list[int]] = {}
-    for layer, memory in get_memories(student).items():
-        layers_by_description.setdefault(_describe_memory(memory), []).append(layer)
     rows = [
         (
             "teacher",
@@ -49,7 +47,7 @@ def format_plan(
         ),
         *(
             (f"layer {format_ranges(layers)}", f"feed-forward block -> {description}")
-            for description, layers in layers_by_description.items()
+            for description, layers in _group_layers(student).items()
         ),
         ("tensors", transfer.summary()),
         (
@@ -71,6 +69,35 @@ def format_plan(
             f"{run_dir}; {config.trainer.num_threads} threads, {config.trainer.precision}",
         ),
     ]
+    return format_rows(rows)
+
+
+def format_costs(
+    student: PreTrainedModel, costs: Mapping[int, MemoryCost], dense_costs: Mapping[int, MemoryCost]
+) -> str:
+    """Return what a memory of a student costs on average, one line per group of like layers.
+
+    Args:
+        student: the student.
+        costs: of its layers.
+        dense_costs: of the same layers of the teacher.
+    """
+    rows = []
+    for layers in _group_layers(student).values():
+        cost, dense = (
+            sum_costs(layer_costs[layer] for layer in layers)
+            for layer_costs in (costs, dense_costs)
+        )
+        num_bytes, count = cost.read_bytes_per_token, len(layers)
+        share = num_bytes / dense.read_bytes_per_token
+        parts = [f"reads {num_bytes / count / 1e3:,.1f} kB per token, {share:.1%} of dense"]
+        if cost.reads_per_token is not None:
+            parts.append(f"{cost.reads_per_token / count:,.1f} rows")
+        parts.append(f"{cost.multiply_adds / count:,.0f} multiply-adds")
+        parts.append(f"{cost.ram_bytes / count / 1e6:,.2f} MB in RAM")
+        if cost.disk_bytes:
+            parts.append(f"{cost.disk_bytes / count / 1e6:,.2f} MB on disk")
+        rows.append((f"cost of {format_ranges(layers)}", ", ".join(parts)))
     return format_rows(rows)
 
 
@@ -112,6 +139,14 @@ def format_rows(rows: list[tuple[str, str]]) -> str:
     """Return names and values in two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _group_layers(student: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the layers with memories, by what the memories are."""
+    groups: dict[str, list[int]] = {}
+    for layer, memory in get_memories(student).items():
+        groups.setdefault(_describe_memory(memory), []).append(layer)
+    return groups
 
 
 def _describe_memory(memory: nn.Module | None) -> str:
