@@ -8,6 +8,8 @@ at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Optional
 
@@ -45,6 +47,10 @@ class MemoryConfig:
         self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
     ) -> None:
         """Raise `ArgumentError` where the memory cannot replace such a block."""
+
+    def list_parts(self) -> list[MemoryConfig]:
+        """Return the settings of the memories that add up to this one, itself where it is one."""
+        return [self]
 
     @property
     def has_slots(self) -> bool:
@@ -448,6 +454,94 @@ class TranscoderConfig(MemoryConfig):
             raise ArgumentError(f"{ARG}k must be in [1, {ARG}num_slots={num_slots}], got {self.k}")
 
 
+@dataclass(frozen=True)
+class TokenConfig(MemoryConfig):
+    """Settings of a table with a row for each token of the vocabulary."""
+
+    kind_name: ClassVar[str] = "token"
+
+    @property
+    def copies_block(self) -> bool:
+        """Whether the memory begins as a copy of the block it replaces."""
+        return False
+
+
+@dataclass(frozen=True)
+class NgramConfig(MemoryConfig):
+    """Settings of tables with rows for the last tokens of the text, found by hashing."""
+
+    kind_name: ClassVar[str] = "ngram"
+
+    order: int = bounded(3, minimum=1, maximum=8)
+    """With `kind: ngram`, tokens of the longest n-gram; there is a table for each length."""
+    num_rows: int = bounded(16_384, minimum=1, limit=2**31)
+    """With `kind: ngram`, rows of each table."""
+    hash_heads: int = bounded(2, minimum=1, limit=2**10)
+    """With `kind: ngram`, rows that an n-gram reads of a table, each with its own part of the
+    width."""
+    context_gate: bool = True
+    """With `kind: ngram`, weigh what is read by the hidden state."""
+
+    @property
+    def copies_block(self) -> bool:
+        """Whether the memory begins as a copy of the block it replaces."""
+        return False
+
+
+@contextmanager
+def name_part(index: int) -> Iterator[None]:
+    """Name the part of a sum in an `ArgumentError` that is raised inside."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(error.message.replace(ARG, f"{ARG}parts[{index}].")) from None
+
+
+@dataclass(frozen=True)
+class SumConfig(MemoryConfig):
+    """Settings of memories that add up."""
+
+    kind_name: ClassVar[str] = "sum"
+
+    parts: list[MemoryConfig] = field(default_factory=lambda: [FeaturalConfig(), NgramConfig()])
+    """With `kind: sum`, the memories that add up, as in `[{kind: featural, k: 32}, {kind:
+    ngram}]`. The first that can begins as the block; each is calibrated to what those before it
+    lack."""
+
+    def check(self) -> None:
+        """Raise `ArgumentError` where a part is of a kind that cannot be one."""
+        if not self.parts:
+            raise ArgumentError(f"{ARG}parts is empty; name at least one, such as {{kind: ngram}}")
+        for index, part in enumerate(self.parts):
+            if part.kind in ("associative", "dense", "sum"):
+                raise ArgumentError(
+                    f"{ARG}parts[{index}] must be of another kind than associative, dense and sum, "
+                    f"got {part.kind}"
+                )
+
+    def check_block(
+        self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None
+    ) -> None:
+        """Raise `ArgumentError` where the memory cannot replace such a block."""
+        for index, part in enumerate(self.parts):
+            with name_part(index):
+                part.check_block(num_neurons, gated=gated, activation_function=activation_function)
+
+    def list_parts(self) -> list[MemoryConfig]:
+        """Return the settings of the memories that add up."""
+        return self.parts
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether the layer gets slots."""
+        return any(part.has_slots for part in self.parts)
+
+    @property
+    def copies_block(self) -> bool:
+        """Whether the memory begins as a copy of the block it replaces."""
+        return any(part.copies_block for part in self.parts)
+
+
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
 MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
     config_class.kind_name: config_class
@@ -462,6 +556,9 @@ MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {
         ProductKeyConfig,
         PeerConfig,
         TranscoderConfig,
+        TokenConfig,
+        NgramConfig,
+        SumConfig,
     )
 }
 

@@ -289,8 +289,30 @@ def build_config(values: dict[str, Any]) -> Config:
 def _build_memory(values: dict[str, Any], prefix: str) -> MemoryConfig:
     kind = values.get("kind", FeaturalConfig.kind_name)
     config_class = get_memory_config_class(kind, f"{prefix}kind")
-    names = [config_field.name for config_field in fields(config_class) if config_field.init]
-    return _build(config_class, {name: values[name] for name in names if name in values}, prefix)
+    annotations = field_types(config_class)
+    arguments = {
+        config_field.name: values[config_field.name]
+        for config_field in fields(config_class)
+        if config_field.init and config_field.name in values
+    }
+    for name, value in arguments.items():
+        if annotations[name] == list[MemoryConfig] and isinstance(value, list):
+            arguments[name] = [
+                _build_part(part, f"{prefix}{name}[{index}]") for index, part in enumerate(value)
+            ]
+    return _build(config_class, arguments, prefix)
+
+
+def _build_part(values: Any, name: str) -> MemoryConfig:
+    """Return the settings of a memory inside another."""
+    if isinstance(values, MemoryConfig):
+        return values
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{name} must be settings of a memory such as {{kind: ngram}}, got "
+            f"{format_value(values)}"
+        )
+    return _build_memory(_merge_memory({}, values, f"{name}."), f"{name}.")
 
 
 def _build(config_class: Any, values: dict[str, Any], prefix: str) -> Any:
@@ -437,7 +459,11 @@ def describe_settings() -> str:
 
 
 def _get_default(name: str) -> Any:
-    return getattr(_get_setting_class(name)(), name.rpartition(".")[2])
+    """Return the default of a setting; memories inside it as their kinds."""
+    value = getattr(_get_setting_class(name)(), name.rpartition(".")[2])
+    if isinstance(value, list):
+        return [{"kind": v.kind} if isinstance(v, MemoryConfig) else v for v in value]
+    return value
 
 
 def _get_setting_class(name: str) -> Any:
@@ -548,7 +574,12 @@ def check_shared_budget(memories: Sequence[MemoryConfig], prefix: str = "") -> N
     Raises:
         UserError: they differ in `mean_k`, `metric` or `selection`.
     """
-    shared = [memory for memory in memories if memory.has_slots and _get_k(memory) == "auto"]
+    shared = [
+        part
+        for memory in memories
+        for part in memory.list_parts()
+        if part.has_slots and _get_k(part) == "auto"
+    ]
     for setting in ("mean_k", "metric", "selection"):
         values = list(dict.fromkeys(getattr(memory, setting) for memory in shared))
         if len(values) > 1:
@@ -624,7 +655,10 @@ def _check_distillation(config: Config) -> None:
 def _check_memories(config: Config, memories: Sequence[MemoryConfig]) -> None:
     """Raise `UserError` where stages or losses do not fit the memories."""
     slot_memories = [
-        memory for memory in memories if isinstance(memory, FeaturalConfig) and memory.has_slots
+        part
+        for memory in memories
+        for part in memory.list_parts()
+        if isinstance(part, FeaturalConfig) and part.has_slots
     ]
     if not config.stages.calibration_tokens and any(memory.k == "auto" for memory in slot_memories):
         raise UserError(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,14 @@ from dmt.config import MemoryConfig
 from dmt.errors import UserError
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
+from dmt.memory.token_context import list_contexts, use_contexts
 from dmt.models.calibration import calibrate_memories
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher
 from dmt.models.memories import get_memories
 
 WIDTH, NUM_NEURONS, NUM_LAYERS, VOCAB_SIZE, MAX_TOKENS = 16, 32, 2, 64, 32
+MAX_CONTEXT = 8  # token ids up to each token, of which a memory reads its `context_length`
 TOLERANCE = 1e-4  # difference of float32 outputs whose sums have another order
 GRADIENT_TOLERANCE = 1e-3  # relative error of a directional derivative in float64
 BFLOAT16_TOLERANCE = 0.1  # relative error of an output in bfloat16
@@ -80,7 +83,9 @@ class MemoryUnderTest:
             if self.prepare is not None:
                 for layer, memory in get_memories(student).items():
                     with torch.no_grad():
-                        self.prepare(memory, outputs.block_inputs[layer].reshape(-1, WIDTH))
+                        contexts = list_contexts(tokens, MAX_CONTEXT).flatten(0, 1)
+                        with use_contexts(contexts):
+                            self.prepare(memory, outputs.block_inputs[layer].reshape(-1, WIDTH))
         return student.eval()
 
     def make_layer(self, seed: int = 0) -> MemoryLayer:
@@ -90,7 +95,8 @@ class MemoryUnderTest:
     def make_fresh_layer(self, seed: int = 0) -> MemoryLayer:
         """Return a memory as its class makes it, in no model."""
         gated = self.family == "llama"
-        block = BlockShape(WIDTH, NUM_NEURONS, gated, "silu" if gated else "gelu_new")
+        activation = "silu" if gated else "gelu_new"
+        block = BlockShape(WIDTH, NUM_NEURONS, gated, activation, VOCAB_SIZE)
         memory_class = get_memory_class(self.config.kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -151,13 +157,33 @@ def make_hidden(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, WIDTH, generator=generator)
 
 
+def call_layer(layer: MemoryLayer, hidden: Tensor, seed: int = 0) -> Tensor:
+    """Return the output of a memory for `hidden` `(..., width)` at random tokens.
+
+    Args:
+        layer: the memory.
+        hidden: hidden states; the last dimension before the width is time.
+        seed: of the tokens.
+    """
+    shape = hidden.shape[:-1]
+    with use_contexts(make_contexts(shape, seed)):
+        output: Tensor = layer(hidden)
+    return output
+
+
+def make_contexts(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Return the token ids up to each of random tokens, `(*shape, MAX_CONTEXT)`."""
+    rows = make_tokens(math.prod(shape[:-1]), shape[-1], seed)
+    return list_contexts(rows, MAX_CONTEXT).reshape(*shape, MAX_CONTEXT).clone()
+
+
 @torch.no_grad()
 def check_shapes(case: MemoryUnderTest) -> None:
     """Check that the output has the shape and type of the input, and is finite."""
     layer = case.make_fresh_layer()
     for shape in ((2, 5), (1, 1), (7,)):
         hidden = make_hidden(*shape)
-        output = layer(hidden)
+        output = call_layer(layer, hidden)
         assert output.shape == hidden.shape, (
             f"output has shape {tuple(output.shape)} for an input of {tuple(hidden.shape)}"
         )
@@ -172,7 +198,10 @@ def check_causality(case: MemoryUnderTest) -> None:
     hidden = make_hidden(1, 8)
     changed = hidden.clone()
     changed[:, 5:] = make_hidden(1, 3, seed=1)
-    difference = (layer(hidden) - layer(changed))[:, :5].abs().max()
+    contexts = make_contexts((1, 8))
+    output = _call_with(layer, hidden, contexts)
+    contexts[:, 5:] = make_contexts((1, 8), seed=1)[:, 5:]
+    difference = (output - _call_with(layer, changed, contexts))[:, :5].abs().max()
     assert difference <= TOLERANCE, (
         f"outputs of tokens 0-4 change by {difference:.3g} when tokens 5-7 change; the output for "
         "a token must not depend on later ones"
@@ -184,13 +213,24 @@ def check_batch_invariance(case: MemoryUnderTest) -> None:
     """Check that a token's output does not depend on what else is in the batch."""
     layer = case.make_layer()
     hidden = make_hidden(4, 6)
-    batched = layer(hidden)
-    single = torch.cat([layer(row.unsqueeze(0)) for row in hidden])
+    contexts = make_contexts((4, 6))
+    batched = _call_with(layer, hidden, contexts)
+    single = torch.cat(
+        [
+            _call_with(layer, row.unsqueeze(0), context.unsqueeze(0))
+            for row, context in zip(hidden, contexts, strict=True)
+        ]
+    )
     difference = (batched - single).abs().max()
     assert difference <= TOLERANCE, (
         f"outputs differ by {difference:.3g} between a batch of four and each text alone"
     )
-    alone = torch.stack([layer(token.reshape(1, 1, -1))[0, 0] for token in hidden[0]])
+    alone = torch.stack(
+        [
+            _call_with(layer, token.reshape(1, 1, -1), context.reshape(1, 1, -1))[0, 0]
+            for token, context in zip(hidden[0], contexts[0], strict=True)
+        ]
+    )
     difference = (batched[0] - alone).abs().max()
     assert difference <= TOLERANCE, (
         f"outputs differ by {difference:.3g} between a text at once and token by token; the output "
@@ -205,9 +245,10 @@ def check_gradient(case: MemoryUnderTest) -> None:
     direction = make_hidden(1, 6, seed=2).double()
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     tensors = {"hidden": hidden, **parameters}
-    gradients = _gradients(layer(hidden), direction, tensors)
+    gradients = _gradients(call_layer(layer, hidden), direction, tensors)
     if case.reference is not None:
-        expected = _gradients(case.reference(layer, hidden), direction, tensors)
+        with use_contexts(make_contexts(hidden.shape[:-1])):
+            expected = _gradients(case.reference(layer, hidden), direction, tensors)
         for name, gradient in gradients.items():
             error = float((gradient - expected[name]).norm())
             scale = float(expected[name].norm()) + 1e-9
@@ -218,12 +259,18 @@ def check_gradient(case: MemoryUnderTest) -> None:
     for name, gradient in gradients.items():
         expected_slope, step = _finite_difference(layer, hidden, direction, tensors[name])
         slope = float((gradient * step).sum())
-        scale = abs(expected_slope) + 1e-3 * float(gradient.norm()) + 1e-9
+        scale = abs(expected_slope) + 1e-3 * float(gradient.norm()) + 1e-6
         assert abs(expected_slope - slope) <= GRADIENT_TOLERANCE * scale, (
             f"the gradient of {name} gives a slope of {slope:.6g}, finite differences "
             f"{expected_slope:.6g}; give check_memory a reference where the gradient is meant to "
             "differ"
         )
+
+
+def _call_with(layer: MemoryLayer, hidden: Tensor, contexts: Tensor) -> Tensor:
+    with use_contexts(contexts):
+        output: Tensor = layer(hidden)
+    return output
 
 
 def _gradients(output: Tensor, direction: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +294,7 @@ def _finite_difference(
     outputs = []
     for sign in (1, -1):
         tensor.copy_(original + sign * size * step)
-        outputs.append(float((layer(hidden) * direction).sum()))
+        outputs.append(float((call_layer(layer, hidden) * direction).sum()))
     tensor.copy_(original)
     return (outputs[0] - outputs[1]) / (2 * size), step
 
@@ -299,10 +346,10 @@ def check_cached_generation(case: MemoryUnderTest) -> None:
 def check_dtypes(case: MemoryUnderTest) -> None:
     """Check the memory in bfloat16, and in float32 under autocast."""
     layer, hidden = case.make_layer(), make_hidden(2, 6)
-    expected = layer(hidden)
+    expected = call_layer(layer, hidden)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _check_close(layer(hidden).float(), expected, "under autocast")
-    output = layer.bfloat16()(hidden.bfloat16())
+        _check_close(call_layer(layer, hidden).float(), expected, "under autocast")
+    output = call_layer(layer.bfloat16(), hidden.bfloat16())
     assert output.dtype == torch.bfloat16, f"output is {output.dtype} for bfloat16 inputs"
     _check_close(output.float(), expected, "in bfloat16")
 

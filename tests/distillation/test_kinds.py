@@ -30,13 +30,27 @@ RULES = {
         "transcoder": "k: 8",
         "featural": "k: 8",
     },
+    "found in the text": {
+        "token": "",
+        "ngram": "order: 2, num_rows: 50",
+        "sum": "parts: [{kind: featural, k: 8}, {kind: ngram, num_rows: 50}]",
+    },
     "without slots": {
         "none": "",
         "low_rank": "rank: 4",
         "associative": "k: 8, write_start: 0.2, min_distance: 0.05",
     },
 }
-SLOT_KINDS = {"experts", "peer", "product_key", "pruned", "transcoder", "featural", "associative"}
+SLOT_KINDS = {
+    "experts",
+    "peer",
+    "product_key",
+    "pruned",
+    "transcoder",
+    "featural",
+    "associative",
+    "sum",
+}
 
 
 def test_every_built_in_kind_is_tested():
@@ -97,7 +111,8 @@ def test_it_trains_resumes_is_measured_and_generates(
     for command in commands:
         assert main.main([*command, "--model", str(run)]) == 0, command
     output = capsys.readouterr().out
-    assert all(kind in output for kind in kinds)
+    assert all(kind in output for kind in set(kinds) - {"sum"})
+    assert "sum" not in kinds or "featural+ngram" in output
     for layer, kind in enumerate(kinds):
         if kind in SLOT_KINDS - {"product_key"}:
             assert main.main(["memory", "show", "--slot", f"{layer}:3", "--model", str(run)]) == 0

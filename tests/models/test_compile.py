@@ -26,6 +26,9 @@ MEMORIES = {
     "product_key": dmt.ProductKeyConfig(silu_gate=True),
     "peer": dmt.PeerConfig(k=8, heads=2),
     "transcoder": dmt.TranscoderConfig(),
+    "token": dmt.TokenConfig(),
+    "ngram": dmt.NgramConfig(num_rows=50),
+    "sum": dmt.SumConfig(parts=[dmt.FeaturalConfig(k=8), dmt.NgramConfig(num_rows=50)]),
 }
 
 

@@ -20,6 +20,7 @@ from unsaved_facts import (
 )
 
 from dmt.config import FeaturalConfig
+from dmt.memory.token_context import UNKNOWN_TOKEN
 from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.conversion import convert_blocks
@@ -28,7 +29,6 @@ from dmt.models.fact_matching import (
     ANSWER_WINDOW,
     CONTEXT_WINDOW,
     SUBJECT_WINDOW,
-    UNKNOWN_TOKEN,
     FactMatcher,
     TextCodec,
     parse_prompt,

@@ -155,9 +155,9 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
 
 
 def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
-    from dmt.memory import AssociativeMemory, FeaturalMemory
+    from dmt.memory import AssociativeMemory, FeaturalMemory, SumMemory
     from dmt.memory.base import MemoryLayer
-    from dmt.memory.usage import UsageMixin
+    from dmt.models.memories import find_slot_memory
 
     num_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in (*block.parameters(), *block.buffers())
@@ -169,7 +169,11 @@ def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
             "num_rows": len(block.rows),
             "capacity": block.insert_policy.capacity,
         }
-    slot_memory = block.base if isinstance(block, AssociativeMemory) else block
+        if isinstance(block.base, MemoryLayer):
+            summary["kind"] = f"{kind}+{block.base.kind}"
+    if isinstance(block, SumMemory):
+        summary["kind"] = "+".join(part.kind for part in block.list_parts())
+    slot_memory = find_slot_memory(block)
     if isinstance(slot_memory, FeaturalMemory):
         sizes = slot_memory.external_sizes()
         summary["bytes"] += sizes["ram"]
@@ -177,11 +181,10 @@ def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
             summary["bytes_on_disk"] = sizes["disk"]
         on_average = " on average" if slot_memory.k_mode == "threshold" else ""
         summary |= {
-            "kind": kind if slot_memory is block else f"{kind}+{slot_memory.kind}",
             "num_slots": slot_memory.num_slots,
             "active_per_token": f"{slot_memory.k}{on_average}",
         }
-    elif isinstance(slot_memory, UsageMixin):
+    elif slot_memory is not None:
         summary |= {
             "num_slots": slot_memory.num_slots,
             "active_per_token": f"{slot_memory.k}",
@@ -415,9 +418,9 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
     import torch
 
     from dmt.evaluation.trace import logit_lens
-    from dmt.memory import AssociativeMemory
     from dmt.memory.slot_table import SlotTable
     from dmt.models.architectures import get_architecture
+    from dmt.models.memories import find_slot_memory
 
     layer, _, index = slot.partition(":")
     blocks = get_architecture(fact_store.model.config.model_type).blocks(fact_store.model)
@@ -426,8 +429,7 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
             f"--slot must be LAYER:INDEX with layers in [0, {len(blocks) - 1}], such as 3:17, "
             f"got {slot!r}"
         )
-    block = blocks[int(layer)]
-    memory = block.base if isinstance(block, AssociativeMemory) else block
+    memory = find_slot_memory(blocks[int(layer)])
     if not isinstance(memory, SlotTable):
         raise UserError(f"--slot {slot}: layer {layer} has no slots")
     if int(index) >= memory.num_slots:

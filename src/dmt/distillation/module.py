@@ -27,6 +27,7 @@ from dmt.distributed import all_reduce_mean, all_reduce_sum, is_distributed
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
+from dmt.memory.token_context import use_contexts
 from dmt.models.calibration import calibrate_memories
 from dmt.models.forward import ForwardOutputs, forward_teacher, forward_with_activations
 from dmt.models.memories import (
@@ -34,6 +35,7 @@ from dmt.models.memories import (
     get_featural_memories,
     get_memories,
     get_slot_memories,
+    list_student_contexts,
 )
 from dmt.training.module import TrainingModule
 from dmt.training.optimization import build_adamw, k_schedule, lr_schedule
@@ -294,6 +296,7 @@ class DistillationModule(TrainingModule):
             # Usage is counted in the student's own forward pass.
             for memory in get_slot_memories(self.student).values():
                 stack.enter_context(memory.usage_paused())
+            stack.enter_context(use_contexts(list_student_contexts(self.student, batch.tokens)))
             outputs = tuple(
                 memory(teacher.block_inputs[layer]) for layer, memory in memories.items()
             )

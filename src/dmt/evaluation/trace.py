@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError
 from dmt.evaluation.metrics import eval_mode
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, SumMemory
 from dmt.memory.base import MemoryLayer
+from dmt.memory.token_context import use_contexts
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import Matches, get_fact_hooks, record_matches
 from dmt.models.fact_matching import stack_values
 from dmt.models.forward import forward_with_activations
+from dmt.models.memories import list_student_contexts
 
 NUM_NEXT_TOKENS = 5  # most likely next tokens in a trace
 LOGIT_CHUNK_SIZE = 256  # hidden states whose logits exist at once
@@ -38,8 +40,8 @@ class Activation:
 
     Attributes:
         layer: the layer.
-        kind: `slot`, `row` of an associative memory, or `fact`.
-        index: index of the slot in its memory, or ID of the row or fact.
+        kind: `slot`, `row` of an associative memory, `token` or `ngram` of a lookup, or `fact`.
+        index: index of the slot or row in its memory, or ID of the row or fact.
         weight: factor by which its value was multiplied.
         share: |weight| times the norm of the value, as a fraction of the sum over everything that
             the token activated in this layer.
@@ -173,15 +175,18 @@ def trace(
         raise UserError(f"top_tokens must be at least 0, got {top_tokens}")
     ids = prefix_ids + text_ids
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    contexts = list_student_contexts(model, tokens)
+    if contexts is not None:
+        contexts = contexts.flatten(0, 1)
     hooks = get_fact_hooks(model)
     activations: list[list[Activation]] = [[] for _ in ids]
     with eval_mode(model):
         with record_matches(model) as matches:
             outputs = forward_with_activations(model, tokens, capture_blocks=True)
         for layer in selected_layers:
-            contributions = _block_contributions(
-                blocks[layer], outputs.block_inputs[layer].flatten(0, 1)
-            )
+            hidden = outputs.block_inputs[layer].flatten(0, 1)
+            with use_contexts(contexts):
+                contributions = _block_contributions(blocks[layer], hidden)
             if hooks is not None and layer == hooks.value_layer and matches:
                 contributions.append(_fact_contributions(outputs.block_inputs[layer], matches[0]))
             if contributions:
@@ -239,13 +244,14 @@ def _block_contributions(block: nn.Module, hidden: Tensor) -> list[_Contribution
     """Return what slots and rows of a block add for `hidden` `(tokens, width)`."""
     if isinstance(block, FeaturalMemory):
         return [_slot_contributions(block, hidden)]
+    if isinstance(block, SumMemory):
+        return [item for part in block.list_parts() for item in _block_contributions(part, hidden)]
     if not isinstance(block, AssociativeMemory):
-        selection = block.select(hidden) if isinstance(block, MemoryLayer) else None
-        if selection is None:
+        if not isinstance(block, MemoryLayer) or (selection := block.select(hidden)) is None:
             return []
         ids, weights, values = selection
-        active = torch.ones_like(ids, dtype=torch.bool)
-        return [_Contributions("slot", ids, weights, active, values, values.norm(dim=-1))]
+        norms = values.norm(dim=-1)
+        return [_Contributions(block.row_kind, ids, weights, weights != 0, values, norms)]
     slots = (
         [_slot_contributions(block.base, hidden)] if isinstance(block.base, FeaturalMemory) else []
     )

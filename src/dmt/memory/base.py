@@ -34,12 +34,14 @@ class BlockShape:
         num_neurons: neurons of the block.
         gated: whether a neuron has a second, linear score (Llama).
         activation_function: the block's function, by its transformers name.
+        vocab_size: tokens of the model.
     """
 
     width: int
     num_neurons: int
     gated: bool
     activation_function: str
+    vocab_size: int = 0
 
 
 class MemoryLayer(nn.Module):
@@ -48,9 +50,10 @@ class MemoryLayer(nn.Module):
     The contract, checked by `dmt.testing.check_memory`:
 
     - `__init__(width, config)`, where `config` is of the registered class.
-    - `forward(hidden)`: the output for a token depends on the hidden state of that token and on
-      the memory's state alone, never on other tokens of the batch. So it is causal, and a cache of
-      attention keys changes nothing in generation.
+    - `forward(hidden)`: the output for a token depends on the hidden state of that token, on the
+      last `context_length` token ids up to it and on the memory's state alone, never on other
+      tokens of the batch. So it is causal, and a cache of attention keys changes nothing in
+      generation.
     - All state is in parameters and buffers, so that checkpoints and saved students hold it.
     - `reset()` sets every parameter and every non-persistent buffer to its initial value:
       transformers creates a model's layers without values.
@@ -58,6 +61,7 @@ class MemoryLayer(nn.Module):
 
     kind: ClassVar[str] = ""  # set by `register_memory`, as is `config_class`
     config_class: ClassVar[type[MemoryConfig]] = MemoryConfig
+    row_kind: ClassVar[str] = "slot"  # what a trace calls the rows of `select`
 
     @classmethod
     def make_arguments(cls, config: Any, block: BlockShape) -> dict[str, Any]:
@@ -87,6 +91,14 @@ class MemoryLayer(nn.Module):
                 reset_parameters()
 
     @property
+    def context_length(self) -> int:
+        """Last token ids, its own included, that the output for a token depends on.
+
+        `dmt.memory.token_context.get_contexts` returns them; 0 where hidden states are enough.
+        """
+        return 0
+
+    @property
     def block_slots(self) -> int | None:
         """Neurons that `load_block` wants the block to have; None takes it as it is."""
         return None
@@ -104,6 +116,20 @@ class MemoryLayer(nn.Module):
             For each tensor that was taken over, the name of the parameter that took it.
         """
         return {}
+
+    @property
+    def reads_token_outputs(self) -> bool:
+        """Whether `load_token_outputs` is to be called, which takes a pass over the vocabulary."""
+        return False
+
+    def load_token_outputs(self, outputs: Tensor) -> None:
+        """Begin as what the block computes for each token at the start of a text.
+
+        Called before each `calibrate` where `reads_token_outputs`.
+
+        Args:
+            outputs: of the teacher's block `(vocab_size, width)`.
+        """
 
     def fit_selection(self, hidden: Tensor, target: Tensor) -> None:
         """Set from text what a token reads, where no gradient will; by default nothing is set.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,21 @@ from dmt.memory.sparsity_budget import (
     select_thresholded,
     update_threshold,
 )
+from dmt.memory.token_context import use_contexts
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import (
+    MAX_BATCH_TOKENS,
     ForwardOutputs,
     capture,
     forward_teacher,
     forward_with_activations,
 )
-from dmt.models.memories import get_associative_memories, get_featural_memories, get_memories
+from dmt.models.memories import (
+    get_associative_memories,
+    get_featural_memories,
+    get_memories,
+    list_student_contexts,
+)
 from dmt.ops import inlier_mask, symmetric_root
 
 BUDGET_PASSES = 3  # passes over the calibration text that move the shared threshold to its budget
@@ -118,16 +125,23 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
     ]
     for memory, hidden in zip(memories.values(), block_inputs, strict=True):
         memory.calibrate_means(hidden)
+    contexts = list_student_contexts(student, windows)
     for layer, any_memory in get_memories(student).items():
         target = teacher_outputs.block_outputs[layer]
         inliers = inlier_mask(target)
-        any_memory.fit_selection(teacher_outputs.block_inputs[layer][inliers], target[inliers])
+        with use_contexts(None if contexts is None else contexts[inliers]):
+            any_memory.fit_selection(teacher_outputs.block_inputs[layer][inliers], target[inliers])
     for layer, associative in get_associative_memories(student).items():
         associative.center(
             teacher_outputs.block_inputs[layer][inlier_mask(teacher_outputs.block_outputs[layer])]
         )
     initialize_threshold(memories.values(), block_inputs)
-    _calibrate_outputs(student, teacher_outputs, windows)
+    token_outputs = measure_token_outputs(
+        teacher,
+        windows,
+        [layer for layer, memory in get_memories(student).items() if memory.reads_token_outputs],
+    )
+    _calibrate_outputs(student, teacher_outputs, windows, token_outputs)
     if select_thresholded(memories.values()):
         reset_counts(memories.values())
         for _ in range(BUDGET_PASSES):
@@ -135,18 +149,50 @@ def calibrate_memories(student: PreTrainedModel, teacher: PreTrainedModel, windo
             forward_with_activations(student, windows)
             student.eval()
             update_threshold(memories.values(), rate=0.5)
-        _calibrate_outputs(student, teacher_outputs, windows)
+        _calibrate_outputs(student, teacher_outputs, windows, token_outputs)
 
 
 def _calibrate_outputs(
-    student: PreTrainedModel, teacher_outputs: ForwardOutputs, windows: Tensor
+    student: PreTrainedModel,
+    teacher_outputs: ForwardOutputs,
+    windows: Tensor,
+    token_outputs: Mapping[int, Tensor],
 ) -> None:
     memories = get_memories(student)
+    contexts = list_student_contexts(student, windows)
 
     def calibrate_memory(layer: int, block_input: Tensor) -> None:
         target = teacher_outputs.block_outputs[layer]
         inliers = inlier_mask(target)
-        memories[layer].calibrate(block_input[inliers], target[inliers])
+        if layer in token_outputs:
+            memories[layer].load_token_outputs(token_outputs[layer])
+        with use_contexts(None if contexts is None else contexts[inliers]):
+            memories[layer].calibrate(block_input[inliers], target[inliers])
 
     with capture(memories, on_input=calibrate_memory):
         forward_with_activations(student, windows)
+
+
+@torch.no_grad()
+def measure_token_outputs(
+    teacher: PreTrainedModel, windows: Tensor, layers: Collection[int]
+) -> dict[int, Tensor]:
+    """Return what blocks compute for each token `(vocab_size, width)` at the start of a text.
+
+    Args:
+        teacher: the model that the blocks are part of.
+        windows: token ids `(windows, time)`; without a token that begins a text, their first does.
+        layers: whose blocks are measured; nothing is computed without any.
+    """
+    outputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    if not outputs:
+        return {}
+    starts = (teacher.config.bos_token_id, teacher.config.eos_token_id, int(windows[0, 0]))
+    start = next(token for token in starts if isinstance(token, int))
+    token_ids = torch.arange(teacher.config.vocab_size, device=windows.device)
+    for ids in token_ids.split(MAX_BATCH_TOKENS // 2):
+        texts = torch.stack([torch.full_like(ids, start), ids], 1)
+        blocks = forward_teacher(teacher, texts, capture_blocks=True).block_outputs
+        for layer, rows in outputs.items():
+            rows.append(blocks[layer][:, -1])
+    return {layer: torch.cat(rows) for layer, rows in outputs.items()}

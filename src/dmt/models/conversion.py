@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dmt.config import DenseConfig, FeaturalConfig, MemoryConfig
 from dmt.config_io import check_shared_budget, select_layers
 from dmt.errors import UserError
-from dmt.memory import FeaturalMemory
+from dmt.memory import FeaturalMemory, NgramMemory, SumMemory, TokenMemory
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import get_memory_class
 from dmt.memory.slot_table import ACTIVATIONS, NEURON_PARAMETERS, take_neurons
@@ -115,7 +115,12 @@ def convert(
         raise UserError("model is a student already: convert the model that it was made from")
     memory_configs = _list_configs(config, layers, len(arch.blocks(model)))
     windows = None if calibration is None else _check_windows(calibration, model)
-    featural = [memory for memory in memory_configs if isinstance(memory, FeaturalConfig)]
+    featural = [
+        part
+        for memory in memory_configs
+        for part in memory.list_parts()
+        if isinstance(part, FeaturalConfig)
+    ]
     if windows is None and any(memory.has_slots and memory.k == "auto" for memory in featural):
         raise UserError(
             "k=auto is set from text: give calibration token ids (windows, time), or set k to a "
@@ -229,6 +234,7 @@ def convert_blocks(
         layer: memory
         for layer, memory in get_featural_memories(student).items()
         if layer in block_tensors
+        and _adds_nothing_else(get_memories(student)[layer])
         and memory.activation_fn is activation_fn
         and (memory.gains is not None) == arch.gated
         and memory.num_slots >= len(arch.read_tensors(arch.blocks(teacher)[layer])["keys"])
@@ -237,9 +243,26 @@ def convert_blocks(
     return student, report
 
 
+def _adds_nothing_else(memory: MemoryLayer) -> bool:
+    """Check whether what stands beside the copy of a block begins as zero, as lookups do."""
+    if not isinstance(memory, SumMemory):
+        return True
+    return all(
+        isinstance(part, NgramMemory | TokenMemory)
+        for index, part in enumerate(memory.list_parts())
+        if index != memory.block_part
+    )
+
+
 def _block_shape(arch: Architecture, teacher: PreTrainedModel, layer: int) -> BlockShape:
     num_neurons, width = arch.read_tensors(arch.blocks(teacher)[layer])["keys"].shape
-    return BlockShape(width, num_neurons, arch.gated, arch.read_activation(teacher.config))
+    return BlockShape(
+        width,
+        num_neurons,
+        arch.gated,
+        arch.read_activation(teacher.config),
+        teacher.config.vocab_size,
+    )
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from dmt.matching.relations import RelationMatcher
+from dmt.memory.token_context import UNKNOWN_TOKEN
 from dmt.models.architectures import get_architecture
 from dmt.models.fact_matching import (
-    UNKNOWN_TOKEN,
     FactMatch,
     FactMatcher,
     TextCodec,
     stack_values,
 )
 from dmt.models.forward import batch_by_length, inner_pass, pad_token_ids
+from dmt.models.text_history import (
+    find_positions,
+    find_token_ids,
+    is_paged,
+    read_history,
+    write_history,
+)
 from dmt.store.fact_index import FactIndex
 
 logger = logging.getLogger(__name__)
 
 HOOKS_ATTRIBUTE = "facts"  # the attribute of a model that holds its `FactHooks`
-MAX_SCORES = 16_000_000  # numbers that `_find_embedding_ids` computes at once
+HISTORY_NAME = "facts"  # of what a cache holds for the hooks
 
 Matches = tuple[FactMatch, ...]
 
@@ -72,59 +77,6 @@ class _PassState(threading.local):
     def clear(self) -> None:
         """Forget the pass."""
         self.history = self.matches = None
-
-
-class _TextHistory(CacheLayerMixin):
-    """Added to a cache's first layer: the text, which is cut, sorted and copied as its keys are.
-
-    The cache keeps as many layers as the model has, for code that counts them.
-    """
-
-    _layer_type = None  # transformers registers layers that have one
-    is_compileable = False  # which rows fire depends on the text
-    text_history: Tensor | None = None  # (batch, time, 3): ids, positions, facts
-
-    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
-        length = int(self.get_seq_length())
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        removed = length - int(self.get_seq_length())
-        self._change_history(lambda history: history[:, : history.shape[1] - removed])
-
-    def reset(self: Any) -> None:
-        super().reset()  # type: ignore[misc]
-        self.text_history = None
-
-    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change_history(lambda history: history[beam_idx.to(history.device)])
-
-    def batch_repeat_interleave(self: Any, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._change_history(lambda history: history.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self: Any, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._change_history(lambda history: history[indices])
-
-    def _change_history(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.text_history is not None:
-            self.text_history = change(self.text_history)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_layer, (type(self).__bases__[1], vars(self))
-
-
-@cache
-def _add_history(layer_class: Any) -> Any:
-    """Return a class of cache layers that hold the text as well."""
-    return type(layer_class.__name__, (_TextHistory, layer_class), {})
-
-
-def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
-    layer_class = _add_history(layer_class)
-    layer = layer_class.__new__(layer_class)
-    vars(layer).update(state)
-    return layer
 
 
 @dataclass(frozen=True)
@@ -215,20 +167,13 @@ class FactHooks(nn.Module):
             return
         arguments = dict(zip(self._argument_names, args, strict=False)) | kwargs
         self._state.clear()
-        if _is_paged(backbone, arguments):
+        if is_paged(backbone, arguments):
             self._report("the pass holds parts of several texts (continuous batching)")
             return
-        tokens, past = arguments.get("input_ids"), arguments.get("past_key_values")
-        embeddings = arguments.get("inputs_embeds")
-        if tokens is None and embeddings is not None:
-            tokens = (
-                embeddings.new_full(embeddings.shape[:2], UNKNOWN_TOKEN, dtype=torch.long)
-                if self.index.is_empty
-                else _find_embedding_ids(embeddings, backbone.get_input_embeddings())
-            )
+        past = arguments.get("past_key_values")
+        tokens = find_token_ids(backbone, arguments, search=not self.index.is_empty)
         if tokens is not None:
-            positions = _find_positions(tokens, arguments)
-            self._begin_pass(backbone, tokens, past, positions)
+            self._begin_pass(backbone, tokens, past, find_positions(tokens, arguments))
 
     @_not_compiled
     def _after_pass(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -360,11 +305,9 @@ class FactHooks(nn.Module):
 
     def _read_history(self, tokens: Tensor, past: Any) -> Tensor:
         """Return ids, positions and facts `(batch, time, 3)` of the text in a cache."""
-        layers = getattr(past, "layers", None) or [None]
-        history = getattr(layers[0], "text_history", None)
+        history, length = read_history(past, HISTORY_NAME)
         if history is not None:
             return history.to(tokens.device)
-        length = 0 if layers[0] is None else int(past.get_seq_length())
         if length:
             self._report(
                 "for text that was read before they were attached, or is in a cache that was built "
@@ -379,13 +322,8 @@ class FactHooks(nn.Module):
         """Add the text to the cache of the pass."""
         history = self._state.history
         self._state.clear()
-        layers = getattr(past, "layers", None)
-        if history is None or not layers:
-            return
-        if not isinstance(layers[0], _TextHistory):
-            layer_class: Any = type(layers[0])
-            layers[0].__class__ = _add_history(layer_class)
-        layers[0].text_history = history
+        if history is not None:
+            write_history(past, HISTORY_NAME, history)
 
 
 def _add_values(output: Tensor, matches: Matches, trained: TrainedValues | None = None) -> Tensor:
@@ -401,44 +339,6 @@ def _add_values(output: Tensor, matches: Matches, trained: TrainedValues | None 
             values = torch.where(is_row, new_value, values)
     tokens = torch.tensor([match.token for match in matches], device=flat_output.device)
     return flat_output.index_add(0, tokens, values).view_as(output)
-
-
-def _is_paged(backbone: Any, arguments: dict[str, Any]) -> bool:
-    """Check whether a pass keeps its keys in pages, where a row holds tokens of several texts."""
-    implementation = str(getattr(backbone.config, "_attn_implementation", ""))
-    return arguments.get("cache") is not None or implementation.startswith("paged|")
-
-
-def _find_positions(tokens: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-    """Return the positions of tokens `(batch, time)` in their documents, where they are stated."""
-    positions, starts = arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
-    if positions is not None:
-        return positions if positions.shape[-1:] == tokens.shape[1:] else None
-    if starts is None:
-        return None
-    indices = torch.arange(tokens.shape[1], device=tokens.device)
-    starts = starts[:-1].to(tokens.device)
-    return (indices - starts[torch.bucketize(indices, starts, right=True) - 1]).unsqueeze(0)
-
-
-@torch.no_grad()
-def _find_embedding_ids(embeddings: Tensor, table: nn.Module) -> Tensor:
-    """Return the ids `(batch, time)` of embeddings `(batch, time, width)`.
-
-    An embedding that is not in the table, such as one of prompt tuning, is an unknown token.
-    """
-    rows = table.weight
-    assert isinstance(rows, Tensor), "an embedding has one weight"
-    flat = embeddings.reshape(-1, embeddings.shape[-1])
-    half_norms = rows.float().square().sum(1) / 2
-    ids = torch.cat(
-        [
-            (chunk.float() @ rows.float().t() - half_norms).argmax(1)
-            for chunk in flat.split(max(1, MAX_SCORES // len(rows)))
-        ]
-    )
-    is_known = (rows[ids] == flat).all(-1)
-    return ids.masked_fill(~is_known, UNKNOWN_TOKEN).view(embeddings.shape[:2])
 
 
 def attach(model: PreTrainedModel, hooks: FactHooks) -> None:

@@ -25,6 +25,7 @@ from dmt.matching.relations import (
     may_ask_the_same,
     names_same_things,
 )
+from dmt.memory.token_context import UNKNOWN_TOKEN
 from dmt.store.fact_index import FactIndex
 from dmt.store.records import FactRecord, FloatArray, StoredFact
 from dmt.text import USER_SUBJECT, fold_text, mentions_user, name_user
@@ -34,7 +35,6 @@ CONTEXT_WINDOW = 128  # tokens of text in which a question is looked for
 ANSWER_WINDOW = 16  # tokens for which a completed answer blocks its fact
 PLACEHOLDER = "Clara Winfield"  # stands for the subject where a clause is read by the model
 EXACT_SCORE = 9.0  # of a prompt that is matched as it is, and of an answer that goes on
-UNKNOWN_TOKEN = -1  # id of a token that was given as an embedding, or read without the hooks
 MAX_PROMPTS = 10_000  # of facts that are kept as questions
 MAX_FIRED = 4_096  # facts that are remembered to complete their answers
 SPECIAL_TOKEN_TEXT = "\n\n"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, SumMemory
 from dmt.memory.base import MemoryLayer
+from dmt.memory.token_context import list_contexts
 from dmt.memory.usage import UsageMixin
 from dmt.models.architectures import get_architecture
 
@@ -28,12 +30,43 @@ def get_featural_memories(student: PreTrainedModel) -> dict[int, FeaturalMemory]
 
 
 def get_slot_memories(student: PreTrainedModel) -> dict[int, UsageMixin]:
-    """Return the memories whose reads of slots are counted, by layer; bases included."""
-    memories: dict[int, Any] = {
-        layer: memory.base if isinstance(memory, AssociativeMemory) else memory
-        for layer, memory in get_memories(student).items()
-    }
-    return {layer: memory for layer, memory in memories.items() if isinstance(memory, UsageMixin)}
+    """Return the memories whose reads of slots are counted, by layer.
+
+    They may be the base of an associative memory, or the first such part of a sum.
+    """
+    memories: dict[int, UsageMixin] = {}
+    for layer, memory in get_memories(student).items():
+        slots = find_slot_memory(memory)
+        if slots is not None:
+            memories[layer] = slots
+    return memories
+
+
+def find_slot_memory(memory: Any) -> UsageMixin | None:
+    """Return the memory with slots in a layer: itself, its base, or its first part with slots."""
+    if isinstance(memory, AssociativeMemory):
+        memory = memory.base
+    parts = memory.list_parts() if isinstance(memory, SumMemory) else [memory]
+    return next((part for part in parts if isinstance(part, UsageMixin)), None)
+
+
+def get_context_length(student: PreTrainedModel) -> int:
+    """Return how many of the last token ids the memories of a student read."""
+    return max((memory.context_length for memory in get_memories(student).values()), default=0)
+
+
+def list_student_contexts(student: PreTrainedModel, tokens: Tensor) -> Tensor | None:
+    """Return what `use_contexts` takes for memories that are called on their own.
+
+    Args:
+        student: whose memories they are.
+        tokens: token ids `(batch, time)` from the start of a text.
+
+    Returns:
+        Contexts `(batch, time, length)`; None where no memory reads token ids.
+    """
+    length = get_context_length(student)
+    return list_contexts(tokens, length) if length else None
 
 
 def get_associative_memories(student: PreTrainedModel) -> dict[int, AssociativeMemory]:

@@ -26,6 +26,7 @@ from dmt.models.adapters import register_target_modules
 from dmt.models.architectures import ARCHITECTURES, Architecture, get_architecture
 from dmt.models.fact_files import FACTS_FILE, copy_facts, load_facts
 from dmt.models.hub_files import get_auto_map, write_hub_files
+from dmt.models.token_hooks import register_token_hooks
 from dmt.ops import use_onednn_linear
 
 logger = logging.getLogger(__name__)
@@ -346,6 +347,7 @@ def _install_memories(backbone: Any, architecture: Architecture) -> None:
             config.hidden_size, architecture.gated, memory_arguments
         )
         architecture.replace_block(backbone, int(layer), memory)
+    register_token_hooks(backbone, architecture)
     if config.memory_tokens:
         backbone.set_input_embeddings(
             MemoryTokenEmbedding(config.vocab_size, config.hidden_size, **config.memory_tokens)

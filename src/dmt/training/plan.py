@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dmt.config import Config
 from dmt.data.documents import format_counts
 from dmt.evaluation.cost import MemoryCost, sum_costs
-from dmt.memory import AssociativeMemory, FeaturalMemory
+from dmt.memory import AssociativeMemory, FeaturalMemory, NgramMemory, SumMemory, TokenMemory
 from dmt.memory.usage import UsageMixin
 from dmt.models.conversion import TransferReport
 from dmt.models.memories import get_memories
@@ -164,6 +164,14 @@ def _describe_memory(memory: nn.Module | None) -> str:
         )
     if isinstance(memory, UsageMixin):
         return f"{memory.k} of {memory.num_slots} slots read for each token ({memory.kind})"
+    if isinstance(memory, SumMemory):
+        return " + ".join(map(_describe_memory, memory.list_parts()))
+    if isinstance(memory, NgramMemory):
+        return (
+            f"{memory.hash_heads} rows read for each of the last 1 to {memory.order} tokens (ngram)"
+        )
+    if isinstance(memory, TokenMemory):
+        return "1 row read for each token (token)"
     return type(memory).__name__
 
 

@@ -1,0 +1,219 @@
+"""N-gram memory: tables of rows for the last tokens of a text, at addresses that a hash tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmt.config import NgramConfig
+from dmt.memory.base import BlockShape, MemoryLayer
+from dmt.memory.registry import register_memory
+from dmt.memory.token import sum_by_row
+from dmt.memory.token_context import get_contexts
+from dmt.validation import ARG, ArgumentError
+
+# Tokens of text that weigh as much as no row at all, where rows are set from text.
+SHRINKAGE = 4.0
+GATE_EPSILON = 1e-6  # added to mean squares
+MAX_NUMBERS = 2**16  # factors of one length, at most
+
+
+def _mix(number: int) -> int:
+    """Return a 63-bit number that looks random. Source: Steele et al. 2014, SplitMix64."""
+    number = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return (number ^ (number >> 31)) >> 1
+
+
+def hash_contexts(contexts: Tensor, factors: Tensor, num_rows: int) -> Tensor:
+    """Return the row `(..., heads)` of each n-gram in the table of each head.
+
+    Args:
+        contexts: token ids `(..., order)`, all of them known.
+        factors: odd factors `(heads, order)`.
+        num_rows: rows of a table.
+    """
+    mixed = (contexts.unsqueeze(-2) + 1) * factors  # wraps, as it should
+    mixed = mixed ^ (mixed >> 29)
+    code = (mixed * factors.flip(-1)).sum(-1)
+    return (code ^ (code >> 32)) % num_rows
+
+
+@register_memory("ngram", config=NgramConfig)
+class NgramMemory(MemoryLayer):
+    """A layer that adds rows for the last token, the last two and so on, up to `order`.
+
+    There is a table for each length. An n-gram reads `hash_heads` rows of it, each a part of the
+    output, so that two n-grams that share one row seldom share all. Single tokens have rows of
+    their own where the table has as many. A gate weighs what is read by the hidden state; at first
+    it is one. Addresses depend on the text alone: rows can be fetched before they are needed.
+
+    Calibration sets the rows from text, the shortest n-grams first: each to the mean of what is
+    lacking, shrunk where it was seen seldom. What the block computes from anything but the last
+    `order` tokens is lost, so it is meant as a part of `sum`.
+
+    Args:
+        width: size of a hidden state.
+        vocab_size: tokens of the vocabulary. One beyond it has no n-grams.
+        order: tokens of the longest n-gram.
+        num_rows: rows of a table.
+        hash_heads: rows that an n-gram reads of a table.
+        context_gate: whether the hidden state weighs what is read.
+
+    Raises:
+        ArgumentError: `hash_heads` does not divide the width.
+
+    Source: Cheng et al. 2026, arXiv 2601.07372 (Engram). The gate's key is a row itself, weighted
+        number by number, where the source learns a matrix; there is no convolution.
+    """
+
+    row_kind = "ngram"
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        *,
+        order: int,
+        num_rows: int,
+        hash_heads: int,
+        context_gate: bool,
+    ) -> None:
+        super().__init__()
+        if width % hash_heads:
+            raise ArgumentError(
+                f"{ARG}hash_heads must divide {width}, the width of the model, got {hash_heads}"
+            )
+        self.vocab_size, self.order, self.hash_heads = vocab_size, order, hash_heads
+        self.tables = nn.ParameterList(
+            nn.Parameter(
+                torch.empty(
+                    hash_heads,
+                    vocab_size if length == 1 and vocab_size <= num_rows else num_rows,
+                    width // hash_heads,
+                )
+            )
+            for length in range(1, order + 1)
+        )
+        self.output_bias = nn.Parameter(torch.empty(width))
+        gate_shape = (order, width)
+        self.gate_weight = nn.Parameter(torch.empty(gate_shape)) if context_gate else None
+        self.gate_bias = nn.Parameter(torch.empty(order)) if context_gate else None
+        self.reset()
+
+    @classmethod
+    def make_arguments(cls, config: NgramConfig, block: BlockShape) -> dict[str, Any]:
+        """Return the arguments of a memory that replaces `block`, but for `width`.
+
+        Raises:
+            ArgumentError: `hash_heads` does not divide the width.
+        """
+        arguments = {name: value for name, value in asdict(config).items() if name != "kind"}
+        if block.width % config.hash_heads:
+            raise ArgumentError(
+                f"{ARG}hash_heads must divide {block.width}, the width of the model, got "
+                f"{config.hash_heads}"
+            )
+        return {"vocab_size": block.vocab_size, **arguments}
+
+    @classmethod
+    def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
+        """Create the memory from the values of `make_arguments`."""
+        return cls(width, **arguments)
+
+    @property
+    def context_length(self) -> int:
+        """The tokens of the longest n-gram."""
+        return self.order
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the output to zero and the gate to one."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, hidden: Tensor, target: Tensor) -> None:
+        """Set the rows to what is lacking, the shortest n-grams first."""
+        self.reset()
+        self.output_bias.copy_(target.mean(0))
+        residual = target - self.output_bias
+        for length in range(1, self.order + 1):
+            ids, is_known = self._find_rows(length, hidden.shape[:-1])
+            table = self.tables[length - 1]
+            parts = residual.view(len(residual), self.hash_heads, -1)
+            for head in range(self.hash_heads):
+                sums, counts = sum_by_row(
+                    ids[is_known, head], parts[is_known, head], table.shape[1]
+                )
+                table[head].copy_(sums / (counts.unsqueeze(-1) + SHRINKAGE))
+            residual = residual - self._read_rows(length, ids, is_known)
+
+    def get_factors(self, length: int) -> Tensor:
+        """Return the odd factors `(heads, length)` of the hash, the same in every process."""
+        numbers = [
+            _mix(length * MAX_NUMBERS + number) | 1 for number in range(self.hash_heads * length)
+        ]
+        return torch.tensor(numbers).view(self.hash_heads, length)
+
+    def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return rows `(*shape, heads)` of n-grams of a length, and which tokens have one."""
+        contexts = get_contexts(length, shape)
+        is_known = ((contexts >= 0) & (contexts < self.vocab_size)).all(-1)
+        num_rows = self.tables[length - 1].shape[1]
+        if length == 1 and num_rows == self.vocab_size:
+            ids = contexts.expand(*shape, self.hash_heads)
+        else:
+            ids = hash_contexts(contexts, self.get_factors(length).to(contexts.device), num_rows)
+        return ids.where(is_known.unsqueeze(-1), 0), is_known
+
+    def _read_rows(self, length: int, ids: Tensor, is_known: Tensor) -> Tensor:
+        """Return what n-grams of a length read, `(..., width)`, without the gate."""
+        table = self.tables[length - 1]
+        offsets = torch.arange(self.hash_heads, device=ids.device) * table.shape[1]
+        rows = F.embedding(ids + offsets, table.flatten(0, 1))
+        return rows.flatten(-2) * is_known.unsqueeze(-1)
+
+    def _compute_gate(self, length: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return the weight `(..., 1)` of what n-grams of a length read."""
+        if self.gate_weight is None or self.gate_bias is None:
+            return rows.new_ones(*rows.shape[:-1], 1)
+        product = _normalize(hidden.to(rows)) * _normalize(rows) * self.gate_weight[length - 1]
+        score = product.sum(-1, keepdim=True) / math.sqrt(rows.shape[-1])
+        return 2 * (score + self.gate_bias[length - 1]).sigmoid()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `(..., width)` to the same shape."""
+        output = self.output_bias.expand_as(hidden)
+        for length in range(1, self.order + 1):
+            rows = self._read_rows(length, *self._find_rows(length, hidden.shape[:-1]))
+            output = output + self._compute_gate(length, hidden, rows) * rows
+        return output.to(hidden.dtype)
+
+    def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that each token reads; those of longer n-grams have higher ids."""
+        ids, weights, values, first = [], [], [], 0
+        for length in range(1, self.order + 1):
+            row_ids, is_known = self._find_rows(length, hidden.shape[:-1])
+            rows = self._read_rows(length, row_ids, is_known)
+            gate = self._compute_gate(length, hidden, rows) * is_known.unsqueeze(-1)
+            num_rows, part = self.tables[length - 1].shape[1:]
+            for head in range(self.hash_heads):
+                in_part = torch.zeros(rows.shape[-1], device=rows.device)
+                in_part[head * part : (head + 1) * part] = 1
+                ids.append(row_ids[..., head] + first)
+                weights.append(gate[..., 0])
+                values.append(rows * in_part)
+                first += num_rows
+        return torch.stack(ids, -1), torch.stack(weights, -1), torch.stack(values, -2)
+
+
+def _normalize(states: Tensor) -> Tensor:
+    return states * (states.square().mean(-1, keepdim=True) + GATE_EPSILON).rsqrt()

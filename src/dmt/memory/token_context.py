@@ -1,0 +1,95 @@
+"""Which tokens a memory is at: the last token ids up to each token of the current pass.
+
+Most memories read hidden states alone. One that looks tokens up states how many ids it reads
+(`MemoryLayer.context_length`) and gets them with `get_contexts`. A student sets them for each pass,
+those before the pass from its cache (`dmt.models.token_hooks`); code that calls a memory itself
+sets them with `use_contexts`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+UNKNOWN_TOKEN = -1  # id before the start of a text, of padding, and of an embedding without one
+
+
+class _Contexts(threading.local):
+    """The contexts of the tokens that this thread computes."""
+
+    current: Tensor | None = None
+
+
+_contexts = _Contexts()
+
+
+def list_contexts(tokens: Tensor, length: int, positions: Tensor | None = None) -> Tensor:
+    """Return the last `length` ids up to each token, `(batch, time, length)`, its own the last.
+
+    Args:
+        tokens: token ids `(batch, time)`.
+        length: ids of a context.
+        positions: `(batch, time)`; where one does not follow the one before it, a text begins.
+            They count on where it is None.
+    """
+    contexts = _list_last(tokens, length, UNKNOWN_TOKEN)
+    if positions is None:
+        return contexts
+    # The first is compared with the last, which starts no text in the middle.
+    text_ids = (positions != positions.roll(1, 1) + 1).cumsum(1)
+    is_other_text = _list_last(text_ids, length, -1) != text_ids.unsqueeze(-1)
+    return contexts.masked_fill(is_other_text, UNKNOWN_TOKEN)
+
+
+def _list_last(values: Tensor, length: int, before: int) -> Tensor:
+    # Not padded and unfolded: an exported model could take no other number of tokens.
+    ends = torch.arange(values.shape[1], device=values.device).unsqueeze(1)
+    indices = ends + torch.arange(1 - length, 1, device=values.device)
+    return values[:, indices.clamp_min(0)].masked_fill(indices < 0, before)
+
+
+@contextmanager
+def use_contexts(contexts: Tensor | None) -> Iterator[None]:
+    """Set the contexts `(..., length)` of memories that are called inside; None changes nothing."""
+    previous = _contexts.current
+    _contexts.current = previous if contexts is None else contexts
+    try:
+        yield
+    finally:
+        _contexts.current = previous
+
+
+def get_contexts(length: int, shape: torch.Size) -> Tensor:
+    """Return the last `length` ids up to each token that a memory is called for.
+
+    Args:
+        length: ids of a context.
+        shape: that of the tokens, such as `(batch, time)`.
+
+    Returns:
+        Ids `(*shape, length)`, the token's own the last; unknown ones are `UNKNOWN_TOKEN`.
+
+    Raises:
+        RuntimeError: nobody has set them, or for other tokens.
+    """
+    contexts = peek_contexts()
+    if contexts is None:
+        raise RuntimeError(
+            "this memory looks tokens up, and is called without their ids; call it in a student, "
+            "or inside dmt.memory.token_context.use_contexts"
+        )
+    if contexts.shape[:-1] != shape or contexts.shape[-1] < length:
+        raise RuntimeError(
+            f"this memory is called for tokens of shape {tuple(shape)} and contexts of {length} "
+            f"ids, and the contexts have shape {tuple(contexts.shape)}"
+        )
+    return contexts[..., contexts.shape[-1] - length :]
+
+
+def peek_contexts() -> Tensor | None:
+    """Return the contexts that are set in this thread, None where there are none."""
+    return _contexts.current

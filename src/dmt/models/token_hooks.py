@@ -1,0 +1,145 @@
+"""Hooks that tell the memories of a student which tokens they are at.
+
+Before a pass of the backbone the last token ids up to each token are listed, those of earlier
+passes from the cache. Each transformer block receives them as an argument of `forward`, so that one
+that is computed again (gradient checkpointing) has those of its own pass, and sets them for its
+memory (`dmt.memory.token_context`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmt.errors import UserError
+from dmt.memory.base import MemoryLayer
+from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, use_contexts
+from dmt.models.architectures import Architecture
+from dmt.models.text_history import (
+    find_positions,
+    find_token_ids,
+    is_paged,
+    read_history,
+    write_history,
+)
+
+ARGUMENT = "token_texts"  # of the backbone and its transformer blocks, set by the hooks
+HISTORY_NAME = "tokens"  # of what a cache holds for the hooks
+
+
+@dataclass(frozen=True)
+class _TokenTexts:
+    """The text of a pass.
+
+    Attributes:
+        history: ids and positions `(batch, earlier + time, 2)`, those in the cache first.
+        contexts: the last ids up to each token of the pass `(batch, time, length)`.
+    """
+
+    history: Tensor
+    contexts: Tensor
+
+
+def register_token_hooks(backbone: nn.Module, architecture: Architecture) -> None:
+    """Give the memories of a student's backbone the token ids that they read, if any do."""
+    length = max(
+        (
+            block.context_length
+            for block in architecture.blocks(backbone)
+            if isinstance(block, MemoryLayer)
+        ),
+        default=0,
+    )
+    if not length:
+        return
+    names = tuple(inspect.signature(backbone.forward).parameters)
+    backbone.register_forward_pre_hook(
+        partial(_before_pass, length=length, argument_names=names), with_kwargs=True
+    )
+    backbone.register_forward_hook(_after_pass, with_kwargs=True)
+    for layer in architecture.transformer_blocks(backbone):
+        layer_class: Any = type(layer)
+        layer.__class__ = _add_argument(layer_class)
+
+
+class _TextLayer(nn.Module):
+    """Added to the class of a transformer block: takes the text of a pass for its memory."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        texts = kwargs.pop(ARGUMENT, None)
+        with use_contexts(None if texts is None else texts.contexts):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_layer, (type(self).__bases__[1], vars(self))
+
+
+@cache
+def _add_argument(layer_class: Any) -> Any:
+    """Return a class of transformer blocks that takes the text of a pass."""
+    return type(layer_class.__name__, (_TextLayer, layer_class), {})
+
+
+def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
+    layer_class = _add_argument(layer_class)
+    layer = layer_class.__new__(layer_class)
+    vars(layer).update(state)
+    return layer
+
+
+def _before_pass(
+    backbone: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    length: int,
+    argument_names: tuple[str, ...],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    arguments = dict(zip(argument_names, args, strict=False)) | kwargs
+    if is_paged(backbone, arguments):
+        raise UserError(
+            "this student looks tokens up, which continuous batching does not tell it; generate "
+            "with its generate method"
+        )
+    tokens = find_token_ids(backbone, arguments)
+    if tokens is None:
+        return args, kwargs  # transformers says what is missing
+    tokens = _hide_padding(tokens, arguments.get("attention_mask"))
+    texts = _extend_text(
+        tokens, find_positions(tokens, arguments), arguments.get("past_key_values"), length
+    )
+    return args, {**kwargs, ARGUMENT: texts}
+
+
+def _hide_padding(tokens: Tensor, mask: Any) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+        return tokens
+    return tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, UNKNOWN_TOKEN)
+
+
+def _extend_text(tokens: Tensor, positions: Tensor | None, past: Any, length: int) -> _TokenTexts:
+    earlier, num_earlier = read_history(past, HISTORY_NAME)
+    if earlier is None:
+        # Of a cache that was built by hand, such as one of prefix tuning, no text is known.
+        earlier = tokens.new_full((tokens.shape[0], num_earlier, 2), UNKNOWN_TOKEN)
+        earlier[..., 1] = torch.arange(num_earlier, device=tokens.device)
+    earlier = earlier.to(tokens.device)
+    if positions is None:
+        first = earlier[:, -1:, 1] + 1 if earlier.shape[1] else tokens.new_zeros(1, 1)
+        positions = first + torch.arange(tokens.shape[1], device=tokens.device)
+    new = torch.stack([tokens, positions.expand_as(tokens).to(tokens)], dim=-1)
+    history = torch.cat([earlier, new], dim=1)
+    recent = history[:, max(0, earlier.shape[1] - length + 1) :]
+    contexts = list_contexts(recent[..., 0], length, recent[..., 1])
+    return _TokenTexts(history, contexts[:, contexts.shape[1] - tokens.shape[1] :])
+
+
+def _after_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    texts = kwargs.get(ARGUMENT)
+    if texts is not None:
+        write_history(getattr(output, "past_key_values", None), HISTORY_NAME, texts.history)

@@ -1,0 +1,106 @@
+"""Memories that add up."""
+
+import pytest
+import torch
+from conftest import WIDTH, make_teacher
+
+import dmt
+from dmt.config_io import build_config, load_config
+from dmt.errors import UserError
+from dmt.memory import FeaturalMemory, NgramMemory, SumMemory
+from dmt.memory.token_context import use_contexts
+from dmt.models.conversion import convert_blocks
+from dmt.models.forward import forward_teacher
+from dmt.models.memories import get_memories, get_slot_memories, list_student_contexts
+from dmt.testing import check_memory
+
+PARTS = "memory.parts=[{kind: featural, k: 8}, {kind: ngram, num_rows: 64}]"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [dmt.FeaturalConfig(k=8), dmt.NgramConfig(num_rows=50)],
+        [dmt.TokenConfig(), dmt.PrunedConfig(num_slots=8)],  # MemoryLLM's flexible variant
+        [dmt.LowRankConfig(rank=2), dmt.TranscoderConfig(k=4), dmt.NoMemoryConfig()],
+    ],
+    ids=lambda parts: "+".join(part.kind for part in parts),
+)
+def test_it_passes_every_check(parts):
+    check_memory(SumMemory, dmt.SumConfig(parts=parts))
+
+
+def test_the_output_is_the_sum_of_those_of_the_parts(tokens):
+    config = dmt.SumConfig(parts=[dmt.FeaturalConfig(k=8), dmt.NgramConfig(num_rows=64)])
+    student = dmt.convert(make_teacher(), config, calibration=tokens).eval()
+    memory, hidden = get_memories(student)[0], torch.randn(*tokens.shape, WIDTH)
+    featural, ngram = memory.list_parts()
+    assert isinstance(featural, FeaturalMemory)
+    assert isinstance(ngram, NgramMemory)
+    with use_contexts(list_student_contexts(student, tokens)):
+        assert torch.equal(memory(hidden), featural(hidden) + ngram(hidden))
+    assert get_slot_memories(student)[0] is featural
+
+
+def test_with_all_slots_it_is_the_block_before_calibration(tokens):
+    teacher = make_teacher()
+    num_slots = teacher.transformer.h[0].mlp.c_fc.weight.shape[1]
+    parts = [dmt.NgramConfig(num_rows=64), dmt.FeaturalConfig(k=num_slots)]
+    num_layers = teacher.config.n_layer
+    student, report = convert_blocks(teacher, [dmt.SumConfig(parts=parts)] * num_layers)
+    with torch.no_grad():
+        torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits)
+    targets = {row.target for row in report.transfers if row.status == "memory"}
+    assert "transformer.h.0.mlp.parts.1.keys" in targets
+
+
+def test_each_part_is_calibrated_to_what_those_before_it_lack(tokens):
+    """A lookup beside slots is set to their error, and makes it less on the text itself."""
+    teacher = make_teacher()
+    inputs = forward_teacher(teacher, tokens, capture_blocks=True)
+    errors = {}
+    for name, parts in (
+        ("alone", [dmt.FeaturalConfig(k=2)]),
+        ("with rows", [dmt.FeaturalConfig(k=2), dmt.NgramConfig(num_rows=4_096)]),
+    ):
+        student = dmt.convert(teacher, dmt.SumConfig(parts=parts), calibration=tokens).eval()
+        with use_contexts(list_student_contexts(student, tokens)), torch.no_grad():
+            output = get_memories(student)[0](inputs.block_inputs[0])
+        errors[name] = float((output - inputs.block_outputs[0]).square().sum())
+    assert errors["with rows"] < 0.8 * errors["alone"]
+
+
+def test_a_config_file_and_a_saved_run_state_parts_as_settings_of_a_memory():
+    config = load_config(None, ["memory.kind=sum", PARTS])
+    assert config.memory == dmt.SumConfig(
+        parts=[dmt.FeaturalConfig(k=8), dmt.NgramConfig(num_rows=64)]
+    )
+    from dataclasses import asdict
+
+    assert build_config(asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("[]", r"memory.parts is empty; name at least one"),
+        ("[{kind: associative}]", r"memory.parts\[0\] must be of another kind than associative"),
+        ("[3]", r"memory.parts\[0\] must be settings of a memory such as \{kind: ngram\}, got 3"),
+        ("[{kind: ngram, k: 8}]", r"memory.parts\[0\].k is not a setting of memory.parts\[0\].ki"),
+        ("[{kind: ngram, order: 0}]", r"memory.parts\[0\].order must be in \[1, 8\], got 0"),
+        ("[{kind: engram}]", r"memory.parts\[0\].kind must be one of"),
+        ("[{kind: ngram, heads: 2}]", r"memory.parts\[0\].heads is not a setting"),
+        ("{kind: ngram}", r"memory.parts must be a list"),
+    ],
+)
+def test_bad_parts_are_named(parts, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, ["memory.kind=sum", f"memory.parts={parts}"])
+
+
+def test_a_part_that_does_not_fit_the_block_is_named():
+    with pytest.raises(UserError, match=r"parts\[1\].k must be in"):
+        dmt.convert(
+            make_teacher(),
+            dmt.SumConfig(parts=[dmt.TokenConfig(), dmt.TranscoderConfig(k=9_999)]),
+        )
