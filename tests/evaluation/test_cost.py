@@ -14,10 +14,13 @@ from dmt.config import (
     ExpertsConfig,
     FeaturalConfig,
     LowRankConfig,
+    NgramConfig,
     NoMemoryConfig,
     PeerConfig,
     ProductKeyConfig,
     PrunedConfig,
+    SumConfig,
+    TokenConfig,
     TranscoderConfig,
 )
 from dmt.evaluation.cost import MemoryCost, measure_cost, measure_costs, sum_costs
@@ -114,6 +117,31 @@ def test_kinds_are_counted_by_hand(teacher, hidden, config, floats, rows, multip
     derived += WIDTH * (config.kind == "featural" and config.selection == "centered")
     assert cost.ram_bytes == F32 * (sum(tensor.numel() for tensor in numbers) + derived)
     assert cost.disk_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "floats", "rows", "multiply_adds"),
+    [
+        (TokenConfig(), 2 * WIDTH, 1, 0),  # a row and the bias
+        (  # for one and for two tokens: two halves of a row, and the gate; the bias
+            NgramConfig(order=2, num_rows=50),
+            2 * (WIDTH + WIDTH + 1) + WIDTH,
+            2,
+            0,
+        ),
+        (
+            SumConfig(parts=[TokenConfig(), PrunedConfig(num_slots=K)]),
+            2 * WIDTH + K * (2 * WIDTH + 1) + WIDTH,
+            1,
+            2 * K * WIDTH,
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_lookups_by_token_are_counted(teacher, tokens, config, floats, rows, multiply_adds):
+    student, _ = convert_blocks(teacher, [config] * LAYERS, [torch.randn(30, WIDTH)] * LAYERS)
+    for cost in measure_costs(student.eval(), tokens[0]).values():
+        check(cost, floats, rows, multiply_adds)
 
 
 class RowAttention(dmt.MemoryLayer):

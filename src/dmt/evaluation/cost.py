@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicCache
 
 from dmt.memory.mmap_tensors import MmapTensorsMixin
 from dmt.memory.search_reads import SearchReads, observe_searches
+from dmt.memory.token_context import peek_contexts
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import forward_with_activations, inner_pass
 
@@ -105,8 +106,8 @@ def sum_costs(costs: Iterable[MemoryCost]) -> MemoryCost:
 def measure_cost(layer: nn.Module, hidden: Tensor) -> MemoryCost:
     """Measure what a layer takes that maps hidden states to the same shape.
 
-    The layer is unchanged afterwards, and so is what it counts. A layer that reads token ids needs
-    `measure_costs`.
+    The layer is unchanged afterwards, and so is what it counts. One that looks tokens up is
+    measured in a model, by `measure_costs`.
 
     Args:
         layer: a memory or a feed-forward block.
@@ -208,7 +209,9 @@ class _CostMeter(TorchDispatchMode):
         Args:
             inputs: what is passed to the layer, which is not read from memory.
         """
+        contexts = peek_contexts()  # token ids, which come with the hidden state
         self._computed = {_get_address(tensor) for tensor in inputs}
+        self._computed |= set() if contexts is None else {_get_address(contexts)}
         index_bytes: list[int] = []
 
         def add_search(reads: SearchReads) -> None:
