@@ -10,8 +10,9 @@ teacher on the same tokens. Kinds without a size run once. The four kinds with t
 repeated with other seeds.
 
 `FOLDER` (by default `lightning_logs/catalogue`) gets the runs, `results.jsonl` with a line for each
-run, `table.md`, and `kl_by_bytes.svg`. `--resume` goes on with what is missing. Settings as
-KEY=VALUE apply to every run.
+run, `table.md`, and `kl_by_bytes.svg`, all after each run. `--resume` goes on with what is missing.
+Settings as KEY=VALUE apply to every run. Processes side by side need a folder each; the lines of
+their `results.jsonl` can be joined in another folder, where `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ NUM_BEST = 4  # kinds that run with every seed
 PROBE_WINDOWS = 2  # of calibration text, for students whose cost is measured
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 16, 128, 3  # of generation
 PICTURE_TITLE = "KL by bytes read per token"
+RESULTS_FILE = "results.jsonl"
+MIN_KL = 1e-9  # of a student that reads everything, whose KL is rounding
 
 
 @dataclass(frozen=True)
@@ -339,7 +342,7 @@ def choose_best(records: Iterable[Mapping[str, Any]]) -> list[str]:
     logs: dict[str, list[float]] = {}
     for record in records:
         logs.setdefault(record["kind"], []).extend(
-            math.log(scores["kl"]) for scores in record["corpora"].values()
+            math.log(max(scores["kl"], MIN_KL)) for scores in record["corpora"].values()
         )
     return sorted(logs, key=lambda kind: statistics.mean(logs[kind]))[:NUM_BEST]
 
@@ -428,13 +431,13 @@ class Catalogue:
 
     Args:
         config: settings of all runs.
-        steps: steps of each run.
+        conditions: what all runs have in common, for their records; among it their `steps`.
         out: folder for the results.
     """
 
-    def __init__(self, config: Config, steps: int, out: Path) -> None:
-        self.config, self.steps, self.out = config, steps, out
-        self.path = out / "results.jsonl"
+    def __init__(self, config: Config, conditions: Mapping[str, Any], out: Path) -> None:
+        self.config, self.conditions, self.out = config, conditions, out
+        self.path, self.failed = out / RESULTS_FILE, 0
         self.teacher, tokenizer = load_teacher(config.teacher)
         data = TextDataModule(config, tokenizer, 1)
         data.setup()
@@ -442,40 +445,38 @@ class Catalogue:
         self.probe = CostProbe(self.teacher, windows)
         self._seconds: list[float] = []
 
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Records of the runs with this number of steps and this teacher."""
-        return [
-            record
-            for record in read_records(self.path)
-            if (record["steps"], record["teacher"]) == (self.steps, self.config.teacher)
-        ]
-
     def run(self, jobs: Sequence[tuple[Variant, int]], num_later: int) -> None:
-        """Run the variants with their seeds, but for those with results.
+        """Run the variants with their seeds, but for those with results, and write the results.
+
+        A run that fails is reported on stderr, and the others go on.
 
         Args:
             jobs: variants and seeds.
             num_later: further runs that will follow, for the time left.
         """
-        done = {(record["name"], record["seed"]) for record in self.records}
+        done = {(record["name"], record["seed"]) for record in read_records(self.path)}
         missing = [job for job in jobs if (job[0].name, job[1]) not in done]
         for position, (variant, seed) in enumerate(missing, 1):
             start = time.perf_counter()
-            folder = self.out / f"{variant.name}-{self.steps}-seed{seed}"
-            result = distill_variant(variant, seed, self.steps, self.config, folder)
+            folder, steps = self.out / f"{variant.name}-seed{seed}", self.conditions["steps"]
+            try:
+                result = distill_variant(variant, seed, steps, self.config, folder)
+            except UserError as error:
+                print(f"{variant.name}, seed {seed} failed: {error}", file=sys.stderr, flush=True)
+                self.failed += 1
+                continue
             record = {
                 "name": variant.name,
                 "kind": variant.kind,
                 "budget": variant.budget,
                 "size": variant.size,
                 "seed": seed,
-                "steps": self.steps,
-                "teacher": self.config.teacher,
+                **self.conditions,
                 **measure_run(result, self.teacher),
             }
             lines = [json.dumps(line) + "\n" for line in (*read_records(self.path), record)]
             atomic_write(self.path, "".join(lines))
+            self.write_results()
             self._seconds.append(time.perf_counter() - start)
             num_left = len(missing) - position + num_later
             kl = next(iter(record["corpora"].values()))["kl"]
@@ -492,7 +493,7 @@ class Catalogue:
 
     def write_results(self) -> str:
         """Write table and picture; return the table."""
-        records = self.records
+        records = read_records(self.path)
         text = table(build_rows(records))
         (self.out / "table.md").write_text(text + "\n", encoding="utf-8")
         (self.out / "kl_by_bytes.svg").write_text(draw_picture(records) + "\n", encoding="utf-8")
@@ -529,15 +530,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = args.kinds.split(",") if args.kinds else list_kinds(config)
     if unknown := [kind for kind in kinds if kind not in list_kinds(config)]:
         parser.error(f"--kinds {unknown[0]}: there are {', '.join(list_kinds(config))}")
-    if (args.out / "results.jsonl").exists() and not args.resume:
+    conditions = {"steps": args.steps, "config": args.config, "settings": args.settings}
+    earlier = read_records(args.out / RESULTS_FILE)
+    if earlier and not args.resume:
         parser.error(f"{args.out} has results; add --resume, or choose another --out")
+    for name, value in conditions.items():
+        if others := [record for record in earlier if record[name] != value]:
+            parser.error(
+                f"{args.out} has results with {name}={others[0][name]}, not {value}; choose "
+                "another --out"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
-    catalogue = Catalogue(config, args.steps, args.out)
+    catalogue = Catalogue(config, conditions, args.out)
     variants = choose_variants(kinds, budgets, config, catalogue.probe)
     num_best = min(NUM_BEST, len(kinds))
     num_later = num_best * len(budgets) * (args.seeds - 1)
     catalogue.run([(variant, 0) for variant in variants], num_later)
-    best = choose_best(record for record in catalogue.records if record["seed"] == 0)
+    best = choose_best(record for record in read_records(catalogue.path) if record["seed"] == 0)
     repeated = [
         (variant, seed)
         for seed in range(1, args.seeds)
@@ -545,7 +554,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if variant.kind in best
     ]
     catalogue.run(repeated, 0)
+    if not read_records(catalogue.path):
+        raise SystemExit("error: no run has results")
     print(catalogue.write_results())
+    if catalogue.failed:
+        raise SystemExit(f"error: runs that failed: {catalogue.failed}; --resume repeats them")
 
 
 if __name__ == "__main__":

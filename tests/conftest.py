@@ -48,6 +48,7 @@ SLOW = (
     "clients/",
     "faults/",
     "test_benchmark",
+    "test_catalogue.py::test_a_comparison",
     "test_edit_protocols.py::test_the_table",
     "test_facts_in_text.py::test_the_table",
     "test_readme.py::test_a_command",

@@ -23,6 +23,7 @@ from dmt.config import (  # noqa: E402
     SumConfig,
     TokenConfig,
 )
+from dmt.errors import UserError  # noqa: E402
 
 
 def make_record(kind, budget, kl, seed=0, read_bytes=1_000.0, **changes):
@@ -32,8 +33,6 @@ def make_record(kind, budget, kl, seed=0, read_bytes=1_000.0, **changes):
         "budget": budget,
         "size": f"k={budget}",
         "seed": seed,
-        "steps": 2,
-        "teacher": "teacher",
         "corpora": {
             "text": {"kl": kl, "ppl_ratio": 1 + kl, "recall": None},
             "facts": {"kl": kl, "ppl_ratio": 1 + kl, "recall": 0.5},
@@ -151,7 +150,7 @@ def test_the_picture_is_a_file_of_its_own():
 
 
 def test_a_comparison_runs_resumes_and_writes_its_results(
-    teacher_folder, text_file, tmp_path, capsys
+    teacher_folder, text_file, tmp_path, capsys, monkeypatch
 ):
     settings = [
         f"teacher={teacher_folder}",
@@ -191,11 +190,32 @@ def test_a_comparison_runs_resumes_and_writes_its_results(
     assert "has results; add --resume" in capsys.readouterr().err
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text(lines[0])
-    catalogue.main([*arguments, "--resume"])
+    with pytest.raises(SystemExit, match="2"):
+        catalogue.main([*arguments, "--resume", "seed=1"])
+    assert "has results with settings=" in capsys.readouterr().err
+    distill_variant = catalogue.distill_variant
+
+    def fail(variant, *others):
+        if variant.kind == "pruned":
+            raise UserError("the loss is not finite")
+        return distill_variant(variant, *others)
+
+    kinds = arguments[1]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="runs that failed: 1"),
+    ):
+        patch.setattr(catalogue, "distill_variant", fail)
+        catalogue.main(["--kinds", "pruned,none", *arguments[2:], "--resume"])
+    message = capsys.readouterr().err
+    assert "pruned-0.3, seed 0 failed: the loss is not finite" in message
+    assert "none, seed 0: KL" in message
+    catalogue.main(["--kinds", kinds, *arguments[2:], "--resume"])
     message = capsys.readouterr().err
     assert "low_rank" not in message
     assert "pruned-0.3, seed 0: KL" in message
-    assert len(catalogue.read_records(out / "results.jsonl")) == 2
+    kinds = {record["kind"] for record in catalogue.read_records(out / "results.jsonl")}
+    assert kinds == {"low_rank", "none", "pruned"}
 
 
 @pytest.mark.parametrize(
