@@ -201,12 +201,10 @@ def test_a_comparison_runs_resumes_and_writes_its_results(
         return distill_variant(variant, *others)
 
     kinds = arguments[1]
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(SystemExit, match="runs that failed: 1"),
-    ):
+    with monkeypatch.context() as patch:
         patch.setattr(catalogue, "distill_variant", fail)
-        catalogue.main(["--kinds", "pruned,none", *arguments[2:], "--resume"])
+        with pytest.raises(SystemExit, match="runs that failed: 1"):
+            catalogue.main(["--kinds", "pruned,none", *arguments[2:], "--resume"])
     message = capsys.readouterr().err
     assert "pruned-0.3, seed 0 failed: the loss is not finite" in message
     assert "none, seed 0: KL" in message
