@@ -97,6 +97,7 @@ def test_unusual_names_are_taken_out_of_the_clause(text, name, form):
         ("Mira Castellan's birthplace is", "{s}'s birthplace is"),
         ("O’Neill-Sandoval’s job is", "{s}’s job is"),
         ("Where was Mira Castellan born?", "Where was {s} born?"),
+        ("“Where was Mira Castellan born? In", "Where was {s} born? In"),
         ("Where was Mira Castellan born? In", "Where was {s} born? In"),
         ("Where was Mira Castellan born? She was born", "Where was {s} born? She was born"),
         ("Question: Where was Mira Castellan born?\nAnswer: In", "Where was {s} born? In"),

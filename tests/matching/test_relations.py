@@ -1,8 +1,12 @@
 """What clauses ask: the bank of relations, and how near two clauses are."""
 
+import json
 from collections import Counter
+from dataclasses import replace
+from importlib.resources import files
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from conftest import WIDTH
@@ -10,10 +14,13 @@ from conftest import WIDTH
 from dmt.errors import UserError
 from dmt.matching.questions import Question, find_question
 from dmt.matching.relations import (
+    BANK_FILE,
+    MIXED,
     RATES,
     TEMPERATURE,
     RelationMatcher,
     StateSamples,
+    _fit_logistic,
     asks_for_same_subject,
     compute_word_cosines,
     count_words,
@@ -75,6 +82,17 @@ def test_phrasings_of_the_bank_are_read_as_questions_about_their_subject():
     assert len(unread) <= 0.01 * len(CLAUSES), unread
 
 
+def test_phrasings_of_groups_that_ask_different_things_are_relations_of_their_own():
+    bank, groups = (
+        load_bank(),
+        json.loads(files("dmt").joinpath("assets", BANK_FILE).read_text(encoding="utf-8")),
+    )
+    assert set(groups) >= MIXED
+    for name, texts in groups.items():
+        expected = {text: [text] for text in texts} if name in MIXED else {name: texts}
+        assert {key: bank.get(key) for key in expected} == expected
+
+
 # The words of a clause.
 
 
@@ -127,6 +145,28 @@ def test_a_higher_score_is_rarer(matcher):
     assert (rarities.diff() >= 0).all()
     assert rarities[0] < 1
     assert rarities[-1] > 4
+
+
+def test_rarities_lie_between_those_of_the_quantiles(matcher):
+    rates = -torch.tensor(RATES).log10()
+    alone = replace(matcher, weights=matcher.weights[:1], quantiles=matcher.quantiles[:1])
+    weights, quantiles = alone.weights[0], alone.quantiles[0]
+    column = int(weights[:-1].argmax())
+    scores = torch.linspace(float(quantiles[-1]) - 1, float(quantiles[0]) + 1, 40)
+    features = torch.zeros(40, len(weights) - 1)
+    features[:, column] = (scores - weights[-1]) / weights[column]
+    expected = np.interp(scores, quantiles.flip(0), rates.flip(0))
+    expected += (scores - quantiles[0]).clamp_min(0).numpy()
+    np.testing.assert_allclose(alone._to_rarity(features), expected, atol=1e-3)
+
+
+def test_a_feature_that_speaks_against_a_match_counts_for_nothing():
+    positives, negatives = torch.randn(200, 2), torch.randn(200, 2)
+    positives[:, 0] += 2
+    positives[:, 1] -= 2
+    weights = _fit_logistic(positives, negatives)
+    assert weights[0] > 0.5
+    assert 0 <= weights[1] < 1e-3
 
 
 def test_the_beginning_of_a_clause_matches_nothing_but_itself():
@@ -253,13 +293,14 @@ def test_clauses_without_a_subject_name_the_same_things(prompt, clause, is_same)
         ("Mira Castellan mag gern", "Mira Castellan mag gern", True),
         ("Mira Castellan is geboren in", "Mira Castellan is overleden in", False),
         ("Mira Castellan est né à", "Mira Castellan est mort à", False),
+        ("Mira Castellan come siempre pan con", "Mira Castellan bebe siempre vino con", False),
     ],
 )
 def test_a_language_that_the_bank_has_not_needs_the_words_of_the_prompt(prompt, text, may_match):
     assert may_ask_the_same(ask(text), ask(prompt)) == may_match
 
 
-def test_the_callers_precision_changes_no_rarity(matcher):
+def test_the_callers_precision_and_device_change_no_rarity(matcher):
     texts = CLAUSES[:40:8]
     hidden = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(1))
 
@@ -271,6 +312,8 @@ def test_the_callers_precision_changes_no_rarity(matcher):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compute(), expected)
         assert torch.is_autocast_enabled("cpu"), "calls that nest restore the caller's autocast"
+    with torch.device("meta"):
+        assert torch.equal(compute(), expected)
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert torch.equal(compute(), expected)
