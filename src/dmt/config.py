@@ -541,6 +541,12 @@ class SumConfig(MemoryConfig):
         """Whether the memory begins as a copy of the block it replaces."""
         return any(part.copies_block for part in self.parts)
 
+    @property
+    def resizes_block(self) -> bool:
+        """Whether it copies another number of neurons, which are chosen from calibration text."""
+        copying = [part for part in self.parts if part.copies_block]
+        return bool(copying) and copying[0].resizes_block
+
 
 # Settings of each kind of memory that can be named without an import. `register_memory` adds to it.
 MEMORY_CONFIGS: dict[str, type[MemoryConfig]] = {

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import WIDTH, make_teacher
+from conftest import POSITIONS, SENTENCES, WIDTH, make_teacher
 
 import dmt
 from dmt.config_io import build_config, load_config
+from dmt.data.tokenizer import train_tokenizer
 from dmt.errors import UserError
 from dmt.memory import FeaturalMemory, NgramMemory, SumMemory
 from dmt.memory.token_context import use_contexts
@@ -52,6 +53,20 @@ def test_with_all_slots_it_is_the_block_before_calibration(tokens):
         torch.testing.assert_close(student(tokens).logits, teacher(tokens).logits)
     targets = {row.target for row in report.transfers if row.status == "memory"}
     assert "transformer.h.0.mlp.parts.1.keys" in targets
+
+
+def test_neurons_are_chosen_from_text_for_the_part_that_begins_as_the_block(tmp_path, text_file):
+    teacher, tokenizer = make_teacher(), train_tokenizer(SENTENCES * 3, 300, POSITIONS)
+    small = dmt.PrunedConfig(num_slots=8)
+    config = dmt.SumConfig(parts=[dmt.TokenConfig(), small])
+    settings = {"seq_len": 16, "batch_size": 2, "layerwise_steps": 0, "end_to_end_steps": 1}
+    settings |= {"test_tokens": 32, "validation_tokens": 32, "calibration_tokens": 32}
+    settings |= {"num_threads": 1, "accelerator": "cpu", "precision": "32-true"}
+    result = dmt.distill(
+        (teacher, tokenizer), text_file, config, output=tmp_path / "run", **settings
+    )
+    assert result.metrics["test/text/kl"] > 0
+    assert not dmt.SumConfig(parts=[dmt.FeaturalConfig(k=8), small]).resizes_block
 
 
 def test_each_part_is_calibrated_to_what_those_before_it_lack(tokens):
