@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import dmt  # noqa: F401  registers the student
 from dmt.cli.main import main
-from dmt.config import AssociativeConfig, FeaturalConfig
+from dmt.config import AssociativeConfig, FeaturalConfig, NoMemoryConfig, ProductKeyConfig
 from dmt.editing.fact_store import FactStore
 from dmt.editing.online import describe_rows, drop_rows, ensure_namespaces, write_online
 from dmt.editing.packs import LayerRows, RowPack, import_rows
+from dmt.evaluation.trace import logit_lens
 from dmt.models.conversion import convert_blocks
 from dmt.models.fingerprint import hash_model
 from dmt.models.loading import load
-from dmt.models.memories import get_associative_memories
+from dmt.models.memories import find_slot_memory, get_associative_memories, get_memories
 from dmt.store import RowStore
 
 ROWS = AssociativeConfig(k=8, min_distance=0.05, merge_distance=0.0, capacity=40)
@@ -928,6 +929,30 @@ def test_tables_are_not_json(student, capsys):
         assert '"layer"' not in output
     assert main(["generate", PROMPT, "--max-new-tokens", "2", "--trace", "-m", str(student)]) == 0
     assert f"{PROMPT} dog" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("silu_gate", [False, True])
+def test_a_slot_of_a_product_key_memory_is_shown_as_the_block_adds_it(
+    tokenizer, tmp_path, capsys, silu_gate
+):
+    student, _ = convert_blocks(
+        make_teacher(len(tokenizer)),
+        [ProductKeyConfig(k=8, silu_gate=silu_gate), NoMemoryConfig(), FeaturalConfig(k=8)],
+    )
+    memory = find_slot_memory(get_memories(student)[0])
+    value = memory.values[3].detach()
+    if silu_gate:
+        torch.nn.init.normal_(memory.output)
+        value = memory.output.detach() @ value
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["memory", "show", "--slot", "0:3", "--json", "-m", str(tmp_path)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    top_tokens = [text for text, _ in logit_lens(student, tokenizer, value.unsqueeze(0), 10)[0]]
+    assert shown["top_tokens"] == top_tokens
+    assert shown["value_norm"] == round(float(value.norm()), 3)
+    assert main(["memory", "show", "--slot", "1:3", "-m", str(tmp_path)]) == 2
+    assert "layer 1 has no slots" in capsys.readouterr().err
 
 
 def test_memory_help_lists_the_commands_without_importing_torch():

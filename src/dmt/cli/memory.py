@@ -418,7 +418,6 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
     import torch
 
     from dmt.evaluation.trace import logit_lens
-    from dmt.memory.slot_table import SlotTable
     from dmt.models.architectures import get_architecture
     from dmt.models.memories import find_slot_memory
 
@@ -430,7 +429,7 @@ def _show_slot(fact_store: FactStore, slot: str, out: Output) -> None:
             f"got {slot!r}"
         )
     memory = find_slot_memory(blocks[int(layer)])
-    if not isinstance(memory, SlotTable):
+    if memory is None:
         raise UserError(f"--slot {slot}: layer {layer} has no slots")
     if int(index) >= memory.num_slots:
         raise UserError(f"--slot {slot}: layer {layer} has slots 0 to {memory.num_slots - 1}")

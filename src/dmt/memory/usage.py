@@ -59,13 +59,19 @@ class UsageMixin:
         k: rows read per token, on average.
         values: what it sums, `(num_slots, width)`.
         output_bias: what it adds to the sum, `(width,)`.
+        output: map `(width, width)` of the sum; None where there is none.
     """
 
     num_slots: int
     k: int
     values: Tensor
     output_bias: Tensor
+    output: Tensor | None
     _usage: UsageCounts | None = None
+
+    def gather_values(self, ids: Tensor) -> Tensor:
+        """Return the values `(n, width)` of the slots `ids` `(n,)`."""
+        return self.values[ids]
 
     @contextmanager
     def recording_usage(self) -> Iterator[UsageCounts]:
