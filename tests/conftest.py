@@ -228,6 +228,7 @@ def small_run_args(teacher, text, logs):
         "data.validation_tokens=64",
         "data.test_tokens=128",
         "stages.calibration_tokens=64",
+        "stages.lookup_tokens=64",
         "stages.layerwise_steps=4",
         "stages.end_to_end_steps=5",
         "optim.warmup_steps=1",

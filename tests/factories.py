@@ -21,6 +21,7 @@ TINY = [
     "data.validation_tokens=32",
     "data.test_tokens=32",
     "stages.calibration_tokens=32",
+    "stages.lookup_tokens=32",
     "stages.layerwise_steps=1",
     "stages.end_to_end_steps=2",
     "optim.warmup_steps=1",

@@ -23,6 +23,7 @@ SHORT = [
     "data.test_tokens=32",
     "data.mixture_weights=[]",
     "stages.calibration_tokens=16",
+    "stages.lookup_tokens=16",
     "stages.layerwise_steps=1",
     "stages.end_to_end_steps=1",
     "trainer.num_threads=1",

@@ -161,6 +161,7 @@ def test_a_comparison_runs_resumes_and_writes_its_results(
         "data.validation_tokens=64",
         "data.test_tokens=128",
         "stages.calibration_tokens=64",
+        "stages.lookup_tokens=64",
         "optim.warmup_steps=1",
         "trainer.num_threads=1",
         "trainer.accelerator=cpu",

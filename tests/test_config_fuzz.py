@@ -38,6 +38,7 @@ SMALL_RUN = [
     "data.validation_tokens=32",
     "data.test_tokens=32",
     "stages.calibration_tokens=32",
+    "stages.lookup_tokens=32",
     "stages.layerwise_steps=1",
     "stages.end_to_end_steps=1",
     "trainer.num_threads=1",

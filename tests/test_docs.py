@@ -29,6 +29,7 @@ PAGES = [README, *(page for page in DOCS if page.parent.name not in GENERATED)]
 PROGRAMS = ("pip", "python", "dmt", "torchrun", "tensorboard", "make")
 SMALL = [
     "stages.calibration_tokens=256",
+    "stages.lookup_tokens=256",
     "stages.layerwise_steps=1",
     "stages.end_to_end_steps=2",
     "optim.warmup_steps=1",

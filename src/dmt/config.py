@@ -474,13 +474,16 @@ class NgramConfig(MemoryConfig):
 
     order: int = bounded(3, minimum=1, maximum=8)
     """With `kind: ngram`, tokens of the longest n-gram; there is a table for each length."""
-    num_rows: int = bounded(16_384, minimum=1, limit=2**31)
+    num_rows: int = bounded(32_768, minimum=1, limit=2**31)
     """With `kind: ngram`, rows of each table."""
     hash_heads: int = bounded(2, minimum=1, limit=2**10)
     """With `kind: ngram`, rows that an n-gram reads of a table, each with its own part of the
     width."""
     context_gate: bool = True
     """With `kind: ngram`, weigh what is read by the hidden state."""
+    learn_rows: bool = False
+    """With `kind: ngram`, train the rows by gradient after text has set them; slow for large
+    tables."""
 
     @property
     def copies_block(self) -> bool:
@@ -690,6 +693,9 @@ class StagesConfig(_CheckedConfig):
     calibration_tokens: int = bounded(8_192, minimum=0, limit=2**24)
     """Tokens from which slot means and output biases are measured before any gradient step; 0 skips
     it."""
+    lookup_tokens: int = bounded(409_600, minimum=0, limit=2**31)
+    """Tokens from which the rows of `ngram` are set after that; 0 takes those of the
+    calibration."""
     layerwise_steps: int = bounded(100, minimum=0, limit=2**31)
     """Steps in which each memory learns its own block's output from the teacher's inputs; 0 skips
     them."""

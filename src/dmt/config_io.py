@@ -34,6 +34,7 @@ from dmt.config import (
     DenseConfig,
     FeaturalConfig,
     MemoryConfig,
+    SumConfig,
 )
 from dmt.errors import UnknownSettingError, UserError, format_value
 from dmt.files import CONFIG_VERSION, check_version
@@ -165,10 +166,11 @@ def _sets_memory_kind(change: dict[str, Any]) -> bool:
 
 
 def _merge_override(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` with one `key=value`, moved into the layer overrides that it is about.
+    """Return `values` with one `key=value`, moved into the part or the layers that it is about.
 
     `dmt distill associative memory.capacity=1000` changes the associative layers, although the
-    memory of the other layers has no capacity.
+    memory of the other layers has no capacity; `dmt distill lookup memory.k=64` the first part of
+    the sum that has a k.
     """
     memory = change.get("memory")
     if isinstance(memory, dict) and len(memory) == 1:
@@ -186,12 +188,24 @@ def _merge_override(values: dict[str, Any], change: dict[str, Any]) -> dict[str,
                 for rule in rules
             ]
             return {**values, "student": {**student, "layer_overrides": rules}}
+        if top_kind == SumConfig.kind_name and leaf not in field_types(SumConfig):
+            parts = list(
+                values["memory"].get("parts", [{"kind": p.kind} for p in SumConfig().parts])
+            )
+            owners = [index for index, part in enumerate(parts) if _has_field(part, leaf)]
+            if owners:
+                parts[owners[0]] = {**parts[owners[0]], leaf: value}
+                return _merge(values, {"memory": {"parts": parts}})
     return _merge(values, change)
 
 
 def _rule_has_field(rule: Any, name: str) -> bool:
     """Return whether a layer override sets a kind of memory that has the field `name`."""
-    memory = rule.get("memory") if isinstance(rule, dict) else None
+    return isinstance(rule, dict) and _has_field(rule.get("memory"), name)
+
+
+def _has_field(memory: Any, name: str) -> bool:
+    """Return whether settings of a memory state a kind that has the field `name`."""
     kind = memory.get("kind") if isinstance(memory, dict) else None
     return kind in MEMORY_CONFIGS and name in field_types(MEMORY_CONFIGS[kind])
 

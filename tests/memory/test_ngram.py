@@ -12,7 +12,10 @@ from dmt.errors import UserError
 from dmt.memory import NgramMemory
 from dmt.memory.ngram import SHRINKAGE, hash_contexts
 from dmt.memory.token_context import list_contexts, use_contexts
-from dmt.models.memories import get_memories
+from dmt.memory.usage import record_usage
+from dmt.models.calibration import set_lookup_rows
+from dmt.models.forward import forward_teacher
+from dmt.models.memories import get_memories, get_slot_memories
 from dmt.testing import check_memory
 
 VOCAB_SIZE = 11
@@ -27,6 +30,7 @@ def make(order=3, num_rows=13, hash_heads=2, context_gate=True):
         num_rows=num_rows,
         hash_heads=hash_heads,
         context_gate=context_gate,
+        learn_rows=True,
     ).double()
     with torch.no_grad():
         for parameter in memory.parameters():
@@ -110,6 +114,51 @@ def test_calibration_explains_text_by_its_ngrams_the_shortest_first():
     expected = (target - mean)[is_token].sum(0) / (int(is_token.sum()) + SHRINKAGE)
     torch.testing.assert_close(memory.tables[0][0, 4], expected)
     assert float(error.var() / target.var()) < 0.1, "about sixteen tokens of each pair"
+
+
+def test_a_long_text_sets_the_rows_that_calibration_would(tokens):
+    """In one pass over batches of any size, from the inputs of the teacher's blocks."""
+    teacher, config = make_teacher(), dmt.NgramConfig(num_rows=64)
+    expected = dmt.convert(teacher, config, layers=[0], calibration=tokens)
+    for batch_size in (1, 2, 3):
+        student = dmt.convert(teacher, config, layers=[0], calibration=tokens)
+        memory = get_memories(student)[0]
+        for table in memory.tables:
+            table.data.zero_()
+        set_lookup_rows(student, teacher, tokens, batch_size)
+        for table, expected_table in zip(
+            memory.tables, get_memories(expected)[0].tables, strict=True
+        ):
+            torch.testing.assert_close(table, expected_table, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_text_is_read_beside_what_stands_before(tokens):
+    """Rows of a sum are set to what its slots lack, and their reads are not counted."""
+    teacher = make_teacher()
+    parts = [dmt.FeaturalConfig(k=2), dmt.NgramConfig(num_rows=4_096)]
+    student = dmt.convert(teacher, dmt.SumConfig(parts=parts), calibration=tokens)
+    text = torch.randint(1, 300, (30, 20))
+    outputs = forward_teacher(teacher, text, capture_blocks=True)
+
+    def measure_error():
+        with use_contexts(list_contexts(text, 3)), torch.no_grad():
+            output = get_memories(student)[0](outputs.block_inputs[0])
+        return float((output - outputs.block_outputs[0]).square().sum())
+
+    before = measure_error()
+    with record_usage(get_slot_memories(student)) as usage:
+        set_lookup_rows(student, teacher, text)
+    assert not any(counts.tokens for counts in usage.values())
+    assert measure_error() < 0.9 * before
+
+
+def test_rows_have_a_gradient_only_where_they_learn():
+    learning = make()
+    assert all(table.requires_grad for table in learning.tables)
+    config = dmt.NgramConfig(num_rows=64)
+    fixed = get_memories(dmt.convert(make_teacher(), config))[0]
+    assert not any(table.requires_grad for table in fixed.tables)
+    assert fixed.gate_weight.requires_grad
 
 
 def test_addresses_are_the_same_in_every_process():

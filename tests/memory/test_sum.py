@@ -95,6 +95,15 @@ def test_a_config_file_and_a_saved_run_state_parts_as_settings_of_a_memory():
     assert build_config(asdict(config)) == config
 
 
+def test_a_setting_of_a_part_changes_the_first_part_that_has_it():
+    parts = load_config(None, ["memory.k=8", "memory.order=2", "memory.kind=sum"]).memory.parts
+    assert parts == [dmt.FeaturalConfig(k=8), dmt.NgramConfig(order=2)]
+    with pytest.raises(UserError, match=r"memory.expert_size is not a setting of memory.kind=sum"):
+        load_config(None, ["memory.kind=sum", "memory.expert_size=8"])
+    with pytest.raises(UserError, match=r"memory.parts\[0\].k must be"):
+        load_config(None, ["memory.kind=sum", "memory.k=0"])
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

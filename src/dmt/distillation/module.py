@@ -149,7 +149,7 @@ class DistillationModule(TrainingModule):
         return {
             name: parameter
             for name, parameter in self.student.named_parameters()
-            if train_all or id(parameter) in memory_ids
+            if parameter.requires_grad and (train_all or id(parameter) in memory_ids)
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

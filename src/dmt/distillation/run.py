@@ -45,13 +45,14 @@ from dmt.files import atomic_directory
 from dmt.memory.associative import record_retrieval
 from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
+from dmt.models.calibration import set_lookup_rows
 from dmt.models.conversion import TransferReport, convert_blocks
 from dmt.models.external_tensors import find_mmap_memories
 from dmt.models.fact_files import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher
-from dmt.models.memories import get_associative_memories, get_slot_memories
+from dmt.models.memories import get_associative_memories, get_memories, get_slot_memories
 from dmt.models.model_files import format_other_files
 from dmt.ops import use_onednn_linear
 from dmt.paths import expand_home
@@ -524,6 +525,16 @@ class _Run:
         logger.info("calibrating")
         num_tokens = max(self.config.stages.calibration_tokens, SCALE_TOKENS)
         self.module.calibrate(self.data.calibration_windows(num_tokens).to(device))
+        if any(memory.observes_text for memory in get_memories(self.module.student).values()) and (
+            num_tokens := self.config.stages.lookup_tokens
+        ):
+            logger.info("setting the rows of lookups from %s tokens", f"{num_tokens:,}")
+            set_lookup_rows(
+                self.module.student,
+                self.module.teacher,
+                self.data.calibration_windows(num_tokens).to(device),
+                self.config.data.micro_batch_size,
+            )
 
     def _log_costs(self, device: torch.device) -> None:
         """Log what the memories cost, which calibration has determined where `k` is `auto`."""

@@ -152,6 +152,25 @@ class MemoryLayer(nn.Module):
             target: outputs of the teacher's block for the same tokens, of the same shape.
         """
 
+    @property
+    def observes_text(self) -> bool:
+        """Whether `observe` and `set_rows` are to be called, which takes a long text."""
+        return False
+
+    def observe(self, hidden: Tensor, target: Tensor) -> None:
+        """Add tokens of a text to what `set_rows` sets rows from.
+
+        Args:
+            hidden: inputs `(tokens, width)` of the teacher's block.
+            target: its outputs, of the same shape.
+        """
+
+    def set_rows(self) -> None:
+        """Set rows from the tokens that were observed, and forget these.
+
+        Called after `calibrate`, before training.
+        """
+
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the rows that a trace shows for `hidden` `(tokens, width)`.
 

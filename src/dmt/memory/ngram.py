@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dmt.config import NgramConfig
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import register_memory
-from dmt.memory.token import sum_by_row
 from dmt.memory.token_context import get_contexts
 from dmt.validation import ARG, ArgumentError
 
@@ -22,6 +21,20 @@ from dmt.validation import ARG, ArgumentError
 SHRINKAGE = 4.0
 GATE_EPSILON = 1e-6  # added to mean squares
 MAX_NUMBERS = 2**16  # factors of one length, at most
+MAX_OBSERVED = 16_384  # tokens of an observed text whose rows are read at once
+
+
+@dataclass(frozen=True)
+class _ObservedText:
+    """A text that rows are set from.
+
+    Attributes:
+        sums: for each length, what the output lacks `(heads, rows, part)`, summed by row.
+        contexts: the last ids up to each token `(tokens, order)`, in parts.
+    """
+
+    sums: list[Tensor]
+    contexts: list[Tensor]
 
 
 def _mix(number: int) -> int:
@@ -55,9 +68,10 @@ class NgramMemory(MemoryLayer):
     their own where the table has as many. A gate weighs what is read by the hidden state; at first
     it is one. Addresses depend on the text alone: rows can be fetched before they are needed.
 
-    Calibration sets the rows from text, the shortest n-grams first: each to the mean of what is
-    lacking, shrunk where it was seen seldom. What the block computes from anything but the last
-    `order` tokens is lost, so it is meant as a part of `sum`.
+    Rows are set from text, the shortest n-grams first: each to the mean of what is lacking, shrunk
+    where it was seen seldom. Without `learn_rows` they stay so, and only the gate and what stands
+    beside learn, which is as good and faster (docs/experiments). What the block computes from
+    anything but the last `order` tokens is lost, so it is meant as a part of `sum`.
 
     Args:
         width: size of a hidden state.
@@ -66,6 +80,7 @@ class NgramMemory(MemoryLayer):
         num_rows: rows of a table.
         hash_heads: rows that an n-gram reads of a table.
         context_gate: whether the hidden state weighs what is read.
+        learn_rows: whether rows have a gradient.
 
     Raises:
         ArgumentError: `hash_heads` does not divide the width.
@@ -85,6 +100,7 @@ class NgramMemory(MemoryLayer):
         num_rows: int,
         hash_heads: int,
         context_gate: bool,
+        learn_rows: bool,
     ) -> None:
         super().__init__()
         if width % hash_heads:
@@ -98,7 +114,8 @@ class NgramMemory(MemoryLayer):
                     hash_heads,
                     vocab_size if length == 1 and vocab_size <= num_rows else num_rows,
                     width // hash_heads,
-                )
+                ),
+                requires_grad=learn_rows,
             )
             for length in range(1, order + 1)
         )
@@ -106,6 +123,7 @@ class NgramMemory(MemoryLayer):
         gate_shape = (order, width)
         self.gate_weight = nn.Parameter(torch.empty(gate_shape)) if context_gate else None
         self.gate_bias = nn.Parameter(torch.empty(order)) if context_gate else None
+        self._observed: _ObservedText | None = None
         self.reset()
 
     @classmethod
@@ -141,20 +159,54 @@ class NgramMemory(MemoryLayer):
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:
-        """Set the rows to what is lacking, the shortest n-grams first."""
+        """Set the rows to what is lacking in a text."""
         self.reset()
         self.output_bias.copy_(target.mean(0))
+        self.observe(hidden, target)
+        self.set_rows()
+
+    @property
+    def observes_text(self) -> bool:
+        """Rows take a long text."""
+        return True
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, target: Tensor) -> None:
+        """Add tokens of a text to the sums that rows are set from."""
+        if self._observed is None:
+            self._observed = _ObservedText([torch.zeros_like(table) for table in self.tables], [])
+        observed = self._observed
+        contexts = get_contexts(self.order, hidden.shape[:-1])
+        observed.contexts.append(contexts.to(torch.int32))
         residual = target - self.output_bias
         for length in range(1, self.order + 1):
-            ids, is_known = self._find_rows(length, hidden.shape[:-1])
-            table = self.tables[length - 1]
-            parts = residual.view(len(residual), self.hash_heads, -1)
-            for head in range(self.hash_heads):
-                sums, counts = sum_by_row(
-                    ids[is_known, head], parts[is_known, head], table.shape[1]
-                )
-                table[head].copy_(sums / (counts.unsqueeze(-1) + SHRINKAGE))
-            residual = residual - self._read_rows(length, ids, is_known)
+            self._add_by_row(observed.sums[length - 1], contexts, length, residual)
+
+    @torch.no_grad()
+    def set_rows(self) -> None:
+        """Set each row to the mean of what shorter n-grams leave, the shortest first."""
+        if self._observed is None:
+            return
+        sums, contexts = self._observed.sums, torch.cat(self._observed.contexts).long()
+        self._observed = None
+        for length, table in enumerate(self.tables, start=1):
+            counts = table.new_zeros(table.shape[:2])
+            for part in contexts.split(MAX_OBSERVED):
+                ids, is_known = self._hash(part, length)
+                for head, head_ids in enumerate(ids[is_known].unbind(-1)):
+                    counts[head] += head_ids.bincount(minlength=table.shape[1])
+            table.copy_(sums[length - 1] / (counts.unsqueeze(-1) + SHRINKAGE))
+            for part in contexts.split(MAX_OBSERVED) if length < self.order else ():
+                rows = self._read_rows(length, *self._hash(part, length))
+                for longer in range(length + 1, self.order + 1):
+                    self._add_by_row(sums[longer - 1], part, longer, -rows)
+
+    def _add_by_row(self, sums: Tensor, contexts: Tensor, length: int, values: Tensor) -> None:
+        """Add values `(tokens, width)` to the rows `(heads, rows, part)` of their n-grams."""
+        ids, is_known = self._hash(contexts, length)
+        parts = values.unflatten(-1, (self.hash_heads, -1))
+        for head in range(self.hash_heads):
+            sums[head].index_add_(0, ids[is_known, head], parts[is_known, head].to(sums))
 
     def get_factors(self, length: int) -> Tensor:
         """Return the odd factors `(heads, length)` of the hash, the same in every process."""
@@ -165,11 +217,15 @@ class NgramMemory(MemoryLayer):
 
     def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return rows `(*shape, heads)` of n-grams of a length, and which tokens have one."""
-        contexts = get_contexts(length, shape)
+        return self._hash(get_contexts(length, shape), length)
+
+    def _hash(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return the same for contexts `(..., length or more)`."""
+        contexts = contexts[..., contexts.shape[-1] - length :]
         is_known = ((contexts >= 0) & (contexts < self.vocab_size)).all(-1)
         num_rows = self.tables[length - 1].shape[1]
         if length == 1 and num_rows == self.vocab_size:
-            ids = contexts.expand(*shape, self.hash_heads)
+            ids = contexts.expand(*contexts.shape[:-1], self.hash_heads)
         else:
             ids = hash_contexts(contexts, self.get_factors(length).to(contexts.device), num_rows)
         return ids.where(is_known.unsqueeze(-1), 0), is_known

@@ -111,6 +111,24 @@ class SumMemory(MemoryLayer):
             part.calibrate(hidden, target)
             target = target - part(hidden)
 
+    @property
+    def observes_text(self) -> bool:
+        """Whether a part does."""
+        return any(part.observes_text for part in self.list_parts())
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, target: Tensor) -> None:
+        """Add tokens to what each part sets its rows from: what those before it lack."""
+        for part in self.list_parts():
+            if part.observes_text:
+                part.observe(hidden, target)
+            target = target - part(hidden)
+
+    def set_rows(self) -> None:
+        """Set the rows of the parts that have observed a text."""
+        for part in self.list_parts():
+            part.set_rows()
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
         first, *others = self.list_parts()

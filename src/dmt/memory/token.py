@@ -18,13 +18,6 @@ from dmt.memory.token_context import get_contexts
 PRIOR_COUNT = 1.0
 
 
-def sum_by_row(ids: Tensor, values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return sums `(num_rows, width)` and counts `(num_rows,)` of `values` `(n, width)` by row."""
-    counts = ids.bincount(minlength=num_rows).to(values.dtype)
-    sums = values.new_zeros(num_rows, values.shape[1]).index_add_(0, ids, values)
-    return sums, counts
-
-
 @register_memory("token", config=TokenConfig)
 class TokenMemory(MemoryLayer):
     """A layer that adds the row of the token itself: what a block computes for it on average.
@@ -88,10 +81,10 @@ class TokenMemory(MemoryLayer):
         mean = target.mean(0)
         self.values.add_(self.output_bias - mean)
         self.output_bias.copy_(mean)
-        sums, counts = sum_by_row(
-            ids[is_known], target[is_known] - self.output_bias, len(self.values)
-        )
-        self.values.mul_(PRIOR_COUNT).add_(sums).div_(counts.unsqueeze(-1) + PRIOR_COUNT)
+        ids = ids[is_known]
+        self.values.mul_(PRIOR_COUNT).index_add_(0, ids, target[is_known] - self.output_bias)
+        counts = ids.bincount(minlength=len(self.values)) + PRIOR_COUNT
+        self.values.div_(counts.unsqueeze(-1))
 
     def _find_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the row of each token, and whether it has one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,11 @@ from dmt.models.memories import (
     get_associative_memories,
     get_featural_memories,
     get_memories,
+    get_slot_memories,
     list_student_contexts,
 )
 from dmt.ops import inlier_mask, symmetric_root
+from dmt.progress import ProgressLog
 
 BUDGET_PASSES = 3  # passes over the calibration text that move the shared threshold to its budget
 
@@ -171,6 +174,40 @@ def _calibrate_outputs(
 
     with capture(memories, on_input=calibrate_memory):
         forward_with_activations(student, windows)
+
+
+@torch.no_grad()
+def set_lookup_rows(
+    student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, batch_size: int = 4
+) -> None:
+    """Set the rows of lookups from what memories lack in a long text, in one pass.
+
+    Memories read the inputs of the teacher's blocks, to which training brings those of the student.
+
+    Args:
+        student: model whose memories are calibrated.
+        teacher: model to imitate.
+        windows: token ids `(windows, time)`.
+        batch_size: windows computed at once.
+    """
+    memories = {
+        layer: memory for layer, memory in get_memories(student).items() if memory.observes_text
+    }
+    progress = ProgressLog("setting rows", len(windows), " windows")
+    with ExitStack() as stack:
+        for slot_memory in get_slot_memories(student).values():
+            stack.enter_context(slot_memory.usage_paused())
+        for index, tokens in enumerate(windows.split(batch_size) if memories else (), start=1):
+            outputs = forward_teacher(teacher, tokens, capture_blocks=True)
+            contexts = list_student_contexts(student, tokens)
+            for layer, memory in memories.items():
+                target = outputs.block_outputs[layer]
+                inliers = inlier_mask(target)
+                with use_contexts(None if contexts is None else contexts[inliers]):
+                    memory.observe(outputs.block_inputs[layer][inliers], target[inliers])
+            progress.update(min(index * batch_size, len(windows)))
+    for memory in memories.values():
+        memory.set_rows()
 
 
 @torch.no_grad()
