@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -107,8 +107,13 @@ class SumMemory(MemoryLayer):
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:
         """Set each part from what those before it lack."""
+        for part, lacking in self._walk_parts(hidden, target):
+            part.calibrate(hidden, lacking)
+
+    def _walk_parts(self, hidden: Tensor, target: Tensor) -> Iterator[tuple[MemoryLayer, Tensor]]:
+        """Yield each part and what those before it lack, as they are when it is reached."""
         for part in self.list_parts():
-            part.calibrate(hidden, target)
+            yield part, target
             target = target - part(hidden)
 
     @property
@@ -119,10 +124,9 @@ class SumMemory(MemoryLayer):
     @torch.no_grad()
     def observe(self, hidden: Tensor, target: Tensor) -> None:
         """Add tokens to what each part sets its rows from: what those before it lack."""
-        for part in self.list_parts():
+        for part, lacking in self._walk_parts(hidden, target):
             if part.observes_text:
-                part.observe(hidden, target)
-            target = target - part(hidden)
+                part.observe(hidden, lacking)
 
     def set_rows(self) -> None:
         """Set the rows of the parts that have observed a text."""
