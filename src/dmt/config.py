@@ -474,16 +474,16 @@ class NgramConfig(MemoryConfig):
 
     order: int = bounded(3, minimum=1, maximum=8)
     """With `kind: ngram`, tokens of the longest n-gram; there is a table for each length."""
-    num_rows: int = bounded(32_768, minimum=1, limit=2**31)
+    num_rows: int = bounded(16_384, minimum=1, limit=2**31)
     """With `kind: ngram`, rows of each table."""
     hash_heads: int = bounded(2, minimum=1, limit=2**10)
     """With `kind: ngram`, rows that an n-gram reads of a table, each with its own part of the
     width."""
     context_gate: bool = True
     """With `kind: ngram`, weigh what is read by the hidden state."""
-    learn_rows: bool = False
-    """With `kind: ngram`, train the rows by gradient after text has set them; slow for large
-    tables."""
+    learn_rows: bool = True
+    """With `kind: ngram`, train the rows by gradient after text has set them, which needs three
+    times the memory of the tables."""
 
     @property
     def copies_block(self) -> bool:

@@ -26,6 +26,7 @@ from dmt.distillation.row_sync import RowStoreSync, set_row_targets
 from dmt.distributed import all_reduce_mean, all_reduce_sum, is_distributed
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
+from dmt.memory import NgramMemory, TokenMemory
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
 from dmt.memory.token_context import use_contexts
 from dmt.models.calibration import calibrate_memories
@@ -155,7 +156,15 @@ class DistillationModule(TrainingModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters."""
         value_ids = {id(memory.values) for memory in get_slot_memories(self.student).values()}
-        return build_adamw(self.trainable_parameters().values(), self.settings.optim, value_ids)
+        table_ids = {
+            id(parameter)
+            for module in self.student.modules()
+            if isinstance(module, NgramMemory | TokenMemory)
+            for parameter in module.parameters()
+        }
+        return build_adamw(
+            self.trainable_parameters().values(), self.settings.optim, value_ids, table_ids
+        )
 
     def on_fit_start(self) -> None:
         """Put the student into training mode and the teacher on its device."""

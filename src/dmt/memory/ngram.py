@@ -70,8 +70,8 @@ class NgramMemory(MemoryLayer):
 
     Rows are set from text, the shortest n-grams first: each to the mean of what is lacking, shrunk
     where it was seen seldom. Without `learn_rows` they stay so, and only the gate and what stands
-    beside learn, which is as good and faster (docs/experiments). What the block computes from
-    anything but the last `order` tokens is lost, so it is meant as a part of `sum`.
+    beside learn. What the block computes from anything but the last `order` tokens is lost, so it
+    is meant as a part of `sum`.
 
     Args:
         width: size of a hidden state.
