@@ -479,7 +479,7 @@ class NgramConfig(MemoryConfig):
     hash_heads: int = bounded(2, minimum=1, limit=2**10)
     """With `kind: ngram`, rows that an n-gram reads of a table, each with its own part of the
     width."""
-    context_gate: bool = True
+    context_gate: bool = False
     """With `kind: ngram`, weigh what is read by the hidden state."""
     learn_rows: bool = True
     """With `kind: ngram`, train the rows by gradient after text has set them, which needs three

@@ -40,7 +40,10 @@ def make(order=3, num_rows=13, hash_heads=2, context_gate=True):
 
 @pytest.mark.parametrize(("order", "num_rows", "heads"), [(1, 64, 1), (2, 97, 2), (3, 40, 4)])
 def test_it_passes_every_check(order, num_rows, heads):
-    check_memory(NgramMemory, dmt.NgramConfig(order=order, num_rows=num_rows, hash_heads=heads))
+    check_memory(
+        NgramMemory,
+        dmt.NgramConfig(order=order, num_rows=num_rows, hash_heads=heads, context_gate=heads > 1),
+    )
 
 
 def read_slowly(memory, hidden, texts):
@@ -155,7 +158,7 @@ def test_a_long_text_is_read_beside_what_stands_before(tokens):
 def test_rows_have_a_gradient_only_where_they_learn():
     learning = make()
     assert all(table.requires_grad for table in learning.tables)
-    config = dmt.NgramConfig(num_rows=64, learn_rows=False)
+    config = dmt.NgramConfig(num_rows=64, learn_rows=False, context_gate=True)
     fixed = get_memories(dmt.convert(make_teacher(), config))[0]
     assert not any(table.requires_grad for table in fixed.tables)
     assert fixed.gate_weight.requires_grad

@@ -16,7 +16,11 @@ from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, peek_contexts
 from dmt.models.memories import get_memories
 
 CONFIG = dmt.SumConfig(
-    parts=[dmt.FeaturalConfig(k=8), dmt.NgramConfig(num_rows=512), dmt.TokenConfig()]
+    parts=[
+        dmt.FeaturalConfig(k=8),
+        dmt.NgramConfig(num_rows=512, context_gate=True),
+        dmt.TokenConfig(),
+    ]
 )
 
 

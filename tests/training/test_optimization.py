@@ -1,10 +1,12 @@
-"""Learning rates of a stage."""
+"""Learning rates of a stage, and the optimizer."""
+
+import copy
 
 import pytest
 import torch
 
 from dmt.config import OptimConfig
-from dmt.training.optimization import cosine_decay, lr_schedule
+from dmt.training.optimization import build_adamw, cosine_decay, lr_schedule
 
 
 def test_the_cosine_falls_from_one_to_its_minimum():
@@ -24,3 +26,36 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(0.2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert lr_schedule(0, 1, 2.0, optim) == pytest.approx(2.0)
+
+
+def test_tables_are_updated_as_other_parameters_and_resume():
+    torch.manual_seed(0)
+    start = [torch.randn(6, 5), torch.randn(4), torch.randn(300, 8)]
+    gradients = [[torch.randn_like(tensor) for tensor in start] for _ in range(4)]
+
+    def train(has_tables, is_resumed):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        table_ids = {id(parameters[2])} if has_tables else set()
+        settings = (OptimConfig(weight_decay=0.1), (), table_ids)
+        optimizer = build_adamw(parameters, *settings)
+        for step, step_gradients in enumerate(gradients):
+            if is_resumed and step == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = build_adamw(parameters, *settings)
+                optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            for parameter, gradient in zip(parameters, step_gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        return parameters, optimizer
+
+    plain, optimizer = train(False, False)
+    assert not any(group.get("fused") for group in optimizer.param_groups)
+    with_tables, optimizer = train(True, False)
+    assert [group["params"] for group in optimizer.param_groups if group.get("fused")] == [
+        [with_tables[2]]
+    ]
+    assert all(map(torch.equal, plain[:2], with_tables[:2]))
+    torch.testing.assert_close(with_tables[2], plain[2])
+    assert all(map(torch.equal, train(True, True)[0], with_tables))

@@ -65,13 +65,13 @@ class NgramMemory(MemoryLayer):
 
     There is a table for each length. An n-gram reads `hash_heads` rows of it, each a part of the
     output, so that two n-grams that share one row seldom share all. Single tokens have rows of
-    their own where the table has as many. A gate weighs what is read by the hidden state; at first
-    it is one. Addresses depend on the text alone: rows can be fetched before they are needed.
+    their own where the table has as many. With `context_gate` the hidden state weighs what is read;
+    at first the weight is one. Addresses depend on the text alone: rows can be fetched before they
+    are needed.
 
     Rows are set from text, the shortest n-grams first: each to the mean of what is lacking, shrunk
-    where it was seen seldom. Without `learn_rows` they stay so, and only the gate and what stands
-    beside learn. What the block computes from anything but the last `order` tokens is lost, so it
-    is meant as a part of `sum`.
+    where it was seen seldom. Without `learn_rows` they stay so. What the block computes from
+    anything but the last `order` tokens is lost, so it is meant as a part of `sum`.
 
     Args:
         width: size of a hidden state.
