@@ -113,7 +113,10 @@ def test_a_cache_that_is_cut_copied_and_sorted_has_the_text_with_it(student, tok
     assert_close(compute_logits(student, tokens[:, 9:], past_key_values=copied), expected[:, 9:])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}],
+)
 def test_generation_is_that_without_a_cache(student, tokens, options):
     prompt = tokens[:1, :6]
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 299}

@@ -26,7 +26,6 @@ class _HistoryLayer(CacheLayerMixin):
     """
 
     _layer_type = None  # transformers registers layers that have one
-    is_compileable = False  # what is read depends on the text
     text_histories: Mapping[str, Tensor] = {}
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
