@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import WIDTH, make_teacher
+from conftest import LAYERS, WIDTH, make_teacher
 from reference import assert_equal_gradients
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dmt
 from dmt.errors import UserError
@@ -197,3 +198,14 @@ def test_what_is_read_follows_the_text_through_a_cache(tokens):
         first = student(tokens[:, :5], use_cache=True)
         rest = student(tokens[:, 5:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole)
+
+
+@pytest.mark.parametrize("learn_rows", [False, True])
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_loaded_student_learns_rows_only_if_it_did(tokens, tmp_path, auto_class, learn_rows):
+    config = dmt.NgramConfig(num_rows=16, learn_rows=learn_rows)
+    dmt.convert(make_teacher(), config, calibration=tokens).save_pretrained(tmp_path)
+    student = auto_class.from_pretrained(tmp_path)
+    frozen = [name for name, value in student.named_parameters() if not value.requires_grad]
+    assert all("tables" in name for name in frozen)
+    assert len(frozen) == (0 if learn_rows else LAYERS * config.order)

@@ -127,6 +127,8 @@ class _MemoryModelMixin(PreTrainedModel):
         """Load a student, with slots of a file of their own, stored rows and facts."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in model.base_model.frozen_names:  # transformers gives all it loads a gradient
+            model.base_model.get_parameter(name).requires_grad_(False)
         if model.config.external_tensors:
             file = _find_file(pretrained_model_name_or_path, external_tensors.SLOTS_FILE, kwargs)
             external_tensors.attach_model_file(
@@ -347,6 +349,9 @@ def _install_memories(backbone: Any, architecture: Architecture) -> None:
             config.hidden_size, architecture.gated, memory_arguments
         )
         architecture.replace_block(backbone, int(layer), memory)
+    backbone.frozen_names = tuple(
+        name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    )
     register_token_hooks(backbone, architecture)
     if config.memory_tokens:
         backbone.set_input_embeddings(
