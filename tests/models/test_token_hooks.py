@@ -113,6 +113,14 @@ def test_a_cache_that_is_cut_copied_and_sorted_has_the_text_with_it(student, tok
     assert_close(compute_logits(student, tokens[:, 9:], past_key_values=copied), expected[:, 9:])
 
 
+def test_a_cache_in_a_tuple_has_the_text_too(student, tokens):
+    with torch.no_grad():
+        hidden, cache = student.base_model(tokens[:, :12], return_dict=False)[:2]
+        rest = student.base_model(tokens[:, 12:], past_key_values=cache, return_dict=False)[0]
+        logits = student.get_output_embeddings()(torch.cat([hidden, rest], 1))
+    assert_close(logits, compute_logits(student, tokens))
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}],

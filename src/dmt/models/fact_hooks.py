@@ -32,6 +32,7 @@ from dmt.models.fact_matching import (
 )
 from dmt.models.forward import batch_by_length, inner_pass, pad_token_ids
 from dmt.models.text_history import (
+    find_cache,
     find_positions,
     find_token_ids,
     is_paged,
@@ -178,7 +179,7 @@ class FactHooks(nn.Module):
     @_not_compiled
     def _after_pass(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self._state.is_encoding:
-            self._end_pass(getattr(output, "past_key_values", None))
+            self._end_pass(find_cache(output))
 
     @_not_compiled
     def _before_key_block(self, _: Any, args: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dmt.memory.token_context import UNKNOWN_TOKEN
 
@@ -70,6 +70,12 @@ def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
     layer = layer_class.__new__(layer_class)
     vars(layer).update(state)
     return layer
+
+
+def find_cache(output: Any) -> Cache | None:
+    """Return the cache in what a pass returns, with `return_dict=False` a tuple."""
+    values = output if isinstance(output, tuple) else output.values()
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def read_history(past: Any, name: str) -> tuple[Tensor | None, int]:

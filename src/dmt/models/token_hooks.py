@@ -21,6 +21,7 @@ from dmt.memory.base import MemoryLayer
 from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, use_contexts
 from dmt.models.architectures import Architecture
 from dmt.models.text_history import (
+    find_cache,
     find_positions,
     find_token_ids,
     is_paged,
@@ -142,4 +143,4 @@ def _extend_text(tokens: Tensor, positions: Tensor | None, past: Any, length: in
 def _after_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     texts = kwargs.get(ARGUMENT)
     if texts is not None:
-        write_history(getattr(output, "past_key_values", None), HISTORY_NAME, texts.history)
+        write_history(find_cache(output), HISTORY_NAME, texts.history)
