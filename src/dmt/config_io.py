@@ -90,8 +90,9 @@ def load_config(
 
     Args:
         path: a YAML file of differences from the defaults, or the `run.json` of a run.
-        overrides: `key=value`, the value in YAML; later ones win, and `memory.kind` goes first. A
-            memory setting that only the kind of a layer override has changes that override.
+        overrides: `key=value`, the value in YAML; later ones win, and `memory.kind` goes first,
+            then `memory.parts` and layer overrides. A memory setting that the kind lacks changes
+            the first part that has it, else the layer overrides whose kinds have it.
 
     Raises:
         UnknownSettingError: a key names no setting.
@@ -106,7 +107,7 @@ def load_config(
             raise _wrap(error, f"{path}: ") from None
     merged_file = values
     changes = [_parse_override(override) for override in overrides]
-    for change in sorted(changes, key=_sets_memory_kind, reverse=True):
+    for change in sorted(changes, key=_rank_override):
         values = _merge_override(values, change)
     try:
         config = build_config(values)
@@ -160,9 +161,13 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _sets_memory_kind(change: dict[str, Any]) -> bool:
-    memory = change.get("memory")
-    return isinstance(memory, dict) and "kind" in memory
+def _rank_override(change: dict[str, Any]) -> int:
+    """Return 0 for a kind of memory, 1 for what states memories, 2 for the settings of these."""
+    memory, student = change.get("memory"), change.get("student")
+    if isinstance(memory, dict) and "kind" in memory:
+        return 0
+    has_parts = isinstance(memory, dict) and "parts" in memory
+    return 1 if has_parts or (isinstance(student, dict) and "layer_overrides" in student) else 2
 
 
 def _merge_override(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -175,39 +180,46 @@ def _merge_override(values: dict[str, Any], change: dict[str, Any]) -> dict[str,
     memory = change.get("memory")
     if isinstance(memory, dict) and len(memory) == 1:
         leaf, value = next(iter(memory.items()))
+        top = {"kind": FeaturalConfig.kind_name, **values.get("memory", {})}
+        if leaf in field_types(get_memory_config_class(top["kind"], "memory.kind")):
+            return _merge(values, change)
+        if changed := _set_field(top, leaf, value):
+            return {**values, "memory": changed}
         student = values.get("student", {})
         rules = student.get("layer_overrides", [])
-        top_kind = values.get("memory", {}).get("kind", FeaturalConfig.kind_name)
-        if leaf not in field_types(get_memory_config_class(top_kind, "memory.kind")) and any(
-            _rule_has_field(rule, leaf) for rule in rules
-        ):
+        changes = [
+            _set_field(rule.get("memory"), leaf, value) if isinstance(rule, dict) else None
+            for rule in (rules if isinstance(rules, list) else ())
+        ]
+        if any(changes):
             rules = [
-                {**rule, "memory": {**rule["memory"], leaf: value}}
-                if _rule_has_field(rule, leaf)
-                else rule
-                for rule in rules
+                {**rule, "memory": changed} if changed else rule
+                for rule, changed in zip(rules, changes, strict=True)
             ]
             return {**values, "student": {**student, "layer_overrides": rules}}
-        if top_kind == SumConfig.kind_name and leaf not in field_types(SumConfig):
-            parts = list(
-                values["memory"].get("parts", [{"kind": p.kind} for p in SumConfig().parts])
-            )
-            owners = [index for index, part in enumerate(parts) if _has_field(part, leaf)]
-            if owners:
-                parts[owners[0]] = {**parts[owners[0]], leaf: value}
-                return _merge(values, {"memory": {"parts": parts}})
     return _merge(values, change)
 
 
-def _rule_has_field(rule: Any, name: str) -> bool:
-    """Return whether a layer override sets a kind of memory that has the field `name`."""
-    return isinstance(rule, dict) and _has_field(rule.get("memory"), name)
+def _set_field(memory: Any, name: str, value: Any) -> dict[str, Any] | None:
+    """Return settings of a memory with a field of its own, or of its first part that has it.
 
-
-def _has_field(memory: Any, name: str) -> bool:
-    """Return whether settings of a memory state a kind that has the field `name`."""
-    kind = memory.get("kind") if isinstance(memory, dict) else None
-    return kind in MEMORY_CONFIGS and name in field_types(MEMORY_CONFIGS[kind])
+    None where neither has it, or where they are no settings, which is reported when they are built.
+    """
+    if not isinstance(memory, dict):
+        return None
+    try:
+        config_class = get_memory_config_class(memory.get("kind"))
+    except UserError:
+        return None
+    if name in field_types(config_class):
+        return {**memory, name: value}
+    if config_class is SumConfig:
+        parts = memory.get("parts", [{"kind": part.kind} for part in SumConfig().parts])
+        for index, part in enumerate(parts if isinstance(parts, list) else ()):
+            kind = {"kind": FeaturalConfig.kind_name}
+            if changed := _set_field(kind | part if isinstance(part, dict) else part, name, value):
+                return {**memory, "parts": [*parts[:index], changed, *parts[index + 1 :]]}
+    return None
 
 
 def _merge(values: dict[str, Any], changes: dict[Any, Any]) -> dict[str, Any]:

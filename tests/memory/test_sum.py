@@ -104,6 +104,23 @@ def test_a_setting_of_a_part_changes_the_first_part_that_has_it():
         load_config(None, ["memory.kind=sum", "memory.k=0"])
 
 
+def test_a_setting_of_a_part_counts_wherever_it_stands():
+    parts = "memory.parts=[{num_slots: 64}, {kind: ngram}]"  # featural where no kind is stated
+    config = load_config(None, ["memory.k=8", parts, "memory.kind=sum"])
+    assert config.memory.parts == [dmt.FeaturalConfig(num_slots=64, k=8), dmt.NgramConfig()]
+    rules = "student.layer_overrides=[{layers: last, memory: {kind: %s}}]"
+    (rule,) = load_config(None, ["memory.order=2", rules % "sum"]).student.layer_overrides
+    assert rule["memory"]["parts"] == [{"kind": "featural"}, {"kind": "ngram", "order": 2}]
+    config = load_config(None, ["memory.kind=sum", rules % "featural", "memory.k=8"])
+    assert config.memory.parts[0] == dmt.FeaturalConfig(k=8)
+
+
+@pytest.mark.parametrize("parts", ["3", "", "abc", "[{kind: [featural]}]"])
+def test_a_setting_beside_parts_that_are_none_is_no_crash(parts):
+    with pytest.raises(UserError, match=r"memory.k is not a setting of memory.kind=sum"):
+        load_config(None, ["memory.kind=sum", f"memory.parts={parts}", "memory.k=8"])
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
