@@ -521,6 +521,14 @@ class SumConfig(MemoryConfig):
                     f"{ARG}parts[{index}] must be of another kind than associative, dense and sum, "
                     f"got {part.kind}"
                 )
+        with_slots = [index for index, part in enumerate(self.parts) if part.has_slots]
+        if len(with_slots) > 1:
+            first, second = with_slots[:2]
+            raise ArgumentError(
+                f"{ARG}parts[{second}] must be of another kind than {self.parts[second].kind}: "
+                f"{ARG}parts[{first}] has slots already, and only one part is ranked, calibrated "
+                f"and counted; give that one more slots or a larger k"
+            )
 
     def check_block(
         self, num_neurons: int, *, gated: bool = False, activation_function: str | None = None

@@ -10,6 +10,7 @@ from dmt.data.tokenizer import train_tokenizer
 from dmt.errors import UserError
 from dmt.memory import FeaturalMemory, NgramMemory, SumMemory
 from dmt.memory.token_context import use_contexts
+from dmt.memory.usage import record_usage
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher
 from dmt.models.memories import get_memories, get_slot_memories, list_student_contexts
@@ -130,6 +131,7 @@ def test_a_setting_beside_parts_that_are_none_is_no_crash(parts):
         ("[{kind: ngram, k: 8}]", r"memory.parts\[0\].k is not a setting of memory.parts\[0\].ki"),
         ("[{kind: ngram, order: 0}]", r"memory.parts\[0\].order must be in \[1, 8\], got 0"),
         ("[{kind: engram}]", r"memory.parts\[0\].kind must be one of"),
+        ("[{kind: featural}, {kind: featural}]", r"parts\[1\] must be of another kind than feat"),
         ("[{kind: ngram, heads: 2}]", r"memory.parts\[0\].heads is not a setting"),
         ("{kind: ngram}", r"memory.parts must be a list"),
     ],
@@ -137,6 +139,17 @@ def test_a_setting_beside_parts_that_are_none_is_no_crash(parts):
 def test_bad_parts_are_named(parts, message):
     with pytest.raises(UserError, match=message):
         load_config(None, ["memory.kind=sum", f"memory.parts={parts}"])
+
+
+def test_a_featural_part_after_other_slots_is_calibrated(tokens):
+    parts = [dmt.ProductKeyConfig(), dmt.FeaturalConfig(mean_k=8)]
+    student = dmt.convert(make_teacher(), dmt.SumConfig(parts=parts), calibration=tokens).eval()
+    memories = get_slot_memories(student)
+    assert all(isinstance(memory, FeaturalMemory) for memory in memories.values())
+    with record_usage(memories) as usage, torch.no_grad():
+        student(tokens)
+    mean_reads = sum(counts.mean_reads for counts in usage.values()) / len(usage)
+    assert mean_reads == pytest.approx(8, rel=0.3), "the threshold that layers share is set"
 
 
 def test_a_part_that_does_not_fit_the_block_is_named():

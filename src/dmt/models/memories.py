@@ -32,7 +32,7 @@ def get_featural_memories(student: PreTrainedModel) -> dict[int, FeaturalMemory]
 def get_slot_memories(student: PreTrainedModel) -> dict[int, UsageMixin]:
     """Return the memories whose reads of slots are counted, by layer.
 
-    They may be the base of an associative memory, or the first such part of a sum.
+    They may be the base of an associative memory, or a part of a sum, see `find_slot_memory`.
     """
     memories: dict[int, UsageMixin] = {}
     for layer, memory in get_memories(student).items():
@@ -43,11 +43,16 @@ def get_slot_memories(student: PreTrainedModel) -> dict[int, UsageMixin]:
 
 
 def find_slot_memory(memory: Any) -> UsageMixin | None:
-    """Return the memory with slots in a layer: itself, its base, or its first part with slots."""
+    """Return the memory with slots in a layer: itself, its base, or a part with slots.
+
+    Of the parts the featural one, which is calibrated by layer, else the first.
+    """
     if isinstance(memory, AssociativeMemory):
         memory = memory.base
     parts = memory.list_parts() if isinstance(memory, SumMemory) else [memory]
-    return next((part for part in parts if isinstance(part, UsageMixin)), None)
+    with_slots = [part for part in parts if isinstance(part, UsageMixin)]
+    featural = [part for part in with_slots if isinstance(part, FeaturalMemory)]
+    return next(iter(featural + with_slots), None)
 
 
 def get_context_length(student: PreTrainedModel) -> int:
