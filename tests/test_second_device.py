@@ -24,6 +24,12 @@ FITTED = (
     "{kind: low_rank}}, {layers: 2, memory: {kind: pruned, num_slots: 8}}]"
 )
 
+LOOKUPS = (
+    "student.layer_overrides=[{layers: 0, memory: {kind: token}}, {layers: 1, memory: {kind: ngram,"
+    " num_rows: 50}}, {layers: 2, memory: {kind: sum, parts: [{kind: featural, k: 8}, {kind: ngram,"
+    " num_rows: 50, learn_rows: true}]}}]"
+)
+
 
 def run_case(name, *arguments, device="cuda"):
     """Run a case on the device; return what it printed."""
@@ -56,6 +62,7 @@ def test_a_run_trains_as_on_the_cpu(artifacts_dir):
         ),
         pytest.param([ROUTED], id="kinds-with-a-router"),
         pytest.param([FITTED], id="kinds-that-are-fitted"),
+        pytest.param([LOOKUPS], id="lookups"),
     ],
 )
 def test_runs_of_each_kind_train_as_on_the_cpu(artifacts_dir, arguments):
