@@ -123,8 +123,14 @@ def test_kinds_are_counted_by_hand(teacher, hidden, config, floats, rows, multip
     ("config", "floats", "rows", "multiply_adds"),
     [
         (TokenConfig(), 2 * WIDTH, 1, 0),  # a row and the bias
-        (  # for one and for two tokens: two halves of a row, and the gate; the bias
+        (  # for one and for two tokens: two halves of a row; the bias
             NgramConfig(order=2, num_rows=50),
+            2 * WIDTH + WIDTH,
+            2,
+            0,
+        ),
+        (  # and the weights and the bias of the gate
+            NgramConfig(order=2, num_rows=50, context_gate=True),
             2 * (WIDTH + WIDTH + 1) + WIDTH,
             2,
             0,
