@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dmt
 from dmt.errors import UserError
-from dmt.memory import NgramMemory
+from dmt.memory import NgramMemory, ngram
 from dmt.memory.ngram import SHRINKAGE, hash_contexts
 from dmt.memory.token_context import list_contexts, use_contexts
 from dmt.memory.usage import record_usage
@@ -181,6 +181,21 @@ def test_addresses_are_even_and_heads_differ():
         assert abs(float(counts.double().var()) / 40 - 1) < 0.2, "as by chance: a Poisson variance"
     share_first = ids[:, 0] == ids[0, 0]
     assert float((ids[share_first, 1] == ids[0, 1]).float().mean()) < 0.2
+
+
+def test_addresses_are_computed_once_for_all_layers(tokens, monkeypatch):
+    student = dmt.convert(make_teacher(), dmt.NgramConfig(num_rows=64), calibration=tokens).eval()
+    calls = []
+
+    def count(contexts, factors, num_rows):
+        calls.append(contexts.shape)
+        return hash_contexts(contexts, factors, num_rows)
+
+    monkeypatch.setattr(ngram, "hash_contexts", count)
+    student(tokens)
+    assert len(calls) == 3, "one for each length"
+    student(tokens.flip(1))
+    assert len(calls) == 6, "another text has other addresses"
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicCache
 
 from dmt.memory.mmap_tensors import MmapTensorsMixin
 from dmt.memory.search_reads import SearchReads, observe_searches
-from dmt.memory.token_context import peek_contexts
+from dmt.memory.token_context import list_context_tensors
 from dmt.models.architectures import get_architecture
 from dmt.models.forward import forward_with_activations, inner_pass
 
@@ -209,9 +209,8 @@ class _CostMeter(TorchDispatchMode):
         Args:
             inputs: what is passed to the layer, which is not read from memory.
         """
-        contexts = peek_contexts()  # token ids, which come with the hidden state
-        self._computed = {_get_address(tensor) for tensor in inputs}
-        self._computed |= set() if contexts is None else {_get_address(contexts)}
+        # Token ids come with the hidden state.
+        self._computed = {_get_address(tensor) for tensor in (*inputs, *list_context_tensors())}
         index_bytes: list[int] = []
 
         def add_search(reads: SearchReads) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmt.config import NgramConfig
 from dmt.memory.base import BlockShape, MemoryLayer
 from dmt.memory.registry import register_memory
-from dmt.memory.token_context import get_contexts
+from dmt.memory.token_context import derive_from_contexts, get_contexts
 from dmt.validation import ARG, ArgumentError
 
 # Tokens of text that weigh as much as no row at all, where rows are set from text.
@@ -217,7 +217,11 @@ class NgramMemory(MemoryLayer):
 
     def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return rows `(*shape, heads)` of n-grams of a length, and which tokens have one."""
-        return self._hash(get_contexts(length, shape), length)
+        key = ("ngram", length, self.hash_heads, self.tables[length - 1].shape[1], self.vocab_size)
+        ids, is_known = derive_from_contexts(
+            key, length, shape, lambda contexts: self._hash(contexts, length)
+        )
+        return ids, is_known
 
     def _hash(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Return the same for contexts `(..., length or more)`."""

@@ -9,8 +9,9 @@ sets them with `use_contexts`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ UNKNOWN_TOKEN = -1  # id before the start of a text, of padding, and of an embed
 
 
 class _Contexts(threading.local):
-    """The contexts of the tokens that this thread computes."""
+    """The contexts of the tokens that this thread computes, and what was derived from them."""
 
     current: Tensor | None = None
+    derived: dict[Hashable, tuple[Tensor, ...]] | None = None
 
 
 _contexts = _Contexts()
@@ -53,14 +55,22 @@ def _list_last(values: Tensor, length: int, before: int) -> Tensor:
 
 
 @contextmanager
-def use_contexts(contexts: Tensor | None) -> Iterator[None]:
-    """Set the contexts `(..., length)` of memories that are called inside; None changes nothing."""
-    previous = _contexts.current
-    _contexts.current = previous if contexts is None else contexts
+def use_contexts(
+    contexts: Tensor | None, derived: dict[Hashable, tuple[Tensor, ...]] | None = None
+) -> Iterator[None]:
+    """Set the contexts of memories that are called inside.
+
+    Args:
+        contexts: ids `(..., length)`; None changes nothing.
+        derived: what memories have derived from them, to which others add.
+    """
+    previous = _contexts.current, _contexts.derived
+    if contexts is not None:
+        _contexts.current, _contexts.derived = contexts, {} if derived is None else derived
     try:
         yield
     finally:
-        _contexts.current = previous
+        _contexts.current, _contexts.derived = previous
 
 
 def get_contexts(length: int, shape: torch.Size) -> Tensor:
@@ -88,6 +98,31 @@ def get_contexts(length: int, shape: torch.Size) -> Tensor:
             f"ids, and the contexts have shape {tuple(contexts.shape)}"
         )
     return contexts[..., contexts.shape[-1] - length :]
+
+
+def derive_from_contexts(
+    key: Hashable, length: int, shape: torch.Size, derive: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Return what follows from contexts alone, computed once for all layers of a pass.
+
+    Args:
+        key: names `derive`, with all that it depends on but the contexts.
+        length: ids of a context.
+        shape: that of the tokens.
+        derive: computes it from the contexts `(*shape, length)`.
+    """
+    contexts, derived = get_contexts(length, shape), _contexts.derived
+    assert derived is not None, "set with the contexts"
+    if key not in derived:
+        derived[key] = derive(contexts)
+    return derived[key]
+
+
+def list_context_tensors() -> list[Tensor]:
+    """Return the contexts that are set in this thread and what was derived from them."""
+    if _contexts.current is None:
+        return []
+    return [_contexts.current, *chain.from_iterable((_contexts.derived or {}).values())]
 
 
 def peek_contexts() -> Tensor | None:

@@ -7,7 +7,6 @@ the arguments of a backbone's forward pass; those of earlier passes are stored i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dmt.memory.token_context import UNKNOWN_TOKEN
+from dmt.models.class_extension import extend_class, reduce_extended
 
 MAX_SCORES = 16_000_000  # numbers that `_find_embedding_ids` computes at once
 
@@ -27,6 +27,7 @@ class _HistoryLayer(CacheLayerMixin):
 
     _layer_type = None  # transformers registers layers that have one
     text_histories: Mapping[str, Tensor] = {}
+    __reduce__ = reduce_extended
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         length = int(self.get_seq_length())
@@ -54,22 +55,6 @@ class _HistoryLayer(CacheLayerMixin):
         self.text_histories = {
             name: change(history) for name, history in self.text_histories.items()
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_layer, (type(self).__bases__[1], vars(self))
-
-
-@cache
-def _add_histories(layer_class: Any) -> Any:
-    """Return a class of cache layers that hold the text as well."""
-    return type(layer_class.__name__, (_HistoryLayer, layer_class), {})
-
-
-def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
-    layer_class = _add_histories(layer_class)
-    layer = layer_class.__new__(layer_class)
-    vars(layer).update(state)
-    return layer
 
 
 def find_cache(output: Any) -> Cache | None:
@@ -100,9 +85,7 @@ def write_history(past: Any, name: str, history: Tensor) -> None:
     layers = getattr(past, "layers", None)
     if not layers:
         return
-    if not isinstance(layers[0], _HistoryLayer):
-        layer_class: Any = type(layers[0])
-        layers[0].__class__ = _add_histories(layer_class)
+    extend_class(layers[0], _HistoryLayer)
     layers[0].text_histories = {**layers[0].text_histories, name: history}
 
 

@@ -9,8 +9,10 @@ memory (`dmt.memory.token_context`).
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Hashable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from dmt.errors import UserError
 from dmt.memory.base import MemoryLayer
 from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, use_contexts
 from dmt.models.architectures import Architecture
+from dmt.models.class_extension import extend_class, reduce_extended
 from dmt.models.text_history import (
     find_cache,
     find_positions,
@@ -40,10 +43,12 @@ class _TokenTexts:
     Attributes:
         history: ids and positions `(batch, earlier + time, 2)`, those in the cache first.
         contexts: the last ids up to each token of the pass `(batch, time, length)`.
+        derived: what memories have derived from these, which those of other layers find.
     """
 
     history: Tensor
     contexts: Tensor
+    derived: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def register_token_hooks(backbone: nn.Module, architecture: Architecture) -> None:
@@ -64,33 +69,18 @@ def register_token_hooks(backbone: nn.Module, architecture: Architecture) -> Non
     )
     backbone.register_forward_hook(_after_pass, with_kwargs=True)
     for layer in architecture.transformer_blocks(backbone):
-        layer_class: Any = type(layer)
-        layer.__class__ = _add_argument(layer_class)
+        extend_class(layer, _TextLayer)
 
 
 class _TextLayer(nn.Module):
     """Added to the class of a transformer block: takes the text of a pass for its memory."""
 
+    __reduce__ = reduce_extended
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         texts = kwargs.pop(ARGUMENT, None)
-        with use_contexts(None if texts is None else texts.contexts):
+        with nullcontext() if texts is None else use_contexts(texts.contexts, texts.derived):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_layer, (type(self).__bases__[1], vars(self))
-
-
-@cache
-def _add_argument(layer_class: Any) -> Any:
-    """Return a class of transformer blocks that takes the text of a pass."""
-    return type(layer_class.__name__, (_TextLayer, layer_class), {})
-
-
-def _restore_layer(layer_class: Any, state: dict[str, Any]) -> Any:
-    layer_class = _add_argument(layer_class)
-    layer = layer_class.__new__(layer_class)
-    vars(layer).update(state)
-    return layer
 
 
 def _before_pass(
