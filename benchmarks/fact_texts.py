@@ -44,13 +44,13 @@ class Case:
     Attributes:
         prompt: ends where the answer begins.
         answer: with the space at the beginning.
-        asked_name: who or what the text asks about.
+        target_name: who or what the text asks about.
         shape: the kind of text, by which failures are counted.
     """
 
     prompt: str
     answer: str
-    asked_name: str
+    target_name: str
     shape: str
 
 
@@ -607,25 +607,25 @@ def make_fact(subject: Subject, relation: str, phrasing: str) -> Probe:
 
 
 def make_pair_cases(
-    asked_name: str, other: str, phrasing: str, statement: str | None, answer: str
+    target_name: str, other: str, phrasing: str, statement: str | None, answer: str
 ) -> Iterator[Case]:
     """Ask about one of two subjects in texts that name both.
 
     Args:
-        asked_name: the name that is asked about.
+        target_name: the name that is asked about.
         other: the other name.
-        phrasing: a question or statement about the asked one.
+        phrasing: a question or statement about the target.
         statement: a phrasing that begins with the name of a person; None for other subjects.
         answer: of every case.
     """
-    question = fill_phrasing(phrasing, asked_name)
+    question = fill_phrasing(phrasing, target_name)
     for text in PAIR_TEXTS if statement else THING_PAIR_TEXTS:
-        yield Case(text.format(o=other, a=asked_name, ask=question), answer, asked_name, text)
+        yield Case(text.format(o=other, a=target_name, ask=question), answer, target_name, text)
     if not statement:
         return
     for text in (*PAIR_NAMES, *PAIR_BEGINNINGS):
-        subject = text.format(o=other, a=asked_name)
-        yield Case(fill_phrasing(statement, subject), answer, asked_name, text)
+        subject = text.format(o=other, a=target_name)
+        yield Case(fill_phrasing(statement, subject), answer, target_name, text)
 
 
 def make_longer_names(name: str, kind: str) -> tuple[str, ...]:
@@ -650,22 +650,22 @@ def make_related_names(name: str, kind: str) -> tuple[str, ...]:
 def make_relative_cases(fact: Probe, phrasing: str) -> Iterator[Case]:
     """Ask about others whose names contain the subject's."""
     for relative in RELATIVES:
-        asked_name = relative.format(s=fact.person)
-        yield Case(fill_phrasing(phrasing, asked_name), fact.answer, asked_name, relative)
+        target_name = relative.format(s=fact.person)
+        yield Case(fill_phrasing(phrasing, target_name), fact.answer, target_name, relative)
 
 
 def make_negation_cases(fact: Probe) -> Iterator[Case]:
     """Deny something of the subject."""
     for phrasing in NEGATIONS[fact.relation]:
-        asked_name = f"not {fact.person}"
-        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked_name, phrasing)
+        target_name = f"not {fact.person}"
+        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, target_name, phrasing)
 
 
 def make_clause_cases(fact: Probe) -> Iterator[Case]:
     """Ask about somebody else within a clause, after the subject."""
     for phrasing in RELATIVE_CLAUSES[fact.relation]:
-        asked_name = phrasing.removeprefix("{s} ").split(" who")[0].strip(" ,")
-        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, asked_name, phrasing)
+        target_name = phrasing.removeprefix("{s} ").split(" who")[0].strip(" ,")
+        yield Case(fill_phrasing(phrasing, fact.person), fact.answer, target_name, phrasing)
 
 
 def make_beginning_cases(fact: Probe) -> Iterator[Case]:
@@ -757,13 +757,13 @@ class Topic:
 
     Attributes:
         name: of the sort.
-        known: subjects with facts.
+        subjects: those with facts.
         strangers: subjects without.
-        facts: at most `FACTS_PER_SUBJECT` about each of the known ones.
+        facts: at most `FACTS_PER_SUBJECT` about each of the subjects.
     """
 
     name: str
-    known: Sequence[Subject]
+    subjects: Sequence[Subject]
     strangers: Sequence[Subject]
     facts: Sequence[WrittenFact]
 
@@ -779,18 +779,18 @@ def make_topics(names: Sequence[str], count: int, seed: int) -> list[Topic]:
     topics = []
     for name in names:
         rng = random.Random(f"{name}-{seed}")
-        num_known = -(-count // FACTS_PER_SUBJECT)
+        num_with_facts = -(-count // FACTS_PER_SUBJECT)
         if name == "people":
-            subjects = make_subjects(2 * num_known, seed)
+            subjects = make_subjects(2 * num_with_facts, seed)
         elif name == "countries":
             subjects = make_countries(seed)
         else:
             subjects = make_things(seed)
-            num_known = count  # each has one relation
+            num_with_facts = count  # each has one relation
         rng.shuffle(subjects)
-        num_known = min(num_known, len(subjects) * 3 // 4)
-        known, strangers = subjects[:num_known], subjects[num_known:]
-        topics.append(Topic(name, known, strangers, draw_facts(known, rng)[:count]))
+        num_with_facts = min(num_with_facts, len(subjects) * 3 // 4)
+        subjects, strangers = subjects[:num_with_facts], subjects[num_with_facts:]
+        topics.append(Topic(name, subjects, strangers, draw_facts(subjects, rng)[:count]))
     return topics
 
 

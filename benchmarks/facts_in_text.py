@@ -271,7 +271,7 @@ def measure_pairs(bench: Bench, topic: Topic) -> None:
             "unknown": [other.name for other in topic.strangers if fact.relation in other.answers],
             "known by another relation": [
                 other.name
-                for other in topic.known
+                for other in topic.subjects
                 if fact.relation in other.answers and (other.name, fact.relation) not in stored
             ],
             "known by the same relation": [
@@ -338,7 +338,7 @@ def load_prose(num_chars: int) -> list[str]:
 @torch.no_grad()
 def measure_prose(bench: Bench, topic: Topic, num_chars: int) -> None:
     """Count the tokens of prose full of the names at which a row fires."""
-    names = sorted(subject.name for subject in topic.known)
+    names = sorted(subject.name for subject in topic.subjects)
     text = [
         substitute_names(document, names, random.Random(index))
         for index, document in enumerate(load_prose(num_chars))
@@ -379,7 +379,7 @@ def list_contexts(bench: Bench) -> Iterator[tuple[str, Any]]:
 
 def put_into_chat(bench: Bench, case: Case) -> Case:
     """Ask as a user in the tokenizer's chat template, or in a plain one."""
-    question, beginning = make_chat_turns(case.prompt, case.asked_name)
+    question, beginning = make_chat_turns(case.prompt, case.target_name)
     if bench.tokenizer.chat_template:
         head = bench.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -473,7 +473,7 @@ def make_long_answer(bench: Bench, num_tokens: int) -> str:
 
 def measure_answers(bench: Bench, topic: Topic) -> None:
     """Measure whether long and odd answers are generated to the end."""
-    subjects = topic.known
+    subjects = topic.subjects
     groups: dict[str, list[str]] = {
         f"about {num_tokens} tokens": [
             make_long_answer(bench, num_tokens) for _ in subjects[:MAX_LONG_FACTS]
@@ -490,7 +490,7 @@ def measure_answers(bench: Bench, topic: Topic) -> None:
         names = {fact.person for fact in written}
         cases = [Case(fact.prompt, fact.answer, fact.person, label) for fact in facts]
         outcomes = [
-            case.asked_name in names and generate_answer(bench, case) == case.answer
+            case.target_name in names and generate_answer(bench, case) == case.answer
             for case in cases
         ]
         share = bench.targets["written"]
@@ -538,7 +538,7 @@ def measure_alarms(bench: Bench, topic: Topic) -> None:
     stored = {(fact.subject.name, fact.relation) for fact in facts}
     other_relations = [
         make_fact(subject, relation, rng.choice(NEW_PHRASINGS[relation]))
-        for subject in topic.known
+        for subject in topic.subjects
         for relation in subject.answers
         if (subject.name, relation) not in stored
     ]

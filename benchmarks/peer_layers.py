@@ -8,20 +8,21 @@ float64: the largest difference, divided by the largest value of the reference. 
 of a forward pass on 256 tokens without gradients, in float32: medians of three, interleaved.
 
 Shared weights are drawn at random, and parameters of both layers are functions of them, so that
-gradients are comparable. Forms differ as follows; what has no counterpart stands still.
+gradients are comparable. Forms differ as follows; what has no counterpart is fixed.
 
-- `product_key` and `PKM`. Ours compares by cosines, theirs by products with queries that a
+- `product_key` and `PKM`. `dmt` compares by cosines, the reference by products with queries that a
   LayerNorm (or a BatchNorm) normalizes. A LayerNorm makes a centered vector as long as the square
-  root of its size: we center the rows of the query map, give theirs sub-keys of length 1, make our
-  factor its weight, and set its epsilon to zero. Theirs has no gate; nor does ours here.
-- `peer` and `PEER`. By default theirs reads one expert per head with a ReLU of the score as its
-  gate, a form that ours lacks. With `non_competing_scores=False` both have softmax over the experts
-  of a head. Ours multiplies gates by their number, which theirs has in its values, and scores by a
-  learned factor, which theirs has in its queries. Where several heads find an expert ours takes
-  the mean of its gates and theirs the sum: such tokens are left out.
+  root of its size. So the rows of the query map are centered, the reference has sub-keys of length
+  1 and an epsilon of zero, and the factor of `dmt` is the weight of its LayerNorm. The reference
+  has no gate, so the memory has none here.
+- `peer` and `PEER`. By default the reference reads one expert per head with a ReLU of the score as
+  its gate, a form that `dmt` lacks. With `non_competing_scores=False` both have softmax over the
+  experts of a head. `dmt` multiplies gates by their number, which the reference has in its values,
+  and scores by a learned factor, which the reference has in its queries. Where several heads find
+  an expert `dmt` takes the mean of its gates, the reference the sum: such tokens are left out.
 - `transcoder` and `SparseCoder(transcode=True, skip_connection=True)`. Of the k largest latents
-  those below zero have a gradient in theirs and none in ours; with few of many latents read there
-  are none. A forward pass of theirs computes its loss too.
+  those below zero have a gradient in the reference and none in `dmt`; with few of many latents read
+  there are none. A forward pass of the reference computes its loss too.
 """
 
 from __future__ import annotations
@@ -55,22 +56,22 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Pair:
-    """A layer of ours and the reference, whose parameters are functions of shared weights.
+    """A memory and the reference, whose parameters are functions of shared weights.
 
     Attributes:
-        ours: a memory.
+        memory: our layer.
         reference: the layer of the other package.
         shared: weights by name.
-        map_to_ours: parameters of `ours` from the shared weights.
+        map_to_memory: parameters of `memory` from the shared weights.
         map_to_reference: parameters of `reference` from the shared weights.
         hidden: inputs `(tokens, width)`.
         call_reference: calls the reference on `(tokens, width)`, and returns the same shape.
     """
 
-    ours: nn.Module
+    memory: nn.Module
     reference: nn.Module
     shared: Tensors
-    map_to_ours: Callable[[Tensors], Tensors]
+    map_to_memory: Callable[[Tensors], Tensors]
     map_to_reference: Callable[[Tensors], Tensors]
     hidden: Tensor
     call_reference: Callable[[Callable[..., Any], Tensor], Tensor]
@@ -121,7 +122,7 @@ def order_sub_keys(sub_keys: Tensor) -> Tensor:
 def make_product_key_pair(package: Any) -> Pair:
     """Return product-key memories."""
     sub_keys_per_table = math.isqrt(NUM_SLOTS)
-    ours = ProductKeyMemory(
+    memory = ProductKeyMemory(
         WIDTH,
         NUM_SLOTS,
         HEADS * K_PER_HEAD,
@@ -138,7 +139,7 @@ def make_product_key_pair(package: Any) -> Pair:
         halves = weight.view(2 * HEADS, SUB_KEY_WIDTH, WIDTH)
         return (halves - halves.mean(1, keepdim=True)).view_as(weight)
 
-    def map_to_ours(shared: Tensors) -> Tensors:
+    def map_to_memory(shared: Tensors) -> Tensors:
         return {
             "query.weight": center(shared["queries"]),
             "query.sub_keys": shared["sub_keys"],
@@ -162,12 +163,12 @@ def make_product_key_pair(package: Any) -> Pair:
         "values": draw(NUM_SLOTS, WIDTH),
     }
     hidden = draw(NUM_TOKENS, WIDTH)
-    return Pair(ours, reference, shared, map_to_ours, map_to_reference, hidden, call_with_batch)
+    return Pair(memory, reference, shared, map_to_memory, map_to_reference, hidden, call_with_batch)
 
 
 def make_peer_pair(package: Any) -> Pair:
     """Return layers whose experts are neurons."""
-    ours = PeerMemory(
+    memory = PeerMemory(
         WIDTH,
         NUM_SLOTS,
         HEADS * K_PER_HEAD,
@@ -185,7 +186,7 @@ def make_peer_pair(package: Any) -> Pair:
         non_competing_scores=False,
     )
 
-    def map_to_ours(shared: Tensors) -> Tensors:
+    def map_to_memory(shared: Tensors) -> Tensors:
         return {
             "router.weight": shared["queries"],
             "router.sub_keys": shared["sub_keys"],
@@ -210,22 +211,22 @@ def make_peer_pair(package: Any) -> Pair:
         "keys": draw(NUM_SLOTS, WIDTH, std=WIDTH**-0.5),
         "values": draw(NUM_SLOTS, WIDTH),
     }
-    load(ours, map_to_ours(shared))
+    load(memory, map_to_memory(shared))
     candidates = draw(4 * NUM_TOKENS, WIDTH)
-    ids = ours.double().find_slots(candidates)[0].sort(-1).values
+    ids = memory.double().find_slots(candidates)[0].sort(-1).values
     hidden = candidates[(ids.diff(dim=-1) > 0).all(-1)][:NUM_TOKENS]
-    return Pair(ours, reference, shared, map_to_ours, map_to_reference, hidden, call_with_batch)
+    return Pair(memory, reference, shared, map_to_memory, map_to_reference, hidden, call_with_batch)
 
 
 def make_transcoder_pair(package: Any) -> Pair:
     """Return skip transcoders."""
     k = HEADS * K_PER_HEAD
-    ours = TranscoderMemory(WIDTH, NUM_SLOTS, k, skip_connection=True)
+    memory = TranscoderMemory(WIDTH, NUM_SLOTS, k, skip_connection=True)
     config = package.SparseCoderConfig(
         num_latents=NUM_SLOTS, k=k, transcode=True, skip_connection=True
     )
     reference = package.SparseCoder(WIDTH, config, dtype=torch.double)
-    names = {  # of ours, and of the reference
+    names = {  # of the memory, and of the reference
         "encoder": ("keys", "encoder.weight"),
         "encoder_bias": ("key_bias", "encoder.bias"),
         "decoder": ("values", "W_dec"),
@@ -240,7 +241,7 @@ def make_transcoder_pair(package: Any) -> Pair:
         "skip": draw(WIDTH, WIDTH, std=WIDTH**-0.5),
     }
     return Pair(
-        ours,
+        memory,
         reference,
         shared,
         lambda shared: {own: shared[name] for name, (own, _) in names.items()},
@@ -280,14 +281,14 @@ def load(layer: nn.Module, parameters: Tensors) -> None:
         layer.get_parameter(name).copy_(value)
 
 
-def relative_difference(ours: Tensor, reference: Tensor) -> float:
+def relative_difference(output: Tensor, reference: Tensor) -> float:
     """Return the largest difference, divided by the largest value of the reference."""
-    return float((ours - reference).abs().max() / reference.abs().max())
+    return float((output - reference).abs().max() / reference.abs().max())
 
 
 def compare_values(pair: Pair) -> dict[str, float]:
     """Return how much outputs and gradients differ, by name."""
-    ours, reference = pair.ours.double(), pair.reference.double()
+    memory, reference = pair.memory.double(), pair.reference.double()
     projection = torch.randn_like(pair.hidden)
 
     def run(
@@ -305,11 +306,11 @@ def compare_values(pair: Pair) -> dict[str, float]:
         }
         return {"output": output.detach(), **named}
 
-    own = run(ours, pair.map_to_ours, lambda layer, hidden: layer(hidden))
+    own = run(memory, pair.map_to_memory, lambda layer, hidden: layer(hidden))
     other = run(reference, pair.map_to_reference, pair.call_reference)
-    load(ours, pair.map_to_ours(pair.shared))
+    load(memory, pair.map_to_memory(pair.shared))
     with torch.no_grad():  # memories may then compute in another way
-        output = ours(pair.hidden)
+        output = memory(pair.hidden)
     return {
         "output": relative_difference(own["output"], other["output"]),
         "output without gradients": relative_difference(output, other["output"]),
@@ -319,22 +320,22 @@ def compare_values(pair: Pair) -> dict[str, float]:
 
 def compare_times(pair: Pair) -> dict[str, float]:
     """Return milliseconds of a forward pass of both layers, and their ratio."""
-    load(pair.ours, pair.map_to_ours(pair.shared))
+    load(pair.memory, pair.map_to_memory(pair.shared))
     load(pair.reference, pair.map_to_reference(pair.shared))
-    ours, reference = pair.ours.float().eval(), pair.reference.float().eval()
+    memory, reference = pair.memory.float().eval(), pair.reference.float().eval()
     hidden = pair.hidden.float()
     with torch.no_grad():
         seconds = medians(
             {
-                "ours": lambda: ours(hidden),
+                "memory": lambda: memory(hidden),
                 "reference": lambda: pair.call_reference(reference, hidden),
             },
             REPEATS,
         )
     return {
-        "ms, ours": 1e3 * seconds["ours"],
+        "ms, memory": 1e3 * seconds["memory"],
         "ms, reference": 1e3 * seconds["reference"],
-        "ours / reference": seconds["ours"] / seconds["reference"],
+        "memory / reference": seconds["memory"] / seconds["reference"],
     }
 
 

@@ -52,7 +52,7 @@ def test_texts_about_two_people_ask_about_the_one_they_claim():
     names = (*fact_texts.PAIR_NAMES, *fact_texts.PAIR_BEGINNINGS)
     assert len(cases) == len(fact_texts.PAIR_TEXTS) + len(names)
     for case in cases:
-        assert case.asked_name == "Asked"
+        assert case.target_name == "Asked"
         assert "Other" in case.prompt
         if case.shape in names:  # the subject of the sentence: its first words or its last ones
             subject = case.prompt.removesuffix(" was born in the town of")
@@ -82,7 +82,7 @@ def test_relatives_negations_and_clauses_are_not_about_the_subject():
         ]
         assert len(cases) >= 15
         for case in cases:
-            assert case.asked_name != subject.name
+            assert case.target_name != subject.name
             assert case.answer == subject.answers[relation]
             assert subject.name in case.prompt
             assert not case.prompt.endswith(fact.prompt)

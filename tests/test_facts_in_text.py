@@ -30,7 +30,7 @@ def test_a_wrong_answer_counts_where_the_facts_cause_it(monkeypatch, capsys):
 
     def answer(self, cases, model=None, has_start=True):
         names = ("Bo",) if model == "original" else ("Ada", "Bo")
-        return [case.asked_name in names for case in cases]
+        return [case.target_name in names for case in cases]
 
     monkeypatch.setattr(facts_in_text.Bench, "answer", answer)
     bench.print_wrong("subject", "wrong", cases)
@@ -69,10 +69,10 @@ def test_facts_are_about_different_subjects_with_others_left_unknown(model):
     for topic in make_topics(facts_in_text.TOPICS[model], 30, seed=3):
         stated = {(fact.subject.name, fact.relation) for fact in topic.facts}
         assert len(stated) == len(topic.facts) == 30
-        known, strangers = ({s.name for s in part} for part in (topic.known, topic.strangers))
+        names, strangers = ({s.name for s in part} for part in (topic.subjects, topic.strangers))
         assert strangers
-        assert not known & strangers
-        assert {fact.subject.name for fact in topic.facts} == known
+        assert not names & strangers
+        assert {fact.subject.name for fact in topic.facts} == names
         for fact in topic.facts:
             assert fact.probe.prompt.startswith(fact.phrasing.split("{s}")[0])
             assert fact.subject.name in fact.probe.prompt

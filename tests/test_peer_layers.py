@@ -29,13 +29,13 @@ def peer_main(monkeypatch):
 
 
 def make_pair_with_itself(_):
-    ours = TranscoderMemory(WIDTH, NUM_SLOTS, 32, skip_connection=False)
+    memory = TranscoderMemory(WIDTH, NUM_SLOTS, 32, skip_connection=False)
     shared = {"keys": draw(NUM_SLOTS, WIDTH), "values": draw(NUM_SLOTS, WIDTH)}
     return Pair(
-        ours,
-        copy.deepcopy(ours),
+        memory,
+        copy.deepcopy(memory),
         shared,
-        map_to_ours=dict,
+        map_to_memory=dict,
         map_to_reference=dict,
         hidden=draw(16, WIDTH),
         call_reference=lambda layer, hidden: layer(hidden),
@@ -53,9 +53,9 @@ def assert_equal_and_sensitive(pair):
         def change(shared, name=name):
             step = torch.linspace(0.1, 1, shared[name].numel(), dtype=torch.double)
             shared = {**shared, name: shared[name] + step.view_as(shared[name])}
-            return pair.map_to_ours(shared)
+            return pair.map_to_memory(shared)
 
-        changed = peer_layers.compare_values(replace(pair, map_to_ours=change))
+        changed = peer_layers.compare_values(replace(pair, map_to_memory=change))
         assert changed["output"] > 1e-3, name
         assert changed["output without gradients"] > 1e-3, name
         assert changed["gradient of input"] > 1e-3 or name == "decoder_bias"
@@ -72,7 +72,7 @@ def test_layers_equal_their_reference(kind, peer_main, capsys):
     assert peer_main("--only", kind) == 0
     output = capsys.readouterr().out
     assert "| gradient of input |" in output
-    assert "ours / reference" in output
+    assert "memory / reference" in output
 
 
 def test_a_layer_equals_itself_only_with_the_same_weights():

@@ -587,8 +587,8 @@ def test_rows_are_exported_to_another_student_of_the_same_model(
     assert "no row matches" in run(
         "memory", "export", str(tmp_path / "no"), "--rows", "--tag", "no", model=twin, ok=False
     )
-    whole = pack.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole.replace(b"monday", b"mon\\ud8")):
+    content = pack.read_bytes()
+    for damaged in (content[: len(content) // 2], content.replace(b"monday", b"mon\\ud8")):
         pack.write_bytes(damaged)
         assert "damaged or no pack" in run("memory", "import", str(pack), model=twin, ok=False)
 

@@ -359,8 +359,8 @@ def test_nothing_changes_by_measuring(teacher, tokens):
 
 
 def test_a_text_of_two_tokens_is_enough(teacher, tokens):
-    whole = measure_costs(teacher, tokens[0])
-    assert measure_costs(teacher, tokens[0, :2]) == whole
+    expected = measure_costs(teacher, tokens[0])
+    assert measure_costs(teacher, tokens[0, :2]) == expected
 
 
 def test_costs_add_up():

@@ -216,7 +216,7 @@ def test_the_first_person_is_the_user_only_where_the_user_has_facts():
     assert ask("I was born in") is None
 
 
-PIECES = st.sampled_from(
+PHRASES = st.sampled_from(
     [
         "Mira Castellan",
         "Joren Blythe",
@@ -246,10 +246,10 @@ PIECES = st.sampled_from(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(PIECES, max_size=14), st.booleans())
-def test_any_text_is_read(pieces, spaced):
+@given(st.lists(PHRASES, max_size=14), st.booleans())
+def test_any_text_is_read(phrases, spaced):
     """The names of a question are those asked for, and its clause is about the subject alone."""
-    text = (" " if spaced else "").join(pieces)
+    text = (" " if spaced else "").join(phrases)
     question = ask(text)
     if question is None:
         return

@@ -209,10 +209,10 @@ def test_what_is_read_follows_the_text_through_a_cache(tokens):
     student = dmt.convert(make_teacher(), dmt.NgramConfig(num_rows=64), calibration=tokens).eval()
     assert get_memories(student)[0].context_length == 3
     with torch.no_grad():
-        whole = student(tokens).logits
+        expected = student(tokens).logits
         first = student(tokens[:, :5], use_cache=True)
         rest = student(tokens[:, 5:], past_key_values=first.past_key_values).logits
-    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole)
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), expected)
 
 
 @pytest.mark.parametrize("learn_rows", [False, True])
