@@ -455,10 +455,8 @@ class TranscoderConfig(MemoryConfig):
 
 
 @dataclass(frozen=True)
-class TokenConfig(MemoryConfig):
-    """Settings of a table with a row for each token of the vocabulary."""
-
-    kind_name: ClassVar[str] = "token"
+class _LookupConfig(MemoryConfig):
+    """Settings of tables that are read at addresses which the text tells."""
 
     @property
     def copies_block(self) -> bool:
@@ -467,7 +465,14 @@ class TokenConfig(MemoryConfig):
 
 
 @dataclass(frozen=True)
-class NgramConfig(MemoryConfig):
+class TokenConfig(_LookupConfig):
+    """Settings of a table with a row for each token of the vocabulary."""
+
+    kind_name: ClassVar[str] = "token"
+
+
+@dataclass(frozen=True)
+class NgramConfig(_LookupConfig):
     """Settings of tables with rows for the last tokens of the text, found by hashing."""
 
     kind_name: ClassVar[str] = "ngram"
@@ -484,11 +489,6 @@ class NgramConfig(MemoryConfig):
     learn_rows: bool = True
     """With `kind: ngram`, train the rows by gradient after text has set them, which needs three
     times the memory of the tables."""
-
-    @property
-    def copies_block(self) -> bool:
-        """Whether the memory begins as a copy of the block it replaces."""
-        return False
 
 
 @contextmanager

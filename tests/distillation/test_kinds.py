@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from dmt.cli import main
 from dmt.cli.main import distill_main
 from dmt.config_io import load_config
+from dmt.distillation import run
 from dmt.distillation.module import DistillationModule
 from dmt.errors import UserError
 from dmt.memory import ExpertsMemory, PeerMemory, ProductKeyMemory
 from dmt.memory.registry import list_memories
+from dmt.models.calibration import set_lookup_rows
 from dmt.models.memories import get_memories, get_slot_memories
 
 RULES = {
@@ -78,17 +80,17 @@ def test_it_trains_resumes_is_measured_and_generates(
     monkeypatch.setattr(DistillationModule, "training_step", interrupt)
     assert distill_main(distill_args) == 128 + signal.SIGINT
     monkeypatch.setattr(DistillationModule, "training_step", training_step)
-    run = newest(tmp_path)
-    assert distill_main(["--resume", str(run)]) == 0
-    resumed = weights(run)
+    run_dir = newest(tmp_path)
+    assert distill_main(["--resume", str(run_dir)]) == 0
+    resumed = weights(run_dir)
     for name, value in weights(whole_run).items():
         assert torch.equal(value, resumed[name]), name
 
-    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    student = AutoModelForCausalLM.from_pretrained(run_dir / "student")
     assert [memory.kind for memory in get_memories(student).values()] == list(kinds)
     slot_layers = {layer for layer, kind in enumerate(kinds) if kind in SLOT_KINDS}
     assert set(get_slot_memories(student)) == slot_layers
-    record = json.loads((run / "run.json").read_text())
+    record = json.loads((run_dir / "run.json").read_text())
     assert record["fidelity"]["text"]["kl"] > 0
     assert set(record["slots"]) == {str(layer) for layer in slot_layers}
     assert all(used["active_per_token"] == 8 for used in record["slots"].values())
@@ -99,8 +101,8 @@ def test_it_trains_resumes_is_measured_and_generates(
     assert costs["dense"]["read_bytes_per_token"] == LAYERS * 4 * (
         2 * SLOTS * WIDTH + SLOTS + WIDTH
     )
-    assert (run / "report.html").is_file()
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    assert (run_dir / "report.html").is_file()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {f"val/fvu/layer_{layer}" for layer in range(LAYERS)} <= tags
@@ -109,13 +111,34 @@ def test_it_trains_resumes_is_measured_and_generates(
     capsys.readouterr()
     commands = (["generate", "the fox"], ["memory", "stats"], ["memory", "trace", "the fox"])
     for command in commands:
-        assert main.main([*command, "--model", str(run)]) == 0, command
+        assert main.main([*command, "--model", str(run_dir)]) == 0, command
     output = capsys.readouterr().out
     assert all(kind in output for kind in set(kinds) - {"sum"})
     assert "sum" not in kinds or "featural+ngram" in output
     for layer, kind in enumerate(kinds):
         if kind in SLOT_KINDS:
-            assert main.main(["memory", "show", "--slot", f"{layer}:3", "--model", str(run)]) == 0
+            assert (
+                main.main(["memory", "show", "--slot", f"{layer}:3", "--model", str(run_dir)]) == 0
+            )
+
+
+def test_a_run_sets_the_rows_of_lookups_from_a_long_text(distill_args, monkeypatch):
+    num_tokens = []
+
+    def record(student, teacher, windows, batch_size):
+        num_tokens.append(windows.numel())
+        set_lookup_rows(student, teacher, windows, batch_size)
+
+    monkeypatch.setattr(run, "set_lookup_rows", record)
+    short = ["stages.layerwise_steps=0", "stages.end_to_end_steps=1"]
+    for settings in (
+        ["memory.kind=ngram", "memory.num_rows=50", "stages.lookup_tokens=96"],
+        ["memory.kind=ngram", "memory.num_rows=50", "stages.lookup_tokens=0"],
+        ["memory.kind=none", "stages.lookup_tokens=96"],
+    ):
+        arguments = [item for item in distill_args if not item.startswith("memory.")]
+        assert distill_main([*arguments, *short, *settings]) == 0
+    assert num_tokens == [96]
 
 
 def test_layers_that_learn_stand_beside_rows_without_a_base():
