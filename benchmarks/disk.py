@@ -1,12 +1,15 @@
 """Slots in a file, their speed, memory and fidelity: `python -m benchmarks.disk [RUN OR STUDENT]`.
 
-Prints three tables:
+Prints four tables:
 
 - `limit`: generation by a student of the shape of GPT-2 124M with random weights, whose values have
   four times the bytes that a memory cgroup allows its process; in turns with the same student in
   RAM, without a limit.
 - `memory`: bytes of the weights of the 124M shape, computed and as /proc counts them, and their
   speed in a process that may use 0.6 of the bytes of the dense weights.
+- `lookups`: a prompt of random tokens and more of them one by one, read by a student of the 124M
+  shape whose feed-forward blocks are n-gram lookups: with its rows in the page cache, and with none
+  there, with and without reading ahead.
 - `kl`: KL to the teacher and bytes of a distilled embedded student (by default that of the newest
   run), by value dtype and by what stays on the disk.
 
@@ -36,12 +39,15 @@ from benchmarks.tables import newest_student, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import dmt  # noqa: F401  registers the student
-from dmt.config import FeaturalConfig
+import dmt
+from dmt.config import FeaturalConfig, NgramConfig
 from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.evaluation.metrics import measure_fidelity
+from dmt.memory import NgramMemory
 from dmt.memory.approximate_search import Int8Matrix
+from dmt.memory.base import MemoryLayer
+from dmt.memory.lookup_table import LookupTable
 from dmt.memory.mmap_tensors import TensorSpec, make_spec, write_tensor_file
 from dmt.models import external_tensors
 from dmt.models.conversion import convert_blocks
@@ -63,16 +69,20 @@ LIMIT = 800_000_000
 # the interpreter and to `OVERHEAD` bytes for activations.
 MEMORY_FRACTION, OVERHEAD = 0.6, 40_000_000
 TEST_TOKENS = 16_384
+# Of a prompt and of its continuation, to read lookups.
+PROMPT_TOKENS, READ_TOKENS = 64, 48
 
 
 def measure(
     quick: bool = False, student: Path | None = None, scratch: Path | None = None, turns: int = 2
 ) -> list[dict[str, Any]]:
-    """Return the lines of all three tables; their key `table` names it."""
+    """Return the lines of all tables; their key `table` names it."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        lines = measure_limited(Path(folder) / "large", quick, turns) + measure_memory(
-            Path(folder) / "small", quick
-        )
+        lines = [
+            *measure_limited(Path(folder) / "large", quick, turns),
+            *measure_memory(Path(folder) / "small", quick),
+            *measure_lookups(Path(folder) / "lookups", quick, turns),
+        ]
         return lines + (measure_kl(Path(folder) / "kl", student, quick) if student else [])
 
 
@@ -165,7 +175,7 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
             yield rolled[: count - begin]
 
     specs = {}
-    for layer, name in enumerate(external_tensors.find_mmap_memories(model)):
+    for layer, name in enumerate(external_tensors.find_external_modules(model)):
         for part in ("values", "keys"):
             specs[f"{name}.{part}"] = TensorSpec(
                 torch.float32, (count, width), pieces(base, layer + 100 * (part == "values"))
@@ -355,6 +365,65 @@ def measure_memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
     return lines
 
 
+def measure_lookups(folder: Path, quick: bool, turns: int) -> list[dict[str, Any]]:
+    """Measure a student of lookups, with rows in the page cache, and with none there."""
+    torch.manual_seed(0)
+    shape = SHAPES["tiny" if quick else "124M"]
+    config = NgramConfig(offload="values", num_rows=1_024 if quick else 16_384)
+    student = dmt.convert(GPT2LMHeadModel(GPT2Config(**shape)), config)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, LookupTable):
+                module.rows.normal_(std=0.02)
+    student.save_pretrained(folder)
+    del student
+    variants = {
+        "in the page cache": (False, NgramMemory.prefetch),
+        "on the disk": (True, NgramMemory.prefetch),
+        "on the disk, not read ahead": (True, MemoryLayer.prefetch),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    try:
+        for _ in range(turns):
+            for name, (is_cold, NgramMemory.prefetch) in variants.items():
+                runs[name].append(read_tokens(folder, is_cold))
+    finally:
+        NgramMemory.prefetch = variants["on the disk"][1]
+    return [
+        {"table": "lookups", "variant": name}
+        | {
+            column: statistics.median(measurement[column] for measurement in measurements)
+            for column in measurements[0]
+        }
+        for name, measurements in runs.items()
+    ]
+
+
+def read_tokens(folder: Path, is_cold: bool) -> dict[str, Any]:
+    """Read random tokens with a student that is loaded anew; return measurements."""
+    import resource
+
+    file = folder / external_tensors.SLOTS_FILE
+    if is_cold:
+        drop_page_cache(file)
+    else:
+        file.read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS + READ_TOKENS))
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, time.perf_counter()
+    with torch.no_grad():
+        prompt, *others = tokens.split([PROMPT_TOKENS, *[1] * READ_TOKENS], dim=1)
+        cache = model(prompt, use_cache=True).past_key_values
+        prompt_end = time.perf_counter()
+        for token in others:
+            model(token, past_key_values=cache, use_cache=True)
+    return {
+        "ms for the prompt": 1e3 * (prompt_end - start),
+        "ms a token": 1e3 * (time.perf_counter() - prompt_end) / READ_TOKENS,
+        "major faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
+    }
+
+
 def measure_kl(folder: Path, student: Path, quick: bool) -> list[dict[str, Any]]:
     """Measure KL to the embedded teacher and bytes, by value dtype and what stays on the disk."""
     teacher, tokenizer = load_teacher("embedded")
@@ -415,7 +484,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--scratch", type=Path, help="a folder with room for 8 GB")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--only", choices=("limit", "memory", "kl"))
+    parser.add_argument("--only", choices=("limit", "memory", "lookups", "kl"))
     parser.add_argument("--child", choices=("ram", "disk"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -427,6 +496,9 @@ def main() -> None:
                 Path(scratch) / "large", arguments.quick, arguments.turns
             ),
             "memory": lambda: measure_memory(Path(scratch) / "small", arguments.quick),
+            "lookups": lambda: measure_lookups(
+                Path(scratch) / "lookups", arguments.quick, arguments.turns
+            ),
             "kl": lambda: measure_kl(
                 Path(scratch) / "kl", resolve_student_folder(arguments.student), arguments.quick
             ),

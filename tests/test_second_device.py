@@ -29,6 +29,10 @@ LOOKUPS = (
     " num_rows: 50}}, {layers: 2, memory: {kind: sum, parts: [{kind: featural, k: 8}, {kind: ngram,"
     " num_rows: 50, learn_rows: true}]}}]"
 )
+LOOKUPS_IN_A_FILE = (
+    "student.layer_overrides=[{layers: 0, memory: {kind: token, value_dtype: int8}}, {layers: 1-2, "
+    "memory: {kind: ngram, num_rows: 50, offload: values, value_dtype: int8}}]"
+)
 
 
 def run_case(name, *arguments, device="cuda"):
@@ -63,6 +67,7 @@ def test_a_run_trains_as_on_the_cpu(artifacts_dir):
         pytest.param([ROUTED], id="kinds-with-a-router"),
         pytest.param([FITTED], id="kinds-that-are-fitted"),
         pytest.param([LOOKUPS], id="lookups"),
+        pytest.param([LOOKUPS_IN_A_FILE], id="lookups-in-a-file"),
     ],
 )
 def test_runs_of_each_kind_train_as_on_the_cpu(artifacts_dir, arguments):

@@ -458,6 +458,12 @@ class TranscoderConfig(MemoryConfig):
 class _LookupConfig(MemoryConfig):
     """Settings of tables that are read at addresses which the text tells."""
 
+    value_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type of the values in a saved student; `int8` has one scale per row. Training is in
+    float32."""
+    offload: Literal["none", "values"] = "none"
+    """What a saved student reads from disk row by row: nothing, or the rows."""
+
     @property
     def copies_block(self) -> bool:
         """Whether the memory begins as a copy of the block it replaces."""

@@ -704,6 +704,9 @@ def test_the_benchmark_prints_its_table(monkeypatch):
         "on the disk",
         "dense",
         "offload=slots value_dtype=int8",
+        "in the page cache",
+        "on the disk",
+        "on the disk, not read ahead",
     ]
     assert all(line.get("same tokens", True) for line in lines)
     assert "| in RAM |" in disk.table(lines)

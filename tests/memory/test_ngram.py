@@ -49,7 +49,7 @@ def test_it_passes_every_check(order, num_rows, heads):
 
 def read_slowly(memory, hidden, texts):
     """Compute the output token by token."""
-    outputs = []
+    outputs, part = [], WIDTH // memory.hash_heads
     for states, text in zip(hidden, texts.tolist(), strict=True):
         for position, state in enumerate(states):
             output = memory.output_bias.clone()
@@ -57,7 +57,7 @@ def read_slowly(memory, hidden, texts):
                 ngram = text[max(0, position - length + 1) : position + 1]
                 if len(ngram) < length or not all(0 <= token < VOCAB_SIZE for token in ngram):
                     continue
-                table = memory.tables[length - 1]
+                table = memory.get_table(length).rows.view(memory.hash_heads, -1, part)
                 if length == 1 and table.shape[1] == VOCAB_SIZE:
                     ids = ngram * memory.hash_heads
                 else:
@@ -116,7 +116,7 @@ def test_calibration_explains_text_by_its_ngrams_the_shortest_first():
     mean = target.mean(0)
     is_token = contexts[:, 1] == 4
     expected = (target - mean)[is_token].sum(0) / (int(is_token.sum()) + SHRINKAGE)
-    torch.testing.assert_close(memory.tables[0][0, 4], expected)
+    torch.testing.assert_close(memory.get_table(1).rows[4], expected)
     assert float(error.var() / target.var()) < 0.1, "about sixteen tokens of each pair"
 
 
@@ -128,12 +128,12 @@ def test_a_long_text_sets_the_rows_that_calibration_would(tokens):
         student = dmt.convert(teacher, config, layers=[0], calibration=tokens)
         memory = get_memories(student)[0]
         for table in memory.tables:
-            table.data.zero_()
+            table.rows.data.zero_()
         set_lookup_rows(student, teacher, tokens, batch_size)
         for table, expected_table in zip(
             memory.tables, get_memories(expected)[0].tables, strict=True
         ):
-            torch.testing.assert_close(table, expected_table, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(table.rows, expected_table.rows, rtol=1e-4, atol=1e-5)
 
 
 def test_a_long_text_is_read_beside_what_stands_before(tokens):
@@ -158,10 +158,10 @@ def test_a_long_text_is_read_beside_what_stands_before(tokens):
 
 def test_rows_have_a_gradient_only_where_they_learn():
     learning = make()
-    assert all(table.requires_grad for table in learning.tables)
+    assert all(table.rows.requires_grad for table in learning.tables)
     config = dmt.NgramConfig(num_rows=64, learn_rows=False, context_gate=True)
     fixed = get_memories(dmt.convert(make_teacher(), config))[0]
-    assert not any(table.requires_grad for table in fixed.tables)
+    assert not any(table.rows.requires_grad for table in fixed.tables)
     assert fixed.gate_weight.requires_grad
 
 

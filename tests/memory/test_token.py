@@ -36,7 +36,7 @@ def test_value_and_gradient_are_those_of_a_one_hot_product():
     one_hot = torch.zeros(2, 3, VOCAB_SIZE, dtype=torch.double)
     for row, column in ((0, 0), (0, 1), (0, 2), (1, 0)):  # -1 is unknown, 12 beyond the vocabulary
         one_hot[row, column, ids[row, column]] = 1
-    expected = one_hot @ memory.values + memory.output_bias
+    expected = one_hot @ memory.table.rows + memory.output_bias
     with use_contexts(ids.unsqueeze(-1)):
         output = memory(hidden)
     assert torch.allclose(output, expected)
@@ -51,17 +51,17 @@ def test_a_conversion_begins_as_the_block_does_for_each_token(tokens):
     memory = get_memories(student)[0]
     absent = next(token for token in range(teacher.config.vocab_size) if token not in tokens)
     outputs = forward_teacher(teacher, torch.tensor([[start, absent]]), capture_blocks=True)
-    row = memory.values[absent] + memory.output_bias
+    row = memory.table.rows[absent] + memory.output_bias
     torch.testing.assert_close(row, outputs.block_outputs[0][0, 1])
 
 
 def test_calibration_moves_a_row_to_the_mean_of_its_token():
     memory = make()
-    prior = (memory.values + memory.output_bias).detach().clone()
+    prior = (memory.table.rows + memory.output_bias).detach().clone()
     ids, target = torch.tensor([3, 3, 3, 5, -1]), torch.randn(5, WIDTH).double()
     with use_contexts(ids.unsqueeze(-1)):
         memory.calibrate(torch.zeros_like(target), target)
-    rows = memory.values + memory.output_bias
+    rows = memory.table.rows + memory.output_bias
     expected = (PRIOR_COUNT * prior[3] + target[:3].sum(0)) / (PRIOR_COUNT + 3)
     torch.testing.assert_close(rows[3], expected)
     torch.testing.assert_close(rows[7], prior[7])

@@ -157,6 +157,7 @@ def run_stats(args: argparse.Namespace, out: Output) -> None:
 def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
     from dmt.memory import AssociativeMemory, FeaturalMemory, SumMemory
     from dmt.memory.base import MemoryLayer
+    from dmt.models.external_tensors import find_external_modules
     from dmt.models.memories import find_slot_memory
 
     num_bytes = sum(
@@ -173,12 +174,12 @@ def _summarize_layer(index: int, block: torch.nn.Module) -> dict[str, Any]:
             summary["kind"] = f"{kind}+{block.base.kind}"
     if isinstance(block, SumMemory):
         summary["kind"] = "+".join(part.kind for part in block.list_parts())
+    external_sizes = [module.external_sizes() for module in find_external_modules(block).values()]
+    summary["bytes"] += sum(sizes["ram"] for sizes in external_sizes)
+    if disk_bytes := sum(sizes["disk"] for sizes in external_sizes):
+        summary["bytes_on_disk"] = disk_bytes
     slot_memory = find_slot_memory(block)
     if isinstance(slot_memory, FeaturalMemory):
-        sizes = slot_memory.external_sizes()
-        summary["bytes"] += sizes["ram"]
-        if sizes["disk"]:
-            summary["bytes_on_disk"] = sizes["disk"]
         on_average = " on average" if slot_memory.k_mode == "threshold" else ""
         summary |= {
             "num_slots": slot_memory.num_slots,

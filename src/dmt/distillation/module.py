@@ -26,7 +26,7 @@ from dmt.distillation.row_sync import RowStoreSync, set_row_targets
 from dmt.distributed import all_reduce_mean, all_reduce_sum, is_distributed
 from dmt.errors import UserError
 from dmt.evaluation.metrics import FidelityMetrics
-from dmt.memory import NgramMemory, TokenMemory
+from dmt.memory.lookup_table import LookupTable
 from dmt.memory.sparsity_budget import reset_counts, update_threshold
 from dmt.memory.token_context import use_contexts
 from dmt.models.calibration import calibrate_memories
@@ -159,7 +159,7 @@ class DistillationModule(TrainingModule):
         table_ids = {
             id(parameter)
             for module in self.student.modules()
-            if isinstance(module, NgramMemory | TokenMemory)
+            if isinstance(module, LookupTable)
             for parameter in module.parameters()
         }
         return build_adamw(

@@ -47,7 +47,7 @@ from dmt.memory.usage import record_usage
 from dmt.models.architectures import get_architecture
 from dmt.models.calibration import set_lookup_rows
 from dmt.models.conversion import TransferReport, convert_blocks
-from dmt.models.external_tensors import find_mmap_memories
+from dmt.models.external_tensors import find_external_modules
 from dmt.models.fact_files import back_up_facts
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
@@ -630,7 +630,7 @@ def _save_student(run_dir: Path, student: Any, tokenizer: Any) -> Any:
     with atomic_directory(run_dir / "student", back_up_facts) as folder:
         student.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-    if not find_mmap_memories(student):
+    if not find_external_modules(student):
         return student
     return AutoModelForCausalLM.from_pretrained(
         run_dir / "student", dtype=torch.float32, **SAFE_LOADING

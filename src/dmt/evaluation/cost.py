@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from dmt.memory.mmap_tensors import MmapTensorsMixin
+from dmt.memory.mmap_tensors import ExternalTensorsMixin
 from dmt.memory.search_reads import SearchReads, observe_searches
 from dmt.memory.token_context import list_context_tensors
 from dmt.models.architectures import get_architecture
@@ -297,7 +297,7 @@ class _CostMeter(TorchDispatchMode):
         num_parameters = sum(parameter.numel() for parameter in layer.parameters())
         disk_bytes = 0
         for module in layer.modules():
-            if isinstance(module, MmapTensorsMixin) and module.mmap_tensors is not None:
+            if isinstance(module, ExternalTensorsMixin) and module.is_attached:
                 disk_bytes += module.external_sizes()["disk"]
                 for table_name in module.external_names:
                     table = getattr(module, table_name)

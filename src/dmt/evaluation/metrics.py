@@ -23,7 +23,7 @@ from dmt.errors import UserError
 from dmt.evaluation.questions import Question, score_answers
 from dmt.memory.associative import RetrievalStats
 from dmt.memory.usage import UsageCounts
-from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
+from dmt.models.external_tensors import SLOTS_FILE, find_external_modules, measure_bytes
 from dmt.models.forward import (
     forward_with_activations,
     forward_with_prefix,
@@ -416,11 +416,9 @@ def measure_sizes(
         for name, model in models.items()
     }
     external = [
-        memory
-        for memory in get_featural_memories(student).values()
-        if memory.mmap_tensors is not None
+        module for module in find_external_modules(student).values() if module.is_attached
     ]
-    sizes["student"] += sum(memory.external_sizes()["ram"] for memory in external)
+    sizes["student"] += sum(module.external_sizes()["ram"] for module in external)
     file_names = ["model.safetensors", *([SLOTS_FILE] if external else [])]
     sizes["student_on_disk"] = sum((student_dir / name).stat().st_size for name in file_names)
     offloaded = measure_bytes(student)["disk"]

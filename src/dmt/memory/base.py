@@ -171,6 +171,15 @@ class MemoryLayer(nn.Module):
         Called after `calibrate`, before training.
         """
 
+    def prefetch(self, shape: torch.Size) -> None:
+        """Let the system begin to read the rows of the coming pass that are on disk.
+
+        Called before each pass, inside `use_contexts`; by default nothing is read ahead.
+
+        Args:
+            shape: that of the tokens, such as `(batch, time)`.
+        """
+
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the rows that a trace shows for `hidden` `(tokens, width)`.
 

@@ -13,8 +13,9 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -243,13 +244,34 @@ def raise_not_attached() -> NoReturn:
 
 def _advise(tensor: Tensor, advice: str) -> None:
     """Tell the system how a mapped tensor will be read, where it supports that."""
-    if not hasattr(mmap, advice) or not tensor.nbytes:
+    _advise_range(tensor.data_ptr(), tensor.nbytes, advice)
+
+
+def _advise_range(address: int, num_bytes: int, advice: str) -> None:
+    """Tell the system how the pages that hold bytes at an address will be read."""
+    if not hasattr(mmap, advice) or not num_bytes:
         return
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = tensor.data_ptr() + tensor.nbytes - start
-    ctypes.CDLL(None).madvise(
-        ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(getattr(mmap, advice))
-    )
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    _load_madvise()(start, address + num_bytes - start, getattr(mmap, advice))
+
+
+@cache
+def _load_madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return cast(Callable[[int, int, int], int], function)
+
+
+def prefetch_rows(table: Tensor, ids: Tensor) -> None:
+    """Let the system begin to read rows of a mapped table, and do not wait for them.
+
+    Args:
+        table: `(rows, width)`, mapped.
+        ids: rows `(n,)`.
+    """
+    start, row_bytes = table.data_ptr(), table.stride(0) * table.itemsize
+    for row in ids.unique().tolist() if ids.numel() > 1 else ids.tolist():
+        _advise_range(start + row * row_bytes, row_bytes, "MADV_WILLNEED")
 
 
 @dataclass(frozen=True)
@@ -391,8 +413,8 @@ def sum_embedding_bags(
     return torch.cat(parts)
 
 
-class MmapTensorsMixin(nn.Module):
-    """A table of slots that is saved partly to a file of its own and reads it after loading.
+class ExternalTensorsMixin(nn.Module):
+    """A module that saves tensors to a file of their own and reads them there after loading.
 
     Before saving it computes in float32 and can be trained; with a file attached it cannot.
 
@@ -404,15 +426,7 @@ class MmapTensorsMixin(nn.Module):
         ValueError: either is unknown.
     """
 
-    width: int
-    num_slots: int
-    keys: Tensor
-    values: Tensor
-    output_bias: Tensor
-    gains: Tensor | None
-    means: Tensor | None
-    metric: Tensor | None
-    output: Tensor | None
+    width: int  # of a row
 
     def __init__(self, value_dtype: str, offload: str) -> None:
         super().__init__()
@@ -423,21 +437,128 @@ class MmapTensorsMixin(nn.Module):
         if offload not in OFFLOAD_MODES:
             raise ValueError(f"offload must be one of {', '.join(OFFLOAD_MODES)}, got {offload}")
         self.value_dtype, self.offload = value_dtype, offload
-        self._mmap_tensors: MmapTensors | None = None
         self._attached_file: tuple[MmapTensorFile, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles map the file again, instead of holding a table that may exceed RAM.
         state = self.__dict__.copy()
-        if self._attached_file is not None and self.offload != "none":
-            empty = torch.empty(0, self.width)
-            state |= {"_mmap_tensors": None} | dict.fromkeys(self.external_names, empty)
+        if self.is_attached and self.offload != "none":
+            state |= dict.fromkeys(self.external_names, torch.empty(0, self.width))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._attached_file is not None and self.offload != "none":
             self.attach_file(*self._attached_file)
+
+    @property
+    def has_external_tensors(self) -> bool:
+        """Whether saving puts some of it into a file of its own."""
+        return self.offload != "none" or self.value_dtype != "float32"
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether its tensors are those of a file."""
+        return self._attached_file is not None
+
+    @property
+    def external_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are saved in that file instead of among the weights."""
+        raise NotImplementedError
+
+    def get_external_type(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the type in the file of a tensor in `external_names`."""
+        raise NotImplementedError
+
+    def export_specs(self) -> dict[str, TensorSpec]:
+        """Describe what the file of this module holds, by name; values in `value_dtype`."""
+        raise NotImplementedError
+
+    def read_companions(self, file: MmapTensorFile, prefix: str) -> None:
+        """Read into RAM what the file has beside the tensors in `external_names`."""
+        raise NotImplementedError
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes in RAM of what `read_companions` has read."""
+        raise NotImplementedError
+
+    def release_tensors(self) -> None:
+        """Drop the tensors in `external_names`; `attach_file` replaces them."""
+        for name in self.external_names:
+            delattr(self, name)
+            setattr(self, name, torch.empty(0, self.width))
+
+    def attach_file(self, file: MmapTensorFile, prefix: str) -> None:
+        """Use the tensors of a file; with `offload="none"` copies of them in RAM.
+
+        Args:
+            file: the file.
+            prefix: name of this module in it.
+
+        Raises:
+            UserError: the file belongs to another student.
+        """
+        for name in self.external_names:
+            tensor = file[f"{prefix}.{name}"]
+            if (tuple(tensor.shape), tensor.dtype) != self.get_external_type(name):
+                raise UserError(
+                    f"{prefix}.{name} in {file.path} does not match config.json; replace the file "
+                    "with this student's"
+                )
+            setattr(self, name, tensor.clone() if self.offload == "none" else tensor)
+        self.read_companions(file, prefix)
+        self._attached_file = file, prefix
+
+    def external_sizes(self) -> dict[str, int]:
+        """Return the bytes of a file's tensors held in `ram` and left on `disk`."""
+        if not self.is_attached:
+            return {"ram": 0, "disk": 0}
+        num_bytes = sum(getattr(self, name).nbytes for name in self.external_names)
+        return {
+            "ram": self.companion_bytes + num_bytes * (self.offload == "none"),
+            "disk": num_bytes * (self.offload != "none"),
+        }
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation mode.
+
+        Raises:
+            UserError: a file is attached, whose tensors cannot be trained.
+        """
+        if mode and self.is_attached:
+            raise UserError(
+                f"this memory was saved with offload={self.offload} and "
+                f"value_dtype={self.value_dtype} and cannot be trained; distill with offload=none "
+                "and value_dtype=float32, or keep it in eval mode"
+            )
+        return super().train(mode)
+
+
+class MmapTensorsMixin(ExternalTensorsMixin):
+    """A table of slots that is saved partly to a file of its own and reads it after loading.
+
+    Args and errors are those of `ExternalTensorsMixin`.
+    """
+
+    num_slots: int
+    keys: Tensor
+    values: Tensor
+    output_bias: Tensor
+    gains: Tensor | None
+    means: Tensor | None
+    metric: Tensor | None
+    output: Tensor | None
+
+    def __init__(self, value_dtype: str, offload: str) -> None:
+        super().__init__(value_dtype, offload)
+        self._mmap_tensors: MmapTensors | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.is_attached and self.offload != "none":
+            state["_mmap_tensors"] = None
+        return state
 
     @property
     def mmap_tensors(self) -> MmapTensors | None:
@@ -483,11 +604,6 @@ class MmapTensorsMixin(nn.Module):
         return sum_embedding_bags(self.gather_values, self.width, ids, weights, offsets)
 
     @property
-    def has_external_tensors(self) -> bool:
-        """Whether saving puts some of it into a file of its own."""
-        return self.offload != "none" or self.value_dtype != "float32"
-
-    @property
     def external_names(self) -> tuple[str, ...]:
         """Names of the tensors that are saved in that file instead of among the weights."""
         names = ("values",) if self.offload == "none" else ("values", "metric")
@@ -520,64 +636,25 @@ class MmapTensorsMixin(nn.Module):
         }
         return {"values": make_spec(encoded), **external, **mmap_tensors.to_specs()}
 
-    def release_tensors(self) -> None:
-        """Drop the tensors in `external_names`; `attach_file` replaces them."""
-        for name in self.external_names:
-            delattr(self, name)
-            setattr(self, name, torch.empty(0, self.width))
+    def get_external_type(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the type in the file of a tensor in `external_names`."""
+        num_rows = self.width if name == "metric" else self.num_slots
+        dtype = VALUE_TYPES[self.value_dtype] if name == "values" else torch.float32
+        return (num_rows, self.width), dtype
 
-    def attach_file(self, file: MmapTensorFile, prefix: str) -> None:
-        """Use the tensors of a file; with `offload="none"` copies of them in RAM.
-
-        Args:
-            file: the file.
-            prefix: name of this memory in it.
-
-        Raises:
-            UserError: the file belongs to another student.
-        """
-        table_shape = (self.num_slots, self.width)
-        for name in self.external_names:
-            tensor = file[f"{prefix}.{name}"]
-            expected_shape = (self.width, self.width) if name == "metric" else table_shape
-            expected_dtype = VALUE_TYPES[self.value_dtype] if name == "values" else torch.float32
-            if tuple(tensor.shape) != expected_shape or tensor.dtype != expected_dtype:
-                raise UserError(
-                    f"{prefix}.{name} in {file.path} does not match config.json; replace the file "
-                    "with this student's"
-                )
-            setattr(self, name, tensor.clone() if self.offload == "none" else tensor)
+    def read_companions(self, file: MmapTensorFile, prefix: str) -> None:
+        """Read into RAM what accompanies the tensors of the file."""
         self._mmap_tensors = MmapTensors.from_file(file, prefix)
-        self._attached_file = file, prefix
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes in RAM of what accompanies the tensors of the file."""
+        return 0 if self._mmap_tensors is None else self._mmap_tensors.num_bytes
 
     def check_attached(self) -> None:
         """Raise `UserError` where the tensors are in a file that is not attached."""
         if not len(self.values):
             raise_not_attached()
-
-    def external_sizes(self) -> dict[str, int]:
-        """Return the bytes of a file's tensors held in `ram` and left on `disk`."""
-        if self._mmap_tensors is None:
-            return {"ram": 0, "disk": 0}
-        num_bytes = sum(getattr(self, name).nbytes for name in self.external_names)
-        return {
-            "ram": self._mmap_tensors.num_bytes + num_bytes * (self.offload == "none"),
-            "disk": num_bytes * (self.offload != "none"),
-        }
-
-    def train(self, mode: bool = True) -> MmapTensorsMixin:
-        """Switch between training and evaluation mode.
-
-        Raises:
-            UserError: a file is attached, whose tensors cannot be trained.
-        """
-        if mode and self._mmap_tensors is not None:
-            raise UserError(
-                f"this memory was saved with offload={self.offload} and "
-                f"value_dtype={self.value_dtype} and cannot be trained; distill with offload=none "
-                "and value_dtype=float32, or keep it in eval mode"
-            )
-        return super().train(mode)
 
 
 def compute_value_norms(values: Tensor, metric: Tensor | None, output: Tensor | None) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.config import NgramConfig
 from dmt.memory.base import BlockShape, MemoryLayer
+from dmt.memory.lookup_table import LookupTable
 from dmt.memory.registry import register_memory
 from dmt.memory.token_context import derive_from_contexts, get_contexts
 from dmt.validation import ARG, ArgumentError
@@ -81,6 +81,8 @@ class NgramMemory(MemoryLayer):
         hash_heads: rows that an n-gram reads of a table.
         context_gate: whether the hidden state weighs what is read.
         learn_rows: whether rows have a gradient.
+        value_dtype: type of saved rows.
+        offload: `values` leaves the rows of a saved student on disk.
 
     Raises:
         ArgumentError: `hash_heads` does not divide the width.
@@ -101,6 +103,8 @@ class NgramMemory(MemoryLayer):
         hash_heads: int,
         context_gate: bool,
         learn_rows: bool,
+        value_dtype: str = "float32",
+        offload: str = "none",
     ) -> None:
         super().__init__()
         if width % hash_heads:
@@ -108,14 +112,14 @@ class NgramMemory(MemoryLayer):
                 f"{ARG}hash_heads must divide {width}, the width of the model, got {hash_heads}"
             )
         self.vocab_size, self.order, self.hash_heads = vocab_size, order, hash_heads
-        self.tables = nn.ParameterList(
-            nn.Parameter(
-                torch.empty(
-                    hash_heads,
-                    vocab_size if length == 1 and vocab_size <= num_rows else num_rows,
-                    width // hash_heads,
-                ),
-                requires_grad=learn_rows,
+        # That of each length has the rows of the first head, then those of the second, and so on.
+        self.tables = nn.ModuleList(
+            LookupTable(
+                hash_heads * (min(vocab_size, num_rows) if length == 1 else num_rows),
+                width // hash_heads,
+                learn_rows=learn_rows,
+                value_dtype=value_dtype,
+                offload=offload,
             )
             for length in range(1, order + 1)
         )
@@ -151,6 +155,25 @@ class NgramMemory(MemoryLayer):
         """The tokens of the longest n-gram."""
         return self.order
 
+    @property
+    def _lengths(self) -> range:
+        return range(1, self.order + 1)
+
+    def get_table(self, length: int) -> LookupTable:
+        """Return the table of the n-grams of a length."""
+        table = self.tables[length - 1]
+        assert isinstance(table, LookupTable), "set in __init__"
+        return table
+
+    def view_rows(self, length: int) -> Tensor:
+        """Return the rows `(heads, rows, part)` of a student in training, to be read or set."""
+        table = self.get_table(length)
+        return table.rows.detach().view(self.hash_heads, -1, table.width)
+
+    def _count_rows(self, length: int) -> int:
+        """Return the rows of one head for n-grams of a length."""
+        return self.get_table(length).num_rows // self.hash_heads
+
     @torch.no_grad()
     def reset(self) -> None:
         """Set the output to zero and the gate to one."""
@@ -174,12 +197,13 @@ class NgramMemory(MemoryLayer):
     def observe(self, hidden: Tensor, target: Tensor) -> None:
         """Add tokens of a text to the sums that rows are set from."""
         if self._observed is None:
-            self._observed = _ObservedText([torch.zeros_like(table) for table in self.tables], [])
+            sums = [torch.zeros_like(self.view_rows(length)) for length in self._lengths]
+            self._observed = _ObservedText(sums, [])
         observed = self._observed
         contexts = get_contexts(self.order, hidden.shape[:-1])
         observed.contexts.append(contexts.to(torch.int32))
         residual = target - self.output_bias
-        for length in range(1, self.order + 1):
+        for length in self._lengths:
             self._add_by_row(observed.sums[length - 1], contexts, length, residual)
 
     @torch.no_grad()
@@ -189,17 +213,18 @@ class NgramMemory(MemoryLayer):
             return
         sums, contexts = self._observed.sums, torch.cat(self._observed.contexts).long()
         self._observed = None
-        for length, table in enumerate(self.tables, start=1):
-            counts = table.new_zeros(table.shape[:2])
+        for length in self._lengths:
+            rows = self.view_rows(length)
+            counts = rows.new_zeros(rows.shape[:2])
             for part in contexts.split(MAX_OBSERVED):
                 ids, is_known = self._hash(part, length)
                 for head, head_ids in enumerate(ids[is_known].unbind(-1)):
-                    counts[head] += head_ids.bincount(minlength=table.shape[1])
-            table.copy_(sums[length - 1] / (counts.unsqueeze(-1) + SHRINKAGE))
+                    counts[head] += head_ids.bincount(minlength=rows.shape[1])
+            rows.copy_(sums[length - 1] / (counts.unsqueeze(-1) + SHRINKAGE))
             for part in contexts.split(MAX_OBSERVED) if length < self.order else ():
-                rows = self._read_rows(length, *self._hash(part, length))
+                output = self._read_rows(length, *self._hash(part, length))
                 for longer in range(length + 1, self.order + 1):
-                    self._add_by_row(sums[longer - 1], part, longer, -rows)
+                    self._add_by_row(sums[longer - 1], part, longer, -output)
 
     def _add_by_row(self, sums: Tensor, contexts: Tensor, length: int, values: Tensor) -> None:
         """Add values `(tokens, width)` to the rows `(heads, rows, part)` of their n-grams."""
@@ -217,7 +242,7 @@ class NgramMemory(MemoryLayer):
 
     def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return rows `(*shape, heads)` of n-grams of a length, and which tokens have one."""
-        key = ("ngram", length, self.hash_heads, self.tables[length - 1].shape[1], self.vocab_size)
+        key = ("ngram", length, self.hash_heads, self._count_rows(length), self.vocab_size)
         ids, is_known = derive_from_contexts(
             key, length, shape, lambda contexts: self._hash(contexts, length)
         )
@@ -227,7 +252,7 @@ class NgramMemory(MemoryLayer):
         """Return the same for contexts `(..., length or more)`."""
         contexts = contexts[..., contexts.shape[-1] - length :]
         is_known = ((contexts >= 0) & (contexts < self.vocab_size)).all(-1)
-        num_rows = self.tables[length - 1].shape[1]
+        num_rows = self._count_rows(length)
         if length == 1 and num_rows == self.vocab_size:
             ids = contexts.expand(*contexts.shape[:-1], self.hash_heads)
         else:
@@ -236,10 +261,20 @@ class NgramMemory(MemoryLayer):
 
     def _read_rows(self, length: int, ids: Tensor, is_known: Tensor) -> Tensor:
         """Return what n-grams of a length read, `(..., width)`, without the gate."""
-        table = self.tables[length - 1]
-        offsets = torch.arange(self.hash_heads, device=ids.device) * table.shape[1]
-        rows = F.embedding(ids + offsets, table.flatten(0, 1))
+        rows = self.get_table(length)(self._offset_ids(length, ids), self.output_bias.dtype)
         return rows.flatten(-2) * is_known.unsqueeze(-1)
+
+    def prefetch(self, shape: torch.Size) -> None:
+        """Read the rows of the coming pass ahead, where they are on disk."""
+        for length in self._lengths:
+            table = self.get_table(length)
+            if table.is_on_disk:
+                ids, is_known = self._find_rows(length, shape)
+                table.prefetch(self._offset_ids(length, ids)[is_known])
+
+    def _offset_ids(self, length: int, ids: Tensor) -> Tensor:
+        """Return the rows in the whole table of those `(..., heads)` in the tables of heads."""
+        return ids + torch.arange(self.hash_heads, device=ids.device) * self._count_rows(length)
 
     def _compute_gate(self, length: int, hidden: Tensor, rows: Tensor) -> Tensor:
         """Return the weight `(..., 1)` of what n-grams of a length read."""
@@ -252,7 +287,7 @@ class NgramMemory(MemoryLayer):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
         output = self.output_bias.expand_as(hidden)
-        for length in range(1, self.order + 1):
+        for length in self._lengths:
             rows = self._read_rows(length, *self._find_rows(length, hidden.shape[:-1]))
             output = output + self._compute_gate(length, hidden, rows) * rows
         return output.to(hidden.dtype)
@@ -260,11 +295,11 @@ class NgramMemory(MemoryLayer):
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the rows that each token reads; those of longer n-grams have higher ids."""
         ids, weights, values, first = [], [], [], 0
-        for length in range(1, self.order + 1):
+        for length in self._lengths:
             row_ids, is_known = self._find_rows(length, hidden.shape[:-1])
             rows = self._read_rows(length, row_ids, is_known)
             gate = self._compute_gate(length, hidden, rows) * is_known.unsqueeze(-1)
-            num_rows, part = self.tables[length - 1].shape[1:]
+            num_rows, part = self._count_rows(length), rows.shape[-1] // self.hash_heads
             for head in range(self.hash_heads):
                 in_part = torch.zeros(rows.shape[-1], device=rows.device)
                 in_part[head * part : (head + 1) * part] = 1

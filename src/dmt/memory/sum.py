@@ -133,6 +133,11 @@ class SumMemory(MemoryLayer):
         for part in self.list_parts():
             part.set_rows()
 
+    def prefetch(self, shape: torch.Size) -> None:
+        """Read ahead for the parts."""
+        for part in self.list_parts():
+            part.prefetch(shape)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
         first, *others = self.list_parts()

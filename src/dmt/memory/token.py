@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.config import TokenConfig
 from dmt.memory.base import BlockShape, MemoryLayer
+from dmt.memory.lookup_table import LookupTable
 from dmt.memory.registry import register_memory
 from dmt.memory.token_context import get_contexts
 
@@ -30,22 +30,35 @@ class TokenMemory(MemoryLayer):
     Args:
         width: size of a hidden state.
         vocab_size: tokens of the vocabulary. A token beyond it reads no row.
+        value_dtype: type of saved rows.
+        offload: `values` leaves the rows of a saved student on disk.
 
     Source: Jaiswal et al. 2026, arXiv 2602.00398.
     """
 
     row_kind = "token"
 
-    def __init__(self, width: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        *,
+        value_dtype: str = "float32",
+        offload: str = "none",
+    ) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.empty(vocab_size, width))
+        self.table = LookupTable(vocab_size, width, value_dtype=value_dtype, offload=offload)
         self.output_bias = nn.Parameter(torch.empty(width))
         self.reset()
 
     @classmethod
     def make_arguments(cls, config: TokenConfig, block: BlockShape) -> dict[str, Any]:
-        """Return the size of the vocabulary."""
-        return {"vocab_size": block.vocab_size}
+        """Return the size of the vocabulary and how rows are saved."""
+        return {
+            "vocab_size": block.vocab_size,
+            "value_dtype": config.value_dtype,
+            "offload": config.offload,
+        }
 
     @classmethod
     def from_arguments(cls, width: int, gated: bool, arguments: Mapping[str, Any]) -> Self:
@@ -60,8 +73,8 @@ class TokenMemory(MemoryLayer):
     @torch.no_grad()
     def reset(self) -> None:
         """Set the output to zero."""
-        self.values.zero_()
-        self.output_bias.zero_()
+        for parameter in self.parameters():
+            parameter.zero_()
 
     @property
     def reads_token_outputs(self) -> bool:
@@ -72,34 +85,41 @@ class TokenMemory(MemoryLayer):
     def load_token_outputs(self, outputs: Tensor) -> None:
         """Set each row to what the block computes for its token."""
         self.output_bias.copy_(outputs.mean(0))
-        self.values.copy_(outputs - self.output_bias)
+        self.table.rows.copy_(outputs - self.output_bias)
 
     @torch.no_grad()
     def calibrate(self, hidden: Tensor, target: Tensor) -> None:
         """Move the rows of the tokens of a text to the mean of the block's outputs for them."""
-        ids, is_known = self._find_rows(hidden)
+        ids, is_known = self._find_rows(hidden.shape[:-1])
         mean = target.mean(0)
-        self.values.add_(self.output_bias - mean)
+        rows = self.table.rows
+        rows.add_(self.output_bias - mean)
         self.output_bias.copy_(mean)
         ids = ids[is_known]
-        self.values.mul_(PRIOR_COUNT).index_add_(0, ids, target[is_known] - self.output_bias)
-        counts = ids.bincount(minlength=len(self.values)) + PRIOR_COUNT
-        self.values.div_(counts.unsqueeze(-1))
+        rows.mul_(PRIOR_COUNT).index_add_(0, ids, target[is_known] - self.output_bias)
+        counts = ids.bincount(minlength=len(rows)) + PRIOR_COUNT
+        rows.div_(counts.unsqueeze(-1))
 
-    def _find_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def prefetch(self, shape: torch.Size) -> None:
+        """Read the rows of the coming pass ahead, where they are on disk."""
+        if self.table.is_on_disk:
+            ids, is_known = self._find_rows(shape)
+            self.table.prefetch(ids[is_known])
+
+    def _find_rows(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return the row of each token, and whether it has one."""
-        ids = get_contexts(1, hidden.shape[:-1])[..., 0]
-        is_known = (ids >= 0) & (ids < len(self.values))
+        ids = get_contexts(1, shape)[..., 0]
+        is_known = (ids >= 0) & (ids < self.table.num_rows)
         return ids.where(is_known, 0), is_known
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
-        ids, is_known = self._find_rows(hidden)
-        rows = F.embedding(ids, self.values) * is_known.unsqueeze(-1)
+        ids, is_known = self._find_rows(hidden.shape[:-1])
+        rows = self.table(ids, self.output_bias.dtype) * is_known.unsqueeze(-1)
         return (rows + self.output_bias).to(hidden.dtype)
 
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the row that each token reads."""
-        ids, is_known = self._find_rows(hidden)
-        rows = F.embedding(ids, self.values)
+        ids, is_known = self._find_rows(hidden.shape[:-1])
+        rows = self.table(ids, self.output_bias.dtype)
         return ids.unsqueeze(-1), is_known.to(rows).unsqueeze(-1), rows.unsqueeze(-2)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dmt.errors import UserError
 from dmt.files import atomic_path, disk_error_class
-from dmt.memory import FeaturalMemory
 from dmt.memory.mmap_tensors import (
+    ExternalTensorsMixin,
     MmapTensorFile,
     TensorSpec,
     gather_rows,
@@ -55,12 +55,12 @@ class MmapEmbedding(nn.Module):
             self.attach_file(*self._attached_file)
 
 
-def find_mmap_memories(model: nn.Module) -> dict[str, FeaturalMemory]:
-    """Return the memories of `model` that save tensors to the file, by name in `model`."""
+def find_external_modules(model: nn.Module) -> dict[str, ExternalTensorsMixin]:
+    """Return the modules of `model` that save tensors to the file, by name in `model`."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FeaturalMemory) and module.has_external_tensors
+        if isinstance(module, ExternalTensorsMixin) and module.has_external_tensors
     }
 
 
@@ -70,7 +70,9 @@ def position_embedding_path(model: Any) -> str:
     It does with `offload="slots"`, so that everything read row by row is in the file.
     """
     arch = get_architecture(model.config.model_type)
-    has_mmap_slots = any(memory.offload == "slots" for memory in find_mmap_memories(model).values())
+    has_mmap_slots = any(
+        module.offload == "slots" for module in find_external_modules(model).values()
+    )
     if not has_mmap_slots or not arch.position_embedding:
         return ""
     return arch.local_name(model, arch.position_embedding)
@@ -80,8 +82,8 @@ def external_tensor_names(model: nn.Module) -> set[str]:
     """Return the names of the tensors that are in the file instead of among the weights."""
     names = {
         f"{name}.{tensor_name}"
-        for name, memory in find_mmap_memories(model).items()
-        for tensor_name in memory.external_names
+        for name, module in find_external_modules(model).items()
+        for tensor_name in module.external_names
     }
     return names | ({f"{path}.weight"} if (path := position_embedding_path(model)) else set())
 
@@ -89,13 +91,13 @@ def external_tensor_names(model: nn.Module) -> set[str]:
 def measure_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes of weights and buffers in `ram` and left on `disk`."""
     resident = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    memory_sizes = [memory.external_sizes() for memory in find_mmap_memories(model).values()]
+    external_sizes = [module.external_sizes() for module in find_external_modules(model).values()]
     embedding_bytes = sum(
         module.table.nbytes for module in model.modules() if isinstance(module, MmapEmbedding)
     )
     return {
-        "ram": sum(resident.values()) + sum(size["ram"] for size in memory_sizes),
-        "disk": embedding_bytes + sum(size["disk"] for size in memory_sizes),
+        "ram": sum(resident.values()) + sum(size["ram"] for size in external_sizes),
+        "disk": embedding_bytes + sum(size["disk"] for size in external_sizes),
     }
 
 
@@ -110,8 +112,8 @@ def save_model_tensors(model: Any, folder: Path) -> str | None:
     Raises:
         UserError: there is no space, or the file that the model reads is gone or another one.
     """
-    memories, path = find_mmap_memories(model), folder / SLOTS_FILE
-    if not memories:
+    modules, path = find_external_modules(model), folder / SLOTS_FILE
+    if not modules:
         return None
     mapped: MmapTensorFile | None = getattr(model, "slots_file", None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +121,8 @@ def save_model_tensors(model: Any, folder: Path) -> str | None:
         arch = get_architecture(model.config.model_type)
         specs = {
             f"{arch.global_name(model, name)}.{tensor_name}": spec
-            for name, memory in memories.items()
-            for tensor_name, spec in memory.export_specs().items()
+            for name, module in modules.items()
+            for tensor_name, spec in module.export_specs().items()
         }
         return write_tensor_file(path, specs | _position_specs(model))
     if not path.exists() or not path.samefile(mapped.path):
@@ -155,8 +157,8 @@ def _copy_mapped_file(mapped: MmapTensorFile, path: Path) -> None:
 
 def release_model_tensors(model: nn.Module) -> None:
     """Drop the tensors that are in the file, before weights are loaded."""
-    for memory in find_mmap_memories(model).values():
-        memory.release_tensors()
+    for module in find_external_modules(model).values():
+        module.release_tensors()
     if path := position_embedding_path(model):
         model.set_submodule(path, MmapEmbedding())
 
@@ -179,8 +181,8 @@ def attach_model_file(model: Any, path: Path, digest: str) -> None:
             "student's file"
         )
     arch = get_architecture(model.config.model_type)
-    for name, memory in find_mmap_memories(model).items():
-        memory.attach_file(mapped, arch.global_name(model, name))
+    for name, module in find_external_modules(model).items():
+        module.attach_file(mapped, arch.global_name(model, name))
     if embedding_path := position_embedding_path(model):
         embedding = model.get_submodule(embedding_path)
         assert isinstance(embedding, MmapEmbedding), "set by release_model_tensors"

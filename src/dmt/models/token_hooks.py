@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmt.errors import UserError
 from dmt.memory.base import MemoryLayer
 from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, use_contexts
-from dmt.models.architectures import Architecture
+from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.class_extension import extend_class, reduce_extended
 from dmt.models.text_history import (
     find_cache,
@@ -104,7 +104,17 @@ def _before_pass(
     texts = _extend_text(
         tokens, find_positions(tokens, arguments), arguments.get("past_key_values"), length
     )
+    if not torch.compiler.is_compiling():
+        _prefetch_rows(backbone, texts)
     return args, {**kwargs, ARGUMENT: texts}
+
+
+def _prefetch_rows(backbone: Any, texts: _TokenTexts) -> None:
+    """Let memories read ahead what the text tells them to read from disk."""
+    with use_contexts(texts.contexts, texts.derived):
+        for block in get_architecture(backbone.config.model_type).blocks(backbone):
+            if isinstance(block, MemoryLayer):
+                block.prefetch(texts.contexts.shape[:-1])
 
 
 def _hide_padding(tokens: Tensor, mask: Any) -> Tensor:
