@@ -222,7 +222,7 @@ class NgramMemory(MemoryLayer):
                     counts[head] += head_ids.bincount(minlength=rows.shape[1])
             rows.copy_(sums[length - 1] / (counts.unsqueeze(-1) + SHRINKAGE))
             for part in contexts.split(MAX_OBSERVED) if length < self.order else ():
-                output = self._read_rows(length, *self._hash(part, length))
+                output = self._read_rows(length, *self._locate(part, length))
                 for longer in range(length + 1, self.order + 1):
                     self._add_by_row(sums[longer - 1], part, longer, -output)
 
@@ -241,15 +241,26 @@ class NgramMemory(MemoryLayer):
         return torch.tensor(numbers).view(self.hash_heads, length)
 
     def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return rows `(*shape, heads)` of n-grams of a length, and which tokens have one."""
+        """Return the rows of n-grams of a length in its table, as `_locate` does."""
         key = ("ngram", length, self.hash_heads, self._count_rows(length), self.vocab_size)
         ids, is_known = derive_from_contexts(
-            key, length, shape, lambda contexts: self._hash(contexts, length)
+            key, length, shape, lambda contexts: self._locate(contexts, length)
         )
         return ids, is_known
 
+    def _locate(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return rows `(..., heads)` of a table, and which tokens have one `(..., 1)`.
+
+        Args:
+            contexts: `(..., length or more)`.
+            length: tokens of an n-gram.
+        """
+        ids, is_known = self._hash(contexts, length)
+        first_rows = torch.arange(self.hash_heads, device=ids.device) * self._count_rows(length)
+        return ids + first_rows, is_known.unsqueeze(-1)
+
     def _hash(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return the same for contexts `(..., length or more)`."""
+        """Return rows `(..., heads)` among those of a head, and which tokens have one `(...)`."""
         contexts = contexts[..., contexts.shape[-1] - length :]
         is_known = ((contexts >= 0) & (contexts < self.vocab_size)).all(-1)
         num_rows = self._count_rows(length)
@@ -261,8 +272,7 @@ class NgramMemory(MemoryLayer):
 
     def _read_rows(self, length: int, ids: Tensor, is_known: Tensor) -> Tensor:
         """Return what n-grams of a length read, `(..., width)`, without the gate."""
-        rows = self.get_table(length)(self._offset_ids(length, ids), self.output_bias.dtype)
-        return rows.flatten(-2) * is_known.unsqueeze(-1)
+        return self.get_table(length)(ids, self.output_bias.dtype).flatten(-2) * is_known
 
     def prefetch(self, shape: torch.Size) -> None:
         """Read the rows of the coming pass ahead, where they are on disk."""
@@ -270,16 +280,12 @@ class NgramMemory(MemoryLayer):
             table = self.get_table(length)
             if table.is_on_disk:
                 ids, is_known = self._find_rows(length, shape)
-                table.prefetch(self._offset_ids(length, ids)[is_known])
+                table.prefetch(ids[is_known.squeeze(-1)])
 
-    def _offset_ids(self, length: int, ids: Tensor) -> Tensor:
-        """Return the rows in the whole table of those `(..., heads)` in the tables of heads."""
-        return ids + torch.arange(self.hash_heads, device=ids.device) * self._count_rows(length)
-
-    def _compute_gate(self, length: int, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Return the weight `(..., 1)` of what n-grams of a length read."""
+    def _compute_gate(self, length: int, hidden: Tensor, rows: Tensor) -> Tensor | None:
+        """Return the weight `(..., 1)` of what n-grams of a length read; None where it is one."""
         if self.gate_weight is None or self.gate_bias is None:
-            return rows.new_ones(*rows.shape[:-1], 1)
+            return None
         product = _normalize(hidden.to(rows)) * _normalize(rows) * self.gate_weight[length - 1]
         score = product.sum(-1, keepdim=True) / math.sqrt(rows.shape[-1])
         return 2 * (score + self.gate_bias[length - 1]).sigmoid()
@@ -289,7 +295,8 @@ class NgramMemory(MemoryLayer):
         output = self.output_bias.expand_as(hidden)
         for length in self._lengths:
             rows = self._read_rows(length, *self._find_rows(length, hidden.shape[:-1]))
-            output = output + self._compute_gate(length, hidden, rows) * rows
+            gate = self._compute_gate(length, hidden, rows)
+            output = output + (rows if gate is None else gate * rows)
         return output.to(hidden.dtype)
 
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,15 +305,16 @@ class NgramMemory(MemoryLayer):
         for length in self._lengths:
             row_ids, is_known = self._find_rows(length, hidden.shape[:-1])
             rows = self._read_rows(length, row_ids, is_known)
-            gate = self._compute_gate(length, hidden, rows) * is_known.unsqueeze(-1)
-            num_rows, part = self._count_rows(length), rows.shape[-1] // self.hash_heads
+            gate = self._compute_gate(length, hidden, rows)
+            weight = is_known.to(rows) if gate is None else gate * is_known
+            part = rows.shape[-1] // self.hash_heads
             for head in range(self.hash_heads):
                 in_part = torch.zeros(rows.shape[-1], device=rows.device)
                 in_part[head * part : (head + 1) * part] = 1
                 ids.append(row_ids[..., head] + first)
-                weights.append(gate[..., 0])
+                weights.append(weight[..., 0])
                 values.append(rows * in_part)
-                first += num_rows
+            first += self.get_table(length).num_rows
         return torch.stack(ids, -1), torch.stack(weights, -1), torch.stack(values, -2)
 
 
