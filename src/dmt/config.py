@@ -279,6 +279,17 @@ class AssociativeConfig(FeaturalConfig):
 
 
 @dataclass(frozen=True)
+class _SavedRowsConfig(MemoryConfig):
+    """Settings of a memory that reads a few of its rows: how a saved student stores them."""
+
+    value_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type of the values in a saved student; `int8` has one scale per row. Training is in
+    float32."""
+    offload: Literal["none", "values"] = "none"
+    """What a saved student reads from disk row by row: nothing, or the values."""
+
+
+@dataclass(frozen=True)
 class NoMemoryConfig(MemoryConfig):
     """Settings of no memory at all: the mean output of the block, for every token the same."""
 
@@ -321,7 +332,7 @@ class PrunedConfig(MemoryConfig):
 
 
 @dataclass(frozen=True)
-class ExpertsConfig(MemoryConfig):
+class ExpertsConfig(_SavedRowsConfig):
     """Settings of the block's neurons in groups, of which a router chooses some for each token."""
 
     kind_name: ClassVar[str] = "experts"
@@ -359,7 +370,7 @@ def round_up_to_square(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class _ProductKeySearchConfig(MemoryConfig):
+class _ProductKeySearchConfig(_SavedRowsConfig):
     """Settings of a search by product keys."""
 
     num_slots: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
@@ -428,7 +439,7 @@ class PeerConfig(_ProductKeySearchConfig):
 
 
 @dataclass(frozen=True)
-class TranscoderConfig(MemoryConfig):
+class TranscoderConfig(_SavedRowsConfig):
     """Settings of a transcoder: the k largest of many latents, decoded, beside an affine skip."""
 
     kind_name: ClassVar[str] = "transcoder"
@@ -455,14 +466,8 @@ class TranscoderConfig(MemoryConfig):
 
 
 @dataclass(frozen=True)
-class _LookupConfig(MemoryConfig):
+class _LookupConfig(_SavedRowsConfig):
     """Settings of tables that are read at addresses which the text tells."""
-
-    value_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """Type of the values in a saved student; `int8` has one scale per row. Training is in
-    float32."""
-    offload: Literal["none", "values"] = "none"
-    """What a saved student reads from disk row by row: nothing, or the rows."""
 
     @property
     def copies_block(self) -> bool:

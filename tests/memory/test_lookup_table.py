@@ -1,4 +1,4 @@
-"""Rows of lookups in a file: the same outputs as from RAM, and errors where the file is missing."""
+"""Rows that are read by number from a file: outputs, costs, reading ahead, and errors."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import WIDTH, make_llama, make_teacher, newest
+from conftest import LAYERS, WIDTH, make_llama, make_teacher, newest
 from test_mmap_tensors import assert_same, save_and_load
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +18,7 @@ from dmt.evaluation.cost import measure_costs, sum_costs
 from dmt.memory import mmap_tensors
 from dmt.memory.lookup_table import LookupTable
 from dmt.memory.mmap_tensors import dequantize_rows, quantize_rows
+from dmt.memory.slot_table import SlotTable
 from dmt.models.external_tensors import SLOTS_FILE, measure_bytes
 
 NUM_ROWS = 50
@@ -29,6 +30,10 @@ def make(family=make_teacher, kinds=("ngram",), **options):
         "token": dmt.TokenConfig(**options),
         "ngram": dmt.NgramConfig(num_rows=NUM_ROWS, **options),
         "featural": dmt.FeaturalConfig(k=8, **options),
+        "experts": dmt.ExpertsConfig(k=8, expert_size=4, **options),
+        "peer": dmt.PeerConfig(k=8, heads=2, **options),
+        "product_key": dmt.ProductKeyConfig(k=8, silu_gate=True, **options),
+        "transcoder": dmt.TranscoderConfig(k=8, **options),
     }
     parts = [configs[kind] for kind in kinds]
     student = dmt.convert(family(), parts[0] if len(parts) == 1 else dmt.SumConfig(parts=parts))
@@ -48,7 +53,7 @@ def get_tables(student):
 def round_rows(student):
     """Round the rows and slots of a student as saving does."""
     for module in student.modules():
-        if isinstance(module, LookupTable | dmt.FeaturalMemory):
+        if isinstance(module, LookupTable | SlotTable):
             rows = module.rows if isinstance(module, LookupTable) else module.values
             encoded, scales = quantize_rows(rows, module.value_dtype)
             rows.copy_(dequantize_rows(encoded, scales, torch.float32))
@@ -58,7 +63,16 @@ def round_rows(student):
 @pytest.mark.parametrize("offload", ["none", "values"])
 @pytest.mark.parametrize("value_dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("family", [make_teacher, make_llama])
-@pytest.mark.parametrize("kinds", [("token",), ("ngram",), ("featural", "ngram", "token")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("token",),
+        ("ngram",),
+        ("featural", "ngram", "token"),
+        ("product_key",),
+        ("transcoder",),
+    ],
+)
 def test_a_loaded_student_computes_what_the_saved_one_did(
     tokens, tmp_path, kinds, family, value_dtype, offload
 ):
@@ -68,6 +82,25 @@ def test_a_loaded_student_computes_what_the_saved_one_did(
     assert_same(loaded, copy.deepcopy(loaded), tokens)
     assert_same(loaded, pickle.loads(pickle.dumps(loaded)), tokens)
     assert_same(loaded, save_and_load(loaded, tmp_path / "again"), tokens)
+
+
+@pytest.mark.parametrize("offload", ["none", "values"])
+@pytest.mark.parametrize("value_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("family", [make_teacher, make_llama])
+@pytest.mark.parametrize("kind", ["experts", "peer"])
+def test_a_loaded_student_of_neurons_gathers_what_was_multiplied(
+    tokens, tmp_path, kind, family, value_dtype, offload
+):
+    """In RAM, all neurons of many tokens are multiplied at once, so sums round differently."""
+    student = make(family, (kind,), value_dtype=value_dtype, offload=offload)
+    loaded = save_and_load(student, tmp_path)
+    with torch.no_grad():
+        expected, actual = (model(tokens).logits for model in (round_rows(student), loaded))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_same(loaded, save_and_load(loaded, tmp_path / "again"), tokens)
+    names = [name for name in student.state_dict() if name not in loaded.state_dict()]
+    assert len(names) == LAYERS
+    assert all(name.endswith(".values") for name in names)
 
 
 def test_rows_on_disk_are_not_in_ram_and_are_counted(tokens, tmp_path):

@@ -415,9 +415,7 @@ def measure_sizes(
         name: sum(p.numel() * p.element_size() for p in model.parameters())
         for name, model in models.items()
     }
-    external = [
-        module for module in find_external_modules(student).values() if module.is_attached
-    ]
+    external = [module for module in find_external_modules(student).values() if module.is_attached]
     sizes["student"] += sum(module.external_sizes()["ram"] for module in external)
     file_names = ["model.safetensors", *([SLOTS_FILE] if external else [])]
     sizes["student_on_disk"] = sum((student_dir / name).stat().st_size for name in file_names)

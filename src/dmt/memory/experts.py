@@ -36,6 +36,7 @@ class ExpertsMemory(NeuronTable):
         expert_size: neurons of an expert.
         gated: whether a neuron has a second, linear score, its gain (SwiGLU blocks).
         activation_function: the block's function, by its transformers name.
+        saved_rows: `value_dtype` and `offload`, as `NeuronTable` has them.
 
     Raises:
         ArgumentError: an argument is out of range, or two of them contradict each other.
@@ -57,9 +58,12 @@ class ExpertsMemory(NeuronTable):
         expert_size: int,
         gated: bool,
         activation_function: str,
+        **saved_rows: str,
     ) -> None:
         ExpertsConfig(expert_size=expert_size, k=k).check_block(num_slots)
-        super().__init__(width, num_slots, k, gated=gated, activation_function=activation_function)
+        super().__init__(
+            width, num_slots, k, gated=gated, activation_function=activation_function, **saved_rows
+        )
         self.expert_size = expert_size
         num_experts = num_slots // expert_size
         self.register_buffer("router", torch.empty(num_experts, width))

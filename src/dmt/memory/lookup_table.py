@@ -1,8 +1,11 @@
-"""A table of rows that a memory looks up by number, in RAM or in the file of a saved student."""
+"""A table of rows that a memory reads by number, in RAM or in the file of a saved student."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmt.memory.mmap_tensors import (
@@ -16,11 +19,12 @@ from dmt.memory.mmap_tensors import (
     prefetch_rows,
     quantize_rows,
     raise_not_attached,
+    sum_embedding_bags,
 )
 
 
 class LookupTable(ExternalTensorsMixin):
-    """Rows `(num_rows, width)` that are looked up by number.
+    """Rows `(num_rows, width)` that are read by number.
 
     Args:
         num_rows: rows of the table.
@@ -50,12 +54,27 @@ class LookupTable(ExternalTensorsMixin):
         Raises:
             UserError: the rows are in a file that is not open.
         """
-        if not len(self.rows):
-            raise_not_attached()
-        if self.is_attached:
-            self._follow_device(ids.device)
+        self._prepare(ids.device)
         scales = None if self.scales is None else self.scales[ids]
         return dequantize_rows(gather_rows(self.rows, ids), scales, dtype)
+
+    def sum_rows(self, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return weighted sums of rows `(tokens, width)` of a type.
+
+        Args:
+            ids: `(tokens, n)`.
+            weights: of the same shape.
+            dtype: type of the sums.
+
+        Raises:
+            UserError: the rows are in a file that is not open.
+        """
+        self._prepare(ids.device)
+        if self.is_attached:
+            gather = partial(self, dtype=dtype)
+            return sum_embedding_bags(gather, self.width, ids, weights.to(dtype))
+        weights = weights.to(self.rows.dtype)
+        return F.embedding_bag(ids, self.rows, per_sample_weights=weights, mode="sum").to(dtype)
 
     @property
     def is_on_disk(self) -> bool:
@@ -66,8 +85,16 @@ class LookupTable(ExternalTensorsMixin):
         """Let the system begin to read the rows of ids `(...)` from the file."""
         prefetch_rows(self.rows, ids.flatten().cpu())
 
-    def _follow_device(self, device: torch.device) -> None:
-        """Move what is in RAM where it is used, as modules move their parameters."""
+    def _prepare(self, device: torch.device) -> None:
+        """Move what is in RAM and no parameter to the device where it is used.
+
+        Raises:
+            UserError: the rows are in a file that is not open.
+        """
+        if not len(self.rows):
+            raise_not_attached()
+        if not self.is_attached:
+            return
         if self.scales is not None and self.scales.device != device:
             self.scales = self.scales.to(device)
         if self.offload == "none" and self.rows.device != device:

@@ -27,10 +27,20 @@ class NeuronTable(SlotTable, MemoryLayer):
         k: neurons read per token.
         gated: whether a neuron has a second, linear score, its gain (SwiGLU blocks).
         activation_function: the block's function, by its transformers name.
+        value_dtype: type of saved values.
+        offload: `values` leaves the values of a saved student on disk.
     """
 
     def __init__(
-        self, width: int, num_slots: int, k: int, *, gated: bool, activation_function: str
+        self,
+        width: int,
+        num_slots: int,
+        k: int,
+        *,
+        gated: bool,
+        activation_function: str,
+        value_dtype: str = "float32",
+        offload: str = "none",
     ) -> None:
         super().__init__(
             width,
@@ -44,8 +54,8 @@ class NeuronTable(SlotTable, MemoryLayer):
             projections=False,
             skip_connection=False,
             has_threshold=False,
-            value_dtype="float32",
-            offload="none",
+            value_dtype=value_dtype,
+            offload=offload,
         )
         self.k = k
 
@@ -64,6 +74,8 @@ class NeuronTable(SlotTable, MemoryLayer):
             "num_slots": num_slots,
             "k": k,
             "activation_function": block.activation_function,
+            "value_dtype": getattr(config, "value_dtype", "float32"),
+            "offload": getattr(config, "offload", "none"),
         }
 
     @torch.no_grad()
@@ -104,7 +116,7 @@ class NeuronTable(SlotTable, MemoryLayer):
 
         The shapes of a compiled or exported model must not depend on the number of tokens.
         """
-        if self.num_slots > MAX_EXACT_SLOTS:
+        if self.num_slots > MAX_EXACT_SLOTS or self.is_attached:
             return True
         has_fixed_shapes = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return not has_fixed_shapes and num_tokens < MIN_BATCH_TOKENS

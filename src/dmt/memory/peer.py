@@ -49,6 +49,7 @@ class PeerMemory(NeuronTable):
         key_width: size of a query.
         gated: whether a neuron has a second, linear score, its gain (SwiGLU blocks).
         activation_function: the block's function, by its transformers name.
+        saved_rows: `value_dtype` and `offload`, as `NeuronTable` has them.
 
     Raises:
         ArgumentError: an argument is out of range, or two of them contradict each other.
@@ -66,9 +67,12 @@ class PeerMemory(NeuronTable):
         key_width: int,
         gated: bool,
         activation_function: str,
+        **saved_rows: str,
     ) -> None:
         PeerConfig(num_slots=num_slots, k=k, heads=heads, key_width=key_width)  # checks them
-        super().__init__(width, num_slots, k, gated=gated, activation_function=activation_function)
+        super().__init__(
+            width, num_slots, k, gated=gated, activation_function=activation_function, **saved_rows
+        )
         self.num_heads = heads
         self.router = ProductKeyQuery(
             width, math.isqrt(num_slots), heads, key_width, has_cosines=False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmt.config import ProductKeyConfig, round_up_to_square
 from dmt.memory.base import BlockShape, MemoryLayer, load_output_bias
 from dmt.memory.clustering import cluster_directions
+from dmt.memory.lookup_table import LookupTable
 from dmt.memory.product_keys import ProductKeyQuery
 from dmt.memory.registry import register_memory
 from dmt.memory.slot_table import DEFAULT_K_DIVISOR
@@ -50,6 +51,8 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         heads: queries, each with its own sub-keys; they share the values.
         key_width: size of a query.
         silu_gate: whether to gate the sum.
+        value_dtype: type of saved values.
+        offload: `values` leaves the values of a saved student on disk.
 
     Raises:
         ArgumentError: an argument is out of range, or two of them contradict each other.
@@ -66,6 +69,8 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         heads: int,
         key_width: int,
         silu_gate: bool,
+        value_dtype: str = "float32",
+        offload: str = "none",
     ) -> None:
         ProductKeyConfig(num_slots=num_slots, k=k, heads=heads, key_width=key_width)  # checks them
         super().__init__()
@@ -73,7 +78,7 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         self.query = ProductKeyQuery(
             width, math.isqrt(num_slots), heads, key_width, has_cosines=True
         )
-        self.values = nn.Parameter(torch.empty(num_slots, width))
+        self.table = LookupTable(num_slots, width, value_dtype=value_dtype, offload=offload)
         self.output_bias = nn.Parameter(torch.empty(width))
         self.gate = nn.Parameter(torch.empty(width, width)) if silu_gate else None
         self.gate_bias = nn.Parameter(torch.empty(width)) if silu_gate else None
@@ -92,6 +97,8 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
             "heads": config.heads,
             "key_width": config.key_width or block.width // 2 * 2,
             "silu_gate": config.silu_gate,
+            "value_dtype": config.value_dtype,
+            "offload": config.offload,
         }
 
     @classmethod
@@ -100,6 +107,15 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
     ) -> ProductKeyMemory:
         """Create the memory from the values of `make_arguments`."""
         return cls(width, **arguments)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The values of a student in training `(num_slots, width)`."""
+        return self.table.rows
+
+    def gather_values(self, ids: Tensor) -> Tensor:
+        """Return the values `(n, width)` of the slots `ids` `(n,)` in the type of computation."""
+        return self.table(ids, self.output_bias.dtype)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -162,9 +178,7 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
         flat = hidden.reshape(-1, self.width)
         ids, weights = self.read_weights(flat)
         self._record_reads(ids, flat.shape[0])
-        total = F.embedding_bag(
-            ids, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum"
-        )
+        total = self.table.sum_rows(ids, weights, self.output_bias.dtype)
         output = self._apply_gate(flat, total) + self.output_bias
         return output.to(hidden.dtype).view_as(hidden)
 
@@ -178,7 +192,8 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
     def select(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the rows that a trace shows for `hidden` `(tokens, width)`."""
         ids, weights = self.read_weights(hidden)
-        values = self._apply_gate(hidden.repeat_interleave(self.k, 0), self.values[ids.flatten()])
+        values = self.gather_values(ids.flatten())
+        values = self._apply_gate(hidden.repeat_interleave(self.k, 0), values)
         return ids, weights, values.view(*ids.shape, self.width)
 
     def extra_repr(self) -> str:

@@ -37,12 +37,23 @@ class TranscoderMemory(FeaturalMemory):
         num_slots: latents.
         k: latents decoded per token.
         skip_connection: add an affine map of the hidden state.
+        value_dtype: type of saved values.
+        offload: `values` leaves the values of a saved student on disk.
 
     Source: Paulo et al. 2025, arXiv 2501.18823 (skip transcoders); Gao et al. 2024, arXiv
         2406.04093 (top-k latents).
     """
 
-    def __init__(self, width: int, num_slots: int, k: int, *, skip_connection: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_slots: int,
+        k: int,
+        *,
+        skip_connection: bool,
+        value_dtype: str = "float32",
+        offload: str = "none",
+    ) -> None:
         super().__init__(
             width,
             num_slots,
@@ -50,6 +61,8 @@ class TranscoderMemory(FeaturalMemory):
             activation="relu",
             selection="score",
             skip_connection=skip_connection,
+            value_dtype=value_dtype,
+            offload=offload,
         )
 
     @classmethod
@@ -61,6 +74,8 @@ class TranscoderMemory(FeaturalMemory):
             "num_slots": num_slots,
             "k": config.k or max(1, num_slots // DEFAULT_K_DIVISOR),
             "skip_connection": config.skip_connection,
+            "value_dtype": config.value_dtype,
+            "offload": config.offload,
         }
 
     @classmethod
