@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 import dmt
 from dmt.errors import UserError
-from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, peek_contexts
+from dmt.memory.token_context import PADDING_TOKEN, UNKNOWN_TOKEN, list_contexts, peek_contexts
 from dmt.models.memories import get_memories
 
 CONFIG = dmt.SumConfig(
@@ -53,6 +53,10 @@ def test_contexts_are_the_last_ids_of_the_same_text():
     assert list_contexts(tokens, 2, positions).tolist() == [
         [[unknown, 5], [5, 6], [unknown, 7], [7, 8]]
     ]
+    padding = PADDING_TOKEN
+    assert list_contexts(torch.tensor([[padding, 5, padding, padding, 6]]), 2).tolist() == [
+        [[unknown] * 2, [unknown, 5], [unknown] * 2, [unknown] * 2, [5, 6]]
+    ]
 
 
 def record_contexts(student, *args, **kwargs):
@@ -87,6 +91,29 @@ def test_padding_on_the_left_changes_no_answer(student, tokens):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     logits = compute_logits(student, padded, attention_mask=mask, position_ids=positions)
     assert_close(logits[:, 4:], expected)
+
+
+def test_padding_on_the_right_changes_no_answer(student, tokens):
+    """Texts of unequal length are read together, then each is continued after its own end."""
+    lengths, padded = torch.tensor([9, 5, 1]), tokens[:, :9]
+    mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
+    with torch.no_grad():
+        cache = student(padded.where(mask == 1, 7), attention_mask=mask, use_cache=True)
+        cache, logits = cache.past_key_values, []
+        for step in range(3):
+            mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+            output = student(
+                tokens[:, 9 + step].unsqueeze(1),
+                attention_mask=mask,
+                position_ids=(lengths + step).unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(output.logits[:, 0])
+    for row, length in enumerate(lengths.tolist()):
+        alone = torch.cat([tokens[row, :length], tokens[row, 9:12]]).unsqueeze(0)
+        expected = compute_logits(student, alone)[0, length:]
+        assert_close(torch.stack(logits)[:, row], expected)
 
 
 def test_documents_in_one_window_do_not_see_each_other(student, tokens):

@@ -16,7 +16,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-UNKNOWN_TOKEN = -1  # id before the start of a text, of padding, and of an embedding without one
+UNKNOWN_TOKEN = -1  # id before the start of a text, and of an embedding without one
+PADDING_TOKEN = -2  # id of what stands in a batch and in no text
 
 
 class _Contexts(threading.local):
@@ -33,11 +34,37 @@ def list_contexts(tokens: Tensor, length: int, positions: Tensor | None = None) 
     """Return the last `length` ids up to each token, `(batch, time, length)`, its own the last.
 
     Args:
-        tokens: token ids `(batch, time)`.
+        tokens: token ids `(batch, time)`. `PADDING_TOKEN` is left out, wherever it stands, and has
+            no context.
         length: ids of a context.
         positions: `(batch, time)`; where one does not follow the one before it, a text begins.
             They count on where it is None.
     """
+    is_padding = tokens == PADDING_TOKEN
+    columns = is_padding.long().argsort(dim=1, stable=True)  # padding goes last, where none sees it
+    tokens = tokens.gather(1, columns)
+    positions = None if positions is None else positions.gather(1, columns)
+    contexts = _list_in_order(tokens, length, positions)
+    columns = columns.argsort(dim=1).unsqueeze(-1).expand_as(contexts)
+    return contexts.gather(1, columns).masked_fill(is_padding.unsqueeze(-1), UNKNOWN_TOKEN)
+
+
+def take_last(history: Tensor, count: int) -> Tensor:
+    """Return the last entries of a history that are no padding, in order; padding before them.
+
+    Args:
+        history: `(batch, time, ...)`, whose first number is a token id.
+        count: entries `(batch, count, ...)` to return, fewer where the history is shorter.
+    """
+    count = min(count, history.shape[1])
+    ranks = torch.arange(1, history.shape[1] + 1, device=history.device)
+    ranks = ranks * (history[..., 0] != PADDING_TOKEN)
+    columns = ranks.topk(count, dim=1).indices.flip(1)
+    return history.gather(1, columns.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
+
+
+def _list_in_order(tokens: Tensor, length: int, positions: Tensor | None) -> Tensor:
+    """Return the contexts of texts without padding."""
     contexts = _list_last(tokens, length, UNKNOWN_TOKEN)
     if positions is None:
         return contexts

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from dmt.errors import UserError
 from dmt.memory.base import MemoryLayer
-from dmt.memory.token_context import UNKNOWN_TOKEN, list_contexts, use_contexts
+from dmt.memory.token_context import (
+    PADDING_TOKEN,
+    UNKNOWN_TOKEN,
+    list_contexts,
+    take_last,
+    use_contexts,
+)
 from dmt.models.architectures import Architecture, get_architecture
 from dmt.models.class_extension import extend_class, reduce_extended
 from dmt.models.text_history import (
@@ -120,7 +126,7 @@ def _prefetch_rows(backbone: Any, texts: _TokenTexts) -> None:
 def _hide_padding(tokens: Tensor, mask: Any) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
         return tokens
-    return tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, UNKNOWN_TOKEN)
+    return tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, PADDING_TOKEN)
 
 
 def _extend_text(tokens: Tensor, positions: Tensor | None, past: Any, length: int) -> _TokenTexts:
@@ -135,7 +141,7 @@ def _extend_text(tokens: Tensor, positions: Tensor | None, past: Any, length: in
         positions = first + torch.arange(tokens.shape[1], device=tokens.device)
     new = torch.stack([tokens, positions.expand_as(tokens).to(tokens)], dim=-1)
     history = torch.cat([earlier, new], dim=1)
-    recent = history[:, max(0, earlier.shape[1] - length + 1) :]
+    recent = torch.cat([take_last(earlier, length - 1), new], dim=1)
     contexts = list_contexts(recent[..., 0], length, recent[..., 1])
     return _TokenTexts(history, contexts[:, contexts.shape[1] - tokens.shape[1] :])
 
