@@ -5,7 +5,8 @@
 
 A budget is a share of the bytes that the teacher's blocks read per token. Each kind begins with its
 settings in `configs/catalogue` (`featural` with those of `--config`) and gets the largest size that
-stays within the budget, found by measuring students of one layer. All are distilled from the same
+stays within the budget, found by measuring students of one layer. A size is what costs: slots where
+all are compared, slots read where keys in 8 bits find them. All are distilled from the same
 teacher on the same tokens. Kinds without a size run once. The four kinds with the lowest KL are
 repeated with other seeds.
 
@@ -97,6 +98,11 @@ def resize_slots(config: Any, size: int) -> MemoryConfig:
     return replace(config, num_slots=size, **reads)
 
 
+def resize_mean_reads(config: Any, size: int) -> MemoryConfig:
+    """Return settings that read `size` rows on average."""
+    return replace(config, mean_k=size)
+
+
 def resize_reads(config: Any, size: int) -> MemoryConfig:
     """Return settings that read `size` rows."""
     return replace(config, k=size)
@@ -134,6 +140,8 @@ def get_size(memory: Any) -> Size | None:
                 return replace(config, parts=parts)
 
             return Size(f"{part.kind}.{size.setting}", size.get_unit(part), resize_part)
+    if getattr(memory, "search", "exact") != "exact":  # where reading a slot costs, not having it
+        return Size("mean_k", 1, resize_mean_reads)
     return SIZES.get(memory.kind)
 
 

@@ -52,7 +52,8 @@ def test_every_kind_has_a_config_that_a_comparison_begins_with():
     kinds = catalogue.list_kinds(Config())
     for kind in kinds:
         memory = catalogue.load_memory(kind, Config(), 512)
-        assert kind in (memory.kind, *(part.kind for part in getattr(memory, "parts", [])))
+        kinds_of_parts = [part.kind for part in getattr(memory, "parts", [])]
+        assert kind.removesuffix("_int8") in (memory.kind, *kinds_of_parts)
         if (size := catalogue.get_size(memory)) is not None:
             unit = size.get_unit(memory)
             assert size.apply(memory, 2 * unit) != size.apply(memory, unit)
@@ -68,6 +69,15 @@ def test_a_sum_grows_by_its_first_part_that_can():
     grown = size.apply(base, 16)
     assert grown.parts == [parts[0], FeaturalConfig(num_slots=16, mean_k=16), parts[2]]
     assert catalogue.get_size(SumConfig(parts=[TokenConfig()])) is None
+
+
+def test_slots_that_8_bit_keys_find_grow_by_what_is_read():
+    base = catalogue.load_memory("sum_int8", Config(), 512)
+    size = catalogue.get_size(base)
+    assert size.setting == "featural.mean_k"
+    grown = size.apply(base, 200)
+    assert grown.parts[0] == FeaturalConfig(search="int8", mean_k=200)
+    assert grown.parts[1:] == base.parts[1:]
 
 
 def test_the_largest_size_that_fits():
