@@ -1,4 +1,4 @@
-"""Ablations: the default recipe with one setting changed at a time, at equal tokens.
+"""Ablations: the default recipe with 32 slots per token and one setting changed at a time.
 
     python benchmarks/ablation.py [--steps 700] [--seeds 0] [--only PREFIX] [--side-by-side 2]
 
@@ -10,6 +10,7 @@ import argparse
 
 from runs import table
 
+READS = "memory.mean_k=32"  # of variants that spend one budget on all layers and tokens
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "metric: plain": ("memory.metric=euclidean",),
@@ -74,7 +75,9 @@ if __name__ == "__main__":
     )
     options = parser.parse_args()
     chosen = {
-        name: settings for name, settings in VARIANTS.items() if name.startswith(options.only)
+        name: settings if "memory.k=32" in settings else (READS, *settings)
+        for name, settings in VARIANTS.items()
+        if name.startswith(options.only)
     }
     if not chosen:
         parser.error(

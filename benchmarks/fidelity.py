@@ -190,11 +190,12 @@ def _load_inputs(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModul
 
 
 METHODS: dict[str, Callable[..., dict[str, Any]]] = {
-    "ours, k: auto, mean 32": ours(),
-    "ours, centered ranking": ours("memory.selection=centered"),
+    "ours, default": ours(),
+    "ours, k: auto, mean 32": ours("memory.mean_k=32"),
+    "ours, centered ranking": ours("memory.mean_k=32", "memory.selection=centered"),
     "ours, k = 32 for each token": ours("memory.k=32"),
-    "ours, k: auto, no linear map": ours("memory.skip_connection=false"),
-    "ours, memories alone trained": ours("student.trainable=memory"),
+    "ours, k: auto, no linear map": ours("memory.mean_k=32", "memory.skip_connection=false"),
+    "ours, memories alone trained": ours("memory.mean_k=32", "student.trainable=memory"),
     "seed.yaml": ours(config="configs/seed.yaml"),
     "dense, 96 neurons": ours(
         "memory.num_slots=96",

@@ -102,7 +102,7 @@ class FeaturalConfig(MemoryConfig):
     """Slots read per token; empty means one sixteenth of the slots; `auto`: `mean_k` on average,
     more where it pays."""
     mean_k: Optional[int] = bounded(None, minimum=1, limit=MAX_SLOTS_PER_LAYER)
-    """With `k: auto`, mean slots read per token and layer; empty means one sixteenth of the
+    """With `k: auto`, mean slots read per token and layer; empty means three sixteenths of the
     slots."""
     heads: int = bounded(1, minimum=1, limit=MAX_SLOTS_PER_LAYER)
     """Groups that share the slots; each reads k / heads of its own, and has its own query with

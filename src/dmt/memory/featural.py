@@ -36,6 +36,8 @@ from dmt.validation import ARG, ArgumentError
 SEARCH_METHODS = ("exact", "int8", "ivf")
 K_MODES = ("top", "threshold")
 GRADIENTS = ("selected", "straight_through")
+# Of the slots, how many are read on average where one budget is spent on all layers and tokens.
+DEFAULT_MEAN_SHARE = 3 / 16
 # Slots up to which scoring all of them for many tokens is as fast as searching.
 MAX_EXACT_SLOTS = 12_000
 # Tokens from which a batch counts as many.
@@ -198,10 +200,12 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         config.check_block(block.num_neurons, gated=block.gated)
         num_slots, heads = config.num_slots or block.num_neurons, config.heads
         has_budget = config.k == "auto"
-        k = config.mean_k if has_budget else config.k
+        k, share = (
+            (config.mean_k, DEFAULT_MEAN_SHARE) if has_budget else (config.k, 1 / DEFAULT_K_DIVISOR)
+        )
         return {
             "num_slots": num_slots,
-            "k": k or max(heads, num_slots // DEFAULT_K_DIVISOR // heads * heads),
+            "k": k or max(heads, int(num_slots * share) // heads * heads),
             "heads": heads,
             "activation": config.activation,
             "activation_function": block.activation_function,
