@@ -398,6 +398,7 @@ def build_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
             "seeds": len(group),
             "read, kB": round(average("read_bytes") / 1e3),
             "of dense": f"{average('read_bytes') / average('dense_bytes'):.1%}",
+            "RAM, MB": f"{average('ram_bytes') / 1e6:.1f}",
         }
         for corpus, scores in first["corpora"].items():
             row[f"{corpus}: KL"] = average("corpora", corpus, "kl")

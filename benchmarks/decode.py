@@ -42,7 +42,6 @@ SHAPES = {
     "355M": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
 }
-K = 32
 PROMPT, NEW, PREFILL = 16, 128, 512
 VARIANTS = {
     "exact, float32 keys": ("exact", False),
@@ -52,8 +51,10 @@ VARIANTS = {
 }
 
 
-def build_models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dict[str, Any]:
-    """Return the dense model and the students, all with the same weights."""
+def build_models(
+    shape: str, variants: tuple[str, ...] = tuple(VARIANTS), k: int = 32
+) -> dict[str, Any]:
+    """Return the dense model and students that read `k` slots, all with the same weights."""
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(
         GPT2Config(**SHAPES[shape], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -67,7 +68,7 @@ def build_models(shape: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> dic
     }
     for name in variants:
         search, linear = VARIANTS[name]
-        memory = FeaturalConfig(k=K, search=search, skip_connection=linear, metric="euclidean")
+        memory = FeaturalConfig(k=k, search=search, skip_connection=linear, metric="euclidean")
         student = convert_blocks(dense, [memory] * dense.config.n_layer)[0].requires_grad_(False)
         state = dict(dense.named_parameters())
         for (
@@ -105,9 +106,11 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> torch.Tensor:
         )
 
 
-def speed(shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS)) -> list[Row]:
+def speed(
+    shape: str, repeats: int, variants: tuple[str, ...] = tuple(VARIANTS), k: int = 32
+) -> list[Row]:
     """Return a row for each variant: milliseconds per token, prompt and block, and ratios."""
-    models_by_name = build_models(shape, variants)
+    models_by_name = build_models(shape, variants, k)
     vocabulary = next(iter(models_by_name.values())).config.vocab_size
     prompt, longer = (
         torch.randint(0, vocabulary, (1, PROMPT)),
@@ -240,6 +243,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["124M", "355M"], choices=SHAPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--k", type=int, default=32, help="slots that a token reads")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
         "--student",
@@ -254,7 +258,7 @@ def main() -> None:
         f"products by {ops.gemm_library}"
     )
     for shape in args.shapes:
-        print(table(speed(shape, args.repeats, tuple(args.variants))), flush=True)
+        print(table(speed(shape, args.repeats, tuple(args.variants), args.k)), flush=True)
     if args.student:
         print(table(fidelity(args.student)), flush=True)
 

@@ -169,22 +169,22 @@ def large_student(folder: Path, shape: dict[str, int], count: int) -> None:
     norms = base.norm(dim=-1).repeat(-(-count // CHUNK))[:count]
     codes = Int8Matrix(base)
 
-    def pieces(of: Tensor, layer: int) -> Iterator[Tensor]:
+    def roll_chunks(table: Tensor, layer: int) -> Iterator[Tensor]:
         for number, begin in enumerate(range(0, count, CHUNK)):
-            rolled = of.roll(31 * number + 7 * layer, -1) if of.dim() == 2 else of
+            rolled = table.roll(31 * number + 7 * layer, -1) if table.dim() == 2 else table
             yield rolled[: count - begin]
 
     specs = {}
     for layer, name in enumerate(external_tensors.find_external_modules(model)):
         for part in ("values", "keys"):
             specs[f"{name}.{part}"] = TensorSpec(
-                torch.float32, (count, width), pieces(base, layer + 100 * (part == "values"))
+                torch.float32, (count, width), roll_chunks(base, layer + 100 * (part == "values"))
             )
         specs[f"{name}.key_codes"] = TensorSpec(
-            torch.int8, (count, width), pieces(codes.rows, layer)
+            torch.int8, (count, width), roll_chunks(codes.rows, layer)
         )
         specs[f"{name}.key_scales"] = TensorSpec(
-            torch.float32, (count,), pieces(codes.scales, layer)
+            torch.float32, (count,), roll_chunks(codes.scales, layer)
         )
         specs[f"{name}.value_norms"] = make_spec(norms)
     embedding = external_tensors.position_embedding_path(model)

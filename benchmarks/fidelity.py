@@ -57,7 +57,9 @@ SPARSIFY = [
 ]
 
 
-def ours(*settings: str, config: str = "configs/default.yaml") -> Callable[..., dict[str, Any]]:
+def distill_with(
+    *settings: str, config: str = "configs/default.yaml"
+) -> Callable[..., dict[str, Any]]:
     """Return a method that runs `distill.py` with these settings."""
 
     def train(steps: int, seed: int, threads: int, scratch: Path) -> dict[str, Any]:
@@ -190,14 +192,16 @@ def _load_inputs(steps: int, seed: int) -> tuple[Config, Any, Any, TextDataModul
 
 
 METHODS: dict[str, Callable[..., dict[str, Any]]] = {
-    "ours, default": ours(),
-    "ours, k: auto, mean 32": ours("memory.mean_k=32"),
-    "ours, centered ranking": ours("memory.mean_k=32", "memory.selection=centered"),
-    "ours, k = 32 for each token": ours("memory.k=32"),
-    "ours, k: auto, no linear map": ours("memory.mean_k=32", "memory.skip_connection=false"),
-    "ours, memories alone trained": ours("memory.mean_k=32", "student.trainable=memory"),
-    "seed.yaml": ours(config="configs/seed.yaml"),
-    "dense, 96 neurons": ours(
+    "ours, default": distill_with(),
+    "ours, k: auto, mean 32": distill_with("memory.mean_k=32"),
+    "ours, centered ranking": distill_with("memory.mean_k=32", "memory.selection=centered"),
+    "ours, k = 32 for each token": distill_with("memory.k=32"),
+    "ours, k: auto, no linear map": distill_with(
+        "memory.mean_k=32", "memory.skip_connection=false"
+    ),
+    "ours, memories alone trained": distill_with("memory.mean_k=32", "student.trainable=memory"),
+    "seed.yaml": distill_with(config="configs/seed.yaml"),
+    "dense, 96 neurons": distill_with(
         "memory.num_slots=96",
         "memory.k=96",
         "memory.selection=score",
@@ -205,7 +209,7 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
         "loss.hidden_mse=1",
         "loss.block_fvu=1",
     ),
-    "dense, 336 neurons (search counted)": ours(
+    "dense, 336 neurons (search counted)": distill_with(
         "memory.num_slots=336",
         "memory.k=336",
         "memory.selection=score",

@@ -24,7 +24,7 @@ def normalize(phrasing):
 
 def test_new_phrasings_are_in_no_training_text_or_calibration_prompt():
     written = PHRASINGS | counterfactuals.PHRASINGS | fact_texts.THING_PHRASINGS
-    known = {
+    training_texts = {
         normalize(text) for texts in (*written.values(), *load_bank().values()) for text in texts
     }
     assert set(NEW_PHRASINGS) == set(written)
@@ -33,7 +33,7 @@ def test_new_phrasings_are_in_no_training_text_or_calibration_prompt():
     new = [*fact_texts.UNSTORED_QUESTIONS, *(t for texts in NEW_PHRASINGS.values() for t in texts)]
     for phrasing in new:
         assert phrasing.count("{s}") == 1, phrasing
-        assert normalize(phrasing) not in known, phrasing
+        assert normalize(phrasing) not in training_texts, phrasing
 
 
 def test_names_are_distinct_and_of_every_kind():

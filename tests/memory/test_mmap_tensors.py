@@ -14,7 +14,7 @@ from conftest import POSITIONS, WIDTH, make_llama, make_teacher, newest
 from conftest import SLOTS as NEURONS
 from safetensors import safe_open
 from test_featural import KINDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import dmt
 from dmt.cli.main import distill_main
@@ -296,6 +296,15 @@ def test_a_student_saved_twice_is_the_same(offload, tokens, tmp_path):
     assert_same(first, second, tokens)
     assert hash_model(first) == hash_model(second)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_backbone_of_a_student_is_saved_with_its_file(tokens, tmp_path):
+    loaded = save_and_load(make(offload="values"), tmp_path / "one")
+    loaded.base_model.save_pretrained(tmp_path / "backbone")
+    backbone = AutoModel.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
+    with torch.no_grad():
+        hidden, expected = backbone(tokens), loaded.base_model(tokens)
+    torch.testing.assert_close(hidden.last_hidden_state, expected.last_hidden_state)
 
 
 def test_a_student_in_ram_can_be_trained_after_saving(tokens, tmp_path):

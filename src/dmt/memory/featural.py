@@ -200,9 +200,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         config.check_block(block.num_neurons, gated=block.gated)
         num_slots, heads = config.num_slots or block.num_neurons, config.heads
         has_budget = config.k == "auto"
-        k, share = (
-            (config.mean_k, DEFAULT_MEAN_SHARE) if has_budget else (config.k, 1 / DEFAULT_K_DIVISOR)
-        )
+        share = DEFAULT_MEAN_SHARE if has_budget else 1 / DEFAULT_K_DIVISOR
+        k = config.mean_k if has_budget else config.k
         return {
             "num_slots": num_slots,
             "k": k or max(heads, int(num_slots * share) // heads * heads),

@@ -222,7 +222,7 @@ class NgramMemory(MemoryLayer):
                     counts[head] += head_ids.bincount(minlength=rows.shape[1])
             rows.copy_(sums[length - 1] / (counts.unsqueeze(-1) + SHRINKAGE))
             for part in contexts.split(MAX_OBSERVED) if length < self.order else ():
-                output = self._read_rows(length, *self._locate(part, length))
+                output = self._read_rows(length, *self._locate_rows(part, length))
                 for longer in range(length + 1, self.order + 1):
                     self._add_by_row(sums[longer - 1], part, longer, -output)
 
@@ -241,14 +241,14 @@ class NgramMemory(MemoryLayer):
         return torch.tensor(numbers).view(self.hash_heads, length)
 
     def _find_rows(self, length: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return the rows of n-grams of a length in its table, as `_locate` does."""
+        """Return the rows of n-grams of a length in its table, as `_locate_rows` does."""
         key = ("ngram", length, self.hash_heads, self._count_rows(length), self.vocab_size)
         ids, is_known = derive_from_contexts(
-            key, length, shape, lambda contexts: self._locate(contexts, length)
+            key, length, shape, lambda contexts: self._locate_rows(contexts, length)
         )
         return ids, is_known
 
-    def _locate(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _locate_rows(self, contexts: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Return rows `(..., heads)` of a table, and which tokens have one `(..., 1)`.
 
         Args:

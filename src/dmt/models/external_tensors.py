@@ -187,4 +187,5 @@ def attach_model_file(model: Any, path: Path, digest: str) -> None:
         embedding = model.get_submodule(embedding_path)
         assert isinstance(embedding, MmapEmbedding), "set by release_model_tensors"
         embedding.attach_file(mapped, f"{arch.position_embedding}.weight")
-    object.__setattr__(model, "slots_file", mapped)  # not a module attribute that nn.Module checks
+    for owner in (model, model.base_model):  # either may be saved
+        object.__setattr__(owner, "slots_file", mapped)  # not an attribute that nn.Module checks

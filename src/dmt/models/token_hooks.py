@@ -110,7 +110,7 @@ def _before_pass(
     texts = _extend_text(
         tokens, find_positions(tokens, arguments), arguments.get("past_key_values"), length
     )
-    if not torch.compiler.is_compiling():
+    if getattr(backbone, "slots_file", None) is not None and not torch.compiler.is_compiling():
         _prefetch_rows(backbone, texts)
     return args, {**kwargs, ARGUMENT: texts}
 
