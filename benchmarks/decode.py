@@ -250,6 +250,7 @@ def main() -> None:
         type=Path,
         help="a distilled student of the embedded teacher, for recall and KL",
     )
+    parser.add_argument("--tokens", type=int, default=16_384, help="on which KL is measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     silence_libraries()
@@ -260,7 +261,7 @@ def main() -> None:
     for shape in args.shapes:
         print(table(speed(shape, args.repeats, tuple(args.variants), args.k)), flush=True)
     if args.student:
-        print(table(fidelity(args.student)), flush=True)
+        print(table(fidelity(args.student, args.tokens)), flush=True)
 
 
 if __name__ == "__main__":
