@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import make_llama, make_teacher
-from transformers import AutoModel
+from transformers import AutoModel, StaticCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 import dmt
@@ -138,6 +138,23 @@ def test_a_cache_that_is_cut_copied_and_sorted_has_the_text_with_it(student, tok
     logits = compute_logits(student, tokens[order, 9:], past_key_values=cache)
     assert_close(logits, expected[order, 9:])
     assert_close(compute_logits(student, tokens[:, 9:], past_key_values=copied), expected[:, 9:])
+
+
+def test_a_cache_of_one_text_serves_several_continuations(student, tokens):
+    with torch.no_grad():
+        cache = student(tokens[:1, :9], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(3)
+    texts = torch.cat([tokens[:1, :9].expand(3, -1), tokens[:, 9:]], 1)
+    logits = compute_logits(student, tokens[:, 9:], past_key_values=cache)
+    assert_close(logits, compute_logits(student, texts)[:, 9:])
+
+
+def test_a_cache_that_is_reset_has_no_text(student, tokens):
+    cache = StaticCache(student.config, max_cache_len=tokens.shape[1])
+    compute_logits(student, tokens[:, :9], past_key_values=cache)
+    cache.reset()
+    logits = compute_logits(student, tokens.flip(1), past_key_values=cache)
+    assert_close(logits, compute_logits(student, tokens.flip(1)))
 
 
 def test_a_cache_in_a_tuple_has_the_text_too(student, tokens):

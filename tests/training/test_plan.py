@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from conftest import LAYERS, SENTENCES
 
-from dmt.config import FeaturalConfig, LowRankConfig
+from dmt.config import Config, FeaturalConfig, LowRankConfig, NgramConfig, SumConfig
 from dmt.data.corpora import Corpus, SourceStats
 from dmt.data.windows import summarize_corpus
 from dmt.evaluation.cost import MemoryCost
 from dmt.models.conversion import convert_blocks
-from dmt.training.plan import describe_corpus, format_costs
+from dmt.training.plan import describe_corpus, format_costs, format_plan
 
 CORPUS = Corpus("notes", SENTENCES, ["a"], ["b"])
 
@@ -59,3 +60,13 @@ def test_costs_are_means_over_layers_that_are_alike(teacher):
         "1.50 MB in RAM, 0.12 MB on disk",
         "cost of 1     reads 4.0 kB per token, 10.0% of dense, 900 multiply-adds, 0.50 MB in RAM",
     ]
+
+
+def test_a_plan_names_each_part_of_a_sum(teacher):
+    memory = SumConfig(parts=[FeaturalConfig(k=8), NgramConfig(order=2, num_rows=50)])
+    student, report = convert_blocks(teacher, [memory] * LAYERS)
+    plan = format_plan(Config(), Path("runs"), student, {}, report, [])
+    assert (
+        "block weights, contribution ranking + 2 rows read for each of the last 1 to 2 tokens"
+        in plan
+    )
