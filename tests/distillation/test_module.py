@@ -17,12 +17,15 @@ from dmt.config import (
     Config,
     DataConfig,
     FeaturalConfig,
+    NgramConfig,
     OptimConfig,
     StagesConfig,
     StudentConfig,
+    SumConfig,
 )
 from dmt.distillation.losses import Batch, measure_scales
 from dmt.distillation.module import DistillationModule
+from dmt.memory.lookup_table import LookupTable
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_teacher, forward_with_activations
 from dmt.models.memories import get_memories
@@ -37,6 +40,19 @@ def make_module(teacher, memory=EIGHT_SLOTS, **changes):
     config = replace(Config(), **settings)
     student, _ = convert_blocks(teacher, [memory] * LAYERS)
     return DistillationModule(config, student, teacher)
+
+
+def test_tables_are_updated_in_one_pass_over_memory(teacher):
+    memory = SumConfig(parts=[FeaturalConfig(k=8), NgramConfig(order=2, num_rows=50)])
+    module = make_module(teacher, memory, optim=OptimConfig(value_lr_scale=2))
+    groups = module.configure_optimizers().param_groups
+    fused = [value for group in groups if group.get("fused") for value in group["params"]]
+    tables = [table.rows for table in module.student.modules() if isinstance(table, LookupTable)]
+    assert {id(value) for value in fused} == {id(rows) for rows in tables}
+    assert len(tables) == 2 * LAYERS
+    scaled = [value for group in groups if group["lr_scale"] == 2 for value in group["params"]]
+    slots = [layer.list_parts()[0].values for layer in get_memories(module.student).values()]
+    assert {id(value) for value in scaled} == {id(values) for values in slots}
 
 
 def test_a_finished_run_has_all_files_records_and_curves(distill_args, tmp_path, capsys, teacher):
