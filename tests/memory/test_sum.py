@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import POSITIONS, SENTENCES, WIDTH, make_teacher
+from conftest import LAYERS, POSITIONS, SENTENCES, WIDTH, make_teacher
 
 import dmt
 from dmt.config_io import build_config, load_config
@@ -30,6 +30,23 @@ PARTS = "memory.parts=[{kind: featural, k: 8}, {kind: ngram, num_rows: 64}]"
 )
 def test_it_passes_every_check(parts):
     check_memory(SumMemory, dmt.SumConfig(parts=parts))
+
+
+def test_a_trace_shows_what_each_part_reads():
+    parts = [dmt.FeaturalConfig(k=8), dmt.NgramConfig(order=2, num_rows=64), dmt.TokenConfig()]
+    student = dmt.convert(make_teacher(), dmt.SumConfig(parts=parts))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = train_tokenizer(SENTENCES * 3, 300, POSITIONS)
+    last = dmt.trace(student.eval(), tokenizer, SENTENCES[0][:12], top_reads=100)[-1]
+    for layer in range(LAYERS):
+        kinds = [activation.kind for activation in last.activations if activation.layer == layer]
+        assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+            "slot": 8,
+            "ngram": 4,  # two for the last token, two for the last two
+            "token": 1,
+        }
 
 
 def test_the_output_is_the_sum_of_those_of_the_parts(tokens):
