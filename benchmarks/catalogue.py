@@ -27,8 +27,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -44,11 +43,10 @@ from dmt.config import Config, MemoryConfig, SumConfig
 from dmt.config_files import find_config
 from dmt.config_io import load_config
 from dmt.data.windows import TextDataModule
-from dmt.distillation.run import DistillResult, evaluate_student, read_result
+from dmt.distillation.run import DistillResult, read_result
 from dmt.errors import UserError
 from dmt.evaluation.cost import measure_costs
 from dmt.files import atomic_write
-from dmt.memory import featural
 from dmt.memory.slot_table import DEFAULT_K_DIVISOR
 from dmt.models.architectures import get_architecture
 from dmt.models.calibration import calibrate_memories
@@ -294,28 +292,11 @@ def distill_variant(
     return dmt.distill(config.teacher, config.data.corpora, config, output=folder, resume=True)
 
 
-@contextmanager
-def searching_candidates() -> Iterator[None]:
-    """Search as generation does, which a run does not for text that it measures in windows."""
-    previous, featural.MIN_BATCH_TOKENS = featural.MIN_BATCH_TOKENS, sys.maxsize
-    try:
-        yield
-    finally:
-        featural.MIN_BATCH_TOKENS = previous
-
-
 def measure_run(result: DistillResult, teacher: Any) -> dict[str, Any]:
     """Return what a finished run is compared by; its checkpoints are removed."""
     student, tokenizer = result.load()
     record = result.record
-    costs, fidelity = record["costs"], record["fidelity"]
-    if any(memory.search != "exact" for memory in get_featural_memories(student).values()):
-        config = load_config(result.run_dir / "config.yaml")
-        data = TextDataModule(config, tokenizer, 1)
-        data.setup()
-        with searching_candidates():
-            measured = evaluate_student(config, student.eval(), teacher, tokenizer, data)
-        fidelity = measured["fidelity"]
+    costs = record["costs"]
     shutil.rmtree(result.run_dir / "checkpoints", ignore_errors=True)
     num_new = min(NEW_TOKENS, teacher.config.max_position_embeddings - PROMPT_TOKENS)
     prompt = torch.arange(PROMPT_TOKENS).unsqueeze(0) % teacher.config.vocab_size
@@ -333,7 +314,7 @@ def measure_run(result: DistillResult, teacher: Any) -> dict[str, Any]:
                 "ppl_ratio": scores["ppl_ratio"],
                 "recall": scores["recall"]["student"] if "recall" in scores else None,
             }
-            for name, scores in fidelity.items()
+            for name, scores in record["fidelity"].items()
         },
         "train_seconds": record["seconds"]["train"],
         "tokens_per_second": num_new / seconds["memory"],

@@ -27,7 +27,6 @@ from dmt.config import FeaturalConfig
 from dmt.data.corpora import load_corpus
 from dmt.data.windows import select_first_windows, tokenize_corpus
 from dmt.evaluation.metrics import measure_fidelity
-from dmt.memory import featural
 from dmt.models.conversion import convert_blocks
 from dmt.models.forward import forward_with_activations
 from dmt.models.loading import load_teacher
@@ -200,30 +199,23 @@ def fidelity(student: Path, tokens: int = 16_384) -> list[Row]:
     )
     model = AutoModelForCausalLM.from_pretrained(student).eval().requires_grad_(False)
     block_inputs = forward_with_activations(model, windows[:8], capture_blocks=True).block_inputs
-    min_batch_tokens, featural.MIN_BATCH_TOKENS = (
-        featural.MIN_BATCH_TOKENS,
-        1 << 40,
-    )  # select candidates for windows too, as for a single token
     rows = []
-    try:
-        for search in ("exact", "int8", "ivf"):
-            recalls = []
-            for layer, memory in get_featural_memories(model).items():
-                memory.search = search
-                recalls.append(memory.measure_recall(block_inputs[layer].flatten(0, 1)))
-            metrics = measure_fidelity(model, teacher, windows, 8)
-            rows.append(
-                {
-                    "search": search,
-                    "recall": sum(recalls) / len(recalls),
-                    "KL": metrics.kl,
-                    "ppl_ratio": metrics.ppl_ratio,
-                }
-            )
-            for memory in get_featural_memories(model).values():
-                memory.search = "exact"
-    finally:
-        featural.MIN_BATCH_TOKENS = min_batch_tokens
+    for search in ("exact", "int8", "ivf"):
+        recalls = []
+        for layer, memory in get_featural_memories(model).items():
+            memory.search = search
+            recalls.append(memory.measure_recall(block_inputs[layer].flatten(0, 1)))
+        metrics = measure_fidelity(model, teacher, windows, 8)
+        rows.append(
+            {
+                "search": search,
+                "recall": sum(recalls) / len(recalls),
+                "KL": metrics.kl,
+                "ppl_ratio": metrics.ppl_ratio,
+            }
+        )
+        for memory in get_featural_memories(model).values():
+            memory.search = "exact"
     return rows
 
 

@@ -24,7 +24,6 @@ from dmt.config import (  # noqa: E402
     TokenConfig,
 )
 from dmt.errors import UserError  # noqa: E402
-from dmt.memory import featural  # noqa: E402
 
 
 def make_record(kind, budget, kl, seed=0, read_bytes=1_000.0, **changes):
@@ -229,26 +228,6 @@ def test_a_comparison_runs_resumes_and_writes_its_results(settings, tmp_path, ca
     assert "pruned-0.3, seed 0: KL" in message
     kinds = {record["kind"] for record in catalogue.read_records(out / "results.jsonl")}
     assert kinds == {"low_rank", "none", "pruned"}
-
-
-def test_slots_that_8_bit_keys_find_are_measured_as_in_generation(settings, tmp_path, monkeypatch):
-    """A run scores all slots of the windows that it measures."""
-    limits, evaluate_student = [], catalogue.evaluate_student
-
-    def record_limit(*arguments):
-        limits.append(featural.MIN_BATCH_TOKENS)
-        measured = evaluate_student(*arguments)
-        measured["fidelity"]["text"]["kl"] = 0.125
-        return measured
-
-    limit = featural.MIN_BATCH_TOKENS
-    monkeypatch.setattr(catalogue, "evaluate_student", record_limit)
-    arguments = ["--kinds", "featural_int8,pruned", "--budgets", "0.9", "--seeds", "1"]
-    catalogue.main([*arguments, "--steps", "2", "--out", str(tmp_path / "catalogue"), *settings])
-    assert limits == [sys.maxsize], "the other kind is not measured again"
-    assert limit == featural.MIN_BATCH_TOKENS
-    int8, pruned = catalogue.read_records(tmp_path / "catalogue" / "results.jsonl")
-    assert int8["corpora"]["text"]["kl"] == 0.125 != pruned["corpora"]["text"]["kl"]
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ class FeaturalConfig(MemoryConfig):
     """Add a linear map of the hidden state that replaces the mean output of slots that are not
     read."""
     search: Literal["exact", "int8", "ivf"] = "exact"
-    """How slots are searched: `exact` scores all; the others score candidates: from keys in 8 bits,
-    or by faiss's inverted file. Used where that is faster."""
+    """How slots are selected once trained: `exact` by scores of all keys, `int8` by keys in 8 bits,
+    `ivf` among candidates of faiss's inverted file. Training selects by scores of all keys."""
     value_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Type of the values in a saved student; `int8` has one scale per row. Training is in
     float32."""

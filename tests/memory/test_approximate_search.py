@@ -83,18 +83,33 @@ def test_weights_of_candidates_are_exact(candidates, search, changes, tokens, gr
     hidden = torch.randn(tokens, 32)
     with torch.set_grad_enabled(grad):
         output = memory(hidden)
-        # With gradients only the number of slots decides whether candidates are used.
-        mask = (
-            memory.select_slots(hidden)
-            if memory._uses_candidates(tokens)
-            else memory._select_mask(memory.compute_ranks(hidden))
-        )
+        mask = memory.select_slots(hidden)
         weights = memory.compute_weights(hidden, memory.compute_scores(hidden))
         expected = (weights * mask) @ memory.values + memory.constant_output()
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     assert mask.any()
     if memory.k_mode == "top":
         assert (mask.sum(-1) <= memory.k).all()
+
+
+@pytest.mark.parametrize(("search", "changes"), SEARCHES)
+def test_a_token_reads_the_same_slots_alone_as_in_its_text(search, changes):
+    memory, hidden = make_large(search, **changes), torch.randn(40, 32)
+    together = memory.select_slots(hidden)
+    with torch.no_grad():
+        alone = torch.cat([memory.select_slots(token) for token in hidden.split(1)])
+        outputs = torch.cat([memory(token) for token in hidden.split(1)])
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(outputs, memory(hidden), rtol=1e-4, atol=1e-4)
+    # An exact search would differ, so this is about the search.
+    assert memory.measure_recall(hidden) < 1
+
+
+def test_training_selects_by_exact_ranks():
+    memory, hidden = make_large("int8").train(), torch.randn(40, 32)
+    assert torch.equal(
+        memory.select_slots(hidden), memory._select_mask(memory.compute_ranks(hidden))
+    )
 
 
 def make_large(search, num_slots=2048, **changes):

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 MEMORIES = {
     "threshold": FeaturalConfig(),
     "top": FeaturalConfig(k=8),
+    "int8": FeaturalConfig(search="int8"),
     "associative": AssociativeConfig(min_distance=0.01, value_target="projection"),
     "none": dmt.NoMemoryConfig(),
     "low_rank": dmt.LowRankConfig(),

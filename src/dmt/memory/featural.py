@@ -40,6 +40,8 @@ GRADIENTS = ("selected", "straight_through")
 DEFAULT_MEAN_SHARE = 3 / 16
 # Slots up to which scoring all of them for many tokens is as fast as searching.
 MAX_EXACT_SLOTS = 12_000
+# Share of the slots up to which summing only the values that many tokens read is faster.
+MAX_GATHERED_SHARE = 0.2
 # Tokens from which a batch counts as many.
 MIN_BATCH_TOKENS = 16
 # Key values gathered, or 8-bit scores, that exist at once.
@@ -299,37 +301,59 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return torch.compiler.is_compiling() and self.mmap_tensors is None
 
     def _uses_candidates(self, num_tokens: int) -> bool:
-        """Return whether to search: where scoring every slot is slower, or reads the disk."""
-        keys_offloaded = self.offload == "slots" and not self.training
+        """Return whether the keys of candidates are gathered, rather than all keys multiplied.
+
+        An inverted file is always searched in evaluation mode. With keys in 8 bits this is a
+        matter of speed: the same slots are read either way, see `_compute_selection_ranks`.
+        """
+        if self.search == "exact":
+            return False
+        if self.training or self.num_slots > MAX_EXACT_SLOTS:
+            return self.num_slots > MAX_EXACT_SLOTS
         few_tokens = num_tokens < MIN_BATCH_TOKENS and not torch.is_grad_enabled()
-        return self.search != "exact" and (
-            keys_offloaded or few_tokens or self.num_slots > MAX_EXACT_SLOTS
-        )
+        return self.search == "ivf" or self.offload == "slots" or few_tokens
+
+    def _compute_selection_ranks(
+        self, hidden: Tensor, scores: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Compute the ranks `(tokens, num_slots)` that select slots where all are scored.
+
+        In evaluation mode keys in 8 bits select in any number of tokens, so that a token reads the
+        same slots alone, with a cache, as in its text. Training selects by the exact ranks.
+        """
+        if self.search == "int8" and not self.training:
+            return self._approximate_rank(hidden)
+        return scores if weights is None else self.rank_weights(weights, scores)
 
     def _multiplies_all_values(self, hidden: Tensor) -> bool:
         """Return whether an exact read multiplies all values with weights that are mostly zero.
 
-        Gradients need it. Without them only the values read are touched on a CPU, which is up to
-        four times as fast (benchmarks/memory.py). A GPU computes the whole product in the time that
-        gathering takes, and the host does not wait for the number of values read, which differs
-        between tokens with `k_mode="threshold"`. Mapped and quantized values are always gathered.
+        Gradients need it. Without them a CPU touches only the values read, which is up to four
+        times as fast (benchmarks/memory.py), unless many tokens read many slots. A GPU computes
+        the whole product in the time that gathering takes, and the host does not wait for the
+        number of values read, which differs between tokens with `k_mode="threshold"`. Mapped and
+        quantized values are always gathered.
         """
         if self.mmap_tensors is not None:
             return False
         if torch.is_grad_enabled() or self._has_fixed_shapes:
             return True
-        varies = self.threshold is not None and not self._uses_candidates(len(hidden))
-        return hidden.device.type != "cpu" and (len(hidden) > 1 or varies)
+        if hidden.device.type == "cpu":
+            return len(hidden) >= MIN_BATCH_TOKENS and self.k > MAX_GATHERED_SHARE * self.num_slots
+        return len(hidden) > 1 or (
+            self.threshold is not None and not self._uses_candidates(len(hidden))
+        )
 
     def _read_exact(self, hidden: Tensor) -> Tensor:
         """Score all slots and sum the selected values and all means: `(tokens, width)`."""
         scores = self.compute_scores(hidden)
         if self.activation_fn is None:
-            bias, mask = self.output_bias, self._select_mask(scores)
+            bias = self.output_bias
+            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, None))
             weights = masked_softmax(scores, mask)
         else:
             bias, weights = self.constant_output(), self.compute_weights(hidden, scores)
-            mask = self._select_mask(self.rank_weights(weights, scores))
+            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, weights))
         self._record_reads(mask)
         if not self._multiplies_all_values(hidden):
             (tokens, ids), num_reads = mask.nonzero(as_tuple=True), mask.sum(-1)
@@ -358,8 +382,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         self._record_reads(ids, 1)
         if self.activation_fn is None:
             weights = torch.softmax(weights, -1)
-        rows = self.gather_values(ids)
-        return torch.addmv(self.constant_output(), rows.t(), weights.to(rows.dtype)).unsqueeze(0)
+        return (self.constant_output() + self.sum_few_values(ids, weights)).unsqueeze(0)
 
     def _search_single(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         ids, is_final = self._find_candidates(hidden)
@@ -465,6 +488,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             else vectors * self.value_norms()[slot_range].unsqueeze(-1)
         )
 
+    @torch.no_grad()
     def _approximate_rank(self, hidden: Tensor) -> Tensor:
         """Compute ranks from keys in 8 bits."""
         query = self.compute_queries(hidden)[:, 0]
@@ -479,6 +503,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return self.rank_weights(self._scores_to_weights(scores, gains, self.means), scores)
 
     def _int8_matrix(self, name: str, rows: Tensor) -> Int8Matrix:
+        if self._has_fixed_shapes:  # a graph rounds the keys itself
+            return Int8Matrix(rows)
         attached = self.mmap_tensors
         stored = None if attached is None else getattr(attached, f"{name}_codes")
         return (
@@ -510,10 +536,10 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         if not self._uses_candidates(len(hidden)):
             scores = self.compute_scores(hidden)
             if self.activation_fn is None:
-                mask = self._select_mask(scores)
+                mask = self._select_mask(self._compute_selection_ranks(hidden, scores, None))
                 return mask, masked_softmax(scores, mask)
             weights = self.compute_weights(hidden, scores)
-            mask = self._select_mask(self.rank_weights(weights, scores))
+            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, weights))
             return mask, weights * mask
         ids, scores, candidate_weights, selected = self._search_candidates(hidden)
         if candidate_weights is None:

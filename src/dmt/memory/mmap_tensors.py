@@ -38,6 +38,8 @@ HEADER_ALIGNMENT = 4_096
 COPY_CHUNK_BYTES = 64_000_000
 # Row values that are converted at once.
 MAX_CONVERTED_VALUES = 16_000_000
+# Bags over which the rows of one token are split, for as many threads.
+NUM_BAGS = 8
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
 
 
@@ -596,12 +598,28 @@ class MmapTensorsMixin(ExternalTensorsMixin):
             offsets: where each token's ids begin, `(tokens,)`.
         """
         weights = weights.to(self.output_bias.dtype)
-        is_mapped = self.mmap_tensors is not None and self.values.device != weights.device
-        if self.values.dtype == weights.dtype and not is_mapped:
+        if self._sums_in_place(weights):
             return F.embedding_bag(
                 ids, self.values, offsets, per_sample_weights=weights, mode="sum"
             )
         return sum_embedding_bags(self.gather_values, self.width, ids, weights, offsets)
+
+    def sum_few_values(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum the weighted values of one token, ids and weights `(n,)`: `(width,)`.
+
+        A bag is summed by one thread and copies no row, so the ids are split over bags.
+        """
+        weights = weights.to(self.output_bias.dtype)
+        table = self.values
+        if not self._sums_in_place(weights):
+            table, ids = self.gather_values(ids), torch.arange(len(ids), device=ids.device)
+        offsets = torch.arange(NUM_BAGS, device=ids.device) * (len(ids) // NUM_BAGS)
+        return F.embedding_bag(ids, table, offsets, per_sample_weights=weights, mode="sum").sum(0)
+
+    def _sums_in_place(self, weights: Tensor) -> bool:
+        """Return whether rows can be summed without being converted or moved."""
+        is_mapped = self.mmap_tensors is not None and self.values.device != weights.device
+        return self.values.dtype == weights.dtype and not is_mapped
 
     @property
     def external_names(self) -> tuple[str, ...]:
