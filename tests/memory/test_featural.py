@@ -448,6 +448,25 @@ def test_a_threshold_moves_by_a_bounded_power_of_the_excess(k, multiplier, reads
     assert float(memories[0].threshold) == pytest.approx(8 * factor**0.5), "counts start again"
 
 
+@pytest.mark.parametrize("changes", [{}, {"k_mode": "threshold"}])
+@pytest.mark.parametrize("k", [2, 3, SLOTS])
+@pytest.mark.parametrize("tokens", [1, 15, 40])
+def test_gathered_and_multiplied_values_sum_to_the_same(changes, k, tokens, monkeypatch):
+    memory, hidden = (
+        make(selection="contribution", k=k, **changes).eval(),
+        torch.randn(tokens, WIDTH, dtype=torch.double),
+    )
+    expected = memory(hidden)  # with gradients all values are multiplied
+    gathered, sum_values = [], memory.sum_values
+    monkeypatch.setattr(
+        memory, "sum_values", lambda *arguments: gathered.append(1) or sum_values(*arguments)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(memory(hidden), expected)
+    many_of_many = tokens == 40 and k > 0.2 * SLOTS
+    assert bool(gathered) == (tokens > 1 and not many_of_many)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(("activation", "selection", "changes"), VARIANTS)
 def test_reads_are_counted_on_every_code_path(activation, selection, changes, grad):
