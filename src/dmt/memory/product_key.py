@@ -40,9 +40,9 @@ class ProductKeyMemory(UsageMixin, MemoryLayer):
     Values are not the neurons of the block: a weight is a softmax, not an activation, so nothing
     of the block is exact at the start. Calibration makes sub-keys the centers of the queries'
     halves on the teacher's inputs, and values what ridge regression finds for the slots that are
-    read on the calibration text. Gradients are true: those of the slots read. A table that several
-    layers share (Berges et al.) is left out, since each layer of a student is made and saved by
-    itself.
+    read on the calibration text. Gradients are true: those of the slots read. A table that all
+    layers share (Berges et al.) was tried and is left out: it is worse with as many rows and with
+    as much RAM (docs/experiments/distillation.md).
 
     Args:
         width: size of a hidden state and of a value.
