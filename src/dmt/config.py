@@ -114,7 +114,8 @@ class FeaturalConfig(MemoryConfig):
     read."""
     search: Literal["exact", "int8", "ivf"] = "exact"
     """How slots are selected once trained: `exact` by scores of all keys, `int8` by keys in 8 bits,
-    `ivf` among candidates of faiss's inverted file. Training selects by scores of all keys."""
+    `ivf` among candidates of faiss's inverted file. Training selects by scores of all keys, up to
+    12,000 slots."""
     value_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Type of the values in a saved student; `int8` has one scale per row. Training is in
     float32."""
