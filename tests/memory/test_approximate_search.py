@@ -95,11 +95,11 @@ def test_weights_of_candidates_are_exact(candidates, search, changes, tokens, gr
 @pytest.mark.parametrize(("search", "changes"), SEARCHES)
 def test_a_token_reads_the_same_slots_alone_as_in_its_text(search, changes):
     memory, hidden = make_large(search, **changes), torch.randn(40, 32)
-    together = memory.select_slots(hidden)
+    mask = memory.select_slots(hidden)
     with torch.no_grad():
-        alone = torch.cat([memory.select_slots(token) for token in hidden.split(1)])
+        single_masks = torch.cat([memory.select_slots(token) for token in hidden.split(1)])
         outputs = torch.cat([memory(token) for token in hidden.split(1)])
-    assert torch.equal(together, alone)
+    assert torch.equal(mask, single_masks)
     torch.testing.assert_close(outputs, memory(hidden), rtol=1e-4, atol=1e-4)
     # An exact search would differ, so this is about the search.
     assert memory.measure_recall(hidden) < 1

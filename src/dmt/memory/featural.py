@@ -40,7 +40,8 @@ GRADIENTS = ("selected", "straight_through")
 DEFAULT_MEAN_SHARE = 3 / 16
 # Slots up to which scoring all of them for many tokens is as fast as searching.
 MAX_EXACT_SLOTS = 12_000
-# Share of the slots up to which summing only the values that many tokens read is faster.
+# Share of the slots up to which gathering the values that many tokens read is faster than
+# multiplying all of them.
 MAX_GATHERED_SHARE = 0.2
 # Tokens from which a batch counts as many.
 MIN_BATCH_TOKENS = 16
@@ -296,7 +297,8 @@ class FeaturalMemory(SlotTable, MemoryLayer):
     def _has_fixed_shapes(self) -> bool:
         """Whether no shape may depend on how many slots are read: in a compiled or exported model.
 
-        Such a model scores every slot. Slots in a file are read as ever, outside of its graph.
+        Such a model scores every slot, exactly if `search="ivf"`. Slots in a file are read as ever,
+        outside of its graph.
         """
         return torch.compiler.is_compiling() and self.mmap_tensors is None
 
@@ -304,26 +306,35 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         """Return whether the keys of candidates are gathered, rather than all keys multiplied.
 
         An inverted file is always searched in evaluation mode. With keys in 8 bits this is a
-        matter of speed: the same slots are read either way, see `_compute_selection_ranks`.
+        matter of speed: the same slots are read either way, see `_weigh_and_rank`.
         """
         if self.search == "exact":
             return False
-        if self.training or self.num_slots > MAX_EXACT_SLOTS:
-            return self.num_slots > MAX_EXACT_SLOTS
+        if self.num_slots > MAX_EXACT_SLOTS:
+            return True
+        if self.training:
+            return False
         few_tokens = num_tokens < MIN_BATCH_TOKENS and not torch.is_grad_enabled()
         return self.search == "ivf" or self.offload == "slots" or few_tokens
 
-    def _compute_selection_ranks(
-        self, hidden: Tensor, scores: Tensor, weights: Tensor | None
-    ) -> Tensor:
-        """Compute the ranks `(tokens, num_slots)` that select slots where all are scored.
+    def _weigh_and_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and the ranks of all slots, both `(tokens, num_slots)`.
 
-        In evaluation mode keys in 8 bits select in any number of tokens, so that a token reads the
-        same slots alone, with a cache, as in its text. Training selects by the exact ranks.
+        The weights of `softmax` and `distance`, which depend on what is selected, are still scores.
+        In evaluation mode keys in 8 bits rank the slots for any number of tokens, so that a token
+        reads the same slots alone, with a cache, as in its text. Training ranks exactly.
         """
+        scores = self.compute_scores(hidden)
+        weights = scores if self.activation_fn is None else self.compute_weights(hidden, scores)
         if self.search == "int8" and not self.training:
-            return self._approximate_rank(hidden)
-        return scores if weights is None else self.rank_weights(weights, scores)
+            return weights, self._approximate_rank(hidden)
+        return weights, self.rank_weights(weights, scores)
+
+    def _weigh_and_select(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of all slots and the mask of those read, `(tokens, num_slots)`."""
+        weights, ranks = self._weigh_and_rank(hidden)
+        mask = self._select_mask(ranks)
+        return masked_softmax(weights, mask) if self.activation_fn is None else weights, mask
 
     def _multiplies_all_values(self, hidden: Tensor) -> bool:
         """Return whether an exact read multiplies all values with weights that are mostly zero.
@@ -346,14 +357,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
 
     def _read_exact(self, hidden: Tensor) -> Tensor:
         """Score all slots and sum the selected values and all means: `(tokens, width)`."""
-        scores = self.compute_scores(hidden)
-        if self.activation_fn is None:
-            bias = self.output_bias
-            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, None))
-            weights = masked_softmax(scores, mask)
-        else:
-            bias, weights = self.constant_output(), self.compute_weights(hidden, scores)
-            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, weights))
+        (weights, mask), bias = self._weigh_and_select(hidden), self.constant_output()
         self._record_reads(mask)
         if not self._multiplies_all_values(hidden):
             (tokens, ids), num_reads = mask.nonzero(as_tuple=True), mask.sum(-1)
@@ -370,9 +374,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         if self._uses_candidates(1):
             ids, weights = self._search_single(hidden)
         else:
-            scores = self.compute_scores(hidden)
-            weights = scores if self.activation_fn is None else self.compute_weights(hidden, scores)
-            rank = self.rank_weights(weights, scores)
+            weights, rank = self._weigh_and_rank(hidden)
             ids = (
                 self._topk_per_head(rank)[0]
                 if self.threshold is None
@@ -382,7 +384,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         self._record_reads(ids, 1)
         if self.activation_fn is None:
             weights = torch.softmax(weights, -1)
-        return (self.constant_output() + self.sum_few_values(ids, weights)).unsqueeze(0)
+        return (self.constant_output() + self.sum_token_values(ids, weights)).unsqueeze(0)
 
     def _search_single(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         ids, is_final = self._find_candidates(hidden)
@@ -512,7 +514,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         )
 
     def _select_mask(self, rank: Tensor) -> Tensor:
-        """Return the mask `(tokens, num_slots)` of what an exact search reads."""
+        """Return the mask of what is read, of the same shape as the ranks."""
         return (
             ids_to_mask(self._topk_per_head(rank), self.num_slots)
             if self.threshold is None
@@ -534,12 +536,7 @@ class FeaturalMemory(SlotTable, MemoryLayer):
             A mask and the weights, zero outside the mask; both `(tokens, num_slots)`.
         """
         if not self._uses_candidates(len(hidden)):
-            scores = self.compute_scores(hidden)
-            if self.activation_fn is None:
-                mask = self._select_mask(self._compute_selection_ranks(hidden, scores, None))
-                return mask, masked_softmax(scores, mask)
-            weights = self.compute_weights(hidden, scores)
-            mask = self._select_mask(self._compute_selection_ranks(hidden, scores, weights))
+            weights, mask = self._weigh_and_select(hidden)
             return mask, weights * mask
         ids, scores, candidate_weights, selected = self._search_candidates(hidden)
         if candidate_weights is None:

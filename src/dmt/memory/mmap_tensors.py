@@ -604,7 +604,7 @@ class MmapTensorsMixin(ExternalTensorsMixin):
             )
         return sum_embedding_bags(self.gather_values, self.width, ids, weights, offsets)
 
-    def sum_few_values(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def sum_token_values(self, ids: Tensor, weights: Tensor) -> Tensor:
         """Sum the weighted values of one token, ids and weights `(n,)`: `(width,)`.
 
         A bag is summed by one thread and copies no row, so the ids are split over bags.
