@@ -87,7 +87,7 @@ class Int8Matrix:
         hidden_scales = hidden.abs().amax(-1, keepdim=True) / 127 + torch.finfo(torch.float32).tiny
         codes = (hidden / hidden_scales).round_()
         chunks = self.rows.split(MATMUL_CHUNK_ROWS)
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        if hidden.device.type == "cpu":
             int_codes = codes.to(torch.int8)
             products = [torch._int_mm(int_codes, rows.t()) for rows in chunks]
         else:  # the same whole numbers, exact in float32 up to a width of a thousand

@@ -505,8 +505,6 @@ class FeaturalMemory(SlotTable, MemoryLayer):
         return self.rank_weights(self._scores_to_weights(scores, gains, self.means), scores)
 
     def _int8_matrix(self, name: str, rows: Tensor) -> Int8Matrix:
-        if self._has_fixed_shapes:  # a graph rounds the keys itself
-            return Int8Matrix(rows)
         attached = self.mmap_tensors
         stored = None if attached is None else getattr(attached, f"{name}_codes")
         return (
