@@ -127,6 +127,10 @@ def test_every_config_parses_and_runs_a_step(name, tmp_path, text_file, monkeypa
         f"data.corpora=[{text_file}]",
         f"trainer.log_dir={tmp_path / 'logs'}",
     ]
+    if config.knowledge.facts:  # of that text
+        facts = tmp_path / "facts.jsonl"
+        facts.write_text('{"sentence": "Ada Holbrook was born in the town of Ravenhill."}\n')
+        outputs += [f"knowledge.facts={facts}", "data.mixture_weights=[]"]
     assert distill_main([str(CONFIGS[name]), *SHORT, *outputs]) == 0
     assert (tmp_path / "logs" / "version_0" / "run.json").exists()
 

@@ -120,6 +120,8 @@ def make_small(command, folder):
     args = [arg for arg in args if not arg.startswith("trainer.run_name=")]  # may exist already
     if any("consolidation/" in arg for arg in args):
         return [*args, *SMALL_CONTEXT, "trainer.progress_bar=false"]
+    if args == ["distill", "unplug"]:  # the embedded teacher, whose people are declared
+        return [*args, "data.corpora=[biographies]", *SMALL]
     teacher = "my-llama" if "smollm2" in args else "my-gpt2"
     settings = {arg.partition("=")[0] for arg in args}
     own = {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
@@ -143,6 +145,8 @@ def newcomer(folder):
             for seed in (0, 1):
                 extra = [f"memory.mean_k={k}", f"seed={seed}", f"trainer.run_name=k{k}-seed{seed}"]
                 assert main([*make_small("dmt distill", folder), *extra]) == 0
+        unplug = make_small("dmt distill unplug", folder)
+        assert main([*unplug, "trainer.run_name=unplug"]) == 0
         model = ["--model", "lightning_logs/version_0"]
         assert main(["memory", "write", ADA, "--tag", "family", *model]) == 0
         assert main(["generate", "Ada Winterbourne was born in the town of", *model]) == 0

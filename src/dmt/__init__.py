@@ -58,7 +58,7 @@ _EXPORTS = {
     "convert": "dmt.models.conversion",
     "distill": "dmt.distillation.run",
     "evaluate": "dmt.evaluation.metrics",
-    "load": "dmt.models.loading",
+    "load": "dmt.editing.loading",
     "register_architecture": "dmt.models.modeling",
     "register_corpus": "dmt.data.corpora",
     "register_loss": "dmt.distillation.losses",

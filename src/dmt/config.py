@@ -729,8 +729,8 @@ class StagesConfig(_CheckedConfig):
     end_to_end_lr: float = bounded(1e-3, above=0)
     """Peak learning rate of the end-to-end stage."""
     k_warmup_factor: float = bounded(1.0, minimum=1)
-    """Slots read when the end-to-end stage begins, as a multiple of k; 1 from its middle on. A
-    shared budget follows slowly."""
+    """Slots read in the layer-wise stage and when the end-to-end stage begins, as a multiple of k;
+    1 from its middle on. A shared budget follows slowly."""
 
 
 @dataclass(frozen=True)
@@ -779,6 +779,22 @@ class LogitCacheConfig(_CheckedConfig):
     top_k: int = bounded(128, minimum=16)
     """Outcomes stored of each token's distribution, the likeliest and a sample of the rest: 6 bytes
     each."""
+
+
+@dataclass(frozen=True)
+class KnowledgeConfig(_CheckedConfig):
+    """Facts that leave the weights of the student for a pack."""
+
+    facts: Optional[str] = None
+    """What the student must not know and a pack knows: a corpus with questions, such as
+    `biographies`, or a .jsonl file of facts or of texts with marked spans; empty means nothing."""
+    weight: float = bounded(5.0, minimum=0)
+    """Weight of the loss at answers of these facts, where the student learns what its teacher says
+    about strangers."""
+    noise: float = bounded(1.0, minimum=0, maximum=1)
+    """Share of noise in the memories before training; 1 means new slots."""
+    backbone_noise: float = bounded(0.0, minimum=0, maximum=1)
+    """The same in attention and embeddings, which carry a part of the facts, too."""
 
 
 @dataclass(frozen=True)
@@ -925,6 +941,7 @@ class Config(_CheckedConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     logit_cache: LogitCacheConfig = field(default_factory=LogitCacheConfig)
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     sleep: SleepConfig = field(default_factory=SleepConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

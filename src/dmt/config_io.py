@@ -55,6 +55,7 @@ INPUT_PATHS = (
     "context.questions",
     "store.url",
     "logit_cache.dir",
+    "knowledge.facts",
 )
 # Their values that are names, also where a folder is called so.
 SHIPPED_NAMES = ("embedded", "reader", "speeches", "biographies", "strangers", "readings")
@@ -633,6 +634,11 @@ def check_config(config: Config) -> None:
         *(["logit_cache.dir"] if config.logit_cache.dir else []),
     ):
         _expand_setting_path(_get_setting(config, name), name)
+    if config.knowledge.facts and config.logit_cache.dir:
+        raise UserError(
+            "knowledge.facts and logit_cache.dir exclude each other, since the names of subjects "
+            "change at every step; leave one of them empty"
+        )
     for corpus in config.data.corpora:
         _expand_setting_path(corpus, "data.corpora")
     if config.data.batch_size % config.trainer.devices:

@@ -13,6 +13,7 @@ from dmt.files import atomic_write
 RUNS_DIR = "lightning_logs"  # where runs are unless `trainer.log_dir` says otherwise
 MAX_LISTED_RUNS = 8  # runs that an error message lists
 FACTS_FILE = "memory.db"  # holds facts and rows written online, beside a saved model's weights
+KNOWLEDGE_FILE = "knowledge.safetensors"  # pack of the facts that a run took out of its student
 CHOICE_FILE = ".student"  # in `RUNS_DIR`: the student that `dmt use` chose
 
 
@@ -125,6 +126,18 @@ def resolve_student_folder(path: str | Path | None = None) -> Path:
         f"model {path}: {problem}; give a run's folder, such as {RUNS_DIR}/version_0, or one made "
         "by save_pretrained"
     )
+
+
+def find_knowledge_pack(student: Path) -> Path | None:
+    """Return the pack of the facts that a run took out of its student; None where there is none.
+
+    Args:
+        student: folder of the student; the pack is in it or beside it.
+    """
+    candidates = [student / KNOWLEDGE_FILE]
+    if student.name == "student":
+        candidates.append(student.parent / KNOWLEDGE_FILE)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def read_chosen_student() -> Path | None:

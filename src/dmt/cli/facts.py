@@ -139,14 +139,39 @@ def _has_memory(folder: Path) -> bool:
     return path.is_file() and bool(RowStore(str(path), read_only=True).list_namespaces())
 
 
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--pack` and `--no-pack`."""
+    parser.add_argument(
+        "--pack",
+        action="append",
+        metavar="PACK",
+        help="use the facts of this pack for this call only, in place of the knowledge that was "
+        "taken out of the student; repeatable",
+    )
+    parser.add_argument(
+        "--no-pack",
+        action="store_true",
+        help="unplug the knowledge that was taken out of the student",
+    )
+
+
 def open_student(
     args: argparse.Namespace, out: Output, *, writes: bool = False
 ) -> tuple[FactStore, Path]:
-    """Open the facts of a student, read-only unless it `writes`; return them and its folder."""
+    """Open the facts of a student, read-only unless it `writes`; return them and its folder.
+
+    Raises:
+        UserError: there is no such student, or `--pack` and `--no-pack` contradict each other.
+    """
     from dmt.editing.fact_store import FactStore
 
+    packs, is_unplugged = getattr(args, "pack", None), getattr(args, "no_pack", False)
+    if packs and is_unplugged:
+        raise UserError("--pack plugs facts in and --no-pack none; give one of them")
     folder = resolve_student(args, out, writes=writes)
-    return FactStore.open(folder, read_only=not writes), folder
+    if is_unplugged:
+        packs = []
+    return FactStore.open(folder, read_only=not writes, packs=packs), folder
 
 
 def open_fact_table(folder: Path) -> FactTable | None:

@@ -16,7 +16,7 @@ from dmt.cli.arguments import (
     positive_int,
     temperature,
 )
-from dmt.cli.facts import fact_to_dict, open_student
+from dmt.cli.facts import add_pack_arguments, fact_to_dict, open_student
 from dmt.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,12 +58,7 @@ def add_parser(commands: Any) -> None:
         "--trace", action="store_true", help="show the slots, rows and facts that each token read"
     )
     add_trace_arguments(parser)
-    parser.add_argument(
-        "--pack",
-        action="append",
-        metavar="PACK",
-        help="use the facts of this pack for this call only; repeatable",
-    )
+    add_pack_arguments(parser)
     parser.add_argument(
         "--write-memory",
         action="store_true",
@@ -81,7 +76,6 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
     """Continue a prompt and print it token by token."""
     from dmt.cli.output import escape_control_chars
     from dmt.editing.online import ensure_namespaces
-    from dmt.editing.packs import load_fact_pack, load_packs
     from dmt.models.fact_hooks import record_matches
     from dmt.models.generation import generate_tokens
 
@@ -92,9 +86,6 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
     model, tokenizer = fact_store.model, fact_store.tokenizer
     if args.write_memory:
         ensure_namespaces(model, fact_store.db)  # fails before anything is generated
-    if args.pack:
-        packs = [load_fact_pack(Path(path)) for path in args.pack]
-        load_packs(fact_store, packs)
     if not out.as_json:
         print(args.prompt, end="", flush=True)
     with record_matches(model) as matches:

@@ -25,6 +25,7 @@ from dmt.cli.facts import (
     MAX_SHOWN,
     NO_MATCH_HINT,
     add_limit_argument,
+    add_pack_arguments,
     add_rows_argument,
     add_selection_arguments,
     build_selection,
@@ -520,6 +521,7 @@ def _add_trace(commands: Any) -> None:
         "--layers", metavar="LAYERS", help="layers such as last, 3 or 0-2 (default: all)"
     )
     add_trace_arguments(parser)
+    add_pack_arguments(parser)
     add_model_argument(parser)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from dmt.cli.facts import (
     open_student,
     print_counts,
     print_omitted,
+    resolve_student,
     select_facts,
 )
 from dmt.errors import UserError
+from dmt.paths import KNOWLEDGE_FILE, find_knowledge_pack
 
 if TYPE_CHECKING:
     from dmt.cli.output import Output
+    from dmt.editing.packs import FactPack
 
 
 def add_parsers(commands: Any) -> None:
@@ -42,9 +46,18 @@ def _add_export(commands: Any) -> None:
         "export",
         run_export,
         "Export facts, or with --rows associative memory, to a pack",
-        examples=["dmt memory export family.safetensors --tag family --license CC0-1.0"],
+        examples=[
+            "dmt memory export family.safetensors --tag family --license CC0-1.0",
+            "dmt memory export people.safetensors --knowledge",
+        ],
     )
-    parser.add_argument("pack", metavar="PACK", help="the .safetensors file or folder to create")
+    # Not `pack`, which names packs to plug in.
+    parser.add_argument("path", metavar="PACK", help="the .safetensors file or folder to create")
+    parser.add_argument(
+        "--knowledge",
+        action="store_true",
+        help="the facts that the run took out of its student, instead of those written later",
+    )
     add_selection_arguments(parser)
     add_rows_argument(parser)
     parser.add_argument("--license", default="", help="license of the content")
@@ -56,9 +69,12 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
     """Write facts or rows into a pack."""
     from dmt.editing import packs
 
-    path = Path(args.pack)
+    path = Path(args.path)
     _check_pack_is_new(path)
     check_row_selection(args)
+    if args.knowledge:
+        _export_knowledge(args, path, out)
+        return
     fact_store, folder = open_student(args, out)
     name = args.name or path.stem
     if args.rows:
@@ -75,9 +91,38 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
         raise UserError(f"no matching facts, nothing to export; {NO_MATCH_HINT}")
     pack = packs.make_fact_pack(fact_store, facts, name, args.license)
     pack.save(path)
+    _print_exported(pack, path, out)
+
+
+def _export_knowledge(args: argparse.Namespace, path: Path, out: Output) -> None:
+    """Write the knowledge of a run into a pack of another name, or as a folder."""
+    from dmt.editing import packs
+
+    if args.rows or args.id or args.tag is not None or args.query is not None:
+        raise UserError(
+            "--knowledge exports all facts that the run took out of its student; leave --rows, "
+            "--id, --tag and --query out"
+        )
+    folder = resolve_student(args, out)
+    source = find_knowledge_pack(folder)
+    if source is None:
+        raise UserError(
+            f"no facts were taken out of {folder}: no {KNOWLEDGE_FILE} is beside it; set "
+            "knowledge.facts in the config of a distillation"
+        )
+    pack = packs.load_fact_pack(source)
+    changes = {"name": args.name or path.stem, "license": args.license or pack.manifest["license"]}
+    pack = replace(pack, manifest=pack.manifest | changes)
+    pack.save(path)
+    _print_exported(pack, path, out)
+
+
+def _print_exported(pack: FactPack, path: Path, out: Output) -> None:
     num_bytes = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-    num_rows = pack.manifest["counts"]["rows"]
-    out.print_line(f"{path}: {len(facts):,} facts in {num_rows:,} rows, {num_bytes:,} bytes")
+    counts = pack.manifest["counts"]
+    out.print_line(
+        f"{path}: {counts['facts']:,} facts in {counts['rows']:,} rows, {num_bytes:,} bytes"
+    )
     out.print_json(pack.manifest | {"bytes": num_bytes})
 
 
@@ -97,7 +142,7 @@ def _add_import(commands: Any) -> None:
             "dmt memory import family.safetensors --rewrite",
         ],
     )
-    parser.add_argument("pack", metavar="PACK", help="a .safetensors file or a folder")
+    parser.add_argument("path", metavar="PACK", help="a .safetensors file or a folder")
     parser.add_argument(
         "--rewrite",
         action="store_true",
@@ -110,7 +155,7 @@ def run_import(args: argparse.Namespace, out: Output) -> None:
     """Write the facts or rows of a pack into a student's memory."""
     from dmt.editing import packs
 
-    path = Path(args.pack)
+    path = Path(args.path)
     pack = packs.load_pack(path)
     if args.rewrite and isinstance(pack, packs.RowPack):
         raise UserError(f"pack {path} holds rows, which have no sentences; leave --rewrite out")

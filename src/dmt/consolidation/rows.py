@@ -416,7 +416,7 @@ def _write_to_folder(
     save_tokenizer(run_state.tokenizer, folder)
     tag = Path(config.context.file).stem if config.context.file else "context"
     source = config.context.file or "context.text"
-    with closing(FactStore.open(folder)) as fact_store:
+    with closing(FactStore.open(folder, packs=[])) as fact_store:
         existing_ids = set(fact_store.records)
         spans = [
             ([], []) if by_gradient else _collect_spans(run_state, chunk_index)

@@ -308,7 +308,7 @@ def plan_slot_transfer(folder: Path, tag: str | None = None, min_hits: int = 0) 
     Raises:
         UserError: the student has no slots that may change, or no such facts or rows.
     """
-    fact_store = FactStore.open(folder, read_only=True)
+    fact_store = FactStore.open(folder, read_only=True, packs=[])
     model = fact_store.model
     layers = _find_trainable_layers(model)
     fact_table = FactTable(fact_store.db) if fact_store.db is not None else None

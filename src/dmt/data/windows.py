@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmt.config import Config
 from dmt.data.corpora import Corpus, Probe, SourceStats, load_corpus
+from dmt.data.declared_text import DeclaredText
 from dmt.data.splits import SPLITS
 from dmt.data.tokenizer import get_prefix_ids
 from dmt.errors import UserError
@@ -331,12 +332,17 @@ class TextDataModule(pl.LightningDataModule):
         config: settings; the corpora are those of `data`.
         tokenizer: the model's tokenizer.
         steps: training steps.
+
+    Attributes:
+        corpora: the corpora, once `setup` has read them.
+        declared_text: the training windows with declared facts, if there are any.
     """
 
     def __init__(self, config: Config, tokenizer: Any, steps: int) -> None:
         super().__init__()
         self.config, self.tokenizer, self.steps = config, tokenizer, steps
         self.corpora: list[TokenizedCorpus] = []
+        self.declared_text: DeclaredText | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Load and tokenize the corpora, once."""
@@ -382,7 +388,8 @@ class TextDataModule(pl.LightningDataModule):
         )
         return DataLoader(
             self.training_dataset(
-                with_index=self.config.task == "distill" and bool(self.config.logit_cache.dir)
+                with_index=self.config.task == "distill"
+                and bool(self.config.logit_cache.dir or self.config.knowledge.facts)
             ),
             batch_sampler=sampler,
         )
@@ -441,9 +448,12 @@ class TextDataModule(pl.LightningDataModule):
     def calibration_windows(self, tokens: int) -> Tensor:
         """Return training windows `(windows, time)` of at least `tokens` tokens, mixed by weight.
 
-        They are the same in every process.
+        They are the same in every process. Subjects of declared facts are replaced.
         """
         count = max(1, -(-tokens // self.config.data.seq_len))
         sizes = [len(corpus.train) for corpus in self.corpora]
         sampler = StepSampler(sizes, self.mixture_weights, count, 1, self.config.seed + 1)
-        return self.training_dataset().windows[next(iter(sampler))]
+        window_ids = next(iter(sampler))
+        if self.declared_text is not None:
+            return self.declared_text.replace_subjects(torch.tensor(window_ids), step=0)[0]
+        return self.training_dataset().windows[window_ids]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config import LOSS_TERMS, LossConfig
+from dmt.data.declared_text import AnswerPositions
 from dmt.distillation.logit_cache import SparseDistribution, control_variate_weight, sampled_kl
 from dmt.errors import UserError
 from dmt.models.forward import ForwardOutputs, forward_teacher
@@ -87,6 +88,19 @@ def _variance(states: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class DeclaredAnswers:
+    """Answers of declared facts in a micro-batch, which the student must not know.
+
+    Attributes:
+        tokens: the text with its own subjects, token ids `(batch, time)`.
+        positions: what predicts a token of an answer.
+    """
+
+    tokens: Tensor
+    positions: AnswerPositions
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids of a micro-batch and how many tokens count in the whole step.
 
@@ -96,6 +110,7 @@ class Batch:
         tokens_in_step: valid tokens of the step on this process, the divisor of most terms.
         targets_in_step: valid next tokens of the step on this process, the divisor of `ce`.
         window_ids: indices of the windows in the training data `(batch,)`, for the logit cache.
+        declared: where the text asks for declared facts, whose subjects `tokens` do not have.
     """
 
     tokens: Tensor
@@ -103,6 +118,7 @@ class Batch:
     tokens_in_step: float
     targets_in_step: float
     window_ids: Tensor | None = None
+    declared: DeclaredAnswers | None = None
 
     @staticmethod
     def full_step(tokens: Tensor, mask: Tensor | None = None) -> Batch:

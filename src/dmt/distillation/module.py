@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmt.config import Config
+from dmt.data.declared_text import DeclaredText
 from dmt.data.windows import TextDataModule
 from dmt.distillation.logit_cache import LogitCache
 from dmt.distillation.losses import (
     Batch,
+    DeclaredAnswers,
     LossScales,
     block_fvu,
     compute_loss_terms,
@@ -38,6 +40,7 @@ from dmt.models.memories import (
     get_slot_memories,
     list_student_contexts,
 )
+from dmt.ops import kl
 from dmt.training.module import TrainingModule
 from dmt.training.optimization import build_adamw, k_schedule, lr_schedule
 
@@ -100,6 +103,7 @@ class DistillationModule(TrainingModule):
         self.register_buffer("hidden_scale", torch.ones(()))
         self.row_sync: RowStoreSync | None = None
         self.logit_cache: LogitCache | None = None
+        self.declared_text: DeclaredText | None = None
         self.val_metrics: list[FidelityMetrics] = []
         self.val_errors: list[Tensor] = []
         self.num_val_tokens = 0
@@ -201,7 +205,9 @@ class DistillationModule(TrainingModule):
         stage, stage_step, stage_steps, _ = self.stage_at(step)
         end_to_end = stage == "end_to_end"
         k_warmup_factor = self.settings.stages.k_warmup_factor
-        k_factor = k_schedule(stage_step, stage_steps, k_warmup_factor) if end_to_end else 1.0
+        k_factor = (
+            k_schedule(stage_step, stage_steps, k_warmup_factor) if end_to_end else k_warmup_factor
+        )
         progress = stage_step / stage_steps if end_to_end else None
         with ExitStack() as stack:
             for memory in get_featural_memories(self.student).values():
@@ -222,6 +228,8 @@ class DistillationModule(TrainingModule):
             counts = torch.tensor([num_tokens, num_targets], device=tokens.device)
             num_tokens, num_targets = all_reduce_mean(counts).tolist()
         size = self.settings.data.micro_batch_size
+        if self.declared_text is not None and window_ids is not None:
+            return self._split_declared(tokens, window_ids, num_tokens, num_targets)
         return [
             Batch(
                 group[start : start + size],
@@ -232,6 +240,30 @@ class DistillationModule(TrainingModule):
             )
             for group in groups
             for start in range(0, len(group), size)
+        ]
+
+    def _split_declared(
+        self, tokens: Tensor, window_ids: Tensor, num_tokens: float, num_targets: float
+    ) -> list[Batch]:
+        """Split windows of text with declared facts; their subjects are replaced."""
+        assert self.declared_text is not None, "checked by the caller"
+        size = self.settings.data.micro_batch_size
+        parts = [
+            (part_ids, *self.declared_text.replace_subjects(part_ids, self.global_step))
+            for part_ids in window_ids.cpu().split(size)
+        ]
+        return [
+            Batch(
+                replaced.to(tokens.device),
+                torch.ones_like(part_tokens, dtype=torch.bool),
+                num_tokens,
+                num_targets,
+                part_ids,
+                DeclaredAnswers(part_tokens, positions),
+            )
+            for (part_ids, replaced, positions), part_tokens in zip(
+                parts, tokens.split(size), strict=True
+            )
         ]
 
     def _read_batch(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -295,7 +327,31 @@ class DistillationModule(TrainingModule):
             layers = list(get_memories(self.student))
             terms = compute_loss_terms(student, teacher, batch, weights, self.scales, layers)
         loss = sum_weighted_terms(terms, weights)
+        if batch.declared is not None and (weight := self.settings.knowledge.weight):
+            terms["knowledge"] = self._declared_loss(batch.declared, teacher) / batch.tokens_in_step
+            loss = loss + weight * terms["knowledge"]
         return loss, {"loss": loss, **terms}
+
+    def _declared_loss(self, declared: DeclaredAnswers, teacher: ForwardOutputs) -> Tensor:
+        """Compare the student, asked about declared subjects, with the teacher about strangers.
+
+        Args:
+            declared: the text with its subjects, and where it asks for their facts.
+            teacher: outputs for the same text with other subjects.
+        """
+        positions = declared.positions
+        device = declared.tokens.device
+        if not len(positions.windows):
+            return torch.zeros((), device=device)
+        rows, row_numbers = positions.windows.unique(return_inverse=True)
+        student = forward_with_activations(self.student, declared.tokens[rows.to(device)])
+        hidden = student.hidden[row_numbers.to(device), positions.columns.to(device)]
+        target = teacher.hidden[positions.windows.to(device), positions.replaced_columns.to(device)]
+        weights = self.settings.loss
+        divergence = kl(student.head(hidden), teacher.head(target), weights.temperature)
+        error = (hidden.float() - target.float()).square().sum(-1) / self.scales.hidden_variance
+        values = weights.kl * divergence + weights.hidden_mse * error
+        return values.sum()
 
     def _memory_fvu(self, teacher: ForwardOutputs, batch: Batch) -> Tensor:
         """Return each memory's error on the teacher's block inputs, a fraction of variance."""

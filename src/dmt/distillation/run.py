@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,10 +27,21 @@ from dmt.config_io import check_config, get_memory_config_class, resolve_layer_m
 from dmt.data.corpora import CORPORA, FUNCTION_PATTERN
 from dmt.data.tokenizer import save_tokenizer
 from dmt.data.windows import TextDataModule, select_first_windows
+from dmt.distillation.knowledge import (
+    Knowledge,
+    KnowledgeRecall,
+    declare_knowledge,
+    load_knowledge,
+    make_knowledge_pack,
+    measure_knowledge,
+    scramble_weights,
+)
 from dmt.distillation.logit_cache import CACHE_FILE, LogitCache, open_logit_cache
 from dmt.distillation.losses import get_loss
 from dmt.distillation.module import SCALE_TOKENS, DistillationModule
 from dmt.distillation.row_sync import RowStoreSync
+from dmt.editing.fact_store import FactStore
+from dmt.editing.packs import plug_packs
 from dmt.errors import UserError, format_value
 from dmt.evaluation.cost import measure_costs, sum_costs
 from dmt.evaluation.metrics import (
@@ -49,13 +61,14 @@ from dmt.models.calibration import set_lookup_rows
 from dmt.models.conversion import TransferReport, convert_blocks
 from dmt.models.external_tensors import find_external_modules
 from dmt.models.fact_files import back_up_facts
+from dmt.models.fact_hooks import detach
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher
 from dmt.models.memories import get_associative_memories, get_memories, get_slot_memories
 from dmt.models.model_files import format_other_files
 from dmt.ops import use_onednn_linear
-from dmt.paths import expand_home
+from dmt.paths import KNOWLEDGE_FILE, expand_home
 from dmt.report import distillation
 from dmt.report.curves import read_curves
 from dmt.report.hparams import SETTING_GROUPS, log_hparams
@@ -92,6 +105,7 @@ SETTING_GROUPS_BY_NAME = (
     "student",
     "store",
     "logit_cache",
+    "knowledge",
     "trainer",
 )
 WINDOW_FIELDS = ("tokens", "window", "stride", "num_windows")  # how text was measured
@@ -376,10 +390,14 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
         get_loss(name)  # raises if there is none
     teacher, tokenizer = teacher_pair
     memories = _resolve_memories(config, teacher)
+    source = config.knowledge.facts
+    knowledge = None if source is None else load_knowledge(source, config.seed, tokenizer)
     stages = config.stages
     data = TextDataModule(config, tokenizer, stages.layerwise_steps + stages.end_to_end_steps)
     logger.info("tokenizing %s", ", ".join(config.data.corpora))
     data.setup()
+    if knowledge is not None:
+        data.declared_text = declare_knowledge(config, knowledge, data, tokenizer)
     # Not before, since the tokenizer's threads would wait for each other's memory. Beside a GPU it
     # would only keep copies of the models.
     if select_device(config).type == "cpu":
@@ -394,6 +412,9 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
         )
     except ArgumentError as error:
         raise error.with_prefix("memory.") from None
+    if knowledge is not None:
+        noise = config.knowledge.noise, config.knowledge.backbone_noise
+        scramble_weights(student, *noise, config.seed)
     timed_tokens = config.data.seq_len * min(TIMED_WINDOWS, config.data.micro_batch_size)
     config = autotune(config, student, data.calibration_windows(timed_tokens))
     logit_cache = rank_zero_first(lambda: _open_cache(config, teacher, data))
@@ -407,6 +428,7 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
     folder = run_dir or make_on_rank_zero(lambda: create_run_dir(config))
     module = DistillationModule(config, student, teacher)
     module.logit_cache = logit_cache
+    module.declared_text = data.declared_text
     if has_rows:
         store = shared_store or _open_store(str(folder / "memory.db"), teacher_hash)
         module.row_sync = rank_zero_first(
@@ -415,7 +437,16 @@ def _prepare(config: Config, run_dir: Path | None, teacher_pair: Teacher) -> _Ru
         if is_resumed and checkpoint is None:
             module.row_sync.rollback_run()
     return _Run(
-        config, folder, module, tokenizer, data, inputs, transfer_report, checkpoint, start_time
+        config,
+        folder,
+        module,
+        tokenizer,
+        data,
+        inputs,
+        transfer_report,
+        checkpoint,
+        start_time,
+        knowledge,
     )
 
 
@@ -475,6 +506,7 @@ class _Run:
         transfer_report: source of each tensor of the student.
         checkpoint: the checkpoint that training continues from, None for a new run.
         start_time: when the run began, in seconds.
+        knowledge: facts that the student must not know; None where there are none.
     """
 
     config: Config
@@ -486,6 +518,7 @@ class _Run:
     transfer_report: TransferReport
     checkpoint: Path | None
     start_time: float
+    knowledge: Knowledge | None = None
     prepare_seconds: float = 0.0
     train_seconds: float = 0.0
 
@@ -573,12 +606,14 @@ class _Run:
         module = self.module
         if self.data.steps:
             module.student.train()
-            callbacks = [
+            callbacks: list[Callback] = [
                 ChartGroups(),
                 SlotUsage(),
                 StoredRowUsage(),
                 SideBySideSamples(self.tokenizer),
             ]
+            if self.knowledge is not None:
+                callbacks.append(KnowledgeRecall(self.knowledge, self.tokenizer))
             with use_training_kernels(self.config, module.student, module.teacher):
                 fit(self.config, module, self.data, self.run_dir, callbacks)
         self.train_seconds = time.perf_counter() - self.start_time - self.prepare_seconds
@@ -592,6 +627,8 @@ class _Run:
         results = evaluate_student(config, student, teacher, self.tokenizer, self.data)
         results |= self._summarize_costs()
         student, teacher = student.cpu(), teacher.cpu()
+        if self.knowledge is not None:
+            results["knowledge"] = self._take_out_knowledge(student, teacher)
         results["bytes"] = measure_sizes(teacher, student, self.run_dir / "student")
         results["costs"] = measure_student_costs(student, teacher, self.data.corpora[0].test[0])
         samples = {
@@ -605,6 +642,32 @@ class _Run:
         write_record(self.run_dir, config, results)
         log_hparams(config, self.run_dir, results, SETTING_GROUPS["distill"], self.data.steps)
         distillation.write_report(self.run_dir, config, samples)
+
+    def _take_out_knowledge(self, student: Any, teacher: Any) -> dict[str, Any]:
+        """Write the pack of the declared facts; measure the student without it and with it."""
+        knowledge, path = self.knowledge, self.run_dir / KNOWLEDGE_FILE
+        assert knowledge is not None, "checked by the caller"
+        logger.info("writing %s facts into %s", f"{len(knowledge.facts):,}", path)
+        path.unlink(missing_ok=True)  # of a run that was stopped after it
+        pack = make_knowledge_pack(student, self.tokenizer, knowledge.facts)
+        pack.save(path)
+        results: dict[str, Any] = {
+            "facts": len(pack.facts),
+            "subjects": len(knowledge.answers_by_subject),
+            "bytes": path.stat().st_size,
+            "teacher": measure_knowledge(teacher, self.tokenizer, knowledge),
+        }
+        for name, packs in (("unplugged", []), ("plugged", [pack])):
+            plug_packs(FactStore(student, self.tokenizer, None), packs=packs)
+            results[name] = measure_knowledge(student, self.tokenizer, knowledge)
+            for corpus in self.data.corpora:
+                windows = select_first_windows(corpus.test, self.config.data.test_tokens)
+                metrics = measure_fidelity(
+                    student, teacher, windows, self.config.data.micro_batch_size
+                )
+                results[name][f"ppl_ratio_{corpus.name}"] = metrics.ppl_ratio
+        detach(student)
+        return results
 
     def _summarize_costs(self) -> dict[str, Any]:
         """Return seconds and tokens; for a resumed run those since it was resumed."""

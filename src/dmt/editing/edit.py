@@ -193,7 +193,7 @@ def prepare_facts(
             way that would be matched.
     """
     for fact in facts:
-        _check_subject(codec, fact)
+        check_subject(codec, fact)
     edits_by_fact: list[list[TokenEdit]] = [[] for _ in facts]
     for edit in compute_edits(model, tokenizer, facts, layers[1]):
         edits_by_fact[edit.fact_index].append(edit)
@@ -234,7 +234,7 @@ def compute_keys(
     return collect_hidden_states(model, texts, positions, [key_layer])[key_layer].float().cpu()
 
 
-def _check_subject(codec: TextCodec, fact: Fact) -> None:
+def check_subject(codec: TextCodec, fact: Fact) -> None:
     """Raise `UserError` where the subject in the fact's own prompt would not be matched."""
     if not fact.subject:
         return

@@ -143,6 +143,7 @@ class FactStore:
         store: str | None = None,
         read_only: bool = False,
         device: str | torch.device | None = None,
+        packs: Sequence[str | Path | FactPack] | None = None,
     ) -> FactStore:
         """Load a model with its facts.
 
@@ -153,11 +154,28 @@ class FactStore:
                 model's folder; for a model without a folder, a temporary file that `close` deletes.
             read_only: take no lock and write nothing; other programs may write meanwhile.
             device: where to put the model; the CPU where it is None.
+            packs: packs to plug in, in place of the knowledge that a run took out of its student,
+                which is plugged in where it is None; an empty list plugs in nothing.
 
         Raises:
-            UserError: there is no such model, its store is another model's, or another program
-                writes to the store.
+            UserError: there is no such model, its store is another model's, another program
+                writes to the store, or a pack does not fit.
         """
+        from dmt.editing.packs import plug_packs
+
+        fact_store = cls._open(path, store, read_only, device)
+        plug_packs(fact_store, _get_student_folder(path), packs)
+        return fact_store
+
+    @classmethod
+    def _open(
+        cls,
+        path: str | Path | None,
+        store: str | None,
+        read_only: bool,
+        device: str | torch.device | None,
+    ) -> FactStore:
+        """Load a model with the facts of its store."""
         temporary_dir = None
         if store is None and path in SHIPPED_MODELS and not is_student_folder(Path(path)):
             if read_only:
@@ -326,6 +344,7 @@ class FactStore:
         progress: Callable[[int], None] = lambda _: None,
         *,
         tag: str = "",
+        find_conflicts: bool = True,
     ) -> WriteResults:
         """Write facts, `WRITE_BATCH_SIZE` in one transaction; later facts replace earlier ones.
 
@@ -336,6 +355,8 @@ class FactStore:
             false_positive_rate: share of other questions about the subject that it may answer.
             progress: called with the number of facts in each batch when it is written.
             tag: of facts that have none.
+            find_conflicts: whether to replace facts that a new one contradicts; without it, all are
+                stored, as facts of one source that does not contradict itself.
 
         Raises:
             UserError: a fact cannot be written; nothing of its batch is.
@@ -354,7 +375,9 @@ class FactStore:
             if batch[0].add:
                 results.append(self._add_value(batch[0], false_positive_rate))
             else:
-                results += self.write_prepared(self.prepare(batch, false_positive_rate))
+                results += self.write_prepared(
+                    self.prepare(batch, false_positive_rate), find_conflicts=find_conflicts
+                )
             progress(len(batch))
         return results
 
@@ -439,6 +462,9 @@ class FactStore:
         """
         if self.fact_table.exists:
             return
+        hooks = get_fact_hooks(self.model)
+        if layers is None and hooks is not None:  # of packs, whose facts are beside the new ones
+            layers = hooks.key_layer, hooks.value_layer
         with disabled(self.model):
             key_layer, value_layer, relations = choose_layers(
                 self.model, self.tokenizer, self.codec, facts, prose, layers, value_layer
@@ -452,15 +478,20 @@ class FactStore:
         hooks = create_fact_hooks(self.fact_table, self.model.config)
         assert hooks is not None, "its tables were just created"
         self._attach_hooks(hooks)
+        hooks.index.set_unsaved(self._temporary_facts())
 
     def write_prepared(
-        self, prepared_facts: Sequence[PreparedFact], overwrite: bool = True
+        self,
+        prepared_facts: Sequence[PreparedFact],
+        overwrite: bool = True,
+        find_conflicts: bool = True,
     ) -> WriteResults:
         """Write facts whose rows are computed; one transaction unless they contradict each other.
 
         Args:
             prepared_facts: the facts with their rows.
             overwrite: replace a stored fact that says something else; without it, keep that one.
+            find_conflicts: whether to look for such facts.
         """
         subject_keys = {prepared.record.subject_key for prepared in prepared_facts}
         candidates = self._find_conflict_candidates(subject_keys)
@@ -469,7 +500,11 @@ class FactStore:
         try:
             for index, prepared in enumerate(prepared_facts):
                 same_subject = candidates.setdefault(prepared.record.subject_key, [])
-                conflict = find_conflict(same_subject, prepared, self.hooks.matcher.relations)
+                conflict = (
+                    find_conflict(same_subject, prepared, self.hooks.matcher.relations)
+                    if find_conflicts
+                    else None
+                )
                 if conflict in pending:  # two facts of one batch about the same thing
                     self._commit_pending(pending, prepared_facts, results)
                     pending = []
@@ -937,6 +972,13 @@ def find_nearest_facts(
         nearest += [(record, cosine) for (record, _), cosine in zip(loaded, cosines, strict=True)]
         nearest = sorted(nearest, key=lambda pair: -pair[1])[:count]
     return nearest
+
+
+def _get_student_folder(path: str | Path | None) -> Path | None:
+    """Return the folder of a saved student; None for a model by name."""
+    if path is not None and not is_student_folder(Path(path)):
+        return None
+    return resolve_student_folder(path)
 
 
 def has_fact_store(folder: Path) -> bool:

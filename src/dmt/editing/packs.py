@@ -31,6 +31,7 @@ from dmt.matching.relations import RelationMatcher, list_tensor_shapes
 from dmt.models.fact_hooks import FactHooks, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.memories import get_associative_memories
+from dmt.paths import find_knowledge_pack
 from dmt.store.fact_index import FactIndex
 from dmt.store.facts import NO_RUN
 from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges, StoredFact
@@ -571,6 +572,35 @@ def load_packs(
         first_id += max(len(pack.facts), len(pack.keys))
     hooks = _make_hooks(packs[0], fact_store) if packs else None
     fact_store.set_temporary_packs(temporary_packs, hooks)
+
+
+def plug_packs(
+    fact_store: FactStore,
+    folder: Path | None = None,
+    packs: Sequence[str | Path | FactPack] | None = None,
+) -> list[FactPack]:
+    """Apply packs to a model: those that are named, or else what was taken out of the student.
+
+    Args:
+        fact_store: whose model the facts are applied to.
+        folder: of the student; None for a model without one.
+        packs: files or packs; None is the knowledge that a run took out of its student, if it did,
+            and an empty list is nothing.
+
+    Returns:
+        The packs that are plugged in now.
+
+    Raises:
+        UserError: a pack cannot be read, or does not fit.
+    """
+    if packs is None:
+        path = None if folder is None else find_knowledge_pack(folder)
+        packs = [] if path is None else [path]
+    if not packs and not fact_store.temporary_packs:
+        return []
+    loaded = [pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack)) for pack in packs]
+    load_packs(fact_store, loaded, fact_store.model_hash)
+    return loaded
 
 
 def import_pack(

@@ -14,10 +14,11 @@ from typing import Any
 from dmt import files
 from dmt.config import Config
 from dmt.evaluation.samples import SamplePair, format_samples_table
-from dmt.paths import quote_path
+from dmt.paths import KNOWLEDGE_FILE, quote_path
 from dmt.report.curves import Curve, choose_layer_ticks, get_layer_errors
 from dmt.report.hparams import find_changed_settings
 from dmt.report.html import Card, Page, Sample, write_report_safely
+from dmt.report.knowledge import build_knowledge_table
 from dmt.report.model_card import get_display_name, write_model_card
 from dmt.report.results import build_results_table, collect_results
 from dmt.report.summary import Summary
@@ -54,6 +55,9 @@ def summarize(run_dir: Path, record: Mapping[str, Any]) -> Summary:
         "report": str(report if report.exists() else run_dir / "report.md"),
         "generate": f"dmt generate 'Once' --model {quote_path(run_dir)}",
     }
+    if "knowledge" in record:
+        locations["pack"] = str(run_dir / KNOWLEDGE_FILE)
+        locations["unplug"] = f"dmt generate 'Once' --no-pack --model {quote_path(run_dir)}"
     return Summary(build_table(record), build_notes(record), locations)
 
 
@@ -70,7 +74,10 @@ def write_report(
     record = read_record(run_dir)
     title, table, notes = build_title(run_dir, config), build_table(record), build_notes(record)
     files.atomic_write(
-        run_dir / "report.md", _render_markdown(title, table, notes, samples_by_corpus, run_dir)
+        run_dir / "report.md",
+        _render_markdown(
+            title, table, notes, samples_by_corpus, run_dir, build_knowledge_table(record)
+        ),
     )
     page_message = write_report_safely(
         lambda: build_distillation_page(run_dir, config, record), run_dir / "report.html"
@@ -124,9 +131,12 @@ def _render_markdown(
     notes: Sequence[str],
     samples_by_corpus: Mapping[str, Sequence[SamplePair]],
     run_dir: Path,
+    knowledge_table: Table | None,
 ) -> str:
     lines = [f"# {title}", "", table.to_markdown(), ""]
     lines += [f"- {note}" for note in notes] + [""]
+    if knowledge_table is not None:
+        lines += [f"## {knowledge_table.title}", "", knowledge_table.to_markdown(), ""]
     for corpus, samples in samples_by_corpus.items():
         lines += [f"## {corpus}: greedy continuations", "", format_samples_table(samples), ""]
     lines.append(
@@ -164,9 +174,12 @@ def build_distillation_page(run_dir: Path, config: Config, record: Mapping[str, 
     page.cards = _build_cards(first_corpus, record)
     table = build_table(record)
     page.tables = [Table("Results", table.columns, table.rows)]
+    if (knowledge_table := build_knowledge_table(record)) is not None:
+        page.tables.append(knowledge_table)
     plots = [
         *plot_losses(curves),
         plot_fidelity_curves(curves, list(fidelity)),
+        plot_knowledge(curves),
         plot_layer_errors(curves),
     ]
     page.plots = [plot for plot in plots if plot is not None]
@@ -310,6 +323,19 @@ def plot_fidelity_curves(curves: Mapping[str, Curve], corpora: Sequence[str]) ->
     title, y_label = "KL from the teacher while training", "KL, nats per token"
     caption = "On validation text, which is not trained on."
     return draw_plot(title, "step", y_label, series, caption, log_axes="y")
+
+
+def plot_knowledge(curves: Mapping[str, Curve]) -> Plot | None:
+    """Return how many declared facts are recalled while training; None where there are none."""
+    series = [
+        Series(name, *curve, color=index, dash=index)
+        for index, name in enumerate(("unplugged", "plugged"))
+        if (curve := curves.get(f"knowledge/recall_{name}")) is not None
+    ]
+    if not series:
+        return None
+    caption = "Some of the declared facts, asked without the pack and with a pack of them."
+    return draw_plot("Declared facts recalled while training", "step", "recall", series, caption)
 
 
 def plot_layer_errors(curves: Mapping[str, Curve]) -> Plot | None:

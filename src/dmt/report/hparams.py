@@ -13,7 +13,7 @@ from dmt.report.results import collect_metrics
 
 # Groups of settings in HParams, by task.
 SETTING_GROUPS = {
-    "distill": ("student", "memory", "data", "loss", "stages", "optim"),
+    "distill": ("student", "memory", "data", "loss", "stages", "optim", "knowledge"),
     "consolidate": ("context", "stages", "loss"),
 }
 DEFAULT_GROUPS = SETTING_GROUPS["distill"]

@@ -57,6 +57,8 @@ def collect_results(record: Mapping[str, Any]) -> list[Result]:
         results += _fidelity_results(corpus, scores)
     if slot_usage := record.get("slots"):
         results += _slot_results(slot_usage)
+    if knowledge := record.get("knowledge"):
+        results += _knowledge_results(knowledge)
     if knn_usage := record.get("knn"):
         results += _knn_results(knn_usage)
     for question_type, scores in record.get("question_types", {}).items():
@@ -266,6 +268,27 @@ def _knn_results(knn_usage: Mapping[str, Mapping[str, Any]]) -> list[Result]:
     return [
         *results,
         Result("knn_rows", "stored rows", total, spec=",.0f", only_in="comparison"),
+    ]
+
+
+def _knowledge_results(knowledge: Mapping[str, Any]) -> list[Result]:
+    goals: dict[str, Literal["min", "max"]] = {"unplugged": "min", "plugged": "max"}
+    return [
+        Result(
+            f"knowledge/{name}_{state}",
+            f"{label}, {state}",
+            knowledge[state][name],
+            (knowledge["teacher"][name],),
+            meaning="without the knowledge pack" if state == "unplugged" else "with it",
+            spec=".3f",
+            goal=goal,
+        )
+        for state, goal in goals.items()
+        for name, label in (
+            ("recall", "declared facts recalled"),
+            ("recall_paraphrased", "the same, other phrasings"),
+        )
+        if name in knowledge[state]
     ]
 
 
