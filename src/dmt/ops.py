@@ -4,7 +4,9 @@ Matrix products. torch multiplies float32 matrices on a CPU with MKL, which uses
 processors that are not Intel's. There oneDNN, which torch ships too, is twice as fast and reads a
 matrix for a single token at the full speed of the memory (`benchmarks/products.py`). It sums in
 another order, so results differ in the last digits. The choice depends on the machine and on
-shapes alone: a run repeated on the same machine gives the same numbers.
+shapes alone: a run repeated on the same machine gives the same numbers. On Intel's processors MKL
+also chooses by the number of threads, unless MKL_CBWR forbids it, at no cost that was seen. So this
+module sets it to `AUTO,STRICT` where it is unset. oneDNN's bfloat16 products on AMX stay different.
 
 LayerNorm. On a CPU, torch 2.13 sums the gradients of weight and bias in as many partial sums as
 there are threads. Nothing else that a GPT-2 and its memories compute depends on the number of
@@ -18,6 +20,7 @@ errors weigh them less. Source: massive activations, Sun et al. 2024, arXiv 2402
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+# MKL reads it at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 ResultT = TypeVar("ResultT")
