@@ -121,7 +121,7 @@ def make_small(command, folder):
     if any("consolidation/" in arg for arg in args):
         return [*args, *SMALL_CONTEXT, "trainer.progress_bar=false"]
     if args == ["distill", "unplug"]:  # the embedded teacher, whose people are declared
-        return [*args, "data.corpora=[biographies]", *SMALL]
+        return [*args, "data.corpora=[biographies]", "data.mixture_weights=[]", *SMALL]
     teacher = "my-llama" if "smollm2" in args else "my-gpt2"
     settings = {arg.partition("=")[0] for arg in args}
     own = {"teacher": folder / teacher, "data.corpora": "[notes.txt]"}
