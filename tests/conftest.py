@@ -68,6 +68,8 @@ SLOW = (
     "distillation/test_knowledge.py::test_export",
     "distillation/test_knowledge.py::test_a_resumed",
     "distillation/test_knowledge.py::test_a_pack",
+    "distillation/test_knowledge.py::test_a_result",
+    "distillation/test_knowledge.py::test_stored_rows",
     "training/test_distributed.py",
     "models/test_compile.py::test_slots_in_a_file",
     "models/test_compile.py::test_compiled_training",

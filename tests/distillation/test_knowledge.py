@@ -1,6 +1,7 @@
 """Facts that leave the weights: what is declared, what training reads, what the run ends with."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from dmt.distillation.knowledge import (
     scramble_weights,
 )
 from dmt.distillation.module import DistillationModule
+from dmt.distillation.run import read_result
 from dmt.editing.fact import Fact
 from dmt.editing.packs import load_fact_pack
 from dmt.errors import UserError
@@ -384,6 +386,31 @@ def test_the_pack_is_plugged_in_unless_it_is_unplugged(finished_run, tmp_path):
     ids = tokenizer(FACTS[0]["prompt"], return_tensors="pt")["input_ids"]
     output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert "Greenport" in tokenizer.decode(output[0])
+
+
+def test_a_result_and_a_changed_student_are_loaded(finished_run, tmp_path, caplog):
+    student, _ = read_result(finished_run).load()
+    assert get_fact_hooks(student) is not None
+    changed = tmp_path / "student"
+    shutil.copytree(finished_run / "student", changed)
+    shutil.copy(finished_run / "knowledge.safetensors", tmp_path)
+    assert get_fact_hooks(dmt.load(changed)[0]) is not None
+    model, _ = dmt.load(changed, packs=[])
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 0.1
+    model.save_pretrained(changed)
+    assert get_fact_hooks(dmt.load(changed)[0]) is None
+    assert "another model" in caplog.text
+    with pytest.raises(UserError, match="another model"):
+        dmt.load(changed, packs=[tmp_path / "knowledge.safetensors"])
+
+
+def test_stored_rows_hold_no_declared_subject(run_args, tmp_path):
+    arguments = [argument for argument in run_args if "mean_k" not in argument]
+    settings = ["memory.kind=associative", "memory.write_start=0", "memory.min_distance=0.01"]
+    assert distill_main([*arguments, *settings, f"trainer.log_dir={tmp_path / 'logs'}"]) == 0
+    record = json.loads((newest(tmp_path) / "run.json").read_text())
+    assert all(0 < layer["num_rows"] <= 3 * 4 * 24 for layer in record["knn"].values())
 
 
 def test_the_commands_plug_and_unplug(finished_run, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -155,22 +155,36 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def get_packs(args: argparse.Namespace) -> list[str] | None:
+    """Return what `--pack` and `--no-pack` plug in; None is the knowledge of the run.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    packs: list[str] | None = args.pack
+    if packs and args.no_pack:
+        raise UserError("--pack plugs facts in and --no-pack none; give one of them")
+    return [] if args.no_pack else packs
+
+
 def open_student(
-    args: argparse.Namespace, out: Output, *, writes: bool = False
+    args: argparse.Namespace,
+    out: Output,
+    *,
+    writes: bool = False,
+    packs: Sequence[str] | None = None,
 ) -> tuple[FactStore, Path]:
     """Open the facts of a student, read-only unless it `writes`; return them and its folder.
 
-    Raises:
-        UserError: there is no such student, or `--pack` and `--no-pack` contradict each other.
+    Args:
+        args: arguments with `model` and `command`.
+        out: where the command prints.
+        writes: the command changes the student's memory.
+        packs: packs to plug in; None is the knowledge that a run took out of the student.
     """
     from dmt.editing.fact_store import FactStore
 
-    packs, is_unplugged = getattr(args, "pack", None), getattr(args, "no_pack", False)
-    if packs and is_unplugged:
-        raise UserError("--pack plugs facts in and --no-pack none; give one of them")
     folder = resolve_student(args, out, writes=writes)
-    if is_unplugged:
-        packs = []
     return FactStore.open(folder, read_only=not writes, packs=packs), folder
 
 

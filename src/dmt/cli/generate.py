@@ -16,7 +16,7 @@ from dmt.cli.arguments import (
     positive_int,
     temperature,
 )
-from dmt.cli.facts import add_pack_arguments, fact_to_dict, open_student
+from dmt.cli.facts import add_pack_arguments, fact_to_dict, get_packs, open_student
 from dmt.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run_generate(args: argparse.Namespace, out: Output) -> None:
     def print_token(text: str) -> None:
         print(escape_control_chars(text, "\n\t"), end="", flush=True)
 
-    fact_store, folder = open_student(args, out, writes=args.write_memory)
+    fact_store, folder = open_student(args, out, writes=args.write_memory, packs=get_packs(args))
     model, tokenizer = fact_store.model, fact_store.tokenizer
     if args.write_memory:
         ensure_namespaces(model, fact_store.db)  # fails before anything is generated

@@ -34,6 +34,7 @@ from dmt.cli.facts import (
     edit_fact_table,
     fact_to_dict,
     facts_to_lines,
+    get_packs,
     open_fact_table,
     open_student,
     print_counts,
@@ -529,7 +530,7 @@ def run_trace(args: argparse.Namespace, out: Output) -> None:
     """Print what each token reads in each layer."""
     from dmt.evaluation.trace import format_table, to_json, trace
 
-    fact_store, _ = open_student(args, out)
+    fact_store, _ = open_student(args, out, packs=get_packs(args))
     layers = (
         None
         if args.layers is None

@@ -51,8 +51,7 @@ def _add_export(commands: Any) -> None:
             "dmt memory export people.safetensors --knowledge",
         ],
     )
-    # Not `pack`, which names packs to plug in.
-    parser.add_argument("path", metavar="PACK", help="the .safetensors file or folder to create")
+    parser.add_argument("pack", metavar="PACK", help="the .safetensors file or folder to create")
     parser.add_argument(
         "--knowledge",
         action="store_true",
@@ -69,7 +68,7 @@ def run_export(args: argparse.Namespace, out: Output) -> None:
     """Write facts or rows into a pack."""
     from dmt.editing import packs
 
-    path = Path(args.path)
+    path = Path(args.pack)
     _check_pack_is_new(path)
     check_row_selection(args)
     if args.knowledge:
@@ -142,7 +141,7 @@ def _add_import(commands: Any) -> None:
             "dmt memory import family.safetensors --rewrite",
         ],
     )
-    parser.add_argument("path", metavar="PACK", help="a .safetensors file or a folder")
+    parser.add_argument("pack", metavar="PACK", help="a .safetensors file or a folder")
     parser.add_argument(
         "--rewrite",
         action="store_true",
@@ -155,7 +154,7 @@ def run_import(args: argparse.Namespace, out: Output) -> None:
     """Write the facts or rows of a pack into a student's memory."""
     from dmt.editing import packs
 
-    path = Path(args.path)
+    path = Path(args.pack)
     pack = packs.load_pack(path)
     if args.rewrite and isinstance(pack, packs.RowPack):
         raise UserError(f"pack {path} holds rows, which have no sentences; leave --rewrite out")

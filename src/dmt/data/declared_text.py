@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ NAME_ATTEMPTS = 256  # names from which they are chosen
 NEAREST_LENGTHS = 3  # numbers of tokens that a word may have
 NUM_INVENTED_WORDS = 20_000  # words that are tried, of which names consist
 MIN_WORDS_TO_MIX = 8  # words of several syllables from which new ones are made
-SYLLABLE = re.compile(r"[^aeiouyAEIOUY]*[aeiouy]+|[^aeiouyAEIOUY]+$", re.IGNORECASE)
+SYLLABLE = re.compile(r"[^aeiouy]*[aeiouy]+|[^aeiouy]+$", re.IGNORECASE)
 # Where the subjects have too few words of several syllables.
 FALLBACK_WORDS = (
     "Balderon Carivel Dorinal Fenabor Galamun Helvira Jorandel Kasimor Lorvane Marivond Neralux "
@@ -88,13 +88,13 @@ class SubjectNames:
         syllables = _split_syllables(text)
         if len(syllables) < MIN_WORDS_TO_MIX:
             syllables = _split_syllables(FALLBACK_WORDS)
-        known_words = set(text.casefold().split())
+        subject_words = set(text.casefold().split())
         words: dict[str, None] = {}
         for _ in range(NUM_INVENTED_WORDS):
             first, last = self._rng.choice(syllables), self._rng.choice(syllables)
             start = first[: self._rng.randint(1, len(first) - 1)]
             word = "".join([*start, *last[self._rng.randint(1, len(last) - 1) :]]).lower()
-            if word not in known_words:
+            if word not in subject_words:
                 words[word.capitalize()] = words[word] = None
         return list(words)
 
@@ -104,17 +104,17 @@ class SubjectNames:
         lengths = self._count_tokens(words)
         names = {" ".join(map(self._choose_word, words, lengths)) for _ in range(NAME_ATTEMPTS)}
         names_in_order = sorted(names - {subject})
+        if not names_in_order:
+            raise UserError(
+                f"knowledge.facts: no word of the subject {subject!r} begins with a letter, so no "
+                "other name can replace it in the text; leave its facts out"
+            )
         self._rng.shuffle(names_in_order)
         # After a space and at the start of a line.
         spellings = [f"{space}{name}" for space in (" ", "") for name in [*names_in_order, subject]]
         num_tokens = np.array([len(ids) for ids in self._encode(spellings)]).reshape(2, -1)
         differences = np.abs(num_tokens[:, :-1] - num_tokens[:, -1:]).sum(0)
         nearest = np.argsort(differences, kind="stable")[:NAMES_PER_SUBJECT]
-        if not names_in_order:
-            raise UserError(
-                f"knowledge.facts: no word of the subject {subject!r} begins with a letter, so no "
-                "other name can replace it in the text; leave its facts out"
-            )
         return [names_in_order[index] for index in nearest.tolist()]
 
     def _choose_word(self, word: str, length: int) -> str:
@@ -235,32 +235,32 @@ class DeclaredText:
         first = first - 1 if first and self._mention_end(first - 1) > begin else first
         last = int(np.searchsorted(self._mention_starts, end))
         tokens = self.windows[window_id]
-        pieces: list[Tensor] = []
-        columns = torch.empty(self.seq_len, dtype=torch.long)
-        read, written = begin, 0
+        parts: list[Tensor] = []
+        columns: list[Tensor] = []
+        position, num_written = begin, 0
+
+        def copy_until(stop: int) -> None:
+            """Copy the text from `position` on."""
+            nonlocal num_written
+            parts.append(tokens[position - begin : stop - begin])
+            columns.append(torch.arange(num_written, num_written + stop - position))
+            num_written += stop - position
+
         for start, length, subject, spelling in self._mentions[first:last].tolist():
-            new = self._choose_name(subject, spelling, step)
+            name, stop = self._choose_name(subject, spelling, step), min(start + length, end)
             # Of a mention that a border cuts, each window has a part.
-            if start < begin:
-                new, start, length = new[begin - start :], begin, start + length - begin
-            stop = start + length
-            if stop > end:
-                new, stop = new[: end - start], end
-            pieces += [tokens[read - begin : start - begin], torch.tensor(new, dtype=torch.long)]
-            kept = start - read
-            columns[read - begin : start - begin] = torch.arange(written, written + kept)
-            written += kept
-            # The last token of a name predicts what follows it.
-            spread = torch.arange(start - stop + len(new), len(new)).clamp(min=0) + written
-            columns[start - begin : stop - begin] = spread
-            written += len(new)
-            read = stop
-        pieces.append(tokens[read - begin :])
-        columns[read - begin :] = torch.arange(written, written + end - read)
-        replaced = torch.cat(pieces)
+            name, start = name[max(begin - start, 0) : end - start], max(start, begin)
+            copy_until(start)
+            parts.append(torch.tensor(name, dtype=torch.long))
+            # Aligned at their ends: the last token of a name predicts what follows it.
+            columns.append((torch.arange(start - stop, 0) + len(name)).clamp(min=0) + num_written)
+            num_written += len(name)
+            position = stop
+        copy_until(end)
+        replaced = torch.cat(parts)
         if len(replaced) < self.seq_len:  # shorter names: repeat the end, which predicts nothing
             replaced = torch.cat([replaced, replaced[-1:].expand(self.seq_len - len(replaced))])
-        return replaced[: self.seq_len], columns
+        return replaced[: self.seq_len], torch.cat(columns)
 
     def _mention_end(self, index: int) -> int:
         return int(self._mentions[index, 0] + self._mentions[index, 1])
@@ -308,17 +308,11 @@ def _encode_spellings(tokenizer: Any, text: str) -> list[list[int]]:
 
 def _drop_overlaps(mentions: Iterable[tuple[int, int, int, int]]) -> IntArray:
     """Return mentions `(n, 4)` in order; of overlapping ones the longer, as in Anna Bell Ray."""
-    kept: list[tuple[int, int, int, int]] = []
-    for mention in _sort_mentions(mentions):
-        if kept and mention[0] < kept[-1][0] + kept[-1][1]:
-            if mention[1] > kept[-1][1]:
-                kept[-1] = mention
+    selected: list[tuple[int, int, int, int]] = []
+    for mention in sorted(set(mentions)):
+        if selected and mention[0] < selected[-1][0] + selected[-1][1]:
+            if mention[1] > selected[-1][1]:
+                selected[-1] = mention
         else:
-            kept.append(mention)
-    return np.array(kept, np.int64).reshape(-1, 4)
-
-
-def _sort_mentions(
-    mentions: Iterable[tuple[int, int, int, int]],
-) -> Iterator[tuple[int, int, int, int]]:
-    yield from sorted(set(mentions))
+            selected.append(mention)
+    return np.array(selected, np.int64).reshape(-1, 4)

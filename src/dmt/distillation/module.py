@@ -344,7 +344,8 @@ class DistillationModule(TrainingModule):
         if not len(positions.windows):
             return torch.zeros((), device=device)
         rows, row_numbers = positions.windows.unique(return_inverse=True)
-        student = forward_with_activations(self.student, declared.tokens[rows.to(device)])
+        with self._usage_paused():  # no row may hold a declared subject
+            student = forward_with_activations(self.student, declared.tokens[rows.to(device)])
         hidden = student.hidden[row_numbers.to(device), positions.columns.to(device)]
         target = teacher.hidden[positions.windows.to(device), positions.replaced_columns.to(device)]
         weights = self.settings.loss
@@ -353,14 +354,24 @@ class DistillationModule(TrainingModule):
         values = weights.kl * divergence + weights.hidden_mse * error
         return values.sum()
 
+    @contextmanager
+    def _usage_paused(self) -> Iterator[None]:
+        """Count no reads and write no rows, which the student's own forward pass does."""
+        memories: tuple[Any, ...] = (
+            *get_slot_memories(self.student).values(),
+            *get_associative_memories(self.student).values(),
+        )
+        with ExitStack() as stack:
+            for memory in memories:
+                stack.enter_context(memory.usage_paused())
+            yield
+
     def _memory_fvu(self, teacher: ForwardOutputs, batch: Batch) -> Tensor:
         """Return each memory's error on the teacher's block inputs, a fraction of variance."""
         memories = get_memories(self.student)
         layers = list(memories)
         with ExitStack() as stack:
-            # Usage is counted in the student's own forward pass.
-            for memory in get_slot_memories(self.student).values():
-                stack.enter_context(memory.usage_paused())
+            stack.enter_context(self._usage_paused())
             stack.enter_context(use_contexts(list_student_contexts(self.student, batch.tokens)))
             outputs = tuple(
                 memory(teacher.block_inputs[layer]) for layer, memory in memories.items()

@@ -61,7 +61,7 @@ from dmt.models.calibration import set_lookup_rows
 from dmt.models.conversion import TransferReport, convert_blocks
 from dmt.models.external_tensors import find_external_modules
 from dmt.models.fact_files import back_up_facts
-from dmt.models.fact_hooks import detach
+from dmt.models.fact_hooks import detach, get_fact_hooks
 from dmt.models.fingerprint import hash_model
 from dmt.models.forward import forward_teacher
 from dmt.models.loading import SAFE_LOADING, SHIPPED_MODELS, load_model, load_teacher
@@ -138,8 +138,10 @@ class DistillResult:
         return read_record(self.run_dir)
 
     def load(self) -> Teacher:
-        """Load the student and its tokenizer."""
-        return load_model(str(self.student), f"student={self.student}")
+        """Load the student and its tokenizer; knowledge that was taken out is plugged in."""
+        model, tokenizer = load_model(str(self.student), f"student={self.student}")
+        plug_packs(FactStore(model, tokenizer, None, get_fact_hooks(model)), self.student)
+        return model, tokenizer
 
     def _rows(self) -> list[tuple[str, str]]:
         names = ("ppl_ratio", "kl", "top1_agreement")

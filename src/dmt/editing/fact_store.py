@@ -55,7 +55,7 @@ from dmt.models.loading import (
     load,
 )
 from dmt.models.memories import get_associative_memories
-from dmt.paths import resolve_student_folder
+from dmt.paths import expand_home, resolve_student_folder
 from dmt.store.active_facts import ActiveFacts
 from dmt.store.facts import FACTS_PER_QUERY, TRANSFERRED, FactTable, Moment, rebind_model
 from dmt.store.records import FactRecord, FloatArray, StoredFact
@@ -164,7 +164,7 @@ class FactStore:
         from dmt.editing.packs import plug_packs
 
         fact_store = cls._open(path, store, read_only, device)
-        plug_packs(fact_store, _get_student_folder(path), packs)
+        plug_packs(fact_store, find_student_folder(path), packs)
         return fact_store
 
     @classmethod
@@ -974,11 +974,15 @@ def find_nearest_facts(
     return nearest
 
 
-def _get_student_folder(path: str | Path | None) -> Path | None:
-    """Return the folder of a saved student; None for a model by name."""
-    if path is not None and not is_student_folder(Path(path)):
+def find_student_folder(path: str | Path | None) -> Path | None:
+    """Return the folder of a saved student, the newest where `path` is None.
+
+    A model that is loaded by its name has no folder: None.
+    """
+    folder = None if path is None else expand_home(path)
+    if folder is not None and not is_student_folder(folder):
         return None
-    return resolve_student_folder(path)
+    return resolve_student_folder(folder)
 
 
 def has_fact_store(folder: Path) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dmt.editing.fact_store import FactStore
+from dmt.editing.fact_store import FactStore, find_student_folder
 from dmt.editing.packs import FactPack, plug_packs
 from dmt.models import loading
 from dmt.models.fact_hooks import get_fact_hooks
-from dmt.paths import expand_home, resolve_student_folder
 
 
 def load(
@@ -43,8 +42,6 @@ def load(
             supported, or a pack does not fit.
     """
     model, tokenizer = loading.load(path_or_name, label=label)
-    path = None if path_or_name is None else expand_home(path_or_name)
-    is_student = path is None or loading.is_student_folder(path)
-    folder = resolve_student_folder(path) if is_student else None
-    plug_packs(FactStore(model, tokenizer, None, get_fact_hooks(model)), folder, packs)
+    fact_store = FactStore(model, tokenizer, None, get_fact_hooks(model))
+    plug_packs(fact_store, find_student_folder(path_or_name), packs)
     return loading.prepare_for_inference(model, device, dtype), tokenizer

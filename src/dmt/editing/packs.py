@@ -7,6 +7,7 @@ else in a JSON manifest. Nothing in a pack is ever run.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -37,6 +38,8 @@ from dmt.store.facts import NO_RUN
 from dmt.store.records import FactRecord, FloatArray, RowInsert, StepChanges, StoredFact
 from dmt.store.rows import RowStore
 from dmt.text import SENTENCE_ENDS, fold_text
+
+logger = logging.getLogger(__name__)
 
 PACK_FORMAT, PACK_VERSION = "dmt-pack", 3
 MANIFEST_FILE, TENSORS_FILE = "manifest.json", "rows.safetensors"  # of a pack that is a folder
@@ -585,7 +588,7 @@ def plug_packs(
         fact_store: whose model the facts are applied to.
         folder: of the student; None for a model without one.
         packs: files or packs; None is the knowledge that a run took out of its student, if it did,
-            and an empty list is nothing.
+            and an empty list is nothing. Knowledge of another model is left out with a warning.
 
     Returns:
         The packs that are plugged in now.
@@ -595,7 +598,11 @@ def plug_packs(
     """
     if packs is None:
         path = None if folder is None else find_knowledge_pack(folder)
-        packs = [] if path is None else [path]
+        try:
+            return plug_packs(fact_store, packs=[] if path is None else [path])
+        except WrongModelError as error:  # the weights may have changed since the run
+            logger.warning("the knowledge of the run is not plugged in: %s", error)
+            return []
     if not packs and not fact_store.temporary_packs:
         return []
     loaded = [pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack)) for pack in packs]
