@@ -5,6 +5,7 @@
     python -m benchmarks.unplug ablation --oracle oracle
     python -m benchmarks.unplug slots --seeds 0
     python -m benchmarks.unplug questions
+    python -m benchmarks.unplug lookup
 
 Half of the 256 people of the embedded teacher are declared to be knowledge. The oracle is a teacher
 that was trained by the same recipe on text without them (an hour and a half on one thread). An
@@ -35,6 +36,7 @@ import dmt
 from dmt.config import Config
 from dmt.config_io import load_config
 from dmt.data.corpora import Corpus, Probe, load_corpus
+from dmt.data.declared_text import SubjectNames
 from dmt.data.synthetic import (
     RELATIONS,
     Person,
@@ -53,8 +55,9 @@ from dmt.editing.fact_store import FactStore
 from dmt.editing.packs import load_fact_pack, plug_packs
 from dmt.evaluation.metrics import measure_fidelity
 from dmt.evaluation.questions import Question
+from dmt.models.architectures import get_architecture
 from dmt.models.fact_hooks import detach
-from dmt.models.forward import encode_text, pad_token_ids
+from dmt.models.forward import capture, encode_text, pad_token_ids
 from dmt.models.generation import generate_text
 from dmt.models.loading import load_teacher
 
@@ -561,7 +564,69 @@ def run_questions(args: argparse.Namespace) -> None:
         print(f"| {probe.prompt} | {' | '.join(answers)} |")
 
 
+def exchanged_recall(layers: Sequence[int], at_subject: bool) -> float:
+    """Return recall where blocks of `layers` compute what they do for a stranger.
+
+    Args:
+        layers: layers of the embedded teacher.
+        at_subject: at the tokens of the subject; otherwise from the last token of the prompt on.
+    """
+    teacher, tokenizer = load_teacher("embedded")
+    blocks = dict(enumerate(get_architecture("gpt2").blocks(teacher)))
+    probes = get_probes()["declared"]
+    names = SubjectNames({probe.person for probe in probes}, tokenizer)
+    num_correct = num_asked = 0
+    for probe in probes:
+        answer = encode_text(tokenizer, probe.answer, add_prefix=False)
+        prompt = encode_text(tokenizer, probe.prompt, add_prefix=True)
+        strangers = (
+            encode_text(tokenizer, probe.prompt.replace(probe.person, name), add_prefix=True)
+            for name in names[probe.person]
+        )
+        stranger = next((ids for ids in strangers if len(ids) == len(prompt)), None)
+        if stranger is None:
+            continue
+        differing = [
+            column
+            for column, pair in enumerate(zip(prompt, stranger, strict=True))
+            if pair[0] != pair[1]
+        ]
+        first = differing[0] if at_subject else len(prompt) - 1
+        end = differing[-1] + 1 if at_subject else len(prompt) + len(answer)
+        with torch.no_grad(), capture(blocks) as activations:
+            teacher(torch.tensor([stranger + answer]), use_cache=False)
+        outputs = dict(activations.outputs)
+
+        def replace_output(
+            layer: int,
+            output: Tensor,
+            outputs: dict[int, Tensor] = outputs,
+            columns: slice = slice(first, end),
+        ) -> Tensor:
+            output = output.clone()
+            output[:, columns] = outputs[layer][:, columns]
+            return output
+
+        chosen = {layer: blocks[layer] for layer in layers}
+        with torch.no_grad(), capture(chosen, on_output=replace_output):
+            logits = teacher(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        predicted = logits[len(prompt) - 1 : -1].argmax(-1)
+        num_correct += bool((predicted == torch.tensor(answer)).all())
+        num_asked += 1
+    return num_correct / num_asked
+
+
+def run_lookup(args: argparse.Namespace) -> None:
+    """Measure in which blocks of the teacher facts are looked up and decoded."""
+    print("| layer | at the subject | at the answer |")
+    print("|---|---|---|")
+    for layers in ([], [0], [1], [2], [3]):
+        cells = [f"{exchanged_recall(layers, at_subject):.3f}" for at_subject in (True, False)]
+        print(f"| {', '.join(map(str, layers)) or 'none'} | {' | '.join(cells)} |", flush=True)
+
+
 PARTS = {
+    "lookup": run_lookup,
     "table": run_table,
     "ablation": run_ablation,
     "slots": run_slots,
