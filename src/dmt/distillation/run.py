@@ -630,7 +630,7 @@ class _Run:
         results |= self._summarize_costs()
         student, teacher = student.cpu(), teacher.cpu()
         if self.knowledge is not None:
-            results["knowledge"] = self._take_out_knowledge(student, teacher)
+            results["knowledge"] = self._take_out_knowledge(student, teacher, results["fidelity"])
         results["bytes"] = measure_sizes(teacher, student, self.run_dir / "student")
         results["costs"] = measure_student_costs(student, teacher, self.data.corpora[0].test[0])
         samples = {
@@ -645,8 +645,16 @@ class _Run:
         log_hparams(config, self.run_dir, results, SETTING_GROUPS["distill"], self.data.steps)
         distillation.write_report(self.run_dir, config, samples)
 
-    def _take_out_knowledge(self, student: Any, teacher: Any) -> dict[str, Any]:
-        """Write the pack of the declared facts; measure the student without it and with it."""
+    def _take_out_knowledge(
+        self, student: Any, teacher: Any, fidelity: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write the pack of the declared facts; measure the student without it and with it.
+
+        Args:
+            student: without facts.
+            teacher: the teacher.
+            fidelity: of the student on test text, by corpus.
+        """
         knowledge, path = self.knowledge, self.run_dir / KNOWLEDGE_FILE
         assert knowledge is not None, "checked by the caller"
         logger.info("writing %s facts into %s", f"{len(knowledge.facts):,}", path)
@@ -658,16 +666,17 @@ class _Run:
             "subjects": len(knowledge.answers_by_subject),
             "bytes": path.stat().st_size,
             "teacher": measure_knowledge(teacher, self.tokenizer, knowledge),
+            "unplugged": measure_knowledge(student, self.tokenizer, knowledge),
         }
-        for name, packs in (("unplugged", []), ("plugged", [pack])):
-            plug_packs(FactStore(student, self.tokenizer, None), packs=packs)
-            results[name] = measure_knowledge(student, self.tokenizer, knowledge)
-            for corpus in self.data.corpora:
-                windows = select_first_windows(corpus.test, self.config.data.test_tokens)
-                metrics = measure_fidelity(
-                    student, teacher, windows, self.config.data.micro_batch_size
-                )
-                results[name][f"ppl_ratio_{corpus.name}"] = metrics.ppl_ratio
+        plug_packs(FactStore(student, self.tokenizer, None), packs=[pack])
+        results["plugged"] = measure_knowledge(student, self.tokenizer, knowledge)
+        for corpus in self.data.corpora:
+            name = f"ppl_ratio_{corpus.name}"
+            results["unplugged"][name] = fidelity[corpus.name]["ppl_ratio"]
+            windows = select_first_windows(corpus.test, self.config.data.test_tokens)
+            results["plugged"][name] = measure_fidelity(
+                student, teacher, windows, self.config.data.micro_batch_size
+            ).ppl_ratio
         detach(student)
         return results
 

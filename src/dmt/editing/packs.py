@@ -581,7 +581,7 @@ def plug_packs(
     fact_store: FactStore,
     folder: Path | None = None,
     packs: Sequence[str | Path | FactPack] | None = None,
-) -> list[FactPack]:
+) -> None:
     """Apply packs to a model: those that are named, or else what was taken out of the student.
 
     Args:
@@ -590,24 +590,23 @@ def plug_packs(
         packs: files or packs; None is the knowledge that a run took out of its student, if it did,
             and an empty list is nothing. Knowledge of another model is left out with a warning.
 
-    Returns:
-        The packs that are plugged in now.
-
     Raises:
         UserError: a pack cannot be read, or does not fit.
     """
+    is_default = packs is None
     if packs is None:
         path = None if folder is None else find_knowledge_pack(folder)
-        try:
-            return plug_packs(fact_store, packs=[] if path is None else [path])
-        except WrongModelError as error:  # the weights may have changed since the run
-            logger.warning("the knowledge of the run is not plugged in: %s", error)
-            return []
+        packs = [] if path is None else [path]
     if not packs and not fact_store.temporary_packs:
-        return []
+        return
     loaded = [pack if isinstance(pack, FactPack) else load_fact_pack(Path(pack)) for pack in packs]
-    load_packs(fact_store, loaded, fact_store.model_hash)
-    return loaded
+    try:
+        load_packs(fact_store, loaded, fact_store.model_hash)
+    except WrongModelError as error:
+        if not is_default:
+            raise
+        # The weights have changed since the run.
+        logger.warning("the knowledge of the run is not plugged in: %s", error)
 
 
 def import_pack(
